@@ -1,0 +1,1890 @@
+#!/usr/bin/env python3
+"""A server for restic backups in one file, made of the Python standard library alone.
+
+    restic_serve.py /srv/backup
+    restic -r rest:http://127.0.0.1:8080/ init
+
+The chapters stand in the order in which each builds on those above it:
+
+    Units         text from the command line to a value
+    Messages      Request, Response and what lies between a wire and the Api
+    Store         repositories and objects as files; an object is whole or absent
+    Policy        what a request may do
+    Api           routes and answers
+    Http1         one HTTP/1.1 connection
+    Server        listeners, connections and their time limits, signals
+    Command line  options, logs, main()
+
+A request is read by a wire (Http1), answered by the Api with the help of the Store, and sent
+by the wire.  The Api knows no socket and the wire no directory.  The directory is the only
+state: any number of servers, and restic itself, may work on it at the same time.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import math
+import os
+import re
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+
+TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost each start 5 ms
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import (
+        Any, Callable, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional, Protocol, Set,
+        Tuple, Union)
+
+    Headers = List[Tuple[str, str]]
+
+    class Body(Protocol):
+        """The content of a request, read as it arrives."""
+
+        @property
+        def length(self) -> Optional[int]:
+            """Bytes announced, None if the request does not say."""
+
+        def readinto(self, view: memoryview) -> int:
+            """Fill `view` from its start; return the bytes read, 0 at the end.
+
+            Raises HttpError if the content is cut short or malformed, Gone if the client is.
+            """
+
+__version__ = '0.1.0'
+
+NOTICE = 25  # rclone's level between INFO and WARNING: shown unless --quiet
+log = logging.getLogger('restic_serve')
+access_log = logging.getLogger('restic_serve.access')
+
+
+# ==== Units ======================================================================================
+# Text from the command line or the environment to a value.  Parsing only: a ValueError carries
+# one line that names the value and what would be right.
+
+_SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0,
+            'd': 86400.0, 'w': 7 * 86400.0, 'M': 30 * 86400.0, 'y': 365 * 86400.0}
+_DURATION_PART = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|[smhdwMy])')
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration in rclone's syntax: `1h0m0s`, `300ms`, `2d`, or bare seconds."""
+    if re.fullmatch(r'\d+(?:\.\d*)?', text):
+        return float(text)
+    parts = _DURATION_PART.findall(text)
+    if not parts or ''.join(number + unit for number, unit in parts) != text:
+        raise ValueError(f'{text!r} is no duration; write 300ms, 10s, 1h0m0s or 2d')
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def parse_bool(text: str) -> bool:
+    """The truth of `true` or `false`, also spelt 1, yes, on, t, y and their opposites."""
+    word = text.lower()
+    if word in ('true', '1', 'yes', 'on', 't', 'y'):
+        return True
+    if word in ('false', '0', 'no', 'off', 'f', 'n', ''):
+        return False
+    raise ValueError(f'{text!r} is neither true nor false')
+
+
+def parse_count(text: str) -> int:
+    """A whole number from 1."""
+    if not re.fullmatch(r'[0-9]{1,18}', text) or int(text) == 0:
+        raise ValueError(f'{text!r} is no whole number from 1')
+    return int(text)
+
+
+def parse_address(text: str) -> Tuple[str, int]:
+    """Host and port of `1.2.3.4:8000`, `[::1]:8080`, `localhost:0` or `:8080` (an empty host)."""
+    match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\[\]:/\s]*)):([0-9]{1,5})', text)
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f'{text!r} is no address; write 127.0.0.1:8080, [::1]:8080 or :8080')
+    return match[1] or match[2] or '', int(match[3])
+
+
+def parse_baseurl(text: str) -> str:
+    """The prefix of every path, without a slash at its end: `x`, `/x` and `/x/` are `/x`."""
+    path = text.strip('/')
+    if not re.fullmatch(r"[-A-Za-z0-9._~!$&'()*+,;=:@/]*", path) or '//' in path:
+        raise ValueError(f'{text!r} is no path for URLs; write /backup')
+    return '/' + path if path else ''
+
+
+# ==== Messages ===================================================================================
+# What passes between a wire and the Api, and the rules of RFC 9110 that hold on every wire.
+
+class Gone(Exception):
+    """The client is gone, or out of time: nothing can be said to it any more."""
+
+
+class HttpError(Exception):
+    """An answer other than success: its status, one line for the client, further headers."""
+
+    def __init__(self, status: int, reason: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.headers = headers
+
+
+class Request:
+    """One request, whatever wire it came by.  `path` is as sent, percent-encoded, without query;
+    `headers` have lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3)."""
+
+    __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'user')
+
+    def __init__(self, method: str, target: str, version: str, headers: Dict[str, str],
+                 body: Body, peer: str) -> None:
+        self.method = method
+        self.path, _, self.query = target.partition('?')
+        self.version = version
+        self.headers = headers
+        self.body = body
+        self.peer = peer
+        self.user = ''
+
+
+def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
+    """pread(2) for systems without it; `fd` is one thread's own."""
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, length)
+
+
+_read_at = getattr(os, 'pread', _seek_and_read)
+
+
+class FileSlice:
+    """`length` bytes of the open file `fd` from `offset` on.  Owns the descriptor."""
+
+    __slots__ = ('fd', 'offset', 'length')
+
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        self.fd = fd
+        self.offset = offset
+        self.length = length
+
+    def read(self, limit: int) -> bytes:
+        """The next bytes, `limit` at the most; OSError if the file ends before the slice does."""
+        limit = min(limit, self.length)
+        data = _read_at(self.fd, limit, self.offset)
+        if limit and not data:
+            raise OSError(errno.EIO, 'the file became shorter while it was being sent')
+        self.offset += len(data)
+        self.length -= len(data)
+        return data
+
+    def skip(self, count: int) -> None:
+        """Go on `count` bytes further: they have been sent."""
+        self.offset += count
+        self.length -= count
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> FileSlice:
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self.close()
+
+
+class Response:
+    """An answer: its body is bytes, a FileSlice (its length is known), or an iterator of chunks.
+
+    An iterator may raise OSError: what was sent until then must not look complete.
+    """
+
+    __slots__ = ('status', 'headers', 'body')
+
+    def __init__(self, status: int, headers: Headers,
+                 body: bytes | FileSlice | Iterator[bytes] = b'') -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    def close(self) -> None:
+        """Let go of the files behind the body."""
+        close = getattr(self.body, 'close', None)
+        if close:
+            close()
+
+
+def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
+    """An answer of one line of text."""
+    return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8')],
+                    f'{line}\n'.encode())
+
+
+_BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,18})-([0-9]{1,18})?|-([0-9]{1,18}))', re.IGNORECASE)
+
+
+def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
+    """Offset and length in bytes that a Range header asks of `size` bytes.
+
+    None where the header is to be ignored, as RFC 9110 14.2 allows: malformed, another unit,
+    several ranges.  Raises HttpError 416 for a range past the end (RFC 9110 14.1.2, 15.5.17).
+    """
+    match = _BYTE_RANGE.fullmatch(value)
+    if not match:
+        return None
+    first, last, suffix = match.groups()
+    if suffix is not None:
+        length = min(int(suffix), size)
+        offset = size - length
+    else:
+        offset = int(first)
+        if last is not None and int(last) < offset:
+            return None
+        length = min(int(last) + 1 if last is not None else size, size) - offset
+    if length <= 0:
+        raise HttpError(416, 'range past the end', [('Content-Range', f'bytes */{size}')])
+    return offset, length
+
+
+def http_date(seconds: float) -> str:
+    """A time since the epoch as an IMF-fixdate (RFC 9110 5.6.7)."""
+    return time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(seconds))
+
+
+def log_access(request: Request, status: int, sent: int) -> None:
+    """A line in the Combined Log Format, as Apache writes it; `sent` counts the body's bytes.
+
+    https://httpd.apache.org/docs/2.4/logs.html#combined
+    """
+    query = f'?{request.query}' if request.query else ''
+    access_log.info(
+        '%s - %s [%s] "%s" %d %s "%s" "%s"', request.peer, request.user or '-',
+        time.strftime('%d/%b/%Y:%H:%M:%S %z'),
+        _for_log(f'{request.method} {request.path}{query} {request.version}'.rstrip()), status, sent or '-',
+        _for_log(request.headers.get('referer', '-')),
+        _for_log(request.headers.get('user-agent', '-')))
+
+
+def _for_log(text: str) -> str:
+    """What a client sent, so that it can neither end its quotes nor its line."""
+    return re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text)
+
+
+class Limits:
+    """What a client may take: header section in bytes, and seconds for the header section, between
+    two requests, and for receiving and sending a whole body."""
+
+    __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds')
+
+    def __init__(self, header_bytes: int = 4096, header_seconds: float = 10,
+                 idle_seconds: float = 60, read_seconds: float = 3600,
+                 write_seconds: float = 3600) -> None:
+        self.header_bytes = header_bytes
+        self.header_seconds = header_seconds
+        self.idle_seconds = idle_seconds
+        self.read_seconds = read_seconds or math.inf  # 0 is no limit, as in rclone
+        self.write_seconds = write_seconds or math.inf
+
+    def shortest(self) -> float:
+        """The shortest of the times."""
+        return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds)
+
+
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
+
+
+class Connection:
+    """A client's socket and what it is waited for.
+
+    Its own thread waits in the kernel without a timer, which saves a poll(2) a call; the server's
+    main thread looks at the deadlines of all and wakes those whose time is over.
+    """
+
+    IDLE, READING, WRITING = range(3)
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.sock = sock
+        self.peer = peer
+        self.deadline = math.inf  # of time.monotonic()
+        self.waits = self.IDLE
+        self.expired = False
+        self.stopping = False
+        self._roams = True
+        self._closing = threading.Lock()
+
+    def place(self, roaming: bool) -> None:
+        """Let this thread run on any core, or on the one that the process's threads share.
+
+        Threads that take turns on the interpreter lock wake each other many times in a small
+        request.  On one core that is nearly free; across cores it costs half of the requests a
+        second.  What works for long without the lock roams: transfers, and hashing them.
+        """
+        if roaming != self._roams and len(_CORES) > 1:
+            self._roams = roaming
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(
+                    0, _CORES if roaming else [_CORES[os.getpid() % len(_CORES)]])
+
+    def expire(self) -> None:
+        """Wake the thread: time is over.  One that reads finds the end of input and can still say
+        so to the client; one that writes, or was woken before, is cut off."""
+        cut = self.expired or self.waits == self.WRITING
+        self.expired = True
+        self._shutdown(socket.SHUT_RDWR if cut else socket.SHUT_RD)
+
+    def stop(self) -> None:
+        """End the connection, once the request that is under way has been answered."""
+        self.stopping = True
+        if self.waits == self.IDLE:
+            self._shutdown(socket.SHUT_RD)
+
+    def cut(self) -> None:
+        """End the connection now."""
+        self._shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._closing:
+            self.sock.close()
+
+    def _shutdown(self, how: int) -> None:
+        # The lock: never the descriptor of another connection that came after this one.
+        with self._closing, contextlib.suppress(OSError):
+            self.sock.shutdown(how)
+
+
+# ==== Store ======================================================================================
+# Repositories and objects as files in restic's own local layout.  An object is whole or absent:
+# it is written where no listing shows it, checked, synced to the disk, and then linked to its
+# name.  Errors are OSErrors; the Api owns the table that makes them answers.
+
+KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
+HIDDEN = '.restic_serve'          # the folder under DIR for what is no repository
+SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind
+SCRATCH_SECONDS = 3600            # how old a left-over must be to be removed at start
+COPY_BYTES = 256 * 1024           # of content in memory at a time
+_NAME = re.compile(r'[0-9a-f]{64}')
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+_BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
+# An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
+_READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
+               | getattr(os, 'O_NONBLOCK', 0))
+
+
+class Location:
+    """Where a request points to: a repository (its kind is empty), a list (its name is empty) or
+    an object; `config` is an object without a name.  `repository` is `` or `/host1/...`."""
+
+    __slots__ = ('repository', 'kind', 'name')
+
+    def __init__(self, repository: str, kind: str = '', name: str = '') -> None:
+        self.repository = repository
+        self.kind = kind
+        self.name = name
+
+    def __str__(self) -> str:
+        if not self.kind:
+            return self.repository or '/'
+        name = '' if self.kind == 'config' else f'/{self.name}'
+        return f'{self.repository}/{self.kind}{name}'
+
+    @property
+    def is_object(self) -> bool:
+        return bool(self.name) or self.kind == 'config'
+
+
+class Scratch:
+    """The content of an upload before it has its name in `folder`.
+
+    It has no name at all where the system knows O_TMPFILE, so that even a crash leaves nothing;
+    else one in the hidden folder under DIR, or in `folder` where that is another file system.
+    A context manager: whatever was not published is gone when it ends.
+    """
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self._store = store
+        self.path = ''  # empty while the file has no name
+        if store.nameless:
+            try:
+                self.fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
+            except OSError as error:
+                # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                    raise
+            else:
+                self._share()
+                return
+        hidden = store.hidden_folder()
+        same = os.stat(hidden).st_dev == os.stat(folder).st_dev
+        self._make_named(hidden if same else folder)
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        os.close(self.fd)
+        if self.path:
+            try:
+                os.unlink(self.path)
+            except OSError as problem:
+                log.error('%s stays behind: %s', self.path, problem)
+
+    def receive(self, body: Body, hashed: bool) -> str:
+        """Write the whole body; its SHA-256 in hexadecimal, empty unless it is to be `hashed`."""
+        digest = hashlib.sha256()
+        length = COPY_BYTES if body.length is None else min(body.length, COPY_BYTES)
+        buffer = memoryview(bytearray(max(length, 1)))
+        while True:
+            count = body.readinto(buffer)
+            if not count:
+                return digest.hexdigest() if hashed else ''
+            part = buffer[:count]
+            if hashed:
+                digest.update(part)
+            while part:
+                part = part[os.write(self.fd, part):]
+
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal of what has been written."""
+        return _digest(self.fd)
+
+    def publish(self, path: str) -> None:
+        """Give the content its name.  Raises FileExistsError rather than overwrite."""
+        if not self.path:
+            # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
+            # link(2) without one); the path is absolute, so which descriptor it is means nothing.
+            os.link(f'/proc/self/fd/{self.fd}', path, src_dir_fd=self.fd)
+            return
+        try:
+            os.link(self.path, path)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno == errno.EXDEV:  # a bind mount: the device's number is the same
+                self._move(os.path.dirname(path))
+                self.publish(path)
+            elif error.errno in _NO_HARD_LINKS:
+                self._rename(path)
+            else:
+                raise
+
+    def replace(self, path: str) -> None:
+        """Give the content its name in place of what has it now."""
+        if not self.path:
+            named = f'{self._store.hidden_folder()}/{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+            try:
+                self.publish(named)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                named = f'{os.path.dirname(path)}/{HIDDEN}-{os.path.basename(named)}'
+                self.publish(named)
+            self.path = named
+        os.replace(self.path, path)
+        self.path = ''
+
+    def _make_named(self, folder: str) -> None:
+        """Make the file in the hidden folder, or under a hidden name in an object's folder."""
+        import tempfile
+        prefix = SCRATCH_PREFIX
+        if os.path.basename(folder) != HIDDEN:
+            prefix = f'{HIDDEN}-{SCRATCH_PREFIX}'
+        self.fd, self.path = tempfile.mkstemp(prefix=prefix, dir=folder)
+        self._share()
+
+    def _share(self) -> None:
+        """Give the group its rights, whatever the umask says."""
+        if self._store.shared:
+            os.fchmod(self.fd, self._store.file_mode)
+
+    def _move(self, folder: str) -> None:
+        """Copy the content into another folder."""
+        import shutil
+        fd, path = self.fd, self.path
+        try:
+            with open(fd, 'rb') as source:
+                self._make_named(folder)
+                source.seek(0)
+                with open(self.fd, 'wb', closefd=False) as copy:
+                    shutil.copyfileobj(source, copy)
+        finally:
+            os.unlink(path)
+        sync_file(self.fd)
+
+    def _rename(self, path: str) -> None:
+        """Rename into place without overwriting, where there are no hard links."""
+        with _exclusive(os.path.dirname(path)):
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+            os.rename(self.path, path)
+        self.path = ''
+
+
+class Store:
+    """The directory `root`.  `verify` compares each upload's SHA-256 with its name; `shared` makes
+    what is created accessible to the group: 0770 and 0660 in place of 0700 and 0600."""
+
+    def __init__(self, root: str, *, verify: bool = True, shared: bool = False) -> None:
+        self.root = os.path.abspath(root).rstrip(os.sep)
+        self.verify = verify
+        self.file_mode = 0o660 if shared else 0o600
+        self.directory_mode = 0o770 if shared else 0o700
+        self.shared = shared
+        # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
+        self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
+
+    def prepare(self) -> None:
+        """Make the directory if it is missing, see that it can be written, remove what a crash
+        left behind.  Raises OSError."""
+        if not os.path.isdir(self.root or os.sep):
+            self._make_directory(self.root)
+            log.log(NOTICE, 'made the directory %s', self.root)
+        probe = f'{self.root}/{HIDDEN}-{os.urandom(8).hex()}'
+        with Scratch(self, self.root or os.sep) as scratch:
+            try:
+                scratch.publish(probe)
+                os.unlink(probe)
+            except OSError as error:
+                log.debug('no nameless files in %s: %s', self.root, error)
+                self.nameless = False
+        self._remove_left_overs()
+
+    def open(self, location: Location) -> FileSlice:
+        """The whole of an object."""
+        path = self._path(location)
+        fd = os.open(path, _READ_FLAGS)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise FileNotFoundError(errno.ENOENT, 'no regular file', path)
+        return FileSlice(fd, 0, status.st_size)
+
+    def create_repository(self, repository: str) -> None:
+        """Make the directories of a repository; those that exist stay as they are."""
+        base = self.root + repository
+        for kind in KINDS:
+            self._make_directory(f'{base}/{kind}')
+        for number in range(256):
+            self._make_directory(f'{base}/data/{number:02x}', sync=False)
+        sync_directory(f'{base}/data')
+
+    def list(self, location: Location, sizes: bool) -> Iterator[Tuple[str, int]]:
+        """Names and, if `sizes`, lengths in bytes (else 0) of the objects of one kind, in the
+        order of the directory, which is read on the way: an OSError may come at any time."""
+        folder = self._path(location)
+        try:
+            entries = os.scandir(folder)
+        except FileNotFoundError:
+            return
+        with entries:
+            if location.kind != 'data':
+                yield from _objects(entries, sizes)
+                return
+            for entry in entries:
+                prefix = entry.name
+                if len(prefix) != 2 or not entry.is_dir():
+                    continue
+                try:
+                    inner = os.scandir(entry.path)
+                except FileNotFoundError:
+                    continue
+                with inner:
+                    yield from _objects(inner, sizes, prefix)
+
+    def delete(self, location: Location) -> bool:
+        """Remove an object; whether there was one."""
+        try:
+            os.unlink(self._path(location))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def save(self, location: Location, body: Body) -> None:
+        """Store an object, on the disk when this returns.
+
+        One that is there already is checked against the body, and replaced if it is damaged.
+        Raises HttpError 400 if the content does not match its name, 403 for another config.
+        """
+        path = self._path(location)
+        with self._scratch_for(path) as scratch:
+            digest = scratch.receive(body, self.verify)
+            if location.name and digest not in ('', location.name):
+                raise HttpError(400, f'the content has the SHA-256 {digest}, not its name')
+            sync_file(scratch.fd)
+            while True:
+                try:
+                    scratch.publish(path)
+                    break
+                except FileExistsError:
+                    digest = digest or scratch.digest()
+                    if location.name and digest != location.name:
+                        raise HttpError(400, f'the content has the SHA-256 {digest}, '
+                                             'not its name') from None
+                    if self._settle(location, path, digest, scratch):
+                        break
+            sync_directory(os.path.dirname(path))
+
+    def _settle(self, location: Location, path: str, digest: str, scratch: Scratch) -> bool:
+        """Whether what stands at `path` is the content of `scratch` now; False if it is gone."""
+        try:
+            with self.open(location) as stored:
+                found = _digest(stored.fd)
+                sync_file(stored.fd)  # another upload may have stored it just now
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            found = 'unreadable'
+        if found == digest:
+            return True
+        if location.kind == 'config':
+            raise HttpError(403, 'there is another config already')
+        scratch.replace(path)
+        log.log(NOTICE, '%s was damaged (SHA-256 %s) and is replaced by a verified upload',
+                path, found)
+        return True
+
+    def _path(self, location: Location) -> str:
+        """The file or folder of an object or list."""
+        kind, name = location.kind, location.name
+        if not name:
+            return f'{self.root}{location.repository}/{kind}'
+        if kind == 'data':
+            return f'{self.root}{location.repository}/data/{name[:2]}/{name}'
+        return f'{self.root}{location.repository}/{kind}/{name}'
+
+    def _scratch_for(self, path: str) -> Scratch:
+        """A scratch file for an object; its folder is made if it is missing, as rclone makes the
+        sub-directories of `data` only when they are needed."""
+        folder = os.path.dirname(path)
+        try:
+            return Scratch(self, folder)
+        except FileNotFoundError:
+            self._make_directory(folder)
+            return Scratch(self, folder)
+
+    def hidden_folder(self) -> str:
+        """The folder for scratch files with a name, made if it is missing."""
+        folder = f'{self.root}/{HIDDEN}'
+        self._make_directory(folder)
+        return folder
+
+    def _make_directory(self, path: str, sync: bool = True) -> None:
+        """Make a directory and those above it, if they are missing; each is synced into its
+        parent."""
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        if parent != path:
+            self._make_directory(parent)
+        try:
+            os.mkdir(path, self.directory_mode)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+            return
+        if self.shared:  # whatever the umask says; a set-group-ID bit that was inherited stays
+            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | self.directory_mode)
+        if sync:
+            sync_directory(parent)
+
+    def _remove_left_overs(self) -> None:
+        """Remove the scratch files of a server that died.  Younger ones may be another's."""
+        try:
+            entries = os.scandir(f'{self.root}/{HIDDEN}')
+        except FileNotFoundError:
+            return
+        with entries:
+            for entry in entries:
+                if (entry.name.startswith(SCRATCH_PREFIX)
+                        and entry.stat(follow_symlinks=False).st_mtime
+                        < time.time() - SCRATCH_SECONDS):
+                    os.unlink(entry.path)
+                    log.info('removed %s, left behind by an upload that was cut off', entry.path)
+
+
+def _objects(entries: Iterator[os.DirEntry[str]], sizes: bool,
+             prefix: str = '') -> Iterator[Tuple[str, int]]:
+    """Names and sizes of those entries that are objects' names beginning with `prefix`."""
+    is_name = _NAME.fullmatch
+    for entry in entries:
+        name = entry.name
+        if not is_name(name) or not name.startswith(prefix):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
+            yield name, entry.stat(follow_symlinks=False).st_size if sizes else 0
+
+
+def _digest(fd: int) -> str:
+    """SHA-256 in hexadecimal of a file, from its beginning."""
+    digest = hashlib.sha256()
+    os.lseek(fd, 0, os.SEEK_SET)
+    for part in iter(functools.partial(os.read, fd, COPY_BYTES), b''):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sync_file(fd: int) -> None:
+    """Have a file's content and length on the disk."""
+    if sys.platform == 'darwin':
+        import fcntl
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
+    else:
+        os.fsync(fd)
+
+
+def sync_directory(path: str) -> None:
+    """Have a directory's entries on the disk, where the system can."""
+    if os.name == 'nt':
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+_renaming = threading.Lock()
+
+
+@contextlib.contextmanager
+def _exclusive(folder: str) -> Iterator[None]:
+    """Keep out other threads, and other processes where directories can be locked."""
+    with _renaming, contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+            fd = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            log.debug('no lock on %s: %s', folder, error)
+        yield
+
+
+# ==== Policy =====================================================================================
+# What a request may do.  Each rule stands here once, for every route and every wire.
+
+class Policy:
+    """`append_only`: nothing that was stored can be deleted, except locks."""
+
+    def __init__(self, append_only: bool) -> None:
+        self.append_only = append_only
+
+    def check(self, request: Request, location: Location) -> None:
+        """Raises HttpError 403 for what the request may not do."""
+        if (self.append_only and request.method == 'DELETE'
+                and location.is_object and location.kind != 'locks'):
+            log.log(NOTICE, 'append-only: %s may not delete %s', request.peer, location)
+            raise HttpError(403, 'the server is append-only')
+
+
+# ==== Api ========================================================================================
+# Routes and answers of restic's REST protocol: a Request in, a Response out.
+# https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
+
+LIST_BYTES = 16 * 1024  # of a list in memory at a time
+_VERSION_2 = 'application/vnd.x.restic.rest.v2'
+_VERSION_1 = 'application/vnd.x.restic.rest.v1'
+_METHODS = {'repository': 'POST', 'list': 'GET, HEAD', 'object': 'GET, HEAD, POST, DELETE'}
+
+# restic takes 403, 404 and 507 as final and tries 500 again for a quarter of an hour: final is
+# what no waiting mends.
+_STATUS_OF_ERRNO = {
+    errno.ENOENT: 404, errno.ENOTDIR: 404, errno.EISDIR: 404, errno.ELOOP: 404,
+    errno.ENAMETOOLONG: 400,
+    errno.EACCES: 403, errno.EPERM: 403,
+    errno.ENOSPC: 507, errno.EDQUOT: 507, errno.EFBIG: 507, errno.EROFS: 507,
+    errno.EMFILE: 503, errno.ENFILE: 503,
+}
+_REASON_OF_STATUS = {400: 'the path is too long', 403: 'the server may not access the file',
+                     404: 'not found', 500: 'the server could not access the file',
+                     503: 'too many open files', 507: 'no space left'}
+
+
+class Api:
+    """The protocol over a store; `baseurl` is the prefix of every path."""
+
+    def __init__(self, store: Store, policy: Policy, baseurl: str = '') -> None:
+        self.store = store
+        self.policy = policy
+        self.baseurl = baseurl
+
+    def handle(self, request: Request) -> Response:
+        """The answer to a request, whatever happens; raises only Gone."""
+        try:
+            return self._route(request)
+        except HttpError as error:
+            return text_response(error.status, str(error), error.headers)
+        except OSError as error:
+            return self.failure(request, error)
+        except Gone:
+            raise
+        except Exception as error:  # a fault of ours must not end the connection's thread
+            log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
+            log.debug('where it happened:', exc_info=True)
+            return text_response(500, 'internal error')
+
+    def failure(self, request: Request, error: OSError) -> Response:
+        """The answer where the file system failed."""
+        status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
+        if status not in (400, 404):
+            log.error('%s %s: %s', request.method, request.path, error)
+        return text_response(status, _REASON_OF_STATUS[status])
+
+    def _route(self, request: Request) -> Response:
+        path, method = request.path, request.method
+        if self.baseurl:
+            if path != self.baseurl and not path.startswith(self.baseurl + '/'):
+                raise HttpError(404, 'not found')
+            path = path[len(self.baseurl):] or '/'
+        location = parse_path(path)
+        self.policy.check(request, location)
+        if location.is_object:
+            if method in ('GET', 'HEAD'):
+                return self._load(request, location)
+            if method == 'POST':
+                self.store.save(location, request.body)
+                return Response(200, [])
+            if method == 'DELETE':
+                self.store.delete(location)
+                return Response(200, [])
+            return _refuse_method(method, 'object')
+        if location.kind:
+            if method in ('GET', 'HEAD'):
+                return self._list(request, location)
+            return _refuse_method(method, 'list')
+        if method == 'POST':
+            return self._create(request, location)
+        if method == 'DELETE':
+            raise HttpError(501, 'repositories are not deleted over the network')
+        if method in ('GET', 'HEAD'):
+            raise HttpError(404, 'not found')
+        return _refuse_method(method, 'repository')
+
+    def _create(self, request: Request, location: Location) -> Response:
+        if 'create=true' not in request.query.split('&'):
+            raise HttpError(400, 'a repository is made by POST with ?create=true')
+        self.store.create_repository(location.repository)
+        return Response(200, [])
+
+    def _load(self, request: Request, location: Location) -> Response:
+        content = self.store.open(location)
+        headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
+        wanted = request.headers.get('range')
+        # RFC 9110 14.2: only GET has ranges.  13.1.5: no validator is ever given here, so that
+        # none in If-Range can match, and the range is ignored.
+        if not wanted or request.method != 'GET' or 'if-range' in request.headers:
+            return Response(200, headers, content)
+        size = content.length
+        try:
+            part = parse_range(wanted, size)
+        except HttpError:
+            content.close()
+            raise
+        if part is None:
+            return Response(200, headers, content)
+        content.offset, content.length = offset, length = part
+        headers.append(('Content-Range', f'bytes {offset}-{offset + length - 1}/{size}'))
+        return Response(206, headers, content)
+
+    def _list(self, request: Request, location: Location) -> Response:
+        sizes = request.headers.get('accept') == _VERSION_2
+        headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
+        if request.method == 'HEAD':
+            return Response(200, headers, iter(()))
+        chunks = json_list(self.store.list(location, sizes), sizes)
+        first = next(chunks)  # an error of the first read still has an answer of its own
+        return Response(200, headers, _chain(first, chunks))
+
+
+def _refuse_method(method: str, what: str) -> Response:
+    """RFC 9110 9.1: 501 for a method that nothing here has, 405 for one that others have."""
+    known = method in ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
+    return text_response(405 if known else 501, f'{what}s have {_METHODS[what]}',
+                         [('Allow', _METHODS[what])] if known else [])
+
+
+def json_list(objects: Iterator[Tuple[str, int]], sizes: bool) -> Iterator[bytes]:
+    """The JSON array of a list in pieces: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`."""
+    parts: List[str] = []
+    width = 96 if sizes else 67
+    separator = '['
+    for name, size in objects:
+        parts.append(f'{separator}{{"name":"{name}","size":{size}}}' if sizes
+                     else f'{separator}"{name}"')
+        separator = ','
+        if len(parts) * width >= LIST_BYTES:
+            yield ''.join(parts).encode()
+            parts.clear()
+    parts.append(']' if separator == ',' else '[]')
+    yield ''.join(parts).encode()
+
+
+def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+_OBJECT_PATH = re.compile(r'(.*)/(data|index|keys|locks|snapshots)/([0-9a-f]{64})?', re.DOTALL)
+
+
+def parse_path(path: str) -> Location:
+    """What a request's path, without the base URL, stands for.
+
+    Raises HttpError 400 for a path that no file system should see, 404 for one that is neither a
+    repository, a list nor an object.  A repository's path has no segment that is a kind or
+    `config`, so that none lies within another's objects.
+    """
+    if '%' in path:
+        path = _decode_path(path)
+    match = _OBJECT_PATH.fullmatch(path)
+    if match:
+        repository, kind, name = match.groups()
+        return Location(_check_repository(repository), kind, name or '')
+    if path.endswith('/config'):
+        return Location(_check_repository(path[:-len('/config')]), 'config')
+    return Location(_check_repository(path[:-1] if path.endswith('/') else path))
+
+
+def _decode_path(path: str) -> str:
+    """The path that percent-encoding stands for (RFC 3986 2.1).  An encoded slash would be data
+    within a segment, which no file name can hold."""
+    from urllib.parse import unquote_to_bytes
+    if re.search(r'%(?![0-9A-Fa-f]{2})|%2[fF]', path):
+        raise HttpError(400, 'bad percent-encoding in the path')
+    try:
+        return unquote_to_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise HttpError(400, 'the path is not UTF-8') from None
+
+
+# What no file system should be asked for: control characters, and what Windows takes as more
+# than a name.
+_NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_repository(path: str) -> str:
+    """A repository's path, or HttpError."""
+    if not path:
+        return path
+    segments = path.split('/')
+    if segments.pop(0):
+        raise HttpError(400, 'the path does not begin with a slash')
+    for segment in segments:
+        if segment in ('', '.', '..') or _NO_FILE_NAME.search(segment):
+            raise HttpError(400, 'the path has a segment that is no file name')
+    if segments[0] == HIDDEN or any(segment in KINDS or segment == 'config'
+                                    for segment in segments):
+        raise HttpError(404, 'not found')
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise HttpError(400, 'the path has a character that file names here cannot have') from None
+    return path
+
+
+# ==== Http1 ======================================================================================
+# One HTTP/1.1 connection (RFC 9112).  Strict: what two readers could take in two ways is refused.
+
+RECEIVE_BYTES = 8 * 1024     # of a header section at a time
+SMALL_BYTES = 64 * 1024      # a slice up to this is read and sent with its header in one call
+SENDFILE_BYTES = 1 << 30     # at a time; the system's own bound is just below 2 GiB
+SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
+LINGER_BYTES = 64 << 20      # of an unwanted body that is read so that the answer arrives
+LINGER_SECONDS = 5
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
+_HEAD = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n({_FIELD_LINES.pattern})')
+_FIELD = re.compile(r'([^:]+):[ \t]*([^\r]*)\r\n')
+_HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
+_CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?')
+# What is wrong with a head that _HEAD does not match.
+_FAULTS = (
+    (re.compile(rf'{_TOKEN} [!-~]+ HTTP/(?!1\.)[0-9](\.[0-9])?\r\n'), 505, 'not HTTP/1.1'),
+    (re.compile(rf'(?!{_TOKEN} [!-"$-~]+ HTTP/1\.[0-9]\r\n)'), 400, 'malformed request line'),
+    # RFC 9112 5.2 and 5.1, RFC 9110 5.5
+    (re.compile(r'.*\n[ \t]', re.DOTALL), 400, 'folded header line'),
+    (re.compile(rf'.*\n{_TOKEN}[ \t]+:', re.DOTALL), 400, 'space before the colon'),
+    (re.compile(r'.*([^\t\r\n -~\x80-\xff]|\r(?!\n))', re.DOTALL), 400, 'control character'),
+    (re.compile(''), 400, 'malformed header line'),
+)
+
+
+def parse_head(head: str) -> Tuple[str, str, str, Dict[str, str]]:
+    """Method, target, version and headers of a request's head, which ends with CRLF, its empty
+    line left out.  Raises HttpError (RFC 9112 3 and 5)."""
+    match = _HEAD.fullmatch(head)
+    if not match:
+        status, reason = next((status, reason) for fault, status, reason in _FAULTS
+                              if fault.match(head))
+        raise HttpError(status, reason)
+    method, target, minor, fields = match.groups()
+    headers: Dict[str, str] = {}
+    for name, value in _FIELD.findall(fields):
+        name, value = name.lower(), value.rstrip(' \t')
+        headers[name] = f'{headers[name]}, {value}' if name in headers else value
+    # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
+    host = headers.get('host')
+    if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
+        raise HttpError(400, 'no valid Host header')
+    if target[0] != '/' and target != '*':
+        absolute = _ABSOLUTE.fullmatch(target)  # RFC 9112 3.2.2
+        if not absolute:
+            raise HttpError(400, 'malformed request target')
+        target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
+    return method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers
+
+
+def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
+    """Bytes of content that follow a head, None if it is chunked.  Raises HttpError
+    (RFC 9112 6.1 to 6.3)."""
+    coding = headers.get('transfer-encoding')
+    announced = headers.get('content-length')
+    if coding is not None:
+        # RFC 9112 6.1: both headers together are how requests are smuggled, and a message of
+        # HTTP/1.0 with a coding has faulty framing.
+        if announced is not None or version == 'HTTP/1.0':
+            raise HttpError(400, 'Transfer-Encoding with Content-Length, or in HTTP/1.0')
+        if coding.lower() != 'chunked':
+            raise HttpError(501, 'the only transfer coding is chunked')
+        return None
+    if announced is None:
+        return 0
+    # RFC 9110 8.6: the same number more than once may be taken as one.
+    values = {value.strip(' \t') for value in announced.split(',')}
+    value = values.pop()
+    if values or not re.fullmatch('[0-9]{1,18}', value):
+        raise HttpError(400, 'bad Content-Length')
+    return int(value)
+
+
+class _NoBody:
+    """The content of a request that has none."""
+
+    __slots__ = ()
+    length = 0
+    left = 0
+
+    def readinto(self, view: memoryview) -> int:
+        return 0
+
+
+_NO_BODY = _NoBody()
+
+
+class _SizedBody:
+    """Content of a length that its head announced (RFC 9112 6.2)."""
+
+    __slots__ = ('_connection', 'length', 'left')
+
+    def __init__(self, connection: Http1, length: int) -> None:
+        self._connection = connection
+        self.length = length
+        self.left: float = length
+
+    def readinto(self, view: memoryview) -> int:
+        if not self.left:
+            return 0
+        try:
+            count = self._connection.read_content(view[:min(len(view), int(self.left))])
+        except HttpError:
+            self.left = math.inf
+            raise
+        self.left -= count
+        return count
+
+
+class _ChunkedBody:
+    """Content in chunks (RFC 9112 7.1).  Chunk extensions and trailers mean nothing here."""
+
+    __slots__ = ('_connection', '_chunk', '_trailer_bytes', 'left')
+
+    length = None
+
+    def __init__(self, connection: Http1, trailer_bytes: int) -> None:
+        self._connection = connection
+        self._trailer_bytes = trailer_bytes
+        self._chunk = 0                 # bytes left of the current one
+        self.left: float = math.inf     # 0 when the last has been read
+
+    def readinto(self, view: memoryview) -> int:
+        if not self.left:
+            return 0
+        if not self._chunk:
+            self._chunk = self._next_chunk()
+            if not self._chunk:
+                self._skip_trailers()
+                self.left = 0
+                return 0
+        count = self._connection.read_content(view[:min(len(view), self._chunk)])
+        self._chunk -= count
+        if not self._chunk and self._connection.read_line(0):
+            raise HttpError(400, 'a chunk is longer than its size')
+        return count
+
+    def _next_chunk(self) -> int:
+        match = _CHUNK_LINE.fullmatch(self._connection.read_line(self._trailer_bytes))
+        if not match:
+            raise HttpError(400, 'bad chunk size')
+        return int(match[1], 16)
+
+    def _skip_trailers(self) -> None:
+        left = self._trailer_bytes
+        while left >= 0:
+            line = self._connection.read_line(left)
+            if not line:
+                return
+            if not _FIELD_LINES.fullmatch(line.decode('latin-1') + '\r\n'):
+                raise HttpError(400, 'malformed trailer')
+            left -= len(line) + 2
+        raise HttpError(431, 'the trailers are too long')
+
+
+class Http1(Connection):
+    """One connection: requests are read, answered by `api`, and their responses sent."""
+
+    def __init__(self, sock: socket.socket, peer: str, api: Api, limits: Limits) -> None:
+        super().__init__(sock, peer)
+        self._api = api
+        self._limits = limits
+        self._buffer = b''          # received, not yet read
+        self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
+        self._sent = 0              # bytes of the current answer's body
+        self._announce = False      # the client waits for 100 (Continue) before it sends content
+        self.deadline = time.monotonic() + limits.header_seconds
+
+    def run(self) -> None:
+        """Serve the connection to its end, and close it."""
+        try:
+            while self._exchange():
+                self.waits = self.IDLE
+                self.deadline = time.monotonic() + self._limits.idle_seconds
+                if self.stopping:
+                    break
+        except Gone as gone:
+            log.debug('%s: %s', self.peer, gone)
+        finally:
+            self.close()
+
+    def _exchange(self) -> bool:
+        """One request and its answer; whether another may follow."""
+        try:
+            head = self._read_head()
+            if not head:
+                return False
+            request = self._parse(head)
+        except HttpError as error:
+            log.debug('%s: %s', self.peer, error)
+            refused = Request('-', '', '', {}, _NO_BODY, self.peer)
+            self._send(refused, text_response(error.status, str(error)), keep=False)
+            self._linger()
+            return False
+        response = self._api.handle(request)
+        try:
+            keep = self._send(request, response, self._may_keep(request))
+        finally:
+            response.close()
+        if not keep:
+            self._linger()
+        return keep and self._skip_body()
+
+    # ---- receiving ----
+
+    def _read_head(self) -> str:
+        """The next head up to its empty line, or nothing if the client has gone between two.
+
+        RFC 9112 2.2: an empty line before it is skipped.  Raises HttpError 400, 408 and 431.
+        """
+        limit = self._limits.header_bytes
+        while True:
+            if self._buffer.startswith(b'\r\n'):
+                self._buffer = self._buffer[2:]
+            end = self._buffer.find(b'\r\n\r\n')
+            if end >= 0 and end + 4 <= limit:
+                head = self._buffer[:end + 2]
+                self._buffer = self._buffer[end + 4:]
+                return head.decode('latin-1')
+            if end >= 0 or len(self._buffer) >= limit:
+                raise HttpError(431, f'the header is longer than {limit} bytes')
+            if re.search(rb'(?<!\r)\n', self._buffer):
+                raise HttpError(400, 'a line ends without CR')
+            if self._buffer and self.waits == self.IDLE:
+                self.waits = self.READING
+                self.deadline = min(self.deadline, time.monotonic() + self._limits.header_seconds)
+            data = self._receive(RECEIVE_BYTES)
+            if not data:
+                if not self._buffer:
+                    return ''
+                self._raise_cut_short('header')
+            self._buffer += data
+
+    def _parse(self, head: str) -> Request:
+        """The request of a head, its body still to be read.  Raises HttpError."""
+        self.waits = self.READING
+        method, target, version, headers = parse_head(head)
+        length = body_length(headers, version)
+        if length is None:
+            self._body = _ChunkedBody(self, self._limits.header_bytes)
+        else:
+            self._body = _SizedBody(self, length) if length else _NO_BODY
+        self.place(roaming=length is None or length > SMALL_BYTES)
+        self.deadline = time.monotonic() + self._limits.read_seconds
+        # RFC 9110 10.1.1: 100 is never sent to HTTP/1.0, and not where there is no content.
+        expected = headers.get('expect') if version != 'HTTP/1.0' else None
+        if expected and expected.lower() != '100-continue':
+            raise HttpError(417, 'the only expectation is 100-continue')
+        self._announce = expected is not None and self._body is not _NO_BODY
+        return Request(method, target, version, headers, self._body, self.peer)
+
+    def read_content(self, view: memoryview) -> int:
+        """Fill `view` from its start with what follows the head; at least one byte."""
+        if self._buffer:
+            self._announce = False
+            count = min(len(view), len(self._buffer))
+            view[:count] = self._buffer[:count]
+            self._buffer = self._buffer[count:]
+            return count
+        self._invite()
+        try:
+            count = self.sock.recv_into(view)
+        except OSError as error:
+            raise Gone(f'receiving: {error}') from None
+        if not count:
+            self._raise_cut_short('content')
+        return count
+
+    def read_line(self, limit: int) -> bytes:
+        """The next line of a chunked body, without its CRLF, `limit` bytes at the most."""
+        while True:
+            end = self._buffer.find(b'\n', 0, limit + 2)
+            if end > 0 and self._buffer[end - 1] == 13:
+                line = self._buffer[:end - 1]
+                self._buffer = self._buffer[end + 1:]
+                return line
+            if end >= 0 or len(self._buffer) >= limit + 2:
+                raise HttpError(400, 'malformed line in a chunked body')
+            self._invite()
+            data = self._receive(RECEIVE_BYTES)
+            if not data:
+                self._raise_cut_short('content')
+            self._buffer += data
+
+    def _invite(self) -> None:
+        """Ask for the content that the client holds back (RFC 9110 15.2.1)."""
+        if self._announce:
+            self._announce = False
+            self._transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive(self, limit: int) -> bytes:
+        try:
+            return self.sock.recv(limit)
+        except OSError as error:
+            raise Gone(f'receiving: {error}') from None
+
+    def _raise_cut_short(self, what: str) -> NoReturn:
+        if self.expired:
+            raise HttpError(408, f'the {what} took too long')
+        raise HttpError(400, f'the {what} was cut short')
+
+    # ---- sending ----
+
+    def _may_keep(self, request: Request) -> bool:
+        """Whether the connection can go on after this request (RFC 9112 9.3)."""
+        if self.stopping or self.expired:
+            return False
+        # Content that was not read is skipped if it is little and surely on its way.
+        left = self._body.left
+        if left and (left > SKIP_BYTES or self._announce):
+            return False
+        options = request.headers.get('connection')
+        if options is None:
+            return request.version == 'HTTP/1.1'
+        tokens = [token.strip(' \t').lower() for token in options.split(',')]
+        return 'close' not in tokens and (request.version == 'HTTP/1.1' or 'keep-alive' in tokens)
+
+    def _skip_body(self) -> bool:
+        """Read what is left of a short body that nobody wanted."""
+        if self._body.left:
+            self.deadline = time.monotonic() + LINGER_SECONDS
+            view = memoryview(bytearray(SKIP_BYTES))
+            try:
+                while self._body.readinto(view):
+                    pass
+            except HttpError:
+                return False
+        return True
+
+    def _send(self, request: Request, response: Response, keep: bool) -> bool:
+        """Send an answer; whether the connection can go on after it."""
+        body = response.body
+        if (isinstance(body, FileSlice) and body.length <= SMALL_BYTES
+                and request.method != 'HEAD'):
+            response = self._load(request, response, body)
+            body = response.body
+        stream = not isinstance(body, (bytes, FileSlice))
+        # RFC 9112 6.3: what has no announced length ends with the connection in HTTP/1.0.
+        keep = keep and not (stream and request.version == 'HTTP/1.0')
+        head = _response_head(response, request.version, keep)
+        self.deadline = time.monotonic() + self._limits.write_seconds
+        self.waits = self.WRITING
+        self._sent = 0
+        try:
+            if request.method == 'HEAD':
+                self._transmit(head)
+            elif isinstance(body, bytes):
+                self._transmit(head + body)
+                self._sent = len(body)
+            elif isinstance(body, FileSlice):
+                self._send_file(head, body)
+            else:
+                self._send_stream(head, body, request.version != 'HTTP/1.0')
+        finally:
+            if access_log.isEnabledFor(logging.INFO):
+                log_access(request, response.status, self._sent)
+        return keep
+
+    def _load(self, request: Request, response: Response, content: FileSlice) -> Response:
+        """The answer with its slice in memory; nothing was sent yet, so that an error of the file
+        can still be said."""
+        data = b''
+        try:
+            while content.length:
+                data += content.read(content.length)
+        except OSError as error:
+            return self._api.failure(request, error)
+        return Response(response.status, response.headers, data)
+
+    def _send_file(self, head: bytes, content: FileSlice) -> None:
+        """Send a slice without its bytes passing through Python, where the system can."""
+        self._transmit(head, _MORE)
+        self.place(roaming=True)
+        direct = hasattr(os, 'sendfile')
+        while content.length:
+            try:
+                if direct:
+                    count = os.sendfile(self.sock.fileno(), content.fd, content.offset,
+                                        min(content.length, SENDFILE_BYTES))
+                    if not count:
+                        raise OSError(errno.EIO, 'the file became shorter while it was being sent')
+                    content.skip(count)
+                else:
+                    data = content.read(COPY_BYTES)
+                    self._transmit(data)
+                    count = len(data)
+            except OSError as error:
+                if direct and error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    direct = False  # not from this file system
+                elif error.errno in _CONNECTION_ERRORS:
+                    raise Gone(f'sending: {error}') from None
+                else:
+                    self._break_off(error)
+            else:
+                self._sent += count
+
+    def _send_stream(self, head: bytes, chunks: Iterator[bytes], chunked: bool) -> None:
+        """Send chunks as they come, one behind, so that a short list leaves in one packet."""
+        waiting = head
+        try:
+            for chunk in chunks:
+                if len(waiting) > len(head) or self._sent:
+                    self._transmit(waiting)
+                    waiting = b''
+                waiting += b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
+                self._sent += len(chunk)
+        except OSError as error:
+            self._break_off(error)
+        self._transmit(waiting + b'0\r\n\r\n' if chunked else waiting)
+
+    def _break_off(self, error: OSError) -> NoReturn:
+        """Reset the connection, so that what was sent does not look complete."""
+        log.error('%s: an answer is broken off: %s', self.peer, error)
+        with contextlib.suppress(OSError):  # a unix socket: there the missing last chunk says it
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        raise Gone('the answer was broken off')
+
+    def _transmit(self, data: bytes, flags: int = 0) -> None:
+        try:
+            self.sock.sendall(data, flags)
+        except OSError as error:
+            raise Gone(f'sending: {error}') from None
+
+    def _linger(self) -> None:
+        """RFC 9112 9.6: close so that the last answer arrives, even if the client still sends: the
+        kernel would answer unread input with a reset, which destroys it."""
+        self.waits = self.READING
+        self.deadline = time.monotonic() + LINGER_SECONDS
+        left = LINGER_BYTES
+        view = memoryview(bytearray(SMALL_BYTES))
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            while left > 0:
+                count = self.sock.recv_into(view)
+                if not count:
+                    break
+                left -= count
+        except OSError as error:
+            log.debug('%s: closing: %s', self.peer, error)
+
+
+_MORE = getattr(socket, 'MSG_MORE', 0)  # the file's first bytes go into the header's packet
+_CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
+                      errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+
+
+def _response_head(response: Response, version: str, keep: bool) -> bytes:
+    """Status line and header section of an answer (RFC 9112 4 and 6)."""
+    body = response.body
+    fields = ''
+    for name, value in response.headers:
+        fields += f'{name}: {value}\r\n'
+    if isinstance(body, bytes):
+        fields += f'Content-Length: {len(body)}\r\n'
+    elif isinstance(body, FileSlice):
+        fields += f'Content-Length: {body.length}\r\n'
+    elif version != 'HTTP/1.0':
+        fields += 'Transfer-Encoding: chunked\r\n'
+    if not keep:
+        fields += 'Connection: close\r\n'
+    elif version == 'HTTP/1.0':
+        fields += 'Connection: keep-alive\r\n'
+    return f'{_status_and_date(response.status, int(time.time()))}{fields}\r\n'.encode('latin-1')
+
+
+@functools.lru_cache(maxsize=16)
+def _status_and_date(status: int, now: int) -> str:
+    from http import HTTPStatus
+    return f'HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {http_date(now)}\r\n'
+
+
+# ==== Server =====================================================================================
+# Listeners, the connections of all of them, time limits and signals.  One loop in the main thread
+# waits for new connections; each connection has a thread.
+
+SWEEP_SECONDS = 0.5         # between two looks at the deadlines of connections, at the most
+STOP_SECONDS = 10           # for requests under way when the server is told to stop
+BACKLOG = 1024              # connections that the system accepts ahead
+EXHAUSTED_SECONDS = 0.1     # before the next try where the system has no descriptor left
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Server:
+    """Serves an Api on `addresses`, pairs of host and port."""
+
+    def __init__(self, api: Api, limits: Limits, addresses: List[Tuple[str, int]]) -> None:
+        self.api = api
+        self.limits = limits
+        self._connections: Set[Connection] = set()
+        self._lock = threading.Lock()   # of _connections
+        self._stopping = False
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self.listeners = []
+        listener_class = _listener_class()
+        for host, port in addresses:
+            listener = listener_class(self, host, port)
+            self.listeners.append(listener)
+            self._selector.register(listener, selectors.EVENT_READ, listener)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; then let running requests finish."""
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _wake_up)
+        self.loop()
+        signal.set_wakeup_fd(-1)
+
+    def stop(self) -> None:
+        """Do what SIGTERM does."""
+        with contextlib.suppress(OSError):  # it has stopped
+            self._wake_writer.send(bytes([signal.SIGTERM]))
+
+    def loop(self) -> None:
+        """Serve until stop() is called or a signal comes."""
+        period = min(SWEEP_SECONDS, self.limits.shortest() / 4)
+        next_sweep = 0.0
+        while not self._signalled():
+            # Without connections there is no deadline, and the process sleeps.
+            for key, _ in self._selector.select(period if self._connections else None):
+                if key.data:
+                    key.data.handle_request()
+            now = time.monotonic()
+            if now >= next_sweep:
+                next_sweep = now + period
+                self._expire(now)
+        self._finish()
+
+    def serve_connection(self, sock: socket.socket, peer: str) -> None:
+        """Serve one connection to its end; called in its own thread."""
+        connection = Http1(sock, peer, self.api, self.limits)
+        with self._lock:
+            self._connections.add(connection)
+        if self._stopping:
+            connection.stop()
+        try:
+            connection.run()
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+            if self._stopping:
+                with contextlib.suppress(OSError):
+                    self._wake_writer.send(b'\0')
+
+    def _signalled(self) -> bool:
+        """Whether a signal has told the server to stop."""
+        try:
+            signals = self._wake_reader.recv(4096)
+        except BlockingIOError:
+            return False
+        return any(number in signals for number in (signal.SIGTERM, signal.SIGINT))
+
+    def _snapshot(self) -> List[Connection]:
+        with self._lock:
+            return list(self._connections)
+
+    def _expire(self, now: float) -> None:
+        """Wake the connections whose time is over."""
+        for connection in self._snapshot():
+            if connection.deadline < now:
+                connection.expire()
+
+    def _finish(self) -> None:
+        """Accept no more, drop idle connections, wait for the others.  A second signal ends the
+        wait."""
+        self._stopping = True
+        for listener in self.listeners:
+            self._selector.unregister(listener)
+            listener.server_close()
+        for connection in self._snapshot():
+            connection.stop()
+        end = time.monotonic() + STOP_SECONDS
+        while self._connections and time.monotonic() < end:
+            self._selector.select(max(0, end - time.monotonic()))
+            if self._signalled():
+                break
+        for connection in self._snapshot():
+            log.warning('cut off %s: its request did not end in time', connection.peer)
+            connection.cut()
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+
+def _wake_up(number: int, frame: Optional[FrameType]) -> None:
+    """A signal has come: its number is in the wake-up socket, which the main loop reads."""
+
+
+@functools.lru_cache(maxsize=None)
+def _listener_class() -> Any:
+    """The class of listeners.  Made when it is needed: http.server takes half of the start-up."""
+    import http.server
+    import socketserver
+
+    class Listener(http.server.ThreadingHTTPServer):
+        """A listening socket whose connections are served by `owner`."""
+
+        allow_reuse_address = os.name == 'posix'  # elsewhere it would allow two servers on a port
+        request_queue_size = BACKLOG
+        timeout = 0
+        block_on_close = False  # Server waits, and not for ever
+
+        def __init__(self, owner: Server, host: str, port: int) -> None:
+            self._owner = owner
+            self.address_family, address = _resolve(host, port)
+            super().__init__(address, socketserver.BaseRequestHandler)
+            self.socket.setblocking(False)  # the client may be gone before it is accepted
+
+        def server_bind(self) -> None:
+            """Bind, without HTTPServer's look-up of the host's name, which can hang for seconds."""
+            if self.address_family == socket.AF_INET6:
+                # `:8080` is IPv4 too; an address of IPv6 is itself alone.
+                both = self.server_address[0] == '::'
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+            socketserver.TCPServer.server_bind(self)
+            self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+        def get_request(self) -> Tuple[socket.socket, Any]:
+            try:
+                sock, address = self.socket.accept()
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    log.error('no connection can be accepted: %s', error)
+                    time.sleep(EXHAUSTED_SECONDS)
+                raise
+            sock.setblocking(True)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock, address
+
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            self._owner.serve_connection(request, _peer_name(client_address))
+
+        def shutdown_request(self, request: Any) -> None:
+            """serve_connection has closed it, unless its thread could not start."""
+            request.close()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            log.error('connection from %s: %s', _peer_name(client_address), sys.exc_info()[1])
+            log.debug('where it happened:', exc_info=True)
+
+    return Listener
+
+
+def _peer_name(address: Tuple[Any, ...]) -> str:
+    """A client's address as logs have it."""
+    host = str(address[0])
+    return host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host
+
+
+def _resolve(host: str, port: int) -> Tuple[socket.AddressFamily, Tuple[Any, ...]]:
+    """The address to listen on.  No host is every address, of IPv6 and IPv4 if there are both; a
+    name that has several gives the one of IPv4.  Raises OSError."""
+    if not host:
+        return ((socket.AF_INET6, ('::', port)) if _has_ipv6()
+                else (socket.AF_INET, ('0.0.0.0', port)))
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found.sort(key=lambda info: info[0] != socket.AF_INET)
+    return found[0][0], found[0][4]
+
+
+def _has_ipv6() -> bool:
+    """Whether a socket can be bound to every address of both families."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.bind(('::', 0))
+        return True
+    except OSError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address that was bound can be reached from this host alone."""
+    return host.startswith('127.') or host == '::1'
+
+
+# ==== Command line ===============================================================================
+# Options, from the command line or the environment; logs; main().
+
+_DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
+
+
+class LogFormatter(logging.Formatter):
+    """rclone's log lines; those of the access log are bare, for the programs that read them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name == access_log.name:
+            return record.getMessage()
+        return super().format(record)
+
+
+def start_log(level: int, path: str) -> None:
+    """Send logs to stderr, or to the end of the file `path`.  Raises OSError."""
+    logging.addLevelName(NOTICE, 'NOTICE')
+    logging.raiseExceptions = False  # a full disk for the log must not stop the service
+    handler = logging.FileHandler(path) if path else logging.StreamHandler()
+    handler.setFormatter(LogFormatter('%(asctime)s %(levelname)s: %(message)s', _DATE_FORMAT))
+    log.addHandler(handler)
+    log.setLevel(level)
+    log.propagate = False
+
+
+class Parser(argparse.ArgumentParser):
+    """Options whose defaults may come from the environment.  Errors are one line and status 2."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        super().__init__(
+            prog='restic_serve', usage='restic_serve.py [options] DIR', allow_abbrev=False,
+            add_help=False, formatter_class=_HelpFormatter,
+            description='Serve the directory DIR to restic: backups over HTTP, with nothing but '
+                        'Python.',
+            epilog='Every option may also come from the environment: --append-only as '
+                   'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces '
+                   'between several addresses. Sizes are bytes, times are written 300ms, 10s, '
+                   '1h0m0s or 2d.')
+        self._environment = environment
+        self._variables: Set[str] = set()
+        self._flags: Dict[str, str] = {}        # words that may go without a value: the option
+        self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
+
+    def option(self, group: Any, name: str, parse: Callable[[str], Any], default: Any, text: str,
+               metavar: str = '', repeated: bool = False) -> None:
+        """Add an option with a value; a bool may go without, which means true.  `repeated` makes a
+        list of the values, and of the words in the environment's variable."""
+        def value(word: str) -> Any:
+            try:
+                return parse(word)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        dest = name[2:].replace('-', '_')
+        variable = f'RESTIC_SERVE_{dest.upper()}'
+        self._variables.add(variable)
+        if variable in self._environment:
+            words = self._environment[variable]
+            try:
+                default = [parse(word) for word in words.split()] if repeated else parse(words)
+            except ValueError as error:
+                self.error(f'{variable}: {error}')
+        if parse is parse_bool:
+            self._flags[name] = name
+        if repeated:
+            self._lists[dest] = default
+            group.add_argument(name, type=value, action='append', help=text, metavar=metavar)
+        else:
+            group.add_argument(name, type=value, default=default, help=text, metavar=metavar)
+
+    def parse(self, words: List[str]) -> argparse.Namespace:
+        """The options that `words` set.  Exits after an error, --help and --version."""
+        end = words.index('--') if '--' in words else len(words)
+        # A bool takes a value only after '=', or it would swallow DIR.
+        explicit = [f'{self._flags[word]}=true' if word in self._flags else word
+                    for word in words[:end]]
+        options = self.parse_intermixed_args(explicit + words[end:])
+        for name, default in self._lists.items():
+            if getattr(options, name) is None:
+                setattr(options, name, default)
+        return options
+
+    def alias(self, short: str, name: str) -> None:
+        """Let `short` stand for the bool option `name`."""
+        self._flags[short] = name
+
+    def verbosity(self) -> int:
+        """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
+        self._variables.add('RESTIC_SERVE_VERBOSE')
+        text = self._environment.get('RESTIC_SERVE_VERBOSE', '0')
+        if not re.fullmatch('[0-9]', text):
+            self.error(f'RESTIC_SERVE_VERBOSE: {text!r} is no level; write 1 for -v, 2 for -vv')
+        return int(text)
+
+    def unknown_variables(self) -> List[str]:
+        """Variables of the environment that look like options and are none."""
+        return sorted(name for name in self._environment
+                      if name.startswith('RESTIC_SERVE_') and name not in self._variables
+                      and not name.startswith('RESTIC_SERVE_TEST_'))
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, and exit status 2."""
+        self.exit(2, f"restic_serve: {re.sub('^argument ', '', message)}\n")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def make_parser(environment: Mapping[str, str]) -> Parser:
+    """The command line of the server, in the groups of --help."""
+    parser = Parser(environment)
+    parser.add_argument('words', nargs='*', help=argparse.SUPPRESS)
+    add = parser.option
+
+    serving = parser.add_argument_group('serving')
+    add(serving, '--addr', parse_address, [('127.0.0.1', 8080)], 'address to listen on: '
+        '1.2.3.4:8000, [::1]:8080, localhost:0 for a free port, :8080 for every address; may be '
+        'repeated (default 127.0.0.1:8080)', 'HOST:PORT', repeated=True)
+    add(serving, '--baseurl', parse_baseurl, '', 'prefix of every URL, behind a proxy', 'PATH')
+    add(serving, '--cache-objects', parse_bool, True, "accepted for rclone's sake, and without "
+        'effect: nothing is cached that could go stale')
+
+    rights = parser.add_argument_group('what they may do')
+    add(rights, '--append-only', parse_bool, False, 'nothing that was stored can be deleted or '
+        'changed, except locks')
+
+    storing = parser.add_argument_group('storing')
+    add(storing, '--group-accessible', parse_bool, False, 'new directories and files can be read '
+        'and written by the group (0770 and 0660 in place of 0700 and 0600)')
+    add(storing, '--no-verify-upload', parse_bool, False, 'do not compare the SHA-256 of an '
+        'upload with its name: for very weak machines, at the price of that safety')
+
+    limits = parser.add_argument_group('limits')
+    add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
+        'line included (default 4096)', 'BYTES')
+    add(limits, '--server-read-timeout', parse_duration, 3600.0, 'longest time for a whole upload '
+        '(default 1h0m0s; 0 is no limit)', 'DURATION')
+    add(limits, '--server-write-timeout', parse_duration, 3600.0, 'longest time for a whole '
+        'download (default 1h0m0s; 0 is no limit)', 'DURATION')
+
+    logs = parser.add_argument_group('logging')
+    logs.add_argument('-v', '--verbose', action='count', default=parser.verbosity(),
+                      help='log each request, in the Combined Log Format; -vv logs what helps '
+                           'to find faults')
+    add(logs, '--quiet', parse_bool, False, 'log errors only; also -q')
+    parser.alias('-q', '--quiet')
+    add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr', 'FILE')
+
+    other = parser.add_argument_group('other jobs')
+    other.add_argument('--version', action='version', version=f'restic_serve {__version__}')
+    other.add_argument('-h', '--help', action='help', help='this text')
+    return parser
+
+
+def find_directory(parser: Parser, words: List[str]) -> str:
+    """DIR among the words that are no options; `serve restic` before it are rclone's."""
+    if words[:2] == ['serve', 'restic']:
+        words = words[2:]
+    if not words or not words[0]:
+        parser.error('DIR is missing; write restic_serve.py /srv/backup')
+    if len(words) > 1:
+        parser.error(f'{words[1]!r}: only one DIR can be served')
+    return words[0]
+
+
+def announce(server: Server, root: str, baseurl: str) -> None:
+    """Log where the server can be reached, and by whom."""
+    for listener in server.listeners:
+        host, port = listener.server_address[:2]
+        if not is_loopback(host):
+            log.warning('anyone who reaches %s can read and write the backups in %s: there is no '
+                        'authentication', host, root)
+        name = socket.gethostname() if host in ('::', '0.0.0.0') else host
+        url = f"http://{f'[{name}]' if ':' in name else name}:{port}{baseurl}/"
+        log.log(NOTICE, 'serving %s on %s', root, url)
+        log.log(NOTICE, 'try it: restic -r rest:%s init', url)
+
+
+def main(words: Optional[List[str]] = None) -> int:
+    """Run the command line `words` (default: the program's own); the exit status."""
+    parser = make_parser(os.environ)
+    options = parser.parse(sys.argv[1:] if words is None else words)
+    directory = find_directory(parser, options.words)
+    level = logging.ERROR if options.quiet else {0: NOTICE, 1: logging.INFO}.get(
+        options.verbose, logging.DEBUG)
+    doing = '--log-file'
+    try:
+        start_log(level, options.log_file)
+        for name in parser.unknown_variables():
+            log.warning('the environment has %s, which is no option', name)
+        doing = directory
+        store = Store(directory, verify=not options.no_verify_upload,
+                      shared=options.group_accessible)
+        store.prepare()
+        doing = '--addr'
+        server = Server(Api(store, Policy(options.append_only), options.baseurl),
+                        Limits(header_bytes=options.max_header_bytes,
+                               read_seconds=options.server_read_timeout,
+                               write_seconds=options.server_write_timeout), options.addr)
+    except OSError as error:
+        print(f'restic_serve: {doing}: {error}', file=sys.stderr)
+        return 1
+    announce(server, store.root, options.baseurl)
+    server.run()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,1814 @@
+"""The promises of restic_serve, each a test.  Run them with `python3 -m unittest`.
+
+They need nothing but Python.  Those that drive another program are skipped where it is missing, or
+fail there if RESTIC_SERVE_TEST_ALL=1.  RESTIC_SERVE_TEST_PEERS names a folder with further restic,
+rclone and rest-server programs.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import restic_serve
+from restic_serve import Api, HttpError, Limits, Location, Policy, Request, Server, Store
+
+MODULE = restic_serve.__file__
+V2 = 'application/vnd.x.restic.rest.v2'
+PATIENCE = 30  # seconds until something that should have happened counts as missing
+
+
+def program(name, folder=''):
+    """The path of a program; skips the test without it, or fails it where all must run."""
+    path = shutil.which(name, path=folder or None)
+    if not path:
+        reason = f'{name} is not installed{f" in {folder}" if folder else ""}'
+        if os.environ.get('RESTIC_SERVE_TEST_ALL') == '1':
+            raise AssertionError(reason)
+        raise unittest.SkipTest(reason)
+    return path
+
+
+def named(content):
+    """The name of an object."""
+    return hashlib.sha256(content).hexdigest()
+
+
+class Bytes:
+    """Content of a request, in pieces of `step` bytes, which may end with an exception."""
+
+    def __init__(self, content, step=1 << 20, error=None, length=-1):
+        self._file = io.BytesIO(content)
+        self._step = step
+        self._error = error
+        self.length = len(content) if length == -1 else length
+
+    def readinto(self, view):
+        count = self._file.readinto(view[:self._step])
+        if not count and self._error:
+            raise self._error
+        return count
+
+
+class TestCase(unittest.TestCase):
+    """A test with a folder of its own and an eye on the log."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.root = self.folder / 'srv'
+        self.log = []
+        handler = logging.Handler()
+        handler.addFilter(lambda record: record.name == restic_serve.log.name)
+        handler.emit = lambda record: self.log.append(record.getMessage())
+        restic_serve.log.addHandler(handler)
+        restic_serve.log.propagate = False
+        restic_serve.log.setLevel(logging.INFO)
+        self.addCleanup(restic_serve.log.removeHandler, handler)
+
+    def files(self, folder=None):
+        """All files below a folder, by their path in it."""
+        folder = folder or self.root
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+# ---- Units ----
+
+class UnitsTest(unittest.TestCase):
+    def test_durations_are_written_as_in_rclone(self):
+        for text, seconds in (('1h0m0s', 3600), ('300ms', 0.3), ('2d', 172800), ('90', 90),
+                              ('1.5s', 1.5), ('0', 0), ('1m30s', 90), ('1w', 604800)):
+            self.assertAlmostEqual(restic_serve.parse_duration(text), seconds, msg=text)
+
+    def test_addresses(self):
+        for text, pair in (('1.2.3.4:8000', ('1.2.3.4', 8000)), (':8080', ('', 8080)),
+                           ('[::1]:8080', ('::1', 8080)), ('localhost:0', ('localhost', 0))):
+            self.assertEqual(restic_serve.parse_address(text), pair)
+
+    def test_the_three_spellings_of_a_base_url_are_one(self):
+        for text in ('backup', '/backup', 'backup/', '/backup/'):
+            self.assertEqual(restic_serve.parse_baseurl(text), '/backup')
+        self.assertEqual(restic_serve.parse_baseurl('/'), '')
+
+    def test_an_error_names_the_value_and_what_would_be_right(self):
+        for parse, text in ((restic_serve.parse_duration, '10x'), (restic_serve.parse_duration, ''),
+                            (restic_serve.parse_duration, '5s 3m'), (restic_serve.parse_count, '0'),
+                            (restic_serve.parse_address, '::1:80'), (restic_serve.parse_count, '-1'),
+                            (restic_serve.parse_address, 'host:99999'),
+                            (restic_serve.parse_address, '8080'), (restic_serve.parse_bool, 'maybe'),
+                            (restic_serve.parse_baseurl, '/a//b'), (restic_serve.parse_baseurl, '?')):
+            with self.assertRaises(ValueError, msg=text) as caught:
+                parse(text)
+            self.assertIn(repr(text), str(caught.exception))
+            self.assertNotIn('\n', str(caught.exception))
+
+
+# ---- Messages ----
+
+class RangeTest(unittest.TestCase):
+    def test_one_byte_range_is_a_slice(self):
+        for value, part in (('bytes=0-', (0, 10)), ('bytes=2-4', (2, 3)), ('bytes=9-9', (9, 1)),
+                            ('bytes=5-99', (5, 5)), ('bytes=-3', (7, 3)), ('bytes=-99', (0, 10)),
+                            ('BYTES=1-1', (1, 1))):
+            self.assertEqual(restic_serve.parse_range(value, 10), part, value)
+
+    def test_what_is_malformed_or_several_is_ignored(self):
+        for value in ('bytes=', 'bytes=-', 'bytes=4-2', 'bytes=1-2,4-5', 'bytes=a-b', 'items=0-1',
+                      'bytes = 0-1', 'bytes=0-1x', '', 'bytes=0x1-2', 'bytes=+1-2'):
+            self.assertIsNone(restic_serve.parse_range(value, 10), value)
+
+    def test_past_the_end_is_416_with_the_size(self):
+        for value in ('bytes=10-', 'bytes=11-20', 'bytes=-0'):
+            with self.assertRaises(HttpError, msg=value) as caught:
+                restic_serve.parse_range(value, 10)
+            self.assertEqual(caught.exception.status, 416)
+            self.assertEqual(list(caught.exception.headers), [('Content-Range', 'bytes */10')])
+
+
+# ---- Store ----
+
+class StoreTest(TestCase):
+    def setUp(self):
+        super().setUp()
+        self.store = self.make_store()
+
+    def make_store(self, **options):
+        store = Store(str(self.root), **options)
+        store.prepare()
+        return store
+
+    def save(self, content, kind='data', repository='/host', **more):
+        location = Location(repository, kind, '' if kind == 'config' else named(content))
+        self.store.save(location, Bytes(content, **more))
+        return location
+
+    def path(self, location):
+        return Path(self.store._path(location))
+
+    def names(self, kind, sizes=True):
+        return dict(self.store.list(Location('/host', kind), sizes))
+
+    def test_a_repository_has_the_layout_of_restic(self):
+        self.store.create_repository('/a/b/c')
+        base = self.root / 'a' / 'b' / 'c'
+        self.assertEqual(sorted(path.name for path in base.iterdir()), sorted(restic_serve.KINDS))
+        self.assertEqual(sorted(path.name for path in (base / 'data').iterdir()),
+                         [f'{number:02x}' for number in range(256)])
+        self.store.create_repository('/a/b/c')
+
+    def test_what_is_saved_is_read_listed_and_deleted(self):
+        for kind in restic_serve.KINDS:
+            content = kind.encode() * 1000
+            location = self.save(content, kind, step=77)
+            with self.store.open(location) as stored:
+                self.assertEqual(stored.read(1 << 20), content)
+            self.assertEqual(self.names(kind), {named(content): len(content)})
+            self.assertTrue(self.store.delete(location))
+            self.assertFalse(self.store.delete(location))
+            self.assertEqual(self.names(kind), {})
+
+    def test_nothing_stays_of_content_that_does_not_match_its_name(self):
+        with self.assertRaises(HttpError) as caught:
+            self.store.save(Location('/host', 'data', '0' * 64), Bytes(b'x'))
+        self.assertEqual(caught.exception.status, 400)
+        self.assertEqual(self.files(), [])
+
+    def test_nothing_stays_of_content_that_is_cut_short(self):
+        for nameless in (True, False):
+            self.store.nameless = nameless
+            with self.assertRaises(restic_serve.Gone):
+                self.save(b'x' * 1000, error=restic_serve.Gone('cut'), step=100)
+            self.assertEqual(self.files(), [])
+
+    def test_the_same_object_again_is_stored_once(self):
+        location = self.save(b'x')
+        before = self.path(location).stat().st_ino
+        self.save(b'x')
+        self.assertEqual(self.path(location).stat().st_ino, before)
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+
+    def test_a_damaged_object_is_mended_by_a_verified_upload(self):
+        for nameless in (True, False):
+            self.store.nameless = nameless
+            location = self.save(b'content')
+            self.path(location).write_bytes(b'cont')
+            self.save(b'content')
+            self.assertEqual(self.path(location).read_bytes(), b'content')
+            self.assertIn('damaged', self.log[-1])
+            self.assertEqual(len(self.files()), 1)
+
+    def test_an_unreadable_object_counts_as_damaged(self):
+        location = self.save(b'content')
+        before = self.path(location).stat().st_ino
+        with mock.patch.object(restic_serve, '_digest', side_effect=OSError(errno.EIO, 'I/O')):
+            self.save(b'content')
+        self.assertNotEqual(self.path(location).stat().st_ino, before)
+
+    def test_a_damaged_object_is_not_replaced_by_other_content(self):
+        location = self.save(b'content')
+        self.path(location).write_bytes(b'cont')
+        for verify in (True, False):
+            self.store.verify = verify
+            with self.assertRaises(HttpError):
+                self.store.save(location, Bytes(b'other'))
+            self.assertEqual(self.path(location).read_bytes(), b'cont')
+
+    def test_an_object_deleted_while_it_is_compared_is_stored_again(self):
+        location = self.save(b'content')
+        opened = self.store.open
+
+        def delete_first(wanted):
+            self.store.delete(wanted)
+            return opened(wanted)
+
+        with mock.patch.object(self.store, 'open', delete_first):
+            self.save(b'content')
+        self.assertEqual(self.path(location).read_bytes(), b'content')
+
+    def test_another_config_is_refused_and_the_same_is_not(self):
+        self.save(b'one', 'config')
+        self.save(b'one', 'config')
+        with self.assertRaises(HttpError) as caught:
+            self.save(b'two', 'config')
+        self.assertEqual(caught.exception.status, 403)
+        self.assertEqual((self.root / 'host' / 'config').read_bytes(), b'one')
+
+    def test_without_verification_any_content_is_stored_but_not_over_another(self):
+        self.store = self.make_store(verify=False)
+        location = Location('/host', 'keys', '1' * 64)
+        self.store.save(location, Bytes(b'anything'))
+        self.assertEqual(self.path(location).read_bytes(), b'anything')
+        with self.assertRaises(HttpError):
+            self.store.save(location, Bytes(b'other'))
+
+    def test_an_upload_is_synced_before_it_has_its_name_and_its_folder_after(self):
+        self.store.create_repository('/host')
+        self.store.hidden_folder()
+        calls = []
+
+        def note(name):
+            real = getattr(os, name)
+
+            def call(*args, **more):
+                target = args[0] if name == 'fsync' else args[1]
+                calls.append((name, stat.S_ISDIR(os.fstat(target).st_mode)
+                              if name == 'fsync' else os.path.basename(target)))
+                return real(*args, **more)
+            return mock.patch.object(os, name, call)
+
+        for nameless in (True, False):
+            self.store.nameless = nameless
+            calls.clear()
+            content = f'{nameless}'.encode()
+            with note('fsync'), note('link'):
+                self.save(content)
+            self.assertEqual(calls, [('fsync', False), ('link', named(content)), ('fsync', True)])
+
+    def test_no_listing_shows_an_upload_under_way(self):
+        seen = []
+
+        class Looking(Bytes):
+            def readinto(body, view):  # noqa: N805 - self is the test's
+                seen.append((self.names('keys'), self.files(self.root / 'host')))
+                return super().readinto(view)
+
+        for nameless in (True, False):
+            self.store.nameless = nameless
+            content = f'{nameless}'.encode()
+            self.store.save(Location('/host', 'keys', named(content)), Looking(content))
+            self.store.delete(Location('/host', 'keys', named(content)))
+        self.assertEqual(seen, [({}, [])] * 4)
+
+    def test_scratch_files_with_a_name_lie_in_the_hidden_folder(self):
+        self.store.nameless = False
+        with restic_serve.Scratch(self.store, str(self.root)) as scratch:
+            self.assertEqual(Path(scratch.path).parent, self.root / restic_serve.HIDDEN)
+        self.assertEqual(self.files(), [])
+
+    def test_or_beside_the_object_where_that_is_another_file_system(self):
+        other = self.folder / 'other'
+        (other / 'keys').mkdir(parents=True)
+        real = os.stat
+
+        def stat_elsewhere(path, **more):
+            status = real(path, **more)
+            if str(path).startswith(str(self.root / 'host')):
+                return os.stat_result(status[:2] + (status.st_dev + 1,) + status[3:10])
+            return status
+
+        self.store.nameless = False
+        self.store.create_repository('/host')
+        with mock.patch.object(os, 'stat', stat_elsewhere), \
+                restic_serve.Scratch(self.store, str(self.root / 'host' / 'keys')) as scratch:
+            self.assertEqual(Path(scratch.path).parent, self.root / 'host' / 'keys')
+            self.assertEqual(self.names('keys'), {})
+
+    def test_a_bind_mount_is_crossed_by_a_copy(self):
+        real = os.link
+
+        def link(source, target, **more):
+            if restic_serve.HIDDEN + '/' in source:
+                raise OSError(errno.EXDEV, 'Invalid cross-device link')
+            real(source, target, **more)
+
+        self.store.nameless = False
+        with mock.patch.object(os, 'link', link):
+            location = self.save(b'content')
+        self.assertEqual(self.path(location).read_bytes(), b'content')
+        self.assertEqual(len(self.files()), 1)
+
+    def test_a_file_system_without_o_tmpfile(self):
+        real = os.open
+
+        def no_tmpfile(path, flags, *args, **more):
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, 'not supported')
+            return real(path, flags, *args, **more)
+
+        if not hasattr(os, 'O_TMPFILE'):
+            self.skipTest('this system has no O_TMPFILE')
+        with mock.patch.object(os, 'open', no_tmpfile):
+            location = self.save(b'content')
+        self.assertEqual(self.path(location).read_bytes(), b'content')
+        self.assertEqual(len(self.files()), 1)
+
+    def test_a_file_system_without_hard_links(self):
+        self.store.nameless = False
+        with mock.patch.object(os, 'link', side_effect=OSError(errno.EPERM, 'no links')):
+            location = self.save(b'content')
+            before = self.path(location).stat().st_ino
+            self.save(b'content')
+            self.assertEqual(self.path(location).stat().st_ino, before)
+            self.save(b'one', 'config')
+            with self.assertRaises(HttpError):
+                self.save(b'two', 'config')
+            self.path(location).write_bytes(b'cont')
+            self.save(b'content')
+        self.assertEqual(self.path(location).read_bytes(), b'content')
+        self.assertEqual(len(self.files()), 2)
+
+    def test_where_nameless_files_cannot_be_linked_they_are_not_used(self):
+        with mock.patch.object(os, 'link', side_effect=OSError(errno.ENOENT, 'no /proc')):
+            store = self.make_store()
+        self.assertFalse(store.nameless)
+
+    def test_what_a_crash_left_behind_is_removed_after_an_hour(self):
+        hidden = self.root / restic_serve.HIDDEN
+        hidden.mkdir()
+        for name, age in (('upload-old', 3700), ('upload-new', 3500), ('state', 9999)):
+            (hidden / name).touch()
+            os.utime(hidden / name, (time.time() - age,) * 2)
+        self.store.prepare()
+        self.assertEqual(self.files(hidden), ['state', 'upload-new'])
+
+    def test_modes_are_private_whatever_the_umask(self):
+        self.check_modes(0o700, 0o600)
+
+    def test_modes_for_the_group_whatever_the_umask(self):
+        self.store = self.make_store(shared=True)
+        self.check_modes(0o770, 0o660)
+
+    def check_modes(self, directory, file):
+        for number, mask in enumerate((0o022, 0o077, 0o000)):
+            old = os.umask(mask)
+            try:
+                for nameless in (True, False):
+                    self.store.nameless = nameless
+                    self.save(b'%d' % nameless, repository=f'/host{number}')
+            finally:
+                os.umask(old)
+        for path in self.root.rglob('*'):
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), directory if path.is_dir() else file,
+                             path)
+
+    def test_a_list_has_objects_only_each_in_its_place(self):
+        self.save(b'x')
+        data = self.root / 'host' / 'data'
+        (data / 'ff').mkdir(exist_ok=True)
+        (data / 'ff' / ('0' * 64)).touch()        # not where it would be looked for
+        (data / 'ff' / 'f.tmp').touch()
+        (data / ('f' * 64)).touch()
+        (data / 'other').mkdir()
+        self.assertEqual(self.names('data'), {named(b'x'): 1})
+        self.assertEqual(self.names('data', sizes=False), {named(b'x'): 0})
+
+    def test_a_list_of_a_folder_that_is_missing_is_empty(self):
+        self.assertEqual(self.names('data'), {})
+        self.assertEqual(self.names('keys'), {})
+
+    def test_an_object_deleted_during_a_list_is_no_error(self):
+        kept = self.save(b'x', 'keys')
+
+        class Deleted:
+            name = '0' * 64
+
+            def stat(self, follow_symlinks):
+                raise FileNotFoundError
+
+        class Kept(Deleted):
+            name = kept.name
+
+            def stat(self, follow_symlinks):
+                return os.stat_result((0,) * 6 + (1,) + (0,) * 3)
+
+        self.assertEqual(list(restic_serve._objects(iter([Deleted(), Kept()]), True)),
+                         [(kept.name, 1)])
+
+    def test_a_link_or_fifo_is_no_object(self):
+        self.store.create_repository('/host')
+        keys = self.root / 'host' / 'keys'
+        (self.folder / 'secret').write_text('secret')
+        (keys / ('a' * 64)).symlink_to(self.folder / 'secret')
+        os.mkfifo(keys / ('b' * 64))
+        for letter in 'ab':
+            with self.assertRaises(OSError):
+                self.store.open(Location('/host', 'keys', letter * 64)).close()
+
+    def test_no_descriptor_is_left_open(self):
+        before = sorted(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else []
+        self.test_nothing_stays_of_content_that_is_cut_short()
+        self.test_a_damaged_object_is_mended_by_a_verified_upload()
+        shutil.rmtree(self.root / 'host')
+        self.test_a_file_system_without_hard_links()
+        shutil.rmtree(self.root / 'host')
+        self.test_a_bind_mount_is_crossed_by_a_copy()
+        if before:
+            self.assertEqual(sorted(os.listdir('/proc/self/fd')), before)
+
+    def test_a_directory_that_is_missing_is_made_and_said(self):
+        self.assertTrue(self.root.is_dir())
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+
+    def test_a_directory_that_is_a_file_is_refused(self):
+        (self.folder / 'file').touch()
+        with self.assertRaises(NotADirectoryError):
+            Store(str(self.folder / 'file')).prepare()
+
+    def test_uploads_of_one_object_at_once_store_it_once(self):
+        content = os.urandom(100_000)
+        errors = []
+
+        def upload():
+            try:
+                self.save(content)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=upload) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+        self.assertEqual(self.names('data'), {named(content): len(content)})
+
+
+# ---- Api ----
+
+class ApiTest(TestCase):
+    """The table of routes and answers, without a wire."""
+
+    CONTENT = b'0123456789'
+    NAME = hashlib.sha256(CONTENT).hexdigest()
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.api = Api(self.store, Policy(False))
+
+    def ask(self, method, target, body=b'', **headers):
+        """Status, headers and content of the answer."""
+        if isinstance(body, bytes):
+            body = Bytes(body)
+        headers = {name.replace('_', '-'): value for name, value in headers.items()}
+        response = self.api.handle(Request(method, target, 'HTTP/1.1', headers, body, 'test'))
+        try:
+            content = response.body
+            if isinstance(content, restic_serve.FileSlice):
+                content = content.read(content.length)
+            return response.status, dict(response.headers), (
+                content if isinstance(content, bytes) else b''.join(content))
+        finally:
+            response.close()
+
+    def status(self, *args, **more):
+        return self.ask(*args, **more)[0]
+
+    def test_a_repository_is_made_once_and_again(self):
+        for path in ('/', '/host', '/host/', '/a/b/c/', '/with%20space/', '/%C3%BC/'):
+            self.assertEqual(self.status('POST', f'{path}?create=true'), 200, path)
+            self.assertEqual(self.status('POST', f'{path}?create=true'), 200, path)
+        self.assertTrue((self.root / 'with space' / 'data' / 'ff').is_dir())
+        self.assertTrue((self.root / 'ü' / 'keys').is_dir())
+
+    def test_other_requests_for_a_repository(self):
+        for method, target, status in (
+                ('POST', '/host/', 400), ('POST', '/host/?create=1', 400), ('DELETE', '/host/', 501),
+                ('GET', '/host/', 404), ('GET', '/file-123', 404), ('PUT', '/host/', 405),
+                ('BREW', '/host/', 501)):
+            self.assertEqual(self.status(method, target), status, (method, target))
+
+    def test_objects_of_every_kind(self):
+        for kind in restic_serve.KINDS:
+            path = f'/host/{kind}/{self.NAME}'
+            self.assertEqual(self.status('GET', path), 404)
+            self.assertEqual(self.status('HEAD', path), 404)
+            self.assertEqual(self.status('POST', path, self.CONTENT), 200)
+            self.assertEqual(self.ask('GET', path)[2], self.CONTENT)
+            self.assertEqual(self.status('HEAD', path), 200)
+            self.assertEqual(self.status('POST', path, self.CONTENT), 200)
+            self.assertEqual(self.status('POST', path, b'other'), 400)
+            self.assertEqual(self.status('DELETE', path), 200)
+            self.assertEqual(self.status('DELETE', path), 200)
+            self.assertEqual(self.status('GET', path), 404)
+
+    def test_config(self):
+        path = '/host/config'
+        self.assertEqual(self.status('GET', path), 404)
+        self.assertEqual(self.status('POST', path, b'one'), 200)
+        self.assertEqual(self.status('POST', path, b'one'), 200)
+        self.assertEqual(self.status('POST', path, b'two'), 403)
+        self.assertEqual(self.ask('GET', path)[2], b'one')
+        self.assertEqual(self.status('DELETE', path), 200)
+        self.assertEqual(self.status('DELETE', path), 200)
+
+    def test_append_only(self):
+        for kind in restic_serve.KINDS:
+            self.ask('POST', f'/host/{kind}/{self.NAME}', self.CONTENT)
+        self.ask('POST', '/host/config', b'one')
+        self.api.policy.append_only = True
+        for kind in restic_serve.KINDS:
+            path = f'/host/{kind}/{self.NAME}'
+            self.assertEqual(self.status('DELETE', path), 200 if kind == 'locks' else 403, kind)
+            self.assertEqual(self.status('POST', path, self.CONTENT), 200, kind)
+            self.assertEqual(self.status('POST', path, b'other'), 400, kind)
+            self.assertEqual(self.ask('GET', path)[2], self.CONTENT)
+        self.assertEqual(self.status('DELETE', '/host/config'), 403)
+        self.assertEqual(self.status('POST', '/host/config', b'one'), 200)
+        self.assertEqual(self.status('POST', '/host/config', b'two'), 403)
+        self.assertEqual(self.status('DELETE', '/host/'), 501)
+        self.assertIn(f'append-only: test may not delete /host/data/{self.NAME}', self.log)
+
+    def test_append_only_lets_a_damaged_object_be_mended(self):
+        path = f'/host/data/{self.NAME}'
+        self.ask('POST', path, self.CONTENT)
+        file = self.root / 'host' / 'data' / self.NAME[:2] / self.NAME
+        file.write_bytes(b'')
+        self.api.policy.append_only = True
+        self.assertEqual(self.status('POST', path, self.CONTENT), 200)
+        self.assertEqual(file.read_bytes(), self.CONTENT)
+
+    def test_ranges(self):
+        path = f'/host/data/{self.NAME}'
+        self.ask('POST', path, self.CONTENT)
+        for value, status, content, field in (
+                ('bytes=0-', 206, b'0123456789', 'bytes 0-9/10'),
+                ('bytes=2-4', 206, b'234', 'bytes 2-4/10'),
+                ('bytes=8-99', 206, b'89', 'bytes 8-9/10'),
+                ('bytes=-3', 206, b'789', 'bytes 7-9/10'),
+                ('bytes=10-', 416, None, 'bytes */10'),
+                ('bytes=0-1,3-4', 200, self.CONTENT, None),
+                ('nonsense', 200, self.CONTENT, None)):
+            answer = self.ask('GET', path, range=value)
+            self.assertEqual(answer[0], status, value)
+            self.assertEqual(answer[1].get('Content-Range'), field)
+            if content is not None:
+                self.assertEqual(answer[2], content)
+        # RFC 9110 13.1.5 and 14.2
+        self.assertEqual(self.status('GET', path, range='bytes=1-2', if_range='"x"'), 200)
+        self.assertEqual(self.status('HEAD', path, range='bytes=1-2'), 200)
+
+    def test_lists(self):
+        for kind in restic_serve.KINDS:
+            target = f'/host/{kind}/'
+            for accept, kind_of in ((V2, V2), ('', 'application/vnd.x.restic.rest.v1')):
+                status, headers, content = self.ask('GET', target, accept=accept)
+                self.assertEqual((status, json.loads(content)), (200, []))
+                self.assertEqual(headers['Content-Type'], kind_of)
+            self.ask('POST', target + self.NAME, self.CONTENT)
+            self.assertEqual(json.loads(self.ask('GET', target, accept=V2)[2]),
+                             [{'name': self.NAME, 'size': 10}])
+            self.assertEqual(json.loads(self.ask('GET', target)[2]), [self.NAME])
+            self.assertEqual(self.status('HEAD', target), 200)
+            for method in ('POST', 'DELETE', 'PUT'):
+                status, headers, _ = self.ask(method, target)
+                self.assertEqual((status, headers['Allow']), (405, 'GET, HEAD'))
+
+    def test_a_long_list_is_valid_json_however_it_is_cut(self):
+        for count in (0, 1, 2, 169, 170, 171, 172, 341, 1000):
+            objects = [(f'{number:064x}', number) for number in range(count)]
+            text = b''.join(restic_serve.json_list(iter(objects), True))
+            self.assertEqual(json.loads(text), [{'name': n, 'size': s} for n, s in objects])
+            text = b''.join(restic_serve.json_list(iter(objects), False))
+            self.assertEqual(json.loads(text), [n for n, _ in objects])
+
+    def test_a_list_is_read_as_it_is_sent(self):
+        read = 0
+
+        def objects():
+            nonlocal read
+            for number in range(100_000):
+                read += 1
+                yield f'{number:064x}', 1
+
+        with mock.patch.object(self.store, 'list', lambda location, sizes: objects()):
+            response = self.api.handle(Request('GET', '/data/', 'HTTP/1.1', {'accept': V2},
+                                               Bytes(b''), 'test'))
+            next(response.body)
+        self.assertLess(read, 1000)
+
+    def test_every_other_path_is_404(self):
+        for path in ('/host/data', '/host/data/ab', f'/host/data/{self.NAME}/', '/host/config/',
+                     f'/host/data/{self.NAME.upper()}', f'/host/data/{self.NAME}0', '/host/keys/x/',
+                     f'/host/data/{self.NAME[:2]}/{self.NAME}', f'/host/other/{self.NAME}',
+                     '/host/data/x/config', f'/{restic_serve.HIDDEN}/config', '/data/host/config',
+                     f'/{restic_serve.HIDDEN}/data/', '/config/config'):
+            for method in ('GET', 'HEAD'):
+                self.assertEqual(self.status(method, path), 404, (method, path))
+
+    def test_paths_that_are_none_never_reach_the_file_system(self):
+        events = []
+        listening = [True]
+
+        def hook(event, args):
+            if listening and event in ('open', 'os.scandir', 'os.mkdir', 'os.listdir', 'os.remove'):
+                events.append((event, args[0]))
+
+        sys.addaudithook(hook)
+        try:
+            for path in ('/.', '/..', '/../etc/config', '/a/../../config', '//', '/a//config',
+                         '/a/./config', '/%2e%2e/config', '/a/%2E%2E/config', '/%2e/config',
+                         '/a%00b/config', '/a%2fb/config', '/a%2F..%2Fb/config', '/a%0ab/config',
+                         '/%ff/config', '/%c0%ae%c0%ae/config', '/%zz/config', '/%', '/%2/config',
+                         '/a/..', '/data/..', f'/../data/{self.NAME}', '//config', f'//data/{self.NAME}',
+                         'config', '*', '/a/../data/', f'/data/../data/{self.NAME}'):
+                for method in ('GET', 'HEAD', 'POST', 'DELETE'):
+                    self.assertEqual(self.status(method, path), 400, (method, path))
+        finally:
+            listening.clear()
+        self.assertEqual(events, [])
+
+    def test_backslash_and_colon_are_refused_on_windows_alone(self):
+        self.assertEqual(self.status('GET', '/a%5Cb/config'), 404)
+        pattern = '[\\x00-\\x1f\\x7f\\\\:]'
+        restic_serve._check_repository.cache_clear()
+        with mock.patch.object(restic_serve, '_NO_FILE_NAME', re.compile(pattern)):
+            self.assertEqual(self.status('GET', '/a%5Cb/config'), 400)
+            self.assertEqual(self.status('GET', '/C:/config'), 400)
+        restic_serve._check_repository.cache_clear()
+
+    def test_a_base_url_is_the_prefix_of_every_path(self):
+        self.api.baseurl = '/backup'
+        self.assertEqual(self.status('POST', '/backup/host/?create=true'), 200)
+        self.assertEqual(self.status('POST', '/backup?create=true'), 200)
+        self.assertEqual(self.status('GET', '/backup/host/data/'), 200)
+        for path in ('/host/data/', '/backups/host/data/', '/'):
+            self.assertEqual(self.status('GET', path), 404, path)
+
+    def test_an_error_of_the_file_system_has_its_status(self):
+        path = f'/host/data/{self.NAME}'
+        self.ask('POST', '/host/?create=true')
+        for number, status in ((errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 507),
+                               (errno.EIO, 500), (errno.EACCES, 403), (errno.EMFILE, 503),
+                               (errno.ENAMETOOLONG, 400)):
+            with mock.patch.object(os, 'write', side_effect=OSError(number, 'made by a test')):
+                answer = self.ask('POST', path, self.CONTENT)
+            self.assertEqual(answer[0], status, errno.errorcode[number])
+            self.assertEqual(answer[2].count(b'\n'), 1)
+            if status != 400:
+                self.assertIn('made by a test', self.log[-1])
+        self.assertEqual(self.files(), [])
+
+    def test_a_name_too_long_for_the_file_system(self):
+        self.assertEqual(self.status('GET', f'/{"x" * 300}/config'), 400)
+        self.assertEqual(self.status('POST', f'/{"x" * 300}/?create=true'), 400)
+
+    def test_a_fault_of_the_program_is_answered_500_and_logged_in_one_line(self):
+        with mock.patch.object(self.store, 'open', side_effect=ValueError('made by a test')):
+            self.assertEqual(self.status('GET', '/config'), 500)
+        self.assertEqual(self.log[-1], 'GET /config: ValueError: made by a test')
+
+    def test_a_client_that_goes_away_leaves_nothing(self):
+        with self.assertRaises(restic_serve.Gone):
+            self.ask('POST', f'/host/data/{self.NAME}',
+                     Bytes(b'012', error=restic_serve.Gone('cut'), length=10))
+        self.assertEqual(self.files(), [])
+
+
+# ---- Http1 ----
+
+class HeadTest(unittest.TestCase):
+    """The parser of heads, from strings alone."""
+
+    def parse(self, text):
+        return restic_serve.parse_head(text)
+
+    def test_a_head_in_its_parts(self):
+        method, target, version, headers = self.parse(
+            'GET /a?b HTTP/1.1\r\nHost: x:1\r\nX-One:1\r\nx-one: \t2 \t\r\nX-Empty:\r\n'
+            'X-High: \xe9 :"\r\n')
+        self.assertEqual((method, target, version), ('GET', '/a?b', 'HTTP/1.1'))
+        self.assertEqual(headers, {'host': 'x:1', 'x-one': '1, 2', 'x-empty': '',
+                                   'x-high': '\xe9 :"'})
+
+    def test_versions(self):
+        self.assertEqual(self.parse('GET / HTTP/1.0\r\n')[2], 'HTTP/1.0')
+        self.assertEqual(self.parse('GET / HTTP/1.2\r\nHost: x\r\n')[2], 'HTTP/1.1')
+        for version in ('HTTP/2.0', 'HTTP/0.9', 'HTTP/2'):
+            with self.assertRaises(HttpError) as caught:
+                self.parse(f'GET / {version}\r\nHost: x\r\n')
+            self.assertEqual(caught.exception.status, 505)
+
+    def test_an_absolute_target_is_its_path(self):
+        for target, path in (('http://x/a?b', '/a?b'), ('HTTPS://x:1/a', '/a'), ('http://x', '/'),
+                             ('http://x?a', '/?a')):
+            self.assertEqual(self.parse(f'GET {target} HTTP/1.1\r\nHost: x\r\n')[1], path)
+
+    def test_what_is_refused_and_why(self):
+        for head, reason in (
+                ('GET /\r\n', 'request line'), ('GET  / HTTP/1.1\r\nHost: x\r\n', 'request line'),
+                ('GET / HTTP/1.1 \r\nHost: x\r\n', 'request line'), (' GET / HTTP/1.1\r\n', 'line'),
+                ('G\x00T / HTTP/1.1\r\nHost: x\r\n', 'request line'),
+                ('GET /\xe9 HTTP/1.1\r\nHost: x\r\n', 'request line'),
+                ('GET /#a HTTP/1.1\r\nHost: x\r\n', 'request line'),
+                ('GET / HTTP/1.1\r\nHost: x\r\n folded: 1\r\n', 'folded'),
+                ('GET / HTTP/1.1\r\n Host: x\r\n', 'folded'),
+                ('GET / HTTP/1.1\r\nHost : x\r\n', 'space before the colon'),
+                ('GET / HTTP/1.1\r\nHost: x\r\nA: \x01\r\n', 'control character'),
+                ('GET / HTTP/1.1\r\nHost: x\r\nA: b\rc\r\n', 'control character'),
+                ('GET / HTTP/1.1\r\nHost: x\r\nA: \x7f\r\n', 'control character'),
+                ('GET / HTTP/1.1\r\nHost: x\r\n: b\r\n', 'header line'),
+                ('GET / HTTP/1.1\r\nHost: x\r\nA b: c\r\n', 'header line'),
+                ('GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n', 'header line'),
+                ('GET / HTTP/1.1\r\n', 'Host'), ('GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n', 'Host'),
+                ('GET / HTTP/1.1\r\nHost: a b\r\n', 'Host'),
+                ('GET a HTTP/1.1\r\nHost: x\r\n', 'target'),
+                ('CONNECT x:80 HTTP/1.1\r\nHost: x\r\n', 'target')):
+            with self.assertRaises(HttpError, msg=head) as caught:
+                self.parse(head)
+            self.assertEqual(caught.exception.status, 400)
+            self.assertIn(reason, str(caught.exception), repr(head))
+
+    def test_the_length_of_a_body(self):
+        length = restic_serve.body_length
+        self.assertEqual(length({}, 'HTTP/1.1'), 0)
+        self.assertEqual(length({'content-length': '5'}, 'HTTP/1.1'), 5)
+        self.assertEqual(length({'content-length': '5, 5'}, 'HTTP/1.1'), 5)
+        self.assertIsNone(length({'transfer-encoding': 'Chunked'}, 'HTTP/1.1'))
+        for headers, version, status in (
+                ({'content-length': '5, 6'}, 'HTTP/1.1', 400),
+                ({'content-length': '+5'}, 'HTTP/1.1', 400), ({'content-length': ''}, 'HTTP/1.1', 400),
+                ({'content-length': '-1'}, 'HTTP/1.1', 400), ({'content-length': '5_0'}, 'HTTP/1.1', 400),
+                ({'content-length': '9' * 30}, 'HTTP/1.1', 400),
+                ({'content-length': '٣'}, 'HTTP/1.1', 400),
+                ({'content-length': '5', 'transfer-encoding': 'chunked'}, 'HTTP/1.1', 400),
+                ({'transfer-encoding': 'chunked'}, 'HTTP/1.0', 400),
+                ({'transfer-encoding': 'gzip'}, 'HTTP/1.1', 501),
+                ({'transfer-encoding': 'gzip, chunked'}, 'HTTP/1.1', 501),
+                ({'transfer-encoding': 'identity'}, 'HTTP/1.1', 501)):
+            with self.assertRaises(HttpError, msg=headers) as caught:
+                length(headers, version)
+            self.assertEqual(caught.exception.status, status, headers)
+
+
+class Wire:
+    """A client's end of a connection, byte by byte."""
+
+    def __init__(self, port):
+        self.sock = socket.create_connection(('127.0.0.1', port), PATIENCE)
+        self.file = self.sock.makefile('rb')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        self.sock.close()
+
+    def send(self, *parts):
+        for part in parts:
+            self.sock.sendall(part if isinstance(part, bytes) else part.encode('latin-1'))
+
+    def answer(self, head_only=False):
+        """Status, headers and content of the next answer; None at the end of the connection."""
+        line = self.file.readline()
+        if not line:
+            return None
+        status = int(line.split()[1])
+        headers = {}
+        for line in iter(self.file.readline, b'\r\n'):
+            name, _, value = line.decode('latin-1').partition(':')
+            headers[name.lower()] = value.strip()
+        if head_only or status == 100:
+            return status, headers, b''
+        if 'content-length' in headers:
+            return status, headers, self.file.read(int(headers['content-length']))
+        if headers.get('transfer-encoding') != 'chunked':
+            return status, headers, self.file.read()
+        content = b''
+        while True:
+            size = int(self.file.readline(), 16)
+            content += self.file.read(size)
+            if self.file.readline() != b'\r\n':
+                raise AssertionError('a chunk without its end')
+            if not size:
+                return status, headers, content
+
+    def ask(self, *parts, **more):
+        self.send(*parts)
+        return self.answer(**more)
+
+    def is_closed(self):
+        """Whether the server ends the connection, and says nothing more."""
+        try:
+            return self.file.read() == b''
+        except ConnectionResetError:
+            return True
+
+
+class WireTestCase(TestCase):
+    """A test against a server in a thread of its own."""
+
+    limits = {}
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.policy = Policy(False)
+        self.server = Server(Api(self.store, self.policy), Limits(**self.limits), [('127.0.0.1', 0)])
+        self.port = self.server.listeners[0].server_address[1]
+        thread = threading.Thread(target=self.server.loop)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE)
+        self.addCleanup(self.server.stop)
+
+    def connect(self):
+        wire = Wire(self.port)
+        self.addCleanup(wire.__exit__)
+        return wire
+
+    def ask(self, *parts, **more):
+        """The answer to a request on a connection of its own."""
+        with Wire(self.port) as wire:
+            return wire.ask(*parts, **more)
+
+    def wait_until(self, condition, what):
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if time.monotonic() > end:
+                self.fail(f'waited in vain for: {what}')
+            time.sleep(0.005)
+
+    def put(self, content, kind='data', repository=''):
+        """Store an object beneath the server; its path."""
+        name = named(content)
+        self.store.save(Location(repository, kind, name), Bytes(content))
+        return f'{repository}/{kind}/{name}'
+
+
+def post(path, content, *fields, length=None):
+    """A request that uploads, as bytes."""
+    head = [f'POST {path} HTTP/1.1', 'Host: x',
+            f'Content-Length: {len(content) if length is None else length}', *fields]
+    return '\r\n'.join(head).encode() + b'\r\n\r\n' + content
+
+
+def get(path, *fields, method='GET'):
+    return '\r\n'.join([f'{method} {path} HTTP/1.1', 'Host: x', *fields, '', '']).encode()
+
+
+class Http1Test(WireTestCase):
+    def test_requests_follow_each_other_on_one_connection(self):
+        wire = self.connect()
+        for number in range(3):
+            content = b'%d' % number
+            path = f'/data/{named(content)}'
+            self.assertEqual(wire.ask(post(path, content))[0], 200)
+            self.assertEqual(wire.ask(get(path))[2], content)
+        self.assertEqual(wire.ask(get(path, method='DELETE'))[0], 200)
+        self.assertEqual(wire.ask(get(path))[0], 404)
+
+    def test_pipelined_requests_are_answered_in_their_order(self):
+        paths = [self.put(b'%d' % number) for number in range(20)]
+        wire = self.connect()
+        wire.send(b''.join(get(path) for path in paths))
+        self.assertEqual([wire.answer()[2] for _ in paths], [b'%d' % n for n in range(20)])
+        contents = [b'upload %d' % number for number in range(20)]
+        wire.send(b''.join(post(f'/data/{named(content)}', content) for content in contents))
+        self.assertEqual([wire.answer()[0] for _ in contents], [200] * 20)
+
+    def test_a_request_may_come_byte_by_byte(self):
+        content = b'0123456789'
+        wire = self.connect()
+        for byte in post(f'/data/{named(content)}', content):
+            wire.send(bytes([byte]))
+        self.assertEqual(wire.answer()[0], 200)
+
+    def test_an_empty_line_before_a_request_is_skipped(self):
+        self.assertEqual(self.ask(b'\r\n', get('/config'))[0], 404)
+        self.assertEqual(self.ask(b'\r\n' * 5000)[0], 400)
+
+    def test_http_1_0_closes_unless_asked_to_keep(self):
+        path = self.put(b'content')
+        wire = self.connect()
+        status, headers, content = wire.ask(f'GET {path} HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
+        self.assertEqual((status, headers['connection'], content), (200, 'keep-alive', b'content'))
+        status, headers, content = wire.ask(f'GET {path} HTTP/1.0\r\n\r\n')
+        self.assertEqual((status, headers['connection'], content), (200, 'close', b'content'))
+        self.assertTrue(wire.is_closed())
+
+    def test_a_list_for_http_1_0_ends_with_the_connection(self):
+        path = self.put(b'content')
+        wire = self.connect()
+        status, headers, content = wire.ask('GET /data/ HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
+        self.assertEqual(headers['connection'], 'close')
+        self.assertNotIn('transfer-encoding', headers)
+        self.assertEqual(json.loads(content), [path[-64:]])
+
+    def test_the_client_may_ask_to_close(self):
+        wire = self.connect()
+        status, headers, _ = wire.ask(get('/config', 'Connection: Close'))
+        self.assertEqual((status, headers['connection']), (404, 'close'))
+        self.assertTrue(wire.is_closed())
+
+    def test_an_absolute_target(self):
+        path = self.put(b'content')
+        self.assertEqual(self.ask(get(f'http://x:1{path}'))[2], b'content')
+
+    def test_head_has_the_headers_of_get_and_no_content(self):
+        small, large = self.put(b'content'), self.put(bytes(1 << 20))
+        wire = self.connect()
+        for path, length in ((small, '7'), (large, str(1 << 20))):
+            status, headers, _ = wire.ask(get(path, method='HEAD'), head_only=True)
+            self.assertEqual((status, headers['content-length']), (200, length))
+        status, headers, _ = wire.ask(get('/data/', method='HEAD'), head_only=True)
+        self.assertEqual((status, headers['transfer-encoding']), (200, 'chunked'))
+        self.assertEqual(wire.ask(get(small))[2], b'content')
+
+    def test_answers_have_a_date(self):
+        date = self.ask(get('/config'))[1]['date']
+        self.assertRegex(date, r'^(Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d{4} '
+                               r'\d\d:\d\d:\d\d GMT$')
+
+    def test_ranges_small_and_large(self):
+        content = os.urandom(1 << 20)
+        path = self.put(content)
+        wire = self.connect()
+        for first, last in ((0, 0), (5, 4100), (0, (1 << 20) - 1), (1000, 500_000), (500_000, 900_000)):
+            status, headers, part = wire.ask(get(path, f'Range: bytes={first}-{last}'))
+            self.assertEqual(status, 206)
+            self.assertEqual(part, content[first:last + 1])
+            self.assertEqual(headers['content-range'], f'bytes {first}-{last}/{1 << 20}')
+        self.assertEqual(wire.ask(get(path, f'Range: bytes={1 << 20}-'))[0], 416)
+        self.assertEqual(wire.ask(get(path))[2], content)
+
+    def test_a_download_without_sendfile(self):
+        content = os.urandom(1 << 20)
+        path = self.put(content)
+        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EINVAL, 'not here')):
+            self.assertEqual(self.ask(get(path))[2], content)
+
+    def test_chunked_uploads(self):
+        content = os.urandom(300_000)
+        path = f'/data/{named(content)}'
+        for number, (step, extension, trailer) in enumerate((
+                (1000, b'', b''), (100_000, b';a=b', b'X-Trailer: yes\r\n'),
+                (65536, b' ; a="b"', b'A: 1\r\nB: 2\r\n'))):
+            wire = self.connect()
+            wire.send(f'POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n')
+            for start in range(0, len(content), step):
+                part = content[start:start + step]
+                wire.send(b'%X%b\r\n%b\r\n' % (len(part), extension, part))
+            self.assertEqual(wire.ask(b'0\r\n' + trailer + b'\r\n')[0], 200, number)
+            self.assertEqual(wire.ask(get(path))[2], content)
+            self.store.delete(Location('', 'data', named(content)))
+
+    def test_bad_chunks_are_refused_and_close(self):
+        name = named(b'abc')
+        for body in (b'x\r\n', b'-1\r\n', b'0x3\r\nabc\r\n0\r\n\r\n', b'\r\n', b'3\nabc\n0\n\n',
+                     b'3\r\nabcd\r\n', b'3\r\nabc0\r\n\r\n', b'+3\r\nabc\r\n0\r\n\r\n',
+                     b'1' * 16 + b'\r\n', b'3;\x00\r\nabc\r\n0\r\n\r\n', b'3;' + b'a' * 9999,
+                     b'3\r\nabc\r\n0\r\nbad trailer\r\n\r\n', b'3\r\nabc\r\n0\r\nA : b\r\n\r\n',
+                     b'3 3\r\nabc\r\n0\r\n\r\n'):
+            wire = self.connect()
+            status, headers, _ = wire.ask(
+                f'POST /data/{name} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n', body)
+            self.assertEqual((status, headers['connection']), (400, 'close'), body[:40])
+            self.assertTrue(wire.is_closed())
+        self.assertEqual(self.files(), [])
+
+    def test_trailers_are_bounded(self):
+        status, _, _ = self.ask(
+            'POST /config HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n',
+            'A: b\r\n' * 2000)
+        self.assertEqual(status, 431)
+
+    def test_what_is_malformed_is_refused_and_closes(self):
+        for request in ('GET / HTTP/1.1\nHost: x\n\n', 'GET / HTTP/1.1\r\nHost: x\n\r\n',
+                        'GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n',
+                        'GET / HTTP/1.1\r\nHost : x\r\n\r\n', 'GET / HTTP/1.1\r\n\r\n',
+                        'GET / HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n', '\x16\x03\x01\r\n\r\n',
+                        'GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n',
+                        'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n'
+                        'Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n'):
+            wire = self.connect()
+            status, headers, _ = wire.ask(request + 'GET /config HTTP/1.1\r\nHost: x\r\n\r\n')
+            self.assertEqual((status, headers['connection']), (400, 'close'), request)
+            self.assertTrue(wire.is_closed(), request)
+
+    def test_another_transfer_coding_is_501(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask(get('/config', 'Transfer-Encoding: gzip, chunked'))[0], 501)
+        self.assertTrue(wire.is_closed())
+
+    def test_a_long_header_is_431_and_the_longest_is_not(self):
+        plain = get('/config', 'X: ')
+        longest = get('/config', 'X: ' + 'x' * (4096 - len(plain)))
+        self.assertEqual(len(longest), 4096)
+        self.assertEqual(self.ask(longest)[0], 404)
+        self.assertEqual(self.ask(get('/config', 'X: ' + 'x' * (4097 - len(plain))))[0], 431)
+        self.assertEqual(self.ask(get('/' + 'x' * 100_000))[0], 431)
+
+    def test_100_continue_comes_when_the_content_is_wanted(self):
+        content = b'content'
+        path = f'/data/{named(content)}'
+        head, expect = post(path, b'', length=len(content)), b'Expect: 100-continue\r\n\r\n'
+        wire = self.connect()
+        wire.send(head[:-2] + expect)
+        self.assertEqual(wire.answer()[0], 100)
+        self.assertEqual(wire.ask(content)[0], 200)
+        self.assertEqual(wire.ask(get(path))[2], content)
+
+    def test_100_continue_is_not_said_to_what_is_refused(self):
+        for head, status in ((post('/host/other/x/data/y', b'', 'Expect: 100-continue', length=5), 404),
+                             (post('/../config', b'', 'Expect: 100-continue', length=5), 400),
+                             (post('/data/', b'', 'Expect: 100-continue', length=5), 405),
+                             (post('/config', b'', 'Expect: 200-maybe', length=5), 417)):
+            wire = self.connect()
+            self.assertEqual(wire.ask(head)[0], status)
+            self.assertTrue(wire.is_closed())
+
+    def test_100_continue_is_not_said_when_content_has_come_or_to_http_1_0(self):
+        content = b'content'
+        path = f'/data/{named(content)}'
+        self.assertEqual(self.ask(post(path, content, 'Expect: 100-continue'))[0], 200)
+        request = post(path, content, 'Expect: 100-continue').replace(b'HTTP/1.1', b'HTTP/1.0')
+        head, _, body = request.partition(b'\r\n\r\n')
+        wire = self.connect()
+        wire.send(head + b'\r\n\r\n')
+        self.assertEqual(wire.ask(body)[0], 200)
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self):
+        size = 8 << 20
+        for path in ('/a/../config', '/host/nothing/x/data', '/data/'):
+            wire = self.connect()
+            wire.send(post(path, b'', length=size))
+            for _ in range(size >> 16):
+                wire.send(bytes(1 << 16))
+            status, headers, _ = wire.answer()
+            self.assertIn(status, (400, 404, 405))
+            self.assertEqual(headers['connection'], 'close')
+            self.assertTrue(wire.is_closed())
+
+    def test_after_a_short_unwanted_body_the_connection_goes_on(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask(post('/data/', b'x' * 1000))[0], 405)
+        self.assertEqual(wire.ask(get('/config'))[0], 404)
+
+    def test_content_that_is_cut_short_is_400_if_it_can_be_said(self):
+        wire = self.connect()
+        wire.send(post('/config', b'12345', length=10))
+        wire.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(wire.answer()[0], 400)
+        wire = self.connect()
+        wire.send('POST /config HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n123')
+        wire.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(wire.answer()[0], 400)
+        wire = self.connect()
+        wire.send('GET /config HT')
+        wire.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(wire.answer()[0], 400)
+        self.assertEqual(self.files(), [])
+
+    def test_a_client_that_resets_leaves_nothing_but_a_debug_line(self):
+        for data in (post('/config', b'12345', length=10), get(self.put(bytes(8 << 20))), b'GET'):
+            wire = self.connect()
+            wire.send(data)
+            self.wait_until(lambda: self.server._connections, 'a connection')
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+            wire.__exit__()
+            self.wait_until(lambda: not self.server._connections, 'its end')
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+        self.assertEqual(len(self.files()), 1)
+
+    def test_a_list_that_cannot_be_read_to_its_end_is_broken_off(self):
+        def objects(location, sizes):
+            for number in range(10_000):
+                yield f'{number:064x}', 1
+            raise OSError(errno.EIO, 'made by a test')
+
+        for request in (get('/data/'), b'GET /data/ HTTP/1.0\r\n\r\n'):
+            with mock.patch.object(self.store, 'list', objects):
+                with self.assertRaises(ConnectionResetError):
+                    self.ask(request)
+                self.assertIn('made by a test', self.log[-1])
+
+    def test_a_list_that_cannot_be_read_at_all_is_500(self):
+        with mock.patch.object(os, 'scandir', side_effect=OSError(errno.EIO, 'made by a test')):
+            self.assertEqual(self.ask(get('/data/'))[0], 500)
+
+    def test_a_file_that_cannot_be_read(self):
+        small, large = self.put(b'content'), self.put(bytes(1 << 20))
+        with mock.patch.object(restic_serve, '_read_at', side_effect=OSError(errno.EIO, 'by a test')):
+            self.assertEqual(self.ask(get(small))[0], 500)
+        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EIO, 'made by a test')):
+            wire = self.connect()
+            with self.assertRaises((ConnectionResetError, AssertionError)):
+                self.assertEqual(len(wire.ask(get(large))[2]), 1 << 20)
+        self.assertIn('made by a test', self.log[-1])
+
+    def test_a_file_that_becomes_shorter_is_broken_off(self):
+        path = self.put(bytes(8 << 20))
+        real = os.sendfile
+
+        def sendfile(out, source, offset, count):
+            if offset:
+                return 0
+            return real(out, source, offset, 1 << 16)
+
+        with mock.patch.object(os, 'sendfile', sendfile):
+            wire = self.connect()
+            with self.assertRaises((ConnectionResetError, AssertionError)):
+                self.assertEqual(len(wire.ask(get(path))[2]), 8 << 20)
+
+    def test_first_chunks_leave_before_the_list_is_read(self):
+        go_on = threading.Event()
+
+        def objects(location, sizes):
+            for number in range(2000):
+                if number == 1000:
+                    go_on.wait(PATIENCE)
+                yield f'{number:064x}', 1
+
+        with mock.patch.object(self.store, 'list', objects):
+            wire = self.connect()
+            wire.send(get('/data/'))
+            self.assertTrue(wire.file.readline().startswith(b'HTTP/1.1 200'))
+            go_on.set()
+
+    def test_many_connections_at_once(self):
+        path = self.put(bytes(100_000))
+        wires = [self.connect() for _ in range(100)]
+        for wire in wires:
+            wire.send(get(path))
+        self.assertEqual([len(wire.answer()[2]) for wire in wires], [100_000] * 100)
+
+
+class AccessLogTest(WireTestCase):
+    def setUp(self):
+        super().setUp()
+        self.lines = []
+        handler = logging.Handler()
+        handler.emit = lambda record: self.lines.append(record.getMessage())
+        restic_serve.access_log.addHandler(handler)
+        restic_serve.access_log.setLevel(logging.INFO)
+        self.addCleanup(restic_serve.access_log.setLevel, logging.NOTSET)
+        self.addCleanup(restic_serve.access_log.removeHandler, handler)
+
+    COMBINED = (r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
+                r'"%s" %d %s "%s" "%s"$')
+
+    def check(self, *parts):
+        self.wait_until(lambda: self.lines, 'a line')
+        self.assertRegex(self.lines.pop(0), self.COMBINED % parts)
+
+    def test_a_line_a_request_in_the_combined_log_format(self):
+        path = self.put(b'content')
+        self.ask(get(path, 'User-Agent: restic/0.19'))
+        self.check(f'GET {path} HTTP/1\\.1', 200, '7', '-', 'restic/0.19')
+        self.ask(get('/config?a=b', 'Referer: http://x/'))
+        self.check(r'GET /config\?a=b HTTP/1\.1', 404, r'\d+', 'http://x/', '-')
+        large = self.put(bytes(1 << 20))
+        self.ask(get(large))
+        self.check(f'GET {large} HTTP/1\\.1', 200, str(1 << 20), '-', '-')
+        self.ask(get(large, method='HEAD'), head_only=True)
+        self.check(f'HEAD {large} HTTP/1\\.1', 200, '-', '-', '-')
+        self.ask(get('/data/', 'Accept: ' + V2))
+        self.check('GET /data/ HTTP/1\\.1', 200, r'\d{3}', '-', '-')
+
+    def test_no_client_can_forge_a_line(self):
+        self.ask(get('/"x\\', 'User-Agent: a" \\\xe9'))
+        self.check(r'GET /\\x22x\\x5c HTTP/1\.1', 404, r'\d+', '-', r'a\\x22 \\x5c\\xc3\\xa9')
+        self.ask(b'rubbish "\r\n\r\n')
+        self.check('-', 400, r'\d+', '-', '-')
+
+
+class TimeLimitTest(WireTestCase):
+    limits = {'header_seconds': 0.2, 'idle_seconds': 0.4, 'read_seconds': 0.4, 'write_seconds': 0.4}
+
+    def test_a_silent_client_is_dropped(self):
+        self.assertTrue(self.connect().is_closed())
+
+    def test_a_slow_header_is_408(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask('GET /config HTTP/1.1\r\nHost')[0], 408)
+        self.assertTrue(wire.is_closed())
+
+    def test_a_header_that_drips_is_408_all_the_same(self):
+        wire = self.connect()
+        begin = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - begin < PATIENCE:
+                wire.send('GET /config HTTP/1.1\r\nHost: x\r\nX: ' if time.monotonic() - begin < 0.05
+                          else 'x')
+                if select_readable(wire.sock, 0.02):
+                    break
+        self.assertEqual(wire.answer()[0], 408)
+        self.assertGreaterEqual(time.monotonic() - begin, 0.2)
+
+    def test_an_idle_connection_is_closed_without_a_word(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertTrue(wire.is_closed())
+
+    def test_a_slow_upload_is_408_and_leaves_nothing(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask(post('/config', b'1', length=10))[0], 408)
+        self.assertTrue(wire.is_closed())
+        self.assertEqual(self.files(), [])
+
+    def test_a_client_that_does_not_read_is_cut_off(self):
+        path = self.put(bytes(64 << 20))
+        wire = self.connect()
+        wire.send(get(path))
+        self.wait_until(lambda: self.server._connections, 'a connection')
+        self.wait_until(lambda: not self.server._connections, 'its end')
+        with self.assertRaises((AssertionError, ConnectionResetError)):
+            self.assertEqual(len(wire.answer()[2]), 64 << 20)
+
+    def test_no_thread_or_descriptor_is_left(self):
+        def count():
+            folder = Path('/proc/self/fd')
+            return threading.active_count(), len(list(folder.iterdir())) if folder.exists() else 0
+
+        before = count()
+        path = self.put(bytes(8 << 20))
+        for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
+            with Wire(self.port) as wire:
+                wire.send(request)
+                self.wait_until(lambda: self.server._connections, 'a connection')
+                self.wait_until(lambda: not self.server._connections, 'its end')
+        self.wait_until(lambda: count() == before, 'the end of threads and descriptors')
+
+
+def select_readable(sock, seconds):
+    import select
+    return select.select([sock], [], [], seconds)[0]
+
+
+# ---- Server ----
+
+class ServerTest(WireTestCase):
+    def finish(self):
+        """Tell the server to stop; an event that is set when it has."""
+        done = threading.Event()
+        finish = self.server._finish
+
+        def noted():
+            finish()
+            done.set()
+
+        self.server._finish = noted
+        self.server.stop()
+        return done
+
+    def test_a_stop_drops_idle_connections(self):
+        fresh, used = self.connect(), self.connect()
+        used.ask(get('/config'))
+        self.wait_until(lambda: len(self.server._connections) == 2, 'two connections')
+        done = self.finish()
+        self.assertTrue(fresh.is_closed())
+        self.assertTrue(used.is_closed())
+        self.assertTrue(done.wait(PATIENCE))
+
+    def test_a_stop_lets_a_running_request_finish(self):
+        content = b'0123456789'
+        wire = self.connect()
+        wire.send(post(f'/data/{named(content)}', content[:5], length=10))
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server._connections), 'it')
+        done = self.finish()
+        self.wait_until(lambda: self.server._stopping, 'the stop')
+        with self.assertRaises(OSError):
+            socket.create_connection(('127.0.0.1', self.port), 1).recv(1)
+        self.assertFalse(done.is_set())
+        status, headers, _ = wire.ask(content[5:])
+        self.assertEqual((status, headers['connection']), (200, 'close'))
+        wire.__exit__()
+        self.assertTrue(done.wait(PATIENCE))
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+
+    def test_a_stop_does_not_wait_for_ever(self):
+        wire = self.connect()
+        wire.send(post('/config', b'', length=10))
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server._connections), 'it')
+        with mock.patch.object(restic_serve, 'STOP_SECONDS', 0.1):
+            self.assertTrue(self.finish().wait(PATIENCE))
+        self.assertTrue(wire.is_closed())
+        self.assertIn('cut off 127.0.0.1', self.log[-1])
+
+    def test_a_second_stop_ends_the_wait(self):
+        wire = self.connect()
+        wire.send(post('/config', b'', length=10))
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server._connections), 'it')
+        done = self.finish()
+        self.wait_until(lambda: self.server._stopping, 'the stop')
+        self.server.stop()
+        self.assertTrue(done.wait(PATIENCE))
+
+    def test_where_descriptors_are_used_up_the_server_goes_on_later(self):
+        listener = self.server.listeners[0]
+        real, failed = listener.socket, threading.Event()
+
+        class Exhausted:
+            def accept(self):
+                if failed.is_set():
+                    return real.accept()
+                failed.set()
+                raise OSError(errno.EMFILE, 'Too many open files')
+
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+        listener.socket = Exhausted()
+        self.assertEqual(self.ask(get('/config'))[0], 404)
+        self.assertTrue(failed.is_set())
+        self.assertIn('Too many open files', self.log[-1])
+        listener.socket = real
+
+    def test_no_name_is_looked_up(self):
+        with mock.patch.object(socket, 'getfqdn', side_effect=AssertionError), \
+                mock.patch.object(socket, 'gethostbyaddr', side_effect=AssertionError):
+            server = Server(self.server.api, self.server.limits, [('127.0.0.1', 0)])
+        server.stop()
+        server.loop()
+
+    def test_without_a_host_both_families_are_served(self):
+        server = Server(self.server.api, self.server.limits, [('', 0)])
+        listener = server.listeners[0]
+        port = listener.server_address[1]
+        socket.create_connection(('127.0.0.1', port), PATIENCE).close()
+        if listener.address_family == socket.AF_INET6:
+            socket.create_connection(('::1', port), PATIENCE).close()
+        server.stop()
+        server.loop()
+
+    def test_names_of_peers(self):
+        self.assertEqual(restic_serve._peer_name(('::ffff:1.2.3.4', 1, 0, 0)), '1.2.3.4')
+        self.assertEqual(restic_serve._peer_name(('::1', 1, 0, 0)), '::1')
+        self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
+        self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
+
+
+# ---- Command line ----
+
+class Program:
+    """The server as a process of its own.  `url` is what it says of itself."""
+
+    def __init__(self, *words, wait=True, **environment):
+        self.lines = []
+        self.process = subprocess.Popen(
+            [sys.executable, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
+        self.url = ''
+        self._reader = None
+        if wait:
+            for line in self.process.stderr:
+                self.lines.append(line.rstrip('\n'))
+                match = re.search(r'restic -r rest:(\S+) init', line)
+                if match:
+                    self.url = match[1]
+                    break
+            self._reader = threading.Thread(target=self._read)
+            self._reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip('\n'))
+
+    @property
+    def port(self):
+        return int(re.search(r':(\d+)', self.url)[1])
+
+    def stop(self, number=signal.SIGTERM):
+        """Its exit status after a signal."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self._reader:
+            self._reader.join()
+        self.process.stderr.close()
+
+
+def clean_environment():
+    return {name: value for name, value in os.environ.items() if not name.startswith('RESTIC_')}
+
+
+class CommandLineTest(TestCase):
+    def run_it(self, *words, **environment):
+        """Exit status, standard output and error of a run that ends by itself."""
+        done = subprocess.run([sys.executable, MODULE, *map(str, words)], capture_output=True,
+                              text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL,
+                              env={**clean_environment(), **environment})
+        return done.returncode, done.stdout, done.stderr
+
+    def serve(self, *words, **more):
+        server = Program('--addr', '127.0.0.1:0', *words, **more)
+        self.addCleanup(server.__exit__)
+        self.assertTrue(server.url, server.lines)
+        return server
+
+    def parse(self, *words, **environment):
+        return restic_serve.make_parser(environment).parse(list(words))
+
+    def test_it_says_where_it_serves_and_what_to_type(self):
+        server = self.serve(self.root)
+        self.assertRegex(server.lines[0], r'^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d NOTICE: made the directory')
+        self.assertRegex(server.lines[1], f'serving {re.escape(str(self.root))} on {server.url}$')
+        self.assertRegex(server.lines[2], f'restic -r rest:{server.url} init$')
+        with Wire(server.port) as wire:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+
+    def test_signals_end_it_with_status_0(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            server = self.serve(self.root)
+            self.assertEqual(server.stop(number), 0)
+
+    def test_a_bad_value_is_one_line_and_status_2(self):
+        for words, environment in (
+                ([], {}), (['--addr', 'nonsense', 'x'], {}), (['--unknown', 'x'], {}), (['a', 'b'], {}),
+                (['--append-only=maybe', 'x'], {}), (['--server-read-timeout', '10x', 'x'], {}),
+                (['--max-header-bytes', '0', 'x'], {}), (['serve', 'restic'], {}), (['--addr'], {}),
+                (['--append', 'x'], {}), (['x'], {'RESTIC_SERVE_ADDR': 'nonsense'}),
+                (['x'], {'RESTIC_SERVE_APPEND_ONLY': 'maybe'}), (['x'], {'RESTIC_SERVE_VERBOSE': 'a'})):
+            status, output, error = self.run_it(*words, **environment)
+            self.assertEqual((status, output, error.count('\n')), (2, '', 1), (words, error))
+            self.assertTrue(error.startswith('restic_serve: '), error)
+            for value in environment:
+                self.assertIn(value, error)
+
+    def test_a_directory_or_address_that_cannot_be_had_is_one_line_and_status_1(self):
+        file = self.folder / 'file'
+        file.touch()
+        taken = socket.create_server(('127.0.0.1', 0))
+        self.addCleanup(taken.close)
+        for words in ([file], [file / 'below'], ['/proc/none'],
+                      ['--addr', f'127.0.0.1:{taken.getsockname()[1]}', self.root],
+                      ['--addr', '127.0.0.1:0', '--log-file', self.folder, self.root]):
+            status, output, error = self.run_it(*words)
+            lines = [line for line in error.splitlines() if 'NOTICE' not in line]
+            self.assertEqual((status, output, len(lines)), (1, '', 1), (words, error))
+            self.assertTrue(lines[0].startswith('restic_serve: '), error)
+
+    def test_options_that_are_true_or_false_do_not_swallow_the_directory(self):
+        for words, value in ((['--append-only', 'dir'], True), (['--append-only=false', 'dir'], False),
+                             (['dir', '--append-only'], True), (['--append-only=true', 'dir'], True),
+                             (['dir'], False)):
+            options = self.parse(*words)
+            self.assertEqual((options.append_only, options.words), (value, ['dir']), words)
+
+    def test_the_words_of_rclone_before_the_directory_mean_nothing(self):
+        for words in (['serve', 'restic', '--append-only', 'dir'], ['serve', 'restic', 'dir'],
+                      ['--addr', ':1', 'serve', 'restic', '-v', 'dir'], ['--', 'dir'],
+                      ['-v', 'serve', '--append-only', 'restic', 'dir']):
+            parser = restic_serve.make_parser({})
+            self.assertEqual(restic_serve.find_directory(parser, parser.parse(words).words), 'dir')
+
+    def test_every_option_may_come_from_the_environment(self):
+        options = self.parse('dir', RESTIC_SERVE_APPEND_ONLY='true', RESTIC_SERVE_VERBOSE='2',
+                             RESTIC_SERVE_ADDR=':1 [::1]:2', RESTIC_SERVE_SERVER_READ_TIMEOUT='2m',
+                             RESTIC_SERVE_LOG_FILE='/x', RESTIC_SERVE_QUIET='1')
+        self.assertEqual((options.append_only, options.verbose, options.addr, options.log_file,
+                          options.server_read_timeout, options.quiet),
+                         (True, 2, [('', 1), ('::1', 2)], '/x', 120, True))
+        options = self.parse('--append-only=false', '--addr', ':3', 'dir',
+                             RESTIC_SERVE_APPEND_ONLY='true', RESTIC_SERVE_ADDR=':1')
+        self.assertEqual((options.append_only, options.addr), (False, [('', 3)]))
+
+    def test_a_variable_that_is_no_option_is_said(self):
+        server = self.serve(self.root, RESTIC_SERVE_APPENDONLY='1')
+        self.assertTrue(any('RESTIC_SERVE_APPENDONLY' in line for line in server.lines))
+
+    def test_help_and_version(self):
+        status, output, error = self.run_it('--help')
+        self.assertEqual((status, error), (0, ''))
+        options = set(re.findall(r'--[a-z-]+', output))
+        for action in restic_serve.make_parser({})._actions:
+            self.assertTrue(not action.option_strings or options & set(action.option_strings), action)
+        self.assertEqual(self.run_it('--version'), (0, f'restic_serve {restic_serve.__version__}\n', ''))
+
+    def test_serving_to_all_without_authentication_is_a_warning(self):
+        with Program('--addr', ':0', self.root) as server:
+            self.assertTrue(any('WARNING' in line and 'no authentication' in line
+                                for line in server.lines), server.lines)
+        self.assertFalse(any('WARNING' in line for line in self.serve(self.root).lines))
+
+    def test_levels_of_the_log(self):
+        server = self.serve('-v', self.root)
+        with Wire(server.port) as wire:
+            wire.ask(get('/config'))
+        server.stop()
+        self.assertTrue(any('"GET /config HTTP/1.1" 404' in line for line in server.lines))
+        log = self.folder / 'log'
+        with Program('--addr', 'localhost:0', '-q', '--log-file', log, self.root, wait=False) as server:
+            while not log.exists():
+                time.sleep(0.01)
+            server.stop()
+        self.assertEqual(log.read_text(), '')
+
+    def test_the_log_goes_to_a_file(self):
+        log = self.folder / 'log'
+        with Program('--addr', '127.0.0.1:0', '--log-file', log, self.root, wait=False) as server:
+            while not (log.exists() and 'try it' in log.read_text()):
+                time.sleep(0.01)
+            server.stop()
+            self.assertEqual(server.process.stderr.read(), '')
+
+    def test_a_zipapp_serves(self):
+        import zipapp
+        package = self.folder / 'package'
+        package.mkdir()
+        shutil.copy(MODULE, package)
+        zipapp.create_archive(package, self.folder / 'app.pyz', main='restic_serve:main')
+        done = subprocess.run([sys.executable, self.folder / 'app.pyz', '--version'], check=True,
+                              capture_output=True, text=True)
+        self.assertIn(restic_serve.__version__, done.stdout)
+
+    def test_no_import_needs_more_than_a_bare_python(self):
+        """What a minimal host may lack is missed when it is used, not before."""
+        code = ('import sys\n'
+                'for name in ("ssl", "_ssl", "ctypes", "crypt", "fcntl", "pwd"):\n'
+                '    sys.modules[name] = None\n'
+                'import os\n'
+                'for name in ("sendfile", "O_TMPFILE", "fork", "pread", "sched_getaffinity"):\n'
+                '    if hasattr(os, name): delattr(os, name)\n'
+                'sys.argv[0] = "restic_serve.py"\n'
+                'import restic_serve; restic_serve.main()\n')
+        process = subprocess.Popen(
+            [sys.executable, '-c', code, '--addr', '127.0.0.1:0', str(self.root)], text=True,
+            cwd=Path(MODULE).parent, stderr=subprocess.PIPE, env=clean_environment())
+        self.addCleanup(process.wait)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.kill)
+        lines = [process.stderr.readline() for _ in range(3)]
+        match = re.search(r':(\d+)/ init', lines[2])
+        self.assertTrue(match, lines)
+        content = os.urandom(1 << 20)
+        path = f'/data/{named(content)}'
+        with Wire(int(match[1])) as wire:
+            self.assertEqual(wire.ask(post(path, content))[0], 200)
+            self.assertEqual(wire.ask(get(path))[2], content)
+            self.assertEqual(wire.ask(get(path, 'Range: bytes=1000-1999'))[2], content[1000:2000])
+
+
+# ---- real clients and servers ----
+
+PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
+
+
+def peer(name):
+    """A program of the newer set, or the system's own."""
+    return program(name, PEERS)
+
+
+class ResticTestCase(TestCase):
+    """A test that drives restic against the server, in a process of its own."""
+
+    find_restic = staticmethod(lambda: program('restic'))
+
+    def setUp(self):
+        super().setUp()
+        self.restic_program = self.find_restic()
+        self.source = self.folder / 'source'
+        for number in range(30):
+            path = self.source / f'folder {number % 3}' / f'file {number}'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(os.urandom(100 + number * 20_000))
+
+    def serve(self, *words, root=None):
+        server = Program('--addr', '127.0.0.1:0', '-v', *words, root or self.root)
+        self.addCleanup(server.__exit__)
+        self.assertTrue(server.url, server.lines)
+        return server
+
+    def restic(self, repository, *words, check=True, password='secret', **environment):
+        """Status and output of a restic command."""
+        environment = {'RESTIC_PASSWORD': password, 'HOME': str(self.folder),
+                       'RESTIC_CACHE_DIR': str(self.folder / 'cache'), **environment}
+        done = subprocess.run([self.restic_program, '-r', str(repository), *map(str, words)],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**clean_environment(), **environment}, timeout=PATIENCE * 4)
+        if check:
+            self.assertEqual(done.returncode, 0, (words, done.stdout))
+        return done.returncode, done.stdout
+
+    def snapshots(self, repository, **more):
+        return json.loads(self.restic(repository, 'snapshots', '--json', **more)[1])
+
+    def check_restore(self, repository):
+        """What is restored is what was backed up."""
+        target = self.folder / 'restored'
+        self.restic(repository, 'restore', 'latest', '--target', target)
+        subprocess.run(['diff', '-r', self.source, f'{target}{self.source}'], check=True)
+        shutil.rmtree(target)
+
+    def assert_sound(self, repository):
+        self.assertIn('no errors were found', self.restic(repository, 'check', '--read-data')[1])
+
+
+class ResticScenarios:
+    """What must work with every restic."""
+
+    def test_a_repository_from_init_to_prune(self):
+        server = self.serve()
+        url = f'rest:{server.url}host/'
+        self.restic(url, 'init')
+        self.restic(url, 'backup', self.source)
+        (self.source / 'new').write_bytes(os.urandom(500_000))
+        (self.source / 'folder 1' / 'file 1').unlink()
+        self.restic(url, 'backup', self.source)
+        self.assertEqual(len(self.snapshots(url)), 2)
+        self.assert_sound(url)
+        self.check_restore(url)
+        self.restic(url, 'forget', '--keep-last', '1', '--prune')
+        self.assertEqual(len(self.snapshots(url)), 1)
+        (self.folder / 'password').write_text('other')
+        self.restic(url, 'key', 'add', '--new-password-file', self.folder / 'password')
+        self.assertEqual(len(self.snapshots(url, password='other')), 1)
+        self.restic(url, 'unlock')
+        # the directory itself, while it is served
+        self.assertEqual(len(self.snapshots(self.root / 'host')), 1)
+        self.restic(self.root / 'host', 'backup', self.source)
+        self.assertEqual(len(self.snapshots(url)), 2)
+        self.assert_sound(url)
+        self.check_restore(url)
+        self.assertEqual(server.stop(), 0)
+        self.assertFalse([line for line in server.lines if ' ERROR' in line or 'Traceback' in line])
+
+    def test_copies_and_two_hosts_at_once(self):
+        server = self.serve()
+        one, two = f'rest:{server.url}', f'rest:{server.url}deep/below/two/'
+        self.restic(one, 'init')
+        self.restic(two, 'init')
+        done = []
+
+        def backup(repository, host):
+            done.append(self.restic(repository, 'backup', '--host', host, self.source, check=False))
+
+        threads = [threading.Thread(target=backup, args=job)
+                   for job in ((one, 'a'), (one, 'b'), (two, 'c'))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([status for status, _ in done], [0, 0, 0], done)
+        self.restic(two, 'copy', '--from-repo', one, RESTIC_FROM_PASSWORD='secret')
+        self.assertEqual(len(self.snapshots(two)), 3)
+        for repository in (one, two):
+            self.assert_sound(repository)
+            self.check_restore(repository)
+
+    def test_append_only(self):
+        server = self.serve('--append-only')
+        url = f'rest:{server.url}host/'
+        self.restic(url, 'init')
+        for _ in range(2):
+            self.restic(url, 'backup', self.source)
+        status, output = self.restic(url, 'forget', '--keep-last', '1', '--prune', check=False)
+        self.assertNotEqual(status, 0, output)
+        self.assertIn('403', output)
+        self.assertEqual(len(self.snapshots(url)), 2)
+        self.restic(url, 'unlock')
+        self.restic(url, 'backup', self.source)
+        self.assert_sound(url)
+        self.check_restore(url)
+        self.assertTrue(any('append-only: 127.0.0.1 may not delete /host/snapshots/' in line
+                            for line in server.lines))
+
+
+class OldResticTest(ResticScenarios, ResticTestCase):
+    """The system's restic."""
+
+
+class NewResticTest(ResticScenarios, ResticTestCase):
+    """The restic among the peers."""
+
+    find_restic = staticmethod(lambda: peer('restic'))
+
+    def serve_peer(self, command):
+        """The URL of another server's; `command` is made from an address."""
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            port = sock.getsockname()[1]
+        process = subprocess.Popen(command(f'127.0.0.1:{port}'), stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                socket.create_connection(('127.0.0.1', port)).close()
+                return f'rest:http://127.0.0.1:{port}/host/'
+        raise AssertionError(f'no answer from {command}')
+
+    def check_exchange(self, command):
+        """A repository of either server opens in the other."""
+        theirs, ours = self.serve_peer(command), f'rest:{self.serve().url}host/'
+        for first, second in ((theirs, ours), (ours, theirs)):
+            self.restic(first, 'init')
+            self.restic(first, 'backup', self.source)
+            self.assertEqual(len(self.snapshots(second)), 1)
+            self.restic(second, 'backup', self.source)
+            self.assert_sound(second)
+            self.restic(second, 'forget', '--keep-last', '1', '--prune')
+            self.assert_sound(first)
+            self.check_restore(first)
+            shutil.rmtree(self.root / 'host')
+
+    def test_repositories_are_exchanged_with_rest_server(self):
+        rest_server = peer('rest-server')
+        self.check_exchange(lambda address: [rest_server, '--no-auth', '--listen', address, '--path',
+                                             str(self.root)])
+
+    def test_repositories_are_exchanged_with_rclone(self):
+        rclone = peer('rclone')
+        self.root.mkdir()  # rclone caches what it listed: a lock that is gone must be gone for it too
+        self.check_exchange(lambda address: [rclone, 'serve', 'restic', '--cache-objects=false',
+                                             '--addr', address, str(self.root)])
+
+
+class ReadmeTest(unittest.TestCase):
+    def test_every_option_is_in_the_readme(self):
+        text = Path(MODULE).with_name('README.md').read_text(encoding='utf-8')
+        for action in restic_serve.make_parser({})._actions:
+            for option in action.option_strings:
+                self.assertIn(f'`{option}', text)
+
+
+class CurlTest(TestCase):
+    """What curl makes of the answers."""
+
+    def test_curl_uploads_and_downloads(self):
+        curl = program('curl')
+        content = os.urandom(3 << 20)
+        file = self.folder / 'file'
+        file.write_bytes(content)
+        with Program('--addr', '127.0.0.1:0', '--baseurl', 'backup', self.root) as server:
+            url = f'{server.url}host/data/{named(content)}'
+
+            def run(*words):
+                done = subprocess.run([curl, '-sS', '-w', '%{http_code}', '-o', self.folder / 'out',
+                                       *words], capture_output=True, text=True, check=True)
+                return int(done.stdout[-3:])
+
+            self.assertEqual(run('-X', 'POST', f'{server.url}host/?create=true'), 200)
+            self.assertEqual(run('-X', 'POST', '-T', file, url), 200)      # with Expect
+            self.assertEqual(run('-X', 'POST', '-T', file, '-H', 'Transfer-Encoding: chunked', url), 200)
+            self.assertEqual(run(url), 200)
+            self.assertEqual((self.folder / 'out').read_bytes(), content)
+            self.assertEqual(run('-r', '1000-1999', url), 206)
+            self.assertEqual((self.folder / 'out').read_bytes(), content[1000:2000])
+            self.assertEqual(run('-I', url), 200)
+            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}host/data/{"0" * 64}'), 400)
+            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}nothing'), 400)
+            self.assertEqual(run('--http1.0', url), 200)
+
+
+if __name__ == '__main__':
+    unittest.main()
