@@ -7,11 +7,12 @@
 The chapters stand in the order in which each builds on those above it:
 
     Units         text from the command line to a value
-    Messages      Request, Response and what lies between a wire and the Api
+    Messages      Request, Response and what else passes between a wire and the Api
     Store         repositories and objects as files; an object is whole or absent
     Policy        what a request may do
     Api           routes and answers
-    Http1         one HTTP/1.1 connection
+    Connection    a client's bytes, and how long they are waited for
+    Http1         requests and answers on one connection of HTTP/1.1
     Server        listeners, connections and their time limits, signals
     Command line  options, logs, main()
 
@@ -174,16 +175,14 @@ class FileSlice:
 
     def read(self, limit: int) -> bytes:
         """The next bytes, `limit` at the most; OSError if the file ends before the slice does."""
-        limit = min(limit, self.length)
-        data = _read_at(self.fd, limit, self.offset)
-        if limit and not data:
-            raise OSError(errno.EIO, 'the file became shorter while it was being sent')
-        self.offset += len(data)
-        self.length -= len(data)
+        data = _read_at(self.fd, min(limit, self.length), self.offset)
+        self.advance(len(data))
         return data
 
-    def skip(self, count: int) -> None:
-        """Go on `count` bytes further: they have been sent."""
+    def advance(self, count: int) -> None:
+        """Go on by the `count` bytes that were read or sent; OSError if there are none left."""
+        if not count and self.length:
+            raise OSError(errno.EIO, 'the file became shorter while it was being sent')
         self.offset += count
         self.length -= count
 
@@ -295,68 +294,6 @@ class Limits:
         return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds)
 
 
-_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
-
-
-class Connection:
-    """A client's socket and what it is waited for.
-
-    Its own thread waits in the kernel without a timer, which saves a poll(2) a call; the server's
-    main thread looks at the deadlines of all and wakes those whose time is over.
-    """
-
-    IDLE, READING, WRITING = range(3)
-
-    def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.sock = sock
-        self.peer = peer
-        self.deadline = math.inf  # of time.monotonic()
-        self.waits = self.IDLE
-        self.expired = False
-        self.stopping = False
-        self._roams = True
-        self._closing = threading.Lock()
-
-    def place(self, roaming: bool) -> None:
-        """Let this thread run on any core, or on the one that the process's threads share.
-
-        Threads that take turns on the interpreter lock wake each other many times in a small
-        request.  On one core that is nearly free; across cores it costs half of the requests a
-        second.  What works for long without the lock roams: transfers, and hashing them.
-        """
-        if roaming != self._roams and len(_CORES) > 1:
-            self._roams = roaming
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(
-                    0, _CORES if roaming else [_CORES[os.getpid() % len(_CORES)]])
-
-    def expire(self) -> None:
-        """Wake the thread: time is over.  One that reads finds the end of input and can still say
-        so to the client; one that writes, or was woken before, is cut off."""
-        cut = self.expired or self.waits == self.WRITING
-        self.expired = True
-        self._shutdown(socket.SHUT_RDWR if cut else socket.SHUT_RD)
-
-    def stop(self) -> None:
-        """End the connection, once the request that is under way has been answered."""
-        self.stopping = True
-        if self.waits == self.IDLE:
-            self._shutdown(socket.SHUT_RD)
-
-    def cut(self) -> None:
-        """End the connection now."""
-        self._shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        with self._closing:
-            self.sock.close()
-
-    def _shutdown(self, how: int) -> None:
-        # The lock: never the descriptor of another connection that came after this one.
-        with self._closing, contextlib.suppress(OSError):
-            self.sock.shutdown(how)
-
-
 # ==== Store ======================================================================================
 # Repositories and objects as files in restic's own local layout.  An object is whole or absent:
 # it is written where no listing shows it, checked, synced to the disk, and then linked to its
@@ -367,6 +304,7 @@ HIDDEN = '.restic_serve'          # the folder under DIR for what is no reposito
 SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind
 SCRATCH_SECONDS = 3600            # how old a left-over must be to be removed at start
 COPY_BYTES = 256 * 1024           # of content in memory at a time
+SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
 _NAME = re.compile(r'[0-9a-f]{64}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
@@ -993,15 +931,154 @@ def _check_repository(path: str) -> str:
     return path
 
 
+# ==== Connection =================================================================================
+# A client's bytes over a socket, and how long they are waited for.  Whatever happens to the client
+# is Gone; an OSError that comes out of here is one of a file.
+
+SENDFILE_BYTES = 1 << 30     # at a time; the system's own bound is just below 2 GiB
+LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
+LINGER_SECONDS = 5
+_MORE = getattr(socket, 'MSG_MORE', 0)
+_CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
+                      errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
+
+
+class Connection:
+    """A client's socket and what it is waited for.
+
+    Its own thread waits in the kernel without a timer, which saves a poll(2) a call; the server's
+    main thread looks at the deadlines of all and wakes those whose time is over.
+    """
+
+    IDLE, READING, WRITING = range(3)
+
+    def __init__(self, sock: socket.socket, peer: str, seconds: float) -> None:
+        """`seconds`: how long the first request is waited for."""
+        self.peer = peer
+        self.waits = self.IDLE
+        self.deadline = time.monotonic() + seconds
+        self.expired = False
+        self.stopping = False
+        self._sock = sock
+        self._roams = True
+        self._closing = threading.Lock()
+
+    def wait_for(self, what: int, seconds: float) -> None:
+        """What is waited for from now on, and how long."""
+        self.waits = what
+        self.deadline = time.monotonic() + seconds
+
+    def place(self, roaming: bool) -> None:
+        """Let this thread run on any core, or on the one that the process's threads share.
+
+        Threads that take turns on the interpreter lock wake each other many times in a small
+        request.  On one core that is nearly free; across cores it costs half of the requests a
+        second.  What works for long without the lock roams: transfers, and hashing them.
+        """
+        if roaming != self._roams and len(_CORES) > 1:
+            self._roams = roaming
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(
+                    0, _CORES if roaming else [_CORES[os.getpid() % len(_CORES)]])
+
+    def receive(self, limit: int) -> bytes:
+        """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
+        try:
+            return self._sock.recv(limit)
+        except OSError as error:
+            raise Gone(f'receiving: {error}') from None
+
+    def receive_into(self, view: memoryview) -> int:
+        """Fill `view` from its start; the bytes received, 0 at the end.  Raises Gone."""
+        try:
+            return self._sock.recv_into(view)
+        except OSError as error:
+            raise Gone(f'receiving: {error}') from None
+
+    def transmit(self, data: bytes, more: bool = False) -> None:
+        """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
+        try:
+            self._sock.sendall(data, _MORE if more else 0)
+        except OSError as error:
+            raise Gone(f'sending: {error}') from None
+
+    def transmit_file(self, content: FileSlice) -> None:
+        """Send a slice without its bytes passing through Python, where the system can.  Raises
+        Gone, and OSError if the file cannot be read to the slice's end."""
+        self.place(roaming=True)
+        direct = hasattr(os, 'sendfile')
+        while content.length:
+            if not direct:
+                self.transmit(content.read(COPY_BYTES))
+                continue
+            try:
+                count = os.sendfile(self._sock.fileno(), content.fd, content.offset,
+                                    min(content.length, SENDFILE_BYTES))
+            except OSError as error:
+                if error.errno in _CONNECTION_ERRORS:
+                    raise Gone(f'sending: {error}') from None
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                direct = False  # not from this file system
+                continue
+            content.advance(count)
+
+    def linger(self) -> None:
+        """RFC 9112 9.6: end so that the last answer arrives, even if the client still sends: the
+        kernel would answer unread input with a reset, which destroys it."""
+        self.wait_for(self.READING, LINGER_SECONDS)
+        left = LINGER_BYTES
+        view = memoryview(bytearray(SMALL_BYTES))
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+            while left > 0:
+                count = self._sock.recv_into(view)
+                if not count:
+                    break
+                left -= count
+        except OSError as error:
+            log.debug('%s: closing: %s', self.peer, error)
+
+    def break_off(self, error: OSError) -> NoReturn:
+        """Reset the connection, so that what was sent does not look complete."""
+        log.error('%s: an answer is broken off: %s', self.peer, error)
+        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        raise Gone('the answer was broken off')
+
+    def expire(self) -> None:
+        """Wake the thread: time is over.  One that reads finds the end of input and can still say
+        so to the client; one that writes, or was woken before, is cut off."""
+        cut = self.expired or self.waits == self.WRITING
+        self.expired = True
+        self._shutdown(socket.SHUT_RDWR if cut else socket.SHUT_RD)
+
+    def stop(self) -> None:
+        """End the connection, once the request that is under way has been answered."""
+        self.stopping = True
+        if self.waits == self.IDLE:
+            self._shutdown(socket.SHUT_RD)
+
+    def cut(self) -> None:
+        """End the connection now."""
+        self._shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._closing:
+            self._sock.close()
+
+    def _shutdown(self, how: int) -> None:
+        # The lock: never the descriptor of another connection that came after this one.
+        with self._closing, contextlib.suppress(OSError):
+            self._sock.shutdown(how)
+
+
 # ==== Http1 ======================================================================================
 # One HTTP/1.1 connection (RFC 9112).  Strict: what two readers could take in two ways is refused.
 
 RECEIVE_BYTES = 8 * 1024     # of a header section at a time
-SMALL_BYTES = 64 * 1024      # a slice up to this is read and sent with its header in one call
-SENDFILE_BYTES = 1 << 30     # at a time; the system's own bound is just below 2 GiB
 SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
-LINGER_BYTES = 64 << 20      # of an unwanted body that is read so that the answer arrives
-LINGER_SECONDS = 5
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
@@ -1152,31 +1229,25 @@ class _ChunkedBody:
         raise HttpError(431, 'the trailers are too long')
 
 
-class Http1(Connection):
+class Http1:
     """One connection: requests are read, answered by `api`, and their responses sent."""
 
-    def __init__(self, sock: socket.socket, peer: str, api: Api, limits: Limits) -> None:
-        super().__init__(sock, peer)
+    def __init__(self, connection: Connection, api: Api, limits: Limits) -> None:
+        self._connection = connection
         self._api = api
         self._limits = limits
         self._buffer = b''          # received, not yet read
         self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
         self._sent = 0              # bytes of the current answer's body
         self._announce = False      # the client waits for 100 (Continue) before it sends content
-        self.deadline = time.monotonic() + limits.header_seconds
 
     def run(self) -> None:
-        """Serve the connection to its end, and close it."""
-        try:
-            while self._exchange():
-                self.waits = self.IDLE
-                self.deadline = time.monotonic() + self._limits.idle_seconds
-                if self.stopping:
-                    break
-        except Gone as gone:
-            log.debug('%s: %s', self.peer, gone)
-        finally:
-            self.close()
+        """Serve the connection to its end.  Raises Gone."""
+        connection = self._connection
+        while self._exchange():
+            connection.wait_for(connection.IDLE, self._limits.idle_seconds)
+            if connection.stopping:
+                break
 
     def _exchange(self) -> bool:
         """One request and its answer; whether another may follow."""
@@ -1186,10 +1257,10 @@ class Http1(Connection):
                 return False
             request = self._parse(head)
         except HttpError as error:
-            log.debug('%s: %s', self.peer, error)
-            refused = Request('-', '', '', {}, _NO_BODY, self.peer)
+            log.debug('%s: %s', self._connection.peer, error)
+            refused = Request('-', '', '', {}, _NO_BODY, self._connection.peer)
             self._send(refused, text_response(error.status, str(error)), keep=False)
-            self._linger()
+            self._connection.linger()
             return False
         response = self._api.handle(request)
         try:
@@ -1197,7 +1268,7 @@ class Http1(Connection):
         finally:
             response.close()
         if not keep:
-            self._linger()
+            self._connection.linger()
         return keep and self._skip_body()
 
     # ---- receiving ----
@@ -1207,7 +1278,7 @@ class Http1(Connection):
 
         RFC 9112 2.2: an empty line before it is skipped.  Raises HttpError 400, 408 and 431.
         """
-        limit = self._limits.header_bytes
+        limit, connection = self._limits.header_bytes, self._connection
         while True:
             if self._buffer.startswith(b'\r\n'):
                 self._buffer = self._buffer[2:]
@@ -1220,10 +1291,11 @@ class Http1(Connection):
                 raise HttpError(431, f'the header is longer than {limit} bytes')
             if re.search(rb'(?<!\r)\n', self._buffer):
                 raise HttpError(400, 'a line ends without CR')
-            if self._buffer and self.waits == self.IDLE:
-                self.waits = self.READING
-                self.deadline = min(self.deadline, time.monotonic() + self._limits.header_seconds)
-            data = self._receive(RECEIVE_BYTES)
+            if self._buffer and connection.waits == connection.IDLE:
+                deadline = connection.deadline
+                connection.wait_for(connection.READING, self._limits.header_seconds)
+                connection.deadline = min(connection.deadline, deadline)
+            data = connection.receive(RECEIVE_BYTES)
             if not data:
                 if not self._buffer:
                     return ''
@@ -1232,21 +1304,22 @@ class Http1(Connection):
 
     def _parse(self, head: str) -> Request:
         """The request of a head, its body still to be read.  Raises HttpError."""
-        self.waits = self.READING
+        connection = self._connection
+        connection.waits = connection.READING
         method, target, version, headers = parse_head(head)
         length = body_length(headers, version)
         if length is None:
             self._body = _ChunkedBody(self, self._limits.header_bytes)
         else:
             self._body = _SizedBody(self, length) if length else _NO_BODY
-        self.place(roaming=length is None or length > SMALL_BYTES)
-        self.deadline = time.monotonic() + self._limits.read_seconds
+        connection.place(roaming=length is None or length > SMALL_BYTES)
+        connection.wait_for(connection.READING, self._limits.read_seconds)
         # RFC 9110 10.1.1: 100 is never sent to HTTP/1.0, and not where there is no content.
         expected = headers.get('expect') if version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
             raise HttpError(417, 'the only expectation is 100-continue')
         self._announce = expected is not None and self._body is not _NO_BODY
-        return Request(method, target, version, headers, self._body, self.peer)
+        return Request(method, target, version, headers, self._body, self._connection.peer)
 
     def read_content(self, view: memoryview) -> int:
         """Fill `view` from its start with what follows the head; at least one byte."""
@@ -1257,10 +1330,7 @@ class Http1(Connection):
             self._buffer = self._buffer[count:]
             return count
         self._invite()
-        try:
-            count = self.sock.recv_into(view)
-        except OSError as error:
-            raise Gone(f'receiving: {error}') from None
+        count = self._connection.receive_into(view)
         if not count:
             self._raise_cut_short('content')
         return count
@@ -1276,7 +1346,7 @@ class Http1(Connection):
             if end >= 0 or len(self._buffer) >= limit + 2:
                 raise HttpError(400, 'malformed line in a chunked body')
             self._invite()
-            data = self._receive(RECEIVE_BYTES)
+            data = self._connection.receive(RECEIVE_BYTES)
             if not data:
                 self._raise_cut_short('content')
             self._buffer += data
@@ -1285,16 +1355,10 @@ class Http1(Connection):
         """Ask for the content that the client holds back (RFC 9110 15.2.1)."""
         if self._announce:
             self._announce = False
-            self._transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
-
-    def _receive(self, limit: int) -> bytes:
-        try:
-            return self.sock.recv(limit)
-        except OSError as error:
-            raise Gone(f'receiving: {error}') from None
+            self._connection.transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
 
     def _raise_cut_short(self, what: str) -> NoReturn:
-        if self.expired:
+        if self._connection.expired:
             raise HttpError(408, f'the {what} took too long')
         raise HttpError(400, f'the {what} was cut short')
 
@@ -1302,7 +1366,7 @@ class Http1(Connection):
 
     def _may_keep(self, request: Request) -> bool:
         """Whether the connection can go on after this request (RFC 9112 9.3)."""
-        if self.stopping or self.expired:
+        if self._connection.stopping or self._connection.expired:
             return False
         # Content that was not read is skipped if it is little and surely on its way.
         left = self._body.left
@@ -1317,7 +1381,7 @@ class Http1(Connection):
     def _skip_body(self) -> bool:
         """Read what is left of a short body that nobody wanted."""
         if self._body.left:
-            self.deadline = time.monotonic() + LINGER_SECONDS
+            self._connection.wait_for(Connection.READING, LINGER_SECONDS)
             view = memoryview(bytearray(SKIP_BYTES))
             try:
                 while self._body.readinto(view):
@@ -1337,14 +1401,14 @@ class Http1(Connection):
         # RFC 9112 6.3: what has no announced length ends with the connection in HTTP/1.0.
         keep = keep and not (stream and request.version == 'HTTP/1.0')
         head = _response_head(response, request.version, keep)
-        self.deadline = time.monotonic() + self._limits.write_seconds
-        self.waits = self.WRITING
+        connection = self._connection
+        connection.wait_for(connection.WRITING, self._limits.write_seconds)
         self._sent = 0
         try:
             if request.method == 'HEAD':
-                self._transmit(head)
+                self._connection.transmit(head)
             elif isinstance(body, bytes):
-                self._transmit(head + body)
+                self._connection.transmit(head + body)
                 self._sent = len(body)
             elif isinstance(body, FileSlice):
                 self._send_file(head, body)
@@ -1367,31 +1431,14 @@ class Http1(Connection):
         return Response(response.status, response.headers, data)
 
     def _send_file(self, head: bytes, content: FileSlice) -> None:
-        """Send a slice without its bytes passing through Python, where the system can."""
-        self._transmit(head, _MORE)
-        self.place(roaming=True)
-        direct = hasattr(os, 'sendfile')
-        while content.length:
-            try:
-                if direct:
-                    count = os.sendfile(self.sock.fileno(), content.fd, content.offset,
-                                        min(content.length, SENDFILE_BYTES))
-                    if not count:
-                        raise OSError(errno.EIO, 'the file became shorter while it was being sent')
-                    content.skip(count)
-                else:
-                    data = content.read(COPY_BYTES)
-                    self._transmit(data)
-                    count = len(data)
-            except OSError as error:
-                if direct and error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    direct = False  # not from this file system
-                elif error.errno in _CONNECTION_ERRORS:
-                    raise Gone(f'sending: {error}') from None
-                else:
-                    self._break_off(error)
-            else:
-                self._sent += count
+        length = content.length
+        self._connection.transmit(head, more=True)
+        try:
+            self._connection.transmit_file(content)
+        except OSError as error:
+            self._connection.break_off(error)
+        finally:
+            self._sent = length - content.length
 
     def _send_stream(self, head: bytes, chunks: Iterator[bytes], chunked: bool) -> None:
         """Send chunks as they come, one behind, so that a short list leaves in one packet."""
@@ -1399,48 +1446,13 @@ class Http1(Connection):
         try:
             for chunk in chunks:
                 if len(waiting) > len(head) or self._sent:
-                    self._transmit(waiting)
+                    self._connection.transmit(waiting)
                     waiting = b''
                 waiting += b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
                 self._sent += len(chunk)
         except OSError as error:
-            self._break_off(error)
-        self._transmit(waiting + b'0\r\n\r\n' if chunked else waiting)
-
-    def _break_off(self, error: OSError) -> NoReturn:
-        """Reset the connection, so that what was sent does not look complete."""
-        log.error('%s: an answer is broken off: %s', self.peer, error)
-        with contextlib.suppress(OSError):  # a unix socket: there the missing last chunk says it
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-        raise Gone('the answer was broken off')
-
-    def _transmit(self, data: bytes, flags: int = 0) -> None:
-        try:
-            self.sock.sendall(data, flags)
-        except OSError as error:
-            raise Gone(f'sending: {error}') from None
-
-    def _linger(self) -> None:
-        """RFC 9112 9.6: close so that the last answer arrives, even if the client still sends: the
-        kernel would answer unread input with a reset, which destroys it."""
-        self.waits = self.READING
-        self.deadline = time.monotonic() + LINGER_SECONDS
-        left = LINGER_BYTES
-        view = memoryview(bytearray(SMALL_BYTES))
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-            while left > 0:
-                count = self.sock.recv_into(view)
-                if not count:
-                    break
-                left -= count
-        except OSError as error:
-            log.debug('%s: closing: %s', self.peer, error)
-
-
-_MORE = getattr(socket, 'MSG_MORE', 0)  # the file's first bytes go into the header's packet
-_CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
-                      errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+            self._connection.break_off(error)
+        self._connection.transmit(waiting + b'0\r\n\r\n' if chunked else waiting)
 
 
 def _response_head(response: Response, version: str, keep: bool) -> bytes:
@@ -1530,14 +1542,17 @@ class Server:
 
     def serve_connection(self, sock: socket.socket, peer: str) -> None:
         """Serve one connection to its end; called in its own thread."""
-        connection = Http1(sock, peer, self.api, self.limits)
+        connection = Connection(sock, peer, self.limits.header_seconds)
         with self._lock:
             self._connections.add(connection)
         if self._stopping:
             connection.stop()
         try:
-            connection.run()
+            Http1(connection, self.api, self.limits).run()
+        except Gone as gone:
+            log.debug('%s: %s', peer, gone)
         finally:
+            connection.close()
             with self._lock:
                 self._connections.discard(connection)
             if self._stopping:
