@@ -23,6 +23,7 @@ state: any number of servers, and restic itself, may work on it at the same time
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import errno
 import functools
@@ -42,10 +43,11 @@ import time
 
 TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost each start 5 ms
 if TYPE_CHECKING:
+    import ssl
     from types import FrameType, TracebackType
     from typing import (
-        Any, Callable, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional, Protocol, Set,
-        Tuple, Union)
+        Any, Callable, Dict, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn, Optional,
+        Protocol, Set, Tuple, Union)
 
     Headers = List[Tuple[str, str]]
 
@@ -105,12 +107,46 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def parse_address(text: str) -> Tuple[str, int]:
-    """Host and port of `1.2.3.4:8000`, `[::1]:8080`, `localhost:0` or `:8080` (an empty host)."""
-    match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\[\]:/\s]*)):([0-9]{1,5})', text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(f'{text!r} is no address; write 127.0.0.1:8080, [::1]:8080 or :8080')
-    return match[1] or match[2] or '', int(match[3])
+# Where to listen: TCP at `host` (none is every address) and `port`, or a unix socket at `path`.
+# `scheme` is `http`, `tls` or nothing, which means TLS if there are certificates.
+Address = collections.namedtuple('Address', ['scheme', 'host', 'port', 'path'])
+
+
+def parse_address(text: str) -> Address:
+    """`1.2.3.4:8000`, `[::1]:8080`, `localhost:0`, `:8080`, each also after `http://` or `tls://`;
+    `unix:///path/to/socket` or `/path/to/socket`."""
+    scheme, mark, rest = text.rpartition('://')
+    if scheme in ('', 'unix') and rest.startswith('/') and rest.strip('/'):
+        return Address('', '', 0, rest)
+    match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\[\]:/\s]*)):([0-9]{1,5})', rest)
+    if not match or int(match[3]) > 65535 or (scheme if mark else 'http') not in ('http', 'tls'):
+        raise ValueError(f'{text!r} is no address; write 127.0.0.1:8080, [::1]:8080, :8080, '
+                         'tls://:8443 or unix:///path/to/socket')
+    return Address(scheme, match[1] or match[2] or '', int(match[3]), '')
+
+
+def parse_tls_version(text: str) -> str:
+    """`tls1.0`, `tls1.1`, `tls1.2` or `tls1.3`."""
+    if text not in ('tls1.0', 'tls1.1', 'tls1.2', 'tls1.3'):
+        raise ValueError(f'{text!r} is no version; write tls1.0, tls1.1, tls1.2 or tls1.3')
+    return text
+
+
+def parse_header(text: str) -> Tuple[str, str]:
+    """Name and value of a response header, `Name: value`."""
+    match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)", text)
+    if not match:
+        raise ValueError(f'{text!r} is no header; write "Name: value"')
+    if match[1].lower() in ('connection', 'content-length', 'date', 'transfer-encoding'):
+        raise ValueError(f'{match[1]!r} is for the server alone to say')
+    return match[1], match[2]
+
+
+def parse_origin(text: str) -> str:
+    """An origin (RFC 6454 7): `https://example.org`, or `*` for any."""
+    if not re.fullmatch(r'\*|[a-z][a-z0-9+.-]*://[^\s/,;"]+', text):
+        raise ValueError(f'{text!r} is no origin; write https://example.org')
+    return text
 
 
 def parse_baseurl(text: str) -> str:
@@ -224,7 +260,7 @@ def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = (
                     f'{line}\n'.encode())
 
 
-_BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,18})-([0-9]{1,18})?|-([0-9]{1,18}))', re.IGNORECASE)
+_BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,99})-([0-9]{1,99})?|-([0-9]{1,99}))', re.IGNORECASE)
 
 
 def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
@@ -260,6 +296,8 @@ def log_access(request: Request, status: int, sent: int) -> None:
 
     https://httpd.apache.org/docs/2.4/logs.html#combined
     """
+    if not access_log.isEnabledFor(logging.INFO):
+        return
     query = f'?{request.query}' if request.query else ''
     access_log.info(
         '%s - %s [%s] "%s" %d %s "%s" "%s"', request.peer, request.user or '-',
@@ -305,7 +343,8 @@ SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behin
 SCRATCH_SECONDS = 3600            # how old a left-over must be to be removed at start
 COPY_BYTES = 256 * 1024           # of content in memory at a time
 SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
-_NAME = re.compile(r'[0-9a-f]{64}')
+_NAME = re.compile('[0-9a-f]{64}')
+_SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 # An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
@@ -411,6 +450,17 @@ class Scratch:
             else:
                 raise
 
+    def can_be_named(self, folder: str) -> bool:
+        """Whether the system lets a file without a name have one."""
+        probe = f'{folder}/{HIDDEN}-{os.urandom(8).hex()}'
+        try:
+            self.publish(probe)
+        except OSError as error:
+            log.debug('no nameless files in %s: %s', folder, error)
+            return False
+        os.unlink(probe)
+        return True
+
     def replace(self, path: str) -> None:
         """Give the content its name in place of what has it now."""
         if not self.path:
@@ -437,21 +487,22 @@ class Scratch:
 
     def _share(self) -> None:
         """Give the group its rights, whatever the umask says."""
-        if self._store.shared:
+        if self._store.shared and hasattr(os, 'fchmod'):
             os.fchmod(self.fd, self._store.file_mode)
 
     def _move(self, folder: str) -> None:
         """Copy the content into another folder."""
         import shutil
-        fd, path = self.fd, self.path
+        old_fd, old_path = self.fd, self.path
+        self._make_named(folder)
         try:
-            with open(fd, 'rb') as source:
-                self._make_named(folder)
+            with open(old_fd, 'rb', closefd=False) as source, \
+                    open(self.fd, 'wb', closefd=False) as copy:
                 source.seek(0)
-                with open(self.fd, 'wb', closefd=False) as copy:
-                    shutil.copyfileobj(source, copy)
+                shutil.copyfileobj(source, copy)
         finally:
-            os.unlink(path)
+            os.close(old_fd)
+            os.unlink(old_path)
         sync_file(self.fd)
 
     def _rename(self, path: str) -> None:
@@ -482,14 +533,11 @@ class Store:
         if not os.path.isdir(self.root or os.sep):
             self._make_directory(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
-        probe = f'{self.root}/{HIDDEN}-{os.urandom(8).hex()}'
         with Scratch(self, self.root or os.sep) as scratch:
-            try:
-                scratch.publish(probe)
-                os.unlink(probe)
-            except OSError as error:
-                log.debug('no nameless files in %s: %s', self.root, error)
-                self.nameless = False
+            self.nameless = self.nameless and scratch.can_be_named(self.root)
+        if not self.nameless:
+            with Scratch(self, self.root or os.sep):
+                pass
         self._remove_left_overs()
 
     def open(self, location: Location) -> FileSlice:
@@ -499,7 +547,7 @@ class Store:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
-            raise FileNotFoundError(errno.ENOENT, 'no regular file', path)
+            raise IsADirectoryError(errno.EISDIR, 'no regular file', path)
         return FileSlice(fd, 0, status.st_size)
 
     def create_repository(self, repository: str) -> None:
@@ -511,34 +559,23 @@ class Store:
             self._make_directory(f'{base}/data/{number:02x}', sync=False)
         sync_directory(f'{base}/data')
 
-    def list(self, location: Location, sizes: bool) -> Iterator[Tuple[str, int]]:
+    def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[str, int]]:
         """Names and, if `sizes`, lengths in bytes (else 0) of the objects of one kind, in the
         order of the directory, which is read on the way: an OSError may come at any time."""
-        folder = self._path(location)
-        try:
-            entries = os.scandir(folder)
-        except FileNotFoundError:
-            return
-        with entries:
+        with _scan(self._path(location)) as entries:
             if location.kind != 'data':
                 yield from _objects(entries, sizes)
                 return
             for entry in entries:
-                prefix = entry.name
-                if len(prefix) != 2 or not entry.is_dir():
-                    continue
-                try:
-                    inner = os.scandir(entry.path)
-                except FileNotFoundError:
-                    continue
-                with inner:
-                    yield from _objects(inner, sizes, prefix)
+                if _SUBDIRECTORY.fullmatch(entry.name):
+                    with _scan(entry.path) as inner:
+                        yield from _objects(inner, sizes, entry.name)
 
     def delete(self, location: Location) -> bool:
         """Remove an object; whether there was one."""
         try:
             os.unlink(self._path(location))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
@@ -553,6 +590,8 @@ class Store:
             digest = scratch.receive(body, self.verify)
             if location.name and digest not in ('', location.name):
                 raise HttpError(400, f'the content has the SHA-256 {digest}, not its name')
+            if not location.name and not os.fstat(scratch.fd).st_size:
+                raise HttpError(400, 'an empty config')
             sync_file(scratch.fd)
             while True:
                 try:
@@ -634,29 +673,46 @@ class Store:
 
     def _remove_left_overs(self) -> None:
         """Remove the scratch files of a server that died.  Younger ones may be another's."""
+        old = time.time() - SCRATCH_SECONDS
         try:
-            entries = os.scandir(f'{self.root}/{HIDDEN}')
+            with _scan(f'{self.root}/{HIDDEN}') as entries:
+                left_over = [entry.path for entry in entries
+                             if entry.name.startswith(SCRATCH_PREFIX)
+                             and entry.stat(follow_symlinks=False).st_mtime < old]
+            for path in left_over:
+                os.unlink(path)
+                log.info('removed %s, left behind by an upload that was cut off', path)
         except FileNotFoundError:
-            return
-        with entries:
-            for entry in entries:
-                if (entry.name.startswith(SCRATCH_PREFIX)
-                        and entry.stat(follow_symlinks=False).st_mtime
-                        < time.time() - SCRATCH_SECONDS):
-                    os.unlink(entry.path)
-                    log.info('removed %s, left behind by an upload that was cut off', entry.path)
+            log.debug('another server removes what was left behind')
+        except OSError as error:
+            log.error('what uploads left behind stays: %s', error)
+
+
+@contextlib.contextmanager
+def _scan(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """The entries of a directory, none if it is missing.  What cannot be read is an OSError: it
+    must not look empty."""
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.lexists(folder):
+            raise
+        yield iter(())
+        return
+    with entries:
+        yield entries
 
 
 def _objects(entries: Iterator[os.DirEntry[str]], sizes: bool,
              prefix: str = '') -> Iterator[Tuple[str, int]]:
-    """Names and sizes of those entries that are objects' names beginning with `prefix`."""
+    """Names and sizes of those entries that are objects, their names beginning with `prefix`."""
     is_name = _NAME.fullmatch
     for entry in entries:
         name = entry.name
-        if not is_name(name) or not name.startswith(prefix):
-            continue
-        with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
-            yield name, entry.stat(follow_symlinks=False).st_size if sizes else 0
+        if (is_name(name) and name.startswith(prefix)
+                and entry.is_file(follow_symlinks=False)):
+            with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
+                yield name, entry.stat(follow_symlinks=False).st_size if sizes else 0
 
 
 def _digest(fd: int) -> str:
@@ -730,35 +786,58 @@ class Policy:
 # https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
 
 LIST_BYTES = 16 * 1024  # of a list in memory at a time
+DEEPEST = 64            # segments of a repository's path
 _VERSION_2 = 'application/vnd.x.restic.rest.v2'
 _VERSION_1 = 'application/vnd.x.restic.rest.v1'
-_METHODS = {'repository': 'POST', 'list': 'GET, HEAD', 'object': 'GET, HEAD, POST, DELETE'}
-
-# restic takes 403, 404 and 507 as final and tries 500 again for a quarter of an hour: final is
-# what no waiting mends.
+# What a browser asks before a script's request (the Fetch standard, CORS protocol).
+_PREFLIGHT = (('Access-Control-Allow-Methods', 'GET, HEAD, POST, DELETE'),
+              ('Access-Control-Allow-Headers', 'Authorization, Content-Type, Range'),
+              ('Access-Control-Max-Age', '86400'))
+# restic takes 401, 403, 404, 416 and 507 as final, 404 to a list as an empty one, and tries 500
+# again for a quarter of an hour: final is what no waiting mends, and a missing object alone is 404.
 _STATUS_OF_ERRNO = {
-    errno.ENOENT: 404, errno.ENOTDIR: 404, errno.EISDIR: 404, errno.ELOOP: 404,
     errno.ENAMETOOLONG: 400,
-    errno.EACCES: 403, errno.EPERM: 403,
+    errno.EACCES: 403, errno.EPERM: 403, errno.ENOTDIR: 403,
     errno.ENOSPC: 507, errno.EDQUOT: 507, errno.EFBIG: 507, errno.EROFS: 507,
     errno.EMFILE: 503, errno.ENFILE: 503,
 }
 _REASON_OF_STATUS = {400: 'the path is too long', 403: 'the server may not access the file',
-                     404: 'not found', 500: 'the server could not access the file',
-                     503: 'too many open files', 507: 'no space left'}
+                     500: 'the server could not access the file', 503: 'too many open files',
+                     507: 'no room to write'}
+_NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 class Api:
-    """The protocol over a store; `baseurl` is the prefix of every path."""
+    """The protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
+    every answer; scripts of the web origin `allow_origin` may use the server."""
 
-    def __init__(self, store: Store, policy: Policy, baseurl: str = '') -> None:
+    def __init__(self, store: Store, policy: Policy, baseurl: str = '',
+                 headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '') -> None:
         self.store = store
         self.policy = policy
         self.baseurl = baseurl
+        self._allow_origin = allow_origin
+        self._headers = list(headers)
+        if allow_origin:
+            self._headers.append(('Access-Control-Allow-Origin', allow_origin))
+            if allow_origin != '*':
+                self._headers.append(('Vary', 'Origin'))
 
     def handle(self, request: Request) -> Response:
         """The answer to a request, whatever happens; raises only Gone."""
+        response = self._answer(request)
+        if self._headers:
+            response.headers.extend(self._headers)
+        return response
+
+    def refuse(self, error: HttpError) -> Response:
+        """The answer to what is no request at all."""
+        return text_response(error.status, str(error), [*error.headers, *self._headers])
+
+    def _answer(self, request: Request) -> Response:
         try:
+            if request.method == 'OPTIONS' and self._allow_origin:
+                return Response(200, list(_PREFLIGHT))
             return self._route(request)
         except HttpError as error:
             return text_response(error.status, str(error), error.headers)
@@ -774,39 +853,30 @@ class Api:
     def failure(self, request: Request, error: OSError) -> Response:
         """The answer where the file system failed."""
         status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
-        if status not in (400, 404):
+        if status != 400:
             log.error('%s %s: %s', request.method, request.path, error)
         return text_response(status, _REASON_OF_STATUS[status])
 
     def _route(self, request: Request) -> Response:
-        path, method = request.path, request.method
+        path = request.path
         if self.baseurl:
             if path != self.baseurl and not path.startswith(self.baseurl + '/'):
+                parse_path(path)
                 raise HttpError(404, 'not found')
             path = path[len(self.baseurl):] or '/'
         location = parse_path(path)
         self.policy.check(request, location)
-        if location.is_object:
-            if method in ('GET', 'HEAD'):
-                return self._load(request, location)
-            if method == 'POST':
-                self.store.save(location, request.body)
-                return Response(200, [])
-            if method == 'DELETE':
-                self.store.delete(location)
-                return Response(200, [])
-            return _refuse_method(method, 'object')
-        if location.kind:
-            if method in ('GET', 'HEAD'):
-                return self._list(request, location)
-            return _refuse_method(method, 'list')
-        if method == 'POST':
-            return self._create(request, location)
-        if method == 'DELETE':
-            raise HttpError(501, 'repositories are not deleted over the network')
-        if method in ('GET', 'HEAD'):
-            raise HttpError(404, 'not found')
-        return _refuse_method(method, 'repository')
+        handlers = (_OBJECT_HANDLERS if location.is_object
+                    else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
+        handler = handlers.get(request.method)
+        if not handler:
+            # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
+            known = request.method in ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS',
+                                       'TRACE')
+            allow = ', '.join(handlers)
+            raise HttpError(405 if known else 501, f'the methods here are {allow}',
+                            [('Allow', allow)] if known else [])
+        return handler(self, request, location)
 
     def _create(self, request: Request, location: Location) -> Response:
         if 'create=true' not in request.query.split('&'):
@@ -814,8 +884,24 @@ class Api:
         self.store.create_repository(location.repository)
         return Response(200, [])
 
-    def _load(self, request: Request, location: Location) -> Response:
-        content = self.store.open(location)
+    def _save(self, request: Request, location: Location) -> Response:
+        self.store.save(location, request.body)
+        return Response(200, [])
+
+    def _delete(self, request: Request, location: Location) -> Response:
+        self.store.delete(location)
+        return Response(200, [])
+
+    def _delete_repository(self, request: Request, location: Location) -> Response:
+        raise HttpError(501, 'repositories are not deleted over the network')
+
+    def _get_object(self, request: Request, location: Location) -> Response:
+        try:
+            content = self.store.open(location)
+        except OSError as error:
+            if error.errno in _NO_OBJECT:
+                raise HttpError(404, 'not found') from None
+            raise
         headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
         wanted = request.headers.get('range')
         # RFC 9110 14.2: only GET has ranges.  13.1.5: no validator is ever given here, so that
@@ -834,21 +920,24 @@ class Api:
         headers.append(('Content-Range', f'bytes {offset}-{offset + length - 1}/{size}'))
         return Response(206, headers, content)
 
-    def _list(self, request: Request, location: Location) -> Response:
+    def _get_list(self, request: Request, location: Location) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
-        chunks = json_list(self.store.list(location, sizes), sizes)
+        chunks = json_list(self.store.objects(location, sizes), sizes)
         first = next(chunks)  # an error of the first read still has an answer of its own
         return Response(200, headers, _chain(first, chunks))
 
+    def _get_repository(self, request: Request, location: Location) -> Response:
+        raise HttpError(404, 'not found')
 
-def _refuse_method(method: str, what: str) -> Response:
-    """RFC 9110 9.1: 501 for a method that nothing here has, 405 for one that others have."""
-    known = method in ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
-    return text_response(405 if known else 501, f'{what}s have {_METHODS[what]}',
-                         [('Allow', _METHODS[what])] if known else [])
+
+_OBJECT_HANDLERS = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
+                    'DELETE': Api._delete}
+_LIST_HANDLERS = {'GET': Api._get_list, 'HEAD': Api._get_list}
+_REPOSITORY_HANDLERS = {'POST': Api._create, 'GET': Api._get_repository,
+                        'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
 
 
 def json_list(objects: Iterator[Tuple[str, int]], sizes: bool) -> Iterator[bytes]:
@@ -921,6 +1010,8 @@ def _check_repository(path: str) -> str:
     for segment in segments:
         if segment in ('', '.', '..') or _NO_FILE_NAME.search(segment):
             raise HttpError(400, 'the path has a segment that is no file name')
+    if len(segments) > DEEPEST:
+        raise HttpError(400, f'the path has more than {DEEPEST} segments')
     if segments[0] == HIDDEN or any(segment in KINDS or segment == 'config'
                                     for segment in segments):
         raise HttpError(404, 'not found')
@@ -944,6 +1035,18 @@ _CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.E
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
 
 
+def place_thread(roaming: bool) -> None:
+    """Let this thread run on any core, or on the one that the process's threads share.
+
+    Threads that take turns on the interpreter lock wake each other many times in a small request.
+    On one core that is nearly free; across cores it costs half of the requests a second.  What
+    works for long without the lock roams: transfers, and hashing them.
+    """
+    if len(_CORES) > 1:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, _CORES if roaming else [_CORES[os.getpid() % len(_CORES)]])
+
+
 class Connection:
     """A client's socket and what it is waited for.
 
@@ -960,8 +1063,9 @@ class Connection:
         self.deadline = time.monotonic() + seconds
         self.expired = False
         self.stopping = False
-        self._sock = sock
-        self._roams = True
+        self._sock: Any = sock  # an ssl.SSLSocket where TLS is spoken
+        self._tls = hasattr(sock, 'do_handshake')
+        self._roams: Optional[bool] = None  # not known before it is asked for
         self._closing = threading.Lock()
 
     def wait_for(self, what: int, seconds: float) -> None:
@@ -970,36 +1074,39 @@ class Connection:
         self.deadline = time.monotonic() + seconds
 
     def place(self, roaming: bool) -> None:
-        """Let this thread run on any core, or on the one that the process's threads share.
-
-        Threads that take turns on the interpreter lock wake each other many times in a small
-        request.  On one core that is nearly free; across cores it costs half of the requests a
-        second.  What works for long without the lock roams: transfers, and hashing them.
-        """
-        if roaming != self._roams and len(_CORES) > 1:
+        """Let this connection's thread roam or not, as place_thread() has it."""
+        if roaming != self._roams:
             self._roams = roaming
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(
-                    0, _CORES if roaming else [_CORES[os.getpid() % len(_CORES)]])
+            place_thread(roaming)
+
+    def shake_hands(self) -> None:
+        """Begin TLS, where it is spoken.  Raises Gone."""
+        if self._tls:
+            try:
+                self._sock.do_handshake()
+            except OSError as error:
+                raise Gone(f'TLS: {error}') from None
 
     def receive(self, limit: int) -> bytes:
         """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
         try:
-            return self._sock.recv(limit)
+            data: bytes = self._sock.recv(limit)
+            return data
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
 
     def receive_into(self, view: memoryview) -> int:
         """Fill `view` from its start; the bytes received, 0 at the end.  Raises Gone."""
         try:
-            return self._sock.recv_into(view)
+            count: int = self._sock.recv_into(view)
+            return count
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
 
     def transmit(self, data: bytes, more: bool = False) -> None:
         """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
         try:
-            self._sock.sendall(data, _MORE if more else 0)
+            self._sock.sendall(data, _MORE if more and not self._tls else 0)
         except OSError as error:
             raise Gone(f'sending: {error}') from None
 
@@ -1007,7 +1114,7 @@ class Connection:
         """Send a slice without its bytes passing through Python, where the system can.  Raises
         Gone, and OSError if the file cannot be read to the slice's end."""
         self.place(roaming=True)
-        direct = hasattr(os, 'sendfile')
+        direct = hasattr(os, 'sendfile') and not self._tls
         while content.length:
             if not direct:
                 self.transmit(content.read(COPY_BYTES))
@@ -1027,13 +1134,16 @@ class Connection:
     def linger(self) -> None:
         """RFC 9112 9.6: end so that the last answer arrives, even if the client still sends: the
         kernel would answer unread input with a reset, which destroys it."""
-        self.wait_for(self.READING, LINGER_SECONDS)
+        self.wait_for(self.IDLE, LINGER_SECONDS)
         left = LINGER_BYTES
         view = memoryview(bytearray(SMALL_BYTES))
         try:
-            self._sock.shutdown(socket.SHUT_WR)
+            if self._tls:  # RFC 8446 6.1: close_notify, and wait for the client's
+                with contextlib.suppress(OSError):
+                    self._sock.unwrap()
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
             while left > 0:
-                count = self._sock.recv_into(view)
+                count = socket.socket.recv_into(self._sock, view)
                 if not count:
                     break
                 left -= count
@@ -1043,8 +1153,7 @@ class Connection:
     def break_off(self, error: OSError) -> NoReturn:
         """Reset the connection, so that what was sent does not look complete."""
         log.error('%s: an answer is broken off: %s', self.peer, error)
-        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        self.cut()
         raise Gone('the answer was broken off')
 
     def expire(self) -> None:
@@ -1052,7 +1161,10 @@ class Connection:
         so to the client; one that writes, or was woken before, is cut off."""
         cut = self.expired or self.waits == self.WRITING
         self.expired = True
-        self._shutdown(socket.SHUT_RDWR if cut else socket.SHUT_RD)
+        if cut:
+            self.cut()
+        else:
+            self._shutdown(socket.SHUT_RD)
 
     def stop(self) -> None:
         """End the connection, once the request that is under way has been answered."""
@@ -1061,7 +1173,9 @@ class Connection:
             self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
-        """End the connection now."""
+        """End the connection now, by a reset, so that what was sent does not look complete."""
+        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self._shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -1070,14 +1184,16 @@ class Connection:
 
     def _shutdown(self, how: int) -> None:
         # The lock: never the descriptor of another connection that came after this one.
+        # Not SSLSocket's own shutdown, which would make its thread read and send plain text.
         with self._closing, contextlib.suppress(OSError):
-            self._sock.shutdown(how)
+            socket.socket.shutdown(self._sock, how)
 
 
 # ==== Http1 ======================================================================================
 # One HTTP/1.1 connection (RFC 9112).  Strict: what two readers could take in two ways is refused.
 
 RECEIVE_BYTES = 8 * 1024     # of a header section at a time
+CLIENT_GONE = 499            # in the access log alone, as in nginx's: nobody was there to be told
 SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -1086,7 +1202,7 @@ _HEAD = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n({_FIELD_LINES.p
 _FIELD = re.compile(r'([^:]+):[ \t]*([^\r]*)\r\n')
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
-_CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})[\t ]*(?:;[\t -~\x80-\xff]*)?')
+_CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t -~\x80-\xff]*)?')
 # What is wrong with a head that _HEAD does not match.
 _FAULTS = (
     (re.compile(rf'{_TOKEN} [!-~]+ HTTP/(?!1\.)[0-9](\.[0-9])?\r\n'), 505, 'not HTTP/1.1'),
@@ -1244,25 +1360,33 @@ class Http1:
     def run(self) -> None:
         """Serve the connection to its end.  Raises Gone."""
         connection = self._connection
+        connection.place(roaming=False)
         while self._exchange():
             connection.wait_for(connection.IDLE, self._limits.idle_seconds)
             if connection.stopping:
                 break
 
+    def turn_away(self) -> None:
+        """Say that there is no room for this connection.  Raises Gone."""
+        self._refuse(HttpError(503, 'too many connections', [('Retry-After', '10')]))
+
     def _exchange(self) -> bool:
         """One request and its answer; whether another may follow."""
+        request = None
         try:
             head = self._read_head()
             if not head:
                 return False
-            request = self._parse(head)
+            request = Request(*parse_head(head), _NO_BODY, self._connection.peer)
+            self._open_body(request)
         except HttpError as error:
-            log.debug('%s: %s', self._connection.peer, error)
-            refused = Request('-', '', '', {}, _NO_BODY, self._connection.peer)
-            self._send(refused, text_response(error.status, str(error)), keep=False)
-            self._connection.linger()
+            self._refuse(error, request)
             return False
-        response = self._api.handle(request)
+        try:
+            response = self._api.handle(request)
+        except Gone:
+            log_access(request, CLIENT_GONE, 0)
+            raise
         try:
             keep = self._send(request, response, self._may_keep(request))
         finally:
@@ -1271,6 +1395,13 @@ class Http1:
             self._connection.linger()
         return keep and self._skip_body()
 
+    def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
+        """Answer what is no request, or not wholly, and end the connection."""
+        log.debug('%s: %s', self._connection.peer, error)
+        request = request or Request('-', '', '', {}, _NO_BODY, self._connection.peer)
+        self._send(request, self._api.refuse(error), keep=False)
+        self._connection.linger()
+
     # ---- receiving ----
 
     def _read_head(self) -> str:
@@ -1278,9 +1409,9 @@ class Http1:
 
         RFC 9112 2.2: an empty line before it is skipped.  Raises HttpError 400, 408 and 431.
         """
-        limit, connection = self._limits.header_bytes, self._connection
+        limit, connection, begun = self._limits.header_bytes, self._connection, False
         while True:
-            if self._buffer.startswith(b'\r\n'):
+            while self._buffer.startswith(b'\r\n'):
                 self._buffer = self._buffer[2:]
             end = self._buffer.find(b'\r\n\r\n')
             if end >= 0 and end + 4 <= limit:
@@ -1291,9 +1422,9 @@ class Http1:
                 raise HttpError(431, f'the header is longer than {limit} bytes')
             if re.search(rb'(?<!\r)\n', self._buffer):
                 raise HttpError(400, 'a line ends without CR')
-            if self._buffer and connection.waits == connection.IDLE:
-                deadline = connection.deadline
-                connection.wait_for(connection.READING, self._limits.header_seconds)
+            if self._buffer and not begun:
+                begun, deadline = True, connection.deadline
+                connection.wait_for(connection.IDLE, self._limits.header_seconds)
                 connection.deadline = min(connection.deadline, deadline)
             data = connection.receive(RECEIVE_BYTES)
             if not data:
@@ -1302,24 +1433,22 @@ class Http1:
                 self._raise_cut_short('header')
             self._buffer += data
 
-    def _parse(self, head: str) -> Request:
-        """The request of a head, its body still to be read.  Raises HttpError."""
+    def _open_body(self, request: Request) -> None:
+        """Give a request its body, still to be read.  Raises HttpError."""
         connection = self._connection
-        connection.waits = connection.READING
-        method, target, version, headers = parse_head(head)
-        length = body_length(headers, version)
+        length = body_length(request.headers, request.version)
         if length is None:
             self._body = _ChunkedBody(self, self._limits.header_bytes)
         else:
             self._body = _SizedBody(self, length) if length else _NO_BODY
+        request.body = self._body
         connection.place(roaming=length is None or length > SMALL_BYTES)
         connection.wait_for(connection.READING, self._limits.read_seconds)
         # RFC 9110 10.1.1: 100 is never sent to HTTP/1.0, and not where there is no content.
-        expected = headers.get('expect') if version != 'HTTP/1.0' else None
+        expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
             raise HttpError(417, 'the only expectation is 100-continue')
-        self._announce = expected is not None and self._body is not _NO_BODY
-        return Request(method, target, version, headers, self._body, self._connection.peer)
+        self._announce = expected is not None and length != 0
 
     def read_content(self, view: memoryview) -> int:
         """Fill `view` from its start with what follows the head; at least one byte."""
@@ -1395,7 +1524,7 @@ class Http1:
         body = response.body
         if (isinstance(body, FileSlice) and body.length <= SMALL_BYTES
                 and request.method != 'HEAD'):
-            response = self._load(request, response, body)
+            response = self._read_small(request, response, body)
             body = response.body
         stream = not isinstance(body, (bytes, FileSlice))
         # RFC 9112 6.3: what has no announced length ends with the connection in HTTP/1.0.
@@ -1415,11 +1544,10 @@ class Http1:
             else:
                 self._send_stream(head, body, request.version != 'HTTP/1.0')
         finally:
-            if access_log.isEnabledFor(logging.INFO):
-                log_access(request, response.status, self._sent)
+            log_access(request, response.status, self._sent)
         return keep
 
-    def _load(self, request: Request, response: Response, content: FileSlice) -> Response:
+    def _read_small(self, request: Request, response: Response, content: FileSlice) -> Response:
         """The answer with its slice in memory; nothing was sent yet, so that an error of the file
         can still be said."""
         data = b''
@@ -1480,127 +1608,125 @@ def _status_and_date(status: int, now: int) -> str:
     return f'HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {http_date(now)}\r\n'
 
 
-# ==== Server =====================================================================================
-# Listeners, the connections of all of them, time limits and signals.  One loop in the main thread
-# waits for new connections; each connection has a thread.
+# ==== Listeners ==================================================================================
+# The ways in: TCP, unix sockets, sockets that the service manager hands over, and TLS.
 
-SWEEP_SECONDS = 0.5         # between two looks at the deadlines of connections, at the most
-STOP_SECONDS = 10           # for requests under way when the server is told to stop
 BACKLOG = 1024              # connections that the system accepts ahead
 EXHAUSTED_SECONDS = 0.1     # before the next try where the system has no descriptor left
+LOOK_SECONDS = 1.0          # between two looks at the files of a certificate
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Server:
-    """Serves an Api on `addresses`, pairs of host and port."""
+class Certificates:
+    """TLS from PEM files, which are read again when they change.
 
-    def __init__(self, api: Api, limits: Limits, addresses: List[Tuple[str, int]]) -> None:
-        self.api = api
-        self.limits = limits
-        self._connections: Set[Connection] = set()
-        self._lock = threading.Lock()   # of _connections
-        self._stopping = False
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        self.listeners = []
-        listener_class = _listener_class()
-        for host, port in addresses:
-            listener = listener_class(self, host, port)
-            self.listeners.append(listener)
-            self._selector.register(listener, selectors.EVENT_READ, listener)
+    `client_ca` is who signs the clients' certificates, `minimum` the lowest version, `tls1.0` to
+    `tls1.3`; without one the TLS library's own policy holds.  Raises OSError, and ImportError
+    where Python has no TLS.
+    """
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; then let running requests finish."""
-        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _wake_up)
-        self.loop()
-        signal.set_wakeup_fd(-1)
+    def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
+        self._cert = cert
+        self._key = key
+        self._client_ca = client_ca
+        self._minimum = minimum
+        self._lock = threading.Lock()
+        self._stamp = self._look()
+        self._next_look = 0.0
+        self._context = self._load()
 
-    def stop(self) -> None:
-        """Do what SIGTERM does."""
-        with contextlib.suppress(OSError):  # it has stopped
-            self._wake_writer.send(bytes([signal.SIGTERM]))
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """The server's side of TLS on a connection; its handshake is still to be made."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            if self._look() != self._stamp:
+                self.reload()
+        return self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
-    def loop(self) -> None:
-        """Serve until stop() is called or a signal comes."""
-        period = min(SWEEP_SECONDS, self.limits.shortest() / 4)
-        next_sweep = 0.0
-        while not self._signalled():
-            # Without connections there is no deadline, and the process sleeps.
-            for key, _ in self._selector.select(period if self._connections else None):
-                if key.data:
-                    key.data.handle_request()
-            now = time.monotonic()
-            if now >= next_sweep:
-                next_sweep = now + period
-                self._expire(now)
-        self._finish()
-
-    def serve_connection(self, sock: socket.socket, peer: str) -> None:
-        """Serve one connection to its end; called in its own thread."""
-        connection = Connection(sock, peer, self.limits.header_seconds)
+    def reload(self) -> None:
+        """Read the files again; if they are no good, the ones before stay in use."""
         with self._lock:
-            self._connections.add(connection)
-        if self._stopping:
-            connection.stop()
+            self._stamp = self._look()
+            try:
+                self._context = self._load()
+                log.log(NOTICE, 'read the certificate %s', self._cert)
+            except OSError as error:
+                log.error('the certificate %s is no good, the last one stays in use: %s',
+                          self._cert, error)
+
+    def _look(self) -> List[Tuple[int, int, int]]:
+        """What changes when one of the files does."""
+        stamp = []
+        for path in (self._cert, self._key, self._client_ca):
+            try:
+                status = os.stat(path)
+                stamp.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            except OSError:
+                stamp.append((0, 0, 0))
+        return stamp
+
+    def _load(self) -> ssl.SSLContext:
+        import ssl
+        import warnings
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if self._minimum:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', DeprecationWarning)  # of versions below 1.2
+                context.minimum_version = {
+                    'tls1.0': ssl.TLSVersion.TLSv1, 'tls1.1': ssl.TLSVersion.TLSv1_1,
+                    'tls1.2': ssl.TLSVersion.TLSv1_2, 'tls1.3': ssl.TLSVersion.TLSv1_3,
+                }[self._minimum]
+            if self._minimum in ('tls1.0', 'tls1.1'):
+                # Their SHA-1 signatures are below OpenSSL's security level 1.
+                context.set_ciphers('DEFAULT:@SECLEVEL=0')
+        context.load_cert_chain(self._cert, self._key, password='')  # an encrypted key: no prompt
+        if self._client_ca:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self._client_ca)
+        return context
+
+
+def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
+    """Bind to a path that only the user may connect to, and the group if `shared` or if the umask
+    lets it.  A socket that no server answers any more is replaced.  Raises OSError."""
+    umask = os.umask(0o177)
+    try:
         try:
-            Http1(connection, self.api, self.limits).run()
-        except Gone as gone:
-            log.debug('%s: %s', peer, gone)
-        finally:
-            connection.close()
-            with self._lock:
-                self._connections.discard(connection)
-            if self._stopping:
-                with contextlib.suppress(OSError):
-                    self._wake_writer.send(b'\0')
-
-    def _signalled(self) -> bool:
-        """Whether a signal has told the server to stop."""
-        try:
-            signals = self._wake_reader.recv(4096)
-        except BlockingIOError:
-            return False
-        return any(number in signals for number in (signal.SIGTERM, signal.SIGINT))
-
-    def _snapshot(self) -> List[Connection]:
-        with self._lock:
-            return list(self._connections)
-
-    def _expire(self, now: float) -> None:
-        """Wake the connections whose time is over."""
-        for connection in self._snapshot():
-            if connection.deadline < now:
-                connection.expire()
-
-    def _finish(self) -> None:
-        """Accept no more, drop idle connections, wait for the others.  A second signal ends the
-        wait."""
-        self._stopping = True
-        for listener in self.listeners:
-            self._selector.unregister(listener)
-            listener.server_close()
-        for connection in self._snapshot():
-            connection.stop()
-        end = time.monotonic() + STOP_SECONDS
-        while self._connections and time.monotonic() < end:
-            self._selector.select(max(0, end - time.monotonic()))
-            if self._signalled():
-                break
-        for connection in self._snapshot():
-            log.warning('cut off %s: its request did not end in time', connection.peer)
-            connection.cut()
-        self._selector.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) != errno.ECONNREFUSED:
+                    raise
+            os.unlink(path)
+            sock.bind(path)
+    finally:
+        os.umask(umask)
+    if shared or not umask & 0o060:
+        os.chmod(path, 0o660)
 
 
-def _wake_up(number: int, frame: Optional[FrameType]) -> None:
-    """A signal has come: its number is in the wake-up socket, which the main loop reads."""
+def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socket.socket, str]]:
+    """The listening sockets that the service manager opened, and their names (sd_listen_fds(3)).
+
+    The variables that say so are removed: they are not for other processes.  Raises OSError.
+    """
+    values = [environment.pop(name, '') for name in ('LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES')]
+    if values[0] != str(os.getpid()) or not values[1].isdecimal():
+        return []
+    names = values[2].split(':')
+    found = []
+    for number in range(int(values[1])):
+        sock = socket.socket(fileno=3 + number)
+        sock.set_inheritable(False)
+        if (sock.type != socket.SOCK_STREAM
+                or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+            raise OSError(errno.EINVAL, 'the service manager handed over a socket that does not '
+                                        'listen; write Accept=no and ListenStream= in its unit')
+        found.append((sock, names[number] if number < len(names) else ''))
+    return found
 
 
 @functools.lru_cache(maxsize=None)
@@ -1610,27 +1736,50 @@ def _listener_class() -> Any:
     import socketserver
 
     class Listener(http.server.ThreadingHTTPServer):
-        """A listening socket whose connections are served by `owner`."""
+        """A listening socket, for `owner` to serve the connections; `inherited`, with the name
+        that the service manager gave it, if it listens already.  Raises OSError."""
 
         allow_reuse_address = os.name == 'posix'  # elsewhere it would allow two servers on a port
         request_queue_size = BACKLOG
         timeout = 0
         block_on_close = False  # Server waits, and not for ever
 
-        def __init__(self, owner: Server, host: str, port: int) -> None:
+        def __init__(self, owner: Server, address: Address,
+                     inherited: Optional[socket.socket] = None, name: str = '') -> None:
+            self.name = name
             self._owner = owner
-            self.address_family, address = _resolve(host, port)
-            super().__init__(address, socketserver.BaseRequestHandler)
+            self.tls = address.scheme != 'http' and not address.path
+            self._path, self._inode = '', 0
+            if inherited:
+                self.address_family = inherited.family
+                super().__init__(inherited.getsockname(), socketserver.BaseRequestHandler, False)
+                self.socket.close()
+                self.socket = inherited
+                self.tls = inherited.family != _AF_UNIX
+            else:
+                self.address_family, where = resolve(address)
+                super().__init__(where, socketserver.BaseRequestHandler)
             self.socket.setblocking(False)  # the client may be gone before it is accepted
 
         def server_bind(self) -> None:
             """Bind, without HTTPServer's look-up of the host's name, which can hang for seconds."""
+            if self.address_family == _AF_UNIX:
+                self._path = str(self.server_address)
+                bind_unix(self.socket, self._path, self._owner.api.store.shared)
+                self._inode = os.stat(self._path).st_ino
+                return
             if self.address_family == socket.AF_INET6:
                 # `:8080` is IPv4 too; an address of IPv6 is itself alone.
                 both = self.server_address[0] == '::'
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
             socketserver.TCPServer.server_bind(self)
             self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+        def server_close(self) -> None:
+            super().server_close()
+            with contextlib.suppress(OSError):
+                if self._path and os.stat(self._path).st_ino == self._inode:
+                    os.unlink(self._path)
 
         def get_request(self) -> Tuple[socket.socket, Any]:
             try:
@@ -1641,36 +1790,57 @@ def _listener_class() -> Any:
                     time.sleep(EXHAUSTED_SECONDS)
                 raise
             sock.setblocking(True)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.address_family != _AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock, address
 
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            return self._owner.admit()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request(request, client_address)
+            except Exception:  # no thread could be started
+                self._owner.dismiss()
+                raise
+
         def finish_request(self, request: Any, client_address: Any) -> None:
-            self._owner.serve_connection(request, _peer_name(client_address))
+            self._owner.serve_connection(request, peer_name(client_address), self.tls)
 
         def shutdown_request(self, request: Any) -> None:
             """serve_connection has closed it, unless its thread could not start."""
             request.close()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            log.error('connection from %s: %s', _peer_name(client_address), sys.exc_info()[1])
+            log.error('connection from %s: %s', peer_name(client_address), sys.exc_info()[1])
             log.debug('where it happened:', exc_info=True)
 
     return Listener
 
 
-def _peer_name(address: Tuple[Any, ...]) -> str:
+_AF_UNIX = getattr(socket, 'AF_UNIX', None)
+
+
+def peer_name(address: Any) -> str:
     """A client's address as logs have it."""
+    if not isinstance(address, tuple):
+        return 'unix'
     host = str(address[0])
     return host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host
 
 
-def _resolve(host: str, port: int) -> Tuple[socket.AddressFamily, Tuple[Any, ...]]:
-    """The address to listen on.  No host is every address, of IPv6 and IPv4 if there are both; a
-    name that has several gives the one of IPv4.  Raises OSError."""
-    if not host:
-        return ((socket.AF_INET6, ('::', port)) if _has_ipv6()
-                else (socket.AF_INET, ('0.0.0.0', port)))
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+def resolve(address: Address) -> Tuple[int, Any]:
+    """Family and address to bind to.  No host is every address, of IPv6 and IPv4 if there are both;
+    a name that has several gives the one of IPv4.  Raises OSError."""
+    if address.path:
+        if _AF_UNIX is None:
+            raise OSError(errno.EAFNOSUPPORT, 'this system has no unix sockets')
+        return _AF_UNIX, address.path
+    if not address.host:
+        return ((socket.AF_INET6, ('::', address.port)) if _has_ipv6()
+                else (socket.AF_INET, ('0.0.0.0', address.port)))
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM,
+                               flags=socket.AI_PASSIVE)
     found.sort(key=lambda info: info[0] != socket.AF_INET)
     return found[0][0], found[0][4]
 
@@ -1689,6 +1859,241 @@ def _has_ipv6() -> bool:
 def is_loopback(host: str) -> bool:
     """Whether an address that was bound can be reached from this host alone."""
     return host.startswith('127.') or host == '::1'
+
+
+# ==== Server =====================================================================================
+# The connections of all listeners, their number and time limits, signals, and what the service
+# manager hears.  One loop in the main thread waits for new connections; each has a thread.
+
+SWEEP_SECONDS = 0.5         # between two looks at the deadlines of connections, at the most
+EXPIRED_AT_ONCE = 32        # connections that are woken because their time is over
+EXPIRED_SECONDS = 0.05      # until the next so many
+STOP_SECONDS = 10           # for requests under way when the server is told to stop
+TURNED_AWAY = 64            # connections above the limit that are told so at a time
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
+
+
+class Manager:
+    """The service manager, if it listens (sd_notify(3)).  `watchdog_seconds` is how often it wants
+    to hear, infinite if it does not."""
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        path = environment.pop('NOTIFY_SOCKET', '')
+        self._path = '\0' + path[1:] if path.startswith('@') else path
+        microseconds = environment.pop('WATCHDOG_USEC', '')
+        pid = environment.pop('WATCHDOG_PID', '') or str(os.getpid())
+        self.watchdog_seconds = math.inf
+        if self._path and microseconds.isdecimal() and pid == str(os.getpid()):
+            self.watchdog_seconds = int(microseconds) / 1e6 / 2
+
+    def tell(self, *lines: str) -> None:
+        """Tell it `VARIABLE=value` lines."""
+        if self._path:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    sock.sendto('\n'.join(lines).encode(), self._path)
+            except OSError as error:
+                log.debug('the service manager does not listen: %s', error)
+
+
+class Server:
+    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
+    `connections` are served at a time.  Raises OSError."""
+
+    def __init__(self, api: Api, limits: Limits, addresses: List[Address],
+                 certificates: Optional[Certificates] = None,
+                 inherited: Iterable[Tuple[socket.socket, str]] = (), connections: int = 1024,
+                 manager: Optional[Manager] = None) -> None:
+        self.api = api
+        self.limits = limits
+        self.listeners: List[Any] = []
+        self._certificates = certificates
+        self._manager = manager or Manager({})
+        self._most = connections
+        self._admitted = 0              # connections whose thread was started or will be
+        self._served = 0                # of them, those that are not turned away
+        self._connections: Set[Connection] = set()
+        self._lock = threading.Lock()   # of the three above
+        self._stopping = False
+        self._period = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
+        listener_class = _listener_class()
+        where = 'a socket of the service manager'
+        try:
+            for sock, name in inherited:
+                self.listeners.append(listener_class(self, Address('', '', 0, ''), sock, name))
+            for address in () if self.listeners else addresses:
+                where = f'--addr {address.path or f"{address.host}:{address.port}"}'
+                self.listeners.append(listener_class(self, address))
+        except OSError as error:
+            self._close_listeners()
+            raise OSError(f'{where}: {error.strerror or error}') from None
+        _allow_descriptors(2 * connections + 256)
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        for listener in self.listeners:
+            listener.tls = listener.tls and certificates is not None
+            self._selector.register(listener, selectors.EVENT_READ, listener)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; then let running requests finish."""
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        for number in (*_STOP_SIGNALS, _RELOAD_SIGNAL):
+            if number is not None:
+                signal.signal(number, _wake_up)
+        self.loop()
+        signal.set_wakeup_fd(-1)
+
+    def stop(self) -> None:
+        """Do what SIGTERM does."""
+        with contextlib.suppress(OSError):  # it has stopped
+            self._wake_writer.send(bytes([signal.SIGTERM]))
+
+    def loop(self) -> None:
+        """Serve until stop() is called or a signal comes."""
+        watchdog = self._manager.watchdog_seconds
+        next_sweep, next_word = 0.0, time.monotonic()
+        place_thread(roaming=False)
+        self._manager.tell('READY=1')
+        while not self._was_stopped():
+            # Without connections there is no deadline, and the process sleeps.
+            wait = min(next_sweep - time.monotonic() if self._connections else math.inf, watchdog)
+            for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
+                if key.data:
+                    key.data.handle_request()
+            now = time.monotonic()
+            if now >= next_sweep:
+                next_sweep = now + (EXPIRED_SECONDS if self._expire(now) else self._period)
+            if now >= next_word:
+                next_word = now + watchdog / 2
+                self._manager.tell('WATCHDOG=1')
+        self._manager.tell('STOPPING=1')
+        self._finish()
+
+    def admit(self) -> bool:
+        """Whether there is room for another connection's thread, be it to turn it away."""
+        with self._lock:
+            if self._admitted >= self._most + TURNED_AWAY:
+                return False
+            self._admitted += 1
+            return True
+
+    def dismiss(self) -> None:
+        """An admitted connection has ended."""
+        with self._lock:
+            self._admitted -= 1
+
+    def serve_connection(self, sock: socket.socket, peer: str, tls: bool) -> None:
+        """Serve one admitted connection to its end; called in its own thread."""
+        try:
+            if tls and self._certificates:
+                sock = self._certificates.wrap(sock)
+        except OSError as error:
+            log.debug('%s: TLS: %s', peer, error)
+            self.dismiss()
+            return
+        connection = Connection(sock, peer, self.limits.header_seconds)
+        with self._lock:
+            self._connections.add(connection)
+            full = self._served >= self._most
+            self._served += not full
+        if self._stopping:
+            connection.stop()
+        try:
+            connection.shake_hands()
+            wire = Http1(connection, self.api, self.limits)
+            if full:
+                log.warning('turned %s away: there are %d connections', peer, self._most)
+                wire.turn_away()
+            else:
+                wire.run()
+        except Gone as gone:
+            log.debug('%s: %s', peer, gone)
+        finally:
+            connection.close()
+            with self._lock:
+                self._connections.discard(connection)
+                self._served -= not full
+                self._admitted -= 1
+            if self._stopping:
+                with contextlib.suppress(OSError):
+                    self._wake_writer.send(b'\0')
+
+    def _was_stopped(self) -> bool:
+        """Do what signals ask for; whether one of them was to stop."""
+        try:
+            signals = self._wake_reader.recv(4096)
+        except BlockingIOError:
+            return False
+        if _RELOAD_SIGNAL is not None and _RELOAD_SIGNAL in signals:
+            self._reload()
+        return any(number in signals for number in _STOP_SIGNALS)
+
+    def _reload(self) -> None:
+        """Read again what may have changed."""
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._manager.tell('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
+        if self._certificates:
+            self._certificates.reload()
+        self._manager.tell('READY=1')
+
+    def _snapshot(self) -> List[Connection]:
+        with self._lock:
+            return list(self._connections)
+
+    def _expire(self, now: float) -> bool:
+        """Wake connections whose time is over; whether more of them are left.  A thousand threads
+        that wake at once would hold up everyone else."""
+        overdue = [one for one in self._snapshot() if one.deadline < now]
+        for connection in overdue[:EXPIRED_AT_ONCE]:
+            connection.expire()
+        return len(overdue) > EXPIRED_AT_ONCE
+
+    def _close_listeners(self) -> None:
+        for listener in self.listeners:
+            listener.server_close()
+
+    def _finish(self) -> None:
+        """Accept no more, drop idle connections, wait for the others.  A second signal ends the
+        wait."""
+        self._stopping = True
+        for listener in self.listeners:
+            self._selector.unregister(listener)
+        self._close_listeners()
+        for connection in self._snapshot():
+            connection.stop()
+        end = time.monotonic() + STOP_SECONDS
+        while self._admitted and time.monotonic() < end:
+            self._selector.select(self._period)
+            if self._was_stopped():
+                break
+            self._expire(time.monotonic())
+        for connection in self._snapshot():
+            log.warning('cut off %s: its request did not end in time', connection.peer)
+            connection.cut()
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+
+def _wake_up(number: int, frame: Optional[FrameType]) -> None:
+    """A signal has come: its number is in the wake-up socket, which the main loop reads."""
+
+
+def _allow_descriptors(count: int) -> None:
+    """Raise the process's limit on open files to `count`, as far as the system lets it."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY:
+            count = min(count, hard)
+        if soft != resource.RLIM_INFINITY and soft < count:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    except (ImportError, OSError, ValueError) as error:
+        log.debug('the limit on open files stays as it is: %s', error)
 
 
 # ==== Command line ===============================================================================
@@ -1717,6 +2122,11 @@ def start_log(level: int, path: str) -> None:
     log.propagate = False
 
 
+def one_line(text: object) -> str:
+    """What is said to a person, on one line whatever was in it."""
+    return re.sub(r'[\x00-\x1f\x7f]', '?', str(text))
+
+
 class Parser(argparse.ArgumentParser):
     """Options whose defaults may come from the environment.  Errors are one line and status 2."""
 
@@ -1732,13 +2142,14 @@ class Parser(argparse.ArgumentParser):
                    '1h0m0s or 2d.')
         self._environment = environment
         self._variables: Set[str] = set()
-        self._flags: Dict[str, str] = {}        # words that may go without a value: the option
+        self._flags: Set[str] = set()           # options that may go without a value
         self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
 
     def option(self, group: Any, name: str, parse: Callable[[str], Any], default: Any, text: str,
                metavar: str = '', repeated: bool = False) -> None:
         """Add an option with a value; a bool may go without, which means true.  `repeated` makes a
-        list of the values, and of the words in the environment's variable."""
+        list of the values, and of the words in the environment's variable, or of its lines where
+        a value may have spaces."""
         def value(word: str) -> Any:
             try:
                 return parse(word)
@@ -1748,14 +2159,15 @@ class Parser(argparse.ArgumentParser):
         dest = name[2:].replace('-', '_')
         variable = f'RESTIC_SERVE_{dest.upper()}'
         self._variables.add(variable)
-        if variable in self._environment:
-            words = self._environment[variable]
+        words = self._environment.get(variable)
+        if words:
             try:
-                default = [parse(word) for word in words.split()] if repeated else parse(words)
+                parts = words.splitlines() if parse is parse_header else words.split()
+                default = [parse(part) for part in parts] if repeated else parse(words)
             except ValueError as error:
                 self.error(f'{variable}: {error}')
         if parse is parse_bool:
-            self._flags[name] = name
+            self._flags.add(name)
         if repeated:
             self._lists[dest] = default
             group.add_argument(name, type=value, action='append', help=text, metavar=metavar)
@@ -1766,25 +2178,21 @@ class Parser(argparse.ArgumentParser):
         """The options that `words` set.  Exits after an error, --help and --version."""
         end = words.index('--') if '--' in words else len(words)
         # A bool takes a value only after '=', or it would swallow DIR.
-        explicit = [f'{self._flags[word]}=true' if word in self._flags else word
-                    for word in words[:end]]
-        options = self.parse_intermixed_args(explicit + words[end:])
+        options = self.parse_intermixed_args([f'{word}=true' if word in self._flags else word
+                                              for word in words[:end]])
+        options.words += words[end + 1:]
         for name, default in self._lists.items():
             if getattr(options, name) is None:
                 setattr(options, name, default)
         return options
 
-    def alias(self, short: str, name: str) -> None:
-        """Let `short` stand for the bool option `name`."""
-        self._flags[short] = name
-
     def verbosity(self) -> int:
         """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
         self._variables.add('RESTIC_SERVE_VERBOSE')
-        text = self._environment.get('RESTIC_SERVE_VERBOSE', '0')
-        if not re.fullmatch('[0-9]', text):
+        text = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
+        if not re.fullmatch('[0-9]|true|false', text):
             self.error(f'RESTIC_SERVE_VERBOSE: {text!r} is no level; write 1 for -v, 2 for -vv')
-        return int(text)
+        return int(text) if text.isdigit() else int(text == 'true')
 
     def unknown_variables(self) -> List[str]:
         """Variables of the environment that look like options and are none."""
@@ -1794,7 +2202,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2."""
-        self.exit(2, f"restic_serve: {re.sub('^argument ', '', message)}\n")
+        self.exit(2, f"restic_serve: {one_line(re.sub('^argument ', '', message))}\n")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -1809,12 +2217,27 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     add = parser.option
 
     serving = parser.add_argument_group('serving')
-    add(serving, '--addr', parse_address, [('127.0.0.1', 8080)], 'address to listen on: '
-        '1.2.3.4:8000, [::1]:8080, localhost:0 for a free port, :8080 for every address; may be '
-        'repeated (default 127.0.0.1:8080)', 'HOST:PORT', repeated=True)
+    add(serving, '--addr', parse_address, [parse_address('127.0.0.1:8080')], 'where to listen: '
+        '1.2.3.4:8000, [::1]:8080, localhost:0 for a free port, :8080 for every address, '
+        'unix:///path/to/socket or /path/to/socket; http:// or tls:// before it says what is '
+        'spoken there; may be repeated (default 127.0.0.1:8080)', 'ADDRESS', repeated=True)
     add(serving, '--baseurl', parse_baseurl, '', 'prefix of every URL, behind a proxy', 'PATH')
     add(serving, '--cache-objects', parse_bool, True, "accepted for rclone's sake, and without "
         'effect: nothing is cached that could go stale')
+
+    add(serving, '--allow-origin', parse_origin, None, 'web origin whose scripts may use the server '
+        '(CORS), or * for any', 'ORIGIN')
+    add(serving, '--response-header', parse_header, [], 'header to add to every answer; may be '
+        'repeated', "'NAME: VALUE'", repeated=True)
+
+    tls = parser.add_argument_group('TLS')
+    add(tls, '--cert', str, '', 'certificate, and those of its issuers after it (PEM); every TCP '
+        'address speaks TLS then, but those that begin with http://', 'FILE')
+    add(tls, '--key', str, '', 'private key of the certificate (PEM)', 'FILE')
+    add(tls, '--client-ca', str, '', 'let in only clients with a certificate that this authority '
+        'has signed (PEM)', 'FILE')
+    add(tls, '--min-tls-version', parse_tls_version, None, 'lowest version: tls1.0, tls1.1, tls1.2 '
+        'or tls1.3 (default: what the TLS library allows)', 'VERSION')
 
     rights = parser.add_argument_group('what they may do')
     add(rights, '--append-only', parse_bool, False, 'nothing that was stored can be deleted or '
@@ -1827,6 +2250,8 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
         'upload with its name: for very weak machines, at the price of that safety')
 
     limits = parser.add_argument_group('limits')
+    add(limits, '--max-connections', parse_count, 1024, 'connections at a time; one more is '
+        'answered 503 (default 1024)', 'NUMBER')
     add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
         'line included (default 4096)', 'BYTES')
     add(limits, '--server-read-timeout', parse_duration, 3600.0, 'longest time for a whole upload '
@@ -1839,7 +2264,8 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
                       help='log each request, in the Combined Log Format; -vv logs what helps '
                            'to find faults')
     add(logs, '--quiet', parse_bool, False, 'log errors only; also -q')
-    parser.alias('-q', '--quiet')
+    logs.add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
+                      help=argparse.SUPPRESS)
     add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr', 'FILE')
 
     other = parser.add_argument_group('other jobs')
@@ -1855,51 +2281,95 @@ def find_directory(parser: Parser, words: List[str]) -> str:
     if not words or not words[0]:
         parser.error('DIR is missing; write restic_serve.py /srv/backup')
     if len(words) > 1:
-        parser.error(f'{words[1]!r}: only one DIR can be served')
+        parser.error(f'{words[1]!r} is a second DIR; an option that is on or off is written '
+                     '--append-only or --append-only=false')
     return words[0]
 
 
 def announce(server: Server, root: str, baseurl: str) -> None:
     """Log where the server can be reached, and by whom."""
     for listener in server.listeners:
-        host, port = listener.server_address[:2]
-        if not is_loopback(host):
-            log.warning('anyone who reaches %s can read and write the backups in %s: there is no '
-                        'authentication', host, root)
-        name = socket.gethostname() if host in ('::', '0.0.0.0') else host
-        url = f"http://{f'[{name}]' if ':' in name else name}:{port}{baseurl}/"
-        log.log(NOTICE, 'serving %s on %s', root, url)
+        where = listener.server_address
+        if not isinstance(where, tuple):
+            url = f'http+unix://{where}:{baseurl}/'
+        else:
+            host, port = where[:2]
+            if not is_loopback(host):
+                log.warning('anyone who reaches %s can read and write the backups in %s: there is '
+                            'no authentication', host, root)
+            name = socket.gethostname() if host in ('::', '0.0.0.0') else host
+            name = f'[{name}]' if ':' in name else name
+            url = f'{"https" if listener.tls else "http"}://{name}:{port}{baseurl}/'
+        log.log(NOTICE, 'serving %s on %s%s', root, url,
+                f' (socket {listener.name})' if listener.name else '')
         log.log(NOTICE, 'try it: restic -r rest:%s init', url)
+
+
+def make_server(options: argparse.Namespace, store: Store) -> Server:
+    """The server that the options describe.  Raises OSError, with a line for people."""
+    certificates = None
+    if options.cert:
+        try:
+            certificates = Certificates(options.cert, options.key, options.client_ca,
+                                        options.min_tls_version or '')
+        except ImportError as error:
+            raise OSError(f'--cert: this Python has no TLS: {error}') from None
+        except OSError as error:
+            raise OSError(f'--cert: {options.cert} with {options.key}: {error}') from None
+    api = Api(store, Policy(options.append_only), options.baseurl, options.response_header,
+              options.allow_origin or '')
+    limits = Limits(header_bytes=options.max_header_bytes,
+                    read_seconds=options.server_read_timeout,
+                    write_seconds=options.server_write_timeout)
+    return Server(api, limits, options.addr, certificates, inherited_sockets(os.environ),
+                  options.max_connections, Manager(os.environ))
+
+
+def check_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what makes no sense together, with one line and exit status 2."""
+    if bool(options.cert) != bool(options.key):
+        given, missing = ('--cert', '--key') if options.cert else ('--key', '--cert')
+        parser.error(f'{given}: TLS needs {missing} too')
+    for name in ('client_ca', 'min_tls_version'):
+        if getattr(options, name) and not options.cert:
+            parser.error(f'--{name.replace("_", "-")}: TLS needs --cert and --key too')
+    if not options.cert and any(address.scheme == 'tls' for address in options.addr):
+        parser.error('--addr: tls:// needs --cert and --key too')
 
 
 def main(words: Optional[List[str]] = None) -> int:
     """Run the command line `words` (default: the program's own); the exit status."""
+    for number in _STOP_SIGNALS:  # nothing runs yet that would have to finish
+        signal.signal(number, lambda number, frame: sys.exit(0))
     parser = make_parser(os.environ)
     options = parser.parse(sys.argv[1:] if words is None else words)
     directory = find_directory(parser, options.words)
+    check_options(parser, options)
     level = logging.ERROR if options.quiet else {0: NOTICE, 1: logging.INFO}.get(
         options.verbose, logging.DEBUG)
-    doing = '--log-file'
     try:
         start_log(level, options.log_file)
         for name in parser.unknown_variables():
             log.warning('the environment has %s, which is no option', name)
-        doing = directory
+        if options.allow_origin == '*':
+            log.warning('--allow-origin: with * the scripts of every web site may use the server')
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible)
         store.prepare()
-        doing = '--addr'
-        server = Server(Api(store, Policy(options.append_only), options.baseurl),
-                        Limits(header_bytes=options.max_header_bytes,
-                               read_seconds=options.server_read_timeout,
-                               write_seconds=options.server_write_timeout), options.addr)
+        server = make_server(options, store)
     except OSError as error:
-        print(f'restic_serve: {doing}: {error}', file=sys.stderr)
+        reason = f'{error.filename}: {error.strerror}' if error.filename else error
+        print(f'restic_serve: {one_line(reason)}', file=sys.stderr)
         return 1
     announce(server, store.root, options.baseurl)
     server.run()
     return 0
 
 
-if __name__ == '__main__':
+def run() -> NoReturn:
+    """The program, also for zipapp, which does not pass main's status on."""
     sys.exit(main())
+
+
+if __name__ == '__main__':
+    run()

@@ -32,6 +32,7 @@ from restic_serve import Api, HttpError, Limits, Location, Policy, Request, Serv
 
 MODULE = restic_serve.__file__
 V2 = 'application/vnd.x.restic.rest.v2'
+LOCAL = restic_serve.parse_address('127.0.0.1:0')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
 
 
@@ -84,6 +85,13 @@ class TestCase(unittest.TestCase):
         restic_serve.log.setLevel(logging.INFO)
         self.addCleanup(restic_serve.log.removeHandler, handler)
 
+    def wait_until(self, condition, what):
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if time.monotonic() > end:
+                self.fail(f'waited in vain for: {what}')
+            time.sleep(0.005)
+
     def files(self, folder=None):
         """All files below a folder, by their path in it."""
         folder = folder or self.root
@@ -99,9 +107,12 @@ class UnitsTest(unittest.TestCase):
             self.assertAlmostEqual(restic_serve.parse_duration(text), seconds, msg=text)
 
     def test_addresses(self):
-        for text, pair in (('1.2.3.4:8000', ('1.2.3.4', 8000)), (':8080', ('', 8080)),
-                           ('[::1]:8080', ('::1', 8080)), ('localhost:0', ('localhost', 0))):
-            self.assertEqual(restic_serve.parse_address(text), pair)
+        for text, address in (
+                ('1.2.3.4:8000', ('', '1.2.3.4', 8000, '')), (':8080', ('', '', 8080, '')),
+                ('[::1]:8080', ('', '::1', 8080, '')), ('localhost:0', ('', 'localhost', 0, '')),
+                ('http://:80', ('http', '', 80, '')), ('tls://[::]:443', ('tls', '::', 443, '')),
+                ('unix:///run/socket', ('', '', 0, '/run/socket')), ('/a b', ('', '', 0, '/a b'))):
+            self.assertEqual(restic_serve.parse_address(text), address)
 
     def test_the_three_spellings_of_a_base_url_are_one(self):
         for text in ('backup', '/backup', 'backup/', '/backup/'):
@@ -113,11 +124,20 @@ class UnitsTest(unittest.TestCase):
                             (restic_serve.parse_duration, '5s 3m'), (restic_serve.parse_count, '0'),
                             (restic_serve.parse_address, '::1:80'), (restic_serve.parse_count, '-1'),
                             (restic_serve.parse_address, 'host:99999'),
+                            (restic_serve.parse_address, 'unix://relative'),
+                            (restic_serve.parse_address, 'ftp://:80'),
+                            (restic_serve.parse_address, '://:80'), (restic_serve.parse_address, '/'),
+                            (restic_serve.parse_address, 'tls:///socket'),
+                            (restic_serve.parse_header, 'no colon'),
+                            (restic_serve.parse_header, 'A: b\r\nC: d'),
+                            (restic_serve.parse_header, 'Content-Length: 3'),
+                            (restic_serve.parse_origin, 'example.org'),
+                            (restic_serve.parse_tls_version, 'ssl3'),
                             (restic_serve.parse_address, '8080'), (restic_serve.parse_bool, 'maybe'),
                             (restic_serve.parse_baseurl, '/a//b'), (restic_serve.parse_baseurl, '?')):
             with self.assertRaises(ValueError, msg=text) as caught:
                 parse(text)
-            self.assertIn(repr(text), str(caught.exception))
+            self.assertIn(repr(text.partition(':')[0] if 'Length' in text else text), str(caught.exception))
             self.assertNotIn('\n', str(caught.exception))
 
 
@@ -164,7 +184,7 @@ class StoreTest(TestCase):
         return Path(self.store._path(location))
 
     def names(self, kind, sizes=True):
-        return dict(self.store.list(Location('/host', kind), sizes))
+        return dict(self.store.objects(Location('/host', kind), sizes))
 
     def test_a_repository_has_the_layout_of_restic(self):
         self.store.create_repository('/a/b/c')
@@ -242,6 +262,56 @@ class StoreTest(TestCase):
         with mock.patch.object(self.store, 'open', delete_first):
             self.save(b'content')
         self.assertEqual(self.path(location).read_bytes(), b'content')
+
+    def test_what_is_no_file_in_an_objects_place_is_an_error(self):
+        content = b'content'
+        folder = self.root / 'host' / 'keys'
+        folder.mkdir(parents=True)
+        for make in (lambda path: path.mkdir(), os.mkfifo,
+                     lambda path: path.symlink_to('/etc/passwd'), lambda path: path.symlink_to(path)):
+            path = folder / named(content)
+            make(path)
+            with self.assertRaises(OSError):
+                self.save(content, 'keys')
+            self.assertEqual(self.names('keys'), {})
+            path.rmdir() if path.is_dir() else path.unlink()
+
+    def test_a_list_that_cannot_be_read_is_an_error_and_never_empty(self):
+        self.store.create_repository('/host')
+        data = self.root / 'host' / 'data'
+        for make in (lambda path: path.touch(), lambda path: path.symlink_to(path),
+                     lambda path: path.symlink_to('missing')):
+            for path, kind in ((data / 'ff', 'data'), (self.root / 'host' / 'keys', 'keys')):
+                path.rmdir()
+                make(path)
+                with self.assertRaises(OSError):
+                    self.names(kind)
+                path.unlink()
+                path.mkdir()
+        self.assertEqual(list(self.store.objects(Location('/host/keys-file', 'keys'), True)), [])
+
+    def test_a_copy_that_fails_closes_each_descriptor_once(self):
+        self.store.nameless = False
+        self.store.create_repository('/host')
+        full = OSError(errno.ENOSPC, 'full')
+        with mock.patch.object(os, 'link', side_effect=OSError(errno.EXDEV, 'elsewhere')), \
+                mock.patch.object(restic_serve.Scratch, '_make_named', autospec=True,
+                                  side_effect=self.fail_second_time(full)), \
+                self.assertRaises(OSError) as caught:
+            self.save(b'content')
+        self.assertEqual(caught.exception.errno, errno.ENOSPC)
+        self.assertEqual(self.files(), [])
+
+    @staticmethod
+    def fail_second_time(error):
+        real, calls = restic_serve.Scratch._make_named, []
+
+        def make_named(scratch, folder):
+            calls.append(folder)
+            if len(calls) > 1:
+                raise error
+            real(scratch, folder)
+        return make_named
 
     def test_another_config_is_refused_and_the_same_is_not(self):
         self.save(b'one', 'config')
@@ -379,6 +449,22 @@ class StoreTest(TestCase):
         self.store.prepare()
         self.assertEqual(self.files(hidden), ['state', 'upload-new'])
 
+    def test_what_cannot_be_removed_does_not_keep_the_server_from_starting(self):
+        old = self.root / restic_serve.HIDDEN / 'upload-x'
+        old.mkdir(parents=True)
+        os.utime(old, (0, 0))
+        self.store.prepare()
+        self.assertIn('stays', self.log[-1])
+        with mock.patch.object(os, 'unlink', side_effect=FileNotFoundError):  # another server was first
+            self.store._remove_left_overs()
+
+    def test_a_directory_that_cannot_be_written_is_refused(self):
+        for nameless in (True, False):
+            self.store.nameless = nameless
+            with mock.patch.object(os, 'open', side_effect=PermissionError(errno.EACCES, 'no')), \
+                    self.assertRaises(PermissionError):
+                self.store.prepare()
+
     def test_modes_are_private_whatever_the_umask(self):
         self.check_modes(0o700, 0o600)
 
@@ -419,6 +505,9 @@ class StoreTest(TestCase):
 
         class Deleted:
             name = '0' * 64
+
+            def is_file(self, follow_symlinks):
+                return True
 
             def stat(self, follow_symlinks):
                 raise FileNotFoundError
@@ -550,6 +639,20 @@ class ApiTest(TestCase):
         self.assertEqual(self.ask('GET', path)[2], b'one')
         self.assertEqual(self.status('DELETE', path), 200)
         self.assertEqual(self.status('DELETE', path), 200)
+        self.assertEqual(self.status('POST', path), 400)
+
+    def test_a_list_that_cannot_be_read_is_no_404_which_restic_takes_for_an_empty_one(self):
+        self.ask('POST', '/host/?create=true')
+        keys = self.root / 'host' / 'keys'
+        keys.rmdir()
+        keys.symlink_to('missing')
+        self.assertEqual(self.status('GET', '/host/keys/'), 500)
+        self.assertIn('GET /host/keys/', self.log[-1])
+
+    def test_deep_paths_are_refused(self):
+        self.assertEqual(self.status('POST', f'{"/a" * 64}/?create=true'), 200)
+        self.assertEqual(self.status('POST', f'{"/a" * 65}/?create=true'), 400)
+        self.assertEqual(self.status('GET', f'{"/a" * 2000}/config'), 400)
 
     def test_append_only(self):
         for kind in restic_serve.KINDS:
@@ -586,6 +689,8 @@ class ApiTest(TestCase):
                 ('bytes=8-99', 206, b'89', 'bytes 8-9/10'),
                 ('bytes=-3', 206, b'789', 'bytes 7-9/10'),
                 ('bytes=10-', 416, None, 'bytes */10'),
+                ('bytes=0-9223372036854775807', 206, b'0123456789', 'bytes 0-9/10'),
+                ('bytes=9223372036854775807-', 416, None, 'bytes */10'),
                 ('bytes=0-1,3-4', 200, self.CONTENT, None),
                 ('nonsense', 200, self.CONTENT, None)):
             answer = self.ask('GET', path, range=value)
@@ -630,7 +735,7 @@ class ApiTest(TestCase):
                 read += 1
                 yield f'{number:064x}', 1
 
-        with mock.patch.object(self.store, 'list', lambda location, sizes: objects()):
+        with mock.patch.object(self.store, 'objects', lambda location, sizes: objects()):
             response = self.api.handle(Request('GET', '/data/', 'HTTP/1.1', {'accept': V2},
                                                Bytes(b''), 'test'))
             next(response.body)
@@ -683,6 +788,28 @@ class ApiTest(TestCase):
         self.assertEqual(self.status('GET', '/backup/host/data/'), 200)
         for path in ('/host/data/', '/backups/host/data/', '/'):
             self.assertEqual(self.status('GET', path), 404, path)
+        self.assertEqual(self.status('GET', '/backup/../config'), 400)
+        self.assertEqual(self.status('GET', '/../config'), 400)
+
+    def test_scripts_of_a_web_origin_may_use_the_server(self):
+        for origin, vary in (('https://example.org', 'Origin'), ('*', None)):
+            self.api = Api(self.store, Policy(True), allow_origin=origin)
+            for method, path, status in (('GET', '/config', 404), ('OPTIONS', '/config', 200),
+                                         ('GET', '/../config', 400), ('OPTIONS', '/', 200)):
+                answer = self.ask(method, path)
+                self.assertEqual(answer[0], status)
+                self.assertEqual(answer[1]['Access-Control-Allow-Origin'], origin)
+                self.assertEqual(answer[1].get('Vary'), vary)
+            headers = self.ask('OPTIONS', '/data/', origin=origin)[1]
+            self.assertIn('DELETE', headers['Access-Control-Allow-Methods'])
+            self.assertIn('Authorization', headers['Access-Control-Allow-Headers'])
+
+    def test_headers_are_added_to_every_answer(self):
+        self.api = Api(self.store, Policy(False), headers=[('X-One', '1'), ('X-Two', '2')])
+        for path in ('/config', '/data/', '/../x'):
+            headers = self.ask('GET', path)[1]
+            self.assertEqual((headers['X-One'], headers['X-Two']), ('1', '2'))
+        self.assertNotIn('Access-Control-Allow-Origin', headers)
 
     def test_an_error_of_the_file_system_has_its_status(self):
         path = f'/host/data/{self.NAME}'
@@ -855,7 +982,7 @@ class WireTestCase(TestCase):
         self.store = Store(str(self.root))
         self.store.prepare()
         self.policy = Policy(False)
-        self.server = Server(Api(self.store, self.policy), Limits(**self.limits), [('127.0.0.1', 0)])
+        self.server = Server(Api(self.store, self.policy), Limits(**self.limits), [LOCAL])
         self.port = self.server.listeners[0].server_address[1]
         thread = threading.Thread(target=self.server.loop)
         thread.start()
@@ -871,13 +998,6 @@ class WireTestCase(TestCase):
         """The answer to a request on a connection of its own."""
         with Wire(self.port) as wire:
             return wire.ask(*parts, **more)
-
-    def wait_until(self, condition, what):
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            if time.monotonic() > end:
-                self.fail(f'waited in vain for: {what}')
-            time.sleep(0.005)
 
     def put(self, content, kind='data', repository=''):
         """Store an object beneath the server; its path."""
@@ -926,7 +1046,7 @@ class Http1Test(WireTestCase):
 
     def test_an_empty_line_before_a_request_is_skipped(self):
         self.assertEqual(self.ask(b'\r\n', get('/config'))[0], 404)
-        self.assertEqual(self.ask(b'\r\n' * 5000)[0], 400)
+        self.assertEqual(self.ask(b'\r\n' * 5000, get('/config'))[0], 404)
 
     def test_http_1_0_closes_unless_asked_to_keep(self):
         path = self.put(b'content')
@@ -1009,7 +1129,7 @@ class Http1Test(WireTestCase):
                      b'3\r\nabcd\r\n', b'3\r\nabc0\r\n\r\n', b'+3\r\nabc\r\n0\r\n\r\n',
                      b'1' * 16 + b'\r\n', b'3;\x00\r\nabc\r\n0\r\n\r\n', b'3;' + b'a' * 9999,
                      b'3\r\nabc\r\n0\r\nbad trailer\r\n\r\n', b'3\r\nabc\r\n0\r\nA : b\r\n\r\n',
-                     b'3 3\r\nabc\r\n0\r\n\r\n'):
+                     b'3 3\r\nabc\r\n0\r\n\r\n', b'3 \r\nabc\r\n0\r\n\r\n'):
             wire = self.connect()
             status, headers, _ = wire.ask(
                 f'POST /data/{name} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n', body)
@@ -1128,7 +1248,7 @@ class Http1Test(WireTestCase):
             raise OSError(errno.EIO, 'made by a test')
 
         for request in (get('/data/'), b'GET /data/ HTTP/1.0\r\n\r\n'):
-            with mock.patch.object(self.store, 'list', objects):
+            with mock.patch.object(self.store, 'objects', objects):
                 with self.assertRaises(ConnectionResetError):
                     self.ask(request)
                 self.assertIn('made by a test', self.log[-1])
@@ -1170,7 +1290,7 @@ class Http1Test(WireTestCase):
                     go_on.wait(PATIENCE)
                 yield f'{number:064x}', 1
 
-        with mock.patch.object(self.store, 'list', objects):
+        with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
             wire.send(get('/data/'))
             self.assertTrue(wire.file.readline().startswith(b'HTTP/1.1 200'))
@@ -1221,6 +1341,15 @@ class AccessLogTest(WireTestCase):
         self.check(r'GET /\\x22x\\x5c HTTP/1\.1', 404, r'\d+', '-', r'a\\x22 \\x5c\\xc3\\xa9')
         self.ask(b'rubbish "\r\n\r\n')
         self.check('-', 400, r'\d+', '-', '-')
+        self.ask(get('/config', 'Expect: wonders'))
+        self.check('GET /config HTTP/1\\.1', 417, r'\d+', '-', '-')
+
+    def test_an_upload_whose_client_goes_has_its_line(self):
+        with Wire(self.port) as wire:
+            wire.send(post('/config', b'1', length=10))
+            self.wait_until(lambda: self.server._connections, 'a connection')
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
 
 
 class TimeLimitTest(WireTestCase):
@@ -1265,6 +1394,19 @@ class TimeLimitTest(WireTestCase):
         self.wait_until(lambda: not self.server._connections, 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
+
+    def test_a_list_for_http_1_0_that_is_cut_off_does_not_look_complete(self):
+        def objects(location, sizes):
+            for number in range(1_000_000):
+                yield f'{number:064x}', 1
+
+        with mock.patch.object(self.store, 'objects', objects):
+            wire = self.connect()
+            wire.send('GET /data/ HTTP/1.0\r\n\r\n')
+            self.wait_until(lambda: self.server._connections, 'a connection')
+            self.wait_until(lambda: not self.server._connections, 'its end')
+            with self.assertRaises(ConnectionResetError):
+                wire.answer()
 
     def test_no_thread_or_descriptor_is_left(self):
         def count():
@@ -1336,6 +1478,14 @@ class ServerTest(WireTestCase):
         self.assertTrue(wire.is_closed())
         self.assertIn('cut off 127.0.0.1', self.log[-1])
 
+    def test_a_stop_does_not_wait_for_what_was_answered_or_only_begun(self):
+        answered, begun = self.connect(), self.connect()
+        self.assertEqual(answered.ask(get('/config', 'Connection: close'))[0], 404)
+        begun.send('GET /c')
+        self.wait_until(lambda: len(self.server._connections) == 2, 'two connections')
+        self.assertTrue(self.finish().wait(PATIENCE))
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+
     def test_a_second_stop_ends_the_wait(self):
         wire = self.connect()
         wire.send(post('/config', b'', length=10))
@@ -1368,12 +1518,12 @@ class ServerTest(WireTestCase):
     def test_no_name_is_looked_up(self):
         with mock.patch.object(socket, 'getfqdn', side_effect=AssertionError), \
                 mock.patch.object(socket, 'gethostbyaddr', side_effect=AssertionError):
-            server = Server(self.server.api, self.server.limits, [('127.0.0.1', 0)])
+            server = Server(self.server.api, self.server.limits, [LOCAL])
         server.stop()
         server.loop()
 
     def test_without_a_host_both_families_are_served(self):
-        server = Server(self.server.api, self.server.limits, [('', 0)])
+        server = Server(self.server.api, self.server.limits, [restic_serve.parse_address(':0')])
         listener = server.listeners[0]
         port = listener.server_address[1]
         socket.create_connection(('127.0.0.1', port), PATIENCE).close()
@@ -1383,10 +1533,451 @@ class ServerTest(WireTestCase):
         server.loop()
 
     def test_names_of_peers(self):
-        self.assertEqual(restic_serve._peer_name(('::ffff:1.2.3.4', 1, 0, 0)), '1.2.3.4')
-        self.assertEqual(restic_serve._peer_name(('::1', 1, 0, 0)), '::1')
+        self.assertEqual(restic_serve.peer_name(('::ffff:1.2.3.4', 1, 0, 0)), '1.2.3.4')
+        self.assertEqual(restic_serve.peer_name(('::1', 1, 0, 0)), '::1')
+        self.assertEqual(restic_serve.peer_name(''), 'unix')
         self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
         self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
+
+
+# ---- Listeners ----
+
+class ListenerTestCase(WireTestCase):
+    """A test with servers beside the one of each test."""
+
+    def start(self, *addresses, **more):
+        """Another server of the same directory, in a thread."""
+        server = Server(self.server.api, self.server.limits,
+                        list(map(restic_serve.parse_address, addresses)), **more)
+        thread = threading.Thread(target=server.loop)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE)
+        self.addCleanup(server.stop)
+        return server
+
+    def ask_unix(self, path, request=None):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.connect(str(path))
+            sock.sendall(request or get('/config'))
+            return int(sock.recv(65536).split()[1])
+
+
+class UnixSocketTest(ListenerTestCase):
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / 'socket'
+
+    def test_addresses_of_all_kinds_at_once(self):
+        other = self.folder / 'other'
+        server = self.start('127.0.0.1:0', f'unix://{self.path}', str(other))
+        self.assertEqual([self.ask_unix(path) for path in (self.path, other)], [404, 404])
+        with Wire(server.listeners[0].server_address[1]) as wire:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+
+    def test_large_transfers(self):
+        content = os.urandom(3 << 20)
+        self.start(str(self.path))
+        path = f'/data/{named(content)}'
+        self.assertEqual(self.ask_unix(self.path, post(path, content)), 200)
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.connect(str(self.path))
+            sock.sendall(get(path, 'Connection: close'))
+            data = b''.join(iter(lambda: sock.recv(1 << 20), b''))
+        self.assertEqual(data.partition(b'\r\n\r\n')[2], content)
+
+    def test_the_socket_is_removed_at_the_end(self):
+        server = self.start(str(self.path))
+        self.assertTrue(self.path.is_socket())
+        server.stop()
+        self.wait_until(lambda: not self.path.exists(), 'the end of the socket')
+
+    def test_only_the_user_may_connect_and_the_group_if_the_umask_lets_it(self):
+        for umask, shared, mode in ((0o022, False, 0o600), (0o077, False, 0o600),
+                                    (0o007, False, 0o660), (0o002, False, 0o660),
+                                    (0o077, True, 0o660)):
+            old = os.umask(umask)
+            try:
+                with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+                    restic_serve.bind_unix(sock, str(self.path), shared)
+                self.assertEqual(os.umask(umask), umask)
+            finally:
+                os.umask(old)
+            self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), mode, oct(umask))
+            self.path.unlink()
+
+    def test_the_socket_of_a_dead_server_is_replaced(self):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.bind(str(self.path))
+        self.start(str(self.path))
+        self.assertEqual(self.ask_unix(self.path), 404)
+
+    def test_a_socket_that_is_answered_is_in_use(self):
+        self.start(str(self.path))
+        with self.assertRaisesRegex(OSError, f'--addr {self.path}: Address already in use'):
+            self.start('127.0.0.1:0', str(self.path))
+        self.assertEqual(self.ask_unix(self.path), 404)
+
+    def test_what_is_no_socket_is_never_replaced(self):
+        self.path.write_text('precious')
+        with self.assertRaisesRegex(OSError, 'already in use'):
+            self.start(str(self.path))
+        self.assertEqual(self.path.read_text(), 'precious')
+
+    def test_another_server_that_took_the_path_keeps_it(self):
+        server = self.start(str(self.path))
+        self.path.unlink()
+        second = self.start(str(self.path))
+        server.stop()
+        self.wait_until(lambda: server.listeners[0].socket.fileno() < 0, 'the end of the first')
+        self.assertEqual(self.ask_unix(self.path), 404)
+        second.stop()
+        self.wait_until(lambda: not self.path.exists(), 'the end of the socket')
+
+
+class ConnectionLimitTest(ListenerTestCase):
+    def test_one_more_is_answered_503_and_closed(self):
+        port = self.start('127.0.0.1:0', connections=3).listeners[0].server_address[1]
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
+            for wire in wires:
+                self.assertEqual(wire.ask(get('/config'))[0], 404)
+            more = stack.enter_context(Wire(port))
+            status, headers, _ = more.ask(get('/config'))
+            self.assertEqual((status, headers['connection']), (503, 'close'))
+            self.assertTrue(more.is_closed())
+            self.assertIn('turned 127.0.0.1 away', self.log[-1])
+            self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+            wires[0].__exit__()
+
+            def has_room():
+                with Wire(port) as wire:
+                    return wire.ask(get('/config'))[0] == 404
+            self.wait_until(has_room, 'room')
+
+    def test_a_flood_is_dropped(self):
+        with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
+            server = self.start('127.0.0.1:0', connections=1)
+            port = server.listeners[0].server_address[1]
+            with contextlib.ExitStack() as stack:
+                first = stack.enter_context(Wire(port))
+                self.assertEqual(first.ask(get('/config'))[0], 404)
+                wires = [stack.enter_context(Wire(port)) for _ in range(30)]
+                self.assertTrue(all(wire.is_closed() or True for wire in wires))
+                self.assertLessEqual(server._admitted, 3)
+                self.assertEqual(first.ask(get('/config'))[0], 404)
+        self.wait_until(lambda: server._admitted == 0, 'the end of all')
+
+    def test_a_thread_that_does_not_start_is_no_connection(self):
+        server = self.start('127.0.0.1:0')
+        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
+                Wire(server.listeners[0].server_address[1]) as wire:
+            self.assertTrue(wire.is_closed())
+        self.assertEqual(server._admitted, 0)
+        self.assertIn('no thread', self.log[-1])
+
+    def test_slow_clients_do_not_slow_the_others(self):
+        """A thousand that drip; the figure is a bound, far above what is usual."""
+        server = self.start('127.0.0.1:0', connections=1100)
+        port = server.listeners[0].server_address[1]
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
+            for wire in slow:
+                wire.send(b'G')
+            self.wait_until(lambda: server._admitted == 1000, 'a thousand')
+            wire = stack.enter_context(Wire(port))
+            times = []
+            for number in range(200):
+                slow[number].send(b'E')
+                begin = time.perf_counter()
+                self.assertEqual(wire.ask(get('/config'))[0], 404)
+                times.append(time.perf_counter() - begin)
+            self.assertLess(sorted(times)[len(times) // 2], 0.1)
+            path = Path('/proc/self/status')
+            if path.exists():
+                resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
+                self.assertLess(resident, 200 * 1024)  # of the tests, the clients and the server
+
+
+class ServiceManagerTest(TestCase):
+    """What systemd expects, from sockets and variables alone."""
+
+    def setUp(self):
+        super().setUp()
+        self.heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.heard.close)
+        self.heard.settimeout(PATIENCE)
+        self.heard.bind(str(self.folder / 'notify'))
+
+    def hear(self, start):
+        """The next word that begins so."""
+        while True:
+            word = self.heard.recv(4096).decode()
+            if word.startswith(start):
+                return word
+
+    def test_it_hears_of_start_reload_and_end(self):
+        with Program('--addr', '127.0.0.1:0', self.root,
+                     NOTIFY_SOCKET=str(self.folder / 'notify')) as server:
+            self.assertEqual(self.hear(''), 'READY=1')
+            server.process.send_signal(signal.SIGHUP)
+            self.assertRegex(self.hear('RELOADING'), r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
+            self.assertEqual(self.hear(''), 'READY=1')
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(self.hear(''), 'STOPPING=1')
+
+    def test_the_watchdog_is_fed_without_any_request(self):
+        with Program('--addr', '127.0.0.1:0', self.root, WATCHDOG_USEC='200000',
+                     NOTIFY_SOCKET=str(self.folder / 'notify')):
+            begin = time.monotonic()
+            for _ in range(5):
+                self.hear('WATCHDOG=1')
+            self.assertLess(time.monotonic() - begin, PATIENCE)
+
+    def test_a_watchdog_of_another_process_is_not_fed(self):
+        manager = restic_serve.Manager({'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '1', 'WATCHDOG_PID': '1'})
+        self.assertEqual(manager.watchdog_seconds, float('inf'))
+
+    def test_variables_are_removed_after_use(self):
+        environment = {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '5', 'WATCHDOG_PID': str(os.getpid()),
+                       'LISTEN_PID': '1', 'LISTEN_FDS': '3', 'LISTEN_FDNAMES': 'a:b'}
+        restic_serve.Manager(environment)
+        self.assertEqual(restic_serve.inherited_sockets(environment), [])
+        self.assertEqual(environment, {})
+
+    def test_sockets_of_systemd_are_served_and_not_the_addresses(self):
+        activate = program('systemd-socket-activate')
+        unix = self.folder / 'socket'
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            port = sock.getsockname()[1]
+        process = subprocess.Popen(
+            [activate, '-l', f'127.0.0.1:{port}', '-l', str(unix), '--fdname=web:local',
+             sys.executable, MODULE, '--addr', '/nonexistent/socket', str(self.root)],
+            stderr=subprocess.PIPE, text=True, env=clean_environment())
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        for line in process.stderr:
+            if 'Listening on' in line and str(unix) in line:
+                break
+        with Wire(port) as wire:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.connect(str(unix))
+            sock.sendall(get('/config'))
+            self.assertEqual(sock.recv(65536).split()[1], b'404')
+        process.terminate()
+        text = process.stderr.read()
+        self.assertEqual(process.wait(PATIENCE), 0, text)
+        self.assertIn('(socket web)', text)
+        self.assertIn(f'http+unix://{unix}:/ (socket local)', text)
+
+    def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
+        code = ('import os, socket, sys\n'
+                'a, b = socket.socketpair()\n'
+                'os.dup2(a.fileno(), 3)\n'
+                'os.set_inheritable(3, True)\n'
+                'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")\n'
+                'os.execv(sys.executable, [sys.executable] + sys.argv[1:])\n')
+        done = subprocess.run([sys.executable, '-c', code, MODULE, str(self.root)], text=True,
+                              capture_output=True, env=clean_environment(), timeout=PATIENCE)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertRegex(done.stderr.splitlines()[-1], '^restic_serve: .*does not listen')
+
+
+class Authority:
+    """Certificates for tests, made by openssl."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.openssl = program('openssl')
+        self.number = 0
+        self.run('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
+                 '-days', '2', '-subj', '/CN=test authority', '-keyout', folder / 'ca.key', '-out',
+                 folder / 'ca.pem')
+        self.path = folder / 'ca.pem'
+
+    def run(self, *words):
+        return subprocess.run([self.openssl, *map(str, words)], check=True, capture_output=True,
+                              text=True, cwd=self.folder, stdin=subprocess.DEVNULL).stdout
+
+    def issue(self, name, subject='localhost'):
+        """Write NAME.pem, NAME.key and, for clients, NAME.both; the serial number."""
+        self.number += 1
+        request, extensions = self.folder / f'{name}.csr', self.folder / 'extensions'
+        extensions.write_text('subjectAltName=DNS:localhost,IP:127.0.0.1\n')
+        key = self.folder / f'{name}.key.new'
+        self.run('req', '-new', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
+                 '-subj', f'/CN={subject}', '-keyout', key, '-out', request)
+        cert = self.folder / f'{name}.pem.new'
+        self.run('x509', '-req', '-in', request, '-CA', self.path, '-CAkey', self.folder / 'ca.key',
+                 '-set_serial', self.number, '-days', '2', '-extfile', extensions, '-out', cert)
+        (self.folder / f'{name}.both').write_text(cert.read_text() + key.read_text())
+        key.replace(self.folder / f'{name}.key')
+        cert.replace(self.folder / f'{name}.pem')
+        return self.number
+
+    def words(self, name):
+        return '--cert', self.folder / f'{name}.pem', '--key', self.folder / f'{name}.key'
+
+
+class TlsTest(ListenerTestCase):
+    def setUp(self):
+        try:
+            import ssl
+        except ImportError:
+            self.skipTest('this Python has no ssl')
+        self.ssl = ssl
+        super().setUp()
+        self.authority = Authority(self.folder)
+        self.authority.issue('server')
+
+    def certificates(self, **more):
+        return restic_serve.Certificates(str(self.folder / 'server.pem'),
+                                         str(self.folder / 'server.key'), **more)
+
+    def start_tls(self, *addresses, **more):
+        server = self.start(*(addresses or ('127.0.0.1:0',)), certificates=self.certificates(**more))
+        return server.listeners[0].server_address[1]
+
+    def connect_tls(self, port, client=None):
+        context = self.ssl.create_default_context(cafile=str(self.authority.path))
+        if client:
+            context.load_cert_chain(str(self.folder / f'{client}.both'))
+        wire = Wire(port)
+        wire.file.close()
+        wire.sock = context.wrap_socket(wire.sock, server_hostname='localhost')
+        wire.file = wire.sock.makefile('rb')
+        self.addCleanup(wire.__exit__)
+        return wire
+
+    def serial(self, port):
+        return int(self.connect_tls(port).sock.getpeercert()['serialNumber'], 16)
+
+    def test_all_that_goes_over_http_goes_over_tls(self):
+        wire = self.connect_tls(self.start_tls())
+        for size in (0, 10, 5000, 3 << 20):
+            content = os.urandom(size)
+            path = f'/data/{named(content)}'
+            self.assertEqual(wire.ask(post(path, content))[0], 200)
+            self.assertEqual(wire.ask(get(path))[2], content)
+        self.assertEqual(wire.ask(get(path, 'Range: bytes=5-9'))[2], content[5:10])
+        self.assertEqual(len(json.loads(wire.ask(get('/data/'))[2])), 4)
+        status, _, data = wire.ask('GET /data/ HTTP/1.0\r\n\r\n')
+        self.assertEqual((status, len(json.loads(data))), (200, 4))
+        self.assertTrue(wire.is_closed())
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self):
+        wire = self.connect_tls(self.start_tls())
+        wire.send(post('/data/', b'', length=4 << 20), bytes(4 << 20))
+        self.assertEqual(wire.answer()[0], 405)
+
+    def test_a_scheme_says_which_address_speaks_what(self):
+        server = self.start('http://127.0.0.1:0', 'tls://127.0.0.1:0', '127.0.0.1:0',
+                            str(self.folder / 'socket'), certificates=self.certificates())
+        ports = [listener.server_address[1] for listener in server.listeners[:3]]
+        with Wire(ports[0]) as wire:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        for port in ports[1:]:
+            self.assertEqual(self.connect_tls(port).ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask_unix(self.folder / 'socket'), 404)
+
+    def test_a_silent_client_keeps_nobody_waiting_and_is_dropped(self):
+        self.server.limits.header_seconds = 0.3
+        server = self.start('127.0.0.1:0', certificates=self.certificates())
+        port = server.listeners[0].server_address[1]
+        silent = [Wire(port) for _ in range(20)]
+        self.assertEqual(self.connect_tls(port).ask(get('/config'))[0], 404)
+        for wire in silent:
+            wire.file.read()  # an alert perhaps, and the end
+            wire.__exit__()
+
+    def test_plain_text_to_tls_is_a_debug_line_and_no_more(self):
+        port = self.start_tls()
+        with Wire(port) as wire:
+            wire.send(get('/config'))
+            wire.is_closed()
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+
+    def test_clients_without_a_good_certificate_get_no_answer(self):
+        port = self.start_tls(client_ca=str(self.authority.path))
+        self.authority.issue('client', 'alice')
+        self.assertEqual(self.connect_tls(port, 'client').ask(get('/config'))[0], 404)
+        other = self.folder / 'other'
+        other.mkdir()
+        Authority(other).issue('client', 'alice')
+        (self.folder / 'bad.both').write_text((other / 'client.both').read_text())
+        for client in (None, 'bad'):
+            with self.assertRaises((self.ssl.SSLError, ConnectionError, TypeError)):
+                self.connect_tls(port, client).ask(get('/config'))[0]
+
+    def test_a_renewed_certificate_is_used_for_the_next_connection(self):
+        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
+            port = self.start_tls()
+            before = self.connect_tls(port)
+            self.assertEqual(self.serial(port), 1)
+            self.authority.issue('server')
+            self.assertEqual(self.serial(port), 2)
+            self.assertEqual(before.ask(get('/config'))[0], 404)
+            (self.folder / 'server.pem').write_text('nonsense')
+            self.assertEqual([self.serial(port) for _ in range(3)], [2, 2, 2])
+            self.assertEqual(len([line for line in self.log if 'is no good' in line]), 1)
+            (self.folder / 'server.key').unlink()
+            self.assertEqual(self.serial(port), 2)
+            self.authority.issue('server')
+            self.assertEqual(self.serial(port), 3)
+
+    def test_versions(self):
+        """The default is the library's policy; a version that is given is made to work."""
+        versions = {'tls1.0': '-tls1', 'tls1.1': '-tls1_1', 'tls1.2': '-tls1_2', 'tls1.3': '-tls1_3'}
+        for minimum in ('', *versions):
+            port = self.start_tls(minimum=minimum)
+            for version, word in versions.items():
+                done = subprocess.run(
+                    [self.authority.openssl, 's_client', '-connect', f'127.0.0.1:{port}', word,
+                     '-cipher', 'DEFAULT:@SECLEVEL=0', '-CAfile', str(self.authority.path)],
+                    input='', capture_output=True, text=True)
+                spoken = done.returncode == 0 and 'Cipher is (NONE)' not in done.stdout
+                self.assertEqual(spoken, version >= (minimum or 'tls1.2'),
+                                 (minimum, version, done.stdout))
+
+    def test_a_bad_pair_is_one_line_and_status_1(self):
+        (self.folder / 'bad').write_text('nonsense')
+        for words in (('--cert', self.folder / 'bad', '--key', self.folder / 'bad'),
+                      ('--cert', '/missing', '--key', '/missing')):
+            done = subprocess.run([sys.executable, MODULE, *words, str(self.root)], timeout=PATIENCE,
+                                  capture_output=True, text=True, env=clean_environment())
+            self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
+            self.assertTrue(done.stderr.startswith('restic_serve: --cert: '), done.stderr)
+
+    def test_sighup_reads_the_certificate_again(self):
+        with Program('--addr', '127.0.0.1:0', *self.authority.words('server'), self.root) as server:
+            self.assertTrue(server.url.startswith('https://'))
+            self.assertEqual(self.serial(server.port), 1)
+            self.authority.issue('server')
+            server.process.send_signal(signal.SIGHUP)
+            self.wait_until(lambda: any('read the certificate' in line for line in server.lines), 'it')
+            self.assertEqual(self.serial(server.port), 2)
+
+
+class TlsOptionsTest(unittest.TestCase):
+    def test_what_makes_no_sense_together_is_refused(self):
+        for words, text in ((['--cert', 'x'], '--key'), (['--key', 'x'], '--cert'),
+                            (['--client-ca', 'x'], '--cert'), (['--addr', 'tls://:1'], '--cert'),
+                            (['--min-tls-version', 'tls1.2'], '--cert')):
+            parser = restic_serve.make_parser({})
+            with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
+                    self.assertRaises(SystemExit) as caught:
+                restic_serve.check_options(parser, parser.parse([*words, 'dir']))
+            self.assertEqual(caught.exception.code, 2)
+            self.assertIn(text, error.getvalue())
+            self.assertEqual(error.getvalue().count('\n'), 1)
+
+    def test_a_python_without_tls_says_so(self):
+        parser = restic_serve.make_parser({})
+        options = parser.parse(['--cert', 'x', '--key', 'y', 'dir'])
+        with mock.patch.dict(sys.modules, {'ssl': None}), \
+                self.assertRaisesRegex(OSError, '--cert: this Python has no TLS'):
+            restic_serve.make_server(options, Store('/nonexistent'))
 
 
 # ---- Command line ----
@@ -1470,6 +2061,7 @@ class CommandLineTest(TestCase):
         for number in (signal.SIGTERM, signal.SIGINT):
             server = self.serve(self.root)
             self.assertEqual(server.stop(number), 0)
+            self.assertFalse([line for line in server.lines if 'NOTICE' not in line])
 
     def test_a_bad_value_is_one_line_and_status_2(self):
         for words, environment in (
@@ -1477,7 +2069,9 @@ class CommandLineTest(TestCase):
                 (['--append-only=maybe', 'x'], {}), (['--server-read-timeout', '10x', 'x'], {}),
                 (['--max-header-bytes', '0', 'x'], {}), (['serve', 'restic'], {}), (['--addr'], {}),
                 (['--append', 'x'], {}), (['x'], {'RESTIC_SERVE_ADDR': 'nonsense'}),
-                (['x'], {'RESTIC_SERVE_APPEND_ONLY': 'maybe'}), (['x'], {'RESTIC_SERVE_VERBOSE': 'a'})):
+                (['x'], {'RESTIC_SERVE_APPEND_ONLY': 'maybe'}), (['--bogus', 'a\nb'], {}),
+                (['--append-only', 'false', 'x'], {}), (['--', '-a', '-b'], {}),
+                (['x'], {'RESTIC_SERVE_VERBOSE': 'a'})):
             status, output, error = self.run_it(*words, **environment)
             self.assertEqual((status, output, error.count('\n')), (2, '', 1), (words, error))
             self.assertTrue(error.startswith('restic_serve: '), error)
@@ -1507,9 +2101,10 @@ class CommandLineTest(TestCase):
     def test_the_words_of_rclone_before_the_directory_mean_nothing(self):
         for words in (['serve', 'restic', '--append-only', 'dir'], ['serve', 'restic', 'dir'],
                       ['--addr', ':1', 'serve', 'restic', '-v', 'dir'], ['--', 'dir'],
-                      ['-v', 'serve', '--append-only', 'restic', 'dir']):
+                      ['-vq', 'serve', '--append-only', 'restic', 'dir']):
             parser = restic_serve.make_parser({})
             self.assertEqual(restic_serve.find_directory(parser, parser.parse(words).words), 'dir')
+        self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir']).words), '-dir')
 
     def test_every_option_may_come_from_the_environment(self):
         options = self.parse('dir', RESTIC_SERVE_APPEND_ONLY='true', RESTIC_SERVE_VERBOSE='2',
@@ -1517,10 +2112,13 @@ class CommandLineTest(TestCase):
                              RESTIC_SERVE_LOG_FILE='/x', RESTIC_SERVE_QUIET='1')
         self.assertEqual((options.append_only, options.verbose, options.addr, options.log_file,
                           options.server_read_timeout, options.quiet),
-                         (True, 2, [('', 1), ('::1', 2)], '/x', 120, True))
+                         (True, 2, list(map(restic_serve.parse_address, (':1', '[::1]:2'))), '/x', 120, True))
         options = self.parse('--append-only=false', '--addr', ':3', 'dir',
                              RESTIC_SERVE_APPEND_ONLY='true', RESTIC_SERVE_ADDR=':1')
-        self.assertEqual((options.append_only, options.addr), (False, [('', 3)]))
+        self.assertEqual((options.append_only, options.addr), (False, [restic_serve.parse_address(':3')]))
+        options = self.parse('dir', RESTIC_SERVE_ADDR='', RESTIC_SERVE_VERBOSE='true')
+        self.assertEqual((options.addr, options.verbose),
+                         ([restic_serve.parse_address('127.0.0.1:8080')], 1))
 
     def test_a_variable_that_is_no_option_is_said(self):
         server = self.serve(self.root, RESTIC_SERVE_APPENDONLY='1')
@@ -1529,7 +2127,7 @@ class CommandLineTest(TestCase):
     def test_help_and_version(self):
         status, output, error = self.run_it('--help')
         self.assertEqual((status, error), (0, ''))
-        options = set(re.findall(r'--[a-z-]+', output))
+        options = set(re.findall(r'-{1,2}[a-z-]+', output))
         for action in restic_serve.make_parser({})._actions:
             self.assertTrue(not action.option_strings or options & set(action.option_strings), action)
         self.assertEqual(self.run_it('--version'), (0, f'restic_serve {restic_serve.__version__}\n', ''))
@@ -1548,16 +2146,14 @@ class CommandLineTest(TestCase):
         self.assertTrue(any('"GET /config HTTP/1.1" 404' in line for line in server.lines))
         log = self.folder / 'log'
         with Program('--addr', 'localhost:0', '-q', '--log-file', log, self.root, wait=False) as server:
-            while not log.exists():
-                time.sleep(0.01)
+            self.wait_until(log.exists, 'the log')
             server.stop()
         self.assertEqual(log.read_text(), '')
 
     def test_the_log_goes_to_a_file(self):
         log = self.folder / 'log'
         with Program('--addr', '127.0.0.1:0', '--log-file', log, self.root, wait=False) as server:
-            while not (log.exists() and 'try it' in log.read_text()):
-                time.sleep(0.01)
+            self.wait_until(lambda: log.exists() and 'try it' in log.read_text(), 'the log')
             server.stop()
             self.assertEqual(server.process.stderr.read(), '')
 
@@ -1566,10 +2162,12 @@ class CommandLineTest(TestCase):
         package = self.folder / 'package'
         package.mkdir()
         shutil.copy(MODULE, package)
-        zipapp.create_archive(package, self.folder / 'app.pyz', main='restic_serve:main')
+        zipapp.create_archive(package, self.folder / 'app.pyz', main='restic_serve:run')
         done = subprocess.run([sys.executable, self.folder / 'app.pyz', '--version'], check=True,
                               capture_output=True, text=True)
         self.assertIn(restic_serve.__version__, done.stdout)
+        done = subprocess.run([sys.executable, self.folder / 'app.pyz', MODULE], capture_output=True)
+        self.assertEqual(done.returncode, 1)
 
     def test_no_import_needs_more_than_a_bare_python(self):
         """What a minimal host may lack is missed when it is used, not before."""
@@ -1723,6 +2321,54 @@ class ResticScenarios:
                             for line in server.lines))
 
 
+class WaysInTest(ResticTestCase):
+    """restic over TLS and unix sockets."""
+
+    find_restic = staticmethod(lambda: peer('restic'))
+
+    def test_a_backup_over_tls_with_a_client_certificate_while_the_certificate_is_renewed(self):
+        authority = Authority(self.folder)
+        authority.issue('server')
+        authority.issue('client', 'alice')
+        server = self.serve(*authority.words('server'), '--client-ca', authority.path)
+        url = f'rest:{server.url}host/'
+        self.assertTrue(url.startswith('rest:https://'))
+        more = {'RESTIC_CACERT': str(authority.path),
+                'RESTIC_TLS_CLIENT_CERT': str(self.folder / 'client.both')}
+        self.restic(url, 'init', **more)
+        for number in range(30):
+            (self.source / f'more {number}').write_bytes(os.urandom(1 << 20))
+        backup = threading.Thread(target=self.restic, args=(url, 'backup', self.source), kwargs=more)
+        backup.start()
+        serials = []
+        while backup.is_alive():
+            serials.append(authority.issue('server'))
+            server.process.send_signal(signal.SIGHUP)
+            backup.join(0.05)
+        text = authority.run('s_client', '-connect', f'127.0.0.1:{server.port}', '-CAfile',
+                             authority.path, '-cert', self.folder / 'client.both', '-showcerts')
+        (self.folder / 'shown.pem').write_text(text)
+        self.assertEqual(int(authority.run('x509', '-in', self.folder / 'shown.pem', '-noout',
+                                           '-serial').split('=')[1], 16), serials[-1])
+        self.assertEqual(len(self.snapshots(url, **more)), 1)
+        self.assertIn('no errors', self.restic(url, 'check', '--read-data', **more)[1])
+        self.assertEqual(server.stop(), 0)
+        statuses = {line.split('" ')[1][:3] for line in server.lines if 'HTTP/1.1" ' in line}
+        self.assertLessEqual(statuses, {'200', '206', '404'})
+        self.assertFalse([line for line in server.lines if ' ERROR' in line])
+
+    def test_a_backup_over_a_unix_socket(self):
+        path = self.folder / 'socket'
+        server = Program('--addr', f'unix://{path}', self.root)
+        self.addCleanup(server.__exit__)
+        self.assertEqual(server.url, f'http+unix://{path}:/')
+        url = f'rest:{server.url}host/'
+        self.restic(url, 'init')
+        self.restic(url, 'backup', self.source)
+        self.assert_sound(url)
+        self.check_restore(url)
+
+
 class OldResticTest(ResticScenarios, ResticTestCase):
     """The system's restic."""
 
@@ -1781,8 +2427,45 @@ class ReadmeTest(unittest.TestCase):
                 self.assertIn(f'`{option}', text)
 
 
+    def test_the_units_in_the_readme_are_good(self):
+        analyze = program('systemd-analyze')
+        text = Path(MODULE).with_name('README.md').read_text(encoding='utf-8')
+        units = re.findall(r'`/etc/systemd/system/(\S+)`\n\n```ini\n(.*?)```', text, re.DOTALL)
+        self.assertEqual([name for name, _ in units], ['restic-serve.socket', 'restic-serve.service'])
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in units:
+                Path(folder, name).write_text(content)
+            done = subprocess.run([analyze, 'verify', *(f'{folder}/{name}' for name, _ in units)],
+                                  capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ''))
+
+
 class CurlTest(TestCase):
     """What curl makes of the answers."""
+
+    def test_curl_over_tls_and_unix_sockets(self):
+        curl = program('curl')
+        authority = Authority(self.folder)
+        authority.issue('server')
+        authority.issue('client', 'alice')
+        unix = self.folder / 'socket'
+        with Program('--addr', unix, '--addr', 'tls://127.0.0.1:0', *authority.words('server'),
+                     '--client-ca', authority.path, '--allow-origin', 'https://example.org',
+                     self.root) as server:
+            self.wait_until(lambda: any('https' in line for line in server.lines), 'the address')
+            url = next(re.search(r'https:\S+/', line)[0] for line in server.lines if 'https' in line)
+
+            def run(*words):
+                done = subprocess.run([curl, '-s', '-w', '%{http_code}', '-o', '/dev/null',
+                                       *map(str, words)], capture_output=True, text=True)
+                return done.returncode, done.stdout[-3:]
+
+            client = ('--cacert', authority.path, '--cert', self.folder / 'client.both')
+            self.assertEqual(run('--unix-socket', unix, 'http://x/config'), (0, '404'))
+            self.assertEqual(run(*client, f'{url}config'), (0, '404'))
+            self.assertEqual(run(*client, '-X', 'OPTIONS', f'{url}config'), (0, '200'))
+            self.assertNotEqual(run('--cacert', authority.path, f'{url}config')[0], 0)
+            self.assertNotEqual(run('--cert', self.folder / 'client.both', f'{url}config')[0], 0)
 
     def test_curl_uploads_and_downloads(self):
         curl = program('curl')
