@@ -23,11 +23,13 @@ state: any number of servers, and restic itself, may work on it at the same time
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import errno
 import functools
 import hashlib
+import hmac
 import logging
 import math
 import os
@@ -125,6 +127,11 @@ def parse_address(text: str) -> Address:
     return Address(scheme, match[1] or match[2] or '', int(match[3]), '')
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an IP address is reached from this host alone."""
+    return host.startswith('127.') or host == '::1'
+
+
 def parse_tls_version(text: str) -> str:
     """`tls1.0`, `tls1.1`, `tls1.2` or `tls1.3`."""
     if text not in ('tls1.0', 'tls1.1', 'tls1.2', 'tls1.3'):
@@ -147,6 +154,51 @@ def parse_origin(text: str) -> str:
     if not re.fullmatch(r'\*|[a-z][a-z0-9+.-]*://[^\s/,;"]+', text):
         raise ValueError(f'{text!r} is no origin; write https://example.org')
     return text
+
+
+_USER = re.compile(r'(?!\.+$)[A-Za-z0-9@._-]{1,255}')
+
+
+def is_user(name: str) -> bool:
+    """Whether a name is one that can also be a folder: letters, digits and @ . _ - alone."""
+    return bool(_USER.fullmatch(name))
+
+
+def parse_user(text: str) -> str:
+    """The name of a user."""
+    if not is_user(text):
+        raise ValueError(f'{text!r} is no user; a name has letters, digits and @ . _ - alone')
+    return text
+
+
+def parse_cost(text: str) -> int:
+    """A cost of bcrypt."""
+    if not re.fullmatch('[0-9]{1,2}', text) or not 4 <= int(text) <= 31:
+        raise ValueError(f'{text!r} is no cost of bcrypt; write 4 to 31')
+    return int(text)
+
+
+def parse_realm(text: str) -> str:
+    """A realm, without what would need quoting."""
+    if not re.fullmatch(r'[ !#-\[\]-~]*', text):
+        raise ValueError(f'{text!r} is no realm; use ASCII without quotes and backslashes')
+    return text
+
+
+def parse_token(text: str) -> str:
+    """The name of a header."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", text):
+        raise ValueError(f'{text!r} is no name of a header; write X-Forwarded-User')
+    return text
+
+
+def parse_network(text: str) -> Any:
+    """An IP address or a network of them."""
+    import ipaddress
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(f'{text!r} is no network; write 10.0.0.1 or 10.0.0.0/8') from None
 
 
 def parse_baseurl(text: str) -> str:
@@ -173,6 +225,21 @@ class HttpError(Exception):
         self.headers = headers
 
 
+class Peer:
+    """The other end of a connection: its `name` in logs, an IP address or `unix`, and the `user`
+    that its socket or its certificate shows, empty if neither does."""
+
+    __slots__ = ('name', 'user', 'unix')
+
+    def __init__(self, name: str, user: str = '', unix: bool = False) -> None:
+        self.name = name
+        self.user = user
+        self.unix = unix
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class Request:
     """One request, whatever wire it came by.  `path` is as sent, percent-encoded, without query;
     `headers` have lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3)."""
@@ -180,7 +247,7 @@ class Request:
     __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'user')
 
     def __init__(self, method: str, target: str, version: str, headers: Dict[str, str],
-                 body: Body, peer: str) -> None:
+                 body: Body, peer: Peer) -> None:
         self.method = method
         self.path, _, self.query = target.partition('?')
         self.version = version
@@ -764,20 +831,453 @@ def _exclusive(folder: str) -> Iterator[None]:
         yield
 
 
+# ==== Accounts ===================================================================================
+# Who asks: password schemes, the htpasswd file, the memory of verified passwords, and what a
+# connection itself says of its user.
+
+LOOK_SECONDS = 1.0          # between two looks at a file that may change
+REMEMBERED = 1024           # verified passwords
+SLOW_COST = 5               # of bcrypt where Python computes it
+FAST_COST = 10              # and where the C library does
+_ITOA64 = './0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
+_BCRYPT64 = './ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
+_BCRYPT = re.compile(r'\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$([./A-Za-z0-9]{22})([./A-Za-z0-9]{31})')
+_MD5 = re.compile(r'(\$(?:apr1|1)\$)([^$:]{0,8})\$([./0-9A-Za-z]{22})')
+_SHA2 = re.compile(r'\$([56])\$(?:rounds=([0-9]{1,9})\$)?([^$:]{0,16})\$([./0-9A-Za-z]{43}|'
+                   r'[./0-9A-Za-z]{86})')
+_SHA1 = re.compile(r'\{SHA\}[A-Za-z0-9+/]{27}=')
+
+
+def dearness(entry: str) -> int:
+    """How long a password takes to compare with an entry of an htpasswd file, roughly, in MD5
+    rounds; 0 if its scheme is unknown."""
+    bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
+    if bcrypt:
+        return 1000 << int(bcrypt[1])
+    if sha2:
+        return int(sha2[2] or 5000)
+    return 1000 if _MD5.fullmatch(entry) else 1 if _SHA1.fullmatch(entry) else 0
+
+
+def verify(password: bytes, entry: str) -> bool:
+    """Whether a password belongs to an entry: bcrypt, SHA-crypt, MD5-crypt (Apache's and the
+    original) or SHA-1.  By the C library where it knows the scheme, else in Python."""
+    if _SHA1.fullmatch(entry):
+        found = '{SHA}' + base64.b64encode(hashlib.sha1(password).digest()).decode()
+    else:
+        found = crypt_in_c(password, entry) or crypt(password, entry)
+    return hmac.compare_digest(found.encode(), entry.encode())
+
+
+def crypt_in_c(password: bytes, entry: str) -> str:
+    """crypt(3) of the C library; empty if there is none, or it does not know the scheme."""
+    function = _c_crypt()
+    if not function or b'\0' in password or entry.startswith('$apr1$'):
+        return ''
+    found = (function(password, entry.encode()) or b'').decode('latin-1')
+    return found if len(found) == len(entry) and found[:3] == entry[:3] else ''
+
+
+@functools.lru_cache(maxsize=None)
+def _c_crypt() -> Any:
+    """The function crypt(3), or None.  Its result is static: one call at a time."""
+    try:
+        import ctypes
+    except ImportError:
+        return None
+    for name in ('libcrypt.so.1', 'libcrypt.so.2', 'libcrypt.so', None):
+        with contextlib.suppress(OSError, AttributeError):
+            function = ctypes.CDLL(name).crypt
+            function.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+            function.restype = ctypes.c_char_p
+            return function
+    return None
+
+
+def crypt(password: bytes, entry: str) -> str:
+    """What the entry would be if the password were its own; empty for an unknown scheme."""
+    bcrypt, md5, sha2 = (form.fullmatch(entry) for form in (_BCRYPT, _MD5, _SHA2))
+    if bcrypt:
+        return bcrypt_crypt(password, entry[:29])
+    if md5:
+        return md5_crypt(password, md5[1], md5[2])
+    return sha2_crypt(password, sha2[1], sha2[2], sha2[3]) if sha2 else ''
+
+
+def md5_crypt(password: bytes, magic: str, salt_text: str) -> str:
+    """MD5-crypt as FreeBSD made it; `magic` is `$1$`, or `$apr1$` for Apache's variety."""
+    salt, size = salt_text.encode(), len(password)
+    inner = hashlib.md5(password + salt + password).digest()
+    first = password + magic.encode() + salt + (inner * (size // 16 + 1))[:size]
+    while size:
+        first += b'\0' if size & 1 else password[:1]
+        size >>= 1
+    digest = _stretch(hashlib.md5, hashlib.md5(first).digest(), password, salt, 1000)
+    order = [(0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,)]
+    return f'{magic}{salt_text}${_encode64(digest, order)}'
+
+
+def sha2_crypt(password: bytes, number: str, rounds: Optional[str], salt_text: str) -> str:
+    """SHA-crypt, `number` 5 for SHA-256 and 6 for SHA-512.
+
+    https://www.akkadia.org/drepper/SHA-crypt.txt
+    """
+    algorithm = hashlib.sha256 if number == '5' else hashlib.sha512
+    salt, size = salt_text.encode(), len(password)
+    width = algorithm().digest_size
+    inner = algorithm(password + salt + password).digest()
+    first = algorithm(password + salt + (inner * (size // width + 1))[:size])
+    while size:
+        first.update(inner if size & 1 else password)
+        size >>= 1
+    digest, size = first.digest(), len(password)
+    p = (algorithm(password * size).digest() * (size // width + 1))[:size]
+    s = algorithm(salt * (16 + digest[0])).digest()[:len(salt)]
+    count = min(max(int(rounds or 5000), 1000), 999999999)
+    digest = _stretch(algorithm, digest, p, s, count)
+    # Bytes from three thirds of the digest, the thirds rotated from one group to the next.
+    third, turn = (10, 2) if number == '5' else (21, 1)
+    order: List[Tuple[int, ...]] = []
+    for k in range(third):
+        group = (k, k + third, k + 2 * third) * 2
+        order.append(group[k * turn % 3:k * turn % 3 + 3])
+    order.append((31, 30) if number == '5' else (63,))
+    prefix = f'${number}$' + (f'rounds={rounds}$' if rounds else '')
+    return f'{prefix}{salt_text}${_encode64(digest, order)}'
+
+
+def _stretch(algorithm: Callable[..., Any], digest: bytes, password: bytes, salt: bytes,
+             rounds: int) -> bytes:
+    """The rounds that MD5-crypt and SHA-crypt have in common."""
+    for number in range(rounds):
+        odd = number & 1
+        data = password if odd else digest
+        if number % 3:
+            data += salt
+        if number % 7:
+            data += password
+        digest = algorithm(data + (digest if odd else password)).digest()
+    return digest
+
+
+def _encode64(digest: bytes, order: Iterable[Tuple[int, ...]]) -> str:
+    """Groups of a digest's bytes, the first the highest, in base 64 with the lowest digit first."""
+    text = ''
+    for group in order:
+        value = int.from_bytes(bytes(digest[index] for index in group), 'big')
+        for _ in range(len(group) + 1):
+            text += _ITOA64[value & 63]
+            value >>= 6
+    return text
+
+
+def bcrypt_crypt(password: bytes, setting: str) -> str:
+    """bcrypt of the first 72 bytes of a password; `setting` is `$2b$10$` and 22 characters of salt.
+
+    Provos and Mazieres, "A Future-Adaptable Password Scheme", USENIX 1999.
+    """
+    salt_bits = int.from_bytes(_bcrypt_decode(setting[7:29]), 'big')
+    salt = [salt_bits >> shift & 0xffffffff for shift in (96, 64, 32, 0)]
+    data = (password + b'\0')[:72]
+    stream = (data * (72 // len(data) + 1))[:72]
+    key = [int.from_bytes(stream[at:at + 4], 'big') for at in range(0, 72, 4)]
+    # The salt as a key, and no salt: what the rounds take turns in.
+    salt_key, nothing = (salt * 5)[:18], [0, 0, 0, 0]
+    words = list(_digits_of_pi())
+    _expand_key(words, key, salt)
+    for _ in range(1 << int(setting[4:6])):
+        _expand_key(words, key, nothing)
+        _expand_key(words, salt_key, nothing)
+    output = b''
+    text = b'OrpheanBeholderScryDoubt'
+    for at in range(0, 24, 8):
+        left, right = (int.from_bytes(text[at + half:at + half + 4], 'big') for half in (0, 4))
+        for _ in range(64):
+            left, right = _encipher(words, left, right)
+        output += left.to_bytes(4, 'big') + right.to_bytes(4, 'big')
+    return setting + _bcrypt_encode(output[:23])
+
+
+def _expand_key(words: List[int], key: List[int], salt: List[int]) -> None:
+    """Blowfish's key schedule with salt; `words` are its 18 subkeys and its four S-boxes."""
+    for number in range(18):
+        words[number] ^= key[number]
+    left = right = 0
+    for number in range(0, 1042, 2):
+        turn = number & 2
+        left, right = _encipher(words, left ^ salt[turn], right ^ salt[turn + 1])
+        words[number], words[number + 1] = left, right
+
+
+def _encipher(words: List[int], left: int, right: int) -> Tuple[int, int]:
+    """Blowfish of one block, two rounds at a time."""
+    for number in range(0, 16, 2):
+        left ^= words[number]
+        right ^= words[number + 1] ^ (
+            (words[18 + (left >> 24)] + words[274 + (left >> 16 & 255)]
+             ^ words[530 + (left >> 8 & 255)]) + words[786 + (left & 255)] & 0xffffffff)
+        left ^= ((words[18 + (right >> 24)] + words[274 + (right >> 16 & 255)]
+                  ^ words[530 + (right >> 8 & 255)]) + words[786 + (right & 255)] & 0xffffffff)
+    return right ^ words[17], left ^ words[16]
+
+
+@functools.lru_cache(maxsize=None)
+def _digits_of_pi() -> Tuple[int, ...]:
+    """Blowfish's subkeys and S-boxes: 1042 words of 32 bits of pi's fraction, by Machin's formula."""
+    bits = 1042 * 32
+    one = 1 << bits + 64
+
+    def arctan_of_inverse(x: int) -> int:
+        power = total = one // x
+        n, sign = 1, 1
+        while power:
+            power //= x * x
+            n, sign = n + 2, -sign
+            total += sign * (power // n)
+        return total
+
+    pi = 16 * arctan_of_inverse(5) - 4 * arctan_of_inverse(239)
+    fraction = (pi & one - 1) >> 64
+    return tuple(fraction >> bits - 32 * number & 0xffffffff for number in range(1, 1043))
+
+
+def _bcrypt_encode(data: bytes) -> str:
+    text = base64.b64encode(data).decode().rstrip('=')
+    return text.translate(str.maketrans(_BASE64, _BCRYPT64))
+
+
+def _bcrypt_decode(text: str) -> bytes:
+    return base64.b64decode(text.translate(str.maketrans(_BCRYPT64, _BASE64)) + '==')
+
+
+_BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
+
+
+class PasswordFile:
+    """The users of an htpasswd file and their entries.  Raises OSError if it cannot be read."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._stamp = self._look()
+        self._next_look = 0.0
+        self.entries = self._load()
+
+    def refresh(self, now: bool = False) -> bool:
+        """Read the file again if it has changed; whether it has.  The last good one stays in force
+        while it cannot be read."""
+        moment = time.monotonic()
+        if not now and moment < self._next_look:
+            return False
+        self._next_look = moment + LOOK_SECONDS
+        stamp = self._look()
+        if stamp == self._stamp and not now:
+            return False
+        self._stamp = stamp
+        try:
+            self.entries = self._load()
+        except OSError as error:
+            log.error('the users stay as they were: %s', error)
+            return False
+        log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
+        return True
+
+    def _look(self) -> Tuple[int, ...]:
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return ()
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _load(self) -> Dict[str, str]:
+        entries = {}
+        with open(self._path, 'rb') as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode('utf-8', 'replace').strip()
+                if not text or text.startswith('#'):
+                    continue
+                user, _, rest = text.partition(':')
+                entry = rest.partition(':')[0]
+                if not is_user(user):
+                    log.error('%s, line %d: the name of a user may hold letters, digits and '
+                              '@ . _ - alone', self._path, number)
+                elif not dearness(entry):
+                    log.error('%s, line %d: unknown or unsafe password scheme; use bcrypt '
+                              '(htpasswd -B)', self._path, number)
+                else:
+                    entries[user] = entry
+        return entries
+
+
+class Accounts:
+    """Who a request comes from.  Users come from one of: an htpasswd file, one `user` with a
+    `password` (kept as a hash with `salt`), or the header `user_header` of a proxy in `proxies` or
+    on this host; without them from the client's certificate, and over a unix socket from the
+    socket itself.  `realm` is what a client that asks for a password shows."""
+
+    def __init__(self, file: Optional[PasswordFile] = None, user: str = '', password: str = '',
+                 salt: str = '', realm: str = '', user_header: str = '',
+                 proxies: Iterable[Any] = ()) -> None:
+        self._file = file
+        self._user = user
+        self._salt = salt.encode()
+        self._password = self._salted(password.encode())
+        self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
+        self._user_header = user_header.lower()
+        self._proxies = list(proxies)
+        self._secret = os.urandom(32)
+        self._verified: Dict[bytes, str] = {}   # keyed hash of a header: its user
+        self._one_at_a_time = threading.Lock()  # slow hashes, and changes of _verified
+
+    def identify(self, request: Request) -> str:
+        """The user behind a request, empty if nothing says.  Raises HttpError 401 and 403."""
+        peer = request.peer
+        if self._user_header and (peer.unix or self._is_proxy(peer.name)):
+            user = request.headers.get(self._user_header, '')
+            if not is_user(user):
+                log.log(NOTICE, 'the proxy %s names no valid user', peer)
+                raise HttpError(403, 'no valid name of a user')
+            return user
+        if peer.unix:
+            return peer.user
+        if self._file or self._user:
+            return self._check_basic(request)
+        if self._user_header:
+            raise HttpError(403, 'requests come through the proxy alone')
+        return peer.user if is_user(peer.user) else ''
+
+    def reload(self) -> None:
+        """Read again what may have changed."""
+        if self._file:
+            self._file.refresh(now=True)
+            self._forget()
+
+    def _check_basic(self, request: Request) -> str:
+        """The user of the Authorization header (RFC 7617)."""
+        header = request.headers.get('authorization', '')
+        if not header:
+            self._refuse('a password is needed')
+        if self._file and self._file.refresh():
+            self._forget()
+        token = hashlib.blake2b(header.encode('latin-1'), key=self._secret, digest_size=32).digest()
+        user = self._verified.get(token)
+        if user is not None:
+            return user
+        scheme, _, encoded = header.partition(' ')
+        try:
+            if scheme.lower() != 'basic':
+                raise ValueError
+            name, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b':')
+            user = name.decode()
+        except ValueError:
+            self._refuse('malformed credentials')
+        with self._one_at_a_time:
+            entries = self._file.entries if self._file else {}
+            if not self._verified.get(token) and not (
+                    colon and self._matches(user, password, entries)):
+                log.log(NOTICE, "authentication failed for '%s' from %s",
+                        re.sub(r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}',
+                               user[:64]), request.peer)
+                self._refuse('wrong user or password')
+            if not self._file or self._file.entries is entries:
+                if len(self._verified) >= REMEMBERED:
+                    del self._verified[next(iter(self._verified))]
+                self._verified[token] = user
+        return user
+
+    def _matches(self, user: str, password: bytes, entries: Dict[str, str]) -> bool:
+        """Whether a password is the user's.  For an unknown user it takes as long."""
+        if not self._file:
+            right_user = hmac.compare_digest(user.encode(), self._user.encode())
+            return hmac.compare_digest(self._salted(password), self._password) and right_user
+        entry = entries.get(user)
+        decoy = max(entries.values(), key=dearness, default='')
+        return verify(password, entry or decoy) and entry is not None
+
+    def _salted(self, password: bytes) -> bytes:
+        return hashlib.sha256(self._salt + password).digest()
+
+    def _forget(self) -> None:
+        with self._one_at_a_time:
+            self._verified.clear()
+
+    def _is_proxy(self, name: str) -> bool:
+        """Whether an address is a proxy's, which may say who its users are."""
+        if is_loopback(name):
+            return True
+        if not self._proxies:
+            return False
+        import ipaddress
+        address = ipaddress.ip_address(name.partition('%')[0])
+        return any(address in network for network in self._proxies)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise HttpError(401, reason, [('WWW-Authenticate', self._challenge)])
+
+
+def change_password_file(path: str, user: str, entry: str) -> bool:
+    """Set a user's entry in an htpasswd file, or remove it if `entry` is empty; whether the user
+    was there.  Other lines stay, and the file changes all at once.  Raises OSError."""
+    import tempfile
+    lines = []
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
+        lines = file.read().splitlines(keepends=True)
+    mine = [line.partition(b':')[0].strip() == user.encode() for line in lines]
+    new = f'{user}:{entry}\n'.encode() if entry else b''
+    kept = [new if own else line for own, line in zip(mine, lines)
+            if not own or (new and own)]
+    if new and not any(mine):
+        if kept and not kept[-1].endswith(b'\n'):
+            kept[-1] += b'\n'
+        kept.append(new)
+    folder = os.path.dirname(os.path.abspath(path))
+    fd, scratch = tempfile.mkstemp(dir=folder, prefix='.htpasswd-')  # with mode 0600
+    try:
+        with open(fd, 'wb') as file:
+            file.write(b''.join(kept))
+            file.flush()
+            sync_file(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    sync_directory(folder)
+    return any(mine)
+
+
+def new_entry(password: bytes, cost: Optional[int] = None) -> str:
+    """A bcrypt entry for a password; the default cost depends on who computes it."""
+    salt = _bcrypt_encode(os.urandom(16))
+    if cost is None:
+        cost = FAST_COST if crypt_in_c(b'x', '$2b$04$' + 22 * '.' + 31 * '.') else SLOW_COST
+    entry = f'$2y${cost:02d}${salt}'
+    return crypt_in_c(password, entry + 31 * '.') or bcrypt_crypt(password, entry)
+
+
 # ==== Policy =====================================================================================
-# What a request may do.  Each rule stands here once, for every route and every wire.
+# What a user may do.  Each rule stands here once, for every route and every wire.
 
 class Policy:
-    """`append_only`: nothing that was stored can be deleted, except locks."""
+    """`append_only`: nothing that was stored can be deleted, except locks.  `private`: a user may
+    enter only repositories below `/<user>/`.  Neither binds the users in `administrators`."""
 
-    def __init__(self, append_only: bool) -> None:
+    def __init__(self, append_only: bool = False, private: bool = False,
+                 administrators: Iterable[str] = ()) -> None:
         self.append_only = append_only
+        self.private = private
+        self.administrators = frozenset(administrators)
 
     def check(self, request: Request, location: Location) -> None:
-        """Raises HttpError 403 for what the request may not do."""
+        """Raises HttpError 403 for what the request's user may not do."""
+        user = request.user
+        if user in self.administrators:
+            return
+        if self.private and not (
+                user and f'{location.repository}/'.startswith(f'/{user}/')):
+            raise HttpError(403, 'this is not your repository')
         if (self.append_only and request.method == 'DELETE'
                 and location.is_object and location.kind != 'locks'):
-            log.log(NOTICE, 'append-only: %s may not delete %s', request.peer, location)
+            who = f"'{user}' from {request.peer}" if user else request.peer
+            log.log(NOTICE, 'append-only: %s may not delete %s', who, location)
             raise HttpError(403, 'the server is append-only')
 
 
@@ -811,10 +1311,12 @@ class Api:
     """The protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
     every answer; scripts of the web origin `allow_origin` may use the server."""
 
-    def __init__(self, store: Store, policy: Policy, baseurl: str = '',
+    def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
+                 baseurl: str = '',
                  headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '') -> None:
         self.store = store
         self.policy = policy
+        self.accounts = accounts or Accounts()
         self.baseurl = baseurl
         self._allow_origin = allow_origin
         self._headers = list(headers)
@@ -859,6 +1361,7 @@ class Api:
 
     def _route(self, request: Request) -> Response:
         path = request.path
+        request.user = self.accounts.identify(request)
         if self.baseurl:
             if path != self.baseurl and not path.startswith(self.baseurl + '/'):
                 parse_path(path)
@@ -1056,7 +1559,7 @@ class Connection:
 
     IDLE, READING, WRITING = range(3)
 
-    def __init__(self, sock: socket.socket, peer: str, seconds: float) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, seconds: float) -> None:
         """`seconds`: how long the first request is waited for."""
         self.peer = peer
         self.waits = self.IDLE
@@ -1086,6 +1589,8 @@ class Connection:
                 self._sock.do_handshake()
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
+            names = dict(part[0] for part in (self._sock.getpeercert() or {}).get('subject', ()))
+            self.peer.user = names.get('commonName', '')
 
     def receive(self, limit: int) -> bytes:
         """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
@@ -1613,7 +2118,6 @@ def _status_and_date(status: int, now: int) -> str:
 
 BACKLOG = 1024              # connections that the system accepts ahead
 EXHAUSTED_SECONDS = 0.1     # before the next try where the system has no descriptor left
-LOOK_SECONDS = 1.0          # between two looks at the files of a certificate
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -1805,14 +2309,14 @@ def _listener_class() -> Any:
                 raise
 
         def finish_request(self, request: Any, client_address: Any) -> None:
-            self._owner.serve_connection(request, peer_name(client_address), self.tls)
+            self._owner.serve_connection(request, find_peer(request, client_address), self.tls)
 
         def shutdown_request(self, request: Any) -> None:
             """serve_connection has closed it, unless its thread could not start."""
             request.close()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            log.error('connection from %s: %s', peer_name(client_address), sys.exc_info()[1])
+            log.error('a connection from %s failed: %s', client_address, sys.exc_info()[1])
             log.debug('where it happened:', exc_info=True)
 
     return Listener
@@ -1821,12 +2325,21 @@ def _listener_class() -> Any:
 _AF_UNIX = getattr(socket, 'AF_UNIX', None)
 
 
-def peer_name(address: Any) -> str:
-    """A client's address as logs have it."""
-    if not isinstance(address, tuple):
-        return 'unix'
-    host = str(address[0])
-    return host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host
+def find_peer(sock: socket.socket, address: Any) -> Peer:
+    """Who is at the other end.  Over a unix socket it is the user of the process there."""
+    if isinstance(address, tuple):
+        host = str(address[0])
+        return Peer(host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host)
+    user = ''
+    if hasattr(socket, 'SO_PEERCRED'):
+        import pwd
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i'))
+        number = struct.unpack('3i', credentials)[1]
+        try:
+            user = pwd.getpwuid(number).pw_name
+        except KeyError:
+            user = str(number)
+    return Peer('unix', user, unix=True)
 
 
 def resolve(address: Address) -> Tuple[int, Any]:
@@ -1854,11 +2367,6 @@ def _has_ipv6() -> bool:
         return True
     except OSError:
         return False
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address that was bound can be reached from this host alone."""
-    return host.startswith('127.') or host == '::1'
 
 
 # ==== Server =====================================================================================
@@ -1986,7 +2494,7 @@ class Server:
         with self._lock:
             self._admitted -= 1
 
-    def serve_connection(self, sock: socket.socket, peer: str, tls: bool) -> None:
+    def serve_connection(self, sock: socket.socket, peer: Peer, tls: bool) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
         try:
             if tls and self._certificates:
@@ -2038,6 +2546,7 @@ class Server:
         self._manager.tell('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
         if self._certificates:
             self._certificates.reload()
+        self.api.accounts.reload()
         self._manager.tell('READY=1')
 
     def _snapshot(self) -> List[Connection]:
@@ -2239,9 +2748,27 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     add(tls, '--min-tls-version', parse_tls_version, None, 'lowest version: tls1.0, tls1.1, tls1.2 '
         'or tls1.3 (default: what the TLS library allows)', 'VERSION')
 
+    entry = parser.add_argument_group('who may enter')
+    add(entry, '--htpasswd', str, '', 'file of users and their passwords, as htpasswd writes it; '
+        'it is read again when it changes', 'FILE')
+    add(entry, '--user', parse_user, None, 'the one user, in place of a file', 'NAME')
+    add(entry, '--pass', str, '', "that user's password; RESTIC_SERVE_PASS keeps it off the list of "
+        'processes', 'PASSWORD')
+    add(entry, '--salt', str, 'dlPL2MqE', 'salt of the hash under which it is kept in memory', 'TEXT')
+    add(entry, '--realm', parse_realm, 'restic_serve', 'what clients show when they ask for a '
+        'password (default restic_serve)', 'TEXT')
+    add(entry, '--user-from-header', parse_token, None, 'header in which a proxy on this host, or '
+        'one of --trust-proxy, says who the user is', 'NAME')
+    add(entry, '--trust-proxy', parse_network, [], 'another address or network of such proxies; '
+        'may be repeated', 'ADDRESS[/BITS]', repeated=True)
+
     rights = parser.add_argument_group('what they may do')
     add(rights, '--append-only', parse_bool, False, 'nothing that was stored can be deleted or '
         'changed, except locks')
+    add(rights, '--private-repos', parse_bool, False, 'users may enter only repositories whose '
+        'path begins with /<user>/')
+    add(rights, '--admin', parse_user, [], 'user whom --append-only and --private-repos do not '
+        'bind; may be repeated', 'NAME', repeated=True)
 
     storing = parser.add_argument_group('storing')
     add(storing, '--group-accessible', parse_bool, False, 'new directories and files can be read '
@@ -2269,6 +2796,12 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr', 'FILE')
 
     other = parser.add_argument_group('other jobs')
+    add(other, '--add-user', parse_user, None, 'add a user to the file of --htpasswd, or change '
+        'the password, which is asked for or read from standard input', 'NAME')
+    add(other, '--remove-user', parse_user, None, 'remove a user from the file of --htpasswd',
+        'NAME')
+    add(other, '--bcrypt-cost', parse_cost, None, 'rounds of the new password, as a power of two: '
+        '4 to 31 (default 10, or 5 where Python has to compute them)', 'NUMBER')
     other.add_argument('--version', action='version', version=f'restic_serve {__version__}')
     other.add_argument('-h', '--help', action='help', help='this text')
     return parser
@@ -2286,20 +2819,22 @@ def find_directory(parser: Parser, words: List[str]) -> str:
     return words[0]
 
 
-def announce(server: Server, root: str, baseurl: str) -> None:
+def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log where the server can be reached, and by whom."""
+    is_open = not (options.htpasswd or options.user or options.user_from_header
+                   or options.client_ca)
     for listener in server.listeners:
         where = listener.server_address
         if not isinstance(where, tuple):
-            url = f'http+unix://{where}:{baseurl}/'
+            url = f'http+unix://{where}:{options.baseurl}/'
         else:
             host, port = where[:2]
-            if not is_loopback(host):
+            if is_open and not is_loopback(host):
                 log.warning('anyone who reaches %s can read and write the backups in %s: there is '
                             'no authentication', host, root)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
-            url = f'{"https" if listener.tls else "http"}://{name}:{port}{baseurl}/'
+            url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
         log.log(NOTICE, 'serving %s on %s%s', root, url,
                 f' (socket {listener.name})' if listener.name else '')
         log.log(NOTICE, 'try it: restic -r rest:%s init', url)
@@ -2316,7 +2851,11 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
             raise OSError(f'--cert: this Python has no TLS: {error}') from None
         except OSError as error:
             raise OSError(f'--cert: {options.cert} with {options.key}: {error}') from None
-    api = Api(store, Policy(options.append_only), options.baseurl, options.response_header,
+    accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
+                        options.user or '', getattr(options, 'pass'), options.salt, options.realm,
+                        options.user_from_header or '', options.trust_proxy)
+    policy = Policy(options.append_only, options.private_repos, options.admin)
+    api = Api(store, policy, accounts, options.baseurl, options.response_header,
               options.allow_origin or '')
     limits = Limits(header_bytes=options.max_header_bytes,
                     read_seconds=options.server_read_timeout,
@@ -2333,8 +2872,60 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
     for name in ('client_ca', 'min_tls_version'):
         if getattr(options, name) and not options.cert:
             parser.error(f'--{name.replace("_", "-")}: TLS needs --cert and --key too')
+    sources = [name for name in ('htpasswd', 'user', 'user_from_header') if getattr(options, name)]
+    if len(sources) > 1:
+        names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
+        parser.error(f'{names} both say who the users are; one of them alone can')
+    if bool(options.user) != bool(getattr(options, 'pass')):
+        parser.error('--user and --pass need each other')
+    for name in ('private_repos', 'admin'):
+        # Over a unix socket the user is the login name, and inherited sockets may be unix.
+        if (getattr(options, name) and not sources and not options.client_ca
+                and not os.environ.get('LISTEN_FDS')
+                and any(not address.path for address in options.addr)):
+            parser.error(f'--{name.replace("_", "-")}: nothing says who the users are; add '
+                         '--htpasswd, --user, --client-ca or --user-from-header')
+    if options.trust_proxy and not options.user_from_header:
+        parser.error('--trust-proxy needs --user-from-header too')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
         parser.error('--addr: tls:// needs --cert and --key too')
+
+
+def change_users(parser: Parser, options: argparse.Namespace) -> int:
+    """Do --add-user or --remove-user; the exit status."""
+    if not options.htpasswd:
+        parser.error('--add-user and --remove-user need --htpasswd too')
+    user, entry = options.remove_user, ''
+    if options.add_user:
+        user = options.add_user
+        try:
+            entry = new_entry(read_password(user), options.bcrypt_cost)
+        except ValueError as error:
+            print(f'restic_serve: {error}', file=sys.stderr)
+            return 1
+    known = change_password_file(options.htpasswd, user, entry)
+    if not known and not entry:
+        print(f'restic_serve: {options.htpasswd} has no user {user!r}', file=sys.stderr)
+        return 1
+    done = 'removed' if not entry else 'changed the password of' if known else 'added'
+    print(f'{done} {user}')
+    return 0
+
+
+def read_password(user: str) -> bytes:
+    """A new password, asked for twice on a terminal, or a line of standard input.  Raises
+    ValueError."""
+    if sys.stdin.isatty():
+        import getpass
+        text = getpass.getpass(f'New password for {user}: ')
+        if text != getpass.getpass('Once more: '):
+            raise ValueError('the two passwords differ')
+    else:
+        text = sys.stdin.readline().rstrip('\r\n')
+    password = text.encode('utf-8', 'surrogateescape')
+    if not password or b'\0' in password or len(password) > 72:
+        raise ValueError('a password has 1 to 72 bytes and no NUL: bcrypt looks at no more')
+    return password
 
 
 def main(words: Optional[List[str]] = None) -> int:
@@ -2343,6 +2934,12 @@ def main(words: Optional[List[str]] = None) -> int:
         signal.signal(number, lambda number, frame: sys.exit(0))
     parser = make_parser(os.environ)
     options = parser.parse(sys.argv[1:] if words is None else words)
+    if options.add_user or options.remove_user:
+        try:
+            return change_users(parser, options)
+        except OSError as error:
+            print(f'restic_serve: {error.filename}: {error.strerror}', file=sys.stderr)
+            return 1
     directory = find_directory(parser, options.words)
     check_options(parser, options)
     level = logging.ERROR if options.quiet else {0: NOTICE, 1: logging.INFO}.get(
@@ -2361,7 +2958,7 @@ def main(words: Optional[List[str]] = None) -> int:
         reason = f'{error.filename}: {error.strerror}' if error.filename else error
         print(f'restic_serve: {one_line(reason)}', file=sys.stderr)
         return 1
-    announce(server, store.root, options.baseurl)
+    announce(server, store.root, options)
     server.run()
     return 0
 

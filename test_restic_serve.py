@@ -6,6 +6,7 @@ rclone and rest-server programs.
 """
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -28,7 +29,8 @@ from pathlib import Path
 from unittest import mock
 
 import restic_serve
-from restic_serve import Api, HttpError, Limits, Location, Policy, Request, Server, Store
+from restic_serve import (
+    Accounts, Api, HttpError, Limits, Location, PasswordFile, Peer, Policy, Request, Server, Store)
 
 MODULE = restic_serve.__file__
 V2 = 'application/vnd.x.restic.rest.v2'
@@ -570,6 +572,398 @@ class StoreTest(TestCase):
         self.assertEqual(self.names('data'), {named(content): len(content)})
 
 
+# ---- Accounts ----
+
+class PasswordSchemeTest(unittest.TestCase):
+    """Public test vectors, and the C library's word, where there is one."""
+
+    VECTORS = (
+        (b'U*U', '$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW'),
+        (b'U*U*', '$2a$05$CCCCCCCCCCCCCCCCCCCCC.VGOzA784oUp/Z0DY336zx7pLYAy0lwK'),
+        (b'U*U*U', '$2a$05$XXXXXXXXXXXXXXXXXXXXXOAcXxm9kjPGEMsLznoKqmqw7tc8WCx4a'),
+        (b'', '$2a$05$CCCCCCCCCCCCCCCCCCCCC.7uG0VCzI2bS7j6ymqJi9CdcdxiRTWNy'),
+        (b'', '$2a$04$zVHmKQtGGQob.b/Nc7l9NO8UlrYcW05FiuCj/SxsFO/ZtiN9.mNzy'),
+        (b'\xff\xff\xa3', '$2y$05$/OK.fbVrR/bpIqNJ5ianF.CE5elHaaO4EbggVDjb8P19RukzXSM3e'),
+        (b'0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'
+         b'chars after 72 are ignored',
+         '$2a$05$abcdefghijklmnopqrstuu5s2v8.iXieOjg/.AySBTTZIIVFJeBui'),
+        (b'5.rApO%5jA', '$2a$05$kVNDrnYKvbNr5AIcxNzeIuRcyIF5cZk6UrwHGxENbxP5dVv.WQM/G'),
+        (b'Hello world!', '$5$saltstring$5B8vYYiY.CVt1RlTTf8KbXBH3hsxY/GNooZaBBGWEc5'),
+        (b'Hello world!', '$6$saltstring$svn8UoSVapNtMuq1ukKS4tPQd8iKwSMHWjl/O817G3uBnIFNjnQJ'
+                          'uesI68u4OTLiBFdcbYEdFCoEOfaS35inz1'),
+        (b'myPassword', '$apr1$r31.....$HqJZimcKQFAMYayBlzkrA/'),
+        (b'password', '{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g='),
+    )
+
+    def test_the_vectors_in_python(self):
+        with mock.patch.object(restic_serve, '_c_crypt', return_value=None):
+            self.check()
+
+    def test_the_vectors_by_the_c_library(self):
+        if not restic_serve._c_crypt():
+            self.skipTest('there is no crypt(3)')
+        self.check()
+
+    def check(self):
+        for password, entry in self.VECTORS:
+            self.assertTrue(restic_serve.verify(password, entry), entry)
+            self.assertFalse(restic_serve.verify(password[:71] + b'x', entry), entry)
+            if password:  # to bcrypt, none and a NUL are the same: its key ends with one anyway
+                self.assertFalse(restic_serve.verify(b'\0' + password, entry), entry)
+
+    def test_python_and_the_c_library_agree(self):
+        for number in (0, 1, 15, 16, 17, 63, 64, 71, 72, 73, 130):
+            password = bytes((7 * number + at) % 255 + 1 for at in range(number))
+            for entry in ('$1$salt$' + 22 * '.', '$1$saltsalt$' + 22 * '.', '$5$s$' + 43 * '.',
+                          '$5$rounds=1234$sixteen.letters.$' + 43 * '.', '$6$salt$' + 86 * '.',
+                          '$6$rounds=10$salt$' + 86 * '.', '$2b$04$' + 22 * 'e' + 31 * '.'):
+                theirs = restic_serve.crypt_in_c(password, entry)
+                if theirs:
+                    self.assertEqual(restic_serve.crypt(password, entry), theirs, (password, entry))
+
+    def test_a_nul_ends_no_password(self):
+        entry = restic_serve.bcrypt_crypt(b'pass', '$2b$04$' + 22 * 'e')
+        self.assertTrue(restic_serve.verify(b'pass', entry))
+        self.assertFalse(restic_serve.verify(b'pass\0word', entry))
+
+    def test_unknown_schemes_and_plain_text_are_nothing(self):
+        for entry in ('secret', '', '$7$x', '$2x$05$' + 53 * '.', '$2b$03$' + 53 * '.', '{SHA}short',
+                      '$6$salt$short', '{PLAIN}x', 'rl.3StKT.4T8M', '$2b$32$' + 53 * '.'):
+            self.assertEqual(restic_serve.dearness(entry), 0, entry)
+            self.assertFalse(restic_serve.verify(b'secret', entry or '-'))
+
+    def test_entries_of_apaches_htpasswd(self):
+        htpasswd = program('htpasswd')
+        for words in (['-B', '-C', '4'], ['-m'], ['-s'], ['-2'], ['-5']):
+            for password in ('secret', 'sécrèt \U0001f511', 'x' * 72):
+                done = subprocess.run([htpasswd, '-nb', *words, 'bob', password], check=True,
+                                      capture_output=True, text=True)
+                entry = done.stdout.strip().partition(':')[2]
+                self.assertGreater(restic_serve.dearness(entry), 0, entry)
+                for hidden in (False, True):
+                    with mock.patch.object(restic_serve, '_c_crypt', return_value=None) if hidden \
+                            else contextlib.nullcontext():
+                        self.assertTrue(restic_serve.verify(password.encode(), entry), entry)
+                        self.assertFalse(restic_serve.verify(b'other', entry), entry)
+
+
+def sha(password):
+    """An entry that costs nothing to compare."""
+    return '{SHA}' + base64.b64encode(hashlib.sha1(password.encode()).digest()).decode()
+
+
+def basic(user, password):
+    """A header with credentials."""
+    token = base64.b64encode(f'{user}:{password}'.encode()).decode()
+    return f'Authorization: Basic {token}'
+
+
+class PasswordFileTest(TestCase):
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / 'htpasswd'
+        patch = mock.patch.object(restic_serve, 'LOOK_SECONDS', 0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def write(self, text):
+        self.path.write_bytes(text.encode() if isinstance(text, str) else text)
+
+    def identify(self, accounts, user, password, peer=None):
+        request = Request('GET', '/', 'HTTP/1.1', {}, Bytes(b''), peer or Peer('1.2.3.4'))
+        request.headers['authorization'] = basic(user, password).partition(': ')[2]
+        try:
+            return accounts.identify(request)
+        except HttpError as error:
+            return error.status
+
+    def test_comments_blank_lines_and_line_ends_of_windows(self):
+        self.write(f'# users\r\n\r\nalice:{sha("a")}\r\nbob:{sha("b")}:more\r\n  # x\nk.b-d_f@x:{sha("c")}')
+        self.assertEqual(PasswordFile(str(self.path)).entries,
+                         {'alice': sha('a'), 'bob': sha('b'), 'k.b-d_f@x': sha('c')})
+        self.assertEqual(self.log, [])
+
+    def test_what_is_ignored_is_said_with_its_line_and_never_its_hash(self):
+        self.write(b'alice:plain-text\n..:%b\na/b:%b\n\xff:%b\nm\xc3\xbcller:%b\nno colon\n' % (
+            (sha('a').encode(),) * 4))
+        self.assertEqual(PasswordFile(str(self.path)).entries, {})
+        self.assertEqual([re.search(r'line (\d)', line)[1] for line in self.log], list('123456'))
+        self.assertNotIn('plain-text', ''.join(self.log))
+        self.assertNotIn('{SHA}', ''.join(self.log))
+
+    def test_a_change_is_seen_and_a_removed_user_is_out(self):
+        self.write(f'alice:{sha("a")}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+        self.write(f'alice:{sha("new")}\nbob:{sha("b")}\n')
+        self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
+        self.assertEqual(self.identify(accounts, 'alice', 'new'), 'alice')
+        self.assertEqual(self.identify(accounts, 'bob', 'b'), 'bob')
+        self.write(f'alice:{sha("new")}\n')
+        self.assertEqual(self.identify(accounts, 'bob', 'b'), 401)
+
+    def test_while_the_file_is_missing_the_last_users_stay(self):
+        self.write(f'alice:{sha("a")}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        self.path.unlink()
+        for _ in range(3):
+            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+        self.assertEqual(len([line for line in self.log if 'stay as they were' in line]), 1)
+        self.write(f'bob:{sha("b")}\n')
+        self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
+        with self.assertRaises(FileNotFoundError):
+            PasswordFile(str(self.folder / 'missing'))
+
+    def test_the_file_is_looked_at_at_most_once_a_second(self):
+        self.write(f'alice:{sha("a")}\n')
+        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 60):
+            accounts = Accounts(PasswordFile(str(self.path)))
+            self.identify(accounts, 'alice', 'a')
+            self.write('')
+            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+            accounts.reload()
+            self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
+
+    def test_a_verified_password_is_compared_once_and_remembered_within_bounds(self):
+        self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        with mock.patch.object(restic_serve, 'verify', wraps=restic_serve.verify) as verify:
+            for _ in range(5):
+                self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+            self.assertEqual(verify.call_count, 1)
+            for _ in range(3):
+                self.assertEqual(self.identify(accounts, 'alice', 'wrong'), 401)
+            self.assertEqual(verify.call_count, 4)
+            with mock.patch.object(restic_serve, 'REMEMBERED', 1):
+                self.identify(accounts, 'bob', 'b')
+                self.identify(accounts, 'bob', 'b')
+                self.assertEqual(verify.call_count, 5)
+                self.assertEqual(len(accounts._verified), 1)
+        self.assertNotIn('alice', str(accounts._verified.keys()))
+
+    def test_an_unknown_user_costs_as_much_as_a_wrong_password(self):
+        dear = '$2b$04$' + 53 * '.'
+        self.write(f'alice:{sha("a")}\nbob:{dear}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        with mock.patch.object(restic_serve, 'verify', return_value=True) as verify:
+            self.assertEqual(self.identify(accounts, 'nobody', 'x'), 401)
+            verify.assert_called_once_with(b'x', dear)
+
+    def test_one_password_is_compared_at_a_time_and_the_verified_do_not_wait(self):
+        self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        self.identify(accounts, 'alice', 'a')
+        go_on, running, most = threading.Event(), [], []
+
+        def verify(password, entry):
+            running.append(password)
+            most.append(len(running))
+            go_on.wait(PATIENCE)
+            running.pop()
+            return False
+
+        with mock.patch.object(restic_serve, 'verify', verify):
+            threads = [threading.Thread(target=self.identify, args=(accounts, 'bob', f'{n}'))
+                       for n in range(5)]
+            for thread in threads:
+                thread.start()
+            self.wait_until(lambda: running, 'a guess')
+            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+            go_on.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(max(most), 1)
+
+    def test_a_failure_is_a_line_that_nobody_can_forge(self):
+        self.write(f'alice:{sha("a")}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        self.assertEqual(self.identify(accounts, 'alice', 'x'), 401)
+        self.assertEqual(self.log[-1], "authentication failed for 'alice' from 1.2.3.4")
+        self.identify(accounts, "x' from 9.9.9.9\nü", 'x')
+        self.assertEqual(self.log[-1], "authentication failed for "
+                                       "'x\\u0027\\u0020from\\u00209.9.9.9\\u000a\\u00fc' from 1.2.3.4")
+
+    def test_one_user_without_a_file(self):
+        accounts = Accounts(user='alice', password='secret', salt='salt')
+        self.assertEqual(self.identify(accounts, 'alice', 'secret'), 'alice')
+        for user, password in (('alice', 'other'), ('bob', 'secret'), ('alice', ''), ('', '')):
+            self.assertEqual(self.identify(accounts, user, password), 401)
+        self.assertNotIn(b'secret', accounts._password)
+
+    def test_malformed_credentials_are_401(self):
+        accounts = Accounts(user='alice', password='secret', realm='here')
+        for value in ('', 'Basic', 'Basic !', 'Basic YQ==', 'Bearer x', 'Basic //8=', 'Basic YTpi YTpi'):
+            request = Request('GET', '/', 'HTTP/1.1', {'authorization': value}, Bytes(b''), Peer('x'))
+            with self.assertRaises(HttpError, msg=value) as caught:
+                accounts.identify(request)
+            self.assertEqual(caught.exception.status, 401)
+            self.assertEqual(caught.exception.headers,
+                             [('WWW-Authenticate', 'Basic realm="here", charset="UTF-8"')])
+
+    def test_users_are_added_changed_and_removed_without_touching_other_lines(self):
+        change = restic_serve.change_password_file
+        path = str(self.path)
+        self.assertFalse(change(path, 'alice', 'one'))
+        self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), 0o600)
+        self.write(f'# comment\r\n\r\nalice:old\nbob:{sha("b")}')
+        self.assertTrue(change(path, 'alice', 'new'))
+        self.assertEqual(self.path.read_bytes(), f'# comment\r\n\r\nalice:new\nbob:{sha("b")}'.encode())
+        self.assertFalse(change(path, 'carol', 'x'))
+        self.assertEqual(self.path.read_bytes(),
+                         f'# comment\r\n\r\nalice:new\nbob:{sha("b")}\ncarol:x\n'.encode())
+        self.assertTrue(change(path, 'alice', ''))
+        self.assertFalse(change(path, 'alice', ''))
+        self.assertEqual(self.path.read_bytes(), f'# comment\r\n\r\nbob:{sha("b")}\ncarol:x\n'.encode())
+        self.assertEqual(self.files(self.folder), ['htpasswd'])
+
+    def test_a_change_that_fails_leaves_the_file(self):
+        self.write('alice:old\n')
+        with mock.patch.object(os, 'replace', side_effect=OSError(errno.EIO, 'I/O')), \
+                self.assertRaises(OSError):
+            restic_serve.change_password_file(str(self.path), 'alice', 'new')
+        self.assertEqual(self.files(self.folder), ['htpasswd'])
+        self.assertEqual(self.path.read_text(), 'alice:old\n')
+
+    def test_new_entries_are_bcrypt_by_either_hand(self):
+        for hidden in (False, True):
+            with mock.patch.object(restic_serve, '_c_crypt', return_value=None) if hidden \
+                    else contextlib.nullcontext():
+                entry = restic_serve.new_entry(b'secret', 4)
+                self.assertTrue(entry.startswith('$2y$04$'), entry)
+                self.assertTrue(restic_serve.verify(b'secret', entry))
+                self.assertNotEqual(entry, restic_serve.new_entry(b'secret', 4))
+        with mock.patch.object(restic_serve, '_c_crypt', return_value=None):
+            self.assertTrue(restic_serve.new_entry(b'secret').startswith('$2y$05$'))
+        if restic_serve.crypt_in_c(b'x', '$2b$04$' + 53 * '.'):
+            self.assertTrue(restic_serve.new_entry(b'secret').startswith('$2y$10$'))
+
+
+class SourcesTest(TestCase):
+    """Where users come from, other than passwords."""
+
+    def identify(self, accounts, peer, **headers):
+        headers = {name.replace('_', '-'): value for name, value in headers.items()}
+        try:
+            return accounts.identify(Request('GET', '/', 'HTTP/1.1', headers, Bytes(b''), peer))
+        except HttpError as error:
+            return error.status
+
+    def test_without_any_source_nobody_is_asked(self):
+        self.assertEqual(self.identify(Accounts(), Peer('1.2.3.4')), '')
+
+    def test_a_certificate_names_the_user_unless_there_are_passwords(self):
+        self.assertEqual(self.identify(Accounts(), Peer('1.2.3.4', 'alice')), 'alice')
+        self.assertEqual(self.identify(Accounts(), Peer('1.2.3.4', '../bob')), '')
+        accounts = Accounts(user='bob', password='b')
+        self.assertEqual(self.identify(accounts, Peer('1.2.3.4', 'alice')), 401)
+
+    def test_a_unix_socket_needs_no_password(self):
+        accounts = Accounts(user='bob', password='b')
+        self.assertEqual(self.identify(accounts, Peer('unix', 'alice', unix=True)), 'alice')
+
+    def test_a_header_counts_only_from_a_proxy(self):
+        accounts = Accounts(user_header='X-User')
+        for peer in (Peer('127.0.0.1'), Peer('::1'), Peer('unix', 'www', unix=True)):
+            self.assertEqual(self.identify(accounts, peer, x_user='alice'), 'alice')
+            self.assertEqual(self.identify(accounts, peer), 403)
+            self.assertEqual(self.identify(accounts, peer, x_user='..'), 403)
+            self.assertEqual(self.identify(accounts, peer, x_user='a, b'), 403)
+        self.assertEqual(self.identify(accounts, Peer('10.1.2.3'), x_user='alice'), 403)
+        accounts = Accounts(user_header='X-User', proxies=[restic_serve.parse_network('10.0.0.0/8')])
+        self.assertEqual(self.identify(accounts, Peer('10.1.2.3'), x_user='alice'), 'alice')
+        self.assertEqual(self.identify(accounts, Peer('11.1.2.3'), x_user='alice'), 403)
+
+    def test_combinations_that_make_no_sense_are_refused(self):
+        for words in (['--htpasswd', 'f', '--user', 'a', '--pass', 'p'], ['--user', 'a'], ['--pass', 'p'],
+                      ['--user', 'a', '--pass', 'p', '--user-from-header', 'X'], ['--private-repos'],
+                      ['--admin', 'a'], ['--trust-proxy', '10.0.0.0/8'], ['--admin', '../a'],
+                      ['--trust-proxy', 'x', '--user-from-header', 'X'], ['--realm', 'a"b'],
+                      ['--bcrypt-cost', '3'], ['--addr', '/s', '--addr', ':1', '--private-repos'],
+                      ['--user-from-header', 'a b'], ['--add-user', 'a/b', '--htpasswd', 'f']):
+            with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
+                    self.assertRaises(SystemExit, msg=words) as caught:
+                parser = restic_serve.make_parser({})
+                restic_serve.check_options(parser, parser.parse([*words, 'dir']))
+            self.assertEqual((caught.exception.code, error.getvalue().count('\n')), (2, 1), words)
+        for words in (['--private-repos', '--addr', '/socket'], ['--private-repos', '--htpasswd', 'f'],
+                      ['--private-repos', '--user-from-header', 'X'],
+                      ['--private-repos', '--client-ca', 'x', '--cert', 'y', '--key', 'z']):
+            parser = restic_serve.make_parser({})
+            restic_serve.check_options(parser, parser.parse([*words, 'dir']))
+
+
+class RightsTest(TestCase):
+    """Every right: who may do what with which path."""
+
+    NAME = hashlib.sha256(b'x').hexdigest()
+    # Status by request, of: a repository of one's own, another user's, and the root.
+    GET_CONFIG, HEAD_CONFIG, LIST, GET_OBJECT = ('GET', 'config'), ('HEAD', 'config'), \
+        ('GET', 'data/'), ('GET', f'data/{NAME}')
+    CREATE, POST_OBJECT, POST_CONFIG = ('POST', '?create=true'), ('POST', f'data/{NAME}'), \
+        ('POST', 'config')
+    DELETE_LOCK, DELETE_OBJECT, DELETE_CONFIG, DELETE_ALL = ('DELETE', f'locks/{NAME}'), \
+        ('DELETE', f'data/{NAME}'), ('DELETE', 'config'), ('DELETE', '')
+    READING = {GET_CONFIG: 200, HEAD_CONFIG: 200, LIST: 200, GET_OBJECT: 200}
+    ADDING = {CREATE: 200, POST_OBJECT: 200, POST_CONFIG: 403, DELETE_LOCK: 200, DELETE_ALL: 501}
+    DELETING = {DELETE_OBJECT: 200, DELETE_CONFIG: 200}
+    ALL = {**READING, **ADDING, **DELETING}
+    ADD_ONLY = {**ALL, DELETE_OBJECT: 403, DELETE_CONFIG: 403}
+    NONE = dict.fromkeys(ALL, 403)
+    NOBODY = dict.fromkeys(ALL, 401)
+    TABLE = (
+        # append-only, private, user: own, other's, root
+        (False, False, 'alice', ALL, ALL, ALL),
+        (False, True, 'alice', ALL, NONE, NONE),
+        (True, False, 'alice', ADD_ONLY, ADD_ONLY, ADD_ONLY),
+        (True, True, 'alice', ADD_ONLY, NONE, NONE),
+        (False, False, 'admin', ALL, ALL, ALL),
+        (False, True, 'admin', ALL, ALL, ALL),
+        (True, False, 'admin', ALL, ALL, ALL),
+        (True, True, 'admin', ALL, ALL, ALL),
+        (False, False, '', NOBODY, NOBODY, NOBODY),
+        (True, True, '', NOBODY, NOBODY, NOBODY),
+    )
+
+    def test_every_role_with_every_request_on_every_kind_of_path(self):
+        store = Store(str(self.root))
+        store.prepare()
+        for append_only, private, user, own, other, root in self.TABLE:
+            policy = Policy(append_only, private, ['admin'])
+            api = Api(store, policy, Accounts(user=user or 'alice', password='p'))
+            for repository, rights in ((f'/{user or "alice"}/laptop', own), ('/bob/laptop', other),
+                                       ('', root), (f'/{user or "alice"}2', other)):
+                for (method, path), status in rights.items():
+                    self.prepare(store, repository)
+                    headers = {'authorization': basic(user, 'p').partition(': ')[2]} if user else {}
+                    body = Bytes(b'x' if 'data/' in path else b'other')
+                    response = api.handle(Request(method, f'{repository}/{path}', 'HTTP/1.1', headers,
+                                                  body, Peer('x')))
+                    response.close()
+                    self.assertEqual(response.status, status,
+                                     (append_only, private, user, repository, method, path))
+
+    def prepare(self, store, repository):
+        for kind in ('data', 'locks'):
+            store.save(Location(repository, kind, self.NAME), Bytes(b'x'))
+        store.save(Location(repository, 'config'), Bytes(b'config'))
+
+    def test_what_append_only_refuses_is_logged_with_who_and_what(self):
+        store = Store(str(self.root))
+        store.prepare()
+        api = Api(store, Policy(True), Accounts(user='alice', password='p'))
+        headers = {'authorization': basic('alice', 'p').partition(': ')[2]}
+        api.handle(Request('DELETE', '/h/config', 'HTTP/1.1', headers, Bytes(b''), Peer('1.2.3.4')))
+        self.assertEqual(self.log[-1], "append-only: 'alice' from 1.2.3.4 may not delete /h/config")
+
+    def test_a_name_that_begins_like_another_opens_nothing(self):
+        policy = Policy(private=True)
+        for repository, good in (('/al', True), ('/al/x', True), ('/alice', False), ('/a', False)):
+            request = Request('GET', '/', 'HTTP/1.1', {}, Bytes(b''), Peer('x'))
+            request.user = 'al'
+            with contextlib.nullcontext() if good else self.assertRaises(HttpError):
+                policy.check(request, Location(repository, 'config'))
+
+
 # ---- Api ----
 
 class ApiTest(TestCase):
@@ -589,7 +983,7 @@ class ApiTest(TestCase):
         if isinstance(body, bytes):
             body = Bytes(body)
         headers = {name.replace('_', '-'): value for name, value in headers.items()}
-        response = self.api.handle(Request(method, target, 'HTTP/1.1', headers, body, 'test'))
+        response = self.api.handle(Request(method, target, 'HTTP/1.1', headers, body, Peer('test')))
         try:
             content = response.body
             if isinstance(content, restic_serve.FileSlice):
@@ -737,7 +1131,7 @@ class ApiTest(TestCase):
 
         with mock.patch.object(self.store, 'objects', lambda location, sizes: objects()):
             response = self.api.handle(Request('GET', '/data/', 'HTTP/1.1', {'accept': V2},
-                                               Bytes(b''), 'test'))
+                                               Bytes(b''), Peer('test')))
             next(response.body)
         self.assertLess(read, 1000)
 
@@ -1533,9 +1927,9 @@ class ServerTest(WireTestCase):
         server.loop()
 
     def test_names_of_peers(self):
-        self.assertEqual(restic_serve.peer_name(('::ffff:1.2.3.4', 1, 0, 0)), '1.2.3.4')
-        self.assertEqual(restic_serve.peer_name(('::1', 1, 0, 0)), '::1')
-        self.assertEqual(restic_serve.peer_name(''), 'unix')
+        find = restic_serve.find_peer
+        self.assertEqual(str(find(None, ('::ffff:1.2.3.4', 1, 0, 0))), '1.2.3.4')
+        self.assertEqual(str(find(None, ('::1', 1, 0, 0))), '::1')
         self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
         self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
 
@@ -1696,6 +2090,38 @@ class ConnectionLimitTest(ListenerTestCase):
             if path.exists():
                 resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
                 self.assertLess(resident, 200 * 1024)  # of the tests, the clients and the server
+
+
+class LoginTest(ListenerTestCase):
+    """Users over real connections."""
+
+    def test_a_password_over_http(self):
+        self.server.api.accounts = Accounts(user='alice', password='secret', realm='here')
+        wire = self.connect()
+        status, headers, _ = wire.ask(get('/config'))
+        self.assertEqual((status, headers['www-authenticate']),
+                         (401, 'Basic realm="here", charset="UTF-8"'))
+        self.assertEqual(wire.ask(get('/config', basic('alice', 'wrong')))[0], 401)
+        self.assertEqual(wire.ask(get('/config', basic('alice', 'secret')))[0], 404)
+        self.assertEqual(wire.ask(get('/../config'))[0], 401)
+
+    def test_no_content_is_asked_of_who_may_not_enter(self):
+        self.server.api.accounts = Accounts(user='alice', password='secret')
+        wire = self.connect()
+        self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=9))[0], 401)
+        self.assertTrue(wire.is_closed())
+
+    def test_over_a_unix_socket_the_user_is_the_login_name(self):
+        import getpass
+        import pwd
+        name = pwd.getpwuid(os.getuid()).pw_name
+        self.assertTrue(name, getpass.getuser())
+        self.policy.private = True
+        self.start(str(self.folder / 'socket'))
+        create = f'POST /{name}/?create=true HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n'.encode()
+        self.assertEqual(self.ask_unix(self.folder / 'socket', create), 200)
+        self.assertEqual(self.ask_unix(self.folder / 'socket', get('/other/config')), 403)
+        self.assertEqual(self.ask(get(f'/{name}/config'))[0], 403)  # over TCP nobody is anybody
 
 
 class ServiceManagerTest(TestCase):
@@ -1909,6 +2335,16 @@ class TlsTest(ListenerTestCase):
         for client in (None, 'bad'):
             with self.assertRaises((self.ssl.SSLError, ConnectionError, TypeError)):
                 self.connect_tls(port, client).ask(get('/config'))[0]
+
+    def test_the_name_in_a_clients_certificate_is_its_user(self):
+        self.policy.private = True
+        port = self.start_tls(client_ca=str(self.authority.path))
+        self.authority.issue('client', 'alice')
+        self.store.create_repository('/alice')
+        wire = self.connect_tls(port, 'client')
+        self.assertEqual(wire.ask(get('/alice/keys/'))[0], 200)
+        self.assertEqual(wire.ask(get('/bob/keys/'))[0], 403)
+        self.assertEqual(wire.ask(get('/keys/'))[0], 403)
 
     def test_a_renewed_certificate_is_used_for_the_next_connection(self):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
@@ -2157,6 +2593,58 @@ class CommandLineTest(TestCase):
             server.stop()
             self.assertEqual(server.process.stderr.read(), '')
 
+    def test_users_are_added_and_removed_from_the_command_line(self):
+        file = self.folder / 'htpasswd'
+
+        def change(*words, password='secret\n', status=0):
+            done = subprocess.run([sys.executable, MODULE, '--htpasswd', str(file), *words],
+                                  input=password, capture_output=True, text=True, timeout=PATIENCE,
+                                  env=clean_environment())
+            self.assertEqual(done.returncode, status, done)
+            return done.stdout, done.stderr
+
+        self.assertEqual(change('--add-user', 'alice', '--bcrypt-cost', '4'), ('added alice\n', ''))
+        self.assertTrue(restic_serve.verify(b'secret', PasswordFile(str(file)).entries['alice']))
+        self.assertEqual(change('--add-user', 'alice', '--bcrypt-cost', '4', password='ü'),
+                         ('changed the password of alice\n', ''))
+        self.assertTrue(restic_serve.verify('ü'.encode(), PasswordFile(str(file)).entries['alice']))
+        self.assertEqual(change('--remove-user', 'alice'), ('removed alice\n', ''))
+        self.assertEqual(change('--remove-user', 'alice', status=1)[0], '')
+        for password in ('', 'x' * 73):
+            self.assertEqual(change('--add-user', 'bob', password=password, status=1)[1].count('\n'), 1)
+        self.assertEqual(PasswordFile(str(file)).entries, {})
+        self.assertEqual(self.run_it('--add-user', 'alice')[0], 2)
+        self.assertEqual(self.run_it('--add-user', 'alice', '--htpasswd', '/missing/file')[0], 1)
+        self.assertEqual(self.run_it('--htpasswd', '/missing/file', self.root)[0], 1)
+
+    def test_a_password_is_asked_for_twice_on_a_terminal(self):
+        import pty
+        file = self.folder / 'htpasswd'
+        for second, status in (('secret', 0), ('other', 1)):
+            pid, fd = pty.fork()
+            if pid == 0:
+                os.execve(sys.executable, [sys.executable, MODULE, '--htpasswd', str(file), '--add-user',
+                                           'alice', '--bcrypt-cost', '4'], clean_environment())
+            with open(fd, 'r+b', buffering=0) as terminal:
+                for prompt, answer in ((b'alice: ', 'secret'), (b'more: ', second)):
+                    text = b''
+                    while not text.endswith(prompt):
+                        text += terminal.read(1)
+                    terminal.write(f'{answer}\n'.encode())
+                with contextlib.suppress(OSError):
+                    while terminal.read(1000):
+                        pass
+            self.assertEqual(os.waitpid(pid, 0)[1] >> 8, status)
+        self.assertTrue(restic_serve.verify(b'secret', PasswordFile(str(file)).entries['alice']))
+
+    def test_a_password_from_the_environment(self):
+        server = self.serve('--user', 'alice', self.root, RESTIC_SERVE_PASS='secret')
+        with Wire(server.port) as wire:
+            self.assertEqual(wire.ask(get('/config'))[0], 401)
+            self.assertEqual(wire.ask(get('/config', basic('alice', 'secret')))[0], 404)
+        with Program('--addr', ':0', '--user', 'a', self.root, RESTIC_SERVE_PASS='b') as server:
+            self.assertFalse(any('WARNING' in line for line in server.lines))
+
     def test_a_zipapp_serves(self):
         import zipapp
         package = self.folder / 'package'
@@ -2357,6 +2845,32 @@ class WaysInTest(ResticTestCase):
         self.assertLessEqual(statuses, {'200', '206', '404'})
         self.assertFalse([line for line in server.lines if ' ERROR' in line])
 
+    def test_users_with_repositories_of_their_own_and_an_administrator_who_prunes(self):
+        file = self.folder / 'htpasswd'
+        file.write_text(''.join(f'{user}:{restic_serve.new_entry(user.encode(), 5)}\n'
+                                for user in ('alice', 'bob', 'root')))
+        server = self.serve('--htpasswd', file, '--private-repos', '--append-only', '--admin', 'root')
+
+        def url(user, path):
+            return f'rest:http://{user}:{user}@127.0.0.1:{server.port}/{path}/'
+
+        for user in ('alice', 'bob'):
+            self.restic(url(user, user), 'init')
+            for _ in range(2):
+                self.restic(url(user, user), 'backup', self.source)
+        for words in ((url('alice', 'bob'), 'snapshots'), (url('alice', 'x'), 'init'),
+                      (url('mallory', 'alice'), 'snapshots'),
+                      (url('alice', 'alice'), 'forget', '--keep-last', '1', '--prune')):
+            status, output = self.restic(*words, check=False)
+            self.assertNotEqual(status, 0, (words, output))
+        self.restic(url('root', 'alice'), 'forget', '--keep-last', '1', '--prune')
+        self.assertEqual(len(self.snapshots(url('alice', 'alice'))), 1)
+        self.assertEqual(len(self.snapshots(url('root', 'bob'))), 2)
+        self.assert_sound(url('alice', 'alice'))
+        self.assert_sound(url('bob', 'bob'))
+        self.assertTrue(any("authentication failed for 'mallory' from 127.0.0.1" in line
+                            for line in server.lines))
+
     def test_a_backup_over_a_unix_socket(self):
         path = self.folder / 'socket'
         server = Program('--addr', f'unix://{path}', self.root)
@@ -2426,6 +2940,16 @@ class ReadmeTest(unittest.TestCase):
             for option in action.option_strings:
                 self.assertIn(f'`{option}', text)
 
+
+    def test_the_fail2ban_filter_in_the_readme_finds_failures_and_nothing_else(self):
+        text = Path(MODULE).with_name('README.md').read_text(encoding='utf-8')
+        pattern = re.search(r'^failregex = (.*)$', text, re.MULTILINE)[1]
+        pattern = re.compile(pattern.replace('<HOST>', r'(?P<host>[0-9a-f.:]+)'))
+        line = "2026/11/22 18:45:12 NOTICE: authentication failed for 'alice' from 1.2.3.4"
+        self.assertEqual(pattern.search(line.partition(' NOTICE')[1] + line.partition(' NOTICE')[2])
+                         ['host'], '1.2.3.4')
+        forged = "x NOTICE: authentication failed for 'a' from 9.9.9.9' from 1.2.3.4"
+        self.assertIsNone(pattern.search(forged))
 
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
