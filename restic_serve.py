@@ -9,15 +9,17 @@ The chapters stand in the order in which each builds on those above it:
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
     Store         repositories and objects as files; an object is whole or absent
-    Policy        what a request may do
+    Accounts      who asks: passwords, and what else names a user
+    Policy        what that user may do
     Api           routes and answers
     Connection    a client's bytes, and how long they are waited for
     Http1         requests and answers on one connection of HTTP/1.1
-    Server        listeners, connections and their time limits, signals
-    Command line  options, logs, main()
+    Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
+    Server        connections, their number and time limits, signals
+    Command line  options, logs, jobs, main()
 
 A request is read by a wire (Http1), answered by the Api with the help of the Store, and sent
-by the wire.  The Api knows no socket and the wire no directory.  The directory is the only
+by the wire.  Accounts and Policy stand at the Api's door.  The Api knows no socket and the wire no directory.  The directory is the only
 state: any number of servers, and restic itself, may work on it at the same time.
 """
 from __future__ import annotations
@@ -778,8 +780,11 @@ def _objects(entries: Iterator[os.DirEntry[str]], sizes: bool,
         name = entry.name
         if (is_name(name) and name.startswith(prefix)
                 and entry.is_file(follow_symlinks=False)):
-            with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
-                yield name, entry.stat(follow_symlinks=False).st_size if sizes else 0
+            try:
+                size = entry.stat(follow_symlinks=False).st_size if sizes else 0
+            except FileNotFoundError:  # deleted since the directory was read
+                continue
+            yield name, size
 
 
 def _digest(fd: int) -> str:
@@ -1658,7 +1663,7 @@ class Connection:
     def break_off(self, error: OSError) -> NoReturn:
         """Reset the connection, so that what was sent does not look complete."""
         log.error('%s: an answer is broken off: %s', self.peer, error)
-        self.cut()
+        self._reset_at_close()
         raise Gone('the answer was broken off')
 
     def expire(self) -> None:
@@ -1678,14 +1683,17 @@ class Connection:
             self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
-        """End the connection now, by a reset, so that what was sent does not look complete."""
-        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        """End the connection now, whatever its thread waits for."""
+        self._reset_at_close()
         self._shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         with self._closing:
             self._sock.close()
+
+    def _reset_at_close(self) -> None:
+        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
 
     def _shutdown(self, how: int) -> None:
         # The lock: never the descriptor of another connection that came after this one.
@@ -2463,7 +2471,7 @@ class Server:
     def loop(self) -> None:
         """Serve until stop() is called or a signal comes."""
         watchdog = self._manager.watchdog_seconds
-        next_sweep, next_word = 0.0, time.monotonic()
+        next_sweep, next_word = 0.0, math.inf if watchdog == math.inf else 0.0
         place_thread(roaming=False)
         self._manager.tell('READY=1')
         while not self._was_stopped():

@@ -2150,6 +2150,8 @@ class ServiceManagerTest(TestCase):
             self.assertEqual(self.hear(''), 'READY=1')
             self.assertEqual(server.stop(), 0)
             self.assertEqual(self.hear(''), 'STOPPING=1')
+            self.heard.setblocking(False)
+            self.assertRaises(BlockingIOError, self.heard.recv, 1)
 
     def test_the_watchdog_is_fed_without_any_request(self):
         with Program('--addr', '127.0.0.1:0', self.root, WATCHDOG_USEC='200000',
