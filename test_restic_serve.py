@@ -2220,7 +2220,8 @@ class Authority:
         self.openssl = program('openssl')
         self.number = 0
         self.run('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
-                 '-days', '2', '-subj', '/CN=test authority', '-keyout', folder / 'ca.key', '-out',
+                 '-days', '2', '-subj', '/CN=test authority',
+                 '-addext', 'keyUsage=critical,keyCertSign,cRLSign', '-keyout', folder / 'ca.key', '-out',
                  folder / 'ca.pem')
         self.path = folder / 'ca.pem'
 
@@ -2232,7 +2233,8 @@ class Authority:
         """Write NAME.pem, NAME.key and, for clients, NAME.both; the serial number."""
         self.number += 1
         request, extensions = self.folder / f'{name}.csr', self.folder / 'extensions'
-        extensions.write_text('subjectAltName=DNS:localhost,IP:127.0.0.1\n')
+        extensions.write_text('subjectAltName=DNS:localhost,IP:127.0.0.1\n'
+                              'subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n')
         key = self.folder / f'{name}.key.new'
         self.run('req', '-new', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
                  '-subj', f'/CN={subject}', '-keyout', key, '-out', request)
