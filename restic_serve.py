@@ -19,8 +19,9 @@ The chapters stand in the order in which each builds on those above it:
     Command line  options, logs, jobs, main()
 
 A request is read by a wire (Http1), answered by the Api with the help of the Store, and sent
-by the wire.  Accounts and Policy stand at the Api's door.  The Api knows no socket and the wire no directory.  The directory is the only
-state: any number of servers, and restic itself, may work on it at the same time.
+by the wire; Accounts and Policy stand at the Api's door.  The Api knows no socket and the wire no
+directory.  The directory is the only state: any number of servers, and restic itself, may work on
+it at the same time.
 """
 from __future__ import annotations
 
