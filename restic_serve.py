@@ -1541,7 +1541,9 @@ LINGER_SECONDS = 5
 _MORE = getattr(socket, 'MSG_MORE', 0)
 _CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
                       errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
-_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
+# Without an interpreter lock, or without a way to ask, there is nothing to place.
+_CORES = (sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+          and getattr(sys, '_is_gil_enabled', lambda: True)() else [0])
 
 
 def place_thread(roaming: bool) -> None:
@@ -2386,6 +2388,7 @@ SWEEP_SECONDS = 0.5         # between two looks at the deadlines of connections,
 EXPIRED_AT_ONCE = 32        # connections that are woken because their time is over
 EXPIRED_SECONDS = 0.05      # until the next so many
 STOP_SECONDS = 10           # for requests under way when the server is told to stop
+WARNING_SECONDS = 10        # between two warnings of too many connections
 TURNED_AWAY = 64            # connections above the limit that are told so at a time
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
@@ -2433,6 +2436,7 @@ class Server:
         self._connections: Set[Connection] = set()
         self._lock = threading.Lock()   # of the three above
         self._stopping = False
+        self._next_warning = 0.0
         self._period = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
         listener_class = _listener_class()
         where = 'a socket of the service manager'
@@ -2477,7 +2481,7 @@ class Server:
         self._manager.tell('READY=1')
         while not self._was_stopped():
             # Without connections there is no deadline, and the process sleeps.
-            wait = min(next_sweep - time.monotonic() if self._connections else math.inf, watchdog)
+            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog)
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
                 if key.data:
                     key.data.handle_request()
@@ -2523,7 +2527,7 @@ class Server:
             connection.shake_hands()
             wire = Http1(connection, self.api, self.limits)
             if full:
-                log.warning('turned %s away: there are %d connections', peer, self._most)
+                self._warn_of_crowd(peer)
                 wire.turn_away()
             else:
                 wire.run()
@@ -2538,6 +2542,13 @@ class Server:
             if self._stopping:
                 with contextlib.suppress(OSError):
                     self._wake_writer.send(b'\0')
+
+    def _warn_of_crowd(self, peer: Peer) -> None:
+        """Say that a client is turned away, but not for each of a flood."""
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + WARNING_SECONDS
+            log.warning('turned %s away: there are %d connections', peer, self._most)
 
     def _was_stopped(self) -> bool:
         """Do what signals ask for; whether one of them was to stop."""
