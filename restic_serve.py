@@ -285,6 +285,13 @@ class FileSlice:
         self.advance(len(data))
         return data
 
+    def read_all(self) -> bytes:
+        """All that is left of the slice; OSError as read()."""
+        data = self.read(self.length)
+        while self.length:  # a signal, or a network file system
+            data += self.read(self.length)
+        return data
+
     def advance(self, count: int) -> None:
         """Go on by the `count` bytes that were read or sent; OSError if there are none left."""
         if not count and self.length:
@@ -1149,7 +1156,7 @@ class Accounts:
             return self._check_basic(request)
         if self._user_header:
             raise HttpError(403, 'requests come through the proxy alone')
-        return peer.user if is_user(peer.user) else ''
+        return peer.user if peer.user and is_user(peer.user) else ''
 
     def reload(self) -> None:
         """Read again what may have changed."""
@@ -1333,30 +1340,28 @@ class Api:
 
     def handle(self, request: Request) -> Response:
         """The answer to a request, whatever happens; raises only Gone."""
-        response = self._answer(request)
+        try:
+            if request.method == 'OPTIONS' and self._allow_origin:
+                response = Response(200, list(_PREFLIGHT))
+            else:
+                response = self._route(request)
+        except Gone:
+            raise
+        except HttpError as error:
+            return self.refuse(error)
+        except OSError as error:
+            response = self.failure(request, error)
+        except Exception as error:  # a fault of ours must not end the connection's thread
+            log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
+            log.debug('where it happened:', exc_info=True)
+            response = text_response(500, 'internal error')
         if self._headers:
             response.headers.extend(self._headers)
         return response
 
     def refuse(self, error: HttpError) -> Response:
-        """The answer to what is no request at all."""
+        """The answer that an error stands for."""
         return text_response(error.status, str(error), [*error.headers, *self._headers])
-
-    def _answer(self, request: Request) -> Response:
-        try:
-            if request.method == 'OPTIONS' and self._allow_origin:
-                return Response(200, list(_PREFLIGHT))
-            return self._route(request)
-        except HttpError as error:
-            return text_response(error.status, str(error), error.headers)
-        except OSError as error:
-            return self.failure(request, error)
-        except Gone:
-            raise
-        except Exception as error:  # a fault of ours must not end the connection's thread
-            log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
-            log.debug('where it happened:', exc_info=True)
-            return text_response(500, 'internal error')
 
     def failure(self, request: Request, error: OSError) -> Response:
         """The answer where the file system failed."""
@@ -1715,6 +1720,7 @@ SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the conn
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
 _HEAD = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n({_FIELD_LINES.pattern})')
+_BARE_LF = re.compile(rb'(?<!\r)\n')
 _FIELD = re.compile(r'([^:]+):[ \t]*([^\r]*)\r\n')
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
@@ -1927,6 +1933,13 @@ class Http1:
         """
         limit, connection, begun = self._limits.header_bytes, self._connection, False
         while True:
+            if not self._buffer or begun:
+                data = connection.receive(RECEIVE_BYTES)
+                if not data:
+                    if not self._buffer:
+                        return ''
+                    self._raise_cut_short('header')
+                self._buffer += data
             while self._buffer.startswith(b'\r\n'):
                 self._buffer = self._buffer[2:]
             end = self._buffer.find(b'\r\n\r\n')
@@ -1936,18 +1949,12 @@ class Http1:
                 return head.decode('latin-1')
             if end >= 0 or len(self._buffer) >= limit:
                 raise HttpError(431, f'the header is longer than {limit} bytes')
-            if re.search(rb'(?<!\r)\n', self._buffer):
+            if _BARE_LF.search(self._buffer):
                 raise HttpError(400, 'a line ends without CR')
             if self._buffer and not begun:
                 begun, deadline = True, connection.deadline
                 connection.wait_for(connection.IDLE, self._limits.header_seconds)
                 connection.deadline = min(connection.deadline, deadline)
-            data = connection.receive(RECEIVE_BYTES)
-            if not data:
-                if not self._buffer:
-                    return ''
-                self._raise_cut_short('header')
-            self._buffer += data
 
     def _open_body(self, request: Request) -> None:
         """Give a request its body, still to be read.  Raises HttpError."""
@@ -2040,20 +2047,23 @@ class Http1:
         body = response.body
         if (isinstance(body, FileSlice) and body.length <= SMALL_BYTES
                 and request.method != 'HEAD'):
-            response = self._read_small(request, response, body)
-            body = response.body
+            try:
+                body = body.read_all()
+            except OSError as error:  # nothing was sent yet: it can still be said
+                response = self._api.failure(request, error)
+                body = response.body
         stream = not isinstance(body, (bytes, FileSlice))
         # RFC 9112 6.3: what has no announced length ends with the connection in HTTP/1.0.
         keep = keep and not (stream and request.version == 'HTTP/1.0')
-        head = _response_head(response, request.version, keep)
+        head = _response_head(response, body, request.version, keep)
         connection = self._connection
         connection.wait_for(connection.WRITING, self._limits.write_seconds)
         self._sent = 0
         try:
             if request.method == 'HEAD':
-                self._connection.transmit(head)
+                connection.transmit(head)
             elif isinstance(body, bytes):
-                self._connection.transmit(head + body)
+                connection.transmit(head + body)
                 self._sent = len(body)
             elif isinstance(body, FileSlice):
                 self._send_file(head, body)
@@ -2062,17 +2072,6 @@ class Http1:
         finally:
             log_access(request, response.status, self._sent)
         return keep
-
-    def _read_small(self, request: Request, response: Response, content: FileSlice) -> Response:
-        """The answer with its slice in memory; nothing was sent yet, so that an error of the file
-        can still be said."""
-        data = b''
-        try:
-            while content.length:
-                data += content.read(content.length)
-        except OSError as error:
-            return self._api.failure(request, error)
-        return Response(response.status, response.headers, data)
 
     def _send_file(self, head: bytes, content: FileSlice) -> None:
         length = content.length
@@ -2099,9 +2098,9 @@ class Http1:
         self._connection.transmit(waiting + b'0\r\n\r\n' if chunked else waiting)
 
 
-def _response_head(response: Response, version: str, keep: bool) -> bytes:
-    """Status line and header section of an answer (RFC 9112 4 and 6)."""
-    body = response.body
+def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,
+                   keep: bool) -> bytes:
+    """Status line and header section of an answer (RFC 9112 4 and 6) whose body is `body`."""
     fields = ''
     for name, value in response.headers:
         fields += f'{name}: {value}\r\n'
