@@ -2767,27 +2767,7 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     add(tls, '--min-tls-version', parse_tls_version, None, 'lowest version: tls1.0, tls1.1, tls1.2 '
         'or tls1.3 (default: what the TLS library allows)', 'VERSION')
 
-    entry = parser.add_argument_group('who may enter')
-    add(entry, '--htpasswd', str, '', 'file of users and their passwords, as htpasswd writes it; '
-        'it is read again when it changes', 'FILE')
-    add(entry, '--user', parse_user, None, 'the one user, in place of a file', 'NAME')
-    add(entry, '--pass', str, '', "that user's password; RESTIC_SERVE_PASS keeps it off the list of "
-        'processes', 'PASSWORD')
-    add(entry, '--salt', str, 'dlPL2MqE', 'salt of the hash under which it is kept in memory', 'TEXT')
-    add(entry, '--realm', parse_realm, 'restic_serve', 'what clients show when they ask for a '
-        'password (default restic_serve)', 'TEXT')
-    add(entry, '--user-from-header', parse_token, None, 'header in which a proxy on this host, or '
-        'one of --trust-proxy, says who the user is', 'NAME')
-    add(entry, '--trust-proxy', parse_network, [], 'another address or network of such proxies; '
-        'may be repeated', 'ADDRESS[/BITS]', repeated=True)
-
-    rights = parser.add_argument_group('what they may do')
-    add(rights, '--append-only', parse_bool, False, 'nothing that was stored can be deleted or '
-        'changed, except locks')
-    add(rights, '--private-repos', parse_bool, False, 'users may enter only repositories whose '
-        'path begins with /<user>/')
-    add(rights, '--admin', parse_user, [], 'user whom --append-only and --private-repos do not '
-        'bind; may be repeated', 'NAME', repeated=True)
+    _add_accounts(parser)
 
     storing = parser.add_argument_group('storing')
     add(storing, '--group-accessible', parse_bool, False, 'new directories and files can be read '
@@ -2824,6 +2804,32 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     other.add_argument('--version', action='version', version=f'restic_serve {__version__}')
     other.add_argument('-h', '--help', action='help', help='this text')
     return parser
+
+
+def _add_accounts(parser: Parser) -> None:
+    """The options of who may enter and what they may do there."""
+    add = parser.option
+    entry = parser.add_argument_group('who may enter')
+    add(entry, '--htpasswd', str, '', 'file of users and their passwords, as htpasswd writes it; '
+        'it is read again when it changes', 'FILE')
+    add(entry, '--user', parse_user, None, 'the one user, in place of a file', 'NAME')
+    add(entry, '--pass', str, '', "that user's password; RESTIC_SERVE_PASS keeps it off the list of "
+        'processes', 'PASSWORD')
+    add(entry, '--salt', str, 'dlPL2MqE', 'salt of the hash under which it is kept in memory', 'TEXT')
+    add(entry, '--realm', parse_realm, 'restic_serve', 'what clients show when they ask for a '
+        'password (default restic_serve)', 'TEXT')
+    add(entry, '--user-from-header', parse_token, None, 'header in which a proxy on this host, or '
+        'one of --trust-proxy, says who the user is', 'NAME')
+    add(entry, '--trust-proxy', parse_network, [], 'another address or network of such proxies; '
+        'may be repeated', 'ADDRESS[/BITS]', repeated=True)
+
+    rights = parser.add_argument_group('what they may do')
+    add(rights, '--append-only', parse_bool, False, 'nothing that was stored can be deleted or '
+        'changed, except locks')
+    add(rights, '--private-repos', parse_bool, False, 'users may enter only repositories whose '
+        'path begins with /<user>/')
+    add(rights, '--admin', parse_user, [], 'user whom --append-only and --private-repos do not '
+        'bind; may be repeated', 'NAME', repeated=True)
 
 
 def find_directory(parser: Parser, words: List[str]) -> str:
