@@ -8,6 +8,7 @@ The chapters stand in the order in which each builds on those above it:
 
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
+    Files         directories as lists, what is on the disk
     Store         repositories and objects as files; an object is whole or absent
     Accounts      who asks: passwords, and what else names a user
     Policy        what that user may do
@@ -16,7 +17,9 @@ The chapters stand in the order in which each builds on those above it:
     Http1         requests and answers on one connection of HTTP/1.1
     Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
     Server        connections, their number and time limits, signals
-    Command line  options, logs, jobs, main()
+    Logs          what is said to people and to programs
+    Options       the command line and the environment
+    Main          serving, and the other jobs; main()
 
 A request is read by a wire (Http1), answered by the Api with the help of the Store, and sent
 by the wire; Accounts and Policy stand at the Api's door.  The Api knows no socket and the wire no
@@ -409,24 +412,118 @@ class Limits:
         return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds)
 
 
+# ==== Files ======================================================================================
+# What the standard library has no word for: directories as lists of objects, what is on the disk.
+# Errors are OSErrors; the Api owns the table that makes them answers.
+
+COPY_BYTES = 256 * 1024           # of content in memory at a time
+_NAME = re.compile('[0-9a-f]{64}')
+_BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
+# An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
+_READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
+               | getattr(os, 'O_NONBLOCK', 0))
+
+
+def stamp(path: str) -> Tuple[int, ...]:
+    """What changes when a file does; empty if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+@contextlib.contextmanager
+def _scan(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """The entries of a directory, none if it is missing.  What cannot be read is an OSError: it
+    must not look empty."""
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.lexists(folder):
+            raise
+        yield iter(())
+        return
+    with entries:
+        yield entries
+
+
+def _objects(entries: Iterator[os.DirEntry[str]], sizes: bool,
+             prefix: str = '') -> Iterator[Tuple[str, int]]:
+    """Names and sizes of those entries that are objects, their names beginning with `prefix`."""
+    is_name = _NAME.fullmatch
+    for entry in entries:
+        name = entry.name
+        if (is_name(name) and name.startswith(prefix)
+                and entry.is_file(follow_symlinks=False)):
+            try:
+                size = entry.stat(follow_symlinks=False).st_size if sizes else 0
+            except FileNotFoundError:  # deleted since the directory was read
+                continue
+            yield name, size
+
+
+def _digest(fd: int) -> str:
+    """SHA-256 in hexadecimal of a file, from its beginning."""
+    digest = hashlib.sha256()
+    os.lseek(fd, 0, os.SEEK_SET)
+    for part in iter(functools.partial(os.read, fd, COPY_BYTES), b''):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sync_file(fd: int) -> None:
+    """Have a file's content and length on the disk."""
+    if sys.platform == 'darwin':
+        import fcntl
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
+    else:
+        os.fsync(fd)
+
+
+def sync_directory(path: str) -> None:
+    """Have a directory's entries on the disk, where the system can."""
+    if os.name == 'nt':
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+_renaming = threading.Lock()
+
+
+@contextlib.contextmanager
+def _exclusive(folder: str) -> Iterator[None]:
+    """Keep out other threads, and other processes where directories can be locked."""
+    with _renaming, contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+            fd = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            log.debug('no lock on %s: %s', folder, error)
+        yield
+
+
 # ==== Store ======================================================================================
 # Repositories and objects as files in restic's own local layout.  An object is whole or absent:
 # it is written where no listing shows it, checked, synced to the disk, and then linked to its
-# name.  Errors are OSErrors; the Api owns the table that makes them answers.
+# name.
 
 KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 HIDDEN = '.restic_serve'          # the folder under DIR for what is no repository
 SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind
 SCRATCH_SECONDS = 3600            # how old a left-over must be to be removed at start
-COPY_BYTES = 256 * 1024           # of content in memory at a time
 SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
-_NAME = re.compile('[0-9a-f]{64}')
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-_BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
-# An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
-_READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
-               | getattr(os, 'O_NONBLOCK', 0))
 
 
 class Location:
@@ -765,85 +862,6 @@ class Store:
             log.error('what uploads left behind stays: %s', error)
 
 
-@contextlib.contextmanager
-def _scan(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """The entries of a directory, none if it is missing.  What cannot be read is an OSError: it
-    must not look empty."""
-    try:
-        entries = os.scandir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        if os.path.lexists(folder):
-            raise
-        yield iter(())
-        return
-    with entries:
-        yield entries
-
-
-def _objects(entries: Iterator[os.DirEntry[str]], sizes: bool,
-             prefix: str = '') -> Iterator[Tuple[str, int]]:
-    """Names and sizes of those entries that are objects, their names beginning with `prefix`."""
-    is_name = _NAME.fullmatch
-    for entry in entries:
-        name = entry.name
-        if (is_name(name) and name.startswith(prefix)
-                and entry.is_file(follow_symlinks=False)):
-            try:
-                size = entry.stat(follow_symlinks=False).st_size if sizes else 0
-            except FileNotFoundError:  # deleted since the directory was read
-                continue
-            yield name, size
-
-
-def _digest(fd: int) -> str:
-    """SHA-256 in hexadecimal of a file, from its beginning."""
-    digest = hashlib.sha256()
-    os.lseek(fd, 0, os.SEEK_SET)
-    for part in iter(functools.partial(os.read, fd, COPY_BYTES), b''):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def sync_file(fd: int) -> None:
-    """Have a file's content and length on the disk."""
-    if sys.platform == 'darwin':
-        import fcntl
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
-    else:
-        os.fsync(fd)
-
-
-def sync_directory(path: str) -> None:
-    """Have a directory's entries on the disk, where the system can."""
-    if os.name == 'nt':
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
-
-
-_renaming = threading.Lock()
-
-
-@contextlib.contextmanager
-def _exclusive(folder: str) -> Iterator[None]:
-    """Keep out other threads, and other processes where directories can be locked."""
-    with _renaming, contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-            fd = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            log.debug('no lock on %s: %s', folder, error)
-        yield
-
-
 # ==== Accounts ===================================================================================
 # Who asks: password schemes, the htpasswd file, the memory of verified passwords, and what a
 # connection itself says of its user.
@@ -1071,7 +1089,7 @@ class PasswordFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp = self._look()
+        self._stamp = stamp(path)
         self._next_look = 0.0
         self.entries = self._load()
 
@@ -1082,10 +1100,10 @@ class PasswordFile:
         if not now and moment < self._next_look:
             return False
         self._next_look = moment + LOOK_SECONDS
-        stamp = self._look()
-        if stamp == self._stamp and not now:
+        found = stamp(self._path)
+        if found == self._stamp and not now:
             return False
-        self._stamp = stamp
+        self._stamp = found
         try:
             self.entries = self._load()
         except OSError as error:
@@ -1093,13 +1111,6 @@ class PasswordFile:
             return False
         log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
         return True
-
-    def _look(self) -> Tuple[int, ...]:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return ()
-        return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _load(self) -> Dict[str, str]:
         entries = {}
@@ -2169,16 +2180,9 @@ class Certificates:
                 log.error('the certificate %s is no good, the last one stays in use: %s',
                           self._cert, error)
 
-    def _look(self) -> List[Tuple[int, int, int]]:
+    def _look(self) -> List[Tuple[int, ...]]:
         """What changes when one of the files does."""
-        stamp = []
-        for path in (self._cert, self._key, self._client_ca):
-            try:
-                status = os.stat(path)
-                stamp.append((status.st_mtime_ns, status.st_size, status.st_ino))
-            except OSError:
-                stamp.append((0, 0, 0))
-        return stamp
+        return [stamp(path) for path in (self._cert, self._key, self._client_ca)]
 
     def _load(self) -> ssl.SSLContext:
         import ssl
@@ -2243,93 +2247,100 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
     return found
 
 
+if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer as _ThreadingHTTPServer
+else:
+    _ThreadingHTTPServer = object  # until _listener_class() puts in the real one
+
+
+class Listener(_ThreadingHTTPServer):
+    """A listening socket, for `owner` to serve the connections; `inherited`, with the name
+    that the service manager gave it, if it listens already.  Raises OSError."""
+
+    allow_reuse_address = os.name == 'posix'  # elsewhere it would allow two servers on a port
+    request_queue_size = BACKLOG
+    timeout = 0
+    block_on_close = False  # Server waits, and not for ever
+
+    def __init__(self, owner: Server, address: Address,
+                 inherited: Optional[socket.socket] = None, name: str = '') -> None:
+        from socketserver import BaseRequestHandler
+        self.name = name
+        self._owner = owner
+        self.tls = address.scheme != 'http' and not address.path
+        self._path, self._inode = '', 0
+        if inherited:
+            self.address_family = inherited.family
+            super().__init__(inherited.getsockname(), BaseRequestHandler, False)
+            self.socket.close()
+            self.socket = inherited
+            self.tls = inherited.family != _AF_UNIX
+        else:
+            self.address_family, where = resolve(address)
+            super().__init__(where, BaseRequestHandler)
+        self.socket.setblocking(False)  # the client may be gone before it is accepted
+
+    def server_bind(self) -> None:
+        """Bind, without HTTPServer's look-up of the host's name, which can hang for seconds."""
+        if self.address_family == _AF_UNIX:
+            self._path = str(self.server_address)
+            bind_unix(self.socket, self._path, self._owner.api.store.shared)
+            self._inode = os.stat(self._path).st_ino
+            return
+        if self.address_family == socket.AF_INET6:
+            # `:8080` is IPv4 too; an address of IPv6 is itself alone.
+            both = self.server_address[0] == '::'
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+        from socketserver import TCPServer
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def server_close(self) -> None:
+        super().server_close()
+        with contextlib.suppress(OSError):
+            if self._path and os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                log.error('no connection can be accepted: %s', error)
+                time.sleep(EXHAUSTED_SECONDS)
+            raise
+        sock.setblocking(True)
+        if self.address_family != _AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, address
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self._owner.admit()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request(request, client_address)
+        except Exception:  # no thread could be started
+            self._owner.dismiss()
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        self._owner.serve_connection(request, find_peer(request, client_address), self.tls)
+
+    def shutdown_request(self, request: Any) -> None:
+        """serve_connection has closed it, unless its thread could not start."""
+        request.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.error('a connection from %s failed: %s', client_address, sys.exc_info()[1])
+        log.debug('where it happened:', exc_info=True)
+
+
 @functools.lru_cache(maxsize=None)
 def _listener_class() -> Any:
-    """The class of listeners.  Made when it is needed: http.server takes half of the start-up."""
-    import http.server
-    import socketserver
-
-    class Listener(http.server.ThreadingHTTPServer):
-        """A listening socket, for `owner` to serve the connections; `inherited`, with the name
-        that the service manager gave it, if it listens already.  Raises OSError."""
-
-        allow_reuse_address = os.name == 'posix'  # elsewhere it would allow two servers on a port
-        request_queue_size = BACKLOG
-        timeout = 0
-        block_on_close = False  # Server waits, and not for ever
-
-        def __init__(self, owner: Server, address: Address,
-                     inherited: Optional[socket.socket] = None, name: str = '') -> None:
-            self.name = name
-            self._owner = owner
-            self.tls = address.scheme != 'http' and not address.path
-            self._path, self._inode = '', 0
-            if inherited:
-                self.address_family = inherited.family
-                super().__init__(inherited.getsockname(), socketserver.BaseRequestHandler, False)
-                self.socket.close()
-                self.socket = inherited
-                self.tls = inherited.family != _AF_UNIX
-            else:
-                self.address_family, where = resolve(address)
-                super().__init__(where, socketserver.BaseRequestHandler)
-            self.socket.setblocking(False)  # the client may be gone before it is accepted
-
-        def server_bind(self) -> None:
-            """Bind, without HTTPServer's look-up of the host's name, which can hang for seconds."""
-            if self.address_family == _AF_UNIX:
-                self._path = str(self.server_address)
-                bind_unix(self.socket, self._path, self._owner.api.store.shared)
-                self._inode = os.stat(self._path).st_ino
-                return
-            if self.address_family == socket.AF_INET6:
-                # `:8080` is IPv4 too; an address of IPv6 is itself alone.
-                both = self.server_address[0] == '::'
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-            socketserver.TCPServer.server_bind(self)
-            self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
-        def server_close(self) -> None:
-            super().server_close()
-            with contextlib.suppress(OSError):
-                if self._path and os.stat(self._path).st_ino == self._inode:
-                    os.unlink(self._path)
-
-        def get_request(self) -> Tuple[socket.socket, Any]:
-            try:
-                sock, address = self.socket.accept()
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    log.error('no connection can be accepted: %s', error)
-                    time.sleep(EXHAUSTED_SECONDS)
-                raise
-            sock.setblocking(True)
-            if self.address_family != _AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock, address
-
-        def verify_request(self, request: Any, client_address: Any) -> bool:
-            return self._owner.admit()
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            try:
-                super().process_request(request, client_address)
-            except Exception:  # no thread could be started
-                self._owner.dismiss()
-                raise
-
-        def finish_request(self, request: Any, client_address: Any) -> None:
-            self._owner.serve_connection(request, find_peer(request, client_address), self.tls)
-
-        def shutdown_request(self, request: Any) -> None:
-            """serve_connection has closed it, unless its thread could not start."""
-            request.close()
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            log.error('a connection from %s failed: %s', client_address, sys.exc_info()[1])
-            log.debug('where it happened:', exc_info=True)
-
-    return Listener
+    """Listener on its base.  Made when it is needed: http.server takes half of the start-up."""
+    from http.server import ThreadingHTTPServer
+    return type('Listener', (Listener, ThreadingHTTPServer), {})
 
 
 _AF_UNIX = getattr(socket, 'AF_UNIX', None)
@@ -2434,29 +2445,40 @@ class Server:
         self._served = 0                # of them, those that are not turned away
         self._connections: Set[Connection] = set()
         self._lock = threading.Lock()   # of the three above
+        self._stops = 0                 # how often we were told to stop; the second is for at once
         self._stopping = False
         self._next_warning = 0.0
         self._period = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
-        listener_class = _listener_class()
         where = 'a socket of the service manager'
         try:
             for sock, name in inherited:
-                self.listeners.append(listener_class(self, Address('', '', 0, ''), sock, name))
+                self.listeners.append(_listener_class()(self, Address('', '', 0, ''), sock, name))
             for address in () if self.listeners else addresses:
                 where = f'--addr {address.path or f"{address.host}:{address.port}"}'
-                self.listeners.append(listener_class(self, address))
+                self.listeners.append(_listener_class()(self, address))
         except OSError as error:
             self._close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
         _allow_descriptors(2 * connections + 256)
+        for listener in self.listeners:
+            listener.tls = listener.tls and certificates is not None
+        self._open_loop()
+
+    def _open_loop(self) -> None:
+        """Make what the loop waits by."""
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._look_for_signals)
         for listener in self.listeners:
-            listener.tls = listener.tls and certificates is not None
-            self._selector.register(listener, selectors.EVENT_READ, listener)
+            self._selector.register(listener, selectors.EVENT_READ, listener.handle_request)
+
+    def _close_loop(self) -> None:
+        """Let go of what the loop waits by."""
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then let running requests finish."""
@@ -2478,12 +2500,11 @@ class Server:
         next_sweep, next_word = 0.0, math.inf if watchdog == math.inf else 0.0
         place_thread(roaming=False)
         self._manager.tell('READY=1')
-        while not self._was_stopped():
+        while not self._stops:
             # Without connections there is no deadline, and the process sleeps.
             wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog)
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
-                if key.data:
-                    key.data.handle_request()
+                key.data()
             now = time.monotonic()
             if now >= next_sweep:
                 next_sweep = now + (EXPIRED_SECONDS if self._expire(now) else self._period)
@@ -2549,15 +2570,14 @@ class Server:
             self._next_warning = now + WARNING_SECONDS
             log.warning('turned %s away: there are %d connections', peer, self._most)
 
-    def _was_stopped(self) -> bool:
-        """Do what signals ask for; whether one of them was to stop."""
-        try:
+    def _look_for_signals(self) -> None:
+        """Do what signals ask for."""
+        signals = b''
+        with contextlib.suppress(BlockingIOError):
             signals = self._wake_reader.recv(4096)
-        except BlockingIOError:
-            return False
+        self._stops += sum(number in _STOP_SIGNALS for number in signals)
         if _RELOAD_SIGNAL is not None and _RELOAD_SIGNAL in signals:
             self._reload()
-        return any(number in signals for number in _STOP_SIGNALS)
 
     def _reload(self) -> None:
         """Read again what may have changed."""
@@ -2596,15 +2616,14 @@ class Server:
         end = time.monotonic() + STOP_SECONDS
         while self._admitted and time.monotonic() < end:
             self._selector.select(self._period)
-            if self._was_stopped():
+            self._look_for_signals()
+            if self._stops > 1:
                 break
             self._expire(time.monotonic())
         for connection in self._snapshot():
             log.warning('cut off %s: its request did not end in time', connection.peer)
             connection.cut()
-        self._selector.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
+        self._close_loop()
 
 
 def _wake_up(number: int, frame: Optional[FrameType]) -> None:
@@ -2624,8 +2643,8 @@ def _allow_descriptors(count: int) -> None:
         log.debug('the limit on open files stays as it is: %s', error)
 
 
-# ==== Command line ===============================================================================
-# Options, from the command line or the environment; logs; main().
+# ==== Logs =======================================================================================
+# What is said to people and to programs, and where.
 
 _DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
 
@@ -2653,6 +2672,10 @@ def start_log(level: int, path: str) -> None:
 def one_line(text: object) -> str:
     """What is said to a person, on one line whatever was in it."""
     return re.sub(r'[\x00-\x1f\x7f]', '?', str(text))
+
+
+# ==== Options ====================================================================================
+# The command line and the environment, to values that make sense together.
 
 
 class Parser(argparse.ArgumentParser):
@@ -2752,7 +2775,6 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     add(serving, '--baseurl', parse_baseurl, '', 'prefix of every URL, behind a proxy', 'PATH')
     add(serving, '--cache-objects', parse_bool, True, "accepted for rclone's sake, and without "
         'effect: nothing is cached that could go stale')
-
     add(serving, '--allow-origin', parse_origin, None, 'web origin whose scripts may use the server '
         '(CORS), or * for any', 'ORIGIN')
     add(serving, '--response-header', parse_header, [], 'header to add to every answer; may be '
@@ -2775,24 +2797,8 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     add(storing, '--no-verify-upload', parse_bool, False, 'do not compare the SHA-256 of an '
         'upload with its name: for very weak machines, at the price of that safety')
 
-    limits = parser.add_argument_group('limits')
-    add(limits, '--max-connections', parse_count, 1024, 'connections at a time; one more is '
-        'answered 503 (default 1024)', 'NUMBER')
-    add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
-        'line included (default 4096)', 'BYTES')
-    add(limits, '--server-read-timeout', parse_duration, 3600.0, 'longest time for a whole upload '
-        '(default 1h0m0s; 0 is no limit)', 'DURATION')
-    add(limits, '--server-write-timeout', parse_duration, 3600.0, 'longest time for a whole '
-        'download (default 1h0m0s; 0 is no limit)', 'DURATION')
-
-    logs = parser.add_argument_group('logging')
-    logs.add_argument('-v', '--verbose', action='count', default=parser.verbosity(),
-                      help='log each request, in the Combined Log Format; -vv logs what helps '
-                           'to find faults')
-    add(logs, '--quiet', parse_bool, False, 'log errors only; also -q')
-    logs.add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
-                      help=argparse.SUPPRESS)
-    add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr', 'FILE')
+    _add_limits(parser)
+    _add_watching(parser)
 
     other = parser.add_argument_group('other jobs')
     add(other, '--add-user', parse_user, None, 'add a user to the file of --htpasswd, or change '
@@ -2804,6 +2810,33 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     other.add_argument('--version', action='version', version=f'restic_serve {__version__}')
     other.add_argument('-h', '--help', action='help', help='this text')
     return parser
+
+
+def _add_limits(parser: Parser) -> None:
+    """The options of how much may pass."""
+    add = parser.option
+    limits = parser.add_argument_group('limits')
+    add(limits, '--max-connections', parse_count, 1024, 'connections at a time; one more is '
+        'answered 503 (default 1024)', 'NUMBER')
+    add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
+        'line included (default 4096)', 'BYTES')
+    add(limits, '--server-read-timeout', parse_duration, 3600.0, 'longest time for a whole upload '
+        '(default 1h0m0s; 0 is no limit)', 'DURATION')
+    add(limits, '--server-write-timeout', parse_duration, 3600.0, 'longest time for a whole '
+        'download (default 1h0m0s; 0 is no limit)', 'DURATION')
+
+
+def _add_watching(parser: Parser) -> None:
+    """The options of what is said, to people and to programs."""
+    add = parser.option
+    logs = parser.add_argument_group('logging')
+    logs.add_argument('-v', '--verbose', action='count', default=parser.verbosity(),
+                      help='log each request, in the Combined Log Format; -vv logs what helps '
+                           'to find faults')
+    add(logs, '--quiet', parse_bool, False, 'log errors only; also -q')
+    logs.add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
+                      help=argparse.SUPPRESS)
+    add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr', 'FILE')
 
 
 def _add_accounts(parser: Parser) -> None:
@@ -2844,6 +2877,37 @@ def find_directory(parser: Parser, words: List[str]) -> str:
     return words[0]
 
 
+def check_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what makes no sense together, with one line and exit status 2."""
+    if bool(options.cert) != bool(options.key):
+        given, missing = ('--cert', '--key') if options.cert else ('--key', '--cert')
+        parser.error(f'{given}: TLS needs {missing} too')
+    for name in ('client_ca', 'min_tls_version'):
+        if getattr(options, name) and not options.cert:
+            parser.error(f'--{name.replace("_", "-")}: TLS needs --cert and --key too')
+    sources = [name for name in ('htpasswd', 'user', 'user_from_header') if getattr(options, name)]
+    if len(sources) > 1:
+        names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
+        parser.error(f'{names} both say who the users are; one of them alone can')
+    if bool(options.user) != bool(getattr(options, 'pass')):
+        parser.error('--user and --pass need each other')
+    for name in ('private_repos', 'admin'):
+        # Over a unix socket the user is the login name, and inherited sockets may be unix.
+        if (getattr(options, name) and not sources and not options.client_ca
+                and not os.environ.get('LISTEN_FDS')
+                and any(not address.path for address in options.addr)):
+            parser.error(f'--{name.replace("_", "-")}: nothing says who the users are; add '
+                         '--htpasswd, --user, --client-ca or --user-from-header')
+    if options.trust_proxy and not options.user_from_header:
+        parser.error('--trust-proxy needs --user-from-header too')
+    if not options.cert and any(address.scheme == 'tls' for address in options.addr):
+        parser.error('--addr: tls:// needs --cert and --key too')
+
+
+# ==== Main =======================================================================================
+# What the options ask for: serving, and the other jobs.
+
+
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log where the server can be reached, and by whom."""
     is_open = not (options.htpasswd or options.user or options.user_from_header
@@ -2880,40 +2944,13 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
                         options.user or '', getattr(options, 'pass'), options.salt, options.realm,
                         options.user_from_header or '', options.trust_proxy)
     policy = Policy(options.append_only, options.private_repos, options.admin)
-    api = Api(store, policy, accounts, options.baseurl, options.response_header,
-              options.allow_origin or '')
     limits = Limits(header_bytes=options.max_header_bytes,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout)
+    api = Api(store, policy, accounts, options.baseurl, options.response_header,
+              options.allow_origin or '')
     return Server(api, limits, options.addr, certificates, inherited_sockets(os.environ),
                   options.max_connections, Manager(os.environ))
-
-
-def check_options(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse what makes no sense together, with one line and exit status 2."""
-    if bool(options.cert) != bool(options.key):
-        given, missing = ('--cert', '--key') if options.cert else ('--key', '--cert')
-        parser.error(f'{given}: TLS needs {missing} too')
-    for name in ('client_ca', 'min_tls_version'):
-        if getattr(options, name) and not options.cert:
-            parser.error(f'--{name.replace("_", "-")}: TLS needs --cert and --key too')
-    sources = [name for name in ('htpasswd', 'user', 'user_from_header') if getattr(options, name)]
-    if len(sources) > 1:
-        names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
-        parser.error(f'{names} both say who the users are; one of them alone can')
-    if bool(options.user) != bool(getattr(options, 'pass')):
-        parser.error('--user and --pass need each other')
-    for name in ('private_repos', 'admin'):
-        # Over a unix socket the user is the login name, and inherited sockets may be unix.
-        if (getattr(options, name) and not sources and not options.client_ca
-                and not os.environ.get('LISTEN_FDS')
-                and any(not address.path for address in options.addr)):
-            parser.error(f'--{name.replace("_", "-")}: nothing says who the users are; add '
-                         '--htpasswd, --user, --client-ca or --user-from-header')
-    if options.trust_proxy and not options.user_from_header:
-        parser.error('--trust-proxy needs --user-from-header too')
-    if not options.cert and any(address.scheme == 'tls' for address in options.addr):
-        parser.error('--addr: tls:// needs --cert and --key too')
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:

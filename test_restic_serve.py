@@ -35,6 +35,7 @@ from restic_serve import (
 MODULE = restic_serve.__file__
 V2 = 'application/vnd.x.restic.rest.v2'
 LOCAL = restic_serve.parse_address('127.0.0.1:0')
+PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
 
 
@@ -47,6 +48,11 @@ def program(name, folder=''):
             raise AssertionError(reason)
         raise unittest.SkipTest(reason)
     return path
+
+
+def peer(name):
+    """A program of the newer set, or the system's own."""
+    return program(name, PEERS)
 
 
 def named(content):
@@ -98,6 +104,15 @@ class TestCase(unittest.TestCase):
         """All files below a folder, by their path in it."""
         folder = folder or self.root
         return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+    def serve(self, api, limits=None, addresses=(LOCAL,), **more):
+        """A server in a thread of its own."""
+        server = Server(api, limits or Limits(), list(addresses), **more)
+        thread = threading.Thread(target=server.loop)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE)
+        self.addCleanup(server.stop)
+        return server
 
 
 # ---- Units ----
@@ -1378,12 +1393,8 @@ class WireTestCase(TestCase):
         self.store = Store(str(self.root))
         self.store.prepare()
         self.policy = Policy(False)
-        self.server = Server(Api(self.store, self.policy), Limits(**self.limits), [LOCAL])
+        self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
         self.port = self.server.listeners[0].server_address[1]
-        thread = threading.Thread(target=self.server.loop)
-        thread.start()
-        self.addCleanup(thread.join, PATIENCE)
-        self.addCleanup(self.server.stop)
 
     def connect(self):
         wire = Wire(self.port)
@@ -1943,13 +1954,8 @@ class ListenerTestCase(WireTestCase):
 
     def start(self, *addresses, **more):
         """Another server of the same directory, in a thread."""
-        server = Server(self.server.api, self.server.limits,
-                        list(map(restic_serve.parse_address, addresses)), **more)
-        thread = threading.Thread(target=server.loop)
-        thread.start()
-        self.addCleanup(thread.join, PATIENCE)
-        self.addCleanup(server.stop)
-        return server
+        return self.serve(self.server.api, self.server.limits,
+                          map(restic_serve.parse_address, addresses), **more)
 
     def ask_unix(self, path, request=None):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
@@ -2692,12 +2698,6 @@ class CommandLineTest(TestCase):
 
 # ---- real clients and servers ----
 
-PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
-
-
-def peer(name):
-    """A program of the newer set, or the system's own."""
-    return program(name, PEERS)
 
 
 class ResticTestCase(TestCase):
@@ -2782,7 +2782,8 @@ class ResticScenarios:
         done = []
 
         def backup(repository, host):
-            done.append(self.restic(repository, 'backup', '--host', host, self.source, check=False))
+            done.append(self.restic(repository, 'backup', '--host', host, self.source, check=False,
+                                    RESTIC_CACHE_DIR=str(self.folder / host)))  # each host has its own
 
         threads = [threading.Thread(target=backup, args=job)
                    for job in ((one, 'a'), (one, 'b'), (two, 'c'))]
@@ -2947,7 +2948,6 @@ class ReadmeTest(unittest.TestCase):
         for action in restic_serve.make_parser({})._actions:
             for option in action.option_strings:
                 self.assertIn(f'`{option}', text)
-
 
     def test_the_fail2ban_filter_in_the_readme_finds_failures_and_nothing_else(self):
         text = Path(MODULE).with_name('README.md').read_text(encoding='utf-8')
