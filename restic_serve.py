@@ -15,13 +15,17 @@ The chapters stand in the order in which each builds on those above it:
     Api           routes and answers
     Connection    a client's bytes, and how long they are waited for
     Http1         requests and answers on one connection of HTTP/1.1
+    Hpack         the header compression of HTTP/2
+    Frames        HTTP/2 as it comes and goes
+    Streams       one request of HTTP/2, its answer, and flow control
+    Http2         requests and answers on one connection of HTTP/2
     Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
     Server        connections, their number and time limits, signals
     Logs          what is said to people and to programs
     Options       the command line and the environment
     Main          serving, and the other jobs; main()
 
-A request is read by a wire (Http1), answered by the Api with the help of the Store, and sent
+A request is read by a wire (Http1 or Http2), answered by the Api with the help of the Store, and sent
 by the wire; Accounts and Policy stand at the Api's door.  The Api knows no socket and the wire no
 directory.  The directory is the only state: any number of servers, and restic itself, may work on
 it at the same time.
@@ -40,6 +44,7 @@ import logging
 import math
 import os
 import re
+import select
 import selectors
 import signal
 import socket
@@ -366,7 +371,8 @@ def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
     return offset, length
 
 
-def http_date(seconds: float) -> str:
+@functools.lru_cache(maxsize=16)
+def http_date(seconds: int) -> str:
     """A time since the epoch as an IMF-fixdate (RFC 9110 5.6.7)."""
     return time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(seconds))
 
@@ -1431,19 +1437,21 @@ class Api:
         wanted = request.headers.get('range')
         # RFC 9110 14.2: only GET has ranges.  13.1.5: no validator is ever given here, so that
         # none in If-Range can match, and the range is ignored.
-        if not wanted or request.method != 'GET' or 'if-range' in request.headers:
-            return Response(200, headers, content)
-        size = content.length
-        try:
-            part = parse_range(wanted, size)
-        except HttpError:
-            content.close()
-            raise
-        if part is None:
-            return Response(200, headers, content)
-        content.offset, content.length = offset, length = part
-        headers.append(('Content-Range', f'bytes {offset}-{offset + length - 1}/{size}'))
-        return Response(206, headers, content)
+        status, size, part = 200, content.length, None
+        if wanted and request.method == 'GET' and 'if-range' not in request.headers:
+            try:
+                part = parse_range(wanted, size)
+            except HttpError:
+                content.close()
+                raise
+        if part:
+            content.offset, content.length = offset, length = part
+            headers.append(('Content-Range', f'bytes {offset}-{offset + length - 1}/{size}'))
+            status = 206
+        if content.length > SMALL_BYTES or request.method == 'HEAD':
+            return Response(status, headers, content)
+        with content:  # read now, an error can still be said
+            return Response(status, headers, content.read_all())
 
     def _get_list(self, request: Request, location: Location) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
@@ -1590,8 +1598,11 @@ class Connection:
         self.deadline = time.monotonic() + seconds
         self.expired = False
         self.stopping = False
-        self._sock: Any = sock  # an ssl.SSLSocket where TLS is spoken
+        self.wire: Optional[Http2] = None   # that looks after the time limits itself
+        self._sock: Any = sock      # an ssl.SSLSocket where TLS is spoken
+        self._io: Any = sock        # what receives and sends
         self._tls = hasattr(sock, 'do_handshake')
+        self._plain: Any = super(type(sock), sock) if self._tls else sock  # below TLS
         self._roams: Optional[bool] = None  # not known before it is asked for
         self._closing = threading.Lock()
 
@@ -1616,10 +1627,21 @@ class Connection:
             names = dict(part[0] for part in (self._sock.getpeercert() or {}).get('subject', ()))
             self.peer.user = names.get('commonName', '')
 
+    def speaks_http2(self) -> bool:
+        """Whether the handshake has settled on HTTP/2 (RFC 9113 3.3)."""
+        agreed = getattr(self._sock, 'selected_alpn_protocol', lambda: None)
+        return agreed() == 'h2'
+
+    def share(self, wire: Http2) -> None:
+        """From now on one thread receives while others send; `wire` ends what takes too long."""
+        if self._tls:
+            self._io = SharedTls(self._sock)
+        self.wire = wire
+
     def receive(self, limit: int) -> bytes:
         """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
         try:
-            data: bytes = self._sock.recv(limit)
+            data: bytes = self._io.recv(limit)
             return data
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
@@ -1627,7 +1649,7 @@ class Connection:
     def receive_into(self, view: memoryview) -> int:
         """Fill `view` from its start; the bytes received, 0 at the end.  Raises Gone."""
         try:
-            count: int = self._sock.recv_into(view)
+            count: int = self._io.recv_into(view)
             return count
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
@@ -1635,9 +1657,21 @@ class Connection:
     def transmit(self, data: bytes, more: bool = False) -> None:
         """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
         try:
-            self._sock.sendall(data, _MORE if more and not self._tls else 0)
+            self._io.sendall(data, _MORE if more and not self._tls else 0)
         except OSError as error:
             raise Gone(f'sending: {error}') from None
+
+    def transmit_parts(self, parts: List[bytes | memoryview]) -> None:
+        """Send all of several pieces.  Raises Gone."""
+        if self._tls or not hasattr(self._sock, 'sendmsg'):
+            self.transmit(b''.join(parts))
+            return
+        try:
+            sent = self._sock.sendmsg(parts)
+        except OSError as error:
+            raise Gone(f'sending: {error}') from None
+        if sent < sum(map(len, parts)):  # a signal
+            self.transmit(b''.join(parts)[sent:])
 
     def transmit_file(self, content: FileSlice) -> None:
         """Send a slice without its bytes passing through Python, where the system can.  Raises
@@ -1669,10 +1703,11 @@ class Connection:
         try:
             if self._tls:  # RFC 8446 6.1: close_notify, and wait for the client's
                 with contextlib.suppress(OSError):
-                    self._sock.unwrap()
-            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+                    self._io.unwrap()
+                self._sock.setblocking(True)
+            self._plain.shutdown(socket.SHUT_WR)
             while left > 0:
-                count = socket.socket.recv_into(self._sock, view)
+                count = self._plain.recv_into(view)
                 if not count:
                     break
                 left -= count
@@ -1688,17 +1723,30 @@ class Connection:
     def expire(self) -> None:
         """Wake the thread: time is over.  One that reads finds the end of input and can still say
         so to the client; one that writes, or was woken before, is cut off."""
+        if self.wire:
+            self.wire.expire(time.monotonic())
+            return
         cut = self.expired or self.waits == self.WRITING
         self.expired = True
         if cut:
             self.cut()
         else:
-            self._shutdown(socket.SHUT_RD)
+            self.end_input()
 
     def stop(self) -> None:
         """End the connection, once the request that is under way has been answered."""
         self.stopping = True
-        if self.waits == self.IDLE:
+        if self.wire:
+            self.wire.stop()
+        elif self.waits == self.IDLE:
+            self.end_input()
+
+    def end_input(self) -> None:
+        """Let the thread that receives find the end of input."""
+        end_input = getattr(self._io, 'end_input', None)
+        if end_input:
+            end_input()
+        else:
             self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
@@ -1709,6 +1757,8 @@ class Connection:
     def close(self) -> None:
         with self._closing:
             self._sock.close()
+            if self._io is not self._sock:
+                self._io.close()
 
     def _reset_at_close(self) -> None:
         with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
@@ -1718,7 +1768,81 @@ class Connection:
         # The lock: never the descriptor of another connection that came after this one.
         # Not SSLSocket's own shutdown, which would make its thread read and send plain text.
         with self._closing, contextlib.suppress(OSError):
-            socket.socket.shutdown(self._sock, how)
+            self._plain.shutdown(how)
+
+
+class Alarm:
+    """Wakes the thread that waits in wait() for a descriptor."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+
+    def ring(self) -> None:
+        """End every wait for input, now and from now on."""
+        with contextlib.suppress(OSError):
+            self._writer.send(b'.')
+
+    def wait(self, fd: int, writing: bool = False) -> bool:
+        """Wait until a descriptor can be read or, if `writing`, written; False if ring() came
+        before."""
+        if not hasattr(select, 'poll'):
+            inputs: List[Any] = [self._reader] if writing else [fd, self._reader]
+            return self._reader not in select.select(inputs, [fd] if writing else [], [])[0]
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT if writing else select.POLLIN)
+        if not writing:
+            poll.register(self._reader, select.POLLIN)
+        found = dict(poll.poll())
+        return fd in found and self._reader.fileno() not in found
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+class SharedTls:
+    """TLS that one thread receives from while another sends: OpenSSL takes one call at a time, so
+    that none may wait within."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._alarm = Alarm()
+
+    def recv_into(self, view: memoryview) -> int:
+        count: int = self._call(self._sock.recv_into, view)
+        return count
+
+    def sendall(self, data: bytes, flags: int = 0) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._call(self._sock.send, view):]
+
+    def unwrap(self) -> None:
+        """Send close_notify; raises OSError if the client's has not come."""
+        with self._lock:
+            self._sock.unwrap()
+
+    def end_input(self) -> None:
+        """Not by shutdown(2): OpenSSL 3 would take it for an attack, and send nothing more."""
+        self._alarm.ring()
+
+    def close(self) -> None:
+        self._alarm.close()
+
+    def _call(self, function: Callable[..., Any], argument: Any) -> Any:
+        import ssl
+        while True:
+            try:
+                with self._lock:
+                    return function(argument)
+            except ssl.SSLWantReadError:
+                if not self._alarm.wait(self._sock.fileno()):
+                    return 0
+            except ssl.SSLWantWriteError:
+                self._alarm.wait(self._sock.fileno(), writing=True)
 
 
 # ==== Http1 ======================================================================================
@@ -1736,6 +1860,8 @@ _FIELD = re.compile(r'([^:]+):[ \t]*([^\r]*)\r\n')
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t -~\x80-\xff]*)?')
+_PREFACE_HEAD = 'PRI * HTTP/2.0\r\n'  # RFC 9113 3.4: how HTTP/2 begins with prior knowledge
+_NO_HTTP = re.compile(r'[^ \r]+ [^ \r/*:]+ (?!HTTP/)[^ \r]+\r\n')
 # What is wrong with a head that _HEAD does not match.
 _FAULTS = (
     (re.compile(rf'{_TOKEN} [!-~]+ HTTP/(?!1\.)[0-9](\.[0-9])?\r\n'), 505, 'not HTTP/1.1'),
@@ -1889,15 +2015,19 @@ class Http1:
         self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
         self._sent = 0              # bytes of the current answer's body
         self._announce = False      # the client waits for 100 (Continue) before it sends content
+        self._first = True          # no request has come yet
+        self._preface = b''         # of HTTP/2
 
-    def run(self) -> None:
-        """Serve the connection to its end.  Raises Gone."""
+    def run(self) -> bytes:
+        """Serve the connection to its end, or until the client turns out to speak HTTP/2: then it
+        returns what has come of that.  Raises Gone."""
         connection = self._connection
         connection.place(roaming=False)
         while self._exchange():
             connection.wait_for(connection.IDLE, self._limits.idle_seconds)
             if connection.stopping:
                 break
+        return self._preface
 
     def turn_away(self) -> None:
         """Say that there is no room for this connection.  Raises Gone."""
@@ -1910,6 +2040,12 @@ class Http1:
             head = self._read_head()
             if not head:
                 return False
+            first, self._first = self._first, False
+            if first and head == _PREFACE_HEAD:
+                self._preface = f'{head}\r\n'.encode() + self._buffer
+                return False
+            if first and _NO_HTTP.match(head):
+                raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
             request = Request(*parse_head(head), _NO_BODY, self._connection.peer)
             self._open_body(request)
         except HttpError as error:
@@ -2056,13 +2192,6 @@ class Http1:
     def _send(self, request: Request, response: Response, keep: bool) -> bool:
         """Send an answer; whether the connection can go on after it."""
         body = response.body
-        if (isinstance(body, FileSlice) and body.length <= SMALL_BYTES
-                and request.method != 'HEAD'):
-            try:
-                body = body.read_all()
-            except OSError as error:  # nothing was sent yet: it can still be said
-                response = self._api.failure(request, error)
-                body = response.body
         stream = not isinstance(body, (bytes, FileSlice))
         # RFC 9112 6.3: what has no announced length ends with the connection in HTTP/1.0.
         keep = keep and not (stream and request.version == 'HTTP/1.0')
@@ -2134,6 +2263,1249 @@ def _status_and_date(status: int, now: int) -> str:
     return f'HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {http_date(now)}\r\n'
 
 
+# ==== Hpack ======================================================================================
+# The header compression of HTTP/2 (RFC 7541): bytes and fields alone, no frame and no stream.
+
+TABLE_BYTES = 4096           # of the dynamic table, the protocol's default (RFC 9113 6.5.2)
+FIELD_BYTES = 32             # what a field counts beside its name and value (RFC 7541 4.1)
+# Appendix A, name and value; the first has the index 1.
+_STATIC_NAMES = (
+    ':authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|'
+    ':status 200|:status 204|:status 206|:status 304|:status 400|:status 404|:status 500|'
+    'accept-charset|accept-encoding gzip, deflate|accept-language|accept-ranges|accept|'
+    'access-control-allow-origin|age|allow|authorization|cache-control|content-disposition|'
+    'content-encoding|content-language|content-length|content-location|content-range|content-type|'
+    'cookie|date|etag|expect|expires|from|host|if-match|if-modified-since|if-none-match|if-range|'
+    'if-unmodified-since|last-modified|link|location|max-forwards|proxy-authenticate|'
+    'proxy-authorization|range|referer|refresh|retry-after|server|set-cookie|'
+    'strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate')
+_STATIC_TABLE = [(name, value) for name, _, value in (
+    field.partition(' ') for field in _STATIC_NAMES.split('|'))]
+_INDEX_OF_FIELD = {field: index for index, field in reversed([*enumerate(_STATIC_TABLE, 1)])}
+_INDEX_OF_NAME = {field[0]: index for index, field in reversed([*enumerate(_STATIC_TABLE, 1)])}
+# Appendix B: the lengths of the codes of 256 octets and of EOS, a letter each, A for 5 bits.  The
+# code is canonical: shorter codes come first, and among equals the lower octet.
+_CODE_LENGTHS = (
+    'ISXXXXXXXTZXXZXXXXXXXXZXXXXXXXXXBFFHIBDGFFDGDBBBAAABBBBBBBCDKBHFIBCCCCCCCCCCCCCCCCCCCC'
+    'CCDCDIOIJBKABABABBBACCBBBABCBAABCCCCCKGJIXPRPPRRRSRSSSSSTSTTRSTSSSSQRSRSSTRQPRRSSQSRRT'
+    'QRSSQQRQSRSSPRRRSRRSVVPORSRUVVVWWVTUOQVWWVWTQQVVXWWWPTPQRQQSRRUUTTVSVWVVWWWWWXWWWWWVZ')
+
+
+class HpackError(Exception):
+    """A header block that cannot be decoded: the connection is of no more use (RFC 9113 4.3)."""
+
+
+@functools.lru_cache(maxsize=None)
+def _huffman_codes() -> Tuple[Dict[Tuple[int, int], int], List[Tuple[int, int]]]:
+    """The octet of each length and code, and for the next 8 bits the octet and its code's length,
+    which is 0 for longer codes."""
+    octets = {}
+    code = length = 0
+    for bits, octet in sorted((ord(letter) - 60, octet)
+                              for octet, letter in enumerate(_CODE_LENGTHS[:256])):
+        code <<= bits - length
+        octets[bits, code] = octet
+        code, length = code + 1, bits
+    short = [(0, 0)] * 256
+    for (bits, code), octet in octets.items():
+        if bits <= 8:
+            first = code << 8 - bits
+            short[first:first + (1 << 8 - bits)] = [(octet, bits)] * (1 << 8 - bits)
+    return octets, short
+
+
+def decode_huffman(data: bytes) -> bytes:
+    """What a Huffman-coded string stands for (RFC 7541 5.2).  Raises HpackError."""
+    octets, short = _huffman_codes()
+    padded, at, end = data + b'\xff' * 5, 0, 8 * len(data)
+    found = bytearray()
+    while at < end:
+        # The next 32 bits: the longest code has 30.
+        word = int.from_bytes(padded[at >> 3:(at >> 3) + 5], 'big') >> 8 - (at & 7) & 0xffffffff
+        octet, bits = short[word >> 24]
+        if not bits:
+            for bits in range(10, 31):
+                if (bits, word >> 32 - bits) in octets:
+                    octet = octets[bits, word >> 32 - bits]
+                    break
+            else:
+                break
+        if at + bits > end:
+            break
+        found.append(octet)
+        at += bits
+    # Padding is the beginning of EOS, which is all ones, and shorter than an octet.
+    if end - at > 7 or (at < end and ~data[-1] & (1 << end - at) - 1):
+        raise HpackError('malformed Huffman code')
+    return bytes(found)
+
+
+class HeaderDecoder:
+    """The decoder of a connection, with its dynamic table."""
+
+    def __init__(self) -> None:
+        self._entries: collections.deque[Tuple[str, str]] = collections.deque()
+        self._bytes = 0                 # of the entries, as RFC 7541 4.1 counts them
+        self._most = TABLE_BYTES        # what the encoder has chosen
+        self._block = b''
+        self._at = 0                    # the place in the block
+
+    def decode(self, block: bytes, limit: int) -> Tuple[List[Tuple[str, str]], bool]:
+        """The fields of a header block, and whether they are all: those past `limit` bytes, as
+        RFC 9113 10.5.1 counts them, are left out.  Raises HpackError."""
+        self._block, self._at = block, 0
+        fields: List[Tuple[str, str]] = []
+        begun = False
+        while self._at < len(block):
+            first = block[self._at]
+            if first & 0xe0 == 0x20:
+                size = self._integer(5)
+                if begun or size > TABLE_BYTES:  # RFC 7541 4.2 and 6.3
+                    raise HpackError('a size of the table that is not allowed')
+                self._most = size
+                self._evict()
+                continue
+            begun = True
+            if first & 0x80:
+                field = self._field(self._integer(7))
+            else:
+                index = self._integer(6 if first & 0x40 else 4)
+                name = self._field(index)[0] if index else self._string()
+                field = name, self._string()
+                if first & 0x40:
+                    self._entries.appendleft(field)
+                    self._bytes += _field_bytes(field)
+                    self._evict()
+            limit -= _field_bytes(field)
+            if limit >= 0:
+                fields.append(field)
+        return fields, limit >= 0
+
+    def _evict(self) -> None:
+        """Drop the oldest entries until the others fit (RFC 7541 4.3 and 4.4)."""
+        while self._bytes > self._most:
+            self._bytes -= _field_bytes(self._entries.pop())
+
+    def _field(self, index: int) -> Tuple[str, str]:
+        """The field at an index of both tables (RFC 7541 2.3.3)."""
+        if 0 < index <= len(_STATIC_TABLE):
+            return _STATIC_TABLE[index - 1]
+        if not 0 < index - len(_STATIC_TABLE) <= len(self._entries):
+            raise HpackError(f'no field has the index {index}')
+        return self._entries[index - len(_STATIC_TABLE) - 1]
+
+    def _take(self, count: int) -> bytes:
+        data = self._block[self._at:self._at + count]
+        if len(data) < count:
+            raise HpackError('a header block is cut short')
+        self._at += count
+        return data
+
+    def _integer(self, prefix: int) -> int:
+        """An integer (RFC 7541 5.1), whose first octet has `prefix` bits of it."""
+        most = (1 << prefix) - 1
+        value = self._take(1)[0] & most
+        if value < most:
+            return value
+        for shift in range(0, 28, 7):
+            octet = self._take(1)[0]
+            value += (octet & 0x7f) << shift
+            if not octet & 0x80:
+                return value
+        raise HpackError('an integer is too large')
+
+    def _string(self) -> str:
+        """A string literal (RFC 7541 5.2)."""
+        coded = self._block[self._at:self._at + 1] >= b'\x80'
+        data = self._take(self._integer(7))
+        return (decode_huffman(data) if coded else data).decode('latin-1')
+
+
+def _field_bytes(field: Tuple[str, str]) -> int:
+    return len(field[0]) + len(field[1]) + FIELD_BYTES
+
+
+def encode_integer(value: int, prefix: int, flags: int) -> bytes:
+    """An integer (RFC 7541 5.1), the bits above its prefix those of `flags`."""
+    most = (1 << prefix) - 1
+    if value < most:
+        return bytes([flags | value])
+    encoded = bytearray([flags | most])
+    value -= most
+    while value >= 0x80:
+        encoded.append(value & 0x7f | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
+    """A header block with the static table alone: no state that two threads would share."""
+    block = b''
+    for name, value in fields:
+        index = _INDEX_OF_FIELD.get((name, value))
+        if index:
+            block += encode_integer(index, 7, 0x80)
+            continue
+        index, text = _INDEX_OF_NAME.get(name, 0), value.encode('latin-1')
+        block += encode_integer(index, 4, 0)
+        if not index:
+            block += encode_integer(len(name), 7, 0) + name.encode('latin-1')
+        block += encode_integer(len(text), 7, 0) + text
+    return block
+
+
+# ==== Frames =====================================================================================
+# The frames of HTTP/2 (RFC 9113 4 and 6) as they come and as they go; what they mean is not known
+# here.  A thread reads them and never waits for the client to read; any thread may write.
+
+FRAME_BYTES = 1 << 20        # the longest payload of DATA
+CONTROL_BYTES = 16 * 1024    # and of the other types, none of which needs as much
+PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
+
+# The types, flags, error codes and settings of RFC 9113 6, 7 and 6.5.2
+_DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, \
+    _CONTINUATION = range(10)
+_END_STREAM = _ACK = 0x1
+_END_HEADERS, _PADDED, _PRIORITIZED = 0x4, 0x8, 0x20
+NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED, \
+    FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, ENHANCE_YOUR_CALM, \
+    = range(12)
+_ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, \
+    _MAX_HEADER_LIST_SIZE = range(2, 7)
+_LARGEST_WINDOW = (1 << 31) - 1
+_DEFAULT_WINDOW, _DEFAULT_FRAME_BYTES = (1 << 16) - 1, 1 << 14
+_FRAME_HEAD = struct.Struct('>IBI')  # the first byte of the four is the payload length's
+_SETTING = struct.Struct('>HI')
+
+
+class Http2Error(Exception):
+    """An error of the connection (RFC 9113 5.4.1): `code` goes out with GOAWAY."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class StreamError(Http2Error):
+    """An error of one stream (RFC 9113 5.4.2): `code` goes out with RST_STREAM."""
+
+
+def frame(kind: int, flags: int, number: int, payload: bytes = b'') -> bytes:
+    """A frame of the stream `number` (RFC 9113 4.1)."""
+    return _FRAME_HEAD.pack(len(payload) << 8 | kind, flags, number) + payload
+
+
+class FrameReader:
+    """Frames as they come; `received` has come already.  All methods raise Gone, and EOFError at
+    the end of input."""
+
+    def __init__(self, connection: Connection, received: bytes) -> None:
+        self.left = 0           # bytes of the current frame's payload that were not read
+        self._connection = connection
+        self._buffer = memoryview(bytearray(max(SMALL_BYTES, len(received))))
+        self._buffer[:len(received)] = received
+        self._begin, self._end = 0, len(received)
+
+    def next(self) -> Tuple[int, int, int]:
+        """Type, flags and stream of the next frame.  Raises Http2Error if it is too long."""
+        length, flags, number = _FRAME_HEAD.unpack(self.read(_FRAME_HEAD.size))
+        self.left, kind = length >> 8, length & 0xff
+        if self.left > (CONTROL_BYTES if _DATA < kind <= _CONTINUATION else FRAME_BYTES):
+            raise Http2Error(FRAME_SIZE_ERROR, f'a frame of type {kind} with {self.left} bytes')
+        return kind, flags, number & 0x7fffffff
+
+    def payload(self, flags: int = 0, size: Optional[int] = None) -> bytes:
+        """The rest of the payload, without padding.  Raises Http2Error if it is not of `size`."""
+        padding = self.padding(flags)
+        if size is not None and self.left != size:
+            raise Http2Error(FRAME_SIZE_ERROR, f'a frame with {self.left} bytes, not {size}')
+        return self.read(self.left - padding)
+
+    def padding(self, flags: int) -> int:
+        """Read how much of the payload's end is padding (RFC 9113 6.1 and 6.2)."""
+        if not flags & _PADDED:
+            return 0
+        if not self.left:
+            raise Http2Error(FRAME_SIZE_ERROR, 'no length of the padding')
+        padding = self.read(1)[0]
+        if padding > self.left:
+            raise Http2Error(PROTOCOL_ERROR, 'more padding than payload')
+        return padding
+
+    def skip(self) -> None:
+        """Pass over the rest of the payload."""
+        while self.left:
+            self.read(min(self.left, SMALL_BYTES))
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, SMALL_BYTES at the most."""
+        while self._end - self._begin < count:
+            if self._begin + count > len(self._buffer) or self._begin == self._end:
+                size = self._end - self._begin
+                self._buffer[:size] = bytes(self._buffer[self._begin:self._end])
+                self._begin, self._end = 0, size
+            self._end += self._receive(self._buffer[self._end:])
+        data = bytes(self._buffer[self._begin:self._begin + count])
+        self._begin += count
+        self.left -= count
+        return data
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the next bytes, most of them straight from the connection."""
+        count = min(len(view), self._end - self._begin)
+        view[:count] = self._buffer[self._begin:self._begin + count]
+        self._begin += count
+        self.left -= len(view)
+        while count < len(view):
+            count += self._receive(view[count:])
+
+    def _receive(self, view: memoryview) -> int:
+        count = self._connection.receive_into(view)
+        if not count:
+            raise EOFError
+        return count
+
+
+class FrameWriter:
+    """Frames as they go.  What nobody waits for is sent by a thread of its own.  `lock` guards it
+    all; `ended` is notified when that thread has nothing to do."""
+
+    def __init__(self, connection: Connection, lock: threading.Lock) -> None:
+        self.lock = lock
+        self.begun = math.inf           # when the system call began that sends
+        self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
+        self.ended = threading.Condition(lock)
+        self.pending: List[bytes] = []  # frames that the next to write takes along
+        self.dead = False               # nothing can be written any more
+        self._connection = connection
+        self._over = False              # nothing more is to be written
+        self._wanted = threading.Condition(lock)    # to write what is pending
+        self._writing = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread.  Raises Gone if there can be none."""
+        try:
+            threading.Thread(target=self._flush, daemon=True).start()
+        except RuntimeError as error:
+            raise Gone(str(error)) from None
+
+    def queue(self, kind: int, flags: int, number: int, payload: bytes = b'') -> None:
+        """Have a frame sent soon; with the lock."""
+        self.pending.append(frame(kind, flags, number, payload))
+        self._wanted.notify()
+
+    def write(self, parts: List[bytes | memoryview], stream: Optional[Stream] = None) -> bool:
+        """Send frames, after those that wait, unless their stream is lost; whether they went.
+        Raises Gone."""
+        with self._writing:
+            with self.lock:
+                pending, self.pending = b''.join(self.pending), []
+                lost = stream is not None and bool(stream.lost)
+                self.begun = time.monotonic()
+            try:
+                if lost:
+                    parts = []
+                if pending or parts:
+                    self._connection.transmit_parts([pending, *parts])
+            finally:
+                self.begun = math.inf
+        return not lost
+
+    def finish(self) -> None:
+        """End the thread; what it sends may take a while."""
+        with self.lock:
+            self._over = True
+            self._wanted.notify()
+        if not self._writing.acquire(timeout=LINGER_SECONDS):
+            self._connection.cut()
+            self._writing.acquire()
+        self._writing.release()
+
+    def _flush(self) -> None:
+        try:
+            while not self._over:
+                self.write([])
+                with self.lock:
+                    if not self.pending and not self._over:
+                        self.ended.notify_all()
+                        self._wanted.wait()
+        except Gone as gone:
+            log.debug('%s: %s', self._connection.peer, gone)
+            with self.lock:
+                self.dead = True
+                self.ended.notify_all()
+
+
+# ==== Streams ====================================================================================
+# A request of HTTP/2 and its answer (RFC 9113 5.1 and 8), and how much content may pass (5.2).
+
+STREAM_WINDOW = FRAME_BYTES  # bytes of a request's content that may come ahead of its reader
+SPARE_WINDOW = 16 << 20      # bytes more, shared by the requests that announce more
+CONNECTION_WINDOW = 32 << 20  # bytes that may come ahead of all readers together
+SEND_BYTES = 128 * 1024      # of content that is sent at a time
+
+_LOWER_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE = re.compile('(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?')
+_OF_CONNECTION = ('connection', 'keep-alive', 'proxy-connection', 'transfer-encoding', 'upgrade')
+
+
+def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]:
+    """Method, target and headers of a request's fields.  Raises StreamError if it is malformed
+    (RFC 9113 8.1.1, 8.2 and 8.3)."""
+    pseudo: Dict[str, str] = {}
+    headers: Dict[str, str] = {}
+    for name, value in fields:
+        if name.startswith(':'):
+            if headers or name in pseudo or name not in (':method', ':scheme', ':path', ':authority'):
+                raise StreamError(PROTOCOL_ERROR, 'bad pseudo-header field')
+            pseudo[name] = value
+        elif (name in _OF_CONNECTION or not _LOWER_TOKEN.fullmatch(name)
+              or not _VALUE.fullmatch(value) or (name == 'te' and value != 'trailers')):
+            raise StreamError(PROTOCOL_ERROR, 'bad header field')
+        else:
+            headers[name] = f'{headers[name]}, {value}' if name in headers else value
+    method, target = pseudo.get(':method', ''), pseudo.get(':path', '')
+    if method == 'CONNECT' and not target and ':scheme' not in pseudo:  # RFC 9113 8.5
+        target = '/'
+    elif not pseudo.get(':scheme'):
+        raise StreamError(PROTOCOL_ERROR, 'no scheme')
+    if not re.fullmatch(_TOKEN, method) or not re.fullmatch(r'/[!-"$-~]*|\*', target):
+        raise StreamError(PROTOCOL_ERROR, 'bad method or path')
+    host = pseudo.get(':authority', headers.get('host', ''))
+    if not _HOST.fullmatch(host) or headers.get('host', host) != host:
+        raise StreamError(PROTOCOL_ERROR, 'bad authority')
+    if not re.fullmatch('[0-9]{1,18}', headers.get('content-length', '0')):
+        raise StreamError(PROTOCOL_ERROR, 'bad content-length')
+    return method, target, headers
+
+
+class FlowControl:
+    """The windows of a connection and of its `streams`; the writer's lock guards them."""
+
+    def __init__(self, writer: FrameWriter, streams: Dict[int, Stream]) -> None:
+        self.writer = writer
+        self.initial = _DEFAULT_WINDOW      # bytes of content that may be sent on a new stream
+        self.window = _DEFAULT_WINDOW       # and on all of them
+        self.closed = False                 # no more can be hoped for
+        self._streams = streams
+        self._credit = CONNECTION_WINDOW    # bytes of content that the client may send
+        self._owed = 0                      # bytes that will be added to it
+        self._spare = SPARE_WINDOW
+
+    def take(self, count: int) -> None:
+        """So much content has come.  Raises Http2Error if it is too much."""
+        if count > self._credit:
+            raise Http2Error(FLOW_CONTROL_ERROR, 'more content than the connection may send')
+        self._credit -= count
+
+    def give_back(self, count: int) -> None:
+        """Content has left the memory: the client may send as much again."""
+        self._owed += count
+        if self._owed >= CONNECTION_WINDOW // 4:
+            self.writer.queue(_WINDOW_UPDATE, 0, 0, struct.pack('>I', self._owed))
+            self._credit += self._owed
+            self._owed = 0
+
+    def grant(self, stream: Stream) -> None:
+        """Let the client send more of a request's content, if it has more."""
+        missing = (math.inf if stream.lacking is None or stream.padded
+                   else stream.lacking - stream.credit)
+        if stream.ended or missing <= 0:
+            return
+        room = STREAM_WINDOW + stream.boost - stream.credit - stream.kept
+        if missing < math.inf:
+            more = max(min(int(missing) - room, self._spare), 0)
+            stream.boost += more
+            self._spare -= more
+            room = min(room + more, int(missing))
+        if room >= min(missing, STREAM_WINDOW // 2):
+            stream.credit += room
+            self.writer.queue(_WINDOW_UPDATE, 0, stream.number, struct.pack('>I', room))
+
+    def forget(self, stream: Stream) -> None:
+        """A stream is over: others may have what it was given."""
+        self._spare += stream.boost
+
+    def widen(self, increment: int, stream: Optional[Stream] = None) -> None:
+        """The client lets more be sent, on a stream or on all.  Raises Http2Error, StreamError."""
+        if stream:
+            stream.window += increment
+        else:
+            self.window += increment
+        for one in [stream] if stream else self._streams.values():
+            one.changed.notify()
+        if (stream or self).window > _LARGEST_WINDOW:
+            raise (StreamError if stream else Http2Error)(FLOW_CONTROL_ERROR, 'the window is too large')
+
+    def set_initial(self, value: int) -> None:
+        """SETTINGS_INITIAL_WINDOW_SIZE (RFC 9113 6.9.2); windows may become negative.  Raises
+        Http2Error."""
+        change, self.initial = value - self.initial, value
+        for stream in self._streams.values():
+            stream.window += change
+            stream.changed.notify()
+        if any(window > _LARGEST_WINDOW
+               for window in (value, *(stream.window for stream in self._streams.values()))):
+            raise Http2Error(FLOW_CONTROL_ERROR, 'the window of a stream is too large')
+
+    def reserve(self, stream: Stream, count: int) -> int:
+        """How much of `count` bytes of content may be sent; waits until some may, without the
+        lock being held.  Raises Gone."""
+        with self.writer.lock:
+            while not (stream.lost or (stream.window > 0 and self.window > 0)):
+                if self.closed:
+                    raise Gone('the client is gone')
+                stream.changed.wait()
+            if stream.lost:
+                raise Gone(stream.lost)
+            count = min(count, stream.window, self.window, SEND_BYTES)
+            stream.window -= count
+            self.window -= count
+            return count
+
+    def release(self, stream: Stream, count: int) -> None:
+        """Give back what was reserved for content that is not sent; without the lock."""
+        if count:
+            with self.writer.lock:
+                stream.window += count
+                self.window += count
+                for one in self._streams.values():
+                    one.changed.notify()
+
+
+class Stream:
+    """One request, its content and its answer.  The writer's lock guards it; `flow` is the
+    connection's, `length` the bytes of content announced, None if they are not.
+
+    Content goes from the connection straight into the buffer of the thread that waits for it;
+    what comes earlier is kept, as much of it as the flow-control window lets the client send.
+    """
+
+    __slots__ = ('number', 'length', 'lacking', 'head', 'padded', 'window', 'credit', 'boost', 'kept',
+                 'ended', 'answering', 'answered', 'late', 'lost', 'deadline', 'invites', 'changed',
+                 '_flow', '_writer', '_chunks', '_view', '_filling', '_filled')
+
+    def __init__(self, flow: FlowControl, number: int, length: Optional[int],
+                 deadline: float) -> None:
+        self.number = number
+        self.length = length
+        self.lacking = length           # bytes of content announced that have not come
+        self.head = b''                 # of the answer, to be sent with the first of its content
+        self.padded = False             # it takes more than its content from the windows
+        self.window = flow.initial      # bytes of content that may be sent (RFC 9113 6.9)
+        self.credit = STREAM_WINDOW     # bytes that the client may send
+        self.boost = 0                  # bytes of SPARE_WINDOW that it was given
+        self.kept = 0                   # bytes in _chunks
+        self.ended = length == 0        # all content has come
+        self.answering = False
+        self.answered = False
+        self.late = False               # its content took too long
+        self.lost = ''                  # why nothing more can be sent
+        self.deadline = deadline
+        self.invites = False            # the client waits for 100 (Continue)
+        self.changed = threading.Condition(flow.writer.lock)
+        self._flow = flow
+        self._writer = flow.writer
+        self._chunks: collections.deque[memoryview] = collections.deque()
+        self._view: Optional[memoryview] = None     # a thread waits to have it filled
+        self._filling = False
+        self._filled = 0
+
+    def readinto(self, view: memoryview) -> int:
+        """Content of the request, as Body has it."""
+        if self.invites:
+            self.invites = False
+            self._send(self._headers([(':status', '100')], 0))  # RFC 9110 15.2.1
+        with self._writer.lock:
+            self._view, self._filled = view, 0
+            while self._filling or not (self._filled or self._chunks or self.ended or self.lost
+                                        or self.late):
+                self.changed.wait()
+            self._view, count = None, self._filled
+            if self.lost:
+                raise Gone(self.lost)
+            if not count and self._chunks:
+                chunk = self._chunks.popleft()
+                count = min(len(view), len(chunk))
+                view[:count] = chunk[:count]
+                if count < len(chunk):
+                    self._chunks.appendleft(chunk[count:])
+                self.kept -= count
+                self._flow.give_back(count)
+            elif not count and not self.ended:
+                raise HttpError(408, 'the content took too long')
+            self._flow.grant(self)
+        return count
+
+    def offer(self) -> Optional[memoryview]:
+        """Where content is to go that has come, if a thread waits for it; filled() follows."""
+        if self._view is None or self._chunks:
+            return None
+        view, self._view, self._filling = self._view, None, True
+        return view
+
+    def filled(self, count: int) -> None:
+        """So much was put where offer() said."""
+        self._filling, self._filled = False, count
+        self.changed.notify()
+
+    def keep(self, data: bytes | bytearray) -> None:
+        """Keep content until it is asked for.  Many small pieces become one."""
+        self.kept += len(data)
+        if self._chunks and len(data) + len(self._chunks[-1]) < RECEIVE_BYTES:
+            data = bytes(self._chunks.pop()) + data
+        self._chunks.append(memoryview(data))
+        self.changed.notify()
+
+    def forget(self) -> None:
+        """Drop the content that was kept."""
+        self._flow.give_back(self.kept)
+        self.kept = 0
+        self._chunks.clear()
+
+    def lose(self, reason: str) -> None:
+        """Tell the threads that wait here that it is over."""
+        self.lost = self.lost or reason
+        self.forget()
+        self.changed.notify_all()
+
+    def answer(self, method: str, response: Response, sent: List[int]) -> None:
+        """Send the answer; `sent[0]` counts the bytes of its content.  Raises Gone, and OSError if
+        its content cannot be read."""
+        body = response.body
+        headers = [(':status', str(response.status)), ('date', http_date(int(time.time()))),
+                   *((name.lower(), value) for name, value in response.headers)]
+        if isinstance(body, bytes):
+            headers.append(('content-length', str(len(body))))
+        elif isinstance(body, FileSlice):
+            headers.append(('content-length', str(body.length)))
+        if method == 'HEAD' or not body:
+            self._send(self._headers(headers, _END_STREAM))
+            return
+        self.head = self._headers(headers, 0)
+        if isinstance(body, FileSlice):
+            place_thread(roaming=True)
+            self._send_slice(body, sent)
+        else:
+            self._send_chunks(iter([body]) if isinstance(body, bytes) else body, sent)
+
+    def _headers(self, headers: Headers, flags: int) -> bytes:
+        """HEADERS, and CONTINUATION if they are long."""
+        block = encode_headers(headers)
+        parts = [block[at:at + _DEFAULT_FRAME_BYTES]
+                 for at in range(0, len(block), _DEFAULT_FRAME_BYTES)]
+        return b''.join(
+            frame(_CONTINUATION if number else _HEADERS,
+                  (0 if number else flags) | (_END_HEADERS if number == len(parts) - 1 else 0),
+                  self.number, part)
+            for number, part in enumerate(parts))
+
+    def _send_slice(self, content: FileSlice, sent: List[int]) -> None:
+        while content.length:
+            count = self._reserve(content.length)
+            try:
+                data = content.read(count)
+            except OSError:
+                self._flow.release(self, count)
+                raise
+            self._flow.release(self, count - len(data))
+            self._send_content(data, not content.length)
+            sent[0] += len(data)
+
+    def _send_chunks(self, chunks: Iterator[bytes], sent: List[int]) -> None:
+        """Send chunks as they come, one behind, so that a short list leaves in one packet."""
+        waiting = next(chunks, b'')
+        while waiting:
+            following = next(chunks, b'')
+            view = memoryview(waiting)
+            while view:
+                count = self._reserve(len(view))
+                self._send_content(view[:count], not following and count == len(view))
+                view = view[count:]
+                sent[0] += count
+            waiting = following
+
+    def _reserve(self, count: int) -> int:
+        """How much content may be sent now.  While none may, the header goes ahead."""
+        if self.head and (self.window <= 0 or self._flow.window <= 0):
+            head, self.head = self.head, b''
+            self._send(head)
+        return self._flow.reserve(self, count)
+
+    def _send_content(self, data: bytes | memoryview, last: bool) -> None:
+        """Send content for which there is room in the windows."""
+        view = memoryview(data)
+        parts: List[bytes | memoryview] = [self.head]
+        self.head = b''
+        limit = self._writer.frame_bytes
+        for at in range(0, len(view), limit):
+            part = view[at:at + limit]
+            flags = _END_STREAM if last and at + limit >= len(view) else 0
+            parts += (_FRAME_HEAD.pack(len(part) << 8 | _DATA, flags, self.number), part)
+        try:
+            self._send(*parts)
+        except Gone:
+            self._flow.release(self, len(data))
+            raise
+
+    def _send(self, *parts: bytes | memoryview) -> None:
+        if not self._writer.write(list(parts), self):
+            raise Gone(self.lost)
+
+
+# ==== Http2 ======================================================================================
+# One HTTP/2 connection (RFC 9113): its thread reads frames, and each request has one of a pool.
+
+STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
+PATIENCE = 1000              # frames that help nobody: so many at once,
+PATIENCE_SECOND = 100        # and so many a second for ever
+IDLE_THREADS = 8             # that wait for another request
+
+
+class Http2:
+    """One connection: `received` has come on it already.  Each request takes one of `threads`,
+    which all connections share; where there is none, it is refused."""
+
+    def __init__(self, connection: Connection, api: Api, limits: Limits,
+                 threads: threading.Semaphore, received: bytes = b'') -> None:
+        from queue import SimpleQueue
+        self.lock = threading.Lock()    # of what follows, except what one thread alone uses
+        self._connection = connection
+        self._api = api
+        self._limits = limits
+        self._threads = threads
+        self._reader = FrameReader(connection, received)
+        self._writer = FrameWriter(connection, self.lock)
+        self._streams: Dict[int, Stream] = {}
+        self._flow = FlowControl(self._writer, self._streams)
+        self._closed: Dict[int, bool] = {}  # the last ones to go, and whether we have reset them
+        self._running = 0               # requests that have a thread
+        self._leaving = False           # GOAWAY has been sent
+        self._over = False              # all is done
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._idle = 0                  # threads that wait for a job
+        # The reading thread's own
+        self._greeted = False
+        self._last = 0                  # the highest stream yet
+        self._last_served = 0           # and that when GOAWAY was sent
+        self._decoder = HeaderDecoder()
+        self._header = 0                # the stream whose header block is being received
+        self._header_flags = 0
+        self._header_deadline = math.inf
+        self._depends_on_itself = False
+        self._block = b''
+        self._patience = float(PATIENCE)
+        self._annoyed = time.monotonic()
+
+    def run(self) -> bytes:
+        """Serve the connection to its end; requests that are wholly there when input ends are
+        answered.  Raises Gone."""
+        self._connection.share(self)
+        self._connection.place(roaming=False)
+        reason, failed = 'the client is gone', True
+        try:
+            self._greet()
+            while True:
+                self._read_frame()
+        except EOFError:
+            failed = False
+        except HpackError as error:
+            self._leave(COMPRESSION_ERROR, str(error))
+        except Http2Error as error:
+            self._leave(error.code, str(error))
+        except Gone as gone:
+            reason, self._writer.dead = str(gone), True
+        finally:
+            self._wind_up(reason, failed)
+        self._connection.linger()
+        return b''
+
+    def turn_away(self) -> None:
+        """Say that there is no room for this connection.  Raises Gone."""
+        self._connection.transmit(frame(_SETTINGS, 0, 0) + frame(
+            _GOAWAY, 0, 0, struct.pack('>II', 0, ENHANCE_YOUR_CALM)))
+        self._connection.linger()
+
+    def stop(self) -> None:
+        """End the connection, once the requests under way have been answered (RFC 9113 6.8)."""
+        with self.lock:
+            self._leave_gently()
+
+    def expire(self, now: float) -> None:
+        """End what has taken too long; called by a thread that must not wait."""
+        with self.lock:
+            idle = not self._streams
+            if self._over or now - self._writer.begun > self._limits.write_seconds:
+                self._connection.cut()
+                return
+            for stream in [one for one in self._streams.values() if one.deadline < now]:
+                if stream.answered:
+                    self._reset(stream.number, NO_ERROR)
+                elif stream.answering or stream.late:
+                    self._reset(stream.number, CANCEL)
+                else:
+                    stream.late = True
+                    stream.deadline = now + LINGER_SECONDS
+                    stream.changed.notify()
+            if self._header_deadline < now or idle:
+                self._leave_gently()
+                self._connection.end_input()
+            self._rearm()
+
+    # ---- frames that come ----
+
+    def _greet(self) -> None:
+        """Send our settings, and read the client's preface (RFC 9113 3.4)."""
+        settings = {_MAX_CONCURRENT_STREAMS: STREAMS, _INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+                    _MAX_FRAME_SIZE: FRAME_BYTES,
+                    _MAX_HEADER_LIST_SIZE: self._limits.header_bytes}
+        self._connection.transmit(
+            frame(_SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items()))
+            + frame(_WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
+        self._writer.start()
+        if self._reader.read(len(PREFACE)) != PREFACE:
+            raise Http2Error(PROTOCOL_ERROR, 'no preface of HTTP/2')
+        with self.lock:
+            self._rearm()
+
+    def _read_frame(self) -> None:
+        kind, flags, number = self._reader.next()
+        if not self._greeted and (kind != _SETTINGS or flags & _ACK):
+            raise Http2Error(PROTOCOL_ERROR, 'no SETTINGS after the preface')
+        if self._header and (kind != _CONTINUATION or number != self._header):
+            raise Http2Error(PROTOCOL_ERROR, 'a header block is interrupted')
+        if kind < len(_FRAME_HANDLERS):
+            try:
+                _FRAME_HANDLERS[kind](self, flags, number)
+            except StreamError as error:
+                self._annoy()
+                log.debug('%s: stream %d: %s', self._connection.peer, number, error)
+                with self.lock:
+                    self._reset(number, error.code)
+        else:
+            self._annoy()  # RFC 9113 5.5: a type that nobody here knows is ignored
+        if self._reader.left and kind == _DATA:
+            with self.lock:
+                self._flow.give_back(self._reader.left)
+        self._reader.skip()
+
+    def _on_data(self, flags: int, number: int) -> None:
+        """RFC 9113 6.1."""
+        length = self._reader.left
+        padding = self._reader.padding(flags)
+        size = self._reader.left - padding
+        if not size and not flags & _END_STREAM:
+            self._annoy()
+        with self.lock:
+            self._flow.take(length)
+            self._flow.give_back(length - self._reader.left)  # the length of the padding
+            stream = self._find(number)
+            if not stream:
+                if not self._closed.get(number):
+                    raise Http2Error(STREAM_CLOSED, 'content for a closed stream')
+                return
+            if stream.ended:
+                raise StreamError(STREAM_CLOSED, 'content after its end')
+            if length > stream.credit:
+                raise StreamError(FLOW_CONTROL_ERROR, 'more content than its window')
+            stream.credit -= length
+            if stream.lacking is not None:
+                stream.lacking -= size
+                if stream.lacking < 0:
+                    raise StreamError(PROTOCOL_ERROR, 'more content than announced')
+        self._receive(stream, size)
+        if flags & _PADDED:
+            with self.lock:
+                stream.padded = True
+                self._flow.grant(stream)
+        if flags & _END_STREAM:
+            self._end_content(stream)
+
+    def _receive(self, stream: Stream, size: int) -> None:
+        """Pass on the next `size` bytes of content."""
+        if size > SMALL_BYTES:
+            self._connection.place(roaming=True)
+        while size:
+            with self.lock:
+                if stream.answering or stream.lost:
+                    return
+                view = stream.offer()
+            if view is None:
+                data = bytearray(size)
+                self._reader.read_into(memoryview(data))
+                with self.lock:
+                    if stream.answering or stream.lost:
+                        self._flow.give_back(size)
+                    else:
+                        stream.keep(data)
+                return
+            count = 0
+            try:
+                self._reader.read_into(view[:size])
+                count = min(len(view), size)
+            finally:
+                with self.lock:
+                    stream.filled(count)
+                    self._flow.give_back(count)
+            size -= count
+
+    def _end_content(self, stream: Stream) -> None:
+        if stream.lacking:
+            raise StreamError(PROTOCOL_ERROR, 'less content than announced')
+        with self.lock:
+            stream.ended = True
+            if stream.answered and stream.number in self._streams:
+                self._drop(stream, False)
+            stream.changed.notify()
+
+    def _on_headers(self, flags: int, number: int) -> None:
+        """RFC 9113 6.2."""
+        block = self._reader.payload(flags)
+        self._depends_on_itself = False
+        if flags & _PRIORITIZED:
+            if len(block) < 5:
+                raise Http2Error(FRAME_SIZE_ERROR, 'HEADERS without its priority')
+            self._depends_on_itself = int.from_bytes(block[:4], 'big') & 0x7fffffff == number
+            block = block[5:]
+        if not number & 1:
+            raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream that no client opens')
+        with self.lock:
+            if number <= self._last and number not in self._streams:
+                # RFC 9113 5.1.1: lower ones that were left out can never be opened.
+                if number not in self._closed:
+                    raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream before the last')
+                if not self._closed[number]:
+                    raise Http2Error(STREAM_CLOSED, 'HEADERS of a closed stream')
+            self._last = max(number, self._last)
+            self._header, self._header_flags, self._block = number, flags, block
+            if flags & _END_HEADERS == 0:
+                self._header_deadline = time.monotonic() + self._limits.header_seconds
+                self._rearm()
+        if flags & _END_HEADERS:
+            self._end_headers()
+
+    def _on_continuation(self, flags: int, number: int) -> None:
+        """RFC 9113 6.10."""
+        if not self._header:
+            raise Http2Error(PROTOCOL_ERROR, 'CONTINUATION of nothing')
+        if self._reader.left < CONTROL_BYTES // 16 and not flags & _END_HEADERS:
+            self._annoy()
+        self._block += self._reader.payload()
+        if len(self._block) > self._limits.header_bytes + 4 * CONTROL_BYTES:
+            raise Http2Error(ENHANCE_YOUR_CALM, 'a header block without end')
+        if flags & _END_HEADERS:
+            self._end_headers()
+
+    def _end_headers(self) -> None:
+        """A header block is whole: a request's, or the trailers after its content."""
+        number, self._header, block, self._block = self._header, 0, self._block, b''
+        with self.lock:
+            self._header_deadline = math.inf
+            self._rearm()
+            stream = self._streams.get(number)
+        fields, whole = self._decoder.decode(block, self._limits.header_bytes)
+        ended = bool(self._header_flags & _END_STREAM)
+        if stream:
+            if stream.ended:
+                raise StreamError(STREAM_CLOSED, 'HEADERS after the end')
+            if not ended or any(not _LOWER_TOKEN.fullmatch(name) for name, _ in fields):
+                raise StreamError(PROTOCOL_ERROR, 'malformed trailers')
+            self._end_content(stream)
+        elif self._leaving:  # RFC 9113 6.8: it has crossed our GOAWAY
+            with self.lock:
+                self._remember(number, True)
+        elif number not in self._closed:
+            self._open(number, fields, whole, ended)
+
+    def _open(self, number: int, fields: List[Tuple[str, str]], whole: bool, ended: bool) -> None:
+        """Begin to answer a request."""
+        if self._depends_on_itself:  # RFC 7540 5.3.1
+            raise StreamError(PROTOCOL_ERROR, 'a stream depends on itself')
+        method, target, headers = request_of(fields) if whole else ('-', '', {})
+        length = int(headers['content-length']) if 'content-length' in headers else None
+        if ended and length:
+            raise StreamError(PROTOCOL_ERROR, 'less content than announced')
+        if not self._streams:
+            self._connection.place(roaming=False)
+        with self.lock:
+            if len(self._streams) >= STREAMS or self._running >= STREAMS:
+                raise StreamError(REFUSED_STREAM, 'too many requests at once')  # RFC 9113 5.1.2
+            stream = Stream(self._flow, number, 0 if ended else length,
+                            time.monotonic() + self._limits.read_seconds)
+            stream.ended = ended
+            expected = headers.get('expect', '')
+            stream.invites = bool(expected) and not ended
+            request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
+            refusal = None
+            if not whole:  # RFC 9113 10.5.1
+                refusal = HttpError(431, f'the header is longer than {self._limits.header_bytes} bytes')
+            elif expected and expected.lower() != '100-continue':
+                refusal = HttpError(417, 'the only expectation is 100-continue')
+            self._submit(functools.partial(self._serve, stream, request, refusal))
+            self._streams[number] = stream
+            self._running += 1
+            self._rearm()
+            if not stream.invites and not refusal:
+                self._flow.grant(stream)
+
+    def _on_priority(self, flags: int, number: int) -> None:
+        """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
+        self._annoy()
+        if not number:
+            raise Http2Error(PROTOCOL_ERROR, 'PRIORITY of no stream')
+        payload = self._reader.payload(size=5)
+        if int.from_bytes(payload[:4], 'big') & 0x7fffffff == number:  # RFC 7540 5.3.1
+            raise Http2Error(PROTOCOL_ERROR, 'a stream depends on itself')
+
+    def _on_rst_stream(self, flags: int, number: int) -> None:
+        """RFC 9113 6.4."""
+        self._annoy()
+        self._reader.payload(size=4)
+        with self.lock:
+            stream = self._find(number)
+            if stream:
+                stream.lose('the client has cancelled the request')
+                self._drop(stream, False)
+
+    def _on_settings(self, flags: int, number: int) -> None:
+        """RFC 9113 6.5."""
+        if self._greeted:
+            self._annoy()
+        self._greeted = True
+        if number:
+            raise Http2Error(PROTOCOL_ERROR, 'SETTINGS of a stream')
+        payload = self._reader.payload()
+        if len(payload) % _SETTING.size or (flags & _ACK and payload):
+            raise Http2Error(FRAME_SIZE_ERROR, 'SETTINGS of a wrong size')
+        if flags & _ACK:
+            return
+        with self.lock:
+            for setting, value in dict(_SETTING.iter_unpack(payload)).items():
+                self._set(setting, value)
+            self._writer.queue(_SETTINGS, _ACK, 0)
+
+    def _set(self, setting: int, value: int) -> None:
+        """Heed one of the client's settings (RFC 9113 6.5.2); the others bind a sender of what is
+        never sent here."""
+        if setting == _ENABLE_PUSH and value > 1:
+            raise Http2Error(PROTOCOL_ERROR, 'ENABLE_PUSH is neither 0 nor 1')
+        if setting == _MAX_FRAME_SIZE:
+            if not _DEFAULT_FRAME_BYTES <= value < 1 << 24:
+                raise Http2Error(PROTOCOL_ERROR, 'MAX_FRAME_SIZE out of bounds')
+            self._writer.frame_bytes = value
+        if setting == _INITIAL_WINDOW_SIZE:
+            self._flow.set_initial(value)
+
+    def _on_push_promise(self, flags: int, number: int) -> None:
+        raise Http2Error(PROTOCOL_ERROR, 'PUSH_PROMISE from a client')  # RFC 9113 8.4
+
+    def _on_ping(self, flags: int, number: int) -> None:
+        """RFC 9113 6.7."""
+        self._annoy()
+        if number:
+            raise Http2Error(PROTOCOL_ERROR, 'PING of a stream')
+        payload = self._reader.payload(size=8)
+        if not flags & _ACK:
+            with self.lock:
+                self._writer.queue(_PING, _ACK, 0, payload)
+
+    def _on_goaway(self, flags: int, number: int) -> None:
+        """RFC 9113 6.8: the client will open no more streams, and says so by its silence."""
+        self._annoy()
+        if number:
+            raise Http2Error(PROTOCOL_ERROR, 'GOAWAY of a stream')
+        if self._reader.left < 8:
+            raise Http2Error(FRAME_SIZE_ERROR, 'GOAWAY of a wrong size')
+
+    def _on_window_update(self, flags: int, number: int) -> None:
+        """RFC 9113 6.9."""
+        increment = int.from_bytes(self._reader.payload(size=4), 'big') & _LARGEST_WINDOW
+        if increment < _DEFAULT_FRAME_BYTES // 64:
+            self._annoy()
+        with self.lock:
+            stream = self._find(number) if number else None
+            if not increment:
+                raise (StreamError if number else Http2Error)(PROTOCOL_ERROR, 'WINDOW_UPDATE of nothing')
+            if stream or not number:
+                self._flow.widen(increment, stream)
+
+    def _find(self, number: int) -> Optional[Stream]:
+        """The stream of a frame, None if it is closed (RFC 9113 5.1)."""
+        if not number & 1 or number > self._last:
+            raise Http2Error(PROTOCOL_ERROR, 'a frame of a stream that was not opened')
+        return self._streams.get(number)
+
+    def _annoy(self) -> None:
+        """Count a frame that helps nobody (RFC 9113 10.5)."""
+        now = time.monotonic()
+        self._patience = min(self._patience + (now - self._annoyed) * PATIENCE_SECOND, PATIENCE) - 1
+        self._annoyed = now
+        if self._patience < 0 or len(self._writer.pending) > 2 * PATIENCE:
+            raise Http2Error(ENHANCE_YOUR_CALM, 'too many frames that help nobody')
+
+    # ---- requests ----
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        """Have a thread answer a request; with the lock.  Raises StreamError if there is none."""
+        if not self._threads.acquire(blocking=False):
+            raise StreamError(REFUSED_STREAM, 'too many requests on all connections')
+        try:
+            if not self._idle:
+                threading.Thread(target=self._work, daemon=True).start()
+                self._idle += 1
+        except RuntimeError as error:
+            self._threads.release()
+            raise StreamError(REFUSED_STREAM, str(error)) from None
+        self._idle -= 1
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        """A thread of the pool."""
+        while True:
+            try:
+                self._jobs.get()()
+            except Gone as gone:
+                log.debug('%s: %s', self._connection.peer, gone)
+            with self.lock:
+                if self._idle >= IDLE_THREADS or self._flow.closed:
+                    return
+                self._idle += 1
+
+    def _serve(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
+        """Answer one request."""
+        place_thread(roaming=stream.length is None or stream.length > SMALL_BYTES)
+        sent = -1
+        try:
+            if stream.lost:
+                raise Gone(stream.lost)
+            response = self._api.refuse(refusal) if refusal else self._api.handle(request)
+            try:
+                sent = 0
+                self._answer(stream, request, response)
+            finally:
+                response.close()
+        finally:
+            if sent < 0:
+                log_access(request, CLIENT_GONE, 0)
+            with self.lock:
+                self._close(stream)
+                self._threads.release()
+                self._running -= 1
+                self._writer.ended.notify_all()
+
+    def _close(self, stream: Stream) -> None:
+        """An answer is over.  What the client still sends is read if it is little."""
+        stream.answering = stream.answered = True
+        stream.forget()
+        if stream.number not in self._streams:
+            return
+        if stream.ended:
+            self._drop(stream, False)
+        elif stream.lacking is not None and stream.lacking > stream.credit:
+            self._reset(stream.number, NO_ERROR)  # RFC 9113 8.1: complete, the rest is not wanted
+        else:
+            stream.deadline = time.monotonic() + LINGER_SECONDS
+            self._rearm()
+
+    def _reset(self, number: int, code: int) -> None:
+        """Send RST_STREAM; with the lock."""
+        self._writer.queue(_RST_STREAM, 0, number, struct.pack('>I', code))
+        stream = self._streams.get(number)
+        if stream:
+            stream.lose('the stream was reset')
+            self._drop(stream, True)
+        else:
+            self._remember(number, True)
+
+    def _drop(self, stream: Stream, by_us: bool) -> None:
+        """Forget a stream; with the lock.  What still comes for one that we have reset is no fault
+        of the client's (RFC 9113 5.1)."""
+        del self._streams[stream.number]
+        self._remember(stream.number, by_us)
+        self._flow.forget(stream)
+        self._rearm()
+        if self._leaving and not self._streams:
+            self._connection.end_input()
+
+    def _remember(self, number: int, by_us: bool) -> None:
+        """Know a stream as closed, for a while."""
+        self._closed[number] = by_us
+        if len(self._closed) > 4 * STREAMS:
+            del self._closed[next(iter(self._closed))]
+
+    def _rearm(self) -> None:
+        """Set the time until which something must have happened; with the lock."""
+        deadlines = [stream.deadline for stream in self._streams.values()]
+        idle = time.monotonic() + self._limits.idle_seconds
+        self._connection.deadline = min(self._header_deadline, *(deadlines or [idle]),
+                                        self._writer.begun + self._limits.write_seconds)
+
+    def _answer(self, stream: Stream, request: Request, response: Response) -> None:
+        with self.lock:
+            stream.answering = True
+            stream.forget()  # nobody reads content after there is an answer
+            stream.deadline = time.monotonic() + self._limits.write_seconds
+            self._rearm()
+        sent = [0]
+        try:
+            stream.answer(request.method, response, sent)
+        except OSError as error:
+            log.error('%s: an answer is broken off: %s', self._connection.peer, error)
+            with self.lock:
+                if stream.number in self._streams:
+                    self._reset(stream.number, INTERNAL_ERROR)
+        finally:
+            log_access(request, response.status, sent[0])
+
+    # ---- the end ----
+
+    def _leave(self, code: int, reason: str) -> None:
+        """Send GOAWAY after an error (RFC 9113 5.4.1)."""
+        log.log(logging.DEBUG if self._greeted else NOTICE, '%s: %s (HTTP/2 error %d)',
+                self._connection.peer, reason, code)
+        with self.lock:
+            self._say_goodbye(code, reason)
+
+    def _leave_gently(self) -> None:
+        """Take no more requests, and end when there are none; with the lock."""
+        if self._over:
+            return
+        if not self._leaving:
+            self._say_goodbye(NO_ERROR, '')
+        if not self._streams:
+            self._connection.end_input()
+
+    def _say_goodbye(self, code: int, reason: str) -> None:
+        """RFC 9113 6.8: streams above the last are not served, and the last never rises."""
+        if not self._leaving:
+            self._leaving, self._last_served = True, self._last
+        self._writer.queue(_GOAWAY, 0, 0, struct.pack('>II', self._last_served, code)
+                           + reason.encode())
+
+    def _wind_up(self, reason: str, failed: bool) -> None:
+        """No more comes: end what waits for more, and wait for the rest."""
+        with self.lock:
+            self._flow.closed = True
+            for stream in self._streams.values():
+                if failed or not stream.ended:
+                    stream.lose(reason)
+                stream.changed.notify_all()
+            while self._running or (self._writer.pending and not self._writer.dead):
+                if not self._writer.ended.wait(LINGER_SECONDS if failed else None):
+                    self._connection.cut()  # whoever sends gets no further
+            self._over = True
+            for _ in range(self._idle):
+                self._jobs.put(lambda: None)
+        self._writer.finish()
+
+
+_FRAME_HANDLERS = (
+    Http2._on_data, Http2._on_headers, Http2._on_priority, Http2._on_rst_stream, Http2._on_settings,
+    Http2._on_push_promise, Http2._on_ping, Http2._on_goaway, Http2._on_window_update,
+    Http2._on_continuation)
+
+
 # ==== Listeners ==================================================================================
 # The ways in: TCP, unix sockets, sockets that the service manager hands over, and TLS.
 
@@ -2198,6 +3570,9 @@ class Certificates:
             if self._minimum in ('tls1.0', 'tls1.1'):
                 # Their SHA-1 signatures are below OpenSSL's security level 1.
                 context.set_ciphers('DEFAULT:@SECLEVEL=0')
+        # restic may choose among both, and is faster over several connections than over one:
+        # HTTP/2 takes 1.1 to 1.4 of its time, and 1.3 to 2.2 of our processor's.
+        context.set_alpn_protocols(['http/1.1', 'h2'])
         context.load_cert_chain(self._cert, self._key, password='')  # an encrypted key: no prompt
         if self._client_ca:
             context.verify_mode = ssl.CERT_REQUIRED
@@ -2429,7 +3804,7 @@ class Manager:
 
 class Server:
     """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
-    `connections` are served at a time.  Raises OSError."""
+    `connections` are served at a time, and as many requests of HTTP/2.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
@@ -2441,6 +3816,7 @@ class Server:
         self._certificates = certificates
         self._manager = manager or Manager({})
         self._most = connections
+        self._threads = threading.Semaphore(connections)    # of HTTP/2's requests
         self._admitted = 0              # connections whose thread was started or will be
         self._served = 0                # of them, those that are not turned away
         self._connections: Set[Connection] = set()
@@ -2545,12 +3921,16 @@ class Server:
             connection.stop()
         try:
             connection.shake_hands()
-            wire = Http1(connection, self.api, self.limits)
+            wire: Union[Http1, Http2] = (
+                self._http2(connection) if connection.speaks_http2()
+                else Http1(connection, self.api, self.limits))
             if full:
                 self._warn_of_crowd(peer)
                 wire.turn_away()
             else:
-                wire.run()
+                preface = wire.run()
+                if preface:
+                    self._http2(connection, preface).run()
         except Gone as gone:
             log.debug('%s: %s', peer, gone)
         finally:
@@ -2562,6 +3942,9 @@ class Server:
             if self._stopping:
                 with contextlib.suppress(OSError):
                     self._wake_writer.send(b'\0')
+
+    def _http2(self, connection: Connection, received: bytes = b'') -> Http2:
+        return Http2(connection, self.api, self.limits, self._threads, received)
 
     def _warn_of_crowd(self, peer: Peer) -> None:
         """Say that a client is turned away, but not for each of a flood."""

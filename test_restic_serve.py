@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1711,6 +1712,833 @@ class Http1Test(WireTestCase):
         self.assertEqual([len(wire.answer()[2]) for wire in wires], [100_000] * 100)
 
 
+class HpackTest(unittest.TestCase):
+    """RFC 7541's own examples, its appendix C, and what must not be decoded."""
+
+    WWW = [(':method', 'GET'), (':scheme', 'http'), (':path', '/'), (':authority', 'www.example.com')]
+    REQUESTS = [WWW, [*WWW, ('cache-control', 'no-cache')],
+                [(':method', 'GET'), (':scheme', 'https'), (':path', '/index.html'),
+                 (':authority', 'www.example.com'), ('custom-key', 'custom-value')]]
+    MOVED = [(':status', '302'), ('cache-control', 'private'), ('date', 'Mon, 21 Oct 2013 20:13:21 GMT'),
+             ('location', 'https://www.example.com')]
+    RESPONSES = [MOVED, [(':status', '307'), *MOVED[1:]],
+                 [(':status', '200'), MOVED[1], ('date', 'Mon, 21 Oct 2013 20:13:22 GMT'), MOVED[3],
+                  ('content-encoding', 'gzip'),
+                  ('set-cookie', 'foo=ASDJKHQKBZXOQWEOPIUAXQWEOIU; max-age=3600; version=1')]]
+
+    def decode(self, *blocks, limit=4096, decoder=None):
+        decoder = decoder or restic_serve.HeaderDecoder()
+        return [decoder.decode(bytes.fromhex(block) if isinstance(block, str) else block, limit)
+                for block in blocks]
+
+    def check(self, expected, *blocks):
+        self.assertEqual(self.decode(*blocks), [(fields, True) for fields in expected])
+
+    def test_integers_of_appendix_c_1(self):
+        for value, prefix, encoded in ((10, 5, '0a'), (1337, 5, '1f9a0a'), (42, 8, '2a')):
+            self.assertEqual(restic_serve.encode_integer(value, prefix, 0).hex(), encoded)
+
+    def test_single_fields_of_appendix_c_2(self):
+        for field, block in ((('custom-key', 'custom-header'),
+                              '400a637573746f6d2d6b65790d637573746f6d2d686561646572'),
+                             ((':path', '/sample/path'), '040c2f73616d706c652f70617468'),
+                             (('password', 'secret'), '100870617373776f726406736563726574'),
+                             ((':method', 'GET'), '82')):
+            self.check([[field]], block)
+
+    def test_requests_of_appendix_c_3_without_huffman_coding(self):
+        self.check(self.REQUESTS, '828684410f7777772e6578616d706c652e636f6d', '828684be58086e6f2d6361636865',
+                   '828785bf400a637573746f6d2d6b65790c637573746f6d2d76616c7565')
+
+    def test_requests_of_appendix_c_4_with_huffman_coding(self):
+        self.check(self.REQUESTS, '828684418cf1e3c2e5f23a6ba0ab90f4ff', '828684be5886a8eb10649cbf',
+                   '828785bf408825a849e95ba97d7f8925a849e95bb8e8b4bf')
+
+    def test_responses_of_appendix_c_5_with_eviction(self):
+        self.check(self.RESPONSES,  # the table is made as small as it is there: 3fe101
+                   '3fe101' '4803333032580770726976617465611d4d6f6e2c203231204f637420323031332032303a31333a32'
+                   '3120474d546e1768747470733a2f2f7777772e6578616d706c652e636f6d', '4803333037c1c0bf',
+                   '88c1611d4d6f6e2c203231204f637420323031332032303a31333a323220474d54c05a04677a69707738666f'
+                   '6f3d4153444a4b48514b425a584f5157454f50495541585157454f49553b206d61782d6167653d333630303b'
+                   '2076657273696f6e3d31')
+
+    def test_responses_of_appendix_c_6_with_huffman_coding_and_eviction(self):
+        self.check(self.RESPONSES,
+                   '3fe101' '488264025885aec3771a4b6196d07abe941054d444a8200595040b8166e082a62d1bff6e919d29ad'
+                   '171863c78f0b97c8e9ae82ae43d3', '4883640effc1c0bf',
+                   '88c16196d07abe941054d444a8200595040b8166e084a62d1bffc05a839bd9ab77ad94e7821dd7f2e6c7b335'
+                   'dfdfcd5b3960d5af27087f3672c1ab270fb5291f9587316065c003ed4ee5b1063d5007')
+
+    def test_what_is_encoded_is_decoded(self):
+        fields = [(':status', '206'), (':status', '507'), ('content-type', 'x' * 300), ('x-new', 'äö')]
+        self.check([fields], restic_serve.encode_headers(fields))
+
+    def test_every_octet_has_its_huffman_code(self):
+        octets, _ = restic_serve._huffman_codes()
+        self.assertEqual(len(octets), 256)
+        for (bits, code), octet in octets.items():
+            padding = -bits % 8
+            data = ((code << padding) + (1 << padding) - 1).to_bytes((bits + padding) // 8, 'big')
+            self.assertEqual(restic_serve.decode_huffman(data), bytes([octet]))
+
+    def test_what_cannot_be_decoded(self):
+        for block in ('80', 'c6', '7f0700', '40', '4001', '400161', '40016102', '83' '21', '3fe21f', 'ff',
+                      '3fffffffffff0f', '7fffffffffffff01', '00857f', '4085f2b24a84ff',
+                      '0085f2b24a84ff8449509fff', '0085f2b24a84ff83495090', '008184ff', '0001618480ffffff',
+                      '0085f2b24a84ff874951fffffffa7f'):
+            with self.assertRaises(restic_serve.HpackError, msg=block):
+                self.decode(block)
+
+    def test_an_emptied_table_has_no_entries_and_an_entry_that_is_too_large_empties_it(self):
+        decoder = restic_serve.HeaderDecoder()
+        self.decode('400161' '0162', 'be', '20' '3fe11f', decoder=decoder)
+        with self.assertRaises(restic_serve.HpackError):
+            self.decode('be', decoder=decoder)
+        self.decode('4001610162', b'\x40\x01b\x7f\xa1\x1f' + b'x' * 4128, decoder=decoder)
+        with self.assertRaises(restic_serve.HpackError):
+            self.decode('be', decoder=decoder)
+
+    def test_a_header_list_past_its_limit_is_decoded_without_being_kept(self):
+        decoder = restic_serve.HeaderDecoder()
+        bomb = b'\x40\x01a\x7f\xa1\x1e' + b'x' * 4000 + b'\xbe' * 10000
+        (fields, whole), (more, _) = self.decode(bomb, 'be', limit=5000, decoder=decoder)
+        self.assertEqual((len(fields), whole, len(more)), (1, False, 1))
+
+
+# ---- HTTP/2 ----
+
+(DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE,
+ CONTINUATION) = range(10)
+END_STREAM = ACK = 1
+END_HEADERS, PADDED, PRIORITIZED = 4, 8, 32
+frame = restic_serve.frame
+
+
+def fields(method='GET', path='/', *more, **pseudo):
+    """A request's header block; `more` fields follow the pseudo-header fields."""
+    block = {'method': method, 'scheme': 'http', 'path': path, 'authority': 'x', **pseudo}
+    return restic_serve.encode_headers(
+        [(f':{name}', value) for name, value in block.items() if value is not None] + list(more))
+
+
+def headers(number, block=None, flags=END_HEADERS | END_STREAM):
+    return frame(HEADERS, flags, number, fields() if block is None else block)
+
+
+def settings(*pairs):
+    return frame(SETTINGS, 0, 0, b''.join(struct.pack('>HI', *pair) for pair in pairs))
+
+
+def word(value):
+    return struct.pack('>I', value)
+
+
+class Http2Wire(Wire):
+    """A client's end of a connection of HTTP/2, frame by frame; content is counted, and granted
+    again if `grants`."""
+
+    def __init__(self, port=0, sock=None, preface=True, grants=True, initial=65535):
+        if sock:
+            self.sock, self.file = sock, sock.makefile('rb')
+        else:
+            super().__init__(port)
+        self.decoder = restic_serve.HeaderDecoder()
+        self.grants = grants
+        self.settings = {}
+        self.window = 65535     # content that may still be sent
+        if preface:
+            self.send(restic_serve.PREFACE, settings((4, initial)))
+            while self.next()[0] != SETTINGS or not self.settings:
+                pass
+            self.send(frame(SETTINGS, ACK, 0))
+
+    def next(self):
+        """Type, flags, stream and payload of the next frame; None at a clean end."""
+        head = self.file.read(9)
+        if not head:
+            return None
+        length, flags, number = struct.unpack('>IBI', head)
+        kind, payload = length & 255, self.file.read(length >> 8)
+        if len(payload) != length >> 8:
+            raise AssertionError('a frame is cut short')
+        if kind == SETTINGS and not flags & ACK:
+            self.settings = dict(struct.iter_unpack('>HI', payload))
+        if kind == WINDOW_UPDATE and not number:
+            self.window += int.from_bytes(payload, 'big')
+        if kind == DATA and payload and self.grants:
+            self.send(frame(WINDOW_UPDATE, 0, 0, word(len(payload))))
+            if not flags & END_STREAM:
+                self.send(frame(WINDOW_UPDATE, 0, number, word(len(payload))))
+        return kind, flags, number, payload
+
+    def until(self, *kinds, number=None):
+        """The next frame of one of these types, or None."""
+        while True:
+            got = self.next()
+            if not got or (got[0] in kinds and number in (None, got[2])):
+                return got
+
+    def answer(self, number=1):
+        """Status, headers and content of the answer on a stream, or the code of its RST_STREAM."""
+        fields, content, ended = {}, b'', False
+        while not ended:
+            got = self.until(HEADERS, DATA, RST_STREAM, GOAWAY)
+            if got is None or got[0] == GOAWAY:
+                raise AssertionError(f'instead of an answer: {got}')
+            kind, flags, where, payload = got
+            if kind == HEADERS:
+                decoded = dict(self.decoder.decode(payload, 1 << 20)[0])
+            if where != number:
+                continue
+            ended = kind != RST_STREAM and flags & END_STREAM
+            if kind == RST_STREAM:
+                return int.from_bytes(payload, 'big')
+            if kind == HEADERS:
+                fields = decoded
+                if fields[':status'] == '100':
+                    return 100, fields, b''
+            else:
+                content += payload
+        return int(fields[':status']), fields, content
+
+    def upload(self, number, path, content, *more, step=16384):
+        """Send a whole upload that fits the windows."""
+        self.send(headers(number, fields('POST', path, *more), END_HEADERS))
+        for at in range(0, len(content), step):
+            self.send(frame(DATA, END_STREAM if at + step >= len(content) else 0, number,
+                            content[at:at + step]))
+
+    def send(self, *parts):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer is still read
+            super().send(*parts)
+
+
+class Http2TestCase(WireTestCase):
+    def http2(self, **more):
+        wire = Http2Wire(self.port, **more)
+        self.addCleanup(wire.__exit__)
+        return wire
+
+
+TEST = frame(DATA, END_STREAM, 1, b'test')
+POST = headers(1, fields('POST'), END_HEADERS)
+OPEN = headers(1, flags=END_HEADERS)
+CANCELLED = frame(RST_STREAM, 0, 1, word(8))
+TOP = (1 << 31) - 1
+LONG = ('x-long', 'x' * 3500)
+
+
+class Http2FramesTest(Http2TestCase):
+    """What RFC 9113 lets a client send, and what it does not: section by section."""
+
+    def test_what_is_well_formed_is_answered(self):
+        block = fields()
+        for what, parts in {
+                'HEADERS': [headers(1)],
+                'POST with DATA': [POST, TEST],
+                'several DATA': [POST, frame(DATA, 0, 1, b'test'), TEST],
+                'padded DATA': [POST, frame(DATA, END_STREAM | PADDED, 1, b'\x05test' + bytes(5))],
+                'DATA of padding alone': [POST, frame(DATA, END_STREAM | PADDED, 1, b'\x05' + bytes(5))],
+                'the longest DATA': [POST, frame(DATA, END_STREAM, 1, bytes(1 << 20))],
+                'padded HEADERS': [headers(1, b'\x08' + block + bytes(8), 5 | PADDED)],
+                'HEADERS with priority': [headers(1, word(0) + b'\xff' + block, 5 | PRIORITIZED)],
+                'HEADERS with both': [headers(1, b'\x01' + word(3) + b'\xff' + block + b'\0',
+                                              5 | PRIORITIZED | PADDED)],
+                'PRIORITY before': [frame(PRIORITY, 0, 1, word(0) + b'\0'), headers(1)],
+                'PRIORITY of a later one': [frame(PRIORITY, 0, 3, word(1) + b'\0'), headers(1)],
+                'CONTINUATION': [headers(1, block[:5], 1), frame(CONTINUATION, 4, 1, block[5:])],
+                'several': [headers(1, block[:5], 1), frame(CONTINUATION, 0, 1, block[5:9]),
+                            frame(CONTINUATION, 4, 1, block[9:])],
+                'an empty first fragment': [headers(1, b'', 1), frame(CONTINUATION, 4, 1, block)],
+                'a long header': [headers(1, block, 1), frame(CONTINUATION, 0, 1, fields(
+                    None, None, LONG, scheme=None, authority=None)), frame(CONTINUATION, 4, 1, b'\0\1a\1b')],
+                'trailers': [POST, frame(DATA, 0, 1, b'test'), headers(1, restic_serve.encode_headers(
+                    [('x-test', 'ok')]))],
+                'HEAD': [headers(1, fields('HEAD'))],
+                'an unknown setting': [settings((255, 1)), headers(1)],
+                'a setting': [settings((2, 1), (3, 100), (5, 16384), (6, 100)), headers(1)],
+                'an unknown type': [frame(0x16, 255, 0, bytes(8)), headers(1)],
+                'a reserved bit': [frame(PING, 0x16, 1 << 31, bytes(8)), headers(1)],
+                'an answer to a PING': [frame(PING, ACK, 0, bytes(8)), headers(1)],
+                'GOAWAY of a new code': [frame(GOAWAY, 0, 0, word(0) + word(255)), headers(1)],
+                'a reset of a new code': [headers(1), frame(RST_STREAM, 0, 1, word(255)), headers(3)],
+                'te': [headers(1, fields('GET', '/', ('te', 'trailers')))],
+                'CONNECT': [headers(1, fields('CONNECT', None, scheme=None))],
+                'host': [headers(1, fields('GET', '/', ('host', 'x'), authority=None))],
+                **{f'a field as {literal}': [headers(1, block + bytes.fromhex(literal))] for literal in (
+                    'ba', '7a06683273706563', '7a849c48aca4', '4006782d7465737406683273706563',
+                    '4085f2b24a84ff849c48aca4', '0f2b06683273706563', '0f2b849c48aca4',
+                    '0006782d7465737406683273706563', '0085f2b24a84ff849c48aca4',
+                    '1f2b06683273706563', '1f2b849c48aca4', '1006782d7465737406683273706563',
+                    '1085f2b24a84ff849c48aca4')},
+                'a table of another size': [headers(1, b'\x3f\x61\x3f\xe1\x1f' + block)],
+                'a window for what is over': [headers(1), frame(WINDOW_UPDATE, 0, 1, word(1))]}.items():
+            with self.subTest(what), Http2Wire(self.port) as wire:
+                wire.send(*parts, frame(PING, 0, 0, b'question'))
+                numbers = {3 if 'reset' in what else 1: False, None: False}
+                while not all(numbers.values()):
+                    got = wire.until(HEADERS, PING)
+                    self.assertIsNotNone(got)
+                    if got[0] == HEADERS:
+                        numbers[got[2]] = True
+                    elif got[1:] == (ACK, 0, b'question'):
+                        numbers[None] = True
+
+    def test_faults_of_the_connection_end_it(self):
+        block = fields()
+        protocol, flow, closed, size, compression = 1, 3, 5, 6, 9
+        for what, (code, *parts) in {
+                '3.4 SETTINGS first': (protocol, frame(PING, 0, 0, bytes(8))),
+                '3.4 not their answer': (protocol, frame(SETTINGS, ACK, 0)),
+                '4.2 DATA too long': (size, POST, frame(DATA, 1, 1, bytes((1 << 20) + 1))),
+                '4.2 HEADERS too long': (size, headers(1, bytes(17575))),
+                '4.3 half a field': (compression, headers(1, b'\x40')),
+                '4.3 PRIORITY within': (protocol, headers(1, block, 0), frame(PRIORITY, 0, 1, bytes(5))),
+                '4.3 HEADERS within': (protocol, headers(1, block, 0), headers(3)),
+                '4.3 a new type within': (protocol, headers(1, block, 1), frame(0x16, 0, 0, bytes(8))),
+                '5.1 DATA while idle': (protocol, TEST),
+                '5.1 RST_STREAM while idle': (protocol, CANCELLED),
+                '5.1 WINDOW_UPDATE while idle': (protocol, frame(WINDOW_UPDATE, 0, 1, word(100))),
+                '5.1 CONTINUATION while idle': (protocol, frame(CONTINUATION, 4, 1, block)),
+                '5.1 CONTINUATION after the end': (protocol, headers(1), frame(CONTINUATION, 4, 1, block)),
+                '5.1 DATA after RST_STREAM': (closed, OPEN, CANCELLED, TEST),
+                '5.1 HEADERS after RST_STREAM': (closed, OPEN, CANCELLED, headers(1)),
+                '5.1 CONTINUATION after RST_STREAM': (protocol, OPEN, CANCELLED,
+                                                      frame(CONTINUATION, 4, 1, block)),
+                '5.1.1 an even number': (protocol, headers(2)),
+                '5.1.1 a lower number': (protocol, headers(5), headers(3)),
+                '5.3.1 PRIORITY of itself': (protocol, frame(PRIORITY, 0, 1, word(1) + b'\0')),
+                '6.1 DATA of no stream': (protocol, frame(DATA, 1, 0, b'test')),
+                '6.1 padding too long': (protocol, POST, frame(DATA, 1 | PADDED, 1, b'\x06test')),
+                '6.1 no padding': (size, POST, frame(DATA, 1 | PADDED, 1)),
+                '6.2 HEADERS of no stream': (protocol, headers(0)),
+                '6.2 padding too long': (protocol, headers(1, bytes([len(block) + 2]) + block, 5 | PADDED)),
+                '6.2 no priority': (size, headers(1, b'1234', 5 | PRIORITIZED)),
+                '6.3 PRIORITY of no stream': (protocol, frame(PRIORITY, 0, 0, bytes(5))),
+                '6.3 PRIORITY of 4 bytes': (size, headers(1), frame(PRIORITY, 0, 1, bytes(4))),
+                '6.4 RST_STREAM of no stream': (protocol, frame(RST_STREAM, 0, 0, word(8))),
+                '6.4 RST_STREAM of 3 bytes': (size, headers(1), frame(RST_STREAM, 0, 1, bytes(3))),
+                '6.5 an answer with content': (size, frame(SETTINGS, ACK, 0, b'\0')),
+                '6.5 SETTINGS of a stream': (protocol, frame(SETTINGS, 0, 1, bytes(6))),
+                '6.5 SETTINGS of 3 bytes': (size, frame(SETTINGS, 0, 0, bytes(3))),
+                '6.5.2 ENABLE_PUSH 2': (protocol, settings((2, 2))),
+                '6.5.2 INITIAL_WINDOW_SIZE': (flow, settings((4, 1 << 31))),
+                '6.5.2 MAX_FRAME_SIZE too small': (protocol, settings((5, 16383))),
+                '6.5.2 MAX_FRAME_SIZE too large': (protocol, settings((5, 1 << 24))),
+                '6.6 PUSH_PROMISE': (protocol, frame(PUSH_PROMISE, 4, 1, word(3) + block)),
+                '6.7 PING of a stream': (protocol, frame(PING, 0, 1, bytes(8))),
+                '6.7 PING of 6 bytes': (size, frame(PING, 0, 0, bytes(6))),
+                '6.8 GOAWAY of a stream': (protocol, frame(GOAWAY, 0, 1, bytes(8))),
+                '6.8 GOAWAY of 4 bytes': (size, frame(GOAWAY, 0, 0, bytes(4))),
+                '6.9 WINDOW_UPDATE of nothing': (protocol, frame(WINDOW_UPDATE, 0, 0, word(0))),
+                '6.9 WINDOW_UPDATE of 3 bytes': (size, frame(WINDOW_UPDATE, 0, 0, bytes(3))),
+                '6.9.1 the window too large': (flow, *[frame(WINDOW_UPDATE, 0, 0, word(TOP))] * 2),
+                '6.9.2 a window of a stream too large': (
+                    flow, OPEN, frame(WINDOW_UPDATE, 0, 1, word(TOP - 65535)), settings((4, 65600))),
+                '6.10 CONTINUATION of another': (protocol, headers(1, block, 1),
+                                                 frame(CONTINUATION, 4, 3, block)),
+                '6.10 of none': (protocol, headers(1, block, 1), frame(CONTINUATION, 4, 0, block)),
+                '6.10 DATA within': (protocol, headers(1, block, 0), TEST),
+                '6.10 once more': (protocol, headers(1, block, 1), frame(CONTINUATION, 4, 1, b'\x82'),
+                                   frame(CONTINUATION, 4, 1, b'\x82')),
+                'HPACK 2.3.3 an index of nothing': (compression, headers(1, block + b'\xc6')),
+                'HPACK 2.3.3 a name of nothing': (compression, headers(1, block + b'\x7f\x07\0')),
+                'HPACK 4.2 a size at the end': (compression, headers(1, block + b'\x21')),
+                'HPACK 5.2 long padding': (compression, headers(1, block + bytes.fromhex(
+                    '0085f2b24a84ff8449509fff'))),
+                'HPACK 5.2 zeros for padding': (compression, headers(1, block + bytes.fromhex(
+                    '0085f2b24a84ff83495090'))),
+                'HPACK 5.2 EOS': (compression, headers(1, block + bytes.fromhex(
+                    '0085f2b24a84ff874951fffffffa7f'))),
+                'HPACK 6.1 index 0': (compression, headers(1, block + b'\x80')),
+                'HPACK 6.3 a table too large': (compression, headers(1, b'\x3f\xe2\x1f' + block))}.items():
+            with self.subTest(what):
+                wire = Http2Wire(self.port, preface=not what.startswith('3.4'))
+                with wire:
+                    if what.startswith('3.4'):
+                        wire.send(restic_serve.PREFACE)
+                    wire.send(*parts)
+                    got = wire.until(GOAWAY)
+                    self.assertIsNotNone(got, 'no GOAWAY')
+                    self.assertEqual(int.from_bytes(got[3][4:8], 'big'), code, got)
+                    self.assertIsNone(wire.until(GOAWAY))
+
+    def test_faults_of_a_stream_reset_it_alone(self):
+        protocol, flow, closed = 1, 3, 5
+        short = ('content-length', '1')
+        for what, (code, *parts) in {
+                '5.1 DATA after the end': (closed, settings((4, 0)), headers(1), TEST),
+                '5.1 HEADERS after the end': (closed, settings((4, 0)), headers(1), headers(1)),
+                '5.3.1 a stream that depends on itself': (
+                    protocol, headers(1, word(1) + b'\0' + fields(), 5 | PRIORITIZED)),
+                '6.1 POST with DATA after the end': (closed, settings((4, 0)), headers(1, fields('POST')),
+                                                     TEST),
+                '6.9 WINDOW_UPDATE of nothing': (protocol, OPEN, frame(WINDOW_UPDATE, 0, 1, word(0))),
+                '6.9.1 the window too large': (flow, OPEN, *[frame(WINDOW_UPDATE, 0, 1, word(TOP))] * 2),
+                '8.1 trailers without the end': (
+                    protocol, POST, frame(DATA, 0, 1, b'test'), headers(1, b'\0\x01x\x01y', END_HEADERS)),
+                '8.1 trailers with a pseudo-header field': (
+                    protocol, POST, frame(DATA, 0, 1, b'test'), headers(1, b'\x83')),
+                '8.2 upper case': (protocol, headers(1, fields('GET', '/', ('X-TEST', 'ok')))),
+                '8.2 a space in a name': (protocol, headers(1, fields('GET', '/', ('a b', 'ok')))),
+                '8.2.1 a line end in a value': (
+                    protocol, headers(1, fields('GET', '/', ('a', 'b\r\nc: d')))),
+                '8.2.1 a space before a value': (protocol, headers(1, fields('GET', '/', ('a', ' b')))),
+                '8.2.2 connection': (protocol, headers(1, fields('GET', '/', ('connection', 'keep-alive')))),
+                '8.2.2 transfer-encoding': (
+                    protocol, headers(1, fields('POST', '/', ('transfer-encoding', 'chunked')))),
+                '8.2.2 te': (protocol, headers(1, fields('GET', '/', ('te', 'trailers, deflate')))),
+                '8.3 a new pseudo-header field': (protocol, headers(1, fields(test='ok'))),
+                "8.3 an answer's": (protocol, headers(1, fields(status='200'))),
+                '8.3 one after a field': (
+                    protocol, headers(1, fields('GET', '/', ('a', 'b'), (':path', '/')))),
+                '8.3.1 an empty path': (protocol, headers(1, fields('GET', ''))),
+                '8.3.1 no path': (protocol, headers(1, fields('GET', None))),
+                '8.3.1 no method': (protocol, headers(1, fields(None))),
+                '8.3.1 no scheme': (protocol, headers(1, fields(scheme=None))),
+                '8.3.1 two methods': (protocol, headers(1, fields('GET', '/', (':method', 'GET')))),
+                '8.3.1 a relative path': (protocol, headers(1, fields('GET', 'x'))),
+                '8.3.1 a space in the path': (protocol, headers(1, fields('GET', '/a b'))),
+                '8.3.1 two authorities': (protocol, headers(1, fields('GET', '/', ('host', 'y')))),
+                '8.3.1 no host name': (protocol, headers(1, fields(authority='a b'))),
+                '8.1.1 more than announced': (protocol, headers(1, fields('POST', '/', short), 4), TEST),
+                '8.1.1 more, in two': (protocol, headers(1, fields('POST', '/', short), 4),
+                                       frame(DATA, 0, 1, b'test'), frame(RST_STREAM, 0, 1, word(0))),
+                '8.1.1 less than announced': (protocol, headers(1, fields('POST', '/', short), 4),
+                                              frame(DATA, END_STREAM, 1)),
+                '8.1.1 nothing': (protocol, headers(1, fields('POST', '/', short))),
+                '8.1.1 no number': (
+                    protocol, headers(1, fields('POST', '/', ('content-length', 'x'))))}.items():
+            with self.subTest(what), Http2Wire(self.port) as wire:
+                wire.send(*parts)
+                got = wire.until(RST_STREAM, GOAWAY)
+                self.assertEqual((got[0], got[2], int.from_bytes(got[3], 'big')), (RST_STREAM, 1, code), got)
+                wire.send(frame(SETTINGS, 0, 0, b'\0\x04' + word(100)), headers(3))
+                self.assertEqual(wire.answer(3)[0], 404)
+
+    def test_what_comes_after_a_complete_exchange(self):
+        block, closed, protocol = fields(), 5, 1
+        for what, (code, part) in {
+                '5.1 DATA': (closed, TEST), '5.1 HEADERS': (closed, headers(1)),
+                '5.1 CONTINUATION': (protocol, frame(CONTINUATION, 4, 1, block)),
+                '5.1 PRIORITY': (None, frame(PRIORITY, 0, 1, word(0) + b'\xff')),
+                '5.1 RST_STREAM': (None, CANCELLED),
+                '5.1 WINDOW_UPDATE': (None, frame(WINDOW_UPDATE, 0, 1, word(1)))}.items():
+            with self.subTest(what), Http2Wire(self.port) as wire:
+                wire.send(headers(1))
+                self.assertEqual(wire.answer()[0], 404)
+                wire.send(part, frame(PING, 0, 0, b'question'))
+                got = wire.until(GOAWAY, RST_STREAM, PING)
+                self.assertEqual(got[0], GOAWAY if code else PING)
+                if code:
+                    self.assertEqual(got[3][4:8], word(code))
+
+    def test_a_preface_that_is_none_ends_the_connection_without_a_word_of_http_1(self):
+        with Wire(self.port) as wire:
+            wire.send('INVALID CONNECTION PREFACE\r\n\r\n')
+            self.assertEqual(wire.file.read(), b'')
+        with Wire(self.port) as wire:
+            wire.send('PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n')
+            self.assertEqual(wire.file.read()[-40:][-20:], b'no preface of HTTP/2')
+        self.assertEqual(self.ask('GET /\r\n\r\n')[0], 400)
+
+    def test_content_goes_as_the_windows_allow(self):
+        for initial, more, lengths in (
+                ([(4, 100), (4, 1)], [], [1]), ([(4, 0)], [settings((4, 1))], [1]),
+                ([(4, 3)], [settings((4, 2)), frame(WINDOW_UPDATE, 0, 1, word(2))], [3, 1])):
+            with self.subTest(initial), Http2Wire(self.port, grants=False) as wire:
+                wire.send(settings(*initial), headers(1))
+                if len(lengths) > 1:
+                    self.assertEqual(len(wire.until(DATA)[3]), lengths.pop(0))
+                wire.send(*more)
+                self.assertEqual(len(wire.until(DATA)[3]), lengths[0])
+
+    def test_one_request_more_than_allowed_is_refused(self):
+        wire = self.http2(initial=0)
+        most = wire.settings[3]
+        wire.send(*[headers(number) for number in range(1, 2 * most + 2, 2)])
+        got = wire.until(RST_STREAM)
+        self.assertEqual((got[2], got[3]), (2 * most + 1, word(7)))
+        wire.send(settings((4, 100)))
+        ended = set()
+        while len(ended) < most:
+            kind, flags, number, _ = wire.until(DATA)
+            if flags & END_STREAM:
+                ended.add(number)
+
+
+class Http2AbuseTest(Http2TestCase):
+    def check(self, *parts, times=1, code=11):
+        """So many times these frames end the connection."""
+        wire = self.http2(grants=False)
+
+        def flood():
+            with contextlib.suppress(OSError):
+                for _ in range(times):
+                    wire.sock.sendall(b''.join(parts))
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        got = wire.until(GOAWAY)
+        self.assertEqual(int.from_bytes(got[3][4:8], 'big'), code, got)
+        while wire.next():
+            pass
+        wire.__exit__()
+        thread.join()
+        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
+
+    def setUp(self):
+        super().setUp()
+        self.threads = threading.active_count()
+
+    def test_continuation_floods(self):
+        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1) * 3000)
+        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b') * 3000)
+        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b' * 2000) * 20)
+
+    def test_rapid_resets(self):
+        self.check(*[headers(number) + frame(RST_STREAM, 0, number, word(8))
+                     for number in range(1, 5000, 2)])
+
+    def test_floods_of_frames_that_must_be_answered(self):
+        self.check(frame(PING, 0, 0, bytes(8)), times=5000)
+        self.check(settings(), times=5000)
+
+    def test_floods_of_frames_that_say_nothing(self):
+        self.check(POST, frame(DATA, 0, 1) * 5000)
+        self.check(frame(PRIORITY, 0, 5, bytes(5)), times=5000)
+        self.check(headers(1), frame(WINDOW_UPDATE, 0, 1, word(1)) * 5000)
+        self.check(frame(0x77, 0, 0), times=5000)
+
+    def test_content_past_the_windows(self):
+        wire = self.http2()
+        held = threading.Event()
+        self.addCleanup(held.set)
+        with mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
+                               restic_serve.text_response(200, '')):
+            wire.send(POST, frame(DATA, 0, 1, bytes(1 << 20)), frame(DATA, 0, 1, b'x'))
+            self.assertEqual(wire.until(RST_STREAM)[3], word(3))
+            held.set()
+
+    def test_header_bombs_are_431_and_cost_no_memory(self):
+        wire = self.http2()
+        wire.send(headers(1, fields() + b'\x40\x01a\x7f\xa1\x1e' + b'x' * 4000 + b'\xbe' * 10000))
+        status, _, content = wire.answer()
+        self.assertEqual((status, content), (431, b'the header is longer than 4096 bytes\n'))
+        for number, block, expected in ((3, b'\x82\x86\x84\xbe', 431), (5, fields(), 404)):
+            wire.send(headers(number, block))  # the table is what the client thinks
+            self.assertEqual(wire.answer(number)[0], expected)
+
+    def test_what_is_ignored_after_a_reset_costs_the_windows_nothing(self):
+        wire = self.http2()
+        for number in range(1, 200, 2):
+            wire.send(headers(number, fields('POST', '/', ('content-length', '1')), 4),
+                      frame(DATA, 0, number, bytes(1 << 20)))
+        wire.send(headers(201))
+        self.assertEqual(wire.answer(201)[0], 404)
+
+    def test_content_that_comes_after_its_answer_costs_the_windows_nothing(self):
+        wire = self.http2(grants=False)
+        while wire.window < restic_serve.CONNECTION_WINDOW:
+            wire.next()
+        content = frame(DATA, 1, 1, bytes(1 << 20))
+        for number in range(1, 161, 2):
+            wire.send(headers(number, fields('POST', '/nothing', ('content-length', '1048576')), 4),
+                      frame(DATA, 1, number, bytes(1 << 20))[:-500_000])
+            self.assertEqual(wire.answer(number)[0], 400)
+            wire.send(content[-500_000:])
+            wire.window -= 1 << 20
+            self.assertGreaterEqual(wire.window, 0)
+        wire.send(frame(PING, 0, 0, bytes(8)))
+        wire.until(PING)
+        self.assertGreaterEqual(wire.window, restic_serve.CONNECTION_WINDOW * 3 // 4)
+
+    def test_a_reset_in_the_middle_of_a_frame_ends_nothing_else(self):
+        begun, held = threading.Event(), threading.Event()
+        self.addCleanup(held.set)
+        self.server._period = 0.01
+        with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.1), mock.patch.object(
+                Api, 'handle', side_effect=lambda request: held.wait() and
+                restic_serve.text_response(200, 'x')), mock.patch.object(
+                restic_serve.Stream, 'offer', side_effect=begun.set):
+            wire = self.http2(grants=False)
+            content = frame(DATA, 1, 1, bytes(1000))
+            wire.send(headers(1, fields('POST'), 4), content[:-5])
+            self.assertTrue(begun.wait(PATIENCE))
+            held.set()
+            self.assertEqual(wire.answer()[0], 200)
+            self.assertEqual(wire.until(RST_STREAM)[3], word(0))
+            wire.send(content[-5:], headers(3))
+            self.assertEqual(wire.answer(3)[0], 200)
+
+    def test_without_another_thread_a_request_is_refused_and_the_connection_goes_on(self):
+        wire = self.http2(initial=0)
+        wire.send(frame(PING, 0, 0, bytes(8)))
+        wire.until(PING)
+        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start")):
+            wire.send(headers(1))
+            self.assertEqual(wire.until(RST_STREAM)[3], word(7))
+        wire.send(settings((4, 100)), headers(3))
+        self.assertEqual(wire.answer(3)[0], 404)
+
+    def test_the_content_of_a_request_that_was_answered_is_not_kept(self):
+        wire = self.http2(initial=0)
+        wire.send(headers(1, fields('POST', '/nothing'), 4))
+        wire.until(HEADERS)
+        with mock.patch.object(restic_serve.Stream, 'keep', side_effect=AssertionError('kept')):
+            wire.send(frame(DATA, 1, 1, bytes(1 << 20)), frame(PING, 0, 0, bytes(8)))
+            wire.until(PING)
+
+    def test_a_reset_download_gives_the_window_back_once(self):
+        path = self.put(os.urandom(1 << 20))
+        wire = self.http2(grants=False)
+        total = 0
+        for number in range(1, 20, 2):
+            wire.send(headers(number, fields('GET', path)))
+            total += len(wire.until(DATA)[3])
+            wire.send(frame(RST_STREAM, 0, number, word(8)), frame(PING, 0, 0, bytes(8)))
+            while True:
+                kind, _, _, payload = wire.until(DATA, PING)
+                if kind == PING:
+                    break
+                total += len(payload)
+            self.assertLessEqual(total, 65535)
+            if total > 60_000:
+                break
+            wire.send(frame(WINDOW_UPDATE, 0, 0, word(1)))
+            total -= 1
+
+    def test_a_client_that_does_not_read_is_cut_off(self):
+        self.server.limits.write_seconds = 0.5
+        self.server._period = 0.05
+        path = self.put(bytes(8 << 20))
+        wire = self.http2(grants=False, initial=TOP)
+        wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
+        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
+
+
+class Http2Test(Http2TestCase):
+    """Requests and answers."""
+
+    def test_all_that_goes_over_http_1(self):
+        wire = self.http2()
+        number = -1
+        for size in (0, 10, 5000, 3 << 20):
+            content = os.urandom(size)
+            path = f'/data/{named(content)}'
+            number += 2
+            if size:
+                wire.upload(number, path, content, ('content-length', str(size)), step=1 << 20)
+            else:
+                wire.send(headers(number, fields('POST', path)))
+            self.assertEqual(wire.answer(number)[0], 200)
+            number += 2
+            wire.send(headers(number, fields('GET', path)))
+            status, answer, got = wire.answer(number)
+            self.assertEqual((status, got, answer['content-length']), (200, content, str(size)))
+        wire.send(headers(21, fields('GET', path, ('range', 'bytes=5-99999'))))
+        status, answer, got = wire.answer(21)
+        self.assertEqual((status, got), (206, content[5:100000]))
+        self.assertEqual(answer['content-range'], f'bytes 5-99999/{3 << 20}')
+        self.assertRegex(answer['date'], r'^\w{3}, \d\d \w{3} \d{4} ')
+        wire.send(headers(23, fields('HEAD', path)))
+        status, answer, got = wire.answer(23)
+        self.assertEqual((status, answer['content-length'], got), (200, str(3 << 20), b''))
+        wire.send(headers(25, fields('GET', '/data/', ('accept', V2))))
+        self.assertEqual(len(json.loads(wire.answer(25)[2])), 4)
+        wire.send(headers(27, fields('HEAD', '/data/')))
+        self.assertEqual(wire.answer(27)[::2], (200, b''))
+        wire.send(headers(29, fields('DELETE', path)))
+        self.assertEqual(wire.answer(29)[0], 200)
+        wire.send(headers(31, fields('GET', path)))
+        self.assertEqual(wire.answer(31)[0], 404)
+
+    def test_an_upload_of_16_mib_has_the_window_for_all_of_it_at_once(self):
+        content = os.urandom(16 << 20)
+        wire = self.http2()
+        wire.send(headers(1, fields('POST', f'/data/{named(content)}',
+                                    ('content-length', str(len(content)))), 4))
+        got = wire.until(WINDOW_UPDATE, number=1)
+        self.assertEqual(int.from_bytes(got[3], 'big') + wire.settings[4], len(content))
+        for at in range(0, len(content), 1 << 20):
+            wire.send(frame(DATA, int(at + (1 << 20) == len(content)), 1, content[at:at + (1 << 20)]))
+        self.assertEqual(wire.answer()[0], 200)
+
+    def test_an_upload_without_length_or_with_padding_goes_on_past_its_window(self):
+        for step, more, padding in ((100_000, [], b''),
+                                    (1000, [('content-length', str(3 << 20))], bytes(255))):
+            content = os.urandom(3 << 20)
+            wire = self.http2()
+            wire.send(headers(1, fields('POST', f'/data/{named(content)}', *more), 4))
+            window = wire.settings[4]
+            for at in range(0, len(content), step):
+                part = content[at:at + step]
+                part = bytes([len(padding)]) + part + padding if padding else part
+                while window < len(part):
+                    window += int.from_bytes(wire.until(WINDOW_UPDATE, number=1)[3], 'big')
+                window -= len(part)
+                wire.send(frame(DATA, (PADDED if padding else 0) | (at + step >= len(content)), 1, part))
+            self.assertEqual(wire.answer()[0], 200)
+
+    def test_64_stalled_requests_hold_up_nobody(self):
+        content = os.urandom(4 << 20)
+        path = self.put(content)
+        descriptors = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else None
+        wire = self.http2(grants=False, initial=1000)
+        for number in range(1, 128, 4):
+            wire.send(headers(number, fields('GET', path)))
+            upload = os.urandom(100_000)
+            wire.send(headers(number + 2, fields('POST', f'/data/{named(upload)}'), 4),
+                      frame(DATA, 0, number + 2, upload[:50_000]))
+        wire.send(frame(PING, 0, 0, b'question'))
+        self.assertEqual(wire.until(PING)[3], b'question')
+        wire.send(headers(201, fields('GET', '/none')))
+        self.assertEqual(wire.answer(201)[0], 404)
+        wire.send(frame(DATA, 1, 127, upload[50_000:]))  # the last of the uploads goes on
+        self.assertEqual(wire.answer(127)[0], 200)
+        for number in range(1, 126, 2):
+            wire.send(frame(RST_STREAM, 0, number, word(8)))
+        if descriptors:
+            self.wait_until(lambda: len(os.listdir('/proc/self/fd')) <= descriptors + 6, 'files to be closed')
+        wire.send(headers(203, fields('GET', path, ('range', 'bytes=0-99'))))
+        self.assertEqual(wire.answer(203)[2], content[:100])
+
+    def test_many_requests_share_the_window_of_the_connection(self):
+        contents = [os.urandom(300_000) for _ in range(20)]
+        paths = [self.put(content) for content in contents]
+        wire = self.http2()
+        wire.send(*[headers(2 * number + 1, fields('GET', path)) for number, path in enumerate(paths)])
+        got = dict.fromkeys(range(1, 40, 2), b'')
+        left = set(got)
+        while left:
+            _, flags, number, payload = wire.until(DATA)
+            got[number] += payload
+            self.assertLessEqual(len(payload), 16384)
+            if flags & END_STREAM:
+                left.remove(number)
+        self.assertEqual([got[2 * number + 1] for number in range(20)], contents)
+
+    def test_an_upload_that_is_reset_leaves_nothing_and_is_logged(self):
+        content = os.urandom(100_000)
+        wire = self.http2()
+        with self.assertLogs(restic_serve.access_log, logging.INFO) as logs:
+            wire.send(headers(1, fields('POST', f'/data/{named(content)}'), 4),
+                      frame(DATA, 0, 1, content[:50_000]), CANCELLED)
+            self.wait_until(lambda: logs.output, 'its line')
+        self.assertIn(f'"POST /data/{named(content)} HTTP/2.0" 499', logs.output[0])
+        self.assertEqual(self.files(), [])
+
+    def test_100_continue_comes_when_the_content_is_wanted(self):
+        content = os.urandom(1000)
+        wire = self.http2()
+        expect = ('expect', '100-continue')
+        wire.send(headers(1, fields('POST', f'/data/{named(content)}', expect), 4))
+        self.assertEqual(wire.answer()[0], 100)
+        wire.send(frame(DATA, 1, 1, content))
+        self.assertEqual(wire.answer()[0], 200)
+        wire.send(headers(3, fields('POST', '/nothing', expect), 4))
+        self.assertEqual(wire.answer(3)[0], 400)
+        wire.send(headers(5, fields('POST', '/nothing', ('expect', 'x')), 4))
+        self.assertEqual(wire.answer(5)[0], 417)
+
+    def test_content_that_nobody_wants_is_not_asked_for(self):
+        wire = self.http2()
+        wire.send(headers(1, fields('POST', '/nothing', ('content-length', '99999999')), 4))
+        self.assertEqual(wire.answer()[0], 400)
+        self.assertEqual(wire.until(RST_STREAM)[3], word(0))
+        wire.send(frame(DATA, 0, 1, b'on its way'), headers(3))
+        self.assertEqual(wire.answer(3)[0], 404)
+
+    def test_an_answer_that_cannot_be_finished_is_reset(self):
+        path = self.put(os.urandom(1 << 20))
+        wire = self.http2(grants=False)
+        wire.send(headers(1, fields('GET', path)))
+        wire.until(DATA)
+        os.truncate(f'{self.root}{path[:6]}{path[6:8]}/{path[6:]}', 1000)
+        wire.send(frame(WINDOW_UPDATE, 0, 0, word(1 << 20)), frame(WINDOW_UPDATE, 0, 1, word(1 << 20)))
+        self.assertEqual(wire.until(RST_STREAM)[3], word(2))
+        wire.send(headers(3))
+        self.assertEqual(wire.answer(3)[0], 404)
+        self.assertTrue(any('broken off' in line for line in self.log))
+
+    def test_headers_of_an_answer_may_be_long(self):
+        self.server.api._headers.append(('X-Long', 'y' * 40_000))
+        wire = self.http2()
+        wire.send(headers(1))
+        kind, flags, _, block = wire.until(HEADERS)
+        while not flags & END_HEADERS:
+            self.assertLessEqual(len(block), 16384 * 3)
+            kind, flags, _, more = wire.next()
+            self.assertEqual(kind, CONTINUATION)
+            block += more
+        self.assertIn(('x-long', 'y' * 40_000), wire.decoder.decode(block, 1 << 20)[0])
+
+    def test_a_stop_says_goaway_and_lets_requests_finish(self):
+        content = os.urandom(1000)
+        wire, idle = self.http2(), self.http2()
+        wire.send(headers(1, fields('POST', f'/data/{named(content)}'), 4), frame(DATA, 0, 1, content[:500]))
+        wire.send(frame(PING, 0, 0, bytes(8)))
+        wire.until(PING)
+        self.server.stop()
+        for one, last in ((wire, 1), (idle, 0)):
+            got = one.until(GOAWAY)
+            self.assertEqual(got[3], word(last) + word(0))
+        self.assertIsNone(idle.next())
+        # what has crossed GOAWAY is nobody's fault
+        wire.send(headers(3, flags=4), frame(DATA, 1, 3, b'x'), frame(DATA, 1, 1, content[500:]))
+        self.assertEqual(wire.answer()[0], 200)
+        self.assertIsNone(wire.next())
+
+    def test_one_connection_too_many_is_told_so(self):
+        self.server._most = 0
+        wire = Http2Wire(self.port, preface=False)
+        with wire:
+            wire.send(restic_serve.PREFACE, settings())
+            # Before its preface was read, it is answered as HTTP/1.1; TLS tells what it speaks.
+            self.assertTrue(wire.file.read().startswith(b'HTTP/1.1 503 '))
+
+    def test_the_log_has_a_line_a_request(self):
+        wire = self.http2()
+        with self.assertLogs(restic_serve.access_log, logging.INFO) as logs:
+            wire.send(headers(1, fields('GET', '/data/', ('user-agent', 'x'))))
+            wire.answer()
+            self.wait_until(lambda: logs.output, 'its line')
+        self.assertRegex(logs.output[0], r'"GET /data/ HTTP/2\.0" 200 2 "-" "x"$')
+
+
+class Http2TimeLimitTest(Http2TestCase):
+    limits = {'header_seconds': 0.3, 'idle_seconds': 0.3, 'read_seconds': 0.3, 'write_seconds': 0.3}
+
+    def test_an_idle_connection_ends(self):
+        wire = self.http2()
+        self.assertEqual(wire.until(GOAWAY)[3], word(0) + word(0))
+        self.assertIsNone(wire.next())
+
+    def test_a_header_that_does_not_end(self):
+        wire = self.http2()
+        wire.send(headers(1, b'', 1))
+        self.assertIsNotNone(wire.until(GOAWAY))
+
+    def test_a_client_without_a_preface(self):
+        with Wire(self.port) as wire:
+            wire.send('PRI * HTTP/2.0\r\n\r\n')
+            self.assertIn(b'\0\0\x08\x07', wire.file.read())
+
+    def test_a_slow_upload_is_408(self):
+        wire = self.http2()
+        wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4), frame(DATA, 0, 1, b'x'))
+        self.assertEqual(wire.answer()[0], 408)
+        self.assertEqual(self.files(), [])
+
+    def test_a_download_that_is_not_read_is_reset(self):
+        path = self.put(os.urandom(1 << 20))
+        wire = self.http2(grants=False)
+        wire.send(headers(1, fields('GET', path)))
+        self.assertEqual(wire.until(RST_STREAM)[3], word(8))
+        wire.send(frame(WINDOW_UPDATE, 0, 0, word(1000)), headers(3))
+        self.assertEqual(wire.answer(3)[0], 404)
+
+
 class AccessLogTest(WireTestCase):
     def setUp(self):
         super().setUp()
@@ -2287,6 +3115,37 @@ class TlsTest(ListenerTestCase):
         wire.file = wire.sock.makefile('rb')
         self.addCleanup(wire.__exit__)
         return wire
+
+    def test_a_stop_ends_http_2_with_goaway_and_close_notify(self):
+        server = self.start('127.0.0.1:0', certificates=self.certificates())
+        port = server.listeners[0].server_address[1]
+        context = self.ssl.create_default_context(cafile=str(self.authority.path))
+        context.set_alpn_protocols(['h2'])
+        sock = context.wrap_socket(socket.create_connection(('127.0.0.1', port), PATIENCE),
+                                   server_hostname='localhost', suppress_ragged_eofs=False)
+        with Http2Wire(sock=sock) as wire:
+            content = os.urandom(3 << 20)
+            path = f'/data/{named(content)}'
+            wire.upload(1, path, content, ('content-length', str(len(content))))
+            self.assertEqual(wire.answer()[0], 200)
+            wire.send(headers(3, fields('GET', path)))
+            self.assertEqual(wire.answer(3)[2], content)
+            server.stop()
+            self.assertIsNotNone(wire.until(GOAWAY))
+            self.assertIsNone(wire.next())
+
+    def test_one_connection_of_http_2_too_many_is_told_so(self):
+        server = self.start('127.0.0.1:0', certificates=self.certificates())
+        server._most = 0
+        context = self.ssl.create_default_context(cafile=str(self.authority.path))
+        context.set_alpn_protocols(['h2'])
+        sock = context.wrap_socket(socket.create_connection(server.listeners[0].server_address, PATIENCE),
+                                   server_hostname='localhost')
+        with Http2Wire(sock=sock, preface=False) as wire:
+            wire.send(restic_serve.PREFACE, settings())
+            self.assertEqual(wire.next()[0], SETTINGS)
+            self.assertEqual(wire.next(), (GOAWAY, 0, 0, word(0) + word(11)))
+            self.assertIsNone(wire.next())
 
     def serial(self, port):
         return int(self.connect_tls(port).sock.getpeercert()['serialNumber'], 16)
@@ -2970,6 +3829,52 @@ class ReadmeTest(unittest.TestCase):
             done = subprocess.run([analyze, 'verify', *(f'{folder}/{name}' for name, _ in units)],
                                   capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ''))
+
+
+class Http2ClientsTest(TestCase):
+    """What programs that others have written make of HTTP/2."""
+
+    def setUp(self):
+        super().setUp()
+        self.content = os.urandom(3 << 20)
+        self.path = f'host/data/{named(self.content)}'
+        self.file = self.folder / 'file'
+        self.file.write_bytes(self.content)
+
+    def run_it(self, name, *words):
+        return subprocess.run([program(name), *map(str, words)], capture_output=True, check=True,
+                              timeout=PATIENCE).stdout
+
+    def check(self, url, version, *curl_words):
+        out = self.folder / 'out'
+
+        def curl(*words):
+            return self.run_it('curl', '-sS', '-w', '%{http_version} %{http_code}', '-o', out, *curl_words,
+                               *words).decode()
+
+        self.assertEqual(curl('-X', 'POST', f'{url}host/?create=true'), f'{version} 200')
+        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}{self.path}'), f'{version} 200')
+        self.assertEqual(curl(f'{url}{self.path}'), f'{version} 200')
+        self.assertEqual(out.read_bytes(), self.content)
+        self.assertEqual(curl('-r', '1000-1999', f'{url}{self.path}'), f'{version} 206')
+        self.assertEqual(out.read_bytes(), self.content[1000:2000])
+        self.assertEqual(curl('-I', f'{url}{self.path}'), f'{version} 200')
+        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}host/data/{"0" * 64}'), f'{version} 400')
+        self.assertEqual(self.run_it('nghttp', f'{url}{self.path}'), self.content)
+        load = self.run_it('h2load', '-n', '300', '-c', '3', '-m', '20', f'{url}{self.path}').decode()
+        self.assertIn('300 succeeded, 0 failed, 0 errored', load)
+        self.assertIn(f'{300 * len(self.content)}) data', load.replace(' data', ') data').replace('))', ')'))
+
+    def test_prior_knowledge(self):
+        with Program('--addr', '127.0.0.1:0', self.root) as server:
+            self.check(server.url, '2', '--http2-prior-knowledge')
+
+    def test_tls(self):
+        authority = Authority(self.folder)
+        authority.issue('server')
+        with Program('--addr', '127.0.0.1:0', *authority.words('server'), self.root) as server:
+            # Where both are offered it is the faster one; nghttp and h2load offer HTTP/2 alone.
+            self.check(server.url, '1.1', '--cacert', authority.path)
 
 
 class CurlTest(TestCase):
