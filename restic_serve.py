@@ -16,7 +16,7 @@ The chapters stand in the order in which each builds on those above it:
     Connection    a client's bytes, and how long they are waited for
     Http1         requests and answers on one connection of HTTP/1.1
     Hpack         the header compression of HTTP/2
-    Frames        HTTP/2 as it comes and goes
+    Frames        HTTP/2 as it comes and goes, over a socket or standard input and output
     Streams       one request of HTTP/2, its answer, and flow control
     Http2         requests and answers on one connection of HTTP/2
     Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
@@ -1560,6 +1560,9 @@ def _check_repository(path: str) -> str:
 # is Gone; an OSError that comes out of here is one of a file.
 
 SENDFILE_BYTES = 1 << 30     # at a time; the system's own bound is just below 2 GiB
+PIPE_BYTES = 1 << 20         # that a pipe is asked to hold: what Linux allows anyone
+PIPE_LINGER = 100            # milliseconds without input after which there will be no more
+_F_SETPIPE_SZ = 1031         # fcntl(2); the module names it from 3.10 on
 LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
 LINGER_SECONDS = 5
 _MORE = getattr(socket, 'MSG_MORE', 0)
@@ -1591,7 +1594,7 @@ class Connection:
 
     IDLE, READING, WRITING = range(3)
 
-    def __init__(self, sock: socket.socket, peer: Peer, seconds: float) -> None:
+    def __init__(self, sock: socket.socket | Pipes, peer: Peer, seconds: float) -> None:
         """`seconds`: how long the first request is waited for."""
         self.peer = peer
         self.waits = self.IDLE
@@ -1783,9 +1786,9 @@ class Alarm:
         with contextlib.suppress(OSError):
             self._writer.send(b'.')
 
-    def wait(self, fd: int, writing: bool = False) -> bool:
+    def wait(self, fd: int, writing: bool = False, timeout: Optional[int] = None) -> bool:
         """Wait until a descriptor can be read or, if `writing`, written; False if ring() came
-        before."""
+        before, or `timeout` milliseconds have gone."""
         if not hasattr(select, 'poll'):
             inputs: List[Any] = [self._reader] if writing else [fd, self._reader]
             return self._reader not in select.select(inputs, [fd] if writing else [], [])[0]
@@ -1793,7 +1796,7 @@ class Alarm:
         poll.register(fd, select.POLLOUT if writing else select.POLLIN)
         if not writing:
             poll.register(self._reader, select.POLLIN)
-        found = dict(poll.poll())
+        found = dict(poll.poll(timeout))
         return fd in found and self._reader.fileno() not in found
 
     def close(self) -> None:
@@ -1843,6 +1846,54 @@ class SharedTls:
                     return 0
             except ssl.SSLWantWriteError:
                 self._alarm.wait(self._sock.fileno(), writing=True)
+
+
+class Pipes:
+    """Standard input and output in place of a socket that has agreed on HTTP/2."""
+
+    def __init__(self) -> None:
+        self._alarm = Alarm()
+        self._timeout: Optional[int] = None     # milliseconds
+        for fd in (0, 1):
+            os.set_blocking(fd, True)
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+                fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
+
+    def selected_alpn_protocol(self) -> str:
+        return 'h2'
+
+    def recv_into(self, view: memoryview) -> int:
+        return os.readv(0, [view]) if self._alarm.wait(0, timeout=self._timeout) else 0
+
+    def sendall(self, data: bytes, flags: int = 0) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(1, view):]
+
+    def sendmsg(self, parts: List[bytes | memoryview]) -> int:
+        return os.writev(1, parts)
+
+    def end_input(self) -> None:
+        self._alarm.ring()
+
+    def shutdown(self, how: int) -> None:
+        """End output, or with SHUT_RDWR the process: who writes to a pipe cannot be woken."""
+        if how == socket.SHUT_RDWR:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self._timeout = PIPE_LINGER  # some wait for the process's end before they end our input
+        if stat.S_ISSOCK(os.fstat(1).st_mode):
+            with socket.socket(fileno=os.dup(1)) as both:
+                both.shutdown(socket.SHUT_WR)
+        with open(os.devnull, 'wb') as nothing:
+            os.dup2(nothing.fileno(), 1)
+
+    def setsockopt(self, *words: Any) -> None:
+        """A pipe has no options."""
+
+    def close(self) -> None:
+        """The process ends soon."""
 
 
 # ==== Http1 ======================================================================================
@@ -3835,7 +3886,8 @@ class Server:
         except OSError as error:
             self._close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
-        _allow_descriptors(2 * connections + 256)
+        if self.listeners:
+            _allow_descriptors(2 * connections + 256)
         for listener in self.listeners:
             listener.tls = listener.tls and certificates is not None
         self._open_loop()
@@ -3870,6 +3922,17 @@ class Server:
         with contextlib.suppress(OSError):  # it has stopped
             self._wake_writer.send(bytes([signal.SIGTERM]))
 
+    def adopt(self, pipes: Pipes, peer: Peer) -> None:
+        """Serve a connection that was not accepted, and stop when it ends."""
+        def serve() -> None:
+            try:
+                self.serve_connection(pipes, peer, tls=False)
+            finally:
+                self.stop()
+
+        self.admit()
+        threading.Thread(target=serve, daemon=True).start()
+
     def loop(self) -> None:
         """Serve until stop() is called or a signal comes."""
         watchdog = self._manager.watchdog_seconds
@@ -3903,10 +3966,10 @@ class Server:
         with self._lock:
             self._admitted -= 1
 
-    def serve_connection(self, sock: socket.socket, peer: Peer, tls: bool) -> None:
+    def serve_connection(self, sock: socket.socket | Pipes, peer: Peer, tls: bool) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
         try:
-            if tls and self._certificates:
+            if tls and self._certificates and isinstance(sock, socket.socket):
                 sock = self._certificates.wrap(sock)
         except OSError as error:
             log.debug('%s: TLS: %s', peer, error)
@@ -4155,6 +4218,9 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
         '1.2.3.4:8000, [::1]:8080, localhost:0 for a free port, :8080 for every address, '
         'unix:///path/to/socket or /path/to/socket; http:// or tls:// before it says what is '
         'spoken there; may be repeated (default 127.0.0.1:8080)', 'ADDRESS', repeated=True)
+    add(serving, '--stdio', parse_bool, False, 'speak HTTP/2 over standard input and output, for '
+        'restic -o rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; there is no --addr')
+    add(serving, '--b2-hard-delete', parse_bool, False, argparse.SUPPRESS)  # restic says so
     add(serving, '--baseurl', parse_baseurl, '', 'prefix of every URL, behind a proxy', 'PATH')
     add(serving, '--cache-objects', parse_bool, True, "accepted for rclone's sake, and without "
         'effect: nothing is cached that could go stale')
@@ -4262,6 +4328,9 @@ def find_directory(parser: Parser, words: List[str]) -> str:
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what makes no sense together, with one line and exit status 2."""
+    if options.stdio:
+        check_stdio(parser, options)
+        return
     if bool(options.cert) != bool(options.key):
         given, missing = ('--cert', '--key') if options.cert else ('--key', '--cert')
         parser.error(f'{given}: TLS needs {missing} too')
@@ -4285,6 +4354,21 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error('--trust-proxy needs --user-from-header too')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
         parser.error('--addr: tls:// needs --cert and --key too')
+
+
+def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what --stdio cannot do."""
+    for name in ('cert', 'key', 'client_ca', 'min_tls_version', 'htpasswd', 'user', 'pass',
+                 'user_from_header', 'trust_proxy', 'private_repos', 'admin', 'allow_origin'):
+        if getattr(options, name):
+            parser.error(f'--{name.replace("_", "-")}: over --stdio there are no users, certificates '
+                         'or browsers; whoever starts the program may do all but what '
+                         '--append-only forbids')
+    if sys.stdin is None or sys.stdout is None:
+        parser.error('--stdio: standard input or output is closed')
+    if os.isatty(0) or os.isatty(1):
+        parser.error("--stdio is for restic to start, not for a terminal; write restic -o "
+                     "rclone.program='ssh HOST restic_serve.py' -r rclone:DIR snapshots")
 
 
 # ==== Main =======================================================================================
@@ -4330,10 +4414,26 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
     limits = Limits(header_bytes=options.max_header_bytes,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout)
-    api = Api(store, policy, accounts, options.baseurl, options.response_header,
-              options.allow_origin or '')
-    return Server(api, limits, options.addr, certificates, inherited_sockets(os.environ),
-                  options.max_connections, Manager(os.environ))
+    return Server(make_api(options, store, policy, accounts), limits, options.addr, certificates,
+                  inherited_sockets(os.environ), options.max_connections, Manager(os.environ))
+
+
+def make_api(options: argparse.Namespace, store: Store, policy: Policy,
+             accounts: Optional[Accounts] = None) -> Api:
+    """The answers that the options describe."""
+    return Api(store, policy, accounts, options.baseurl, options.response_header,
+               options.allow_origin or '')
+
+
+def serve_stdio(options: argparse.Namespace, store: Store) -> None:
+    """Serve standard input and output until they end."""
+    api = make_api(options, store, Policy(options.append_only))
+    limits = Limits(options.max_header_bytes, math.inf, math.inf, options.server_read_timeout,
+                    options.server_write_timeout)
+    server = Server(api, limits, [])
+    # sshd says where the client is (ssh(1), ENVIRONMENT).
+    server.adopt(Pipes(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
+    server.run()
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
@@ -4398,6 +4498,9 @@ def main(words: Optional[List[str]] = None) -> int:
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible)
         store.prepare()
+        if options.stdio:
+            serve_stdio(options, store)
+            return 0
         server = make_server(options, store)
     except OSError as error:
         reason = f'{error.filename}: {error.strerror}' if error.filename else error

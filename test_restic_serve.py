@@ -2,10 +2,11 @@
 
 They need nothing but Python.  Those that drive another program are skipped where it is missing, or
 fail there if RESTIC_SERVE_TEST_ALL=1.  RESTIC_SERVE_TEST_PEERS names a folder with further restic,
-rclone and rest-server programs.
+rclone and rest-server programs.  RESTIC_SERVE_TEST_LONG=1 adds those that take minutes.
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import errno
@@ -36,6 +37,8 @@ from restic_serve import (
 MODULE = restic_serve.__file__
 V2 = 'application/vnd.x.restic.rest.v2'
 LOCAL = restic_serve.parse_address('127.0.0.1:0')
+long = unittest.skipUnless(os.environ.get('RESTIC_SERVE_TEST_LONG') == '1',
+                           'RESTIC_SERVE_TEST_LONG is not set')
 PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
 
@@ -3436,7 +3439,7 @@ class CommandLineTest(TestCase):
         self.assertEqual((status, error), (0, ''))
         options = set(re.findall(r'-{1,2}[a-z-]+', output))
         for action in restic_serve.make_parser({})._actions:
-            self.assertTrue(not action.option_strings or options & set(action.option_strings), action)
+            self.assertTrue(action.help == argparse.SUPPRESS or options & set(action.option_strings), action)
         self.assertEqual(self.run_it('--version'), (0, f'restic_serve {restic_serve.__version__}\n', ''))
 
     def test_serving_to_all_without_authentication_is_a_warning(self):
@@ -3555,6 +3558,170 @@ class CommandLineTest(TestCase):
             self.assertEqual(wire.ask(get(path, 'Range: bytes=1000-1999'))[2], content[1000:2000])
 
 
+class Stdio:
+    """The server over pipes, or over one socket for both, as a process of its own."""
+
+    def __init__(self, *words, socketed=False, **environment):
+        ours, theirs = socket.socketpair() if socketed else (None, subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, MODULE, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
+            stderr=subprocess.PIPE, env={**clean_environment(), **environment})
+        self._socket = ours
+        if socketed:
+            theirs.close()
+            ours.settimeout(PATIENCE)
+        self.wire = Http2Wire(sock=ours or self)
+
+    def makefile(self, mode):
+        return self.process.stdout
+
+    def sendall(self, data):
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def close(self):
+        if self._socket:
+            self._socket.shutdown(socket.SHUT_WR)
+        else:
+            self.process.stdin.close()
+
+    def finish(self):
+        """Exit status, and what it has logged."""
+        with self.process.stderr as log:
+            text = log.read().decode()
+        return self.process.wait(PATIENCE), text
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.process.stderr, self._socket):
+            if file:
+                file.close()
+        self.wire.file.close()
+
+
+class StdioTest(TestCase):
+    """HTTP/2 over standard input and output."""
+
+    def setUp(self):
+        super().setUp()
+        self.root.mkdir()
+
+    def test_uploads_downloads_and_a_clean_end(self):
+        for socketed in (False, True):
+            content = os.urandom(5 << 20)
+            path = f'/data/{named(content)}'
+            with Stdio('-v', self.root, socketed=socketed, SSH_CONNECTION='10.1.2.3 5 10.1.2.4 22') as server:
+                server.wire.upload(1, path, content, ('content-length', str(len(content))))
+                self.assertEqual(server.wire.answer()[0], 200)
+                server.wire.send(headers(3, fields('GET', path)))
+                self.assertEqual(server.wire.answer(3)[2], content)
+                server.wire.send(headers(5, fields('GET', '/data/')))
+                server.wire.grants = False
+                server.close()  # a request that is whole is answered
+                self.assertEqual(server.wire.answer(5)[0], 200)
+                end = time.monotonic()
+                status, log = server.finish()
+                self.assertLess(time.monotonic() - end, PATIENCE / 3)
+                self.assertEqual(status, 0)
+                self.assertIn(f'10.1.2.3 - - [{time.strftime("%d/%b/%Y")}', log)
+                self.assertIn(f'"GET {path} HTTP/2.0" 200 {len(content)}', log)
+
+    def test_the_end_of_input_leaves_nothing_of_half_an_upload_and_waits_for_no_window(self):
+        content = os.urandom(5 << 20)
+        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
+        with Stdio(self.root) as server:
+            server.wire.grants = False
+            server.wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4), frame(DATA, 0, 1, b'x'),
+                             headers(3, fields('GET', f'/data/{named(content)}')))
+            server.wire.until(DATA)
+            server.close()
+            self.assertEqual(server.finish(), (0, ''))
+        self.assertEqual(len(self.files()), 1)
+
+    def test_the_words_of_restic(self):
+        with Stdio('serve', 'restic', '--stdio', '--b2-hard-delete', self.root) as server:
+            server.wire.send(headers(1, fields('GET', '/file-123')))
+            self.assertEqual(server.wire.answer()[0], 404)
+            server.close()
+            self.assertEqual(server.finish()[0], 0)
+
+    def test_a_signal_ends_it_when_requests_are_done(self):
+        content = os.urandom(1000)
+        with Stdio(self.root) as server:
+            server.wire.send(headers(1, fields('POST', f'/data/{named(content)}'), 4),
+                             frame(DATA, 0, 1, content[:500]), frame(PING, 0, 0, bytes(8)))
+            server.wire.until(PING)
+            server.process.send_signal(signal.SIGTERM)
+            self.assertEqual(server.wire.until(GOAWAY)[3], word(1) + word(0))
+            server.wire.send(frame(DATA, 1, 1, content[500:]))
+            self.assertEqual(server.wire.answer()[0], 200)
+            self.assertEqual(server.finish(), (0, ''))
+        with Stdio(self.root) as server:
+            server.process.send_signal(signal.SIGINT)
+            self.assertEqual(server.finish(), (0, ''))
+
+    def test_what_is_no_http_2_is_told_so(self):
+        done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], capture_output=True,
+                              input=b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', env=clean_environment())
+        self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
+        self.assertIn(b'no preface of HTTP/2', done.stdout)
+
+    def test_an_error_ends_output_at_once(self):
+        for socketed in (False, True):
+            with Stdio(self.root, socketed=socketed) as server:
+                server.wire.send(frame(PING, 0, 3, bytes(8)))
+                self.assertEqual(server.wire.until(GOAWAY)[3][4:8], word(1))
+                begin = time.monotonic()
+                self.assertIsNone(server.wire.next())
+                self.assertLess(time.monotonic() - begin, restic_serve.LINGER_SECONDS)
+
+    @unittest.skipUnless(os.name == 'posix', 'needs a shell')
+    def test_closed_descriptors_are_one_line_and_status_2(self):
+        for closed in ('<&-', '>&-', '<&- >&-'):
+            done = subprocess.run(['sh', '-c', f'exec "$@" {closed}', 'sh', sys.executable, MODULE,
+                                   '--stdio', str(self.root)], stdin=subprocess.DEVNULL, text=True,
+                                  capture_output=True, env=clean_environment(), timeout=PATIENCE)
+            self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), (closed, done.stderr))
+
+    def test_append_only(self):
+        with Stdio('--append-only', self.root) as server:
+            server.wire.send(headers(1, fields('DELETE', f'/data/{"0" * 64}')))
+            self.assertEqual(server.wire.answer()[0], 403)
+            server.wire.send(headers(3, fields('DELETE', f'/locks/{"0" * 64}')))
+            self.assertEqual(server.wire.answer(3)[0], 200)
+
+    def test_a_terminal_is_refused_with_what_to_do(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest('this system has no terminals')
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        for stdin, stdout in ((theirs, subprocess.PIPE), (subprocess.DEVNULL, theirs)):
+            done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], stdin=stdin,
+                                  stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=PATIENCE,
+                                  env=clean_environment())
+            self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), done.stderr)
+            self.assertIn("restic -o rclone.program='ssh HOST restic_serve.py' -r rclone:DIR", done.stderr)
+        os.close(theirs)
+
+    def test_options_that_would_be_void_are_refused(self):
+        for words in (['--htpasswd', 'x'], ['--user', 'a', '--pass', 'b'], ['--cert', 'x', '--key', 'y'],
+                      ['--client-ca', 'x'], ['--private-repos'], ['--admin', 'a'],
+                      ['--min-tls-version', 'tls1.2'],
+                      ['--user-from-header', 'x'], ['--allow-origin', '*']):
+            done = subprocess.run([sys.executable, MODULE, '--stdio', *words, str(self.root)], text=True,
+                                  stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
+            self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
+            self.assertTrue(done.stderr.startswith(f'restic_serve: {words[0]}: '), done.stderr)
+        with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
+            pass
+
+
 # ---- real clients and servers ----
 
 
@@ -3590,6 +3757,10 @@ class ResticTestCase(TestCase):
             self.assertEqual(done.returncode, 0, (words, done.stdout))
         return done.returncode, done.stdout
 
+    def address(self, server, path=''):
+        """The repository at a path, as restic is told it."""
+        return f'rest:{server.url}{path}'
+
     def snapshots(self, repository, **more):
         return json.loads(self.restic(repository, 'snapshots', '--json', **more)[1])
 
@@ -3609,7 +3780,7 @@ class ResticScenarios:
 
     def test_a_repository_from_init_to_prune(self):
         server = self.serve()
-        url = f'rest:{server.url}host/'
+        url = self.address(server, 'host/')
         self.restic(url, 'init')
         self.restic(url, 'backup', self.source)
         (self.source / 'new').write_bytes(os.urandom(500_000))
@@ -3635,7 +3806,7 @@ class ResticScenarios:
 
     def test_copies_and_two_hosts_at_once(self):
         server = self.serve()
-        one, two = f'rest:{server.url}', f'rest:{server.url}deep/below/two/'
+        one, two = self.address(server), self.address(server, 'deep/below/two/')
         self.restic(one, 'init')
         self.restic(two, 'init')
         done = []
@@ -3659,7 +3830,7 @@ class ResticScenarios:
 
     def test_append_only(self):
         server = self.serve('--append-only')
-        url = f'rest:{server.url}host/'
+        url = self.address(server, 'host/')
         self.restic(url, 'init')
         for _ in range(2):
             self.restic(url, 'backup', self.source)
@@ -3671,8 +3842,8 @@ class ResticScenarios:
         self.restic(url, 'backup', self.source)
         self.assert_sound(url)
         self.check_restore(url)
-        self.assertTrue(any('append-only: 127.0.0.1 may not delete /host/snapshots/' in line
-                            for line in server.lines))
+        refused = re.compile(r'append-only: (127\.0\.0\.1|stdio) may not delete (/host)?/snapshots/')
+        self.assertTrue(any(refused.search(line) for line in server.lines), server.lines)
 
 
 class WaysInTest(ResticTestCase):
@@ -3799,6 +3970,108 @@ class NewResticTest(ResticScenarios, ResticTestCase):
         self.root.mkdir()  # rclone caches what it listed: a lock that is gone must be gone for it too
         self.check_exchange(lambda address: [rclone, 'serve', 'restic', '--cache-objects=false',
                                              '--addr', address, str(self.root)])
+
+
+class StdioScenarios(ResticScenarios):
+    """The same without a port: restic starts the server."""
+
+    def serve(self, *words):
+        self.lines, self.words = [], ['-v', *words]
+        return self
+
+    def stop(self):
+        return 0
+
+    def address(self, server, path=''):
+        return f'rclone:{self.root}/{path}'
+
+    def restic(self, repository, *words, **more):
+        status, output = super().restic(
+            repository, '-o', f'rclone.program={sys.executable} {MODULE} {" ".join(self.words)}', *words,
+            **more)
+        self.lines += re.findall('^rclone: .*', output, re.MULTILINE)
+        return status, re.sub('(?m)^rclone: .*\n?', '', output)
+
+
+class NewResticStdioTest(StdioScenarios, ResticTestCase):
+    find_restic = staticmethod(lambda: peer('restic'))
+    test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
+    test_append_only = long(ResticScenarios.test_append_only)
+
+    def test_a_server_that_is_killed_is_told_and_leaves_a_sound_repository(self):
+        self.serve()
+        url = self.address(self)
+        self.restic(url, 'init')
+        for number in range(60):
+            (self.source / f'more {number}').write_bytes(os.urandom(1 << 20))
+        pids = self.folder / 'pids'
+        script = self.folder / 'serve'
+        script.write_text(f'#!/bin/sh\necho $$ >> {pids}\nexec {sys.executable} {MODULE} "$@"\n')
+        script.chmod(0o755)
+        result = []
+
+        def backup():
+            result.extend(ResticTestCase.restic(self, url, '-o', f'rclone.program={script}', 'backup',
+                                                self.source, check=False))
+
+        thread = threading.Thread(target=backup)
+        thread.start()
+        self.wait_until(lambda: any('/data/' in f'/{name}' for name in self.files()), 'a pack')
+        os.kill(int(pids.read_text().split()[-1]), signal.SIGKILL)
+        thread.join()
+        self.assertNotEqual(result[0], 0, result)
+        self.restic(url, 'unlock', '--remove-all')
+        self.restic(url, 'backup', self.source)
+        self.assert_sound(url)
+        self.check_restore(url)
+        self.assertEqual([name for name in self.files() if 'upload-' in name], [])
+
+    @long
+    def test_a_key_of_ssh_that_may_only_append_and_one_that_may_prune(self):
+        sshd = shutil.which('sshd', path=f'{os.environ.get("PATH", "")}:/usr/sbin') or program('sshd')
+        keygen, ssh = program('ssh-keygen'), program('ssh')
+        if os.getuid() == 0:
+            os.makedirs('/run/sshd', exist_ok=True)
+        for name in ('host', 'host1', 'admin'):
+            subprocess.run([keygen, '-q', '-t', 'ed25519', '-N', '', '-f', self.folder / name], check=True)
+        serve = f'{sys.executable} {MODULE} --stdio'
+        keys = self.folder / 'authorized_keys'
+        keys.write_text(''.join(
+            f'restrict,command="{serve} {words} {self.root}" {(self.folder / f"{name}.pub").read_text()}'
+            for name, words in (('host1', '-v --append-only'), ('admin', '-v'))))
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            port = sock.getsockname()[1]
+        config = self.folder / 'sshd_config'
+        config.write_text(f'ListenAddress 127.0.0.1:{port}\nHostKey {self.folder}/host\nPidFile none\n'
+                          f'AuthorizedKeysFile {keys}\nStrictModes no\nPasswordAuthentication no\n')
+        daemon = subprocess.Popen([sshd, '-D', '-e', '-f', config], stderr=subprocess.DEVNULL)
+        self.addCleanup(daemon.wait)
+        self.addCleanup(daemon.kill)
+
+        def listens():
+            with socket.socket() as sock:
+                return sock.connect_ex(('127.0.0.1', port)) == 0
+
+        self.wait_until(listens, 'sshd')
+
+        def restic(key, *words, **more):
+            command = (f'{ssh} -p {port} -i {self.folder}/{key} -o StrictHostKeyChecking=no -o '
+                       f'UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o BatchMode=yes 127.0.0.1')
+            return ResticTestCase.restic(self, 'rclone:x', '-o', f'rclone.program={command}', *words, **more)
+
+        restic('host1', 'init')
+        restic('host1', 'backup', self.source)
+        restic('host1', 'backup', self.source)
+        status, output = restic('host1', 'forget', '--keep-last', '1', '--prune', check=False)
+        self.assertNotEqual(status, 0)
+        self.assertIn('append-only: 127.0.0.1 may not delete /snapshots/', output)
+        restic('admin', 'forget', '--keep-last', '1', '--prune')
+        self.assertIn('no errors were found', restic('host1', 'check', '--read-data')[1])
+
+
+@long
+class OldResticStdioTest(StdioScenarios, ResticTestCase):
+    pass
 
 
 class ReadmeTest(unittest.TestCase):
