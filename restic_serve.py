@@ -203,6 +203,13 @@ def parse_token(text: str) -> str:
     return text
 
 
+def parse_log_format(text: str) -> str:
+    """`text` or `json`."""
+    if text not in ('text', 'json'):
+        raise ValueError(f'{text!r} is no format; write text or json')
+    return text
+
+
 def parse_network(text: str) -> Any:
     """An IP address or a network of them."""
     import ipaddress
@@ -4032,6 +4039,8 @@ class Server:
         if self._certificates:
             self._certificates.reload()
         self.api.accounts.reload()
+        for handler in log.handlers:
+            handler.close()  # LogFile's
         self._manager.tell('READY=1')
 
     def _snapshot(self) -> List[Connection]:
@@ -4104,12 +4113,40 @@ class LogFormatter(logging.Formatter):
         return super().format(record)
 
 
-def start_log(level: int, path: str) -> None:
+class JsonFormatter(logging.Formatter):
+    """An object a line; those of the access log have their parts as members, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        import json
+        moment = time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(record.created))
+        entry: Dict[str, Any] = {'time': moment, 'level': record.levelname, 'message': record.getMessage()}
+        if record.name == access_log.name and isinstance(record.args, tuple):
+            client, user, _, request, status, sent, referer, agent = record.args
+            entry.update(client=str(client), user=user, request=request, status=status,
+                         bytes=0 if sent == '-' else sent, referer=referer, agent=agent)
+        return json.dumps(entry)
+
+
+class LogFile(logging.FileHandler):
+    """The end of a file.  After close(), which logrotate's SIGHUP does, the next line opens it
+    anew; where that fails, or the disk is full, lines are lost and the service goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def start_log(level: int, path: str, json: bool = False) -> None:
     """Send logs to stderr, or to the end of the file `path`.  Raises OSError."""
     logging.addLevelName(NOTICE, 'NOTICE')
     logging.raiseExceptions = False  # a full disk for the log must not stop the service
-    handler = logging.FileHandler(path) if path else logging.StreamHandler()
-    handler.setFormatter(LogFormatter('%(asctime)s %(levelname)s: %(message)s', _DATE_FORMAT))
+    handler = LogFile(path) if path else logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if json else LogFormatter(
+        '%(asctime)s %(levelname)s: %(message)s', _DATE_FORMAT))
     log.addHandler(handler)
     log.setLevel(level)
     log.propagate = False
@@ -4285,7 +4322,10 @@ def _add_watching(parser: Parser) -> None:
     add(logs, '--quiet', parse_bool, False, 'log errors only; also -q')
     logs.add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
                       help=argparse.SUPPRESS)
-    add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr', 'FILE')
+    add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr; SIGHUP opens '
+        'it anew', 'FILE')
+    add(logs, '--log-format', parse_log_format, 'text', 'text, or json for an object a line '
+        '(default text)', 'FORMAT')
 
 
 def _add_accounts(parser: Parser) -> None:
@@ -4490,7 +4530,7 @@ def main(words: Optional[List[str]] = None) -> int:
     level = logging.ERROR if options.quiet else {0: NOTICE, 1: logging.INFO}.get(
         options.verbose, logging.DEBUG)
     try:
-        start_log(level, options.log_file)
+        start_log(level, options.log_file, options.log_format == 'json')
         for name in parser.unknown_variables():
             log.warning('the environment has %s, which is no option', name)
         if options.allow_origin == '*':

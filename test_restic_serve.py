@@ -59,6 +59,12 @@ def peer(name):
     return program(name, PEERS)
 
 
+def listens(address):
+    """Whether a server answers at an address of TCP or a path; the path may be there before."""
+    with socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX) as sock:
+        return sock.connect_ex(address) == 0
+
+
 def named(content):
     """The name of an object."""
     return hashlib.sha256(content).hexdigest()
@@ -3466,6 +3472,52 @@ class CommandLineTest(TestCase):
             self.wait_until(lambda: log.exists() and 'try it' in log.read_text(), 'the log')
             server.stop()
             self.assertEqual(server.process.stderr.read(), '')
+
+    @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'this system has no SIGHUP')
+    def test_a_log_that_was_moved_away_is_opened_anew_on_sighup(self):
+        log, moved = self.folder / 'log', self.folder / 'log.1'
+        with Program('-v', '--addr', '127.0.0.1:0', '--log-file', log, self.root, wait=False) as server:
+            self.wait_until(lambda: log.exists() and 'try it' in log.read_text(), 'the log')
+            port = int(re.search(r':(\d+)/ init', log.read_text())[1])
+            with Wire(port) as wire:
+                wire.ask(get('/before'))
+                log.rename(moved)
+                wire.ask(get('/moved'))
+                self.wait_until(lambda: '/moved' in moved.read_text(), 'the old file to be used')
+                server.process.send_signal(signal.SIGHUP)
+                self.wait_until(lambda: wire.ask(get('/after')) and log.exists(), 'the new file')
+            self.assertEqual(server.stop(), 0)
+        self.assertIn('/after', log.read_text())
+
+    @unittest.skipUnless(os.path.exists('/dev/full'), 'this system has no /dev/full')
+    def test_a_full_disk_for_the_log_stops_nothing(self):
+        socket_path = self.folder / 'socket'
+        with Program('-v', '--addr', socket_path, '--log-file', '/dev/full', self.root, wait=False) as server:
+            self.wait_until(lambda: listens(str(socket_path)), 'the server')
+            for _ in range(3):
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.settimeout(PATIENCE)
+                    sock.connect(str(socket_path))
+                    sock.sendall(get('/config'))
+                    self.assertTrue(sock.recv(100).startswith(b'HTTP/1.1 404'))
+                server.process.send_signal(signal.SIGHUP)
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(server.process.stderr.read(), '')
+
+    def test_the_log_as_json(self):
+        with Program('-v', '--addr', '127.0.0.1:0', '--log-format=json', self.root) as server:
+            with Wire(server.port) as wire:
+                wire.ask(get('/config?a="b"', 'User-Agent: "x"', 'Referer: y'))
+            self.assertEqual(server.stop(), 0)
+        entries = [json.loads(line) for line in server.lines]
+        self.assertRegex(entries[0]['time'], r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}$')
+        self.assertEqual([entry['level'] for entry in entries], ['NOTICE'] * 3 + ['INFO'])
+        self.assertIn(f'serving {self.root} on ', entries[1]['message'])
+        request = {key: entries[3][key] for key in ('client', 'user', 'request', 'status', 'bytes', 'referer',
+                                                    'agent')}
+        self.assertEqual(request, {
+            'client': '127.0.0.1', 'user': '-', 'request': 'GET /config?a=\\x22b\\x22 HTTP/1.1',
+            'status': 404, 'bytes': 10, 'referer': 'y', 'agent': '\\x22x\\x22'})
 
     def test_users_are_added_and_removed_from_the_command_line(self):
         file = self.folder / 'htpasswd'
