@@ -10,6 +10,8 @@ The chapters stand in the order in which each builds on those above it:
     Messages      Request, Response and what else passes between a wire and the Api
     Files         directories as lists, what is on the disk
     Store         repositories and objects as files; an object is whole or absent
+    Counters      what happens, counted by all processes that serve
+    Usage         how much each repository holds, and may hold
     Accounts      who asks: passwords, and what else names a user
     Policy        what that user may do
     Api           routes and answers
@@ -42,6 +44,7 @@ import hashlib
 import hmac
 import logging
 import math
+import operator
 import os
 import re
 import select
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
         Protocol, Set, Tuple, Union)
 
     Headers = List[Tuple[str, str]]
+    Key = Tuple[str, ...]                   # of a row of Counters
 
     class Body(Protocol):
         """The content of a request, read as it arrives."""
@@ -85,8 +89,8 @@ access_log = logging.getLogger('restic_serve.access')
 
 
 # ==== Units ======================================================================================
-# Text from the command line or the environment to a value.  Parsing only: a ValueError carries
-# one line that names the value and what would be right.
+# Text from the command line or the environment to a value, and a few values to text.  A ValueError
+# carries one line that names the value and what would be right.
 
 _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0,
             'd': 86400.0, 'w': 7 * 86400.0, 'M': 30 * 86400.0, 'y': 365 * 86400.0}
@@ -101,6 +105,31 @@ def parse_duration(text: str) -> float:
     if not parts or ''.join(number + unit for number, unit in parts) != text:
         raise ValueError(f'{text!r} is no duration; write 300ms, 10s, 1h0m0s or 2d')
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+_SIZE = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(?:(B?)|([KMGTPE])i?B?)', re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size in rclone's syntax: `512k`, `10M`, `1.5G`, `100B`; without a suffix KiB."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f'{text!r} is no size; write 100B, 512k, 10M or 1.5G')
+    return int(float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper()))
+
+
+def parse_quota(text: str) -> int:
+    """Bytes of a size as parse_size() has them, but without a suffix bytes, as in rest-server."""
+    return int(text) if re.fullmatch('[0-9]{1,18}', text) else parse_size(text)
+
+
+def format_size(count: float) -> str:
+    """Bytes for people: `0 B`, `999 B`, `1.5 KiB`, `12.0 GiB`."""
+    units = ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB']
+    while abs(count) >= 1000 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f'{count:.0f} B' if units[0] == 'B' else f'{count:.1f} {units[0]}'
 
 
 def parse_bool(text: str) -> bool:
@@ -437,6 +466,20 @@ _READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
                | getattr(os, 'O_NONBLOCK', 0))
 
 
+def object_entries(folder: str, prefix: str = '') -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+    """The objects in a folder, their names beginning with `prefix`, and what stat(2) says of them.
+    Raises OSError."""
+    with _scan(folder) as entries:
+        for entry in entries:
+            if (_NAME.fullmatch(entry.name) and entry.name.startswith(prefix)
+                    and entry.is_file(follow_symlinks=False)):
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # deleted since the directory was read
+                    continue
+                yield entry, status
+
+
 def stamp(path: str) -> Tuple[int, ...]:
     """What changes when a file does; empty if there is none."""
     try:
@@ -531,10 +574,13 @@ def _exclusive(folder: str) -> Iterator[None]:
 # name.
 
 KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
+DEEPEST = 64                      # segments of a repository's path
 HIDDEN = '.restic_serve'          # the folder under DIR for what is no repository
 SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind
 SCRATCH_SECONDS = 3600            # how old a left-over must be to be removed at start
 SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
+LOOK_SECONDS = 1.0                # between two looks at what may change
+REMEMBERED = 1024                 # passwords that were verified, and repositories that were looked at
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
@@ -711,6 +757,7 @@ class Store:
         self.file_mode = 0o660 if shared else 0o600
         self.directory_mode = 0o770 if shared else 0o700
         self.shared = shared
+        self._checked: Dict[str, float] = {}    # until when a repository is behind no link
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
@@ -739,6 +786,7 @@ class Store:
 
     def create_repository(self, repository: str) -> None:
         """Make the directories of a repository; those that exist stay as they are."""
+        self._check_links(repository)
         base = self.root + repository
         for kind in KINDS:
             self._make_directory(f'{base}/{kind}')
@@ -758,16 +806,66 @@ class Store:
                     with _scan(entry.path) as inner:
                         yield from _objects(inner, sizes, entry.name)
 
-    def delete(self, location: Location) -> bool:
-        """Remove an object; whether there was one."""
+    def size(self, location: Location) -> Optional[int]:
+        """Bytes of an object, None if it is missing."""
         try:
+            return os.lstat(self._path(location)).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def repositories(self) -> Iterator[str]:
+        """All repositories: where there is a config or the folder of a kind.  What cannot be read
+        is logged and left out; links are not followed, as they are not served if they lead out."""
+        paths = ['']
+        while paths:
+            path = paths.pop()
+            try:
+                with _scan(self.root + path or os.sep) as entries:
+                    folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+            except OSError as error:
+                log.warning('what is below %s is not known: %s', path or '/', error)
+                continue
+            if not folders.isdisjoint(KINDS) or os.path.isfile(f'{self.root}{path}/config'):
+                yield path
+            if path.count('/') < DEEPEST:
+                paths += [f'{path}/{name}' for name in folders.difference(KINDS)
+                          if path or name != HIDDEN]
+
+    def folders(self, repository: str) -> Iterator[Tuple[str, str]]:
+        """The folders that hold a repository's objects: their kind and path."""
+        base = self.root + repository
+        for kind in KINDS:
+            if kind != 'data':
+                yield kind, f'{base}/{kind}'
+                continue
+            try:
+                with _scan(f'{base}/data') as entries:
+                    yield from [(kind, entry.path) for entry in entries
+                                if _SUBDIRECTORY.fullmatch(entry.name)
+                                and entry.is_dir(follow_symlinks=False)]
+            except OSError:
+                yield kind, f'{base}/data'  # whoever reads it will see
+
+    def now(self) -> float:
+        """Seconds since the epoch by the file system's clock, which may be another host's; by our
+        own if it cannot be asked."""
+        try:
+            with Scratch(self, self.root or os.sep) as scratch:
+                return os.fstat(scratch.fd).st_ctime
+        except OSError:
+            return time.time()
+
+    def delete(self, location: Location) -> Optional[int]:
+        """Remove an object; its bytes, None if there was none."""
+        try:
+            size = self.size(location)
             os.unlink(self._path(location))
         except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+            return None
+        return size
 
-    def save(self, location: Location, body: Body) -> None:
-        """Store an object, on the disk when this returns.
+    def save(self, location: Location, body: Body) -> Tuple[int, int]:
+        """Store an object, on the disk when this returns; how many objects and bytes came.
 
         One that is there already is checked against the body, and replaced if it is damaged.
         Raises HttpError 400 if the content does not match its name, 403 for another config.
@@ -777,7 +875,8 @@ class Store:
             digest = scratch.receive(body, self.verify)
             if location.name and digest not in ('', location.name):
                 raise HttpError(400, f'the content has the SHA-256 {digest}, not its name')
-            if not location.name and not os.fstat(scratch.fd).st_size:
+            came = 1, os.fstat(scratch.fd).st_size
+            if not location.name and not came[1]:
                 raise HttpError(400, 'an empty config')
             sync_file(scratch.fd)
             while True:
@@ -789,9 +888,12 @@ class Store:
                     if location.name and digest != location.name:
                         raise HttpError(400, f'the content has the SHA-256 {digest}, '
                                              'not its name') from None
+                    before = self.size(location) or 0
                     if self._settle(location, path, digest, scratch):
+                        came = 0, (self.size(location) or 0) - before
                         break
             sync_directory(os.path.dirname(path))
+        return came
 
     def _settle(self, location: Location, path: str, digest: str, scratch: Scratch) -> bool:
         """Whether what stands at `path` is the content of `scratch` now; False if it is gone."""
@@ -815,13 +917,31 @@ class Store:
         return True
 
     def _path(self, location: Location) -> str:
-        """The file or folder of an object or list."""
+        """The file or folder of an object or list.  Raises PermissionError for a repository behind
+        a link that leads out of the directory."""
+        if location.repository:
+            self._check_links(location.repository)
         kind, name = location.kind, location.name
         if not name:
             return f'{self.root}{location.repository}/{kind}'
         if kind == 'data':
             return f'{self.root}{location.repository}/data/{name[:2]}/{name}'
         return f'{self.root}{location.repository}/{kind}/{name}'
+
+    def _check_links(self, repository: str) -> None:
+        now, end = time.monotonic(), len(repository)
+        if now < self._checked.get(repository, 0.0):
+            return
+        while end > 0:
+            path = self.root + repository[:end]
+            if os.path.islink(path):
+                inside = os.path.join(os.path.realpath(self.root or os.sep), '')
+                if not os.path.realpath(path).startswith(inside):
+                    raise PermissionError(errno.EACCES, 'a link that leads out of the directory', path)
+            end = repository.rfind('/', 0, end)
+        if len(self._checked) >= REMEMBERED:
+            self._checked.clear()
+        self._checked[repository] = now + LOOK_SECONDS
 
     def _scratch_for(self, path: str) -> Scratch:
         """A scratch file for an object; its folder is made if it is missing, as rclone makes the
@@ -875,12 +995,441 @@ class Store:
             log.error('what uploads left behind stays: %s', error)
 
 
+# ==== Counters ===================================================================================
+# What happens, counted by all processes that serve.
+
+SLOT_BYTES = 32 << 20       # of addresses for one process's numbers; memory is taken as they come
+SPARE_BYTES = 2 << 20       # of them, for all but what is counted of each repository
+# Rows of what is there now: they end with the process that counted it.
+_PASSING = ('connections', 'room')
+_OF_REPOSITORIES = ('added', 'removed', 'base', 'snapshot', 'blob')
+
+
+class Counters:
+    """Rows of whole numbers under keys of words, in memory that processes share if it is made
+    before they part.  Each process writes to one of the `slots` alone and reads all of them, so
+    that none waits for another.  A reader may see one number of a row changed and the next not
+    yet."""
+
+    def __init__(self, slots: int = 1) -> None:
+        import mmap
+        self._size = SLOT_BYTES // 8
+        self._words = memoryview(mmap.mmap(-1, slots * SLOT_BYTES)).cast('q')
+        # Of each slot: where its rows are, and up to where it has been looked through.  A slot
+        # begins with its length in words; a row is its width, its key's bytes, numbers and key.
+        self._rows: List[Dict[Key, range]] = [{} for _ in range(slots)]
+        self._looked = [slot * self._size + 1 for slot in range(slots)]
+        self._full = False
+        self.join(0)
+
+    def join(self, slot: int) -> None:
+        """From now on this process writes to `slot`, and goes on from what is there."""
+        self._own = slot
+        self._lock = threading.Lock()
+        self.clear(slot)
+
+    def clear(self, slot: int) -> None:
+        """Forget what was passing in a slot whose process has died."""
+        with self._lock:
+            self._look(slot)
+            for key, row in self._rows[slot].items():
+                if key[0] in _PASSING:
+                    for index in row:
+                        self._words[index] = 0
+
+    def add(self, key: Key, *amounts: int) -> bool:
+        """Add to the numbers of this process's row; false if there is no room for a row."""
+        with self._lock:
+            words, row = self._words, self._row(key, len(amounts))
+            for index, amount in zip(row, amounts):
+                words[index] += amount
+        return bool(row)
+
+    def put(self, key: Key, *values: int) -> None:
+        """Set the numbers of this process's row, if there is room for one."""
+        with self._lock:
+            words = self._words
+            for index, value in zip(self._row(key, len(values)), values):
+                words[index] = value
+
+    def read(self, key: Key) -> List[List[int]]:
+        """The rows under a key, of as many processes as have one."""
+        with self._lock:
+            for slot in range(len(self._rows)):
+                self._look(slot)
+            return [[self._words[index] for index in rows[key]]
+                    for rows in self._rows if key in rows]
+
+    def total(self, key: Key, width: int) -> List[int]:
+        """The first `width` numbers under a key, added up over all processes."""
+        return [sum(row[number] for row in self.read(key)) for number in range(width)]
+
+    def find(self, kind: str, merge: Callable[[int, int], int] = operator.add
+             ) -> Dict[Key, List[int]]:
+        """All rows whose keys begin with the word `kind`; those of several processes are merged,
+        two numbers at a time."""
+        with self._lock:
+            for slot in range(len(self._rows)):
+                self._look(slot)
+            rows = [item for rows in self._rows for item in rows.items() if item[0][0] == kind]
+        found: Dict[Key, List[int]] = {}
+        for key, row in rows:
+            values = self._words[row.start:row.stop].tolist()
+            found[key] = list(map(merge, found[key], values)) if key in found else values
+        return found
+
+    def _row(self, key: Key, width: int) -> range:
+        """Where this process's row is; it is made if it is missing.  Empty if there is no room."""
+        row = self._rows[self._own].get(key)
+        if row is not None:
+            return row
+        begin, text = self._own * self._size, '\0'.join(key).encode('utf-8', 'surrogateescape')
+        at = begin + 1 + self._words[begin]
+        end = at + 2 + width + -(-len(text) // 8)
+        if end > begin + self._size - (SPARE_BYTES // 8 if key[0] in _OF_REPOSITORIES else 0):
+            if not self._full:
+                self._full = True
+                log.error('there are too many repositories to count what is done in each')
+            return range(0)
+        row = self._rows[self._own][key] = range(at + 2, at + 2 + width)
+        self._words[at], self._words[at + 1] = width, len(text)
+        self._words.cast('B')[8 * row.stop:8 * row.stop + len(text)] = text
+        self._words[begin] = end - begin - 1
+        return row
+
+    def _look(self, slot: int) -> None:
+        """Find the rows that have come since the last look."""
+        words, at = self._words, self._looked[slot]
+        end = slot * self._size + 1 + words[slot * self._size]
+        while at < end:
+            row = range(at + 2, at + 2 + words[at])
+            text = bytes(words.cast('B')[8 * row.stop:8 * row.stop + words[at + 1]])
+            self._rows[slot][tuple(text.decode('utf-8', 'surrogateescape').split('\0'))] = row
+            at = row.stop + -(-len(text) // 8)
+        self._looked[slot] = at
+
+
+# ==== Usage ======================================================================================
+# How much each repository holds: counted in the background, kept current by what passes through,
+# and bounded by quotas.
+
+DAYS = 90                    # of the past for which it is known how much was stored on each
+COUNTS_AT_MOST = 3           # of a repository from which objects are being deleted
+ROOM_SECONDS = 10            # that an upload waits for room which others hold
+CLOCK_SECONDS = 60           # between an object's last byte and its name, at the most
+WARNING_SECONDS = 10         # between two warnings of the same
+READY_SECONDS = 20           # that an upload waits for the first count
+_DAY_SECONDS = 86400
+_COUNTED = (*KINDS, 'config')
+_NOTHING = [0] * (1 + len(_COUNTED))    # a row of bytes, and of objects of each kind
+_PRESENT = 5                            # what follows them in a row of the count, before its days
+
+# What a repository holds: bytes, objects of each kind (and of `config`), the time of the last
+# snapshot (0 if there is none), and for each of the last DAYS days, today the last of them, the
+# bytes that were stored on it and are still there, and the snapshots; and how many of its folders
+# could not be read.
+Holdings = collections.namedtuple('Holdings', [
+    'bytes', 'objects', 'last_snapshot', 'days', 'snapshots', 'unreadable'])
+
+
+class Usage:
+    """What the repositories of a store hold.  All together may hold `most` bytes, and those below
+    each top-level folder `most_per_user`; 0 is no limit.  refresh() has everything counted anew if
+    the last count is `interval` seconds old.
+
+    The rows that count: `added` and `removed` of a repository, since the start; `base`, what it
+    held at the start as the last count has it; `snapshot`, when one last came; of a quota's area,
+    `net` since the start, `room` for uploads under way, and `area`, what it held at the start.
+    """
+
+    def __init__(self, store: Store, counters: Counters, interval: float = 3600, most: int = 0,
+                 most_per_user: int = 0) -> None:
+        self.most = most
+        self.most_per_user = most_per_user
+        self._store = store
+        self._counters = counters
+        self._interval = interval
+        self.bell: Optional[socket.socket] = None   # can be read when answer() is to be called
+        self._ringer: Optional[socket.socket] = None
+        self._counting = False
+        self._next_warning = 0.0
+        self.turn = threading.Lock()    # of uploads that look for room
+
+    # ---- what passes through ----
+
+    def save(self, location: Location, body: Body) -> Tuple[int, int]:
+        """Store an object as Store.save() does.  Raises HttpError 507 where a quota leaves no room
+        for it, before its content is read if that has a known length."""
+        with _Room(self, self._counters, location, body) as content:
+            objects, size = self._store.save(location, content)
+            self._note('added', location, objects, size)
+        if location.kind == 'snapshots':
+            self._counters.put(('snapshot', location.repository), int(time.time()))
+        return objects, size
+
+    def delete(self, location: Location) -> Optional[int]:
+        """Remove an object as Store.delete() does."""
+        size = self._store.delete(location)
+        if size is not None:
+            self._note('removed', location, 1, size)
+        return size
+
+    def size(self, location: Location) -> int:
+        """Bytes of an object, 0 if it is missing."""
+        return self._store.size(location) or 0
+
+    def areas(self, repository: str) -> List[str]:
+        """The areas with a quota that a repository lies in: its top-level folder, and `` for all."""
+        user = repository.split('/')[1] if repository else ''
+        return [area for area in {user, ''} if (self.most_per_user if area else self.most)]
+
+    def quota(self, area: str) -> Tuple[int, int, int]:
+        """Bytes that an area holds, those that uploads under way may add, and its quota."""
+        # An upload that ends moves from room to net: read in that order, it is never missed.
+        room, net, held = (self._counters.total((kind, area), 1)[0] for kind in ('room', 'net', 'area'))
+        return held + net, room, self.most_per_user if area else self.most
+
+    def refuse(self, location: Location, count: int) -> NoReturn:
+        """Raises HttpError 507 for an upload of `count` bytes, and says so, but not for each of many."""
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + WARNING_SECONDS
+            held = ', '.join(f'{format_size(held)} of {format_size(most)} in /{area}'
+                             for area, (held, _, most) in ((area, self.quota(area))
+                                                           for area in self.areas(location.repository)))
+            log.warning('the quota leaves no room for %s more in %s: %s', format_size(count),
+                        location.repository or '/', held)
+        raise HttpError(507, 'the quota leaves no room')
+
+    def _note(self, way: str, location: Location, objects: int, size: int) -> None:
+        self._counters.add((way, location.repository), size,
+                           *(objects * (kind == location.kind) for kind in _COUNTED))
+        for area in self.areas(location.repository):
+            self._counters.add(('net', area), size if way == 'added' else -size)
+
+    # ---- what is there ----
+
+    def repositories(self) -> Dict[str, Holdings]:
+        """The repositories and what they hold now; none before the first count."""
+        if not self.wait(0):
+            return {}
+        bases, added, removed = (self._counters.find(kind) for kind in ('base', 'added', 'removed'))
+        latest = self._counters.find('snapshot', max)
+        today = int(time.time()) // _DAY_SECONDS
+        found = {}
+        for name in sorted({key[1] for key in (*bases, *added)}):
+            base = bases.get(('base', name), [*_NOTHING, 0, today, 0, 0, 0, *[0] * (2 * DAYS)])
+            size, *numbers = (
+                known + more - less for known, more, less in zip(
+                    base, added.get(('added', name), _NOTHING), removed.get(('removed', name), _NOTHING)))
+            if not any(numbers) and not base[len(_NOTHING) + _PRESENT - 1]:
+                continue
+            objects = dict(zip(_COUNTED, numbers))
+            last, day, counted_bytes, counted_snapshots, unreadable, *history = base[len(_NOTHING):]
+            last = max(last, latest.get(('snapshot', name), [0])[0])
+            gone = min(max(today - day, 0), DAYS)
+            days, snapshots = ([*part, *[0] * gone][-DAYS:] for part in (history[:DAYS], history[DAYS:]))
+            days[-1] += max(size - counted_bytes, 0)  # since the count, so today
+            snapshots[-1] += max(objects['snapshots'] - counted_snapshots, 0)
+            found[name] = Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots,
+                                   unreadable)
+        return found
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until there has been a count; whether there has."""
+        end = time.monotonic() + seconds
+        while not self._counters.read(('counted',)):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.02)
+        return True
+
+    # ---- counting ----
+
+    def open(self) -> None:
+        """Make the bell that refresh() rings, before processes part."""
+        if not self.bell:
+            self.bell, self._ringer = socket.socketpair()
+            for end in (self.bell, self._ringer):
+                end.setblocking(False)
+
+    def close(self) -> None:
+        """Count no more."""
+        if self.bell and self._ringer:
+            self.bell.close()
+            self._ringer.close()
+            self.bell = self._ringer = None
+
+    def refresh(self) -> None:
+        """Have everything counted anew if the last count is old; does not wait."""
+        if self._ringer and self._is_old():
+            with contextlib.suppress(OSError):
+                self._ringer.send(b'.')
+
+    def answer(self) -> None:
+        """Count in a thread of its own, if the bell rings for a reason.  For one process alone."""
+        try:
+            if self.bell and self.bell.recv(4096) and self._is_old() and not self._counting:
+                self._counting = True
+                threading.Thread(target=self._count_all, daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no thread is to be had
+            self._counting = False
+            log.error('what is stored could not be counted: %s', error)
+
+    def count(self) -> None:
+        """Count everything.  What cannot be read is logged and left out."""
+        begin = time.monotonic()
+        gone = {key[1] for kind in ('base', 'added') for key in self._counters.find(kind)}
+        for repository in self._store.repositories():
+            gone.discard(repository)
+            self._count(repository)
+        for repository in gone:
+            self._set_base(repository, _NOTHING, [0] * (_PRESENT + 2 * DAYS))
+        held: Dict[str, int] = {key[1]: 0 for key in self._counters.find('area')}
+        for key, base in self._counters.find('base').items():
+            for area in self.areas(key[1]):
+                held[area] = held.get(area, 0) + base[0]
+        for area, size in held.items():
+            self._counters.put(('area', area), size)
+        self._counters.put(('counted',), int(time.monotonic() * 1e9))
+        log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
+
+    def _count_all(self) -> None:
+        try:
+            self.count()
+        except Exception as error:  # a fault of ours must not end the counting for ever
+            log.error('what is stored could not be counted: %s: %s', type(error).__name__, error)
+        finally:
+            self._counting = False
+
+    def _is_old(self) -> bool:
+        counted = self._counters.read(('counted',))
+        return not counted or time.monotonic() >= counted[0][0] / 1e9 + self._interval
+
+    def _count(self, repository: str) -> None:
+        """Count a repository.  What is added meanwhile is left to `added`.  If something is removed
+        the count is made again; after the last one it is taken to have been counted, so that a
+        quota errs on the safe side."""
+        for _ in range(COUNTS_AT_MOST):
+            before = self._store.now()
+            added, removed = (self._counters.total((way, repository), len(_NOTHING))
+                              for way in ('added', 'removed'))
+            numbers, rest = self._measure(repository, before)
+            if self._counters.total(('removed', repository), len(_NOTHING)) == removed:
+                break
+        self._set_base(repository, numbers, rest, added)
+
+    def _set_base(self, repository: str, numbers: List[int], rest: List[int],
+                  added: Optional[List[int]] = None) -> None:
+        """What a repository held at the start, if it holds `numbers` now, or did when so much had
+        been `added`."""
+        if added is None:
+            added = self._counters.total(('added', repository), len(_NOTHING))
+        removed = self._counters.total(('removed', repository), len(_NOTHING))
+        self._counters.put(('base', repository), *(
+            number - more + less for number, more, less in zip(numbers, added, removed)), *rest)
+
+    def _measure(self, repository: str, before: float) -> Tuple[List[int], List[int]]:
+        """What a repository holds that was there `before` a time: bytes and objects of each kind;
+        the time of the last snapshot, the current day, bytes and snapshots once more, folders that
+        cannot be read, and bytes and snapshots of each of the last days."""
+        numbers, last, today, unreadable = list(_NOTHING), 0, int(before) // _DAY_SECONDS, 0
+        days, snapshots = [0] * DAYS, [0] * DAYS
+        config = self._store.size(Location(repository, 'config'))
+        numbers[0], numbers[-1] = config or 0, int(config is not None)
+        for kind, folder in self._store.folders(repository):
+            begin = time.monotonic()
+            try:
+                for _, status in object_entries(folder, folder[-2:] if kind == 'data' else ''):
+                    # An upload since then; not what was copied, or has changed its owner.
+                    if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
+                        continue
+                    numbers[0] += status.st_size
+                    numbers[1 + KINDS.index(kind)] += 1
+                    moment = min(max(int(status.st_mtime), 0), int(before))
+                    day = DAYS - 1 - today + moment // _DAY_SECONDS
+                    if day >= 0:
+                        days[day] += status.st_size
+                        snapshots[day] += kind == 'snapshots'
+                    if kind == 'snapshots':
+                        last = max(last, moment)
+            except OSError as error:
+                log.error('how much %s holds is not wholly known: %s', repository or '/', error)
+                unreadable += 1
+            time.sleep(time.monotonic() - begin)  # leave half of the time to requests
+        return numbers, [last, today, numbers[0], numbers[1 + KINDS.index('snapshots')], unreadable,
+                         *days, *snapshots]
+
+
+class _Room:
+    """The content of an upload; while this context lasts, the quotas hold room for it.  Raises
+    HttpError 507 if there is none, and 503 if that may change soon or is not known yet."""
+
+    def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body) -> None:
+        self.length = body.length
+        self._usage = usage
+        self._counters = counters
+        self._location = location
+        self._areas = usage.areas(location.repository)
+        self._body = body
+        self._taken = 0
+
+    def __enter__(self) -> Body:
+        if not self._areas:
+            return self._body
+        self._usage.refresh()
+        if not self._usage.wait(READY_SECONDS):
+            raise HttpError(503, 'what is stored is still being counted', [('Retry-After', '10')])
+        self._take(self._missing())
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        if self._taken:
+            self._add(-self._taken)
+
+    def readinto(self, view: memoryview) -> int:
+        count = self._body.readinto(view)
+        if self.length is None:
+            self._take(count)
+        elif not count:
+            self._take(self._missing())  # what was there may have been removed meanwhile
+        return count
+
+    def _missing(self) -> int:
+        """Bytes for which room is still to be taken: an object that is there needs none."""
+        return max((self.length or 0) - self._usage.size(self._location) - self._taken, 0)
+
+    def _take(self, count: int) -> None:
+        """Hold room for `count` bytes more.  While uploads under way hold what is left, they are
+        waited for: they may fail.  Two processes may also have stepped into each other's way."""
+        end = time.monotonic() + ROOM_SECONDS
+        while count:
+            with self._usage.turn:
+                fits = self._add(count)
+                quotas = [self._usage.quota(area) for area in self._areas]
+                if fits and all(held + room <= most for held, room, most in quotas):
+                    return
+                self._add(-count)
+            if any(held + self._taken + count > most for held, _, most in quotas):
+                self._usage.refuse(self._location, count)
+            if time.monotonic() > end or self.length is None:
+                raise HttpError(503, 'other uploads hold the room that is left', [('Retry-After', '10')])
+            time.sleep(0.01 + os.urandom(1)[0] / 10000)
+
+    def _add(self, count: int) -> bool:
+        """Change the room that is held; false if that cannot be counted."""
+        self._taken += count
+        fits = True
+        for area in self._areas:
+            fits = self._counters.add(('room', area), count) and fits
+        return fits
+
+
 # ==== Accounts ===================================================================================
 # Who asks: password schemes, the htpasswd file, the memory of verified passwords, and what a
 # connection itself says of its user.
 
-LOOK_SECONDS = 1.0          # between two looks at a file that may change
-REMEMBERED = 1024           # verified passwords
 SLOW_COST = 5               # of bcrypt where Python computes it
 FAST_COST = 10              # and where the C library does
 _ITOA64 = './0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
@@ -1323,7 +1872,6 @@ class Policy:
 # https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
 
 LIST_BYTES = 16 * 1024  # of a list in memory at a time
-DEEPEST = 64            # segments of a repository's path
 _VERSION_2 = 'application/vnd.x.restic.rest.v2'
 _VERSION_1 = 'application/vnd.x.restic.rest.v1'
 # What a browser asks before a script's request (the Fetch standard, CORS protocol).
@@ -1349,12 +1897,13 @@ class Api:
     every answer; scripts of the web origin `allow_origin` may use the server."""
 
     def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
-                 baseurl: str = '',
-                 headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '') -> None:
+                 baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
+                 usage: Optional[Usage] = None) -> None:
         self.store = store
         self.policy = policy
         self.accounts = accounts or Accounts()
         self.baseurl = baseurl
+        self.usage = usage or Usage(store, Counters())
         self._allow_origin = allow_origin
         self._headers = list(headers)
         if allow_origin:
@@ -1423,11 +1972,11 @@ class Api:
         return Response(200, [])
 
     def _save(self, request: Request, location: Location) -> Response:
-        self.store.save(location, request.body)
+        self.usage.save(location, request.body)
         return Response(200, [])
 
     def _delete(self, request: Request, location: Location) -> Response:
-        self.store.delete(location)
+        self.usage.delete(location)
         return Response(200, [])
 
     def _delete_repository(self, request: Request, location: Location) -> Response:
@@ -3831,7 +4380,6 @@ SWEEP_SECONDS = 0.5         # between two looks at the deadlines of connections,
 EXPIRED_AT_ONCE = 32        # connections that are woken because their time is over
 EXPIRED_SECONDS = 0.05      # until the next so many
 STOP_SECONDS = 10           # for requests under way when the server is told to stop
-WARNING_SECONDS = 10        # between two warnings of too many connections
 TURNED_AWAY = 64            # connections above the limit that are told so at a time
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
@@ -3897,6 +4445,9 @@ class Server:
             _allow_descriptors(2 * connections + 256)
         for listener in self.listeners:
             listener.tls = listener.tls and certificates is not None
+        api.usage.open()
+        if api.usage.most or api.usage.most_per_user:
+            api.usage.refresh()
         self._open_loop()
 
     def _open_loop(self) -> None:
@@ -3908,6 +4459,9 @@ class Server:
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._look_for_signals)
         for listener in self.listeners:
             self._selector.register(listener, selectors.EVENT_READ, listener.handle_request)
+        usage = self.api.usage
+        if usage.bell:
+            self._selector.register(usage.bell, selectors.EVENT_READ, usage.answer)
 
     def _close_loop(self) -> None:
         """Let go of what the loop waits by."""
@@ -4063,8 +4617,9 @@ class Server:
         """Accept no more, drop idle connections, wait for the others.  A second signal ends the
         wait."""
         self._stopping = True
-        for listener in self.listeners:
-            self._selector.unregister(listener)
+        for source in (*self.listeners, self.api.usage.bell):
+            with contextlib.suppress(KeyError, ValueError, AttributeError):  # closed by another server
+                self._selector.unregister(source)
         self._close_listeners()
         for connection in self._snapshot():
             connection.stop()
@@ -4078,6 +4633,7 @@ class Server:
         for connection in self._snapshot():
             log.warning('cut off %s: its request did not end in time', connection.peer)
             connection.cut()
+        self.api.usage.close()
         self._close_loop()
 
 
@@ -4172,8 +4728,8 @@ class Parser(argparse.ArgumentParser):
                         'Python.',
             epilog='Every option may also come from the environment: --append-only as '
                    'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces '
-                   'between several addresses. Sizes are bytes, times are written 300ms, 10s, '
-                   '1h0m0s or 2d.')
+                   'between several addresses. Sizes are written 100B, 512k, 10M or 1.5G, times '
+                   '300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
         self._variables: Set[str] = set()
         self._flags: Set[str] = set()           # options that may go without a value
@@ -4299,9 +4855,13 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
 
 
 def _add_limits(parser: Parser) -> None:
-    """The options of how much may pass."""
+    """The options of how much may pass, and how much may be stored."""
     add = parser.option
     limits = parser.add_argument_group('limits')
+    add(limits, '--max-size', parse_quota, 0, 'bytes that all repositories together may hold, such '
+        'as 500G; an upload that would pass it is answered 507 (default 0: no limit)', 'SIZE')
+    add(limits, '--max-size-per-user', parse_quota, 0, 'bytes that the repositories below each '
+        '/<user>/ may hold, with --private-repos (default 0: no limit)', 'SIZE')
     add(limits, '--max-connections', parse_count, 1024, 'connections at a time; one more is '
         'answered 503 (default 1024)', 'NUMBER')
     add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
@@ -4326,6 +4886,11 @@ def _add_watching(parser: Parser) -> None:
         'it anew', 'FILE')
     add(logs, '--log-format', parse_log_format, 'text', 'text, or json for an object a line '
         '(default text)', 'FORMAT')
+
+    watching = parser.add_argument_group('watching')
+    add(watching, '--usage-interval', parse_duration, 3600.0, 'how old a count of what is stored may '
+        'become, for the limits; in between it is kept current by what passes through (default '
+        '1h)', 'DURATION')
 
 
 def _add_accounts(parser: Parser) -> None:
@@ -4390,6 +4955,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
                 and any(not address.path for address in options.addr)):
             parser.error(f'--{name.replace("_", "-")}: nothing says who the users are; add '
                          '--htpasswd, --user, --client-ca or --user-from-header')
+    if options.max_size_per_user and not options.private_repos:
+        parser.error('--max-size-per-user needs --private-repos too')
     if options.trust_proxy and not options.user_from_header:
         parser.error('--trust-proxy needs --user-from-header too')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
@@ -4399,7 +4966,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
 def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what --stdio cannot do."""
     for name in ('cert', 'key', 'client_ca', 'min_tls_version', 'htpasswd', 'user', 'pass',
-                 'user_from_header', 'trust_proxy', 'private_repos', 'admin', 'allow_origin'):
+                 'user_from_header', 'trust_proxy', 'private_repos', 'admin', 'allow_origin',
+                 'max_size_per_user'):
         if getattr(options, name):
             parser.error(f'--{name.replace("_", "-")}: over --stdio there are no users, certificates '
                          'or browsers; whoever starts the program may do all but what '
@@ -4454,20 +5022,23 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
     limits = Limits(header_bytes=options.max_header_bytes,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout)
-    return Server(make_api(options, store, policy, accounts), limits, options.addr, certificates,
-                  inherited_sockets(os.environ), options.max_connections, Manager(os.environ))
+    counters = Counters()
+    return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
+                  certificates, inherited_sockets(os.environ), options.max_connections,
+                  Manager(os.environ))
 
 
-def make_api(options: argparse.Namespace, store: Store, policy: Policy,
+def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None) -> Api:
     """The answers that the options describe."""
+    usage = Usage(store, counters, options.usage_interval, options.max_size, options.max_size_per_user)
     return Api(store, policy, accounts, options.baseurl, options.response_header,
-               options.allow_origin or '')
+               options.allow_origin or '', usage)
 
 
 def serve_stdio(options: argparse.Namespace, store: Store) -> None:
     """Serve standard input and output until they end."""
-    api = make_api(options, store, Policy(options.append_only))
+    api = make_api(options, store, Counters(), Policy(options.append_only))
     limits = Limits(options.max_header_bytes, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout)
     server = Server(api, limits, [])

@@ -32,7 +32,8 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, HttpError, Limits, Location, PasswordFile, Peer, Policy, Request, Server, Store)
+    Accounts, Api, Counters, HttpError, Limits, Location, PasswordFile, Peer, Policy, Request, Server,
+    Store, Usage)
 
 MODULE = restic_serve.__file__
 V2 = 'application/vnd.x.restic.rest.v2'
@@ -145,6 +146,15 @@ class UnitsTest(unittest.TestCase):
         for text in ('backup', '/backup', 'backup/', '/backup/'):
             self.assertEqual(restic_serve.parse_baseurl(text), '/backup')
         self.assertEqual(restic_serve.parse_baseurl('/'), '')
+
+    def test_quotas_are_bytes_unless_a_suffix_says_otherwise(self):
+        for text, size in (('1000', 1000), ('0', 0), ('10M', 10 << 20), ('1.5G', 3 << 29), ('100B', 100)):
+            self.assertEqual(restic_serve.parse_quota(text), size)
+
+    def test_sizes_for_people(self):
+        for size, text in ((0, '0 B'), (999, '999 B'), (1000, '1.0 KiB'), (1536, '1.5 KiB'),
+                           (10 << 30, '10.0 GiB'), (1 << 62, '4096.0 PiB'), (-2048, '-2.0 KiB')):
+            self.assertEqual(restic_serve.format_size(size), text)
 
     def test_an_error_names_the_value_and_what_would_be_right(self):
         for parse, text in ((restic_serve.parse_duration, '10x'), (restic_serve.parse_duration, ''),
@@ -597,6 +607,479 @@ class StoreTest(TestCase):
         self.assertEqual(self.names('data'), {named(content): len(content)})
 
 
+# ---- Counters ----
+
+class CountersTest(TestCase):
+    def in_another_process(self, work):
+        pid = os.fork()
+        if not pid:
+            status = 1
+            with contextlib.suppress(BaseException):
+                work()
+                status = 0
+            os._exit(status)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
+    @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
+    def test_what_processes_count_adds_up(self):
+        counters = Counters(3)
+        counters.add(('blob', 'alice', 'a/b'), 1, 10)
+
+        def work():
+            for slot in (1, 2):
+                counters.join(slot)
+                counters.add(('blob', 'alice', 'a/b'), 2, 20)
+                counters.add(('blob', '', 'ü\udc80'), slot)
+
+        self.in_another_process(work)
+        counters.add(('blob', 'alice', 'a/b'), 1, 0)
+        self.assertEqual(counters.total(('blob', 'alice', 'a/b'), 2), [6, 50])
+        self.assertEqual(counters.read(('blob', '', 'ü\udc80')), [[1], [2]])
+        self.assertEqual(counters.find('blob'), {
+            ('blob', 'alice', 'a/b'): [6, 50], ('blob', '', 'ü\udc80'): [3]})
+        self.assertEqual(counters.find('blob', max), {
+            ('blob', 'alice', 'a/b'): [2, 20], ('blob', '', 'ü\udc80'): [2]})
+        self.assertEqual(counters.total(('other',), 2), [0, 0])
+
+    @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
+    def test_who_takes_over_goes_on_but_has_no_connections(self):
+        counters = Counters(2)
+
+        def work():
+            counters.join(1)
+            counters.add(('connections',), 3)
+            counters.add(('blob', 'a'), 5)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with self.assertRaises(AssertionError):
+            self.in_another_process(work)
+        self.in_another_process(lambda: (counters.join(1), counters.add(('blob', 'a'), 1)))
+        self.assertEqual(counters.total(('connections',), 1), [0])
+        self.assertEqual(counters.total(('blob', 'a'), 1), [6])
+
+    def test_where_there_is_no_room_for_a_row_others_go_on(self):
+        sizes = {'SLOT_BYTES': 4096, 'SPARE_BYTES': 1024}
+        with mock.patch.multiple(restic_serve, **sizes):
+            counters = Counters(2)
+            for number in range(200):
+                counters.add(('blob', f'{number:03d}'), 1)
+                counters.add(('blob', '000'), 1)
+            self.assertEqual(counters.total(('blob', '199'), 2), [0, 0])
+            self.assertTrue(counters.add(('net', 'alice'), 1))
+            counters.join(1)
+            counters.put(('blob', 'other'), 7)
+        found = counters.find('blob')
+        self.assertEqual(found['blob', '000'], [201])
+        self.assertEqual(found['blob', 'other'], [7])
+        self.assertIn(sum(row == [1] for row in found.values()), range(50, 150))
+        self.assertEqual(self.log, ['there are too many repositories to count what is done in each'])
+
+
+# ---- Usage ----
+
+class UsageTest(TestCase):
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.usage = self.make()
+
+    def make(self, *args, **more):
+        usage = Usage(self.store, Counters(), *args, **more)
+        self.addCleanup(usage.close)
+        return usage
+
+    def save(self, size, repository='/host', kind='data', **more):
+        content = os.urandom(size)
+        location = Location(repository, kind, named(content))
+        self.usage.save(location, Bytes(content, **more))
+        return location
+
+    def held(self, repository='/host'):
+        found = self.usage.repositories()[repository]
+        return found.bytes, {kind: number for kind, number in found.objects.items() if number}
+
+    def test_a_count_finds_what_is_there(self):
+        now = time.time()
+        self.assertEqual(self.usage.repositories(), {})
+        for kind, size, age in (('data', 100, 0), ('data', 200, 2), ('data', 400, 200), ('index', 10, 2),
+                                ('snapshots', 3, 5), ('snapshots', 4, 2)):
+            content = os.urandom(size)
+            self.store.save(Location('/a/b', kind, named(content)), Bytes(content))
+            os.utime(self.store._path(Location('/a/b', kind, named(content))),
+                     (now - 86400 * age, now - 86400 * age))
+        self.store.save(Location('', 'config'), Bytes(b'config'))
+        for path in ('a/b/data/x', 'a/b/index/notes', 'a/notes', f'.restic_serve/index/{named(b"")}'):
+            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / path).write_bytes(b'foreign')
+        with mock.patch.object(time, 'time', return_value=now + 1):
+            self.usage.count()
+            found = self.usage.repositories()
+            self.assertEqual(sorted(found), ['', '/a/b'])
+            self.assertEqual(found[''][:3], (6, {**dict.fromkeys(restic_serve.KINDS, 0), 'config': 1}, 0))
+            held = found['/a/b']
+        self.assertEqual(held.bytes, 717)
+        self.assertEqual(held.objects, {'data': 3, 'index': 1, 'keys': 0, 'locks': 0, 'snapshots': 2,
+                                        'config': 0})
+        self.assertEqual(held.last_snapshot, int(now - 2 * 86400))
+        self.assertEqual((held.days[-1], held.days[-3], held.days[-6], sum(held.days)), (100, 214, 3, 317))
+        self.assertEqual((held.snapshots[-3], held.snapshots[-6], sum(held.snapshots)), (1, 1, 2))
+        with mock.patch.object(time, 'time', return_value=now + 4 * 86400):
+            later = self.usage.repositories()['/a/b']
+        self.assertEqual((later.days[-5], later.days[-7], later.bytes), (100, 214, 717))
+        self.assertEqual(len(later.days), restic_serve.DAYS)
+
+    def test_it_is_kept_current_by_what_passes_through(self):
+        first = self.save(100)
+        self.usage.count()
+        self.assertEqual(self.held(), (100, {'data': 1}))
+        self.save(50, kind='index')
+        self.usage.save(first, Bytes(Path(self.store._path(first)).read_bytes()))  # once more
+        self.assertEqual(self.held(), (150, {'data': 1, 'index': 1}))
+        self.usage.delete(first)
+        self.usage.delete(first)
+        self.save(7, kind='snapshots')
+        self.assertEqual(self.held(), (57, {'index': 1, 'snapshots': 1}))
+        found = self.usage.repositories()['/host']
+        self.assertAlmostEqual(found.last_snapshot, time.time(), delta=5)
+        self.assertEqual((found.snapshots[-1], sum(found.snapshots)), (1, 1))
+        self.save(30, '/new')
+        self.assertEqual(self.held('/new'), (30, {'data': 1}))
+        self.usage.count()
+        self.assertEqual(self.held(), (57, {'index': 1, 'snapshots': 1}))
+        self.assertEqual(self.held('/new'), (30, {'data': 1}))
+
+    def test_what_other_programs_do_is_found_by_the_next_count(self):
+        location = self.save(100)
+        self.save(60, '/gone')
+        self.usage.count()
+        content = os.urandom(300)
+        self.store.save(Location('/host', 'keys', named(content)), Bytes(content))
+        self.store.delete(location)
+        shutil.rmtree(self.root / 'gone')
+        self.assertEqual(self.held(), (100, {'data': 1}))
+        self.usage.count()
+        self.assertEqual(self.held(), (300, {'keys': 1}))
+        self.assertEqual(list(self.usage.repositories()), ['/host'])
+        self.save(60, '/gone')
+        self.assertEqual(self.held('/gone'), (60, {'data': 1}))
+
+    def count_while(self, *todo):
+        """Count, and do something at each folder that is read."""
+        real, todo = restic_serve.object_entries, list(todo)
+
+        def entries(folder, prefix=''):
+            time.sleep(0.02)  # so that what is saved here is younger than the count, by its ctime
+            if todo:
+                todo.pop(0)()
+            return real(folder, prefix)
+
+        with mock.patch.object(restic_serve, 'object_entries', entries):
+            self.usage.count()
+        self.assertEqual(todo, [])
+
+    def test_what_comes_during_a_count_is_counted_once(self):
+        kept = self.save(100)
+        self.count_while(lambda: self.save(11, kind='keys'), lambda: self.save(12, kind='data'))
+        self.assertEqual(self.held(), (123, {'data': 2, 'keys': 1}))
+        self.usage.delete(kept)
+        self.assertEqual(self.held(), (23, {'data': 1, 'keys': 1}))
+
+    def test_what_goes_during_a_count_is_counted_no_more(self):
+        self.save(100)
+        for _ in range(2):
+            for kind in ('data', 'snapshots'):  # the first folder and the last
+                removed = self.save(70, kind=kind)
+                self.count_while(lambda: None, lambda gone=removed: self.usage.delete(gone))
+                self.assertEqual(self.held(), (100, {'data': 1}))
+
+    def test_without_end_of_deletions_a_count_errs_on_the_safe_side(self):
+        self.usage = self.make(most=1000)
+        self.usage.count()
+        locations = [self.save(10, kind='locks') for _ in range(20)]
+        real = restic_serve.object_entries
+
+        def entries(folder, prefix=''):
+            if locations:
+                self.usage.delete(locations.pop())
+            return real(folder, prefix)
+
+        with mock.patch.object(restic_serve, 'object_entries', entries):
+            self.usage.count()
+        self.assertGreaterEqual(self.usage.quota('')[0], 10 * len(locations))
+        self.assertLess(self.usage.quota('')[0], 200)
+
+    def test_what_cannot_be_read_is_said_and_the_rest_is_counted(self):
+        self.save(100)
+        self.save(20, kind='index')
+        self.save(5, '/other')
+        self.save(5, '/secret/x')
+        real_entries, real_scan = restic_serve.object_entries, os.scandir
+
+        def entries(folder, prefix=''):
+            if '/host/data/' in folder:
+                raise OSError(errno.EIO, 'I/O error', folder)
+            return real_entries(folder, prefix)
+
+        def scan(folder):
+            if str(folder).endswith(('/secret', '/other/data')):
+                raise PermissionError(errno.EACCES, 'Permission denied', folder)
+            return real_scan(folder)
+
+        with mock.patch.object(restic_serve, 'object_entries', entries), \
+                mock.patch.object(os, 'scandir', scan):
+            self.usage.count()
+        self.assertEqual(self.held(), (20, {'index': 1}))
+        self.assertEqual(self.usage.repositories()['/host'].unreadable, 1)
+        self.assertEqual(self.held('/other'), (0, {}))
+        log = ' '.join(self.log)
+        self.assertRegex(log, 'what is below /secret is not known: .*Permission denied')
+        self.assertRegex(log, 'how much /host holds is not wholly known: .*I/O error')
+        self.assertRegex(log, 'how much /other holds is not wholly known: .*Permission denied')
+
+    def test_deep_folders_and_the_root_of_the_file_system_are_no_fault(self):
+        path = self.root.joinpath(*'x' * 100)
+        path.mkdir(parents=True)
+        self.usage.count()
+        store = Store(os.sep)
+        with mock.patch.object(restic_serve, '_scan', side_effect=lambda folder: restic_serve.contextlib.
+                               nullcontext(iter(()))) as scan:
+            self.assertEqual(list(store.repositories()), [])
+        scan.assert_called_once_with(os.sep)
+
+    def test_repositories_behind_links_that_lead_out_are_neither_served_nor_counted(self):
+        outside = self.folder / 'outside'
+        self.save(100, '/host/x')
+        outside.mkdir()
+        (self.root / 'alice').symlink_to(outside)
+        (self.root / 'bob').symlink_to(self.root / 'host')
+        for repository in ('/alice', '/alice/x'):
+            with self.assertRaises(PermissionError):
+                self.save(10, repository)
+            with self.assertRaises(PermissionError):
+                self.store.create_repository(repository)
+        self.assertEqual(list(outside.iterdir()), [])
+        self.save(10, '/bob/x')
+        self.usage.count()
+        self.assertEqual(self.held('/host/x'), (110, {'data': 2}))
+
+    def test_a_clock_that_is_wrong_hides_nothing(self):
+        self.save(100)
+        with mock.patch.object(time, 'time', return_value=time.time() - 86400):
+            self.usage.count()
+        self.assertEqual(self.held(), (100, {'data': 1}))
+        self.save(50, kind='snapshots')
+        for moment in (1 << 40, -1 << 33):
+            for path in self.files():
+                if 'snapshots' in path:
+                    os.utime(self.root / path, (moment, moment))
+            self.usage.count()
+            self.assertEqual(self.held(), (150, {'data': 1, 'snapshots': 1}))
+
+    def test_what_has_changed_its_owner_during_a_count_is_counted(self):
+        path = self.store._path(self.save(100, kind='keys'))
+        os.utime(path, (1, 1))
+        self.count_while(lambda: os.chmod(path, 0o640))
+        self.assertEqual(self.held(), (100, {'keys': 1}))
+
+    def test_it_is_counted_when_somebody_asks_and_the_last_count_is_old(self):
+        counts = []
+        real = Usage.count
+
+        def count(usage):
+            counts.append(1)
+            real(usage)
+
+        with mock.patch.object(Usage, 'count', count):
+            self.usage.refresh()  # nobody listens
+            self.serve(Api(self.store, Policy(), usage=self.usage))
+            self.assertFalse(self.usage.wait(0))
+            self.usage.refresh()
+            self.assertTrue(self.usage.wait(PATIENCE))
+            for _ in range(10):
+                self.usage.refresh()
+            self.usage._interval = 0
+            self.usage.refresh()
+            self.wait_until(lambda: len(counts) > 1, 'the second count')
+        self.assertEqual(len(counts), 2)
+
+    def test_a_full_quota_is_answered_before_the_content_is_read(self):
+        for more in ({'most': 1000}, {'most_per_user': 1000}):
+            with self.subTest(**more):
+                shutil.rmtree(self.root / 'host', ignore_errors=True)
+                self.usage = self.make(**more)
+                self.usage.count()
+                first = self.save(600)
+                unread = Bytes(b'x' * 401)
+                with self.assertRaises(HttpError) as caught:
+                    self.usage.save(Location('/host', 'data', '0' * 64), unread)
+                self.assertEqual(caught.exception.status, 507)
+                self.assertEqual(unread._file.tell(), 0)
+                self.assertEqual(self.log[-1], 'the quota leaves no room for 401 B more in /host: 600 B '
+                                 f'of 1.0 KiB in /{"" if "most" in more else "host"}')
+                self.assertEqual(self.usage.quota('' if 'most' in more else 'host'), (600, 0, 1000))
+                second = self.save(400)
+                # one that is there already needs no room
+                self.usage.save(second, Bytes(Path(self.store._path(second)).read_bytes()))
+                with self.assertRaises(HttpError):
+                    self.save(1)
+                self.usage.delete(first)
+                self.save(600)
+                if 'most' not in more:
+                    self.save(1000, '/other')
+                    self.save(1000, '')
+
+    def upload_at_once(self, number, **more):
+        """The answers to so many uploads of 1000 bytes at the same time."""
+        barrier = threading.Barrier(number)
+        answers = []
+
+        def upload():
+            barrier.wait(PATIENCE)
+            try:
+                self.save(1000, **more)
+                answers.append(200)
+            except HttpError as error:
+                answers.append(error.status)
+
+        threads = [threading.Thread(target=upload) for _ in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return answers
+
+    def test_uploads_at_once_do_not_slip_past_a_quota_together(self):
+        for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
+            shutil.rmtree(self.root / 'host', ignore_errors=True)
+            self.usage = self.make(most=4300)
+            self.usage.count()
+            answers = self.upload_at_once(16, **more)
+            stored = answers.count(200)
+            self.assertEqual(answers.count(507) + (answers.count(503) if more else 0), 16 - stored)
+            self.assertIn(stored, range(least, 5))
+            self.assertEqual(self.usage.quota(''), (1000 * stored, 0, 4300))
+            self.assertEqual(len(self.files(self.root / 'host')) if stored else 0, stored)
+
+    def test_room_for_an_upload_that_failed_is_given_back(self):
+        self.usage = self.make(most=1000)
+        self.usage.count()
+        with self.assertRaises(HttpError):
+            self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
+        with self.assertRaises(restic_serve.Gone):
+            self.save(900, error=restic_serve.Gone('cut'))
+        with self.assertRaises(HttpError) as caught:
+            self.save(1001, length=None, step=300)
+        self.assertEqual(caught.exception.status, 507)
+        self.save(1000, length=None, step=300)
+        self.assertEqual(self.usage.quota(''), (1000, 0, 1000))
+
+    def test_room_that_an_upload_under_way_holds_is_waited_for(self):
+        self.usage = self.make(most=1000)
+        self.usage.count()
+        go_on = threading.Event()
+
+        class Slow(Bytes):
+            def readinto(self, view):
+                go_on.wait(PATIENCE)
+                return super().readinto(view)
+
+        def fail():
+            with contextlib.suppress(HttpError):
+                self.usage.save(Location('/host', 'data', '0' * 64), Slow(b'x' * 900))
+
+        first = threading.Thread(target=fail)
+        first.start()
+        self.wait_until(lambda: self.usage.quota('')[1] == 900, 'the room')
+        with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
+            self.save(200)
+        self.assertEqual((caught.exception.status, list(caught.exception.headers)),
+                         (503, [('Retry-After', '10')]))
+        with self.assertRaises(HttpError) as caught:
+            self.save(1001)
+        self.assertEqual(caught.exception.status, 507)  # at once: there never will be room
+        second = threading.Thread(target=self.save, args=[200])
+        second.start()
+        go_on.set()
+        first.join()
+        second.join()
+        self.assertEqual(self.usage.quota(''), (200, 0, 1000))
+
+    def test_what_is_removed_during_its_upload_needs_room_of_its_own(self):
+        self.usage = self.make(most=1000)
+        self.usage.count()
+        location = self.save(900)
+        content = Path(self.store._path(location)).read_bytes()
+
+        def remove():
+            if self.usage.delete(location) is not None:
+                self.save(900)
+
+        class Removing(Bytes):
+            def readinto(self, view):
+                remove()
+                return super().readinto(view)
+
+        with self.assertRaises(HttpError) as caught:
+            self.usage.save(location, Removing(content))
+        self.assertEqual(caught.exception.status, 507)
+        self.assertEqual(self.usage.quota(''), (900, 0, 1000))
+
+    def test_what_replaces_a_damaged_object_is_counted(self):
+        self.usage = self.make(most=1000)
+        self.usage.count()
+        location = self.save(700)
+        path = Path(self.store._path(location))
+        content = path.read_bytes()
+        self.usage.delete(location)
+        path.write_bytes(b'x')
+        self.usage.count()
+        self.assertEqual(self.usage.save(location, Bytes(content)), (0, 699))
+        self.assertEqual(self.usage.quota(''), (700, 0, 1000))
+        self.assertEqual(self.held(), (700, {'data': 1}))
+        path.write_bytes(b'')
+        self.usage.count()
+        self.save(400)
+        with self.assertRaises(HttpError):
+            self.usage.save(location, Bytes(content))
+
+    def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
+        with mock.patch.object(restic_serve, 'SLOT_BYTES', 4096), \
+                mock.patch.object(restic_serve, 'SPARE_BYTES', 2048):
+            self.usage = Usage(self.store, Counters(), most=1 << 30, most_per_user=1 << 20)
+            self.usage.count()
+            stored = 0
+            with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0):
+                for number in range(100):
+                    try:
+                        self.save(10, f'/user{number}/x')
+                        stored += 1
+                    except HttpError as error:
+                        self.assertEqual(error.status, 503)
+            self.assertIn(stored, range(5, 95))
+            self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
+            self.usage.count()
+
+    def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
+        self.usage.open()
+        self.usage.refresh()
+        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start new thread")):
+            self.usage.answer()
+        self.assertRegex(self.log[-1], "could not be counted: can't start")
+        self.usage.refresh()
+        self.usage.answer()
+        self.assertTrue(self.usage.wait(PATIENCE))
+
+    def test_before_the_first_count_an_upload_is_put_off(self):
+        self.usage = self.make(most=1000)
+        with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
+            self.save(1)
+        self.assertEqual((caught.exception.status, list(caught.exception.headers)),
+                         (503, [('Retry-After', '10')]))
+        self.serve(Api(self.store, Policy(), usage=self.usage))
+        self.save(1)
+
+
 # ---- Accounts ----
 
 class PasswordSchemeTest(unittest.TestCase):
@@ -906,7 +1389,9 @@ class SourcesTest(TestCase):
                       ['--admin', 'a'], ['--trust-proxy', '10.0.0.0/8'], ['--admin', '../a'],
                       ['--trust-proxy', 'x', '--user-from-header', 'X'], ['--realm', 'a"b'],
                       ['--bcrypt-cost', '3'], ['--addr', '/s', '--addr', ':1', '--private-repos'],
-                      ['--user-from-header', 'a b'], ['--add-user', 'a/b', '--htpasswd', 'f']):
+                      ['--user-from-header', 'a b'], ['--add-user', 'a/b', '--htpasswd', 'f'],
+                      ['--max-size-per-user', '1G'], ['--max-size', 'x'], ['--max-size', '-1'],
+                      ['--usage-interval', '1x']):
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
                     self.assertRaises(SystemExit, msg=words) as caught:
                 parser = restic_serve.make_parser({})
@@ -914,6 +1399,7 @@ class SourcesTest(TestCase):
             self.assertEqual((caught.exception.code, error.getvalue().count('\n')), (2, 1), words)
         for words in (['--private-repos', '--addr', '/socket'], ['--private-repos', '--htpasswd', 'f'],
                       ['--private-repos', '--user-from-header', 'X'],
+                      ['--private-repos', '--htpasswd', 'f', '--max-size-per-user', '1G'],
                       ['--private-repos', '--client-ca', 'x', '--cert', 'y', '--key', 'z']):
             parser = restic_serve.make_parser({})
             restic_serve.check_options(parser, parser.parse([*words, 'dir']))
@@ -2672,6 +3158,42 @@ def select_readable(sock, seconds):
     return select.select([sock], [], [], seconds)[0]
 
 
+# ---- Quotas ----
+
+class WatchedTestCase(Http2TestCase):
+    """A server whose usage is looked at."""
+
+    def setUp(self):
+        super().setUp()
+        self.watch()
+
+    def watch(self, most=0, per_user=0):
+        """Another server, with quotas."""
+        self.usage = Usage(self.store, Counters(), most=most, most_per_user=per_user)
+        self.server = self.serve(Api(self.store, self.policy, usage=self.usage))
+        self.port = self.server.listeners[0].server_address[1]
+
+
+class QuotaTest(WatchedTestCase):
+    """Quotas over the wires."""
+
+    def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
+        self.watch(most=1000)
+        self.usage.wait(PATIENCE)
+        wire = self.connect()
+        self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=1001))[0], 507)
+        self.assertTrue(wire.is_closed())
+        second = self.http2()
+        second.send(headers(1, fields('POST', '/config', ('content-length', '1001')), END_HEADERS))
+        self.assertEqual(second.answer(1)[0], 507)
+        content = b'x' * 1000
+        self.assertEqual(self.ask(post(f'/data/{named(content)}', content))[0], 200)
+        self.assertEqual(self.ask(post(f'/data/{named(content)}', content))[0], 200)
+        self.assertEqual(self.ask(post('/config', b'x'))[0], 507)
+        self.ask(get(f'/data/{named(content)}', method='DELETE'))
+        self.assertEqual(self.ask(post('/config', b'x'))[0], 200)
+
+
 # ---- Server ----
 
 class ServerTest(WireTestCase):
@@ -3454,6 +3976,18 @@ class CommandLineTest(TestCase):
                                 for line in server.lines), server.lines)
         self.assertFalse(any('WARNING' in line for line in self.serve(self.root).lines))
 
+    def test_quotas_are_as_the_options_say(self):
+        server = self.serve('--max-size', '1000', self.root)
+        with Wire(server.port) as wire:
+            self.assertEqual(wire.ask(post('/config', b'x' * 1001))[0], 507)
+            self.assertEqual(wire.ask(post('/config', b'x' * 600))[0], 200)
+        server.stop()
+        server = self.serve('--max-size', '1000', self.root)
+        with Wire(server.port) as wire:
+            content = b'x' * 401
+            self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 507)
+        server.stop()
+
     def test_levels_of_the_log(self):
         server = self.serve('-v', self.root)
         with Wire(server.port) as wire:
@@ -3765,7 +4299,8 @@ class StdioTest(TestCase):
         for words in (['--htpasswd', 'x'], ['--user', 'a', '--pass', 'b'], ['--cert', 'x', '--key', 'y'],
                       ['--client-ca', 'x'], ['--private-repos'], ['--admin', 'a'],
                       ['--min-tls-version', 'tls1.2'],
-                      ['--user-from-header', 'x'], ['--allow-origin', '*']):
+                      ['--user-from-header', 'x'], ['--allow-origin', '*'],
+                      ['--max-size-per-user', '1G']):
             done = subprocess.run([sys.executable, MODULE, '--stdio', *words, str(self.root)], text=True,
                                   stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
