@@ -11,6 +11,7 @@ The chapters stand in the order in which each builds on those above it:
     Files         directories as lists, what is on the disk
     Store         repositories and objects as files; an object is whole or absent
     Counters      what happens, counted by all processes that serve
+    Bandwidth     how many bytes a second may pass
     Usage         how much each repository holds, and may hold
     Accounts      who asks: passwords, and what else names a user
     Policy        what that user may do
@@ -121,6 +122,36 @@ def parse_size(text: str) -> int:
 def parse_quota(text: str) -> int:
     """Bytes of a size as parse_size() has them, but without a suffix bytes, as in rest-server."""
     return int(text) if re.fullmatch('[0-9]{1,18}', text) else parse_size(text)
+
+
+_DAYS = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
+_SLOT = re.compile(r'(?:([A-Za-z]+)-)?([01]?[0-9]|2[0-3]):([0-5][0-9]),(.+)')
+_WEEK = 7 * 24 * 60  # minutes
+# From `minute` of the week on, bytes a second that may be sent and received; 0 is no limit.
+Slot = collections.namedtuple('Slot', ['minute', 'sent', 'received'])
+
+
+def parse_timetable(text: str) -> List[Slot]:
+    """Bandwidths in rclone's syntax: `10M`, `10M:1M` (sent:received), `off`, or a timetable such as
+    `08:00,512k 19:00,10M 23:00,off` or `Mon-00:00,512k;Sat-10:00,off`; a slot without a day is in
+    force on all of them."""
+    slots = []
+    words = re.split('[ ;]+', text.strip(' ;'))
+    for word in words:
+        match = _SLOT.fullmatch(word)
+        day, hour, minute, pair = match.groups() if match else (None, '0', '0', word)
+        days = [number for number, name in enumerate(_DAYS)
+                if not day or day.lower() in (name, name[:3])]
+        try:
+            rates = [0 if rate == 'off' else parse_size(rate) for rate in pair.split(':')]
+        except ValueError:
+            rates = []
+        if not days or not 1 <= len(rates) <= 2 or (not match and len(words) > 1):
+            raise ValueError(f'{word!r} is no bandwidth; write 10M, 512k, 10M:1M, off, or a timetable '
+                             'such as "08:00,512k Sat-10:00,off"')
+        slots += [Slot((number * 24 + int(hour)) * 60 + int(minute), rates[0], rates[-1])
+                  for number in days]
+    return slots
 
 
 def format_size(count: float) -> str:
@@ -1107,6 +1138,69 @@ class Counters:
             self._rows[slot][tuple(text.decode('utf-8', 'surrogateescape').split('\0'))] = row
             at = row.stop + -(-len(text) // 8)
         self._looked[slot] = at
+
+
+# ==== Bandwidth ==================================================================================
+# How many bytes a second all connections together may send and receive.
+
+STEP_SECONDS = 0.02          # what one connection takes at a time: so smooth, and so fair, it is
+SMALLEST_STEP = 512          # bytes
+
+
+class Bandwidth:
+    """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  Who comes
+    first passes first; nobody can save up.  It is one limit for all who share `counters`.
+    `clock` tells seconds that only grow, `today` the local time, and `sleep` waits: the system's
+    own, or a test's."""
+
+    SENT, RECEIVED = 1, 2  # the fields of a Slot
+
+    def __init__(self, timetable: List[Slot], counters: Optional[Counters] = None,
+                 clock: Callable[[], float] = time.monotonic,
+                 today: Callable[[], time.struct_time] = time.localtime,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
+        self._timetable = timetable
+        self._clock, self._today, self._sleep = clock, today, sleep
+        self._slot = timetable[0]
+        self._next_look = -math.inf
+        self._counters = counters or Counters()
+        self._lock = threading.Lock()
+
+    def toggle(self) -> bool:
+        """Lift the limit, or put it in force again; whether it is lifted now."""
+        self._counters.add(('bandwidth', 'toggled'), 1)
+        return self._is_lifted()
+
+    def rate(self, way: int) -> int:
+        """Bytes a second that may pass now, 0 if there is no limit."""
+        if self._clock() >= self._next_look:
+            self._next_look = self._clock() + 1
+            today = self._today()
+            now = (today.tm_wday * 24 + today.tm_hour) * 60 + today.tm_min
+            # The slot that began last; before the week's first it is the last week's last.
+            self._slot = min(self._timetable, key=lambda slot: (now - slot.minute) % _WEEK)
+        return 0 if self._is_lifted() else int(self._slot[way])
+
+    def step(self, way: int, count: int) -> int:
+        """How many of `count` bytes may pass in one go."""
+        rate = self.rate(way)
+        return min(count, max(int(rate * STEP_SECONDS), SMALLEST_STEP)) if rate else count
+
+    def wait(self, way: int, count: int) -> None:
+        """Wait until it is the turn of `count` bytes."""
+        rate = self.rate(way)
+        if not rate:
+            return
+        key = ('bandwidth', str(way))   # when, in nanoseconds, the next may pass
+        with self._lock:
+            now = self._clock()
+            begin = max(now, *(row[0] / 1e9 for row in self._counters.read(key)), 0)
+            self._counters.put(key, int((begin + count / rate) * 1e9))
+        if begin > now:
+            self._sleep(begin - now)
+
+    def _is_lifted(self) -> bool:
+        return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
 
 
 # ==== Usage ======================================================================================
@@ -2150,13 +2244,15 @@ class Connection:
 
     IDLE, READING, WRITING = range(3)
 
-    def __init__(self, sock: socket.socket | Pipes, peer: Peer, seconds: float) -> None:
+    def __init__(self, sock: socket.socket | Pipes, peer: Peer, seconds: float,
+                 bandwidth: Optional[Bandwidth] = None) -> None:
         """`seconds`: how long the first request is waited for."""
         self.peer = peer
         self.waits = self.IDLE
         self.deadline = time.monotonic() + seconds
         self.expired = False
         self.stopping = False
+        self._bandwidth = bandwidth
         self.wire: Optional[Http2] = None   # that looks after the time limits itself
         self._sock: Any = sock      # an ssl.SSLSocket where TLS is spoken
         self._io: Any = sock        # what receives and sends
@@ -2201,28 +2297,41 @@ class Connection:
         """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
         try:
             data: bytes = self._io.recv(limit)
-            return data
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
+        if self._bandwidth:
+            self._bandwidth.wait(Bandwidth.RECEIVED, len(data))
+        return data
 
     def receive_into(self, view: memoryview) -> int:
         """Fill `view` from its start; the bytes received, 0 at the end.  Raises Gone."""
+        if self._bandwidth:
+            view = view[:self._bandwidth.step(Bandwidth.RECEIVED, len(view))]
         try:
             count: int = self._io.recv_into(view)
-            return count
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
+        if self._bandwidth:
+            self._bandwidth.wait(Bandwidth.RECEIVED, count)
+        return count
 
     def transmit(self, data: bytes, more: bool = False) -> None:
         """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
-        try:
-            self._io.sendall(data, _MORE if more and not self._tls else 0)
-        except OSError as error:
-            raise Gone(f'sending: {error}') from None
+        view = memoryview(data)
+        while view:
+            part = view
+            if self._bandwidth:
+                part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
+                self._bandwidth.wait(Bandwidth.SENT, len(part))
+            try:
+                self._io.sendall(part, _MORE if more and not self._tls else 0)
+            except OSError as error:
+                raise Gone(f'sending: {error}') from None
+            view = view[len(part):]
 
     def transmit_parts(self, parts: List[bytes | memoryview]) -> None:
         """Send all of several pieces.  Raises Gone."""
-        if self._tls or not hasattr(self._sock, 'sendmsg'):
+        if self._tls or self._bandwidth or not hasattr(self._sock, 'sendmsg'):
             self.transmit(b''.join(parts))
             return
         try:
@@ -2241,9 +2350,12 @@ class Connection:
             if not direct:
                 self.transmit(content.read(COPY_BYTES))
                 continue
+            count = min(content.length, SENDFILE_BYTES)
+            if self._bandwidth:
+                count = self._bandwidth.step(Bandwidth.SENT, count)
+                self._bandwidth.wait(Bandwidth.SENT, count)
             try:
-                count = os.sendfile(self._sock.fileno(), content.fd, content.offset,
-                                    min(content.length, SENDFILE_BYTES))
+                count = os.sendfile(self._sock.fileno(), content.fd, content.offset, count)
             except OSError as error:
                 if error.errno in _CONNECTION_ERRORS:
                     raise Gone(f'sending: {error}') from None
@@ -4383,6 +4495,8 @@ STOP_SECONDS = 10           # for requests under way when the server is told to 
 TURNED_AWAY = 64            # connections above the limit that are told so at a time
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
+_TOGGLE_SIGNAL = getattr(signal, 'SIGUSR2', None)  # as in rclone
+_SIGNALS = tuple(filter(None, (*_STOP_SIGNALS, _RELOAD_SIGNAL, _TOGGLE_SIGNAL)))
 
 
 class Manager:
@@ -4410,14 +4524,16 @@ class Manager:
 
 class Server:
     """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
-    `connections` are served at a time, and as many requests of HTTP/2.  Raises OSError."""
+    `connections` are served at a time, and as many requests of HTTP/2; `bandwidth` is all of
+    theirs.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
                  inherited: Iterable[Tuple[socket.socket, str]] = (), connections: int = 1024,
-                 manager: Optional[Manager] = None) -> None:
+                 manager: Optional[Manager] = None, bandwidth: Optional[Bandwidth] = None) -> None:
         self.api = api
         self.limits = limits
+        self.bandwidth = bandwidth
         self.listeners: List[Any] = []
         self._certificates = certificates
         self._manager = manager or Manager({})
@@ -4472,9 +4588,8 @@ class Server:
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then let running requests finish."""
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in (*_STOP_SIGNALS, _RELOAD_SIGNAL):
-            if number is not None:
-                signal.signal(number, _wake_up)
+        for number in _SIGNALS:
+            signal.signal(number, _wake_up)
         self.loop()
         signal.set_wakeup_fd(-1)
 
@@ -4536,7 +4651,7 @@ class Server:
             log.debug('%s: TLS: %s', peer, error)
             self.dismiss()
             return
-        connection = Connection(sock, peer, self.limits.header_seconds)
+        connection = Connection(sock, peer, self.limits.header_seconds, self.bandwidth)
         with self._lock:
             self._connections.add(connection)
             full = self._served >= self._most
@@ -4585,6 +4700,9 @@ class Server:
         self._stops += sum(number in _STOP_SIGNALS for number in signals)
         if _RELOAD_SIGNAL is not None and _RELOAD_SIGNAL in signals:
             self._reload()
+        if _TOGGLE_SIGNAL is not None and _TOGGLE_SIGNAL in signals and self.bandwidth:
+            lifted = self.bandwidth.toggle()
+            log.log(NOTICE, 'the limit of --bwlimit is %s', 'lifted' if lifted else 'in force again')
 
     def _reload(self) -> None:
         """Read again what may have changed."""
@@ -4858,6 +4976,10 @@ def _add_limits(parser: Parser) -> None:
     """The options of how much may pass, and how much may be stored."""
     add = parser.option
     limits = parser.add_argument_group('limits')
+    add(limits, '--bwlimit', parse_timetable, parse_timetable('off'), 'bytes a second that all '
+        'connections together may send:receive, such as 10M or 10M:1M, or a timetable of them, '
+        '"08:00,512k Sat-10:00,off"; SIGUSR2 lifts it and puts it in force again (default off)',
+        'BANDWIDTH')
     add(limits, '--max-size', parse_quota, 0, 'bytes that all repositories together may hold, such '
         'as 500G; an upload that would pass it is answered 507 (default 0: no limit)', 'SIZE')
     add(limits, '--max-size-per-user', parse_quota, 0, 'bytes that the repositories below each '
@@ -5025,7 +5147,7 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
     counters = Counters()
     return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
                   certificates, inherited_sockets(os.environ), options.max_connections,
-                  Manager(os.environ))
+                  Manager(os.environ), make_bandwidth(options, counters))
 
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
@@ -5036,12 +5158,19 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
                options.allow_origin or '', usage)
 
 
+def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
+    """The limit of --bwlimit, None if there never is one."""
+    limited = any(slot.sent or slot.received for slot in options.bwlimit)
+    return Bandwidth(options.bwlimit, counters) if limited else None
+
+
 def serve_stdio(options: argparse.Namespace, store: Store) -> None:
     """Serve standard input and output until they end."""
-    api = make_api(options, store, Counters(), Policy(options.append_only))
+    counters = Counters()
+    api = make_api(options, store, counters, Policy(options.append_only))
     limits = Limits(options.max_header_bytes, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout)
-    server = Server(api, limits, [])
+    server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters))
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     server.adopt(Pipes(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()

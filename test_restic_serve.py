@@ -3034,6 +3034,130 @@ class Http2TimeLimitTest(Http2TestCase):
         self.assertEqual(wire.answer(3)[0], 404)
 
 
+class Clock:
+    """A clock that a test holds: it goes on when somebody sleeps."""
+
+    def __init__(self, *today):
+        hour, minute, weekday = today or (0, 0, 6)
+        self.now = 1000.0
+        self.day = time.struct_time((2026, 11, 22, hour, minute, 0, weekday, 0, 0))
+        self._lock = threading.Lock()
+
+    def bandwidth(self, text):
+        return restic_serve.Bandwidth(restic_serve.parse_timetable(text), clock=lambda: self.now,
+                                      today=lambda: self.day, sleep=self.sleep)
+
+    def sleep(self, seconds):
+        with self._lock:
+            self.now += seconds
+
+
+class BandwidthTest(unittest.TestCase):
+    SENT, RECEIVED = restic_serve.Bandwidth.SENT, restic_serve.Bandwidth.RECEIVED
+
+    def test_each_row_of_a_timetable_at_its_time(self):
+        daily, weekly = '08:00,512k 19:00,10M;23:00,off', 'Mon-08:00,1M;friday-18:00,off Sun-20:30,2M:1M'
+        for text, (hour, minute, weekday), sent, received in (
+                ('10M', (12, 0, 3), 10 << 20, 10 << 20), ('10M:1M', (12, 0, 3), 10 << 20, 1 << 20),
+                ('off', (12, 0, 3), 0, 0), ('0', (12, 0, 3), 0, 0), ('off:100B', (12, 0, 3), 0, 100),
+                ('666', (12, 0, 3), 666 << 10, 666 << 10), ('1.5Mi', (0, 0, 0), 3 << 19, 3 << 19),
+                (daily, (8, 0, 0), 512 << 10, 512 << 10), (daily, (18, 59, 4), 512 << 10, 512 << 10),
+                (daily, (19, 0, 6), 10 << 20, 10 << 20), (daily, (23, 30, 6), 0, 0),
+                (daily, (7, 59, 0), 0, 0),
+                (weekly, (8, 0, 0), 1 << 20, 1 << 20), (weekly, (17, 59, 4), 1 << 20, 1 << 20),
+                (weekly, (18, 0, 4), 0, 0), (weekly, (20, 29, 6), 0, 0),
+                (weekly, (20, 30, 6), 2 << 20, 1 << 20), (weekly, (7, 59, 0), 2 << 20, 1 << 20)):
+            bandwidth = Clock(hour, minute, weekday).bandwidth(text)
+            self.assertEqual((bandwidth.rate(self.SENT), bandwidth.rate(self.RECEIVED)), (sent, received),
+                             (text, hour, minute, weekday))
+
+    def test_what_is_no_bandwidth(self):
+        for text in ('', 'x', '10X', '10M:', '1:2:3', '24:00,1M', '10:60,1M', '10:20,', 'Foo-10:20,1M',
+                     'M-10:20,1M', '10M 20M', '10M;10:20,1M', '-1', '10:20,1M,2M'):
+            with self.assertRaises(ValueError, msg=text) as caught:
+                restic_serve.parse_timetable(text)
+            self.assertIn('10M:1M, off', str(caught.exception))
+
+    def test_the_next_slot_comes_into_force_by_itself(self):
+        clock = Clock(18, 59, 0)
+        bandwidth = clock.bandwidth('08:00,1k 19:00,off')
+        self.assertEqual(bandwidth.rate(self.SENT), 1024)
+        clock.day = Clock(19, 0, 0).day
+        clock.now += 1
+        self.assertEqual(bandwidth.rate(self.SENT), 0)
+
+    def test_the_rate_is_right_and_smooth_and_nobody_can_save_up(self):
+        clock = Clock()
+        bandwidth = clock.bandwidth('1M')
+        clock.now += 3600
+        begin, passed = clock.now, []
+        for _ in range(500):
+            count = bandwidth.step(self.SENT, 1 << 20)
+            bandwidth.wait(self.SENT, count)
+            passed.append((clock.now - begin, count))
+        seconds, total = passed[-1][0], sum(count for _, count in passed)
+        self.assertAlmostEqual(total / seconds / (1 << 20), 1, delta=0.05)
+        for tenth in range(90):
+            part = sum(count for moment, count in passed if tenth <= moment * 10 < tenth + 1)
+            self.assertAlmostEqual(part / (1 << 20) * 10, 1, delta=0.25)
+
+    def test_the_two_ways_do_not_share(self):
+        clock = Clock()
+        bandwidth = clock.bandwidth('1k:2k')
+        for way in (self.SENT, self.RECEIVED) * 3:
+            bandwidth.wait(way, 1024)
+        self.assertAlmostEqual(clock.now, 1002)
+
+    def test_a_limit_that_is_lifted_is_none(self):
+        clock = Clock()
+        bandwidth = clock.bandwidth('1k')
+        self.assertTrue(bandwidth.toggle())
+        self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (9999, 0))
+        self.assertFalse(bandwidth.toggle())
+        self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (512, 1024))
+
+
+class BandwidthOfConnectionsTest(Http2TestCase):
+    """Whatever passes is counted: both wires, both ways, small and large."""
+
+    def setUp(self):
+        super().setUp()
+        self.content = os.urandom(300_000)
+        self.path = self.put(self.content)
+        self.clock = Clock()
+        self.server.bandwidth = self.clock.bandwidth('100k:10k')
+
+    def check(self, rate, transfer):
+        begin = self.clock.now
+        transfer()
+        self.assertAlmostEqual((self.clock.now - begin) * rate * 1024 / len(self.content), 1, delta=0.1)
+
+    def test_http_1(self):
+        wire = self.connect()
+        self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
+        self.check(10, lambda: self.assertEqual(wire.ask(post(self.path, self.content))[0], 200))
+        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EINVAL, 'no')):
+            self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
+        begin = self.clock.now
+        self.assertTrue(self.server.bandwidth.toggle())
+        self.assertEqual(wire.ask(get(self.path))[2], self.content)
+        self.assertEqual(self.clock.now, begin)
+
+    def test_http_2(self):
+        wire = self.http2()
+
+        def download():
+            wire.send(headers(1, fields('GET', self.path)))
+            self.assertEqual(wire.answer()[2], self.content)
+
+        def upload():
+            wire.upload(3, self.path, self.content)
+            self.assertEqual(wire.answer(3)[0], 200)
+
+        self.check(100, download)
+        self.check(10, upload)
+
+
 class AccessLogTest(WireTestCase):
     def setUp(self):
         super().setUp()
@@ -3904,7 +4028,8 @@ class CommandLineTest(TestCase):
     def test_a_bad_value_is_one_line_and_status_2(self):
         for words, environment in (
                 ([], {}), (['--addr', 'nonsense', 'x'], {}), (['--unknown', 'x'], {}), (['a', 'b'], {}),
-                (['--append-only=maybe', 'x'], {}), (['--server-read-timeout', '10x', 'x'], {}),
+                (['--append-only=maybe', 'x'], {}),
+                (['--bwlimit', '10X', 'x'], {}), (['--server-read-timeout', '10x', 'x'], {}),
                 (['--max-header-bytes', '0', 'x'], {}), (['serve', 'restic'], {}), (['--addr'], {}),
                 (['--append', 'x'], {}), (['x'], {'RESTIC_SERVE_ADDR': 'nonsense'}),
                 (['x'], {'RESTIC_SERVE_APPEND_ONLY': 'maybe'}), (['--bogus', 'a\nb'], {}),
@@ -3987,6 +4112,19 @@ class CommandLineTest(TestCase):
             content = b'x' * 401
             self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 507)
         server.stop()
+
+    @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'this system has no SIGUSR2')
+    def test_sigusr2_lifts_the_limit_on_bandwidth_and_puts_it_in_force_again(self):
+        server = self.serve('--bwlimit', '10M', self.root)
+        with Wire(server.port) as wire:
+            wire.ask(get('/config'))
+        for word in ('lifted', 'in force again'):
+            server.process.send_signal(signal.SIGUSR2)
+            self.wait_until(lambda line=f'--bwlimit is {word}': line in ' '.join(server.lines), word)
+        self.assertEqual(server.stop(), 0)
+        with self.serve(self.root) as server:
+            server.process.send_signal(signal.SIGUSR2)
+            self.assertEqual(server.stop(), 0)
 
     def test_levels_of_the_log(self):
         server = self.serve('-v', self.root)
