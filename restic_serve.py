@@ -12,6 +12,7 @@ The chapters stand in the order in which each builds on those above it:
     Store         repositories and objects as files; an object is whole or absent
     Counters      what happens, counted by all processes that serve
     Bandwidth     how many bytes a second may pass
+    Scrub         every object against its name, without a password
     Usage         how much each repository holds, and may hold
     Accounts      who asks: passwords, and what else names a user
     Policy        what that user may do
@@ -87,6 +88,9 @@ __version__ = '0.1.0'
 NOTICE = 25  # rclone's level between INFO and WARNING: shown unless --quiet
 log = logging.getLogger('restic_serve')
 access_log = logging.getLogger('restic_serve.access')
+
+# The processor's cores that this process may use.
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
 
 
 # ==== Units ======================================================================================
@@ -984,6 +988,31 @@ class Store:
             self._make_directory(folder)
             return Scratch(self, folder)
 
+    def write_hidden(self, name: str, text: str) -> None:
+        """Replace a file in the hidden folder.  What root writes is given to the directory's owner,
+        who may have made links there: none is followed.  Raises OSError."""
+        folder = self.hidden_folder()
+        scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY
+        if os.open not in os.supports_dir_fd:
+            with open(os.open(f'{folder}/{scratch}', flags, self.file_mode), 'w', encoding='utf-8') as file:
+                file.write(text)
+            os.replace(f'{folder}/{scratch}', f'{folder}/{name}')
+            return
+        inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fd = os.open(scratch, flags, self.file_mode, dir_fd=inside)
+            with open(fd, 'w', encoding='utf-8') as file:
+                owner = os.stat(self.root or os.sep)
+                if os.geteuid() == 0:
+                    os.fchown(inside, owner.st_uid, owner.st_gid)
+                    os.fchown(fd, owner.st_uid, owner.st_gid)
+                os.fchmod(fd, self.file_mode)
+                file.write(text)
+            os.replace(scratch, name, src_dir_fd=inside, dst_dir_fd=inside)
+        finally:
+            os.close(inside)
+
     def hidden_folder(self) -> str:
         """The folder for scratch files with a name, made if it is missing."""
         folder = f'{self.root}/{HIDDEN}'
@@ -1201,6 +1230,255 @@ class Bandwidth:
 
     def _is_lifted(self) -> bool:
         return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
+
+
+# ==== Scrub ======================================================================================
+# Reads every object of every repository and compares its SHA-256 with its name.  It may run beside
+# a server: what is written or deleted meanwhile is no fault.
+
+SCRUB_FILE = 'scrub.json'    # in HIDDEN: when each folder was last found sound, and the results
+PROGRESS_SECONDS = 60        # between two lines of progress, where there is no terminal
+BAR_SECONDS = 0.2            # and between two changes of the bar on one
+BAR_WIDTH = 30               # characters
+
+
+# Of a repository: when it was last checked, objects read then, and those that were damaged.
+ScrubResult = collections.namedtuple('ScrubResult', ['time', 'checked', 'damaged'])
+
+
+def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]:
+    """When each folder was last found to be sound, and the last result of each repository.
+    Raises OSError, and ValueError if the file is no good."""
+    import json
+    try:
+        with open(f'{store.root}/{HIDDEN}/{SCRUB_FILE}', encoding='utf-8') as file:
+            content = json.load(file)
+        return ({str(folder): float(moment) for folder, moment in content['folders'].items()},
+                {str(repository): ScrubResult(float(result[0]), int(result[1]), int(result[2]))
+                 for repository, result in content['repositories'].items()})
+    except FileNotFoundError:
+        return {}, {}
+    except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f'{SCRUB_FILE} is none of ours: {error}') from None
+
+
+@functools.lru_cache(maxsize=1)
+def _results(store: Store, stamp: Tuple[int, ...]) -> Dict[str, ScrubResult]:
+    return read_scrubs(store)[1]
+
+
+def last_scrubs(store: Store) -> Dict[str, ScrubResult]:
+    """The last result of each repository, as far as it is known."""
+    try:
+        return _results(store, stamp(f'{store.root}/{HIDDEN}/{SCRUB_FILE}'))
+    except (OSError, ValueError) as error:
+        log.debug('what --scrub found is not known: %s', error)
+        return {}
+
+
+class Scrub:
+    """One pass over a directory.  What was found sound less than `age` seconds ago is skipped;
+    faults go to `report`, a path and a reason, and progress to `stream`."""
+
+    def __init__(self, store: Store, age: float, bandwidth: Optional[Bandwidth],
+                 report: Callable[[str, str], None], stream: Any) -> None:
+        self.damaged = 0
+        self.checked = 0                # objects that were read
+        self._store = store
+        self._after = time.time() - age if age else math.inf
+        self._bandwidth = bandwidth
+        self._report = report
+        self._stream = stream
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._sound: Dict[str, float] = {}
+        self._results: Dict[str, ScrubResult] = {}
+        try:
+            self._sound, self._results = read_scrubs(store)
+        except (OSError, ValueError) as error:
+            log.warning('what was checked before is not known: %s', error)
+        self._tallies: Dict[str, List[int]] = {}    # of a repository: objects read, and damaged
+        self._bytes = self._total = 0
+        self._begin = self._shown = time.monotonic()
+
+    def run(self) -> int:
+        """Check everything, on all cores; how many objects are damaged.  Raises OSError if the
+        directory cannot be read."""
+        from concurrent.futures import ThreadPoolExecutor
+        folders = list(self._find(''))
+        for folder, _ in folders:
+            with contextlib.suppress(OSError):  # it will be reported when it is read
+                self._total += sum(size for _, size in self._objects(folder))
+        try:
+            with ThreadPoolExecutor(len(CORES)) as pool:
+                try:
+                    for _ in pool.map(self._check_folder, *zip(*folders)):
+                        pass
+                except BaseException:
+                    self._stopped = True
+                    raise
+            self._results = {repository: ScrubResult(int(time.time()), *tally)
+                             for repository, tally in self._tallies.items()}
+        finally:
+            self._save()
+        self._show(last=True)
+        return self.damaged
+
+    def _find(self, path: str) -> Iterator[Tuple[str, List[int]]]:
+        """The folders of objects below a folder, by their path in the directory, with the tally of
+        their repository.  Foreign and stray files are reported on the way."""
+        with _scan(f'{self._store.root}/{path}') as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        is_repository = any(entry.name in ('config', *KINDS) for entry in entries)
+        tally = [0, 0]
+        if is_repository:
+            self._tallies[f'/{path}' if path else ''] = tally
+        for entry in entries:
+            where = f'{path}/{entry.name}'.lstrip('/')
+            if not entry.is_dir(follow_symlinks=False):
+                if entry.name == 'config':
+                    self._check_config(entry, tally)
+                elif is_repository or entry.name.startswith(HIDDEN):
+                    self._foreign(entry)
+            elif is_repository and entry.name == 'data':
+                with _scan(entry.path) as inner:
+                    for part in sorted(inner, key=lambda one: one.name):
+                        if part.is_dir(follow_symlinks=False) and _SUBDIRECTORY.fullmatch(part.name):
+                            yield f'{where}/{part.name}', tally
+                        else:
+                            self._foreign(part)
+            elif is_repository and entry.name in KINDS:
+                yield where, tally
+            elif entry.name == HIDDEN and not path:
+                self._find_strays(entry.path)
+            else:
+                yield from self._find(where)
+
+    def _find_strays(self, folder: str) -> None:
+        with _scan(folder) as entries:
+            for entry in entries:
+                if entry.name != SCRUB_FILE:
+                    self._foreign(entry)
+
+    def _foreign(self, entry: os.DirEntry[str]) -> None:
+        """Report what is no object; an upload that may still be under way is none of it."""
+        with contextlib.suppress(FileNotFoundError):
+            if SCRATCH_PREFIX not in entry.name:
+                self._report(entry.path, 'foreign: no object of restic has this name here')
+            elif entry.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS:
+                self._report(entry.path, 'stray: left behind by an upload that was cut off')
+
+    def _check_config(self, entry: os.DirEntry[str], tally: List[int]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if not entry.stat(follow_symlinks=False).st_size:
+                self._damage(tally, entry.path, 'empty')
+
+    def _objects(self, folder: str) -> Iterator[Tuple[os.DirEntry[str], int]]:
+        """The objects of a folder that are to be read, and their sizes."""
+        sound = self._sound.get(folder, -math.inf)
+        skip = sound if sound > self._after else -math.inf
+        prefix = folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
+        for entry, status in object_entries(f'{self._store.root}/{folder}', prefix):
+            if max(status.st_mtime, status.st_ctime) >= skip:
+                yield entry, status.st_size
+
+    def _check_folder(self, folder: str, tally: List[int]) -> None:
+        moment, faults = time.time(), 0
+        if self._stopped:
+            return
+        try:
+            with _scan(f'{self._store.root}/{folder}') as entries:
+                for entry in entries:
+                    if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
+                            or ('/data/' in f'/{folder}' and entry.name[:2] != folder[-2:])):
+                        self._foreign(entry)
+            for entry, _ in self._objects(folder):
+                faults += self._check(entry, tally)
+        except OSError as error:
+            self._damage(tally, f'{self._store.root}/{folder}', f'unreadable: {error.strerror}')
+            faults = 1
+        with self._lock:
+            if self._stopped:
+                return
+            if faults:
+                self._sound.pop(folder, None)
+            elif self._sound.get(folder, -math.inf) <= self._after:
+                self._sound[folder] = moment
+
+    def _check(self, entry: os.DirEntry[str], tally: List[int]) -> bool:
+        """Whether an object is damaged."""
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
+        try:
+            with open(os.open(entry.path, _READ_FLAGS), 'rb', buffering=0) as file:
+                while True:
+                    size = len(buffer)
+                    if self._bandwidth:
+                        size = self._bandwidth.step(Bandwidth.SENT, size)
+                    count = file.readinto(buffer[:size])
+                    if not count:
+                        break
+                    if self._stopped:
+                        return False
+                    if self._bandwidth:
+                        self._bandwidth.wait(Bandwidth.SENT, count)
+                    digest.update(buffer[:count])
+                    self._advance(count)
+        except FileNotFoundError:  # deleted meanwhile
+            return False
+        except OSError as error:
+            self._damage(tally, entry.path, f'unreadable: {error.strerror}')
+            return True
+        with self._lock:
+            self.checked += 1
+            tally[0] += 1
+        if digest.hexdigest() == entry.name:
+            return False
+        self._damage(tally, entry.path, f'damaged: its SHA-256 is {digest.hexdigest()}')
+        return True
+
+    def _damage(self, tally: List[int], path: str, reason: str) -> None:
+        with self._lock:
+            self.damaged += 1
+            tally[1] += 1
+        self._report(path, reason)
+
+    # ---- progress ----
+
+    def _advance(self, count: int) -> None:
+        with self._lock:
+            self._bytes += count
+            now = time.monotonic()
+            if now - self._shown >= (BAR_SECONDS if self._stream.isatty() else PROGRESS_SECONDS):
+                self._shown = now
+                self._show()
+
+    def _show(self, last: bool = False) -> None:
+        """Say how far it is, at what rate, and how long it will still take."""
+        seconds = max(time.monotonic() - self._begin, 0.001)
+        part = min(self._bytes / self._total, 1.0) if self._total and not last else 1.0
+        left = seconds / part - seconds if part else 0.0
+        text = (f'{part:4.0%} of {self._total / 1024 ** 3:.2f} GiB, '
+                f'{self._bytes / seconds / 1024 ** 2:.0f} MiB/s, {left / 60:.0f} min left, '
+                f'{self.checked} objects read, {self.damaged} damaged')
+        if self._stream.isatty():
+            done = int(part * BAR_WIDTH)
+            self._stream.write(f'\r[{"#" * done}{"." * (BAR_WIDTH - done)}] {text}\033[K'
+                               + ('\n' if last else ''))
+        else:
+            self._stream.write(f'{text}\n')
+        self._stream.flush()
+
+    # ---- what was checked when ----
+
+    def _save(self) -> None:
+        import json
+        sound = {folder: round(moment, 3) for folder, moment in self._sound.items()
+                 if os.path.isdir(f'{self._store.root}/{folder}')}
+        try:
+            self._store.write_hidden(SCRUB_FILE, json.dumps(
+                {'folders': sound, 'repositories': self._results}))
+        except OSError as error:
+            log.error('what was checked will not be known the next time: %s', error)
 
 
 # ==== Usage ======================================================================================
@@ -2219,8 +2497,7 @@ _MORE = getattr(socket, 'MSG_MORE', 0)
 _CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
                       errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 # Without an interpreter lock, or without a way to ask, there is nothing to place.
-_CORES = (sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-          and getattr(sys, '_is_gil_enabled', lambda: True)() else [0])
+_PLACED = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
 
 
 def place_thread(roaming: bool) -> None:
@@ -2230,9 +2507,9 @@ def place_thread(roaming: bool) -> None:
     On one core that is nearly free; across cores it costs half of the requests a second.  What
     works for long without the lock roams: transfers, and hashing them.
     """
-    if len(_CORES) > 1:
+    if _PLACED:
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, _CORES if roaming else [_CORES[os.getpid() % len(_CORES)]])
+            os.sched_setaffinity(0, CORES if roaming else [CORES[os.getpid() % len(CORES)]])
 
 
 class Connection:
@@ -4961,6 +5238,11 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     _add_watching(parser)
 
     other = parser.add_argument_group('other jobs')
+    add(other, '--scrub', parse_bool, False, 'read every object of every repository in DIR, and list '
+        'those whose content does not match their name, and files that do not belong there; needs '
+        'no password, and may run beside a server; status 1 if anything is damaged')
+    add(other, '--scrub-age', parse_duration, 0.0, 'skip what was found sound in this time, such as '
+        '30d (default 0: skip nothing)', 'DURATION')
     add(other, '--add-user', parse_user, None, 'add a user to the file of --htpasswd, or change '
         'the password, which is asked for or read from standard input', 'NAME')
     add(other, '--remove-user', parse_user, None, 'remove a user from the file of --htpasswd',
@@ -5176,6 +5458,22 @@ def serve_stdio(options: argparse.Namespace, store: Store) -> None:
     server.run()
 
 
+def scrub(options: argparse.Namespace, store: Store) -> int:
+    """Do --scrub; the exit status.  Raises OSError."""
+    if not os.path.isdir(store.root or os.sep):
+        raise FileNotFoundError(errno.ENOENT, 'no directory', store.root)
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: sys.exit(1))
+
+    def report(path: str, reason: str) -> None:
+        sys.stdout.write(f'{one_line(path)}: {reason}\n')
+        sys.stdout.flush()
+
+    with open(os.devnull, 'w') as nothing:
+        return int(Scrub(store, options.scrub_age, make_bandwidth(options, Counters()), report,
+                         nothing if options.quiet else sys.stderr).run() > 0)
+
+
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
     """Do --add-user or --remove-user; the exit status."""
     if not options.htpasswd:
@@ -5237,6 +5535,8 @@ def main(words: Optional[List[str]] = None) -> int:
             log.warning('--allow-origin: with * the scripts of every web site may use the server')
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible)
+        if options.scrub:
+            return scrub(options, store)
         store.prepare()
         if options.stdio:
             serve_stdio(options, store)

@@ -4447,6 +4447,201 @@ class StdioTest(TestCase):
             pass
 
 
+class ScrubTest(TestCase):
+    """Every object is read, and whatever is wrong is said."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.paths = {}
+        for repository in ('', '/host', '/deep/below/x'):
+            self.store.create_repository(repository)
+            for kind in ('data', 'index', 'keys'):
+                content = os.urandom(3000)
+                location = Location(repository, kind, named(content))
+                self.store.save(location, Bytes(content))
+                self.paths[repository, kind] = Path(self.store._path(location))
+            Path(f'{self.root}{repository}/config').write_bytes(b'x')
+
+    def scrub(self, age=0, bandwidth=None):
+        """What is reported, by path, and how many objects were read and are damaged."""
+        found = {}
+        job = restic_serve.Scrub(self.store, age, bandwidth, found.__setitem__, io.StringIO())
+        damaged = job.run()
+        self.assertEqual(damaged, len([reason for reason in found.values()
+                                       if not reason.startswith(('foreign', 'stray'))]))
+        found = {os.path.relpath(path, self.root): reason for path, reason in found.items()}
+        return found, job.checked, damaged
+
+    def relative(self, *key):
+        return str(self.paths[key].relative_to(self.root))
+
+    def test_what_is_sound_is_read_and_silent(self):
+        self.assertEqual(self.scrub(), ({}, 9, 0))
+
+    def test_a_result_that_cannot_be_read_is_none_and_is_read_when_it_can(self):
+        self.scrub()
+        path = self.root / '.restic_serve/scrub.json'
+        good = path.read_text()
+        for text in ('{"folders": {}, "repositories": {"": [Infinity, 1, 1e999]}}', '[' * 100000, '\0'):
+            path.write_text(text)
+            self.assertEqual(restic_serve.last_scrubs(self.store), {})
+        path.write_text(good)
+        with mock.patch('builtins.open', side_effect=PermissionError(errno.EACCES, 'x')):
+            self.assertEqual(restic_serve.last_scrubs(self.store), {})
+        self.assertEqual(len(restic_serve.last_scrubs(self.store)), 3)
+
+    def test_root_follows_no_link_where_it_writes(self):
+        target = self.folder / 'target'
+        target.mkdir()
+        shutil.rmtree(self.root / '.restic_serve', ignore_errors=True)
+        (self.root / '.restic_serve').symlink_to(target)
+        self.scrub()
+        self.assertEqual(list(target.iterdir()), [])
+        self.assertIn('will not be known', self.log[-1])
+
+    @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'for root')
+    def test_what_root_writes_is_given_to_the_owner_of_the_directory(self):
+        os.chown(self.root, 1234, 1235)
+        store = Store(str(self.root), shared=True)
+        restic_serve.Scrub(store, 0, None, lambda *fault: None, io.StringIO()).run()
+        for path, mode in (('.restic_serve', 0o770), ('.restic_serve/scrub.json', 0o660)):
+            status = (self.root / path).stat()
+            self.assertEqual((status.st_uid, status.st_gid), (1234, 1235))
+            self.assertEqual(stat.S_IMODE(status.st_mode), mode)
+
+    def test_the_last_result_of_each_repository_is_remembered(self):
+        self.assertEqual(restic_serve.last_scrubs(self.store), {})
+        os.truncate(self.paths['/host', 'keys'], 10)
+        with mock.patch.object(time, 'time', return_value=time.time() + 60):
+            now = int(time.time())
+            self.scrub()
+        self.assertEqual(restic_serve.last_scrubs(self.store), {
+            '': (now, 3, 0), '/host': (now, 3, 1), '/deep/below/x': (now, 3, 0)})
+        shutil.rmtree(self.root / 'deep')
+        with mock.patch.object(time, 'time', return_value=time.time() + 120):
+            self.scrub(age=3600)  # what is sound is not read again, and stays so
+            now = int(time.time())
+        self.assertEqual({name: result[::2] for name, result in restic_serve.last_scrubs(self.store).items()},
+                         {'': (now, 0), '/host': (now, 1)})
+
+    def test_damage_of_every_kind_is_found(self):
+        self.paths['', 'data'].write_bytes(b'other')
+        os.truncate(self.paths['/host', 'keys'], 10)
+        (self.root / 'deep/below/x/config').write_bytes(b'')
+        found, checked, damaged = self.scrub()
+        self.assertEqual((checked, damaged), (9, 3))
+        self.assertEqual(found.pop('deep/below/x/config'), 'empty')
+        self.assertEqual(found.pop(self.relative('', 'data')), f'damaged: its SHA-256 is {named(b"other")}')
+        self.assertTrue(found.pop(self.relative('/host', 'keys')).startswith('damaged: '))
+        self.assertEqual(found, {})
+
+    def test_an_object_that_cannot_be_read_is_damaged(self):
+        real = os.open
+
+        def fail(path, *more):
+            if str(path) == str(self.paths['/host', 'data']):
+                raise OSError(errno.EIO, 'Input/output error')
+            return real(path, *more)
+
+        with mock.patch.object(os, 'open', fail):
+            found, _, damaged = self.scrub()
+        reason = 'unreadable: Input/output error'
+        self.assertEqual((found, damaged), ({self.relative('/host', 'data'): reason}, 1))
+
+    def test_foreign_and_stray_files_are_no_damage(self):
+        wrong = self.root / 'host/data/00' / ('ff' * 32)
+        for path in (wrong, *map(self.root.joinpath, (
+                'host/data/x', 'host/index/notes.txt', 'host/y', 'host/keys/folder/z',
+                '.restic_serve/upload-old', '.restic_serve/upload-young',
+                'host/data/00/.restic_serve-upload-old'))):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b'x')
+            if path.name.endswith('old'):
+                os.utime(path, (1, 1))
+        found, _, damaged = self.scrub()
+        self.assertEqual(damaged, 0)
+        self.assertEqual({path: reason.partition(':')[0] for path, reason in found.items()}, {
+            f'host/data/00/{wrong.name}': 'foreign', 'host/data/x': 'foreign',
+            'host/index/notes.txt': 'foreign', 'host/y': 'foreign', 'host/keys/folder': 'foreign',
+            '.restic_serve/upload-old': 'stray',
+            'host/data/00/.restic_serve-upload-old': 'stray'})
+
+    def test_what_was_sound_lately_is_skipped_but_for_what_is_new_or_was_damaged(self):
+        self.paths['/host', 'data'].write_bytes(b'other')
+        self.assertEqual(self.scrub()[1:], (9, 1))
+        for path in self.paths.values():  # written before that
+            os.utime(path, (1, 1))
+        with mock.patch.object(time, 'time', return_value=time.time() + 60):
+            found, checked, damaged = self.scrub(age=3600)
+        self.assertEqual((checked, damaged), (9, 1))  # their ctime is new
+        with mock.patch.object(time, 'time', return_value=time.time() + 120):
+            content = os.urandom(100)
+            self.assertEqual(self.scrub(age=30)[1:], (9, 1))
+        with mock.patch.object(time, 'time', return_value=time.time() + 180):
+            self.assertEqual(self.scrub(age=3600)[1:], (1, 1))  # the damaged one
+            self.store.save(Location('/host', 'index', named(content)), Bytes(content))
+            path = f'{self.root}/host/index/{named(content)}'
+            os.utime(path, (time.time() + 200, time.time() + 200))
+            self.assertEqual(self.scrub(age=3600)[1:], (2, 1))
+        with mock.patch.object(time, 'time', return_value=time.time() + 9000):
+            self.assertEqual(self.scrub(age=3600)[1:], (10, 1))
+
+    def test_a_memory_that_is_no_json_is_forgotten(self):
+        (self.root / '.restic_serve').mkdir(exist_ok=True)
+        for text in ('', '[]', '{"folders": {"data/00": "x"}, "repositories": {}}', '{"folders": {}}',
+                     '{"folders": {}, "repositories": {"/host": [1]}}', 'x'):
+            (self.root / '.restic_serve/scrub.json').write_text(text)
+            self.assertEqual(self.scrub(age=3600)[1:], (9, 0))
+            (self.root / '.restic_serve/scrub.json').unlink()
+
+    def test_an_object_that_is_deleted_meanwhile_is_no_fault(self):
+        real = restic_serve.Scrub._check
+
+        def check(job, entry, tally):
+            if os.path.exists(entry.path):
+                os.unlink(entry.path)
+            return real(job, entry, tally)
+
+        with mock.patch.object(restic_serve.Scrub, '_check', check):
+            self.assertEqual(self.scrub(), ({}, 0, 0))
+
+    def test_bandwidth_is_limited(self):
+        clock = Clock()
+        begin = clock.now
+        self.scrub(bandwidth=clock.bandwidth('10k'))
+        self.assertAlmostEqual((clock.now - begin) * 10 * 1024 / (9 * 3000), 1, delta=0.1)
+
+    def test_the_command(self):
+        def run(*words):
+            done = subprocess.run([sys.executable, MODULE, '--scrub', *words], capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, env=clean_environment(), timeout=PATIENCE)
+            return done.returncode, done.stdout, done.stderr
+
+        status, output, error = run(self.root)
+        self.assertEqual((status, output), (0, ''))
+        self.assertRegex(error, r'^100% of 0\.00 GiB, \d+ MiB/s, 0 min left, 9 objects read, 0 damaged\n$')
+        self.paths['', 'data'].write_bytes(b'other')
+        self.assertEqual(run('--quiet', self.root), (1, f'{self.paths["", "data"]}: damaged: its SHA-256 is '
+                                                     f'{named(b"other")}\n', ''))
+        status, output, error = run(self.folder / 'none')
+        self.assertEqual((status, output, error.count('\n')), (1, '', 1), error)
+        self.assertFalse((self.folder / 'none').exists())
+
+    def test_a_bar_on_a_terminal(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest('this system has no terminals')
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stderr=theirs, check=True,
+                       stdin=subprocess.DEVNULL, env=clean_environment())
+        os.close(theirs)
+        text = os.read(ours, 10000).decode()
+        self.assertIn(f'\r[{"#" * restic_serve.BAR_WIDTH}] 100% of ', text)
+
+
 # ---- real clients and servers ----
 
 
