@@ -16,6 +16,7 @@ The chapters stand in the order in which each builds on those above it:
     Usage         how much each repository holds, and may hold
     Accounts      who asks: passwords, and what else names a user
     Policy        what that user may do
+    Metrics       what was done, for Prometheus and for the log
     Api           routes and answers
     Connection    a client's bytes, and how long they are waited for
     Http1         requests and answers on one connection of HTTP/1.1
@@ -38,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import errno
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 
     Headers = List[Tuple[str, str]]
     Key = Tuple[str, ...]                   # of a row of Counters
+    Change = Tuple[Key, int, Dict[int, int]]
 
     class Body(Protocol):
         """The content of a request, read as it arrives."""
@@ -165,6 +168,17 @@ def format_size(count: float) -> str:
         count /= 1024
         units.pop(0)
     return f'{count:.0f} B' if units[0] == 'B' else f'{count:.1f} {units[0]}'
+
+
+def format_duration(seconds: float) -> str:
+    """A time for people, in its two largest units: `9 s`, `3 m 20 s`, `2 d 5 h`."""
+    left = int(seconds)
+    parts: List[str] = []
+    for unit, size in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
+        if left >= size or (unit == 's' and not parts):
+            parts.append(f'{left // size} {unit}')
+            left %= size
+    return ' '.join(parts[:2])
 
 
 def parse_bool(text: str) -> bool:
@@ -326,7 +340,8 @@ class Request:
     """One request, whatever wire it came by.  `path` is as sent, percent-encoded, without query;
     `headers` have lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3)."""
 
-    __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'user')
+    __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'user', 'begun',
+                 'location')
 
     def __init__(self, method: str, target: str, version: str, headers: Dict[str, str],
                  body: Body, peer: Peer) -> None:
@@ -337,6 +352,8 @@ class Request:
         self.body = body
         self.peer = peer
         self.user = ''
+        self.begun = time.monotonic()
+        self.location: Optional[Location] = None    # of an object that is there
 
 
 def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
@@ -1060,6 +1077,7 @@ class Store:
 
 SLOT_BYTES = 32 << 20       # of addresses for one process's numbers; memory is taken as they come
 SPARE_BYTES = 2 << 20       # of them, for all but what is counted of each repository
+CONNECTIONS = ('connections',)  # the row of those that have a thread, and those that are served
 # Rows of what is there now: they end with the process that counted it.
 _PASSING = ('connections', 'room')
 _OF_REPOSITORIES = ('added', 'removed', 'base', 'snapshot', 'blob')
@@ -1104,6 +1122,18 @@ class Counters:
             for index, amount in zip(row, amounts):
                 words[index] += amount
         return bool(row)
+
+    def add_at(self, *changes: Change) -> None:
+        """Add to single numbers of several rows: the key and width of each, and its amounts by their
+        places."""
+        with self._lock:
+            words = self._words
+            for key, width, amounts in changes:
+                row = self._row(key, width)
+                if row:
+                    first = row.start
+                    for place, amount in amounts.items():
+                        words[first + place] += amount
 
     def put(self, key: Key, *values: int) -> None:
         """Set the numbers of this process's row, if there is room for one."""
@@ -1572,6 +1602,11 @@ class Usage:
             log.warning('the quota leaves no room for %s more in %s: %s', format_size(count),
                         location.repository or '/', held)
         raise HttpError(507, 'the quota leaves no room')
+
+    def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
+        """Of each area that some repositories lie in: bytes it holds, and its quota."""
+        areas = {area for repository in ('', *repositories) for area in self.areas(repository)}
+        return {area: self.quota(area)[::2] for area in sorted(areas)}
 
     def _note(self, way: str, location: Location, objects: int, size: int) -> None:
         self._counters.add((way, location.repository), size,
@@ -2086,6 +2121,11 @@ class Accounts:
         self._verified: Dict[bytes, str] = {}   # keyed hash of a header: its user
         self._one_at_a_time = threading.Lock()  # slow hashes, and changes of _verified
 
+    @property
+    def demanded(self) -> bool:
+        """Whether one has to log in, but over a unix socket."""
+        return bool(self._file or self._user or self._user_header)
+
     def identify(self, request: Request) -> str:
         """The user behind a request, empty if nothing says.  Raises HttpError 401 and 403."""
         peer = request.peer
@@ -2214,6 +2254,8 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
 # ==== Policy =====================================================================================
 # What a user may do.  Each rule stands here once, for every route and every wire.
 
+METRICS_USER = 'metrics'     # who may see the metrics, beside administrators
+
 class Policy:
     """`append_only`: nothing that was stored can be deleted, except locks.  `private`: a user may
     enter only repositories below `/<user>/`.  Neither binds the users in `administrators`."""
@@ -2223,6 +2265,10 @@ class Policy:
         self.append_only = append_only
         self.private = private
         self.administrators = frozenset(administrators)
+
+    def may_see_metrics(self, user: str) -> bool:
+        """Whether one who is known may see what is said of all repositories."""
+        return user == METRICS_USER or user in self.administrators
 
     def check(self, request: Request, location: Location) -> None:
         """Raises HttpError 403 for what the request's user may not do."""
@@ -2237,6 +2283,186 @@ class Policy:
             who = f"'{user}' from {request.peer}" if user else request.peer
             log.log(NOTICE, 'append-only: %s may not delete %s', who, location)
             raise HttpError(403, 'the server is append-only')
+
+
+# ==== Metrics ====================================================================================
+# What was done, and what is there, for Prometheus and for the log.
+# https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+
+METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Metrics:
+    """Counts requests, and tells what was counted.
+
+    The rows that count: `request`, by method and status: requests, their microseconds, and those
+    that took so long, by SECONDS; `blob`, by user, repository and type: blobs and bytes written,
+    read and deleted, as rest-server counts them.
+    """
+
+    WRITTEN, READ, DELETED = 0, 2, 4   # where in a row of `blob`
+
+    def __init__(self, counters: Counters, usage: Usage, store: Store) -> None:
+        self.counters = counters
+        self._usage = usage
+        self._store = store
+        self._begin = time.time()
+        self._reported = self._activity()   # and when, as the last line had it
+        self._reported_at = time.monotonic()
+
+    def count(self, request: Request, status: int, sent: int) -> None:
+        """A request was answered, with so many bytes of content."""
+        method = request.method if request.method in METHODS else 'other'
+        seconds = time.monotonic() - request.begun
+        changes: List[Change] = [(('request', method, str(status)), 3 + len(SECONDS), {
+            0: 1, 1: int(seconds * 1e6), 2 + bisect.bisect_left(SECONDS, seconds): 1})]
+        location = request.location
+        if location and method == 'GET' and location.name and status in (200, 206):
+            changes.append(self._blob(request, location, self.READ, sent))
+        self.counters.add_at(*changes)
+
+    def count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
+        """A blob was written or deleted."""
+        if location.name:
+            self.counters.add_at(self._blob(request, location, what, size))
+
+    def _blob(self, request: Request, location: Location, what: int, size: int) -> Change:
+        return (('blob', request.user, location.repository[1:], location.kind), 6,
+                {what: 1, what + 1: size})
+
+    def connections(self) -> int:
+        """Connections that are being served."""
+        return self.counters.total(CONNECTIONS, 2)[1]
+
+    # ---- for the log ----
+
+    def has_news(self) -> bool:
+        """Whether anything has been done that no line told of."""
+        return self._activity() != self._reported
+
+    def line(self, final: bool = True) -> str:
+        """What was done since the last line; with `final` false the next line tells it again."""
+        activity, now = self._activity(), time.monotonic()
+        seconds = max(now - self._reported_at, 0.001)
+        requests, errors, received, received_bytes, sent, sent_bytes = (
+            new - old for new, old in zip(activity, self._reported))
+        connections = self.connections()
+        if final:
+            self._reported, self._reported_at = activity, now
+        return (f'in {format_duration(seconds)}: sent {format_size(sent_bytes)} in {sent} objects '
+                f'({format_size(sent_bytes / seconds)}/s), received {format_size(received_bytes)} in '
+                f'{received} objects ({format_size(received_bytes / seconds)}/s), {requests} requests '
+                f'({requests / seconds:.1f}/s), {errors} errors; {connections} connections')
+
+    def _activity(self) -> List[int]:
+        """Requests, errors among them, and objects and bytes received and sent."""
+        activity = [0] * 6
+        for (_, _, status), (number, *_) in self.counters.find('request').items():
+            activity[0] += number
+            # A missing object is what restic asks for to know that it is missing.
+            activity[1] += number if int(status) >= 400 and status != '404' else 0
+        for blob in self.counters.find('blob').values():
+            for number in range(4):
+                activity[2 + number] += blob[number]
+        return activity
+
+    # ---- for Prometheus ----
+
+    def exposition(self) -> str:
+        """All metrics in the text format."""
+        self._usage.refresh()
+        out = _Exposition()
+        blobs = [((('user', user), ('repo', repository), ('type', kind)), row)
+                 for (_, user, repository, kind), row in self.counters.find('blob').items()]
+        for at, (verb, done) in enumerate((('write', 'written'), ('read', 'read'), ('delete', 'deleted'))):
+            for number, (name, help_text) in enumerate((
+                    (f'rest_server_blob_{verb}_total', f'Total number of blobs {done}'),
+                    (f'rest_server_blob_{verb}_bytes_total', f'Total number of bytes of blobs {done}'))):
+                out.family(name, 'counter', help_text, ((labels, row[2 * at + number])
+                                                        for labels, row in blobs if row[2 * at]))
+        requests = self.counters.find('request')
+        out.family('restic_serve_requests_total', 'counter', 'Requests answered.', (
+            ((('method', method), ('status', status)), row[0])
+            for (_, method, status), row in requests.items()))
+        self._expose_durations(out, requests)
+        out.family('restic_serve_connections', 'gauge', 'Connections that are open.', [
+            ((), self.connections())])
+        out.family('restic_serve_start_time_seconds', 'gauge', 'When the server was started.', [
+            ((), int(self._begin))])
+        out.family('restic_serve_build_info', 'gauge', 'The version of the server.', [
+            ((('version', __version__), ('python', sys.version.partition(' ')[0])), 1)])
+        self._expose_repositories(out)
+        return ''.join(out.lines)
+
+    def _expose_durations(self, out: _Exposition, requests: Dict[Key, List[int]]) -> None:
+        name = 'restic_serve_request_duration_seconds'
+        out.begin(name, 'histogram', 'Time from the end of a request\'s header to the end of its answer.')
+        methods: Dict[str, List[int]] = {}
+        for (_, method, _), row in requests.items():
+            methods[method] = list(map(operator.add, methods.get(method, [0] * len(row)), row))
+        for method, (_, microseconds, *numbers) in methods.items():
+            total = 0
+            for number, bound in zip(numbers, (*map(str, SECONDS), '+Inf')):
+                total += number
+                out.sample(f'{name}_bucket', (('method', method), ('le', bound)), total)
+            out.sample(f'{name}_sum', (('method', method),), microseconds / 1e6)
+            out.sample(f'{name}_count', (('method', method),), total)
+
+    def _expose_repositories(self, out: _Exposition) -> None:
+        repositories = self._usage.repositories()
+        held = {(('repo', name[1:]),): holdings for name, holdings in repositories.items()}
+        out.family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.', (
+            (repo, holdings.bytes) for repo, holdings in held.items()))
+        out.family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', (
+            ((*repo, ('type', kind)), number) for repo, holdings in held.items()
+            for kind, number in holdings.objects.items()))
+        out.family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge',
+                   'When the last snapshot came.', (
+                       (repo, holdings.last_snapshot) for repo, holdings in held.items()
+                       if holdings.last_snapshot))
+        scrubs = {(('repo', name[1:]),): result for name, result in last_scrubs(self._store).items()}
+        for part, help_text in (('timestamp_seconds', 'When --scrub last checked it.'),
+                                ('checked_objects', 'Objects that the last --scrub read.'),
+                                ('damaged_objects', 'Objects that the last --scrub found damaged.')):
+            out.family(f'restic_serve_repository_scrub_{part}', 'gauge', help_text, (
+                (repo, getattr(result, part.partition('_')[0].replace('timestamp', 'time')))
+                for repo, result in scrubs.items()))
+        quotas = self._usage.quotas(repositories)
+        for part, number, help_text in (('used', 0, 'Bytes held where a quota is in force.'),
+                                        ('limit', 1, 'Bytes that may be held there.')):
+            out.family(f'restic_serve_quota_{part}_bytes', 'gauge', help_text, (
+                ((('folder', area),), quota[number]) for area, quota in quotas.items()))
+
+
+def _label(text: str) -> str:
+    """The value of a label; nothing but backslash, quote and line feed is escaped."""
+    text = text.encode('utf-8', 'backslashreplace').decode()
+    return text.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
+
+
+class _Exposition:
+    """Lines of Prometheus's text format."""
+
+    def __init__(self) -> None:
+        self.lines: List[str] = []
+
+    def family(self, name: str, kind: str, help_text: str,
+               samples: Iterable[Tuple[Tuple[Tuple[str, str], ...], float]]) -> None:
+        """A metric and its samples; nothing if there are none."""
+        first = True
+        for labels, value in samples:
+            if first:
+                self.begin(name, kind, help_text)
+            first = False
+            self.sample(name, labels, value)
+
+    def begin(self, name: str, kind: str, help_text: str) -> None:
+        self.lines.append(f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n')
+
+    def sample(self, name: str, labels: Tuple[Tuple[str, str], ...], value: float) -> None:
+        text = ','.join(f'{label}="{_label(word)}"' for label, word in labels)
+        self.lines.append(f'{name}{{{text}}} {value}\n' if text else f'{name} {value}\n')
 
 
 # ==== Api ========================================================================================
@@ -2266,16 +2492,21 @@ _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXI
 
 class Api:
     """The protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
-    every answer; scripts of the web origin `allow_origin` may use the server."""
+    every answer; scripts of the web origin `allow_origin` may use the server.  `prometheus` shows
+    the metrics, to those who may enter or, `open`, to all."""
 
     def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
                  baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
-                 usage: Optional[Usage] = None) -> None:
+                 usage: Optional[Usage] = None, metrics: Optional[Metrics] = None,
+                 prometheus: str = '') -> None:
+        counters = Counters()
         self.store = store
         self.policy = policy
         self.accounts = accounts or Accounts()
         self.baseurl = baseurl
-        self.usage = usage or Usage(store, Counters())
+        self.usage = usage or Usage(store, counters)
+        self.metrics = metrics or Metrics(counters, self.usage, store)
+        self._prometheus = prometheus
         self._allow_origin = allow_origin
         self._headers = list(headers)
         if allow_origin:
@@ -2304,6 +2535,11 @@ class Api:
             response.headers.extend(self._headers)
         return response
 
+    def finish(self, request: Request, status: int, sent: int) -> None:
+        """A request was answered, with so many bytes of content: it is counted and logged."""
+        self.metrics.count(request, status, sent)
+        log_access(request, status, sent)
+
     def refuse(self, error: HttpError) -> Response:
         """The answer that an error stands for."""
         return text_response(error.status, str(error), [*error.headers, *self._headers])
@@ -2317,6 +2553,9 @@ class Api:
 
     def _route(self, request: Request) -> Response:
         path = request.path
+        if (self._prometheus and request.method in ('GET', 'HEAD')
+                and path == f'{self.baseurl}/metrics'):
+            return self._get_metrics(request)
         request.user = self.accounts.identify(request)
         if self.baseurl:
             if path != self.baseurl and not path.startswith(self.baseurl + '/'):
@@ -2330,8 +2569,7 @@ class Api:
         handler = handlers.get(request.method)
         if not handler:
             # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
-            known = request.method in ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS',
-                                       'TRACE')
+            known = request.method in METHODS
             allow = ', '.join(handlers)
             raise HttpError(405 if known else 501, f'the methods here are {allow}',
                             [('Allow', allow)] if known else [])
@@ -2344,11 +2582,15 @@ class Api:
         return Response(200, [])
 
     def _save(self, request: Request, location: Location) -> Response:
-        self.usage.save(location, request.body)
+        objects, size = self.usage.save(location, request.body)
+        if objects:
+            self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
         return Response(200, [])
 
     def _delete(self, request: Request, location: Location) -> Response:
-        self.usage.delete(location)
+        size = self.usage.delete(location)
+        if size is not None:
+            self.metrics.count_blob(request, location, Metrics.DELETED, size)
         return Response(200, [])
 
     def _delete_repository(self, request: Request, location: Location) -> Response:
@@ -2361,6 +2603,7 @@ class Api:
             if error.errno in _NO_OBJECT:
                 raise HttpError(404, 'not found') from None
             raise
+        request.location = location
         headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
         wanted = request.headers.get('range')
         # RFC 9110 14.2: only GET has ranges.  13.1.5: no validator is ever given here, so that
@@ -2392,6 +2635,16 @@ class Api:
 
     def _get_repository(self, request: Request, location: Location) -> Response:
         raise HttpError(404, 'not found')
+
+    def _get_metrics(self, request: Request) -> Response:
+        if self._prometheus != 'open':
+            request.user = user = self.accounts.identify(request)
+            free = not (self.accounts.demanded or self.policy.private or self.policy.administrators
+                        or (user and not request.peer.unix))
+            if not free and not self.policy.may_see_metrics(user):
+                raise HttpError(403, f'metrics are for administrators and the user {METRICS_USER}')
+        return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
+                        self.metrics.exposition().encode())
 
 
 _OBJECT_HANDLERS = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
@@ -3050,7 +3303,7 @@ class Http1:
         try:
             response = self._api.handle(request)
         except Gone:
-            log_access(request, CLIENT_GONE, 0)
+            self._api.finish(request, CLIENT_GONE, 0)
             raise
         try:
             keep = self._send(request, response, self._may_keep(request))
@@ -3206,7 +3459,7 @@ class Http1:
             else:
                 self._send_stream(head, body, request.version != 'HTTP/1.0')
         finally:
-            log_access(request, response.status, self._sent)
+            self._api.finish(request, response.status, self._sent)
         return keep
 
     def _send_file(self, head: bytes, content: FileSlice) -> None:
@@ -4383,7 +4636,7 @@ class Http2:
                 response.close()
         finally:
             if sent < 0:
-                log_access(request, CLIENT_GONE, 0)
+                self._api.finish(request, CLIENT_GONE, 0)
             with self.lock:
                 self._close(stream)
                 self._threads.release()
@@ -4452,7 +4705,7 @@ class Http2:
                 if stream.number in self._streams:
                     self._reset(stream.number, INTERNAL_ERROR)
         finally:
-            log_access(request, response.status, sent[0])
+            self._api.finish(request, response.status, sent[0])
 
     # ---- the end ----
 
@@ -4772,8 +5025,9 @@ STOP_SECONDS = 10           # for requests under way when the server is told to 
 TURNED_AWAY = 64            # connections above the limit that are told so at a time
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
+_STATS_SIGNAL = getattr(signal, 'SIGUSR1', None)
 _TOGGLE_SIGNAL = getattr(signal, 'SIGUSR2', None)  # as in rclone
-_SIGNALS = tuple(filter(None, (*_STOP_SIGNALS, _RELOAD_SIGNAL, _TOGGLE_SIGNAL)))
+_SIGNALS = tuple(filter(None, (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SIGNAL, _TOGGLE_SIGNAL)))
 
 
 class Manager:
@@ -4802,27 +5056,30 @@ class Manager:
 class Server:
     """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
     `connections` are served at a time, and as many requests of HTTP/2; `bandwidth` is all of
-    theirs.  Raises OSError."""
+    theirs.  What was done is logged every `stats_seconds`.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
                  inherited: Iterable[Tuple[socket.socket, str]] = (), connections: int = 1024,
-                 manager: Optional[Manager] = None, bandwidth: Optional[Bandwidth] = None) -> None:
+                 manager: Optional[Manager] = None, bandwidth: Optional[Bandwidth] = None,
+                 stats_seconds: float = math.inf) -> None:
         self.api = api
         self.limits = limits
         self.bandwidth = bandwidth
         self.listeners: List[Any] = []
         self._certificates = certificates
         self._manager = manager or Manager({})
+        self._counters = api.metrics.counters
         self._most = connections
         self._threads = threading.Semaphore(connections)    # of HTTP/2's requests
         self._admitted = 0              # connections whose thread was started or will be
-        self._served = 0                # of them, those that are not turned away
         self._connections: Set[Connection] = set()
-        self._lock = threading.Lock()   # of the three above
+        self._lock = threading.Lock()   # of the two above
         self._stops = 0                 # how often we were told to stop; the second is for at once
         self._stopping = False
         self._next_warning = 0.0
+        self._stats_seconds = stats_seconds
+        self._next_stats = time.monotonic() + stats_seconds
         self._period = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
         where = 'a socket of the service manager'
         try:
@@ -4894,12 +5151,14 @@ class Server:
         self._manager.tell('READY=1')
         while not self._stops:
             # Without connections there is no deadline, and the process sleeps.
-            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog)
+            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog,
+                       self._until_stats())
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
                 key.data()
             now = time.monotonic()
             if now >= next_sweep:
                 next_sweep = now + (EXPIRED_SECONDS if self._expire(now) else self._period)
+            self._tell_stats()
             if now >= next_word:
                 next_word = now + watchdog / 2
                 self._manager.tell('WATCHDOG=1')
@@ -4908,16 +5167,18 @@ class Server:
 
     def admit(self) -> bool:
         """Whether there is room for another connection's thread, be it to turn it away."""
+        if self._counters.total(CONNECTIONS, 1)[0] >= self._most + TURNED_AWAY:
+            return False
         with self._lock:
-            if self._admitted >= self._most + TURNED_AWAY:
-                return False
             self._admitted += 1
-            return True
+            self._counters.add(CONNECTIONS, 1, 0)
+        return True
 
     def dismiss(self) -> None:
         """An admitted connection has ended."""
         with self._lock:
             self._admitted -= 1
+            self._counters.add(CONNECTIONS, -1, 0)
 
     def serve_connection(self, sock: socket.socket | Pipes, peer: Peer, tls: bool) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
@@ -4931,8 +5192,9 @@ class Server:
         connection = Connection(sock, peer, self.limits.header_seconds, self.bandwidth)
         with self._lock:
             self._connections.add(connection)
-            full = self._served >= self._most
-            self._served += not full
+            self._counters.add(CONNECTIONS, 0, 1)
+            full = self._counters.total(CONNECTIONS, 2)[1] > self._most
+            self._counters.add(CONNECTIONS, 0, -int(full))
         if self._stopping:
             connection.stop()
         try:
@@ -4953,7 +5215,7 @@ class Server:
             connection.close()
             with self._lock:
                 self._connections.discard(connection)
-                self._served -= not full
+                self._counters.add(CONNECTIONS, -1, int(full) - 1)
                 self._admitted -= 1
             if self._stopping:
                 with contextlib.suppress(OSError):
@@ -4977,6 +5239,8 @@ class Server:
         self._stops += sum(number in _STOP_SIGNALS for number in signals)
         if _RELOAD_SIGNAL is not None and _RELOAD_SIGNAL in signals:
             self._reload()
+        if _STATS_SIGNAL is not None and _STATS_SIGNAL in signals:
+            log.log(NOTICE, '%s', self.api.metrics.line(final=False))
         if _TOGGLE_SIGNAL is not None and _TOGGLE_SIGNAL in signals and self.bandwidth:
             lifted = self.bandwidth.toggle()
             log.log(NOTICE, 'the limit of --bwlimit is %s', 'lifted' if lifted else 'in force again')
@@ -4991,6 +5255,19 @@ class Server:
         for handler in log.handlers:
             handler.close()  # LogFile's
         self._manager.tell('READY=1')
+
+    def _until_stats(self) -> float:
+        """Seconds until there may be a line of statistics; an idle server sleeps."""
+        if self._next_stats < math.inf and (self._admitted or self.api.metrics.has_news()):
+            return self._next_stats - time.monotonic()
+        return math.inf
+
+    def _tell_stats(self) -> None:
+        """Log what was done, if it is time."""
+        if time.monotonic() >= self._next_stats:
+            self._next_stats = time.monotonic() + self._stats_seconds
+            if self.api.metrics.has_news():
+                log.info('%s', self.api.metrics.line())
 
     def _snapshot(self) -> List[Connection]:
         with self._lock:
@@ -5292,9 +5569,14 @@ def _add_watching(parser: Parser) -> None:
         '(default text)', 'FORMAT')
 
     watching = parser.add_argument_group('watching')
+    add(watching, '--prometheus', parse_bool, False, 'show metrics at /metrics; where there are users, '
+        'to administrators and the user metrics')
+    add(watching, '--prometheus-no-auth', parse_bool, False, 'show them to anyone')
     add(watching, '--usage-interval', parse_duration, 3600.0, 'how old a count of what is stored may '
-        'become, for the limits; in between it is kept current by what passes through (default '
-        '1h)', 'DURATION')
+        'become, for the metrics and the limits; in between it is kept current by what passes '
+        'through (default 1h)', 'DURATION')
+    add(watching, '--stats', parse_duration, 60.0, 'with -v, log what was done at this interval, if '
+        'anything was; SIGUSR1 logs it at once (default 1m; 0 is off)', 'DURATION')
 
 
 def _add_accounts(parser: Parser) -> None:
@@ -5361,6 +5643,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
                          '--htpasswd, --user, --client-ca or --user-from-header')
     if options.max_size_per_user and not options.private_repos:
         parser.error('--max-size-per-user needs --private-repos too')
+    if options.prometheus_no_auth and not options.prometheus:
+        parser.error('--prometheus-no-auth needs --prometheus too')
     if options.trust_proxy and not options.user_from_header:
         parser.error('--trust-proxy needs --user-from-header too')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
@@ -5371,10 +5655,10 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what --stdio cannot do."""
     for name in ('cert', 'key', 'client_ca', 'min_tls_version', 'htpasswd', 'user', 'pass',
                  'user_from_header', 'trust_proxy', 'private_repos', 'admin', 'allow_origin',
-                 'max_size_per_user'):
+                 'max_size_per_user', 'prometheus', 'prometheus_no_auth'):
         if getattr(options, name):
-            parser.error(f'--{name.replace("_", "-")}: over --stdio there are no users, certificates '
-                         'or browsers; whoever starts the program may do all but what '
+            parser.error(f'--{name.replace("_", "-")}: over --stdio there are no users, certificates, '
+                         'browsers or metrics; whoever starts the program may do all but what '
                          '--append-only forbids')
     if sys.stdin is None or sys.stdout is None:
         parser.error('--stdio: standard input or output is closed')
@@ -5429,15 +5713,16 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
     counters = Counters()
     return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
                   certificates, inherited_sockets(os.environ), options.max_connections,
-                  Manager(os.environ), make_bandwidth(options, counters))
+                  Manager(os.environ), make_bandwidth(options, counters), stats_seconds(options))
 
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None) -> Api:
     """The answers that the options describe."""
     usage = Usage(store, counters, options.usage_interval, options.max_size, options.max_size_per_user)
+    prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
-               options.allow_origin or '', usage)
+               options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus)
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -5446,13 +5731,19 @@ def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[
     return Bandwidth(options.bwlimit, counters) if limited else None
 
 
+def stats_seconds(options: argparse.Namespace) -> float:
+    """The interval of --stats, infinite if there are to be none."""
+    return float(options.stats) if options.stats and log.isEnabledFor(logging.INFO) else math.inf
+
+
 def serve_stdio(options: argparse.Namespace, store: Store) -> None:
     """Serve standard input and output until they end."""
     counters = Counters()
     api = make_api(options, store, counters, Policy(options.append_only))
     limits = Limits(options.max_header_bytes, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout)
-    server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters))
+    server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
+                    stats_seconds=stats_seconds(options))
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     server.adopt(Pipes(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()

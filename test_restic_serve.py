@@ -32,10 +32,11 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, Counters, HttpError, Limits, Location, PasswordFile, Peer, Policy, Request, Server,
-    Store, Usage)
+    Accounts, Api, Counters, HttpError, Limits, Location, Metrics, PasswordFile, Peer, Policy, Request,
+    Server, Store, Usage)
 
 MODULE = restic_serve.__file__
+README = Path(MODULE).with_name('README.md')
 V2 = 'application/vnd.x.restic.rest.v2'
 LOCAL = restic_serve.parse_address('127.0.0.1:0')
 long = unittest.skipUnless(os.environ.get('RESTIC_SERVE_TEST_LONG') == '1',
@@ -151,10 +152,13 @@ class UnitsTest(unittest.TestCase):
         for text, size in (('1000', 1000), ('0', 0), ('10M', 10 << 20), ('1.5G', 3 << 29), ('100B', 100)):
             self.assertEqual(restic_serve.parse_quota(text), size)
 
-    def test_sizes_for_people(self):
+    def test_sizes_and_times_for_people(self):
         for size, text in ((0, '0 B'), (999, '999 B'), (1000, '1.0 KiB'), (1536, '1.5 KiB'),
                            (10 << 30, '10.0 GiB'), (1 << 62, '4096.0 PiB'), (-2048, '-2.0 KiB')):
             self.assertEqual(restic_serve.format_size(size), text)
+        for seconds, text in ((0, '0 s'), (9.9, '9 s'), (60, '1 m'), (200, '3 m 20 s'), (7200, '2 h'),
+                              (190000, '2 d 4 h')):
+            self.assertEqual(restic_serve.format_duration(seconds), text)
 
     def test_an_error_names_the_value_and_what_would_be_right(self):
         for parse, text in ((restic_serve.parse_duration, '10x'), (restic_serve.parse_duration, ''),
@@ -1059,6 +1063,12 @@ class UsageTest(TestCase):
             self.assertIn(stored, range(5, 95))
             self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
             self.usage.count()
+            metrics = Metrics(self.usage._counters, self.usage, self.store)
+            request = Request('GET', '/', '', {}, None, Peer('x'))
+            metrics.count_blob(request, Location('/a', 'data', 'x'), Metrics.READ, 1)
+            self.assertFalse(metrics.has_news())
+            self.assertIn('0 requests', metrics.line())
+            self.assertIn('restic_serve_connections', metrics.exposition())
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
         self.usage.open()
@@ -1391,7 +1401,7 @@ class SourcesTest(TestCase):
                       ['--bcrypt-cost', '3'], ['--addr', '/s', '--addr', ':1', '--private-repos'],
                       ['--user-from-header', 'a b'], ['--add-user', 'a/b', '--htpasswd', 'f'],
                       ['--max-size-per-user', '1G'], ['--max-size', 'x'], ['--max-size', '-1'],
-                      ['--usage-interval', '1x']):
+                      ['--prometheus-no-auth'], ['--stats', 'x']):
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
                     self.assertRaises(SystemExit, msg=words) as caught:
                 parser = restic_serve.make_parser({})
@@ -3282,20 +3292,209 @@ def select_readable(sock, seconds):
     return select.select([sock], [], [], seconds)[0]
 
 
-# ---- Quotas ----
+# ---- Metrics ----
 
 class WatchedTestCase(Http2TestCase):
-    """A server whose usage is looked at."""
+    """A server whose metrics are looked at."""
 
     def setUp(self):
         super().setUp()
         self.watch()
 
-    def watch(self, most=0, per_user=0):
-        """Another server, with quotas."""
-        self.usage = Usage(self.store, Counters(), most=most, most_per_user=per_user)
-        self.server = self.serve(Api(self.store, self.policy, usage=self.usage))
+    def watch(self, policy=None, accounts=None, prometheus='login', most=0, per_user=0, **more):
+        """Another server, that shows what it knows."""
+        counters = Counters()
+        self.usage = Usage(self.store, counters, most=most, most_per_user=per_user)
+        self.metrics = Metrics(counters, self.usage, self.store)
+        self.server = self.serve(Api(
+            self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
+            prometheus=prometheus, **more))
         self.port = self.server.listeners[0].server_address[1]
+
+    def fill(self, repository, *kinds, age=0):
+        """Store objects beneath the server."""
+        Store(str(self.root)).create_repository(repository)
+        for kind in kinds:
+            path = self.store._path(Location('', *self.put(os.urandom(100), kind, repository)
+                                             [len(repository) + 1:].split('/')))
+            path = path.replace(f'{self.root}/', f'{self.root}{repository}/')
+            os.utime(path, (time.time() - age, time.time() - age))
+
+    def scrape(self, *fields):
+        """The samples by their names with labels."""
+        status, head, content = self.ask(get('/metrics', *fields))
+        self.assertEqual(status, 200)
+        self.assertEqual(head['content-type'], 'text/plain; version=0.0.4; charset=utf-8')
+        return dict(line.rpartition(' ')[::2] for line in content.decode().splitlines()
+                    if not line.startswith('#'))
+
+
+def normalized(text):
+    """The samples of rest-server's metrics, whatever the order of their labels."""
+    return {(name, tuple(sorted(labels.split(',')))): float(value) for name, labels, value in re.findall(
+        r'^(rest_server_blob_\w+)\{(.*)\} (\S+)$', text, re.MULTILINE)}
+
+
+class MetricsTest(WatchedTestCase):
+    def work(self, port):
+        """Requests that rest-server counts."""
+        with Wire(port) as wire:
+            self.assertEqual(wire.ask(post('/a/b/?create=true', b''))[0], 200)
+            contents = {kind: kind.encode() * 100 for kind in restic_serve.KINDS}
+            wire.ask(post('/a/b/config', b'config'))
+            for kind, content in contents.items():
+                path = f'/a/b/{kind}/{named(content)}'
+                self.assertEqual(wire.ask(post(path, content))[0], 200)
+                self.assertEqual(wire.ask(get(path))[0], 200)
+                self.assertEqual(wire.ask(get(path, 'Range: bytes=1-10'))[0], 206)
+                self.assertEqual(wire.ask(get(path, method='HEAD'), head_only=True)[0], 200)
+                wire.ask(get(f'/a/b/{kind}/'))
+                wire.ask(get(f'/a/b/{kind}/{"0" * 64}'))
+            for kind in ('locks', 'data'):
+                path = f'/a/b/{kind}/{named(contents[kind])}'
+                self.assertEqual(wire.ask(get(path, method='DELETE'))[0], 200)
+                wire.ask(get(path, method='DELETE'))
+            wire.ask(get('/a/b/config'))
+
+    def test_names_labels_and_numbers_are_those_of_rest_server(self):
+        self.work(self.port)
+        ours = normalized(self.ask(get('/metrics'))[2].decode())
+        self.assertEqual(ours['rest_server_blob_read_bytes_total',
+                              ('repo="a/b"', 'type="keys"', 'user=""')], 410)
+        rest_server = peer('rest-server')
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            port = sock.getsockname()[1]
+        process = subprocess.Popen(
+            [rest_server, '--no-auth', '--prometheus', '--path', str(self.folder / 'theirs'),
+             '--listen', f'127.0.0.1:{port}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
+            self.work(port)
+            with Wire(port) as wire:
+                theirs = normalized(wire.ask(get('/metrics'))[2].decode())
+        finally:
+            process.kill()
+            process.wait()
+        self.assertEqual(ours, theirs)
+
+    def test_prometheus_takes_them(self):
+        self.work(self.port)
+        self.fill('/we"ird\\ü', 'data', 'snapshots')
+        self.watch(most=1 << 30, per_user=1 << 20)
+        self.usage.wait(PATIENCE)
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.work(self.port)
+        content = self.ask(get('/metrics'))[2]
+        self.assertIn('repo="we\\"ird\\\\ü"', content.decode())
+        done = subprocess.run([program('promtool'), 'check', 'metrics'], input=content,
+                              capture_output=True, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b''))
+
+    def test_requests_are_counted_by_method_and_status_on_both_wires(self):
+        self.ask(get('/config'))
+        self.ask(b'BREW / HTTP/1.1\r\nHost: x\r\n\r\n')
+        self.ask(b'rubbish / HTTP/1.1\r\n\r\n')
+        wire = self.http2()
+        wire.send(headers(1, fields('GET', '/config')))
+        self.assertEqual(wire.answer(1)[0], 404)
+        samples = {}
+
+        def is_counted():
+            samples.update(self.scrape())
+            return samples.get('restic_serve_requests_total{method="GET",status="404"}') == '2'
+
+        self.wait_until(is_counted, 'the second request')
+        self.assertEqual(samples['restic_serve_requests_total{method="other",status="501"}'], '1')
+        self.assertEqual(samples['restic_serve_requests_total{method="other",status="400"}'], '1')
+        name = 'restic_serve_request_duration_seconds'
+        self.assertEqual(samples[f'{name}_count{{method="other"}}'], '2')
+        self.assertEqual(samples[f'{name}_bucket{{method="other",le="+Inf"}}'], '2')
+        self.assertLess(float(samples[f'{name}_sum{{method="other"}}']), PATIENCE)
+        bounds = [int(value) for key, value in samples.items() if f'{name}_bucket{{method="other"' in key]
+        self.assertEqual(bounds, sorted(bounds))
+        self.assertEqual(samples['restic_serve_connections'], '2')
+
+    def test_repositories_their_scrubs_and_quotas(self):
+        self.fill('/alice/x', 'data', 'data', 'snapshots', age=500)
+        (self.root / 'alice/x/data/00').mkdir(exist_ok=True)
+        (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
+        self.fill('', 'keys')
+        self.watch(most=10000, per_user=2000)
+        self.usage.wait(PATIENCE)
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        samples = self.scrape()
+        rules = README.read_text(encoding='utf-8').partition('```yaml\n')[2].partition('```')[0]
+        for name in re.findall(r'restic_serve_\w+', rules):
+            self.assertIn(f'{name}{{', ''.join(samples))
+        begin = 'restic_serve_repository_'
+        self.assertEqual(samples[f'{begin}bytes{{repo="alice/x"}}'], '307')
+        self.assertEqual(samples[f'{begin}objects{{repo="alice/x",type="data"}}'], '3')
+        self.assertEqual(samples[f'{begin}objects{{repo="",type="keys"}}'], '1')
+        moment = int(samples[f'{begin}last_snapshot_timestamp_seconds{{repo="alice/x"}}'])
+        self.assertAlmostEqual(moment, time.time() - 500, delta=60)
+        self.assertNotIn(f'{begin}last_snapshot_timestamp_seconds{{repo=""}}', samples)
+        self.assertEqual(samples[f'{begin}scrub_damaged_objects{{repo="alice/x"}}'], '1')
+        self.assertEqual(samples[f'{begin}scrub_checked_objects{{repo="alice/x"}}'], '4')
+        self.assertAlmostEqual(float(samples[f'{begin}scrub_timestamp_seconds{{repo=""}}']), time.time(),
+                               delta=60)
+        self.assertEqual({key: value for key, value in samples.items() if 'quota' in key}, {
+            'restic_serve_quota_used_bytes{folder=""}': '407',
+            'restic_serve_quota_limit_bytes{folder=""}': '10000',
+            'restic_serve_quota_used_bytes{folder="alice"}': '307',
+            'restic_serve_quota_limit_bytes{folder="alice"}': '2000'})
+
+    def test_a_scrape_does_not_wait_for_the_count(self):
+        begun, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        with mock.patch.object(Usage, 'count', lambda usage: begun.set() or go_on.wait(PATIENCE)):
+            begin = time.monotonic()
+            samples = self.scrape()
+            self.assertLess(time.monotonic() - begin, PATIENCE / 3)
+            self.assertNotIn('restic_serve_repository_bytes', ''.join(samples))
+            self.assertTrue(begun.wait(PATIENCE))
+            go_on.set()
+
+    def test_who_may_see_them(self):
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'metrics', 'alice')))
+        file = PasswordFile(str(accounts))
+        free, bound = Policy(), Policy(append_only=True)
+        private, admin = Policy(private=True), Policy(private=True, administrators=['root'])
+        for policy, prometheus, login, allowed in (
+                (free, 'login', True, 'metrics'), (bound, 'login', True, 'metrics'),
+                (private, 'login', True, 'metrics'), (admin, 'login', True, 'root metrics'),
+                (Policy(administrators=['root']), 'login', True, 'root metrics'),
+                (admin, 'open', True, 'root metrics alice wrong'),
+                (free, 'login', False, 'root metrics alice wrong'), (free, '', False, '')):
+            self.watch(policy, Accounts(file) if login else None, prometheus)
+            for user in ('root', 'metrics', 'alice', 'wrong'):
+                status = self.ask(get('/metrics', basic(user, user)))[0]
+                expected = (200 if user in allowed.split() else 404 if not prometheus
+                            else 401 if user == 'wrong' else 403)
+                self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
+
+    def test_they_lie_below_the_base_url(self):
+        self.watch(baseurl='/backup')
+        self.assertEqual(self.ask(get('/backup/metrics'))[0], 200)
+        self.assertEqual(self.ask(get('/metrics'))[0], 404)
+
+    def test_the_line_in_the_log(self):
+        self.assertFalse(self.metrics.has_news())
+        content = b'x' * 5000
+        path = f'/data/{named(content)}'
+        self.ask(post(path, content))
+        self.ask(get(path))
+        self.ask(get('/config'))
+        self.ask(get('/../config'))
+        self.wait_until(lambda: self.metrics._activity()[0] == 4, 'the four requests')
+        line = (r'in \d+ s: sent 4\.9 KiB in 1 objects \([\d.]+ [KM]?i?B/s\), received 4\.9 KiB in 1 objects '
+                r'\([\d.]+ [KM]?i?B/s\), 4 requests \([\d.]+/s\), 1 errors; \d connections')
+        self.assertRegex(self.metrics.line(final=False), f'^{line}$')
+        self.assertTrue(self.metrics.has_news())
+        self.assertRegex(self.metrics.line(), f'^{line}$')
+        self.assertFalse(self.metrics.has_news())
+        self.assertIn('0 requests', self.metrics.line())
 
 
 class QuotaTest(WatchedTestCase):
@@ -4101,16 +4300,46 @@ class CommandLineTest(TestCase):
                                 for line in server.lines), server.lines)
         self.assertFalse(any('WARNING' in line for line in self.serve(self.root).lines))
 
-    def test_quotas_are_as_the_options_say(self):
-        server = self.serve('--max-size', '1000', self.root)
+    def test_what_was_done_is_logged_when_something_was(self):
+        def lines(level, requests=None):
+            return [line for line in server.lines if f'{level}: in ' in line
+                    and (requests is None or f' {requests} requests ' in line)]
+
+        server = self.serve('-v', '--stats', '100ms', self.root)
+        for number in (1, 2):
+            with Wire(server.port) as wire:
+                wire.ask(get('/config'))
+            self.wait_until(lambda number=number: len(lines('INFO', 1)) >= number, 'a line')
+        self.assertEqual(len(lines('INFO')), 2)
+        if hasattr(signal, 'SIGUSR1'):
+            server.process.send_signal(signal.SIGUSR1)
+            self.wait_until(lambda: lines('NOTICE', 0), 'the line of SIGUSR1')
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(len(lines('INFO')), 2)  # none when nothing was done
+        server = self.serve('--stats', '10ms', self.root)
+        with Wire(server.port) as wire:
+            wire.ask(get('/config'))
+        if hasattr(signal, 'SIGUSR1'):
+            def asks():  # the answer is counted after it was sent
+                server.process.send_signal(signal.SIGUSR1)
+                return lines('NOTICE', 1)
+
+            self.wait_until(asks, 'the line of SIGUSR1')
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(lines('INFO'), [])
+
+    def test_quotas_and_metrics_are_as_the_options_say(self):
+        server = self.serve('--max-size', '1000', '--prometheus', self.root)
         with Wire(server.port) as wire:
             self.assertEqual(wire.ask(post('/config', b'x' * 1001))[0], 507)
             self.assertEqual(wire.ask(post('/config', b'x' * 600))[0], 200)
+            self.assertEqual(wire.ask(get('/metrics'))[0], 200)
         server.stop()
         server = self.serve('--max-size', '1000', self.root)
         with Wire(server.port) as wire:
             content = b'x' * 401
             self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 507)
+            self.assertEqual(wire.ask(get('/metrics'))[0], 404)
         server.stop()
 
     @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'this system has no SIGUSR2')
@@ -4437,7 +4666,7 @@ class StdioTest(TestCase):
         for words in (['--htpasswd', 'x'], ['--user', 'a', '--pass', 'b'], ['--cert', 'x', '--key', 'y'],
                       ['--client-ca', 'x'], ['--private-repos'], ['--admin', 'a'],
                       ['--min-tls-version', 'tls1.2'],
-                      ['--user-from-header', 'x'], ['--allow-origin', '*'],
+                      ['--user-from-header', 'x'], ['--allow-origin', '*'], ['--prometheus'],
                       ['--max-size-per-user', '1G']):
             done = subprocess.run([sys.executable, MODULE, '--stdio', *words, str(self.root)], text=True,
                                   stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
@@ -4996,13 +5225,13 @@ class OldResticStdioTest(StdioScenarios, ResticTestCase):
 
 class ReadmeTest(unittest.TestCase):
     def test_every_option_is_in_the_readme(self):
-        text = Path(MODULE).with_name('README.md').read_text(encoding='utf-8')
+        text = README.read_text(encoding='utf-8')
         for action in restic_serve.make_parser({})._actions:
             for option in action.option_strings:
                 self.assertIn(f'`{option}', text)
 
     def test_the_fail2ban_filter_in_the_readme_finds_failures_and_nothing_else(self):
-        text = Path(MODULE).with_name('README.md').read_text(encoding='utf-8')
+        text = README.read_text(encoding='utf-8')
         pattern = re.search(r'^failregex = (.*)$', text, re.MULTILINE)[1]
         pattern = re.compile(pattern.replace('<HOST>', r'(?P<host>[0-9a-f.:]+)'))
         line = "2026/11/22 18:45:12 NOTICE: authentication failed for 'alice' from 1.2.3.4"
@@ -5011,9 +5240,20 @@ class ReadmeTest(unittest.TestCase):
         forged = "x NOTICE: authentication failed for 'a' from 9.9.9.9' from 1.2.3.4"
         self.assertIsNone(pattern.search(forged))
 
+    def test_the_alert_rules_in_the_readme_are_good(self):
+        text = README.read_text(encoding='utf-8')
+        rules = re.search(r'```yaml\n(groups:.*?)```', text, re.DOTALL)[1]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, 'rules.yml')
+            path.write_text(rules)
+            done = subprocess.run([program('promtool'), 'check', 'rules', path], text=True,
+                                  capture_output=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn('3 rules found', done.stdout)
+
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
-        text = Path(MODULE).with_name('README.md').read_text(encoding='utf-8')
+        text = README.read_text(encoding='utf-8')
         units = re.findall(r'`/etc/systemd/system/(\S+)`\n\n```ini\n(.*?)```', text, re.DOTALL)
         self.assertEqual([name for name, _ in units], ['restic-serve.socket', 'restic-serve.service'])
         with tempfile.TemporaryDirectory() as folder:
