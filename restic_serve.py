@@ -17,6 +17,7 @@ The chapters stand in the order in which each builds on those above it:
     Accounts      who asks: passwords, and what else names a user
     Policy        what that user may do
     Metrics       what was done, for Prometheus and for the log
+    Page          what is there, for a browser
     Api           routes and answers
     Connection    a client's bytes, and how long they are waited for
     Http1         requests and answers on one connection of HTTP/1.1
@@ -2266,6 +2267,11 @@ class Policy:
         self.private = private
         self.administrators = frozenset(administrators)
 
+    def may_enter(self, user: str, repository: str) -> bool:
+        """Whether a repository, or what lies below it, is the user's to enter."""
+        return (not self.private or user in self.administrators
+                or (bool(user) and f'{repository}/'.startswith(f'/{user}/')))
+
     def may_see_metrics(self, user: str) -> bool:
         """Whether one who is known may see what is said of all repositories."""
         return user == METRICS_USER or user in self.administrators
@@ -2275,8 +2281,7 @@ class Policy:
         user = request.user
         if user in self.administrators:
             return
-        if self.private and not (
-                user and f'{location.repository}/'.startswith(f'/{user}/')):
+        if not self.may_enter(user, location.repository):
             raise HttpError(403, 'this is not your repository')
         if (self.append_only and request.method == 'DELETE'
                 and location.is_object and location.kind != 'locks'):
@@ -2465,6 +2470,190 @@ class _Exposition:
         self.lines.append(f'{name}{{{text}}} {value}\n' if text else f'{name} {value}\n')
 
 
+# ==== Page =======================================================================================
+# What is there, for a browser: one page of HTML, with neither scripts nor anything from elsewhere.
+
+COUNT_PATIENCE = 2           # seconds that a browser waits for the first count
+LOOK_AGAIN = 5               # and after which it looks again, if that was not enough
+_PLOT_HEIGHT = 24            # of a plot that is DAYS wide; below that is a tick for each snapshot
+_STYLE = """
+:root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#60646c;--line:#d9dce1;--fill:#cfe3f8;
+--mark:#1a66b8;--bad:#b3261e;--bad-back:#fdeceb}
+@media(prefers-color-scheme:dark){:root{--back:#15181c;--text:#e8eaed;--dim:#9aa0a8;--line:#33383f;
+--fill:#1e3a57;--mark:#7db8f0;--bad:#ff9d94;--bad-back:#3b1f1d}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1.5rem;max-width:76rem;background:var(--back);color:var(--text);
+font:15px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
+h1{font-size:1.4rem;margin:0}
+p{margin:.3rem 0 1.2rem}
+.dim,footer{color:var(--dim)}
+.bad{color:var(--bad);font-weight:600}
+table{border-collapse:collapse;width:100%}
+th{text-align:left;font-size:.8rem;font-weight:600;color:var(--dim);white-space:nowrap}
+th,td{padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--line);vertical-align:middle}
+th.n,td.n{text-align:right}
+td{white-space:nowrap}
+td.name{white-space:normal;overflow-wrap:anywhere;font-weight:600}
+tr.late td{background:var(--bad-back)}
+tr.late td:first-child{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
+td small{display:block;color:var(--dim);font-size:.8rem}
+svg{display:block}
+svg.plot{width:11rem;height:2.4rem}
+.area{fill:var(--fill)}
+.curve{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
+.tick{stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
+.quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
+max-width:40rem;margin:.4rem 0}
+.quota svg{width:100%;height:.7rem}
+.room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
+.quotas{margin-bottom:1.2rem}
+footer{font-size:.8rem;margin-top:1.2rem}
+@media(max-width:62rem){body{padding:1rem}thead{display:none}
+tr{display:grid;grid-template-columns:1fr 1fr;gap:.2rem .8rem;padding:.7rem 0;
+border-bottom:1px solid var(--line)}
+tr.late{background:var(--bad-back);box-shadow:-.6rem 0 var(--bad-back),.6rem 0 var(--bad-back)}
+tr.late td,tr.late td:first-child{background:none;box-shadow:none;padding-left:0}
+td,td.n{border:0;padding:0;text-align:left;white-space:normal}
+td:before{content:attr(data-of);display:block;font-size:.75rem;color:var(--dim)}
+td.name,td.graph{grid-column:1/-1}td.name:before{display:none}
+svg.plot{width:100%}}
+"""
+
+
+class Page:
+    """Renders what `usage` knows.  A repository without a snapshot for `stale_after` seconds is
+    marked."""
+
+    def __init__(self, store: Store, usage: Usage, stale_after: float = 48 * 3600) -> None:
+        self._store = store
+        self._usage = usage
+        self._stale_after = stale_after
+
+    def headers(self) -> Headers:
+        """What the page may do: show itself, and nothing else (CSP Level 3)."""
+        style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+        return [('Content-Type', 'text/html; charset=utf-8'), ('Cache-Control', 'no-store'),
+                ('Content-Security-Policy', f"default-src 'none'; style-src 'sha256-{style}'; "
+                 "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+                ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
+                ('Vary', 'Accept')]
+
+    def render(self, is_shown: Callable[[str], bool]) -> str:
+        """The page of the repositories for which `is_shown` is true."""
+        self._usage.refresh()
+        counted = self._usage.wait(COUNT_PATIENCE)
+        now = time.time()
+        shown = {name: held for name, held in self._usage.repositories().items() if is_shown(name)}
+        late = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
+        scrubs = last_scrubs(self._store)
+        rows = ''.join(self._row(name, held, name in late, scrubs.get(name), now) for name, held
+                       in sorted(shown.items(), key=lambda item: (item[0] not in late, item[0])))
+        quotas = ''.join(_quota(area, *quota) for area, quota in self._usage.quotas(shown).items()
+                         if is_shown(f'/{area}' if area else ''))
+        summary = f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
+        if shown:
+            overdue = (f'{_bad(f"{len(late)} overdue")}: no snapshot for {_age(self._stale_after)}' if late
+                       else 'none overdue')
+            summary += f', {format_size(sum(held.bytes for held in shown.values()))}, {overdue}'
+        parts = [
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Backups</title>'
+            '<meta name="viewport" content="width=device-width">',
+            '' if counted else f'<meta http-equiv="refresh" content="{LOOK_AGAIN}">',
+            f'<style>{_STYLE}</style></head><body><h1>Backups</h1>',
+            f'<p>{summary if counted else "What is stored is being counted …"}</p>',
+            f'<div class="quotas">{quotas}</div>' if quotas else '',
+            '<table><thead><tr><th>Repository<th>Last snapshot<th class="n">Snapshots<th class="n">Size'
+            f'<th class="n">In 30 days<th>{DAYS} days<th>Locks<th>Last scrub</tr></thead>\n'
+            f'<tbody>{rows}</tbody></table>' if shown else '',
+            f'<footer>restic_serve {__version__}, {time.strftime("%Y-%m-%d %H:%M:%S %Z")}. ',
+            'The plots show what is stored by the day it came, with a tick for each day with a snapshot.'
+            if shown else '', '</footer></body></html>\n']
+        return ''.join(parts)
+
+    def _row(self, name: str, held: Holdings, late: bool, scrub: Optional[ScrubResult],
+             now: float) -> str:
+        """A repository's row."""
+        age, moment = 'none', ''
+        if held.last_snapshot:
+            age = f'{_age(now - held.last_snapshot)} ago'
+            moment = _small(time.strftime('%Y-%m-%d %H:%M', time.localtime(held.last_snapshot)))
+        if late:
+            age = _bad(f'{age}, overdue')
+        checked = '<span class="dim">never</span>'
+        if scrub:
+            checked = (_bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound') + _small(
+                f'{_age(now - scrub.time)} ago')
+        cells = (('Repository', 'name', _text(name or '/')), ('Last snapshot', 'age', age + moment),
+                 ('Snapshots', 'n', f'{held.objects["snapshots"]:,}'),
+                 ('Size', 'n', format_size(held.bytes) + (
+                     _bad(f'{held.unreadable} folders are unreadable') if held.unreadable else '')),
+                 ('In 30 days', 'n', f'+{format_size(sum(held.days[-30:]))}'),
+                 (f'{DAYS} days', 'graph', _plot(held)), ('Locks', 'locks', self._locks(name, now)),
+                 ('Last scrub', 'scrub', checked))
+        return (f'<tr{" class=late" if late else ""}>' + ''.join(
+            f'<td class="{kind}" data-of="{of}">{content}</td>' for of, kind, content in cells)
+            + '</tr>\n')
+
+    def _locks(self, name: str, now: float) -> str:
+        """How many locks there are, and how old the oldest is."""
+        try:
+            times = [status.st_mtime for _, status in object_entries(f'{self._store.root}{name}/locks')]
+        except OSError:
+            return 'unknown'
+        if not times:
+            return '<span class="dim">none</span>'
+        return f'{len(times)}{_small(f"oldest {_age(now - min(times))}")}'
+
+
+def _age(seconds: float) -> str:
+    """An age, the more roughly the longer it is."""
+    for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * size:
+            return f'{seconds // size:.0f} {unit}'
+    return f'{max(seconds, 0):.0f} seconds'
+
+
+def _small(text: str) -> str:
+    return f'<small>{text}</small>'
+
+
+def _bad(text: str) -> str:
+    """What asks for attention, not by its colour alone."""
+    return f'<span class="bad">⚠ {text}</span>'
+
+
+def _text(text: str) -> str:
+    import html
+    return html.escape(text.encode('utf-8', 'backslashreplace').decode())
+
+
+def _quota(area: str, held: int, most: int) -> str:
+    """A bar of how much of a quota is used."""
+    part = min(held / most, 1.0)
+    text = f'{format_size(held)} of {format_size(most)}'
+    return (f'<div class="quota"><span>{_text(f"/{area}/" if area else "All")}</span>'
+            '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
+            '<rect class="room" width="100" height="1"/>'
+            f'<rect class="{"used" if part < 0.9 else "over"}" width="{100 * part:.1f}" height="1"/></svg>'
+            f'<span>{text if part < 0.9 else _bad(text)}</span></div>\n')
+
+
+def _plot(held: Holdings) -> str:
+    """What was stored over the days, as a curve; the days with a snapshot, as ticks below it."""
+    size, heights = held.bytes - sum(held.days), []
+    for added in held.days:
+        size += added
+        heights.append(_PLOT_HEIGHT * (1 - size / max(held.bytes, 1)))
+    curve = 'M' + 'L'.join(f'{day} {height:.1f}' for day, height in enumerate(heights))
+    ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day, number in enumerate(held.snapshots) if number)
+    active = sum(number > 0 for number in held.snapshots)
+    return (f'<svg class="plot" viewBox="0 -1 {DAYS - 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
+            f'role="img"><title>{DAYS} days: from {format_size(held.bytes - sum(held.days))} to '
+            f'{format_size(held.bytes)}, snapshots on {active} days</title>'
+            f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
+            f'<path class="tick" d="{ticks}"/></svg>')
+
+
 # ==== Api ========================================================================================
 # Routes and answers of restic's REST protocol: a Request in, a Response out.
 # https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
@@ -2493,12 +2682,12 @@ _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXI
 class Api:
     """The protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
     every answer; scripts of the web origin `allow_origin` may use the server.  `prometheus` shows
-    the metrics, to those who may enter or, `open`, to all."""
+    the metrics, to those who may enter or, `open`, to all; `page` is for browsers."""
 
     def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
                  baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
                  usage: Optional[Usage] = None, metrics: Optional[Metrics] = None,
-                 prometheus: str = '') -> None:
+                 prometheus: str = '', page: Optional[Page] = None) -> None:
         counters = Counters()
         self.store = store
         self.policy = policy
@@ -2507,6 +2696,7 @@ class Api:
         self.usage = usage or Usage(store, counters)
         self.metrics = metrics or Metrics(counters, self.usage, store)
         self._prometheus = prometheus
+        self._page = page
         self._allow_origin = allow_origin
         self._headers = list(headers)
         if allow_origin:
@@ -2563,6 +2753,9 @@ class Api:
                 raise HttpError(404, 'not found')
             path = path[len(self.baseurl):] or '/'
         location = parse_path(path)
+        if (self._page and not location.kind and request.method in ('GET', 'HEAD')
+                and 'text/html' in request.headers.get('accept', '')):
+            return self._get_page(self._page, request, location)
         self.policy.check(request, location)
         handlers = (_OBJECT_HANDLERS if location.is_object
                     else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
@@ -2645,6 +2838,17 @@ class Api:
                 raise HttpError(403, f'metrics are for administrators and the user {METRICS_USER}')
         return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
                         self.metrics.exposition().encode())
+
+    def _get_page(self, page: Page, request: Request, location: Location) -> Response:
+        here = f'{location.repository}/'
+        if location.repository:
+            self.policy.check(request, location)
+
+        def is_shown(repository: str) -> bool:
+            return (f'{repository}/'.startswith(here)
+                    and self.policy.may_enter(request.user, repository))
+
+        return Response(200, page.headers(), page.render(is_shown).encode('utf-8', 'replace'))
 
 
 _OBJECT_HANDLERS = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
@@ -5569,12 +5773,16 @@ def _add_watching(parser: Parser) -> None:
         '(default text)', 'FORMAT')
 
     watching = parser.add_argument_group('watching')
+    add(watching, '--status', parse_bool, True, 'show browsers a page of all repositories: last '
+        'snapshot, size, locks, last scrub (default true)')
+    add(watching, '--stale-after', parse_duration, 48 * 3600.0, 'mark repositories on it without a '
+        'snapshot for so long (default 48h)', 'DURATION')
     add(watching, '--prometheus', parse_bool, False, 'show metrics at /metrics; where there are users, '
         'to administrators and the user metrics')
     add(watching, '--prometheus-no-auth', parse_bool, False, 'show them to anyone')
     add(watching, '--usage-interval', parse_duration, 3600.0, 'how old a count of what is stored may '
-        'become, for the metrics and the limits; in between it is kept current by what passes '
-        'through (default 1h)', 'DURATION')
+        'become, for the page, the metrics and the limits; in between it is kept current by what '
+        'passes through (default 1h)', 'DURATION')
     add(watching, '--stats', parse_duration, 60.0, 'with -v, log what was done at this interval, if '
         'anything was; SIGUSR1 logs it at once (default 1m; 0 is off)', 'DURATION')
 
@@ -5722,7 +5930,8 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
     usage = Usage(store, counters, options.usage_interval, options.max_size, options.max_size_per_user)
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
-               options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus)
+               options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
+               Page(store, usage, options.stale_after) if options.status else None)
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:

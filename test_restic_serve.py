@@ -32,8 +32,8 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, Counters, HttpError, Limits, Location, Metrics, PasswordFile, Peer, Policy, Request,
-    Server, Store, Usage)
+    Accounts, Api, Counters, HttpError, Limits, Location, Metrics, Page, PasswordFile, Peer, Policy,
+    Request, Server, Store, Usage)
 
 MODULE = restic_serve.__file__
 README = Path(MODULE).with_name('README.md')
@@ -840,6 +840,7 @@ class UsageTest(TestCase):
         self.assertRegex(log, 'what is below /secret is not known: .*Permission denied')
         self.assertRegex(log, 'how much /host holds is not wholly known: .*I/O error')
         self.assertRegex(log, 'how much /other holds is not wholly known: .*Permission denied')
+        self.assertIn('⚠ 1 folders are unreadable', Page(self.store, self.usage).render(lambda name: True))
 
     def test_deep_folders_and_the_root_of_the_file_system_are_no_fault(self):
         path = self.root.joinpath(*'x' * 100)
@@ -879,6 +880,7 @@ class UsageTest(TestCase):
                     os.utime(self.root / path, (moment, moment))
             self.usage.count()
             self.assertEqual(self.held(), (150, {'data': 1, 'snapshots': 1}))
+            self.assertIn('150 B', Page(self.store, self.usage).render(lambda name: True))
 
     def test_what_has_changed_its_owner_during_a_count_is_counted(self):
         path = self.store._path(self.save(100, kind='keys'))
@@ -1069,6 +1071,7 @@ class UsageTest(TestCase):
             self.assertFalse(metrics.has_news())
             self.assertIn('0 requests', metrics.line())
             self.assertIn('restic_serve_connections', metrics.exposition())
+            Page(self.store, self.usage).render(lambda name: True)
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
         self.usage.open()
@@ -1401,7 +1404,7 @@ class SourcesTest(TestCase):
                       ['--bcrypt-cost', '3'], ['--addr', '/s', '--addr', ':1', '--private-repos'],
                       ['--user-from-header', 'a b'], ['--add-user', 'a/b', '--htpasswd', 'f'],
                       ['--max-size-per-user', '1G'], ['--max-size', 'x'], ['--max-size', '-1'],
-                      ['--prometheus-no-auth'], ['--stats', 'x']):
+                      ['--prometheus-no-auth'], ['--stats', 'x'], ['--stale-after', '1x']):
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
                     self.assertRaises(SystemExit, msg=words) as caught:
                 parser = restic_serve.make_parser({})
@@ -3292,10 +3295,10 @@ def select_readable(sock, seconds):
     return select.select([sock], [], [], seconds)[0]
 
 
-# ---- Metrics ----
+# ---- Metrics and page ----
 
 class WatchedTestCase(Http2TestCase):
-    """A server whose metrics are looked at."""
+    """A server whose page and metrics are looked at."""
 
     def setUp(self):
         super().setUp()
@@ -3308,7 +3311,7 @@ class WatchedTestCase(Http2TestCase):
         self.metrics = Metrics(counters, self.usage, self.store)
         self.server = self.serve(Api(
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
-            prometheus=prometheus, **more))
+            prometheus=prometheus, page=Page(self.store, self.usage, 3600), **more))
         self.port = self.server.listeners[0].server_address[1]
 
     def fill(self, repository, *kinds, age=0):
@@ -3515,6 +3518,117 @@ class QuotaTest(WatchedTestCase):
         self.assertEqual(self.ask(post('/config', b'x'))[0], 507)
         self.ask(get(f'/data/{named(content)}', method='DELETE'))
         self.assertEqual(self.ask(post('/config', b'x'))[0], 200)
+
+
+class PageTest(WatchedTestCase):
+    HTML = 'Accept: text/html,application/xhtml+xml'
+
+    def look(self, path='/', *fields):
+        status, head, content = self.ask(get(path, self.HTML, *fields))
+        self.assertEqual(status, 200)
+        return head, content.decode()
+
+    def names(self, *args):
+        """The repositories on the page, in their order."""
+        import html
+        return [html.unescape(name) for name in
+                re.findall(r'<td class="name"[^>]*>([^<]*)</td>', self.look(*args)[1])]
+
+    def test_what_it_shows(self):
+        self.fill('/late', 'data', 'snapshots', age=2 * 86400 + 100)
+        self.fill('/fresh', 'data', 'snapshots', 'snapshots', 'locks', age=600)
+        self.fill('/none', 'data')
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.watch(most=1000, per_user=800)
+        self.usage.wait(PATIENCE)
+        text = self.look()[1]
+        self.assertEqual(self.names(), ['/late', '/none', '/fresh'])
+        rows = dict(zip(self.names(), re.findall(r'<tr.*?</tr>', text.partition('<tbody>')[2], re.DOTALL)))
+        self.assertIn('⚠ 2 days ago, overdue', rows['/late'])
+        self.assertIn('⚠ none, overdue', rows['/none'])
+        self.assertIn('10 minutes ago', rows['/fresh'])
+        self.assertNotIn('overdue', rows['/fresh'])
+        self.assertIn('data-of="Snapshots">2<', rows['/fresh'])
+        self.assertIn('data-of="Size">400 B<', rows['/fresh'])
+        self.assertIn('data-of="Locks">1<small>oldest 10 minutes', rows['/fresh'])
+        self.assertIn('data-of="Last scrub">sound<', rows['/fresh'])
+        self.assertIn('snapshots on 1 days', rows['/fresh'])
+        self.assertIn('3 repositories, 700 B, ', text)
+        self.assertIn('2 overdue', text)
+        self.assertIn('700 B of 1000 B', text.replace('1.0 KiB', '1000 B'))
+        self.assertIn('<span>/fresh/</span>', text)
+
+    def test_it_is_one_page_without_scripts_that_refers_to_nothing_and_may_do_nothing(self):
+        self.fill('/<script>alert(1)</script>"\'', 'data', 'snapshots')
+        head, text = self.look()
+        style = re.search('<style>(.*)</style>', text, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+        self.assertEqual(head['content-security-policy'], f"default-src 'none'; style-src 'sha256-{digest}'; "
+                         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        self.assertEqual((head['x-content-type-options'], head['referrer-policy'], head['cache-control']),
+                         ('nosniff', 'no-referrer', 'no-store'))
+        self.assertEqual(head['content-type'], 'text/html; charset=utf-8')
+        self.assertNotRegex(text, r'<script|<link|<img|<a |<form|\bhref|\bsrc=|\burl\(|@import|style=|'
+                            r'\bon\w+=|://')
+        self.assertEqual(self.names(), ['/<script>alert(1)</script>"\''])
+        size = len(self.ask(get('/', self.HTML))[2])
+        self.assertEqual(self.ask(get('/', self.HTML, method='HEAD'), head_only=True)[1]['content-length'],
+                         str(size))
+
+    def test_it_is_for_browsers_alone(self):
+        for fields in ((), ('Accept: */*',), (f'Accept: {V2}',)):
+            self.assertEqual(self.ask(get('/', *fields))[0], 404)
+        self.assertEqual(self.ask(get('/config', self.HTML))[0], 404)
+        self.assertEqual(self.ask(get('/data/', self.HTML))[1]['content-type'],
+                         'application/vnd.x.restic.rest.v1')
+        self.server.api._page = None
+        self.assertEqual(self.ask(get('/', self.HTML))[0], 404)
+
+    def test_users_see_what_they_may_enter(self):
+        for name in ('/alice/x', '/alice/y', '/alicia', '/bob', ''):
+            self.fill(name, 'snapshots')
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
+        self.watch(Policy(private=True, administrators=['root']), Accounts(PasswordFile(str(accounts))),
+                   per_user=1000, most=5000)
+        alice, root = basic('alice', 'alice'), basic('root', 'root')
+        self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
+        self.assertEqual(self.names('/', alice), ['/alice/x', '/alice/y'])
+        self.assertIn('/alice/</span>', self.look('/', alice)[1])
+        self.assertNotRegex(self.look('/', alice)[1], '/bob|>All<')
+        self.assertIn('>All<', self.look('/', root)[1])
+        self.assertEqual(self.names('/alice/y', alice), ['/alice/y'])
+        self.assertEqual(self.ask(get('/bob/', self.HTML, alice))[0], 403)
+        self.assertEqual(self.names('/', root), ['/', '/alice/x', '/alice/y', '/alicia', '/bob'])
+        self.assertEqual(self.names('/alice/', root), ['/alice/x', '/alice/y'])
+        self.assertEqual(self.names('/', basic('carol', 'carol')), [])
+
+    def test_before_the_first_count_it_looks_again(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        with mock.patch.object(Usage, 'count', lambda usage: go_on.wait(PATIENCE)), \
+                mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.05):
+            text = self.look()[1]
+            self.assertIn('<meta http-equiv="refresh" content="5">', text)
+            self.assertIn('being counted', text)
+            go_on.set()
+
+    def test_with_nothing_to_show(self):
+        text = self.look()[1]
+        self.assertIn('0 repositories', text)
+        self.assertNotIn('<table', text)
+        self.assertNotIn('http-equiv', text)
+
+    @long
+    def test_a_real_browser_takes_its_style(self):
+        self.fill('/laptop', 'data', 'snapshots')
+        picture = self.folder / 'page.png'
+        done = subprocess.run(
+            [program('chromium'), '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
+             f'--user-data-dir={self.folder}/chromium', f'--screenshot={picture}',
+             f'http://127.0.0.1:{self.port}/'], capture_output=True, text=True, timeout=4 * PATIENCE)
+        self.assertTrue(picture.stat().st_size, done.stderr)
+        self.assertNotIn('Content Security Policy', done.stderr)
 
 
 # ---- Server ----
@@ -4328,18 +4442,21 @@ class CommandLineTest(TestCase):
         self.assertEqual(server.stop(), 0)
         self.assertEqual(lines('INFO'), [])
 
-    def test_quotas_and_metrics_are_as_the_options_say(self):
-        server = self.serve('--max-size', '1000', '--prometheus', self.root)
+    def test_quotas_metrics_and_the_page_are_as_the_options_say(self):
+        html = 'Accept: text/html'
+        server = self.serve('--max-size', '1000', '--prometheus', '--stale-after', '1h', self.root)
         with Wire(server.port) as wire:
             self.assertEqual(wire.ask(post('/config', b'x' * 1001))[0], 507)
             self.assertEqual(wire.ask(post('/config', b'x' * 600))[0], 200)
             self.assertEqual(wire.ask(get('/metrics'))[0], 200)
+            self.assertIn(b'600 B of 1.0 KiB', wire.ask(get('/', html))[2])
         server.stop()
-        server = self.serve('--max-size', '1000', self.root)
+        server = self.serve('--max-size', '1000', '--status=false', self.root)
         with Wire(server.port) as wire:
             content = b'x' * 401
             self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 507)
             self.assertEqual(wire.ask(get('/metrics'))[0], 404)
+            self.assertEqual(wire.ask(get('/', html))[0], 404)
         server.stop()
 
     @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'this system has no SIGUSR2')
