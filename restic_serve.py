@@ -27,6 +27,7 @@ The chapters stand in the order in which each builds on those above it:
     Http2         requests and answers on one connection of HTTP/2
     Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
     Server        connections, their number and time limits, signals
+    Workers       several processes that serve
     Logs          what is said to people and to programs
     Options       the command line and the environment
     Main          serving, and the other jobs; main()
@@ -92,6 +93,7 @@ __version__ = '0.1.0'
 NOTICE = 25  # rclone's level between INFO and WARNING: shown unless --quiet
 log = logging.getLogger('restic_serve')
 access_log = logging.getLogger('restic_serve.access')
+reload_log = logging.getLogger('restic_serve.reload')  # what several processes read; one says so
 
 # The processor's cores that this process may use.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
@@ -2077,9 +2079,9 @@ class PasswordFile:
         try:
             self.entries = self._load()
         except OSError as error:
-            log.error('the users stay as they were: %s', error)
+            reload_log.error('the users stay as they were: %s', error)
             return False
-        log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
+        reload_log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
         return True
 
     def _load(self) -> Dict[str, str]:
@@ -2092,11 +2094,11 @@ class PasswordFile:
                 user, _, rest = text.partition(':')
                 entry = rest.partition(':')[0]
                 if not is_user(user):
-                    log.error('%s, line %d: the name of a user may hold letters, digits and '
-                              '@ . _ - alone', self._path, number)
+                    reload_log.error('%s, line %d: the name of a user may hold letters, digits and '
+                                     '@ . _ - alone', self._path, number)
                 elif not dearness(entry):
-                    log.error('%s, line %d: unknown or unsafe password scheme; use bcrypt '
-                              '(htpasswd -B)', self._path, number)
+                    reload_log.error('%s, line %d: unknown or unsafe password scheme; use bcrypt '
+                                     '(htpasswd -B)', self._path, number)
                 else:
                     entries[user] = entry
         return entries
@@ -2966,7 +2968,16 @@ def place_thread(roaming: bool) -> None:
     """
     if _PLACED:
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, CORES if roaming else [CORES[os.getpid() % len(CORES)]])
+            os.sched_setaffinity(0, CORES if roaming else _home)
+
+
+def settle(slot: int) -> None:
+    """Give this process's threads the core that they share; processes in turn take another."""
+    global _home
+    _home = [CORES[slot % len(CORES)]]
+
+
+_home = [CORES[os.getpid() % len(CORES)]]
 
 
 class Connection:
@@ -5000,10 +5011,10 @@ class Certificates:
             self._stamp = self._look()
             try:
                 self._context = self._load()
-                log.log(NOTICE, 'read the certificate %s', self._cert)
+                reload_log.log(NOTICE, 'read the certificate %s', self._cert)
             except OSError as error:
-                log.error('the certificate %s is no good, the last one stays in use: %s',
-                          self._cert, error)
+                reload_log.error('the certificate %s is no good, the last one stays in use: %s',
+                                 self._cert, error)
 
     def _look(self) -> List[Tuple[int, ...]]:
         """What changes when one of the files does."""
@@ -5129,6 +5140,10 @@ class Listener(_ThreadingHTTPServer):
             if self._path and os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
 
+    def leave_path(self) -> None:
+        """Leave it to another process to remove the socket's file."""
+        self._path = ''
+
     def get_request(self) -> Tuple[socket.socket, Any]:
         try:
             sock, address = self.socket.accept()
@@ -5227,6 +5242,7 @@ EXPIRED_AT_ONCE = 32        # connections that are woken because their time is o
 EXPIRED_SECONDS = 0.05      # until the next so many
 STOP_SECONDS = 10           # for requests under way when the server is told to stop
 TURNED_AWAY = 64            # connections above the limit that are told so at a time
+YIELD_SECONDS = 0.001       # to another process that has fewer connections
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
 _STATS_SIGNAL = getattr(signal, 'SIGUSR1', None)
@@ -5272,13 +5288,16 @@ class Server:
         self.bandwidth = bandwidth
         self.listeners: List[Any] = []
         self._certificates = certificates
-        self._manager = manager or Manager({})
+        self.manager = manager or Manager({})
         self._counters = api.metrics.counters
         self._most = connections
         self._threads = threading.Semaphore(connections)    # of HTTP/2's requests
         self._admitted = 0              # connections whose thread was started or will be
         self._connections: Set[Connection] = set()
         self._lock = threading.Lock()   # of the two above
+        self._peers = 0                 # other processes that serve the listeners
+        self._slot = 0                  # of a worker
+        self._control: Optional[socket.socket] = None
         self._stops = 0                 # how often we were told to stop; the second is for at once
         self._stopping = False
         self._next_warning = 0.0
@@ -5293,7 +5312,7 @@ class Server:
                 where = f'--addr {address.path or f"{address.host}:{address.port}"}'
                 self.listeners.append(_listener_class()(self, address))
         except OSError as error:
-            self._close_listeners()
+            self.close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
         if self.listeners:
             _allow_descriptors(2 * connections + 256)
@@ -5302,22 +5321,23 @@ class Server:
         api.usage.open()
         if api.usage.most or api.usage.most_per_user:
             api.usage.refresh()
-        self._open_loop()
+        self.open_loop()
 
-    def _open_loop(self) -> None:
-        """Make what the loop waits by."""
+    def open_loop(self, counts: bool = True) -> None:
+        """Make what the loop waits by; a process that `counts` does so when the usage asks."""
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._look_for_signals)
         for listener in self.listeners:
-            self._selector.register(listener, selectors.EVENT_READ, listener.handle_request)
+            self._selector.register(listener, selectors.EVENT_READ,
+                                    functools.partial(self._accept, listener))
         usage = self.api.usage
-        if usage.bell:
+        if usage.bell and counts:
             self._selector.register(usage.bell, selectors.EVENT_READ, usage.answer)
 
-    def _close_loop(self) -> None:
+    def close_loop(self) -> None:
         """Let go of what the loop waits by."""
         self._selector.close()
         self._wake_reader.close()
@@ -5325,11 +5345,42 @@ class Server:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then let running requests finish."""
-        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in _SIGNALS:
-            signal.signal(number, _wake_up)
+        catch_signals(_SIGNALS, self._wake_writer)
         self.loop()
         signal.set_wakeup_fd(-1)
+
+    def watch(self, workers: int) -> None:
+        """Leave the serving to other processes, before they are forked."""
+        self._peers = workers
+        reload_log.disabled = True
+        self.close_loop()
+
+    def forget_worker(self, slot: int) -> None:
+        """A worker has died, and with it its connections."""
+        self._counters.clear(slot)
+
+    def work(self, slot: int, workers: int, control: socket.socket) -> None:
+        """Serve as one of so many `workers`, count in `slot`.  Signals come as their numbers over
+        `control`; its end is that of the parent."""
+        self._slot = slot
+        self._counters.join(slot)
+        self._counters.add(CONNECTIONS, 0, 0)
+        self._peers = workers - 1
+        self._threads = threading.Semaphore(max(self._most // workers, 1))
+        reload_log.disabled = slot != 1
+        self.manager = Manager({})
+        settle(slot)
+        self._next_stats = math.inf
+        control.setblocking(False)
+        self._control = control
+        self.open_loop(counts=slot == 1)
+        self._selector.register(control, selectors.EVENT_READ, self._look_for_signals)
+        for listener in self.listeners:
+            listener.leave_path()
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        catch_signals([signal.SIGTERM], self._wake_writer)
+        self.loop()
 
     def stop(self) -> None:
         """Do what SIGTERM does."""
@@ -5349,24 +5400,24 @@ class Server:
 
     def loop(self) -> None:
         """Serve until stop() is called or a signal comes."""
-        watchdog = self._manager.watchdog_seconds
+        watchdog = self.manager.watchdog_seconds
         next_sweep, next_word = 0.0, math.inf if watchdog == math.inf else 0.0
         place_thread(roaming=False)
-        self._manager.tell('READY=1')
+        self.manager.tell('READY=1')
         while not self._stops:
             # Without connections there is no deadline, and the process sleeps.
             wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog,
-                       self._until_stats())
+                       self.until_stats())
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
                 key.data()
             now = time.monotonic()
             if now >= next_sweep:
                 next_sweep = now + (EXPIRED_SECONDS if self._expire(now) else self._period)
-            self._tell_stats()
+            self.tell_stats()
             if now >= next_word:
                 next_word = now + watchdog / 2
-                self._manager.tell('WATCHDOG=1')
-        self._manager.tell('STOPPING=1')
+                self.manager.tell('WATCHDOG=1')
+        self.manager.tell('STOPPING=1')
         self._finish()
 
     def admit(self) -> bool:
@@ -5397,6 +5448,7 @@ class Server:
         with self._lock:
             self._connections.add(connection)
             self._counters.add(CONNECTIONS, 0, 1)
+            # Two processes that take the last place at once both give it up.
             full = self._counters.total(CONNECTIONS, 2)[1] > self._most
             self._counters.add(CONNECTIONS, 0, -int(full))
         if self._stopping:
@@ -5435,12 +5487,34 @@ class Server:
             self._next_warning = now + WARNING_SECONDS
             log.warning('turned %s away: there are %d connections', peer, self._most)
 
+    def _accept(self, listener: Listener) -> None:
+        """Accept a connection, unless another process that has fewer is about to."""
+        if self._peers and self._admitted > min(row[0] for row in self._counters.read(CONNECTIONS)):
+            time.sleep(YIELD_SECONDS)
+        listener.handle_request()
+
     def _look_for_signals(self) -> None:
         """Do what signals ask for."""
         signals = b''
         with contextlib.suppress(BlockingIOError):
             signals = self._wake_reader.recv(4096)
-        self._stops += sum(number in _STOP_SIGNALS for number in signals)
+        if self._control:
+            try:
+                order = self._control.recv(4096)
+            except BlockingIOError:
+                order = b'\0'
+            if not order:  # the parent is gone
+                self._selector.unregister(self._control)
+                self._control = None
+            signals += order or bytes([signal.SIGTERM])
+        self.heed(signals)
+        if self._slot:  # both the parent and the service manager may say SIGTERM
+            self._stops = max(self._stops, 2 * (signal.SIGINT in signals), signal.SIGTERM in signals)
+        else:
+            self._stops += sum(number in _STOP_SIGNALS for number in signals)
+
+    def heed(self, signals: bytes) -> None:
+        """Do what signals ask for, but those that stop."""
         if _RELOAD_SIGNAL is not None and _RELOAD_SIGNAL in signals:
             self._reload()
         if _STATS_SIGNAL is not None and _STATS_SIGNAL in signals:
@@ -5452,21 +5526,22 @@ class Server:
     def _reload(self) -> None:
         """Read again what may have changed."""
         microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self._manager.tell('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
+        self.manager.tell('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
         if self._certificates:
             self._certificates.reload()
         self.api.accounts.reload()
         for handler in log.handlers:
             handler.close()  # LogFile's
-        self._manager.tell('READY=1')
+        self.manager.tell('READY=1')
 
-    def _until_stats(self) -> float:
-        """Seconds until there may be a line of statistics; an idle server sleeps."""
-        if self._next_stats < math.inf and (self._admitted or self.api.metrics.has_news()):
+    def until_stats(self) -> float:
+        """Seconds until there may be a line of statistics; an idle server that serves alone sleeps."""
+        if self._next_stats < math.inf and (
+                self._peers or self._admitted or self.api.metrics.has_news()):
             return self._next_stats - time.monotonic()
         return math.inf
 
-    def _tell_stats(self) -> None:
+    def tell_stats(self) -> None:
         """Log what was done, if it is time."""
         if time.monotonic() >= self._next_stats:
             self._next_stats = time.monotonic() + self._stats_seconds
@@ -5485,7 +5560,8 @@ class Server:
             connection.expire()
         return len(overdue) > EXPIRED_AT_ONCE
 
-    def _close_listeners(self) -> None:
+    def close_listeners(self) -> None:
+        """Accept no more."""
         for listener in self.listeners:
             listener.server_close()
 
@@ -5494,9 +5570,9 @@ class Server:
         wait."""
         self._stopping = True
         for source in (*self.listeners, self.api.usage.bell):
-            with contextlib.suppress(KeyError, ValueError, AttributeError):  # closed by another server
+            with contextlib.suppress(KeyError, ValueError, AttributeError):  # not this process's
                 self._selector.unregister(source)
-        self._close_listeners()
+        self.close_listeners()
         for connection in self._snapshot():
             connection.stop()
         end = time.monotonic() + STOP_SECONDS
@@ -5510,7 +5586,22 @@ class Server:
             log.warning('cut off %s: its request did not end in time', connection.peer)
             connection.cut()
         self.api.usage.close()
-        self._close_loop()
+        self.close_loop()
+
+
+def block_signals(numbers: Iterable[int]) -> None:
+    """Have signals wait, where the system can, until they are caught."""
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def catch_signals(numbers: Iterable[int], sock: socket.socket) -> None:
+    """From now on signals come as their numbers through a socket that does not block."""
+    signal.set_wakeup_fd(sock.fileno(), warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, _wake_up)
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, *numbers})
 
 
 def _wake_up(number: int, frame: Optional[FrameType]) -> None:
@@ -5528,6 +5619,189 @@ def _allow_descriptors(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     except (ImportError, OSError, ValueError) as error:
         log.debug('the limit on open files stays as it is: %s', error)
+
+
+# ==== Workers ====================================================================================
+# Several processes that serve the same listeners: Python runs one thread at a time in each.
+
+RESTART_SECONDS = (0.0, 1.0, 30.0)  # until a process that died is replaced: first, next, at most
+ORDERLY_SECONDS = 0.5               # more, if somebody told it to stop
+STEADY_SECONDS = 60                 # after which a process counts as one that runs
+KILL_SECONDS = STOP_SECONDS + 5     # for a process to stop
+
+
+def default_workers() -> int:
+    """Processes that serve where nothing is said: more gain little, and each needs memory."""
+    return min(len(CORES), 4) if hasattr(os, 'fork') else 1
+
+
+class Worker:
+    """A process that serves, as its parent sees it: `control` takes the numbers of signals."""
+
+    def __init__(self, slot: int, pid: int, control: socket.socket) -> None:
+        self.slot = slot
+        self.pid = pid
+        self.control = control
+        self.begun = time.monotonic()
+
+    def order(self, number: int) -> None:
+        """Pass a signal on."""
+        with contextlib.suppress(OSError):  # it has just ended
+            self.control.send(bytes([number]))
+
+
+class Workers:
+    """`number` processes that serve what `server` listens on.  This one forks them, passes signals
+    on, replaces those that die, and does nothing else: it has no threads."""
+
+    def __init__(self, server: Server, number: int) -> None:
+        self._server = server
+        self._number = number
+        self._workers: Dict[int, Worker] = {}       # by process
+        self._due: Dict[int, float] = {}            # when a slot's next process is to be started
+        self._delays: Dict[int, float] = {}
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
+        server = self._server
+        server.watch(self._number)
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        catch_signals((*_SIGNALS, signal.SIGCHLD), self._wake_writer)
+        for slot in range(1, self._number + 1):
+            self._start(slot)
+        server.manager.tell('READY=1')
+        watchdog = server.manager.watchdog_seconds
+        next_word, deadline = math.inf if watchdog == math.inf else 0.0, math.inf
+        while self._workers or not self._stopping:
+            now = time.monotonic()
+            if now >= next_word:
+                next_word = now + watchdog / 2
+                server.manager.tell('WATCHDOG=1')
+            if now >= deadline:
+                self._kill()
+                deadline = math.inf
+            server.tell_stats()
+            for slot in [slot for slot, due in self._due.items() if now >= due]:
+                self._start(slot)
+            wait = min(next_word - now, deadline - now, server.until_stats(),
+                       *(due - now for due in self._due.values()), math.inf)
+            select.select([self._wake_reader], [], [], max(wait, 0) if wait < math.inf else None)
+            if self._heed() and not self._stopping:
+                self._stop()
+                deadline = time.monotonic() + KILL_SECONDS
+        signal.set_wakeup_fd(-1)
+        self._wake_reader.close()
+        self._wake_writer.close()
+        server.api.usage.close()
+
+    def _start(self, slot: int) -> None:
+        """Fork a process that serves and counts in `slot`."""
+        self._due.pop(slot, None)
+        # A signal that came to the new process now would be taken for one to this.
+        block_signals(_SIGNALS)
+        try:
+            ours, theirs = socket.socketpair()
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                theirs.close()
+                raise
+        except OSError as error:
+            log.error('no process could be started: %s', error)
+            self._put_off(slot)
+        else:
+            if not pid:
+                self._be_worker(slot, ours, theirs)
+            self._workers[pid] = Worker(slot, pid, ours)
+            if slot in self._delays:
+                log.log(NOTICE, 'worker %d is process %d now', slot, pid)
+            theirs.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    def _be_worker(self, slot: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+        """What the new process does."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for end in (ours, self._wake_reader, self._wake_writer,
+                        *(worker.control for worker in self._workers.values())):
+                end.close()
+            self._server.work(slot, self._number, theirs)
+            status = 0
+        except BaseException as error:
+            log.error('%s: %s', type(error).__name__, error)
+            log.debug('where it happened:', exc_info=True)
+        finally:
+            logging.shutdown()
+            os._exit(status)  # without what the parent has to do at its end
+
+    def _heed(self) -> bool:
+        """Do what signals ask for; whether one of them was to stop."""
+        signals = b''
+        with contextlib.suppress(BlockingIOError):
+            signals = self._wake_reader.recv(4096)
+        if signal.SIGCHLD in signals:
+            self._reap()
+        self._server.heed(signals)
+        stops = sum(number in _STOP_SIGNALS for number in signals)
+        orders = [number for number in signals if number == _RELOAD_SIGNAL]
+        # The first stop is SIGTERM to the workers, and any later one, which ends the wait, SIGINT.
+        orders += [signal.SIGINT if self._stopping or number else signal.SIGTERM for number in range(stops)]
+        for worker in self._workers.values():
+            for order in orders:
+                worker.order(order)
+        return stops > 0
+
+    def _reap(self) -> None:
+        """See which processes have ended, and plan for others to take their places."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            worker = self._workers.pop(pid, None)
+            if not worker:
+                continue
+            worker.control.close()
+            self._server.forget_worker(worker.slot)
+            if self._stopping:
+                continue
+            if time.monotonic() - worker.begun > STEADY_SECONDS:
+                self._delays.pop(worker.slot, None)
+            self._put_off(worker.slot)
+            if status:
+                how = (f'was ended by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
+                       else f'has failed with status {os.WEXITSTATUS(status)}')
+                log.error('worker %d (process %d) %s; another takes its place%s', worker.slot, pid, how,
+                          f' in {self._delays[worker.slot]:.0f} s' if self._delays[worker.slot] else '')
+            else:  # it was told to stop, and so may we be
+                self._due[worker.slot] += ORDERLY_SECONDS
+
+    def _put_off(self, slot: int) -> None:
+        """Start a process later, and the later the oftener it fails."""
+        first, following, most = RESTART_SECONDS
+        last = self._delays.get(slot)
+        self._delays[slot] = first if last is None else min(max(2 * last, following), most)
+        self._due[slot] = time.monotonic() + self._delays[slot]
+
+    def _stop(self) -> None:
+        """Accept no more; the workers have been told."""
+        self._stopping = True
+        self._due.clear()
+        self._server.manager.tell('STOPPING=1')
+        self._server.close_listeners()
+
+    def _kill(self) -> None:
+        for worker in self._workers.values():
+            log.warning('worker %d (process %d) does not stop and is killed', worker.slot, worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
 
 
 # ==== Logs =======================================================================================
@@ -5698,6 +5972,9 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
     add(serving, '--response-header', parse_header, [], 'header to add to every answer; may be '
         'repeated', "'NAME: VALUE'", repeated=True)
 
+    add(serving, '--workers', parse_count, default_workers(), 'processes that serve (default: the '
+        'cores that this process may use, at most 4; 1 where the system has no fork)', 'NUMBER')
+
     tls = parser.add_argument_group('TLS')
     add(tls, '--cert', str, '', 'certificate, and those of its issuers after it (PEM); every TCP '
         'address speaks TLS then, but those that begin with http://', 'FILE')
@@ -5853,6 +6130,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error('--max-size-per-user needs --private-repos too')
     if options.prometheus_no_auth and not options.prometheus:
         parser.error('--prometheus-no-auth needs --prometheus too')
+    if options.workers > 1 and not hasattr(os, 'fork'):
+        parser.error('--workers: this system has no fork; 1 is all there can be')
     if options.trust_proxy and not options.user_from_header:
         parser.error('--trust-proxy needs --user-from-header too')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
@@ -5918,7 +6197,7 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
     limits = Limits(header_bytes=options.max_header_bytes,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout)
-    counters = Counters()
+    counters = Counters(options.workers + 1)
     return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
                   certificates, inherited_sockets(os.environ), options.max_connections,
                   Manager(os.environ), make_bandwidth(options, counters), stats_seconds(options))
@@ -6037,6 +6316,7 @@ def main(words: Optional[List[str]] = None) -> int:
                       shared=options.group_accessible)
         if options.scrub:
             return scrub(options, store)
+        block_signals(_SIGNALS)  # they wait until the server heeds them
         store.prepare()
         if options.stdio:
             serve_stdio(options, store)
@@ -6047,7 +6327,7 @@ def main(words: Optional[List[str]] = None) -> int:
         print(f'restic_serve: {one_line(reason)}', file=sys.stderr)
         return 1
     announce(server, store.root, options)
-    server.run()
+    (Workers(server, options.workers) if options.workers > 1 else server).run()
     return 0
 
 

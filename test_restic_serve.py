@@ -98,7 +98,7 @@ class TestCase(unittest.TestCase):
         self.root = self.folder / 'srv'
         self.log = []
         handler = logging.Handler()
-        handler.addFilter(lambda record: record.name == restic_serve.log.name)
+        handler.addFilter(lambda record: record.name != restic_serve.access_log.name)
         handler.emit = lambda record: self.log.append(record.getMessage())
         restic_serve.log.addHandler(handler)
         restic_serve.log.propagate = False
@@ -4305,6 +4305,268 @@ class Program:
 
 def clean_environment():
     return {name: value for name, value in os.environ.items() if not name.startswith('RESTIC_')}
+
+
+@unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
+class WorkersTest(TestCase):
+    """Several processes that serve as one."""
+
+    def serve(self, *words, workers=2):
+        server = Program('--addr', '127.0.0.1:0', '--workers', workers, *words, self.root)
+        self.addCleanup(server.__exit__)
+        self.assertTrue(server.url, server.lines)
+        self.wait_until(lambda: len(self.children(server)) == workers, 'the workers')
+        return server
+
+    def children(self, server):
+        found = subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
+                               capture_output=True, text=True).stdout
+        return [int(word) for word in found.split()]
+
+    def connect(self, server):
+        wire = Wire(server.port)
+        self.addCleanup(wire.__exit__)
+        return wire
+
+    def connect_all(self, server, number=6):
+        """Connections that are being served, by all workers."""
+        wires = [self.connect(server) for _ in range(number)]
+        for wire in wires:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        return wires
+
+    def begin(self, wire, content):
+        """Upload all but the last byte."""
+        wire.send(post(f'/data/{named(content)}', content, 'Expect: 100-continue')[:-len(content)])
+        self.assertEqual(wire.answer()[0], 100)
+        wire.send(content[:-1])
+
+    def requests(self, server):
+        with Wire(server.port) as wire:
+            text = wire.ask(get('/metrics'))[2].decode()
+        return sum(int(number) for number in re.findall(
+            r'^restic_serve_requests_total\{.*"404"\} (\d+)', text, re.MULTILINE))
+
+    def test_they_share_connections_and_count_together(self):
+        server = self.serve('--prometheus', workers=3)
+        self.connect_all(server, 12)
+        self.wait_until(lambda: self.requests(server) == 12, 'twelve requests')
+        if os.path.isdir('/proc/self/fd'):
+            numbers = [len(os.listdir(f'/proc/{pid}/fd')) for pid in self.children(server)]
+            self.assertLess(max(numbers) - min(numbers), 8, numbers)
+        self.assertEqual(server.stop(), 0)
+
+    def test_one_that_dies_is_replaced_and_nothing_that_was_counted_is_lost(self):
+        server = self.serve('--prometheus', '--max-connections', '6')
+        self.connect_all(server, 6)
+        first = self.children(server)
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        self.wait_until(lambda: len(set(self.children(server)) - set(first)) == 2, 'other workers')
+        # the dead ones' connections count no more, their requests do
+        self.wait_until(lambda: self.requests(server) >= 6, 'the metrics')
+        wires = self.connect_all(server, 5)  # one that has just ended may count still
+        log = ' '.join(server.lines)
+        for pid in first:
+            self.assertRegex(log, rf'ERROR: worker [12] \(process {pid}\) was ended by signal 9; another '
+                                  'takes its place')
+        pid = self.children(server)[0]
+        os.kill(pid, signal.SIGKILL)
+        self.wait_until(lambda: f'(process {pid})' in ' '.join(server.lines), 'the log')
+        self.assertRegex(' '.join(server.lines), rf'{pid}\) was ended by signal 9; .* place in 1 s')
+        self.assertRegex(' '.join(server.lines), r'NOTICE: worker 1 is process \d+ now')
+        for wire in wires:
+            wire.__exit__()
+        self.assertEqual(server.stop(), 0)
+
+    def test_all_of_them_finish_what_they_are_doing_even_if_each_is_told_to_stop(self):
+        server = self.serve()
+        contents = [os.urandom(5000) for _ in range(6)]
+        wires = [self.connect(server) for _ in contents]
+        for wire, content in zip(wires, contents):
+            self.begin(wire, content)
+        idle = self.connect_all(server, 2)
+        for pid in [*self.children(server), server.process.pid]:  # as systemd does
+            os.kill(pid, signal.SIGTERM)
+        for wire in idle:
+            self.assertTrue(wire.is_closed())
+        for wire, content in zip(wires, contents):
+            status, head, _ = wire.ask(content[-1:])
+            self.assertEqual((status, head['connection']), (200, 'close'))
+            wire.__exit__()
+        self.assertEqual(server.stop(signal.SIGCONT), 0)
+        self.assertEqual(len(self.files()), 6)
+        self.assertNotIn('ERROR', ' '.join(server.lines))
+
+    def test_what_its_starter_blocked_does_not_matter(self):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])
+        try:
+            server = self.serve()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        pid = self.children(server)[0]
+        os.kill(pid, signal.SIGKILL)
+        self.wait_until(lambda: 'is process' in ' '.join(server.lines), 'the replacement')
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_stop_at_the_first_moment_leaves_no_socket(self):
+        for workers in ('1', '2'):
+            path = self.folder / 'socket'
+            with Program('--addr', path, '--workers', workers, self.root) as server:
+                self.assertEqual(server.stop(), 0)
+            self.assertFalse(path.exists())
+
+    def test_without_descriptors_the_others_go_on(self):
+        server = mock.Mock()
+        workers = restic_serve.Workers(server, 2)
+        with mock.patch.object(socket, 'socketpair', side_effect=OSError(errno.EMFILE, 'Too many')):
+            workers._start(1)
+        self.assertIn('no process could be started', self.log[-1])
+        self.assertEqual(list(workers._due), [1])
+
+    def test_the_dead_hold_no_connections(self):
+        counters = Counters(3)
+        pid = os.fork()
+        if not pid:
+            counters.join(2)
+            counters.add(restic_serve.CONNECTIONS, 4, 3)
+            counters.add(('net', ''), 7)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        self.assertEqual(counters.total(restic_serve.CONNECTIONS, 2), [4, 3])
+        counters.clear(2)
+        self.assertEqual(counters.total(restic_serve.CONNECTIONS, 2), [0, 0])
+        self.assertEqual(counters.total(('net', ''), 1), [7])
+
+    def test_one_that_is_told_to_stop_is_replaced_without_an_alarm(self):
+        server = self.serve()
+        pid = self.children(server)[0]
+        os.kill(pid, signal.SIGTERM)
+        self.wait_until(lambda: re.search(r'NOTICE: worker [12] is process \d+ now', ' '.join(server.lines)),
+                        'the replacement')
+        self.connect_all(server)
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn('ERROR', ' '.join(server.lines))
+
+    def test_a_second_signal_ends_the_wait(self):
+        server = self.serve()
+        wires = [self.connect(server) for _ in range(4)]
+        for wire in wires:
+            self.begin(wire, os.urandom(5000))
+        idle = self.connect_all(server, 1)[0]
+        server.process.send_signal(signal.SIGINT)
+        self.assertTrue(idle.is_closed())
+        begin = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertLess(time.monotonic() - begin, restic_serve.STOP_SECONDS)
+        self.assertEqual(self.files(), [])
+
+    def test_when_the_parent_is_killed_they_stop_and_another_server_can_begin(self):
+        path = self.folder / 'socket'
+        server = self.serve('--addr', path)
+        wire = self.connect(server)
+        content = os.urandom(5000)
+        self.begin(wire, content)
+        children = self.children(server)
+        server.process.kill()
+        server.process.wait()
+        self.assertEqual(wire.ask(content[-1:])[0], 200)  # what is under way is finished
+        wire.__exit__()
+
+        def is_gone(pid):
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return True
+            with open(f'/proc/{pid}/stat') as file:  # whoever inherited it may not wait for it
+                return file.read().rpartition(')')[2].split()[0] == 'Z'
+
+        self.wait_until(lambda: all(map(is_gone, children)), 'the end of the workers')
+        other = self.serve('--addr', f'127.0.0.1:{server.port}', '--addr', path)
+        self.assertEqual(self.connect(other).ask(get(f'/data/{named(content)}'))[0], 200)
+        self.assertEqual(other.stop(), 0)
+        self.assertFalse(path.exists())
+
+    def test_sighup_reaches_all(self):
+        log, moved = self.folder / 'log', self.folder / 'moved'
+        with Program('-v', '--addr', self.folder / 'socket', '--workers', '2', '--log-file', log, self.root,
+                     wait=False) as server:
+            self.wait_until(lambda: listens(str(self.folder / 'socket')), 'the server')
+            log.rename(moved)
+            server.process.send_signal(signal.SIGHUP)
+
+            def is_reopened():
+                for _ in range(4):
+                    with socket.socket(socket.AF_UNIX) as sock:
+                        sock.connect(str(self.folder / 'socket'))
+                        sock.sendall(get('/config'))
+                        sock.recv(1000)
+                size = moved.stat().st_size
+                sizes.append(size)
+                return sizes[-10:] == [size] * 10
+
+            sizes = []
+            self.wait_until(is_reopened, 'all to write to the new file')
+            self.assertIn('GET /config', log.read_text())
+            self.assertEqual(server.stop(), 0)
+
+    def test_connections_are_limited_over_all_of_them(self):
+        server = self.serve('--max-connections', '5')
+        wires = self.connect_all(server, 5)
+        for _ in range(3):
+            self.assertEqual(self.connect(server).ask(get('/config'))[0], 503)
+        wires.pop().__exit__()
+        self.wait_until(lambda: self.connect(server).ask(get('/config'))[0] == 404, 'a place')
+
+    def test_bandwidth_is_limited_over_all_of_them(self):
+        counters = Counters(3)
+        clocks = []
+
+        def wait(count):
+            clock = Clock()
+            bandwidth = restic_serve.Bandwidth([restic_serve.Slot(0, 1000, 100)], counters,
+                                               lambda: clock.now, lambda: clock.day, clock.sleep)
+            bandwidth.wait(bandwidth.SENT, count)
+            clocks.append(clock.now)
+            return round(clock.now - 1000, 3)
+
+        self.assertEqual(wait(500), 0)
+        for slot in (1, 2):
+            pid = os.fork()
+            if not pid:
+                counters.join(slot)
+                os._exit(int(10 * wait(300)))
+            self.assertEqual(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), {1: 5, 2: 8}[slot])
+        self.assertEqual(wait(1), 1.1)
+
+    def test_quotas_hold_over_all_of_them(self):
+        store = Store(str(self.root))
+        store.prepare()
+        counters = Counters(5)
+        usage = Usage(store, counters, most=50500)
+        usage.count()
+        children = []
+        for slot in range(1, 5):
+            pid = os.fork()
+            if not pid:
+                counters.join(slot)
+                stored = 0
+                for _ in range(40):
+                    content = os.urandom(1000)
+                    with contextlib.suppress(HttpError):
+                        usage.save(Location('/host', 'data', named(content)), Bytes(content))
+                        stored += 1
+                os._exit(stored)
+            children.append(pid)
+        stored = sum(os.WEXITSTATUS(os.waitpid(pid, 0)[1]) for pid in children)
+        self.assertEqual(stored, len(self.files(self.root / 'host')))
+        self.assertIn(stored, range(40, 51))
+        self.assertEqual(usage.quota(''), (1000 * stored, 0, 50500))
+
+    def test_without_fork_there_is_one(self):
+        with mock.patch.object(restic_serve, 'os', mock.Mock(spec_set=['environ'], environ={})):
+            self.assertEqual(restic_serve.default_workers(), 1)
+        self.assertIn(restic_serve.default_workers(), range(1, 5))
 
 
 class CommandLineTest(TestCase):
