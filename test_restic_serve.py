@@ -225,7 +225,8 @@ class StoreTest(TestCase):
         return Path(self.store._path(location))
 
     def names(self, kind, sizes=True):
-        return dict(self.store.objects(Location('/host', kind), sizes))
+        return {name: size for names, lengths in self.store.objects(Location('/host', kind), sizes)
+                for name, size in zip(names, lengths or [0] * len(names))}
 
     def test_a_repository_has_the_layout_of_restic(self):
         self.store.create_repository('/a/b/c')
@@ -559,8 +560,9 @@ class StoreTest(TestCase):
             def stat(self, follow_symlinks):
                 return os.stat_result((0,) * 6 + (1,) + (0,) * 3)
 
-        self.assertEqual(list(restic_serve._objects(iter([Deleted(), Kept()]), True)),
-                         [(kept.name, 1)])
+        entries = contextlib.nullcontext(iter([Deleted(), Kept()]))
+        with mock.patch.object(restic_serve, '_scan', lambda folder, relative: entries):
+            self.assertEqual(list(restic_serve._objects('folder', True)), [([kept.name], [1])])
 
     def test_a_link_or_fifo_is_no_object(self):
         self.store.create_repository('/host')
@@ -609,6 +611,117 @@ class StoreTest(TestCase):
             thread.join()
         self.assertEqual(errors, [])
         self.assertEqual(self.names('data'), {named(content): len(content)})
+
+
+class OpenFilesTest(TestCase):
+    """Pack files that stay open are never stale, and never leak."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.addCleanup(self.store.kept.expire, float('inf'))
+
+    def save(self, content):
+        location = Location('/host', 'data', named(content))
+        self.store.save(location, Bytes(content))
+        return location
+
+    def opened(self):
+        return len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+
+    def read(self, location):
+        with self.store.read(location) as content:
+            return content.read_all()
+
+    def test_one_that_is_removed_or_replaced_is_noticed_at_once(self):
+        location = self.save(b'good')
+        self.assertEqual(self.read(location), b'good')
+        path = Path(self.store._path(location))
+        path.with_name('other').write_bytes(b'damaged')
+        path.with_name('other').replace(path)
+        self.assertEqual(self.read(location), b'damaged')
+        self.store.save(location, Bytes(b'good'))  # mends it
+        self.assertEqual(self.read(location), b'good')
+        path.unlink()
+        with self.assertRaises(FileNotFoundError):
+            self.read(location)
+        self.save(b'good')
+        self.assertEqual(self.read(location), b'good')
+
+    def test_one_with_another_link_is_noticed_too(self):
+        location = self.save(b'good')
+        path = Path(self.store._path(location))
+        os.link(path, self.folder / 'copy')
+        self.assertEqual(self.read(location), b'good')
+        self.assertEqual(self.read(location), b'good')
+        self.store.delete(location)
+        with self.assertRaises(FileNotFoundError):
+            self.read(location)
+        os.link(self.folder / 'copy', path)
+        self.read(location)
+        path.with_name('other').write_bytes(b'damaged')
+        path.with_name('other').replace(path)
+        self.assertEqual(self.read(location), b'damaged')
+
+    def test_a_folder_that_is_moved_is_noticed_soon(self):
+        location = self.save(b'good')
+        self.read(location)
+        (self.root / 'host').rename(self.root / 'moved')
+        later = time.monotonic() + restic_serve.KEPT_SECONDS
+        with mock.patch.object(time, 'monotonic', return_value=later), \
+                self.assertRaises(FileNotFoundError):
+            self.read(location)
+
+    def test_descriptors_are_closed_when_nobody_reads_any_more(self):
+        before = self.opened()
+        locations = [self.save(b'%d' % number) for number in range(20)]
+        slices = [self.store.read(location) for location in locations for _ in range(2)]
+        for number, content in enumerate(slices):
+            self.assertEqual(content.read_all(), b'%d' % (number // 2))
+        self.store.kept.expire(float('inf'))
+        for content in slices:
+            content.close()
+        self.assertEqual(self.opened(), before)
+        for location in locations:
+            self.read(location)
+        self.assertLessEqual(self.opened(), before + restic_serve.KEPT_OPEN)
+        self.store.kept.expire(time.monotonic())
+        self.assertGreater(self.opened(), before if self.opened() else -1)
+        self.store.kept.expire(time.monotonic() + restic_serve.KEPT_SECONDS)
+        self.assertEqual(self.opened(), before)
+
+    def test_many_readers_at_once(self):
+        before = self.opened()
+        contents = [os.urandom(2000) for _ in range(12)]
+        locations = [self.save(content) for content in contents]
+        wrong = []
+
+        def work(number):
+            for turn in range(300):
+                which = (turn * number + turn) % 12
+                if turn % 50 == 49:
+                    self.store.kept.expire(time.monotonic() + restic_serve.KEPT_SECONDS * (turn % 3))
+                if self.read(locations[which]) != contents[which]:
+                    wrong.append(which)
+
+        threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+        self.store.kept.expire(float('inf'))
+        self.assertEqual(self.opened(), before)
+
+    def test_what_is_no_regular_file_is_no_object_and_leaves_nothing_open(self):
+        before = self.opened()
+        path = Path(self.store._path(Location('/host', 'data', '0' * 64)))
+        path.mkdir(parents=True)
+        for _ in range(2):
+            with self.assertRaises(IsADirectoryError):
+                self.store.read(Location('/host', 'data', '0' * 64))
+        self.assertEqual(self.opened(), before)
 
 
 # ---- Counters ----
@@ -1561,6 +1674,12 @@ class ApiTest(TestCase):
         self.assertEqual(self.status('DELETE', path), 200)
         self.assertEqual(self.status('POST', path), 400)
 
+    def test_a_fifo_in_place_of_a_folder_holds_up_nobody(self):
+        self.ask('POST', '/host/?create=true')
+        (self.root / 'host/keys').rmdir()
+        os.mkfifo(self.root / 'host/keys')
+        self.assertEqual(self.status('GET', '/host/keys/'), 403)
+
     def test_a_list_that_cannot_be_read_is_no_404_which_restic_takes_for_an_empty_one(self):
         self.ask('POST', '/host/?create=true')
         keys = self.root / 'host' / 'keys'
@@ -1640,11 +1759,12 @@ class ApiTest(TestCase):
 
     def test_a_long_list_is_valid_json_however_it_is_cut(self):
         for count in (0, 1, 2, 169, 170, 171, 172, 341, 1000):
-            objects = [(f'{number:064x}', number) for number in range(count)]
-            text = b''.join(restic_serve.json_list(iter(objects), True))
-            self.assertEqual(json.loads(text), [{'name': n, 'size': s} for n, s in objects])
-            text = b''.join(restic_serve.json_list(iter(objects), False))
-            self.assertEqual(json.loads(text), [n for n, _ in objects])
+            names, sizes = [f'{number:064x}' for number in range(count)], list(range(count))
+            batches = [([], []), *((names[at:at + 7], sizes[at:at + 7]) for at in range(0, count, 7))]
+            text = b''.join(restic_serve.json_list(iter(batches), True))
+            self.assertEqual(json.loads(text), [{'name': n, 'size': s} for n, s in zip(names, sizes)])
+            text = b''.join(restic_serve.json_list(iter(batches), False))
+            self.assertEqual(json.loads(text), names)
 
     def test_a_list_is_read_as_it_is_sent(self):
         read = 0
@@ -1653,7 +1773,7 @@ class ApiTest(TestCase):
             nonlocal read
             for number in range(100_000):
                 read += 1
-                yield f'{number:064x}', 1
+                yield [f'{number:064x}'], [1]
 
         with mock.patch.object(self.store, 'objects', lambda location, sizes: objects()):
             response = self.api.handle(Request('GET', '/data/', 'HTTP/1.1', {'accept': V2},
@@ -2160,7 +2280,7 @@ class Http1Test(WireTestCase):
     def test_a_list_that_cannot_be_read_to_its_end_is_broken_off(self):
         def objects(location, sizes):
             for number in range(10_000):
-                yield f'{number:064x}', 1
+                yield [f'{number:064x}'], [1]
             raise OSError(errno.EIO, 'made by a test')
 
         for request in (get('/data/'), b'GET /data/ HTTP/1.0\r\n\r\n'):
@@ -2204,7 +2324,7 @@ class Http1Test(WireTestCase):
             for number in range(2000):
                 if number == 1000:
                     go_on.wait(PATIENCE)
-                yield f'{number:064x}', 1
+                yield [f'{number:064x}'], [1]
 
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
@@ -3130,6 +3250,20 @@ class BandwidthTest(unittest.TestCase):
         self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (512, 1024))
 
 
+class PlaceTest(unittest.TestCase):
+    def test_a_thread_roams_from_a_transfer_until_some_small_requests_have_come(self):
+        placed = []
+        ours, theirs = socket.socketpair()
+        with ours, theirs, mock.patch.object(restic_serve, 'place_thread', placed.append):
+            connection = restic_serve.Connection(ours, Peer('x'), 10)
+            for roaming in (False, False, True, *[False] * (restic_serve.SETTLED - 1), True, True):
+                connection.place(roaming)
+            self.assertEqual(placed, [False, True])
+            for _ in range(restic_serve.SETTLED):
+                connection.place(False)
+            self.assertEqual(placed, [False, True, False])
+
+
 class BandwidthOfConnectionsTest(Http2TestCase):
     """Whatever passes is counted: both wires, both ways, small and large."""
 
@@ -3265,7 +3399,7 @@ class TimeLimitTest(WireTestCase):
     def test_a_list_for_http_1_0_that_is_cut_off_does_not_look_complete(self):
         def objects(location, sizes):
             for number in range(1_000_000):
-                yield f'{number:064x}', 1
+                yield [f'{number:064x}'], [1]
 
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
@@ -5054,6 +5188,19 @@ class StdioTest(TestCase):
         with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
             pass
 
+    def test_it_loads_only_what_it_needs(self):
+        code = (f'import sys; sys.path.insert(0, {str(Path(MODULE).parent)!r})\n'
+                'sys.argv[0] = "restic_serve.py"; import restic_serve; restic_serve.main()\n'
+                'print(*sys.modules, file=sys.stderr)')
+        done = subprocess.run([sys.executable, '-I', '-S', '-c', code, '--stdio', str(self.root)],
+                              stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
+        self.assertEqual(done.returncode, 0, done.stderr)
+        loaded = set(done.stderr.decode().split())
+        self.assertIn('restic_serve', loaded)
+        for name in ('http', 'socketserver', 'ssl', 'email', 'ctypes', 'base64', 'hmac', 'typing', 'resource',
+                     'ipaddress', 'urllib.parse', 'tempfile', 'json', 'random'):
+            self.assertNotIn(name, loaded)
+
 
 class ScrubTest(TestCase):
     """Every object is read, and whatever is wrong is said."""
@@ -5629,6 +5776,18 @@ class ReadmeTest(unittest.TestCase):
                                   capture_output=True)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn('3 rules found', done.stdout)
+
+    def test_it_can_be_packed_as_the_readme_says(self):
+        text = README.read_text(encoding='utf-8')
+        script = re.search(r'```sh\n(mkdir packed.*?)```', text, re.DOTALL)[1].splitlines()
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(MODULE, folder)
+            commands = '\n'.join([*script[:-1], f'{script[-1].split()[0]} --version'])
+            commands = commands.replace('python3 ', f'{sys.executable} ')
+            done = subprocess.run(['sh', '-ec', commands], cwd=folder, text=True, capture_output=True,
+                                  env=clean_environment())
+        self.assertEqual((done.returncode, done.stdout, done.stderr),
+                         (0, f'restic_serve {restic_serve.__version__}\n', ''))
 
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
