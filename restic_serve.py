@@ -78,7 +78,11 @@ if TYPE_CHECKING:
     Change = Tuple[Key, int, Dict[int, int]]
 
     class Body(Protocol):
-        """The content of a request, read as it arrives."""
+        """The content of a request, read as it arrives, `piece` bytes at a time at the most."""
+
+        @property
+        def piece(self) -> int:
+            """Bytes of the buffer that suits it."""
 
         @property
         def length(self) -> Optional[int]:
@@ -245,7 +249,7 @@ def parse_header(text: str) -> Tuple[str, str]:
 
 def parse_origin(text: str) -> str:
     """An origin (RFC 6454 7): `https://example.org`, or `*` for any."""
-    if not re.fullmatch(r'\*|[a-z][a-z0-9+.-]*://[^\s/,;"]+', text):
+    if not re.fullmatch(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', text):
         raise ValueError(f'{text!r} is no origin; write https://example.org')
     return text
 
@@ -822,7 +826,7 @@ class Scratch:
     def receive(self, body: Body, hashed: bool) -> str:
         """Write the whole body; its SHA-256 in hexadecimal, empty unless it is to be `hashed`."""
         digest = hashlib.sha256()
-        length = COPY_BYTES if body.length is None else min(body.length, COPY_BYTES)
+        length = body.piece if body.length is None else min(body.length, body.piece)
         buffer = memoryview(bytearray(max(length, 1)))
         while True:
             count = body.readinto(buffer)
@@ -1907,6 +1911,7 @@ class _Room:
 
     def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body) -> None:
         self.length = body.length
+        self.piece = body.piece
         self._usage = usage
         self._counters = counters
         self._location = location
@@ -3093,8 +3098,10 @@ PIPE_BYTES = 1 << 20         # that a pipe is asked to hold: what Linux allows a
 PIPE_LINGER = 100            # milliseconds without input after which there will be no more
 _F_SETPIPE_SZ = 1031         # fcntl(2); the module names it from 3.10 on
 LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
-LINGER_SECONDS = 5
+LINGER_SECONDS = 5           # and as long nothing may come,
+LINGER_MOST_SECONDS = 60     # and so long at the most
 _MORE = getattr(socket, 'MSG_MORE', 0)
+_AT_ONCE = getattr(socket, 'MSG_DONTWAIT', 0)
 _CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
                       errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 # Without an interpreter lock, or without a way to ask, there is nothing to place.
@@ -3181,6 +3188,8 @@ class Connection:
         """From now on one thread receives while others send; `wire` ends what takes too long."""
         if self._tls:
             self._io = SharedTls(self._sock)
+        elif isinstance(self._sock, socket.socket):
+            self._io = SharedSocket(self._sock)
         self.wire = wire
 
     def receive(self, limit: int) -> bytes:
@@ -3257,9 +3266,10 @@ class Connection:
 
     def linger(self) -> None:
         """RFC 9112 9.6: end so that the last answer arrives, even if the client still sends: the
-        kernel would answer unread input with a reset, which destroys it."""
+        kernel would answer unread input with a reset, which destroys it.  A client of HTTP/2 sends
+        what shows that it still reads."""
         self.wait_for(self.IDLE, LINGER_SECONDS)
-        left = LINGER_BYTES
+        left, end = LINGER_BYTES, time.monotonic() + LINGER_MOST_SECONDS
         view = memoryview(bytearray(SMALL_BYTES))
         try:
             if self._tls:  # RFC 8446 6.1: close_notify, and wait for the client's
@@ -3272,6 +3282,8 @@ class Connection:
                 if not count:
                     break
                 left -= count
+                if self.wire:
+                    self.deadline = min(time.monotonic() + LINGER_SECONDS, end)
         except OSError as error:
             log.debug('%s: closing: %s', self.peer, error)
 
@@ -3310,6 +3322,10 @@ class Connection:
         else:
             self._shutdown(socket.SHUT_RD)
 
+    def end_linger(self) -> None:
+        """Wait no longer for a client that has been told all: what it has not read is still sent."""
+        self._shutdown(socket.SHUT_RD)
+
     def cut(self) -> None:
         """End the connection now, whatever its thread waits for."""
         self._reset_at_close()
@@ -3344,15 +3360,18 @@ class Alarm:
         with contextlib.suppress(OSError):
             self._writer.send(b'.')
 
-    def wait(self, fd: int, writing: bool = False, timeout: Optional[int] = None) -> bool:
+    def wait(self, fd: int, writing: bool = False, timeout: Optional[int] = None,
+             heeded: bool = True) -> bool:
         """Wait until a descriptor can be read or, if `writing`, written; False if ring() came
-        before, or `timeout` milliseconds have gone."""
+        before and is `heeded`, or `timeout` milliseconds have gone."""
+        heeded = heeded and not writing
         if not hasattr(select, 'poll'):
-            inputs: List[Any] = [self._reader] if writing else [fd, self._reader]
-            return self._reader not in select.select(inputs, [fd] if writing else [], [])[0]
+            inputs: List[Any] = [fd] if not writing else []
+            return self._reader not in select.select(
+                [*inputs, self._reader] if heeded else inputs, [fd] if writing else [], [])[0]
         poll = select.poll()
         poll.register(fd, select.POLLOUT if writing else select.POLLIN)
-        if not writing:
+        if heeded:
             poll.register(self._reader, select.POLLIN)
         found = dict(poll.poll(timeout))
         return fd in found and self._reader.fileno() not in found
@@ -3360,6 +3379,30 @@ class Alarm:
     def close(self) -> None:
         self._reader.close()
         self._writer.close()
+
+
+class SharedSocket:
+    """A socket that one thread receives from while another sends.  Not shutdown(2) ends its input:
+    what the client sends after that would be answered by a reset, which destroys what it has not
+    yet read."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sendall = sock.sendall
+        self._sock = sock
+        self._alarm = Alarm()
+
+    def recv_into(self, view: memoryview) -> int:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                return self._sock.recv_into(view, 0, _AT_ONCE)
+            if not self._alarm.wait(self._sock.fileno()):
+                return 0
+
+    def end_input(self) -> None:
+        self._alarm.ring()
+
+    def close(self) -> None:
+        self._alarm.close()
 
 
 class SharedTls:
@@ -3379,7 +3422,7 @@ class SharedTls:
     def sendall(self, data: bytes, flags: int = 0) -> None:
         view = memoryview(data)
         while view:
-            view = view[self._call(self._sock.send, view):]
+            view = view[self._call(self._sock.send, view, sending=True):]
 
     def unwrap(self) -> None:
         """Send close_notify; raises OSError if the client's has not come."""
@@ -3393,14 +3436,14 @@ class SharedTls:
     def close(self) -> None:
         self._alarm.close()
 
-    def _call(self, function: Callable[..., Any], argument: Any) -> Any:
+    def _call(self, function: Callable[..., Any], argument: Any, sending: bool = False) -> Any:
         import ssl
         while True:
             try:
                 with self._lock:
                     return function(argument)
             except ssl.SSLWantReadError:
-                if not self._alarm.wait(self._sock.fileno()):
+                if not self._alarm.wait(self._sock.fileno(), heeded=not sending):
                     return 0
             except ssl.SSLWantWriteError:
                 self._alarm.wait(self._sock.fileno(), writing=True)
@@ -3436,7 +3479,10 @@ class Pipes:
         self._alarm.ring()
 
     def shutdown(self, how: int) -> None:
-        """End output, or with SHUT_RDWR the process: who writes to a pipe cannot be woken."""
+        """End input or output, or with SHUT_RDWR the process: who writes to a pipe cannot be woken."""
+        if how == socket.SHUT_RD:
+            self.end_input()
+            return
         if how == socket.SHUT_RDWR:
             os.kill(os.getpid(), signal.SIGTERM)
             return
@@ -3535,6 +3581,7 @@ class _NoBody:
     """The content of a request that has none."""
 
     __slots__ = ()
+    piece = COPY_BYTES
     length = 0
     left = 0
 
@@ -3549,6 +3596,8 @@ class _SizedBody:
     """Content of a length that its head announced (RFC 9112 6.2)."""
 
     __slots__ = ('_connection', 'length', 'left')
+
+    piece = COPY_BYTES
 
     def __init__(self, connection: Http1, length: int) -> None:
         self._connection = connection
@@ -3572,6 +3621,7 @@ class _ChunkedBody:
 
     __slots__ = ('_connection', '_chunk', '_trailer_bytes', 'left')
 
+    piece = COPY_BYTES
     length = None
 
     def __init__(self, connection: Http1, trailer_bytes: int) -> None:
@@ -4049,8 +4099,9 @@ def encode_integer(value: int, prefix: int, flags: int) -> bytes:
 
 
 def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
-    """A header block with the static table alone: no state that two threads would share."""
-    block = b''
+    """A header block with the static table alone: no state that two threads would share.  It says
+    so (RFC 7541 6.3), as it must to a client that has lowered the size of the table (4.2)."""
+    block = b'\x20'
     for name, value in fields:
         index = _INDEX_OF_FIELD.get((name, value))
         if index:
@@ -4069,7 +4120,7 @@ def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
 # here.  A thread reads them and never waits for the client to read; any thread may write.
 
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
-CONTROL_BYTES = 16 * 1024    # and of the other types, none of which needs as much
+CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
 
 # The types, flags, error codes and settings of RFC 9113 6, 7 and 6.5.2
@@ -4109,10 +4160,11 @@ class FrameReader:
     """Frames as they come; `received` has come already.  All methods raise Gone, and EOFError at
     the end of input."""
 
-    def __init__(self, connection: Connection, received: bytes) -> None:
+    def __init__(self, connection: Connection, received: bytes, header_bytes: int) -> None:
         self.left = 0           # bytes of the current frame's payload that were not read
         self._connection = connection
-        self._buffer = memoryview(bytearray(max(SMALL_BYTES, len(received))))
+        self._control_bytes = max(CONTROL_BYTES, header_bytes)
+        self._buffer = memoryview(bytearray(max(SMALL_BYTES, self._control_bytes, len(received))))
         self._buffer[:len(received)] = received
         self._begin, self._end = 0, len(received)
 
@@ -4120,7 +4172,7 @@ class FrameReader:
         """Type, flags and stream of the next frame.  Raises Http2Error if it is too long."""
         length, flags, number = _FRAME_HEAD.unpack(self.read(_FRAME_HEAD.size))
         self.left, kind = length >> 8, length & 0xff
-        if self.left > (CONTROL_BYTES if _DATA < kind <= _CONTINUATION else FRAME_BYTES):
+        if self.left > (self._control_bytes if _DATA < kind <= _CONTINUATION else FRAME_BYTES):
             raise Http2Error(FRAME_SIZE_ERROR, f'a frame of type {kind} with {self.left} bytes')
         return kind, flags, number & 0x7fffffff
 
@@ -4178,13 +4230,13 @@ class FrameReader:
 
 class FrameWriter:
     """Frames as they go.  What nobody waits for is sent by a thread of its own.  `lock` guards it
-    all; `ended` is notified when that thread has nothing to do."""
+    all; `settled` is notified when that thread has nothing to do, or a request has ended."""
 
     def __init__(self, connection: Connection, lock: threading.Lock) -> None:
         self.lock = lock
-        self.begun = math.inf           # when the system call began that sends
+        self.begun = math.inf           # when sending began that is still going on
         self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
-        self.ended = threading.Condition(lock)
+        self.settled = threading.Condition(lock)
         self.pending: List[bytes] = []  # frames that the next to write takes along
         self.dead = False               # nothing can be written any more
         self._connection = connection
@@ -4204,19 +4256,26 @@ class FrameWriter:
         self.pending.append(frame(kind, flags, number, payload))
         self._wanted.notify()
 
-    def write(self, parts: List[bytes | memoryview], stream: Optional[Stream] = None) -> bool:
-        """Send frames, after those that wait, unless their stream is lost; whether they went.
-        Raises Gone."""
+    def write(self, parts: List[bytes | memoryview], stream: Optional[Stream] = None,
+              last: bool = False) -> bool:
+        """Send frames, after those that wait, unless their stream is lost; whether they went.  They
+        may be the `last` of their stream.  Raises Gone."""
         with self._writing:
             with self.lock:
                 pending, self.pending = b''.join(self.pending), []
                 lost = stream is not None and bool(stream.lost)
+                if stream is not None:
+                    stream.sent = last
                 self.begun = time.monotonic()
             try:
                 if lost:
                     parts = []
                 if pending or parts:
                     self._connection.transmit_parts([pending, *parts])
+            except Gone:
+                self.dead = True
+                self._connection.end_input()  # nothing that could still come can be answered
+                raise
             finally:
                 self.begun = math.inf
         return not lost
@@ -4237,13 +4296,12 @@ class FrameWriter:
                 self.write([])
                 with self.lock:
                     if not self.pending and not self._over:
-                        self.ended.notify_all()
+                        self.settled.notify_all()
                         self._wanted.wait()
         except Gone as gone:
             log.debug('%s: %s', self._connection.peer, gone)
             with self.lock:
-                self.dead = True
-                self.ended.notify_all()
+                self.settled.notify_all()
 
 
 # ==== Streams ====================================================================================
@@ -4251,7 +4309,7 @@ class FrameWriter:
 
 STREAM_WINDOW = FRAME_BYTES  # bytes of a request's content that may come ahead of its reader
 SPARE_WINDOW = 16 << 20      # bytes more, shared by the requests that announce more
-CONNECTION_WINDOW = 32 << 20  # bytes that may come ahead of all readers together
+CONNECTION_WINDOW = 18 << 20  # bytes that may come ahead of all readers together
 SEND_BYTES = 128 * 1024      # of content that is sent at a time
 
 _LOWER_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
@@ -4360,11 +4418,13 @@ class FlowControl:
 
     def reserve(self, stream: Stream, count: int) -> int:
         """How much of `count` bytes of content may be sent; waits until some may, without the
-        lock being held.  Raises Gone."""
+        lock being held, but returns 0 if the header has not gone ahead.  Raises Gone."""
         with self.writer.lock:
             while not (stream.lost or (stream.window > 0 and self.window > 0)):
                 if self.closed:
                     raise Gone('the client is gone')
+                if stream.head:
+                    return 0
                 stream.changed.wait()
             if stream.lost:
                 raise Gone(stream.lost)
@@ -4391,9 +4451,11 @@ class Stream:
     what comes earlier is kept, as much of it as the flow-control window lets the client send.
     """
 
-    __slots__ = ('number', 'length', 'lacking', 'head', 'padded', 'window', 'credit', 'boost', 'kept',
+    __slots__ = ('number', 'length', 'lacking', 'head', 'sent', 'padded', 'window', 'credit', 'boost', 'kept',
                  'ended', 'answering', 'answered', 'late', 'lost', 'deadline', 'invites', 'changed',
                  '_flow', '_writer', '_chunks', '_view', '_filling', '_filled')
+
+    piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
     def __init__(self, flow: FlowControl, number: int, length: Optional[int],
                  deadline: float) -> None:
@@ -4401,6 +4463,7 @@ class Stream:
         self.length = length
         self.lacking = length           # bytes of content announced that have not come
         self.head = b''                 # of the answer, to be sent with the first of its content
+        self.sent = False               # all of the answer has gone, or is going
         self.padded = False             # it takes more than its content from the windows
         self.window = flow.initial      # bytes of content that may be sent (RFC 9113 6.9)
         self.credit = STREAM_WINDOW     # bytes that the client may send
@@ -4425,7 +4488,7 @@ class Stream:
         """Content of the request, as Body has it."""
         if self.invites:
             self.invites = False
-            self._send(self._headers([(':status', '100')], 0))  # RFC 9110 15.2.1
+            self._send([self._headers([(':status', '100')], 0)])  # RFC 9110 15.2.1
         with self._writer.lock:
             self._view, self._filled = view, 0
             while self._filling or not (self._filled or self._chunks or self.ended or self.lost
@@ -4446,6 +4509,16 @@ class Stream:
                 raise HttpError(408, 'the content took too long')
             self._flow.grant(self)
         return count
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the client takes it for closed (RFC 9113 5.1), as we shall soon."""
+        return self.ended and self.sent
+
+    @property
+    def stalled(self) -> bool:
+        """Whether half a frame of its content has come: what else there is waits for the rest."""
+        return self._filling
 
     def offer(self) -> Optional[memoryview]:
         """Where content is to go that has come, if a thread waits for it; filled() follows."""
@@ -4490,7 +4563,7 @@ class Stream:
         elif isinstance(body, FileSlice):
             headers.append(('content-length', str(body.length)))
         if method == 'HEAD' or not body:
-            self._send(self._headers(headers, _END_STREAM))
+            self._send([self._headers(headers, _END_STREAM)], last=True)
             return
         self.head = self._headers(headers, 0)
         if isinstance(body, FileSlice):
@@ -4537,10 +4610,12 @@ class Stream:
 
     def _reserve(self, count: int) -> int:
         """How much content may be sent now.  While none may, the header goes ahead."""
-        if self.head and (self.window <= 0 or self._flow.window <= 0):
+        room = self._flow.reserve(self, count)
+        if not room:
             head, self.head = self.head, b''
-            self._send(head)
-        return self._flow.reserve(self, count)
+            self._send([head])
+            room = self._flow.reserve(self, count)
+        return room
 
     def _send_content(self, data: bytes | memoryview, last: bool) -> None:
         """Send content for which there is room in the windows."""
@@ -4553,13 +4628,13 @@ class Stream:
             flags = _END_STREAM if last and at + limit >= len(view) else 0
             parts += (_FRAME_HEAD.pack(len(part) << 8 | _DATA, flags, self.number), part)
         try:
-            self._send(*parts)
+            self._send(parts, last)
         except Gone:
             self._flow.release(self, len(data))
             raise
 
-    def _send(self, *parts: bytes | memoryview) -> None:
-        if not self._writer.write(list(parts), self):
+    def _send(self, parts: List[bytes | memoryview], last: bool = False) -> None:
+        if not self._writer.write(parts, self, last):
             raise Gone(self.lost)
 
 
@@ -4568,13 +4643,16 @@ class Stream:
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 PATIENCE = 1000              # frames that help nobody: so many at once,
-PATIENCE_SECOND = 100        # and so many a second for ever
-IDLE_THREADS = 8             # that wait for another request
+PATIENCE_SECOND = 100        # so many a second for ever,
+PATIENCE_ANSWER = 2          # and so many more for each answer
+IDLE_THREADS = 8             # that wait for another request, and so many
+IDLE_SECONDS = 5             # at the most
 
 
 class Http2:
     """One connection: `received` has come on it already.  Each request takes one of `threads`,
-    which all connections share; where there is none, it is refused."""
+    which all connections share; where there is none, it is refused.  One lock guards the connection,
+    its writer and its streams."""
 
     def __init__(self, connection: Connection, api: Api, limits: Limits,
                  threads: threading.Semaphore, received: bytes = b'') -> None:
@@ -4584,12 +4662,14 @@ class Http2:
         self._api = api
         self._limits = limits
         self._threads = threads
-        self._reader = FrameReader(connection, received)
+        self._reader = FrameReader(connection, received, limits.header_bytes)
         self._writer = FrameWriter(connection, self.lock)
         self._streams: Dict[int, Stream] = {}
         self._flow = FlowControl(self._writer, self._streams)
         self._closed: Dict[int, bool] = {}  # the last ones to go, and whether we have reset them
         self._running = 0               # requests that have a thread
+        self._opened = 0                # the highest stream that was taken on, or refused
+        self._answered = 0              # requests
         self._leaving = False           # GOAWAY has been sent
         self._over = False              # all is done
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -4606,6 +4686,7 @@ class Http2:
         self._block = b''
         self._patience = float(PATIENCE)
         self._annoyed = time.monotonic()
+        self._rewarded = 0              # answers for which patience has been given
 
     def run(self) -> bytes:
         """Serve the connection to its end; requests that are wholly there when input ends are
@@ -4645,10 +4726,15 @@ class Http2:
         """End what has taken too long; called by a thread that must not wait."""
         with self.lock:
             idle = not self._streams
-            if self._over or now - self._writer.begun > self._limits.write_seconds:
+            if self._over:
+                self._connection.end_linger()
+                return
+            if now - self._writer.begun > self._limits.write_seconds:
                 self._connection.cut()
                 return
             for stream in [one for one in self._streams.values() if one.deadline < now]:
+                if stream.stalled:
+                    idle = True
                 if stream.answered:
                     self._reset(stream.number, NO_ERROR)
                 elif stream.answering or stream.late:
@@ -4680,6 +4766,8 @@ class Http2:
 
     def _read_frame(self) -> None:
         kind, flags, number = self._reader.next()
+        if len(self._writer.pending) > 2 * PATIENCE:
+            raise Http2Error(ENHANCE_YOUR_CALM, 'too many answers that are not read')
         if not self._greeted and (kind != _SETTINGS or flags & _ACK):
             raise Http2Error(PROTOCOL_ERROR, 'no SETTINGS after the preface')
         if self._header and (kind != _CONTINUATION or number != self._header):
@@ -4727,7 +4815,8 @@ class Http2:
         if flags & _PADDED:
             with self.lock:
                 stream.padded = True
-                self._flow.grant(stream)
+                if not (stream.answering or stream.lost):
+                    self._flow.grant(stream)
         if flags & _END_STREAM:
             self._end_content(stream)
 
@@ -4780,11 +4869,11 @@ class Http2:
         if not number & 1:
             raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream that no client opens')
         with self.lock:
-            if number <= self._last and number not in self._streams:
+            if number <= self._last and not self._find(number):
                 # RFC 9113 5.1.1: lower ones that were left out can never be opened.
-                if number not in self._closed:
+                if number not in self._closed and number not in self._streams:
                     raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream before the last')
-                if not self._closed[number]:
+                if not self._closed.get(number):
                     raise Http2Error(STREAM_CLOSED, 'HEADERS of a closed stream')
             self._last = max(number, self._last)
             self._header, self._header_flags, self._block = number, flags, block
@@ -4821,9 +4910,6 @@ class Http2:
             if not ended or any(not _LOWER_TOKEN.fullmatch(name) for name, _ in fields):
                 raise StreamError(PROTOCOL_ERROR, 'malformed trailers')
             self._end_content(stream)
-        elif self._leaving:  # RFC 9113 6.8: it has crossed our GOAWAY
-            with self.lock:
-                self._remember(number, True)
         elif number not in self._closed:
             self._open(number, fields, whole, ended)
 
@@ -4831,15 +4917,20 @@ class Http2:
         """Begin to answer a request."""
         if self._depends_on_itself:  # RFC 7540 5.3.1
             raise StreamError(PROTOCOL_ERROR, 'a stream depends on itself')
-        method, target, headers = request_of(fields) if whole else ('-', '', {})
+        method, target, headers = (request_of(fields) if whole else
+                                   (dict(fields).get(':method', '-'), '', {}))
         length = int(headers['content-length']) if 'content-length' in headers else None
         if ended and length:
             raise StreamError(PROTOCOL_ERROR, 'less content than announced')
         if not self._streams:
             self._connection.place(roaming=False)
         with self.lock:
-            if len(self._streams) >= STREAMS or self._running >= STREAMS:
-                raise StreamError(REFUSED_STREAM, 'too many requests at once')  # RFC 9113 5.1.2
+            if self._leaving:  # RFC 9113 6.8: it has crossed our GOAWAY
+                self._remember(number, True)
+                return
+            self._opened = number
+            if self._is_full():  # RFC 9113 5.1.2
+                raise StreamError(REFUSED_STREAM, 'too many requests at once')
             stream = Stream(self._flow, number, 0 if ended else length,
                             time.monotonic() + self._limits.read_seconds)
             stream.ended = ended
@@ -4857,6 +4948,12 @@ class Http2:
             self._rearm()
             if not stream.invites and not refusal:
                 self._flow.grant(stream)
+
+    def _is_full(self) -> bool:
+        """Whether there are as many requests as may be; with the lock.  One that is over for the
+        client may still have its thread."""
+        return self._running >= 2 * STREAMS or (len(self._streams) >= STREAMS and sum(
+            not stream.is_over for stream in self._streams.values()) >= STREAMS)
 
     def _on_priority(self, flags: int, number: int) -> None:
         """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
@@ -4943,14 +5040,17 @@ class Http2:
         """The stream of a frame, None if it is closed (RFC 9113 5.1)."""
         if not number & 1 or number > self._last:
             raise Http2Error(PROTOCOL_ERROR, 'a frame of a stream that was not opened')
-        return self._streams.get(number)
+        stream = self._streams.get(number)
+        return None if stream and stream.is_over else stream
 
     def _annoy(self) -> None:
-        """Count a frame that helps nobody (RFC 9113 10.5)."""
-        now = time.monotonic()
-        self._patience = min(self._patience + (now - self._annoyed) * PATIENCE_SECOND, PATIENCE) - 1
-        self._annoyed = now
-        if self._patience < 0 or len(self._writer.pending) > 2 * PATIENCE:
+        """Count a frame that helps nobody (RFC 9113 10.5).  Each answer is worth some: a client may
+        give back the windows' bytes in pieces as small as they came."""
+        now, answered = time.monotonic(), self._answered
+        earned = (now - self._annoyed) * PATIENCE_SECOND + (answered - self._rewarded) * PATIENCE_ANSWER
+        self._patience = min(self._patience + earned, PATIENCE) - 1
+        self._annoyed, self._rewarded = now, answered
+        if self._patience < 0:
             raise Http2Error(ENHANCE_YOUR_CALM, 'too many frames that help nobody')
 
     # ---- requests ----
@@ -4971,9 +5071,18 @@ class Http2:
 
     def _work(self) -> None:
         """A thread of the pool."""
+        from queue import Empty
         while True:
             try:
-                self._jobs.get()()
+                job = self._jobs.get(timeout=IDLE_SECONDS)
+            except Empty:
+                with self.lock:
+                    if self._jobs.empty():
+                        self._idle -= 1
+                        return
+                continue
+            try:
+                job()
             except Gone as gone:
                 log.debug('%s: %s', self._connection.peer, gone)
             with self.lock:
@@ -5001,11 +5110,12 @@ class Http2:
                 self._close(stream)
                 self._threads.release()
                 self._running -= 1
-                self._writer.ended.notify_all()
+                self._writer.settled.notify_all()
 
     def _close(self, stream: Stream) -> None:
         """An answer is over.  What the client still sends is read if it is little."""
         stream.answering = stream.answered = True
+        self._answered += not stream.lost
         stream.forget()
         if stream.number not in self._streams:
             return
@@ -5059,8 +5169,11 @@ class Http2:
         sent = [0]
         try:
             stream.answer(request.method, response, sent)
-        except OSError as error:
+        except Gone:
+            raise
+        except Exception as error:  # a file that cannot be read; or a fault of ours
             log.error('%s: an answer is broken off: %s', self._connection.peer, error)
+            log.debug('where it happened:', exc_info=True)
             with self.lock:
                 if stream.number in self._streams:
                     self._reset(stream.number, INTERNAL_ERROR)
@@ -5088,7 +5201,7 @@ class Http2:
     def _say_goodbye(self, code: int, reason: str) -> None:
         """RFC 9113 6.8: streams above the last are not served, and the last never rises."""
         if not self._leaving:
-            self._leaving, self._last_served = True, self._last
+            self._leaving, self._last_served = True, self._opened
         self._writer.queue(_GOAWAY, 0, 0, struct.pack('>II', self._last_served, code)
                            + reason.encode())
 
@@ -5101,7 +5214,7 @@ class Http2:
                     stream.lose(reason)
                 stream.changed.notify_all()
             while self._running or (self._writer.pending and not self._writer.dead):
-                if not self._writer.ended.wait(LINGER_SECONDS if failed else None):
+                if not self._writer.settled.wait(LINGER_SECONDS if failed else None):
                     self._connection.cut()  # whoever sends gets no further
             self._over = True
             for _ in range(self._idle):
@@ -5182,6 +5295,7 @@ class Certificates:
         # restic may choose among both, and is faster over several connections than over one:
         # HTTP/2 takes 1.1 to 1.4 of its time, and 1.3 to 2.2 of our processor's.
         context.set_alpn_protocols(['http/1.1', 'h2'])
+        context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
         context.load_cert_chain(self._cert, self._key, password='')  # an encrypted key: no prompt
         if self._client_ca:
             context.verify_mode = ssl.CERT_REQUIRED
@@ -5460,7 +5574,7 @@ class Server:
             self.close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
         if self.listeners:
-            _allow_descriptors(2 * connections + 256)
+            _allow_descriptors(4 * connections + 256)  # one of HTTP/2 takes three, and its file one
         for listener in self.listeners:
             listener.tls = listener.tls and certificates is not None
         api.usage.open()
@@ -6307,6 +6421,10 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
             parser.error(f'--{name.replace("_", "-")}: over --stdio there are no users, certificates, '
                          'browsers or metrics; whoever starts the program may do all but what '
                          '--append-only forbids')
+    if options.scrub:
+        parser.error('--stdio and --scrub are two jobs; one at a time can be done')
+    if not hasattr(os, 'readv'):
+        parser.error('--stdio: this system has no readv; serve with --addr in place of it')
     if sys.stdin is None or sys.stdout is None:
         parser.error('--stdio: standard input or output is closed')
     if os.isatty(0) or os.isatty(1):

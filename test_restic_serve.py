@@ -75,6 +75,8 @@ def named(content):
 class Bytes:
     """Content of a request, in pieces of `step` bytes, which may end with an exception."""
 
+    piece = 1 << 20
+
     def __init__(self, content, step=1 << 20, error=None, length=-1):
         self._file = io.BytesIO(content)
         self._step = step
@@ -1962,6 +1964,7 @@ class Wire:
 
     def __init__(self, port):
         self.sock = socket.create_connection(('127.0.0.1', port), PATIENCE)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.sock.makefile('rb')
 
     def __enter__(self):
@@ -2401,6 +2404,9 @@ class HpackTest(unittest.TestCase):
         fields = [(':status', '206'), (':status', '507'), ('content-type', 'x' * 300), ('x-new', 'äö')]
         self.check([fields], restic_serve.encode_headers(fields))
 
+    def test_a_block_says_that_it_needs_no_table(self):
+        self.assertEqual(restic_serve.encode_headers([(':status', '200')]), b'\x20\x88')
+
     def test_every_octet_has_its_huffman_code(self):
         octets, _ = restic_serve._huffman_codes()
         self.assertEqual(len(octets), 256)
@@ -2443,10 +2449,11 @@ frame = restic_serve.frame
 
 
 def fields(method='GET', path='/', *more, **pseudo):
-    """A request's header block; `more` fields follow the pseudo-header fields."""
+    """A request's header block, for a table of any size; `more` fields follow the pseudo-header
+    fields."""
     block = {'method': method, 'scheme': 'http', 'path': path, 'authority': 'x', **pseudo}
     return restic_serve.encode_headers(
-        [(f':{name}', value) for name, value in block.items() if value is not None] + list(more))
+        [(f':{name}', value) for name, value in block.items() if value is not None] + list(more))[1:]
 
 
 def headers(number, block=None, flags=END_HEADERS | END_STREAM):
@@ -3116,6 +3123,101 @@ class Http2Test(Http2TestCase):
         wire.send(headers(3, flags=4), frame(DATA, 1, 3, b'x'), frame(DATA, 1, 1, content[500:]))
         self.assertEqual(wire.answer()[0], 200)
         self.assertIsNone(wire.next())
+
+    def test_a_stop_loses_nothing_of_what_is_still_to_be_read(self):
+        content = os.urandom(1 << 20)
+        path = self.put(content)
+        wire = self.http2(initial=2 << 20)
+        wire.send(frame(WINDOW_UPDATE, 0, 0, word(2 << 20)), headers(1, fields('GET', path)))
+        self.wait_until(lambda: self.server._connections, 'the connection')
+        connection = next(iter(self.server._connections))
+        self.wait_until(lambda: connection.wire._answered, 'the whole answer')
+        self.server.stop()
+        self.wait_until(lambda: connection.wire._over, 'the end but for the client')
+        wire.send(frame(PING, 0, 0, bytes(8)))  # it still sends, and must not be answered by a reset
+        self.assertEqual(wire.answer()[2], content)
+        self.assertEqual(wire.until(GOAWAY)[3], word(1) + word(0))
+        self.assertIsNone(wire.until(PING))
+
+    def test_a_request_that_crosses_a_stop_is_not_named_as_served(self):
+        wire, decode = self.http2(), restic_serve.HeaderDecoder.decode
+
+        def stop_then_decode(*words):
+            for connection in self.server._snapshot():
+                connection.stop()
+            return decode(*words)
+
+        with mock.patch.object(restic_serve.HeaderDecoder, 'decode', stop_then_decode):
+            wire.sock.sendall(headers(1))
+            self.assertEqual(wire.until(GOAWAY)[3], word(0) + word(0))
+            self.assertIsNone(wire.next())
+
+    def test_a_request_that_is_answered_makes_room_for_another_at_once(self):
+        wire, go_on = self.http2(), threading.Event()
+        self.addCleanup(go_on.set)
+        finish = Api.finish
+
+        def slowly(*words):
+            finish(*words)
+            go_on.wait(PATIENCE)
+
+        with mock.patch.object(Api, 'finish', slowly):
+            for number in range(1, 400, 2):
+                wire.send(headers(number))
+                if number < 2 * restic_serve.STREAMS + 1:
+                    self.assertEqual(wire.answer(number)[0], 404)
+            self.assertEqual(wire.answer(399)[0], 404)
+            go_on.set()
+
+    def test_a_client_may_give_back_few_bytes_at_a_time(self):
+        path = self.put(b'0123456789')
+        wire = self.http2(grants=False)
+        for number in range(1, 3 * restic_serve.PATIENCE, 2):
+            wire.send(headers(number, fields('GET', path)))
+            self.assertEqual(wire.answer(number)[2], b'0123456789')
+            wire.send(frame(WINDOW_UPDATE, 0, 0, word(10)))
+
+    def test_headers_are_not_held_back_by_the_windows_of_content(self):
+        path = self.put(bytes(1 << 20))
+        wire = self.http2(grants=False)
+        wire.send(*[headers(number, fields('GET', path)) for number in range(1, 41, 2)])
+        self.assertEqual(len({wire.until(HEADERS)[2] for _ in range(20)}), 20)
+
+    def test_a_fault_of_the_program_in_an_answer_resets_it(self):
+        def faulty(*words):
+            yield ['0' * 64] * 1000, [1] * 1000
+            yield ['0' * 64] * 1000, [1] * 1000
+            raise ValueError('made by a test')
+
+        with mock.patch.object(self.store, 'objects', faulty):
+            wire = self.http2(initial=1 << 20)
+            wire.send(headers(1, fields('GET', '/data/')))
+            self.assertEqual(wire.answer(), 2)  # INTERNAL_ERROR
+        self.assertIn('made by a test', self.log[-1])
+
+    def test_a_refusal_of_head_has_no_content(self):
+        wire = self.http2()
+        wire.send(headers(1, fields('HEAD', '/', ('x', 'y' * 5000))))
+        status, _, content = wire.answer()
+        self.assertEqual((status, content), (431, b''))
+
+    def test_padding_opens_no_window_of_what_was_answered(self):
+        wire = self.http2()
+        wire.send(headers(1, fields('POST', '/../config'), 4))
+        self.assertEqual(wire.answer()[0], 400)
+        padded = bytes([255]) + bytes(1000) + bytes(255)
+        wire.send(*[frame(DATA, PADDED, 1, padded)] * 600, frame(PING, 0, 0, bytes(8)))
+        for kind, _, number, _ in iter(wire.next, None):
+            self.assertNotEqual((kind, number), (WINDOW_UPDATE, 1))
+            if kind == PING:
+                break
+
+    def test_as_long_a_header_as_is_allowed_may_come_in_one_frame(self):
+        self.server = self.serve(Api(self.store, self.policy), Limits(header_bytes=65536))
+        self.port = self.server.listeners[0].server_address[1]
+        wire = self.http2()
+        wire.send(headers(1, fields('GET', '/', ('x', 'y' * 60000))))
+        self.assertEqual(wire.answer()[0], 404)
 
     def test_one_connection_too_many_is_told_so(self):
         self.server._most = 0
@@ -4381,6 +4483,29 @@ class TlsOptionsTest(unittest.TestCase):
             self.assertIn(text, error.getvalue())
             self.assertEqual(error.getvalue().count('\n'), 1)
 
+    def test_a_client_that_renegotiates_while_we_send_costs_no_processor(self):
+        try:
+            import ssl
+        except ImportError:
+            self.skipTest('this Python has no ssl')
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            calls = []
+
+            def send(data):
+                calls.append(len(data))
+                if len(calls) == 1:
+                    threading.Timer(0.05, theirs.sendall, [b'x']).start()
+                    raise ssl.SSLWantReadError
+                return len(data)
+
+            sock = mock.Mock(fileno=ours.fileno, send=send)
+            shared = restic_serve.SharedTls(sock)
+            shared.end_input()
+            shared.sendall(b'data')
+            shared.close()
+        self.assertEqual(calls, [4, 4])
+
     def test_a_python_without_tls_says_so(self):
         parser = restic_serve.make_parser({})
         options = parser.parse(['--cert', 'x', '--key', 'y', 'dir'])
@@ -5136,6 +5261,14 @@ class StdioTest(TestCase):
         self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
         self.assertIn(b'no preface of HTTP/2', done.stdout)
 
+    def test_a_client_that_closes_our_output_ends_it(self):
+        with Stdio(self.root) as server:
+            server.process.stdout.close()
+            server.wire.sock = None
+            with contextlib.suppress(BrokenPipeError):
+                server.sendall(frame(PING, 0, 0, bytes(8)))
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+
     def test_an_error_ends_output_at_once(self):
         for socketed in (False, True):
             with Stdio(self.root, socketed=socketed) as server:
@@ -5185,6 +5318,9 @@ class StdioTest(TestCase):
                                   stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
             self.assertTrue(done.stderr.startswith(f'restic_serve: {words[0]}: '), done.stderr)
+        done = subprocess.run([sys.executable, MODULE, '--stdio', '--scrub', str(self.root)], text=True,
+                              stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
+        self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1))
         with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
             pass
 
