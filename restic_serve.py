@@ -730,6 +730,19 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+def lock_file(fd: int) -> Optional[bool]:
+    """Keep a file for oneself while it is open: False if another has it, None if there are no locks
+    here.  A lock ends with its process, however that ends."""
+    try:
+        import fcntl
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
 _renaming = threading.Lock()
 
 
@@ -756,7 +769,7 @@ KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # segments of a repository's path
 HIDDEN = '.restic_serve'          # the folder under DIR for what is no repository
 SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind
-SCRATCH_SECONDS = 3600            # how old a left-over must be to be removed at start
+SCRATCH_SECONDS = 3600            # after which one is a left-over where files cannot be locked
 SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
 LOOK_SECONDS = 1.0                # between two looks at what may change
 REMEMBERED = 1024                 # passwords that were verified, and repositories that were looked at
@@ -876,6 +889,7 @@ class Scratch:
     def replace(self, path: str) -> None:
         """Give the content its name in place of what has it now."""
         if not self.path:
+            lock_file(self.fd)
             named = f'{self._store.hidden_folder()}/{SCRATCH_PREFIX}{os.urandom(8).hex()}'
             try:
                 self.publish(named)
@@ -895,6 +909,7 @@ class Scratch:
         if os.path.basename(folder) != HIDDEN:
             prefix = f'{HIDDEN}-{SCRATCH_PREFIX}'
         self.fd, self.path = tempfile.mkstemp(prefix=prefix, dir=folder)
+        lock_file(self.fd)
         self._share()
 
     def _share(self) -> None:
@@ -1157,6 +1172,7 @@ class Store:
         try:
             fd = os.open(scratch, flags, self.file_mode, dir_fd=inside)
             with open(fd, 'w', encoding='utf-8') as file:
+                lock_file(fd)
                 owner = os.stat(self.root or os.sep)
                 if os.geteuid() == 0:
                     os.fchown(inside, owner.st_uid, owner.st_gid)
@@ -1193,20 +1209,31 @@ class Store:
             sync_directory(parent)
 
     def _remove_left_overs(self) -> None:
-        """Remove the scratch files of a server that died.  Younger ones may be another's."""
-        old = time.time() - SCRATCH_SECONDS
+        """Remove the scratch files of a server that died: those that nobody holds."""
         try:
             with _scan(f'{self.root}/{HIDDEN}') as entries:
-                left_over = [entry.path for entry in entries
-                             if entry.name.startswith(SCRATCH_PREFIX)
-                             and entry.stat(follow_symlinks=False).st_mtime < old]
-            for path in left_over:
-                os.unlink(path)
-                log.info('removed %s, left behind by an upload that was cut off', path)
-        except FileNotFoundError:
-            log.debug('another server removes what was left behind')
+                scratch = [entry for entry in entries if entry.name.startswith(SCRATCH_PREFIX)]
+            for entry in scratch:
+                with contextlib.suppress(FileNotFoundError):  # another server removes them, too
+                    if is_left_over(entry):
+                        os.unlink(entry.path)
+                        log.info('removed %s, left behind by an upload that was cut off', entry.path)
         except OSError as error:
             log.error('what uploads left behind stays: %s', error)
+
+
+def is_left_over(scratch: os.DirEntry[str]) -> bool:
+    """Whether a scratch file's server has died.  Raises FileNotFoundError."""
+    free = None
+    with contextlib.suppress(OSError):
+        fd = os.open(scratch.path, os.O_RDWR | _READ_FLAGS)
+        try:
+            free = lock_file(fd)
+        finally:
+            os.close(fd)
+    if free is None:
+        return scratch.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS
+    return free
 
 
 # ==== Counters ===================================================================================

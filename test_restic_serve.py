@@ -484,14 +484,25 @@ class StoreTest(TestCase):
             store = self.make_store()
         self.assertFalse(store.nameless)
 
-    def test_what_a_crash_left_behind_is_removed_after_an_hour(self):
+    def test_what_a_crash_left_behind_is_removed_and_no_upload_under_way(self):
         hidden = self.root / restic_serve.HIDDEN
         hidden.mkdir()
-        for name, age in (('upload-old', 3700), ('upload-new', 3500), ('state', 9999)):
+        for name in ('upload-dead', 'state'):
+            (hidden / name).touch()
+        self.store.nameless = False
+        with restic_serve.Scratch(self.store, str(self.root)) as scratch:
+            self.store.prepare()
+            self.assertEqual(self.files(hidden), ['state', os.path.basename(scratch.path)])
+
+    def test_where_nothing_can_be_locked_a_left_over_is_an_hour_old(self):
+        hidden = self.root / restic_serve.HIDDEN
+        hidden.mkdir()
+        for name, age in (('upload-old', 3700), ('upload-new', 3500)):
             (hidden / name).touch()
             os.utime(hidden / name, (time.time() - age,) * 2)
-        self.store.prepare()
-        self.assertEqual(self.files(hidden), ['state', 'upload-new'])
+        with mock.patch.object(restic_serve, 'lock_file', lambda fd: None):
+            self.store.prepare()
+        self.assertEqual(self.files(hidden), ['upload-new'])
 
     def test_what_cannot_be_removed_does_not_keep_the_server_from_starting(self):
         old = self.root / restic_serve.HIDDEN / 'upload-x'
