@@ -132,7 +132,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if not match:
         raise ValueError(f'{text!r} is no size; write 100B, 512k, 10M or 1.5G')
-    return int(float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper()))
+    count = float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper())
+    if count >= 2 ** 63:
+        raise ValueError(f'{text!r} is more than any disk holds')
+    return int(count)
 
 
 def parse_quota(text: str) -> int:
@@ -159,7 +162,7 @@ def parse_timetable(text: str) -> List[Slot]:
         days = [number for number, name in enumerate(_DAYS)
                 if not day or day.lower() in (name, name[:3])]
         try:
-            rates = [0 if rate == 'off' else parse_size(rate) for rate in pair.split(':')]
+            rates = [0 if rate.lower() == 'off' else parse_size(rate) for rate in pair.split(':')]
         except ValueError:
             rates = []
         if not days or not 1 <= len(rates) <= 2 or (not match and len(words) > 1):
@@ -768,6 +771,7 @@ def _exclusive(folder: str) -> Iterator[None]:
 KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # segments of a repository's path
 HIDDEN = '.restic_serve'          # the folder under DIR for what is no repository
+LOST_AND_FOUND = '/lost+found'    # at the top of a file system, for root alone
 SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind
 SCRATCH_SECONDS = 3600            # after which one is a left-over where files cannot be locked
 SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
@@ -1017,9 +1021,10 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def repositories(self) -> Iterator[str]:
+    def repositories(self, unreadable: List[str]) -> Iterator[str]:
         """All repositories: where there is a config or the folder of a kind.  What cannot be read
-        is logged and left out; links are not followed, as they are not served if they lead out."""
+        is logged and its path added to `unreadable`; links are not followed, as they are not served
+        if they lead out."""
         paths = ['']
         while paths:
             path = paths.pop()
@@ -1027,7 +1032,9 @@ class Store:
                 with _scan(self.root + path or os.sep) as entries:
                     folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
             except OSError as error:
-                log.warning('what is below %s is not known: %s', path or '/', error)
+                log.log(logging.DEBUG if path == LOST_AND_FOUND else logging.WARNING,
+                        'what is below %s is not known: %s', path or '/', error)
+                unreadable.append(path)
                 continue
             if not folders.isdisjoint(KINDS) or os.path.isfile(f'{self.root}{path}/config'):
                 yield path
@@ -1045,8 +1052,7 @@ class Store:
             try:
                 with _scan(f'{base}/data') as entries:
                     yield from [(kind, entry.path) for entry in entries
-                                if _SUBDIRECTORY.fullmatch(entry.name)
-                                and entry.is_dir(follow_symlinks=False)]
+                                if _SUBDIRECTORY.fullmatch(entry.name) and entry.is_dir()]
             except OSError:
                 yield kind, f'{base}/data'  # whoever reads it will see
 
@@ -1431,6 +1437,9 @@ class Bandwidth:
 # a server: what is written or deleted meanwhile is no fault.
 
 SCRUB_FILE = 'scrub.json'    # in HIDDEN: when each folder was last found sound, and the results
+SAVE_SECONDS = 300           # between two times that it is written
+# What restic and rest-server call a file that they are writing: an object's name and more.
+_SCRATCH_OF_OTHERS = re.compile(r'[0-9a-f]{64}(-tmp-|\.rest-server-temp).*')
 PROGRESS_SECONDS = 60        # between two lines of progress, where there is no terminal
 BAR_SECONDS = 0.2            # and between two changes of the bar on one
 BAR_WIDTH = 30               # characters
@@ -1493,7 +1502,9 @@ class Scrub:
             log.warning('what was checked before is not known: %s', error)
         self._tallies: Dict[str, List[int]] = {}    # of a repository: objects read, and damaged
         self._bytes = self._total = 0
-        self._begin = self._shown = time.monotonic()
+        self._begin = self._shown = self._saved = time.monotonic()
+        self._ahead = store.now() - time.time()     # of the file system's clock
+        self._bar = False               # the last line of the stream is a bar
 
     def run(self) -> int:
         """Check everything, on all cores; how many objects are damaged.  Raises OSError if the
@@ -1520,52 +1531,81 @@ class Scrub:
 
     def _find(self, path: str) -> Iterator[Tuple[str, List[int]]]:
         """The folders of objects below a folder, by their path in the directory, with the tally of
-        their repository.  Foreign and stray files are reported on the way."""
-        with _scan(f'{self._store.root}/{path}') as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        their repository.  Foreign and stray files are reported on the way.  Raises OSError if the
+        directory itself cannot be read."""
+        try:
+            with _scan(f'{self._store.root}/{path}') as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            if not path:
+                raise
+            if f'/{path}' != LOST_AND_FOUND:
+                self.report(f'{self._store.root}/{path}', f'unreadable: {error.strerror}')
+            return
         is_repository = any(entry.name in ('config', *KINDS) for entry in entries)
         tally = [0, 0]
         if is_repository:
             self._tallies[f'/{path}' if path else ''] = tally
         for entry in entries:
             where = f'{path}/{entry.name}'.lstrip('/')
-            if not entry.is_dir(follow_symlinks=False):
+            if is_repository and entry.name in KINDS and entry.is_dir():
+                yield from self._find_objects(where, tally)
+            elif not entry.is_dir(follow_symlinks=False):
                 if entry.name == 'config':
                     self._check_config(entry, tally)
                 elif is_repository or entry.name.startswith(HIDDEN):
                     self._foreign(entry)
-            elif is_repository and entry.name == 'data':
-                with _scan(entry.path) as inner:
-                    for part in sorted(inner, key=lambda one: one.name):
-                        if part.is_dir(follow_symlinks=False) and _SUBDIRECTORY.fullmatch(part.name):
-                            yield f'{where}/{part.name}', tally
-                        else:
-                            self._foreign(part)
-            elif is_repository and entry.name in KINDS:
-                yield where, tally
             elif entry.name == HIDDEN and not path:
                 self._find_strays(entry.path)
-            else:
+            elif where.count('/') < DEEPEST:
                 yield from self._find(where)
 
+    def _find_objects(self, where: str, tally: List[int]) -> Iterator[Tuple[str, List[int]]]:
+        """The folders of objects in the folder of a kind, which may be a link as for the server."""
+        if not where.endswith('data'):
+            yield where, tally
+            return
+        try:
+            with _scan(f'{self._store.root}/{where}') as found:
+                for part in sorted(found, key=lambda entry: entry.name):
+                    if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
+                        yield f'{where}/{part.name}', tally
+                    else:
+                        self._foreign(part)
+        except OSError as error:
+            self._damage(tally, f'{self._store.root}/{where}', f'unreadable: {error.strerror}')
+
     def _find_strays(self, folder: str) -> None:
-        with _scan(folder) as entries:
-            for entry in entries:
-                if entry.name != SCRUB_FILE:
-                    self._foreign(entry)
+        try:
+            with _scan(folder) as entries:
+                for entry in entries:
+                    if entry.name != SCRUB_FILE:
+                        self._foreign(entry)
+        except OSError as error:
+            self.report(folder, f'unreadable: {error.strerror}')
 
     def _foreign(self, entry: os.DirEntry[str]) -> None:
         """Report what is no object; an upload that may still be under way is none of it."""
         with contextlib.suppress(FileNotFoundError):
-            if SCRATCH_PREFIX not in entry.name:
-                self._report(entry.path, 'foreign: no object of restic has this name here')
-            elif entry.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS:
-                self._report(entry.path, 'stray: left behind by an upload that was cut off')
+            if _SCRATCH_OF_OTHERS.fullmatch(entry.name):
+                left = entry.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS
+            elif SCRATCH_PREFIX in entry.name:
+                left = is_left_over(entry)
+            else:
+                self.report(entry.path, 'foreign: no object of restic has this name here')
+                return
+            if left:
+                self.report(entry.path, 'stray: left behind by an upload that was cut off')
 
     def _check_config(self, entry: os.DirEntry[str], tally: List[int]) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if not entry.stat(follow_symlinks=False).st_size:
-                self._damage(tally, entry.path, 'empty')
+        try:
+            with open(os.open(entry.path, _READ_FLAGS), 'rb') as file:
+                if not file.read():
+                    self._damage(tally, entry.path, 'empty')
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._damage(tally, entry.path, f'unreadable: {error.strerror}')
 
     def _objects(self, folder: str) -> Iterator[Tuple[os.DirEntry[str], int]]:
         """The objects of a folder that are to be read, and their sizes."""
@@ -1577,7 +1617,7 @@ class Scrub:
                 yield entry, status.st_size
 
     def _check_folder(self, folder: str, tally: List[int]) -> None:
-        moment, faults = time.time(), 0
+        moment, faults = time.time() + self._ahead, 0
         if self._stopped:
             return
         try:
@@ -1634,9 +1674,17 @@ class Scrub:
         with self._lock:
             self.damaged += 1
             tally[1] += 1
-        self._report(path, reason)
+        self.report(path, reason)
 
     # ---- progress ----
+
+    def report(self, path: str, reason: str) -> None:
+        """Report a fault, where the bar was."""
+        with self._lock:
+            if self._bar:
+                self._write('\r\033[K')
+            self._bar = False
+            self._report(path, reason)
 
     def _advance(self, count: int) -> None:
         with self._lock:
@@ -1645,6 +1693,9 @@ class Scrub:
             if now - self._shown >= (BAR_SECONDS if self._stream.isatty() else PROGRESS_SECONDS):
                 self._shown = now
                 self._show()
+            if now - self._saved >= SAVE_SECONDS:
+                self._saved = now
+                self._save()
 
     def _show(self, last: bool = False) -> None:
         """Say how far it is, at what rate, and how long it will still take."""
@@ -1656,11 +1707,18 @@ class Scrub:
                 f'{self.checked} objects read, {self.damaged} damaged')
         if self._stream.isatty():
             done = int(part * BAR_WIDTH)
-            self._stream.write(f'\r[{"#" * done}{"." * (BAR_WIDTH - done)}] {text}\033[K'
-                               + ('\n' if last else ''))
+            bar = f'[{"#" * done}{"." * (BAR_WIDTH - done)}] {text}'
+            with contextlib.suppress(OSError):
+                bar = bar[:os.get_terminal_size(self._stream.fileno()).columns - 1]
+            self._bar = not last
+            self._write(f'\r{bar}\033[K' + ('\n' if last else ''))
         else:
-            self._stream.write(f'{text}\n')
-        self._stream.flush()
+            self._write(f'{text}\n')
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # whoever watched has gone
+            self._stream.write(text)
+            self._stream.flush()
 
     # ---- what was checked when ----
 
@@ -1688,7 +1746,12 @@ READY_SECONDS = 20           # that an upload waits for the first count
 _DAY_SECONDS = 86400
 _COUNTED = (*KINDS, 'config')
 _NOTHING = [0] * (1 + len(_COUNTED))    # a row of bytes, and of objects of each kind
-_PRESENT = 5                            # what follows them in a row of the count, before its days
+LOCK_BYTES = 4096            # of a lock that needs no room: to read and to make room takes one
+LOCKS = 64                   # of a repository that need none
+# What a count found of a repository: such a row, the time of the last snapshot, when it was counted,
+# bytes and snapshots at that time, folders that could not be read, and bytes and snapshots by day.
+Count = collections.namedtuple('Count', [
+    'held', 'last_snapshot', 'time', 'bytes', 'snapshots', 'unreadable', 'days', 'snapshot_days'])
 
 # What a repository holds: bytes, objects of each kind (and of `config`), the time of the last
 # snapshot (0 if there is none), and for each of the last DAYS days, today the last of them, the
@@ -1729,7 +1792,7 @@ class Usage:
         with _Room(self, self._counters, location, body) as content:
             objects, size = self._store.save(location, content)
             self._note('added', location, objects, size)
-        if location.kind == 'snapshots':
+        if location.kind == 'snapshots' and objects:
             self._counters.put(('snapshot', location.repository), int(time.time()))
         return objects, size
 
@@ -1786,34 +1849,56 @@ class Usage:
             return {}
         bases, added, removed = (self._counters.find(kind) for kind in ('base', 'added', 'removed'))
         latest = self._counters.find('snapshot', max)
-        today = int(time.time()) // _DAY_SECONDS
+        now = int(time.time())
         found = {}
         for name in sorted({key[1] for key in (*bases, *added)}):
-            base = bases.get(('base', name), [*_NOTHING, 0, today, 0, 0, 0, *[0] * (2 * DAYS)])
+            base = _unpack(bases.get(('base', name)))
             size, *numbers = (
                 known + more - less for known, more, less in zip(
-                    base, added.get(('added', name), _NOTHING), removed.get(('removed', name), _NOTHING)))
-            if not any(numbers) and not base[len(_NOTHING) + _PRESENT - 1]:
+                    base.held, added.get(('added', name), _NOTHING),
+                    removed.get(('removed', name), _NOTHING)))
+            if not any(numbers) and not base.unreadable:
                 continue
             objects = dict(zip(_COUNTED, numbers))
-            last, day, counted_bytes, counted_snapshots, unreadable, *history = base[len(_NOTHING):]
-            last = max(last, latest.get(('snapshot', name), [0])[0])
-            gone = min(max(today - day, 0), DAYS)
-            days, snapshots = ([*part, *[0] * gone][-DAYS:] for part in (history[:DAYS], history[DAYS:]))
-            days[-1] += max(size - counted_bytes, 0)  # since the count, so today
-            snapshots[-1] += max(objects['snapshots'] - counted_snapshots, 0)
+            last = latest.get(('snapshot', name), [0])[0]
+            if last < base.time:
+                last = base.last_snapshot
+            days, snapshots = (_age_days(part, now // _DAY_SECONDS - base.time // _DAY_SECONDS)
+                               for part in (base.days, base.snapshot_days))
+            days[-1] += max(size - base.bytes, 0)  # since the count, so today
+            snapshots[-1] += max(objects['snapshots'] - base.snapshots, 0)
+            excess = sum(days) - size
+            for day in range(DAYS - 1, -1, -1):  # what was removed since is taken for the latest
+                less = max(min(excess, days[day]), 0)
+                days[day] -= less
+                excess -= less
             found[name] = Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots,
-                                   unreadable)
+                                   base.unreadable)
         return found
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until there has been a count; whether there has."""
+    def is_free(self, location: Location, length: Optional[int]) -> bool:
+        """Whether an upload needs no room in a quota: who has none left must still be able to read
+        and to remove, and restic holds a lock for both."""
+        if location.kind != 'locks' or length is None or length > LOCK_BYTES:
+            return False
+        at, name = 1 + KINDS.index('locks'), location.repository
+        base, added, removed = (self._counters.total((kind, name), len(_NOTHING))[at]
+                                for kind in ('base', 'added', 'removed'))
+        return base + added - removed < LOCKS
+
+    def wait(self, seconds: float, fresh: bool = False) -> bool:
+        """Wait until there has been a count, and a `fresh` one if it is time; whether there has."""
         end = time.monotonic() + seconds
-        while not self._counters.read(('counted',)):
+        while self._is_old() if fresh else not self._counters.read(('counted',)):
             if time.monotonic() >= end:
                 return False
             time.sleep(0.02)
         return True
+
+    def age(self) -> float:
+        """Seconds since the last count, infinite before the first."""
+        counted = self._counters.read(('counted',))
+        return time.monotonic() - counted[0][0] / 1e9 if counted else math.inf
 
     # ---- counting ----
 
@@ -1848,18 +1933,26 @@ class Usage:
             log.error('what is stored could not be counted: %s', error)
 
     def count(self) -> None:
-        """Count everything.  What cannot be read is logged and left out."""
-        begin = time.monotonic()
-        gone = {key[1] for kind in ('base', 'added') for key in self._counters.find(kind)}
-        for repository in self._store.repositories():
+        """Count everything.  What cannot be read is logged; what was known of it stays."""
+        begin, unreadable = time.monotonic(), []  # type: float, List[str]
+        bases = self._counters.find('base')
+        gone = {key[1] for key in (*bases, *self._counters.find('added'))}
+        held = {key[1]: 0 for key in self._counters.find('area')}
+
+        def note(repository: str, size: int) -> None:
+            for area in self.areas(repository):
+                held[area] = held.get(area, 0) + size
+
+        for repository in self._store.repositories(unreadable):
             gone.discard(repository)
-            self._count(repository)
+            note(repository, self._count(repository))
         for repository in gone:
-            self._set_base(repository, _NOTHING, [0] * (_PRESENT + 2 * DAYS))
-        held: Dict[str, int] = {key[1]: 0 for key in self._counters.find('area')}
-        for key, base in self._counters.find('base').items():
-            for area in self.areas(key[1]):
-                held[area] = held.get(area, 0) + base[0]
+            if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
+                base = _unpack(bases.get(('base', repository)))._replace(unreadable=1)
+                self._counters.put(('base', repository), *_pack(base))
+                note(repository, base.held[0])
+            else:
+                note(repository, self._set_base(repository, _unpack(None)))
         for area, size in held.items():
             self._counters.put(('area', area), size)
         self._counters.put(('counted',), int(time.monotonic() * 1e9))
@@ -1874,40 +1967,46 @@ class Usage:
             self._counting = False
 
     def _is_old(self) -> bool:
-        counted = self._counters.read(('counted',))
-        return not counted or time.monotonic() >= counted[0][0] / 1e9 + self._interval
+        return self.age() >= self._interval
 
-    def _count(self, repository: str) -> None:
-        """Count a repository.  What is added meanwhile is left to `added`.  If something is removed
-        the count is made again; after the last one it is taken to have been counted, so that a
-        quota errs on the safe side."""
+    def _count(self, repository: str) -> int:
+        """Count a repository; the bytes that it held at the start.  What is added meanwhile is left
+        to `added`.  If something is removed the count is made again; after the last one it is taken
+        to have been counted, so that a quota errs on the safe side."""
         for _ in range(COUNTS_AT_MOST):
             before = self._store.now()
             added, removed = (self._counters.total((way, repository), len(_NOTHING))
                               for way in ('added', 'removed'))
-            numbers, rest = self._measure(repository, before)
+            found = self._measure(repository, before)
             if self._counters.total(('removed', repository), len(_NOTHING)) == removed:
                 break
-        self._set_base(repository, numbers, rest, added)
+        return self._set_base(repository, found, added)
 
-    def _set_base(self, repository: str, numbers: List[int], rest: List[int],
-                  added: Optional[List[int]] = None) -> None:
-        """What a repository held at the start, if it holds `numbers` now, or did when so much had
-        been `added`."""
+    def _set_base(self, repository: str, found: Count, added: Optional[List[int]] = None) -> int:
+        """Note what a repository held at the start if it holds what was `found` now, or did when so
+        much had been `added`; the bytes."""
         if added is None:
             added = self._counters.total(('added', repository), len(_NOTHING))
         removed = self._counters.total(('removed', repository), len(_NOTHING))
-        self._counters.put(('base', repository), *(
-            number - more + less for number, more, less in zip(numbers, added, removed)), *rest)
+        held: List[int] = [number - more + less for number, more, less in zip(found.held, added, removed)]
+        self._counters.put(('base', repository), *_pack(found._replace(held=held)))
+        return held[0]
 
-    def _measure(self, repository: str, before: float) -> Tuple[List[int], List[int]]:
-        """What a repository holds that was there `before` a time: bytes and objects of each kind;
-        the time of the last snapshot, the current day, bytes and snapshots once more, folders that
-        cannot be read, and bytes and snapshots of each of the last days."""
-        numbers, last, today, unreadable = list(_NOTHING), 0, int(before) // _DAY_SECONDS, 0
-        days, snapshots = [0] * DAYS, [0] * DAYS
-        config = self._store.size(Location(repository, 'config'))
-        numbers[0], numbers[-1] = config or 0, int(config is not None)
+    def _measure(self, repository: str, before: float) -> Count:
+        """What a repository holds that was there `before` a time of the file system's clock."""
+        now, held, last, unreadable = int(time.time()), list(_NOTHING), 0, 0
+        days, snapshots, today = [0] * DAYS, [0] * DAYS, int(before) // _DAY_SECONDS
+        pause = bool(self._counters.read(('counted',)))
+
+        def lament(error: OSError) -> int:
+            log.error('how much %s holds is not wholly known: %s', repository or '/', error)
+            return 1
+
+        try:
+            config = self._store.size(Location(repository, 'config'))
+            held[0], held[-1] = config or 0, int(config is not None)
+        except OSError as error:
+            unreadable += lament(error)
         for kind, folder in self._store.folders(repository):
             begin = time.monotonic()
             try:
@@ -1915,8 +2014,8 @@ class Usage:
                     # An upload since then; not what was copied, or has changed its owner.
                     if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
                         continue
-                    numbers[0] += status.st_size
-                    numbers[1 + KINDS.index(kind)] += 1
+                    held[0] += status.st_size
+                    held[1 + KINDS.index(kind)] += 1
                     moment = min(max(int(status.st_mtime), 0), int(before))
                     day = DAYS - 1 - today + moment // _DAY_SECONDS
                     if day >= 0:
@@ -1925,11 +2024,28 @@ class Usage:
                     if kind == 'snapshots':
                         last = max(last, moment)
             except OSError as error:
-                log.error('how much %s holds is not wholly known: %s', repository or '/', error)
-                unreadable += 1
-            time.sleep(time.monotonic() - begin)  # leave half of the time to requests
-        return numbers, [last, today, numbers[0], numbers[1 + KINDS.index('snapshots')], unreadable,
-                         *days, *snapshots]
+                unreadable += lament(error)
+            if pause:  # leave half of the time to requests, but those that wait for the first count
+                time.sleep(time.monotonic() - begin)
+        return Count(held, last, now, held[0], held[1 + KINDS.index('snapshots')], unreadable,
+                     days, snapshots)
+
+
+def _pack(count: Count) -> List[int]:
+    return [*count.held, *count[1:-2], *count.days, *count.snapshot_days]
+
+
+def _unpack(row: Optional[List[int]]) -> Count:
+    """What _pack() made a row of; without one nothing was found, now."""
+    if not row:
+        return Count(_NOTHING, 0, int(time.time()), 0, 0, 0, [0] * DAYS, [0] * DAYS)
+    rest = row[len(_NOTHING):]
+    return Count._make([row[:len(_NOTHING)], *rest[:5], rest[5:5 + DAYS], rest[5 + DAYS:]])
+
+
+def _age_days(days: List[int], passed: int) -> List[int]:
+    """The numbers of the last DAYS days when so many more have passed."""
+    return [*days, *[0] * min(max(passed, 0), DAYS)][-DAYS:]
 
 
 class _Room:
@@ -1947,7 +2063,7 @@ class _Room:
         self._taken = 0
 
     def __enter__(self) -> Body:
-        if not self._areas:
+        if not self._areas or self._usage.is_free(self._location, self.length):
             return self._body
         self._usage.refresh()
         if not self._usage.wait(READY_SECONDS):
@@ -2516,6 +2632,10 @@ class Metrics:
         """Whether anything has been done that no line told of."""
         return self._activity() != self._reported
 
+    def begin_period(self) -> None:
+        """Nothing was done until now: the next line tells of what comes."""
+        self._reported_at = time.monotonic()
+
     def line(self, final: bool = True) -> str:
         """What was done since the last line; with `final` false the next line tells it again."""
         activity, now = self._activity(), time.monotonic()
@@ -2597,12 +2717,12 @@ class Metrics:
                        (repo, holdings.last_snapshot) for repo, holdings in held.items()
                        if holdings.last_snapshot))
         scrubs = {(('repo', name[1:]),): result for name, result in last_scrubs(self._store).items()}
-        for part, help_text in (('timestamp_seconds', 'When --scrub last checked it.'),
-                                ('checked_objects', 'Objects that the last --scrub read.'),
-                                ('damaged_objects', 'Objects that the last --scrub found damaged.')):
+        for place, (part, help_text) in enumerate((     # as in ScrubResult
+                ('timestamp_seconds', 'When --scrub last checked it.'),
+                ('checked_objects', 'Objects that the last --scrub read.'),
+                ('damaged_objects', 'Objects that the last --scrub found damaged.'))):
             out.family(f'restic_serve_repository_scrub_{part}', 'gauge', help_text, (
-                (repo, getattr(result, part.partition('_')[0].replace('timestamp', 'time')))
-                for repo, result in scrubs.items()))
+                (repo, result[place]) for repo, result in scrubs.items()))
         quotas = self._usage.quotas(repositories)
         for part, number, help_text in (('used', 0, 'Bytes held where a quota is in force.'),
                                         ('limit', 1, 'Bytes that may be held there.')):
@@ -2709,23 +2829,27 @@ class Page:
                 ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
                 ('Vary', 'Accept')]
 
-    def render(self, is_shown: Callable[[str], bool]) -> str:
-        """The page of the repositories for which `is_shown` is true."""
+    def render(self, top: str, may_enter: Callable[[str], bool], own: str = '') -> str:
+        """The page of the repositories at a path and below it which `may_enter` allows; the quota
+        of the path `own` is shown even if it has none."""
         self._usage.refresh()
-        counted = self._usage.wait(COUNT_PATIENCE)
-        now = time.time()
-        shown = {name: held for name, held in self._usage.repositories().items() if is_shown(name)}
+        fresh = self._usage.wait(COUNT_PATIENCE, fresh=True)
+        counted, now = self._usage.age() < math.inf, time.time()
+        shown = {name: held for name, held in self._usage.repositories().items()
+                 if f'{name}/'.startswith(f'{top}/') and may_enter(name)}
         late = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
         scrubs = last_scrubs(self._store)
         rows = ''.join(self._row(name, held, name in late, scrubs.get(name), now) for name, held
                        in sorted(shown.items(), key=lambda item: (item[0] not in late, item[0])))
-        quotas = ''.join(_quota(area, *quota) for area, quota in self._usage.quotas(shown).items()
-                         if is_shown(f'/{area}' if area else ''))
+        quotas = ''.join(_quota(area, *quota) for area, quota in self._usage.quotas([*shown, own]).items()
+                         if may_enter(f'/{area}' if area else ''))
         summary = f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
         if shown:
             overdue = (f'{_bad(f"{len(late)} overdue")}: no snapshot for {_age(self._stale_after)}' if late
                        else 'none overdue')
             summary += f', {format_size(sum(held.bytes for held in shown.values()))}, {overdue}'
+        if not fresh:
+            summary += f'; counted {_age(self._usage.age())} ago'
         parts = [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Backups</title>'
             '<meta name="viewport" content="width=device-width">',
@@ -2757,7 +2881,7 @@ class Page:
         cells = (('Repository', 'name', _text(name or '/')), ('Last snapshot', 'age', age + moment),
                  ('Snapshots', 'n', f'{held.objects["snapshots"]:,}'),
                  ('Size', 'n', format_size(held.bytes) + (
-                     _bad(f'{held.unreadable} folders are unreadable') if held.unreadable else '')),
+                     _bad('not all can be read') if held.unreadable else '')),
                  ('In 30 days', 'n', f'+{format_size(sum(held.days[-30:]))}'),
                  (f'{DAYS} days', 'graph', _plot(held)), ('Locks', 'locks', self._locks(name, now)),
                  ('Last scrub', 'scrub', checked))
@@ -2781,7 +2905,7 @@ def _age(seconds: float) -> str:
     for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2 * size:
             return f'{seconds // size:.0f} {unit}'
-    return f'{max(seconds, 0):.0f} seconds'
+    return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
 def _small(text: str) -> str:
@@ -2818,9 +2942,9 @@ def _plot(held: Holdings) -> str:
     curve = 'M' + 'L'.join(f'{day} {height:.1f}' for day, height in enumerate(heights))
     ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day, number in enumerate(held.snapshots) if number)
     active = sum(number > 0 for number in held.snapshots)
-    return (f'<svg class="plot" viewBox="0 -1 {DAYS - 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
+    return (f'<svg class="plot" viewBox="-1 -1 {DAYS + 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
             f'role="img"><title>{DAYS} days: from {format_size(held.bytes - sum(held.days))} to '
-            f'{format_size(held.bytes)}, snapshots on {active} days</title>'
+            f'{format_size(held.bytes)}, days with a snapshot: {active}</title>'
             f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
 
@@ -3011,15 +3135,12 @@ class Api:
                         self.metrics.exposition().encode())
 
     def _get_page(self, page: Page, request: Request, location: Location) -> Response:
-        here = f'{location.repository}/'
+        user, policy = request.user, self.policy
         if location.repository:
-            self.policy.check(request, location)
-
-        def is_shown(repository: str) -> bool:
-            return (f'{repository}/'.startswith(here)
-                    and self.policy.may_enter(request.user, repository))
-
-        return Response(200, page.headers(), page.render(is_shown).encode('utf-8', 'replace'))
+            policy.check(request, location)
+        own = f'/{user}' if policy.private and user and user not in policy.administrators else ''
+        text = page.render(location.repository, functools.partial(policy.may_enter, user), own)
+        return Response(200, page.headers(), text.encode('utf-8', 'replace'))
 
 
 _OBJECT_HANDLERS = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
@@ -3221,6 +3342,8 @@ class Connection:
 
     def receive(self, limit: int) -> bytes:
         """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
+        if self._bandwidth:
+            limit = self._bandwidth.step(Bandwidth.RECEIVED, limit)
         try:
             data: bytes = self._io.recv(limit)
         except OSError as error:
@@ -5692,13 +5815,15 @@ class Server:
         self.manager.tell('READY=1')
         while not self._stops:
             # Without connections there is no deadline, and the process sleeps.
-            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog,
-                       self.until_stats())
+            until_stats = self.until_stats()
+            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog, until_stats)
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
                 key.data()
             now = time.monotonic()
             if now >= next_sweep:
                 next_sweep = now + (EXPIRED_SECONDS if self._expire(now) else self._period)
+            if until_stats == math.inf:
+                self.begin_stats()
             self.tell_stats()
             if now >= next_word:
                 next_word = now + watchdog / 2
@@ -5829,12 +5954,18 @@ class Server:
             return self._next_stats - time.monotonic()
         return math.inf
 
+    def begin_stats(self) -> None:
+        """Begin to count the time of the next line of statistics."""
+        if self._next_stats < math.inf:
+            self._next_stats = time.monotonic() + self._stats_seconds
+            self.api.metrics.begin_period()
+
     def tell_stats(self) -> None:
         """Log what was done, if it is time."""
         if time.monotonic() >= self._next_stats:
-            self._next_stats = time.monotonic() + self._stats_seconds
             if self.api.metrics.has_news():
                 log.info('%s', self.api.metrics.line())
+            self.begin_stats()
 
     def _snapshot(self) -> List[Connection]:
         with self._lock:
@@ -6131,6 +6262,8 @@ class JsonFormatter(logging.Formatter):
             client, user, _, request, status, sent, referer, agent = record.args
             entry.update(client=str(client), user=user, request=request, status=status,
                          bytes=0 if sent == '-' else sent, referer=referer, agent=agent)
+        if record.exc_info:
+            entry['exception'] = self.formatException(record.exc_info)
         return json.dumps(entry)
 
 
@@ -6147,12 +6280,12 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-def start_log(level: int, path: str, json: bool = False) -> None:
+def start_log(level: int, path: str, as_json: bool = False) -> None:
     """Send logs to stderr, or to the end of the file `path`.  Raises OSError."""
     logging.addLevelName(NOTICE, 'NOTICE')
     logging.raiseExceptions = False  # a full disk for the log must not stop the service
     handler = LogFile(path) if path else logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if json else LogFormatter(
+    handler.setFormatter(JsonFormatter() if as_json else LogFormatter(
         '%(asctime)s %(levelname)s: %(message)s', _DATE_FORMAT))
     log.addHandler(handler)
     log.setLevel(level)
@@ -6546,15 +6679,19 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
     """Do --scrub; the exit status.  Raises OSError."""
     if not os.path.isdir(store.root or os.sep):
         raise FileNotFoundError(errno.ENOENT, 'no directory', store.root)
-    for number in _STOP_SIGNALS:
-        signal.signal(number, lambda number, frame: sys.exit(1))
+    for stop in filter(None, (*_STOP_SIGNALS, _RELOAD_SIGNAL)):
+        signal.signal(stop, lambda number, frame: sys.exit(1))
+    bandwidth = make_bandwidth(options, Counters())
+    if _TOGGLE_SIGNAL is not None and bandwidth:
+        signal.signal(_TOGGLE_SIGNAL, lambda number, frame: bandwidth.toggle() and None)
 
     def report(path: str, reason: str) -> None:
-        sys.stdout.write(f'{one_line(path)}: {reason}\n')
+        name = path.encode('utf-8', 'backslashreplace').decode()
+        sys.stdout.write(f'{one_line(name)}: {reason}\n')
         sys.stdout.flush()
 
     with open(os.devnull, 'w') as nothing:
-        return int(Scrub(store, options.scrub_age, make_bandwidth(options, Counters()), report,
+        return int(Scrub(store, options.scrub_age, bandwidth, report,
                          nothing if options.quiet else sys.stderr).run() > 0)
 
 

@@ -966,7 +966,90 @@ class UsageTest(TestCase):
         self.assertRegex(log, 'what is below /secret is not known: .*Permission denied')
         self.assertRegex(log, 'how much /host holds is not wholly known: .*I/O error')
         self.assertRegex(log, 'how much /other holds is not wholly known: .*Permission denied')
-        self.assertIn('⚠ 1 folders are unreadable', Page(self.store, self.usage).render(lambda name: True))
+        self.assertIn('⚠ not all can be read', Page(self.store, self.usage).render('', lambda name: True))
+
+    def test_what_cannot_be_read_any_more_stays_as_it_was(self):
+        self.usage = self.make(most=10_000)
+        self.usage.count()
+        for repository in ('/alice/x', '/bob'):
+            self.save(100, repository)
+        self.usage.count()
+        real = os.scandir
+
+        def scandir(path):
+            if str(path).endswith('/alice'):
+                raise PermissionError(errno.EACCES, 'made by a test')
+            return real(path)
+
+        with mock.patch.object(os, 'scandir', scandir):
+            self.usage.count()
+        found = self.usage.repositories()
+        self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
+                         {'/alice/x': (100, 1), '/bob': (100, 0)})
+        self.assertEqual(self.usage.quota('')[0], 200)
+        shutil.rmtree(self.root / 'alice')
+        self.usage.count()
+        self.assertEqual(list(self.usage.repositories()), ['/bob'])
+
+    def test_a_config_that_cannot_be_looked_at_does_not_end_the_count(self):
+        for repository in ('/alice', '/bob'):
+            self.save(100, repository)
+        real = Store.size
+
+        def size(store, location):
+            if location.repository == '/alice':
+                raise OSError(errno.EIO, 'made by a test')
+            return real(store, location)
+
+        with mock.patch.object(Store, 'size', size):
+            self.usage.count()
+        found = self.usage.repositories()
+        self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
+                         {'/alice': (100, 1), '/bob': (100, 0)})
+
+    def test_a_full_quota_lets_locks_in_but_not_any_number(self):
+        usage = self.make(most=100)
+        usage.count()
+        with self.assertRaises(HttpError):
+            usage.save(Location('', 'data', named(bytes(101))), Bytes(bytes(101)))
+        for number in range(restic_serve.LOCKS + 1):
+            content = b'%200d' % number
+            location = Location('', 'locks', named(content))
+            if number < restic_serve.LOCKS:
+                usage.save(location, Bytes(content))
+        with self.assertRaises(HttpError):
+            usage.save(location, Bytes(content))
+        usage.delete(Location('', 'locks', named(b'%200d' % 0)))
+        usage.save(location, Bytes(content))
+
+    def test_when_the_last_snapshot_is_forgotten_the_one_before_is_the_last(self):
+        old = self.save(10, kind='snapshots')
+        os.utime(self.store._path(old), (1000, 1000))
+        new = self.save(10, kind='snapshots')
+        self.usage.count()
+        self.assertGreater(self.usage.repositories()['/host'].last_snapshot, 1000)
+        self.usage.delete(new)
+        with mock.patch.object(time, 'time', return_value=time.time() + 2):
+            self.usage.count()
+        self.assertEqual(self.usage.repositories()['/host'].last_snapshot, 1000)
+
+    def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
+        self.usage = self.make(most=10_000)
+        for number in range(20):
+            Store(str(self.root)).save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
+                                       Bytes(b'%100d' % number))
+        with mock.patch.object(restic_serve, 'SPARE_BYTES', restic_serve.SLOT_BYTES - 20_000):
+            self.usage.count()
+        self.assertLess(len(self.usage.repositories()), 20)
+        self.assertEqual(self.usage.quota('')[0], 2000)
+
+    def test_what_was_removed_since_the_count_makes_no_day_negative(self):
+        locations = [self.save(5000), self.save(3000)]
+        self.usage.count()
+        self.usage.delete(locations[0])
+        self.save(10)
+        held = self.usage.repositories()['/host']
+        self.assertEqual((held.bytes, sum(held.days)), (3010, 3010))
 
     def test_deep_folders_and_the_root_of_the_file_system_are_no_fault(self):
         path = self.root.joinpath(*'x' * 100)
@@ -975,7 +1058,7 @@ class UsageTest(TestCase):
         store = Store(os.sep)
         with mock.patch.object(restic_serve, '_scan', side_effect=lambda folder: restic_serve.contextlib.
                                nullcontext(iter(()))) as scan:
-            self.assertEqual(list(store.repositories()), [])
+            self.assertEqual(list(store.repositories([])), [])
         scan.assert_called_once_with(os.sep)
 
     def test_repositories_behind_links_that_lead_out_are_neither_served_nor_counted(self):
@@ -1006,7 +1089,7 @@ class UsageTest(TestCase):
                     os.utime(self.root / path, (moment, moment))
             self.usage.count()
             self.assertEqual(self.held(), (150, {'data': 1, 'snapshots': 1}))
-            self.assertIn('150 B', Page(self.store, self.usage).render(lambda name: True))
+            self.assertIn('150 B', Page(self.store, self.usage).render('', lambda name: True))
 
     def test_what_has_changed_its_owner_during_a_count_is_counted(self):
         path = self.store._path(self.save(100, kind='keys'))
@@ -1197,7 +1280,7 @@ class UsageTest(TestCase):
             self.assertFalse(metrics.has_news())
             self.assertIn('0 requests', metrics.line())
             self.assertIn('restic_serve_connections', metrics.exposition())
-            Page(self.store, self.usage).render(lambda name: True)
+            Page(self.store, self.usage).render('', lambda name: True)
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
         self.usage.open()
@@ -3324,6 +3407,16 @@ class BandwidthTest(unittest.TestCase):
                 restic_serve.parse_timetable(text)
             self.assertIn('10M:1M, off', str(caught.exception))
 
+    def test_a_number_that_no_disk_holds_is_one_line(self):
+        for parse in (restic_serve.parse_size, restic_serve.parse_quota):
+            with self.assertRaises(ValueError) as caught:
+                parse('9' * 400 + 'M')
+            self.assertIn('more than any disk holds', str(caught.exception))
+
+    def test_off_is_off_in_any_case(self):
+        self.assertEqual({slot[1:] for slot in restic_serve.parse_timetable('12:00,OFF Sat-13:00,Off')},
+                         {(0, 0)})
+
     def test_the_next_slot_comes_into_force_by_itself(self):
         clock = Clock(18, 59, 0)
         bandwidth = clock.bandwidth('08:00,1k 19:00,off')
@@ -3747,6 +3840,13 @@ class MetricsTest(WatchedTestCase):
         self.assertIn('0 requests', self.metrics.line())
 
 
+    def test_a_rate_is_that_of_the_time_in_which_something_was_done(self):
+        self.metrics.begin_period()
+        with mock.patch.object(time, 'monotonic', return_value=time.monotonic() + 3600):
+            self.metrics.begin_period()
+            self.assertIn('in 0 s: ', self.metrics.line())
+
+
 class QuotaTest(WatchedTestCase):
     """Quotas over the wires."""
 
@@ -3799,7 +3899,7 @@ class PageTest(WatchedTestCase):
         self.assertIn('data-of="Size">400 B<', rows['/fresh'])
         self.assertIn('data-of="Locks">1<small>oldest 10 minutes', rows['/fresh'])
         self.assertIn('data-of="Last scrub">sound<', rows['/fresh'])
-        self.assertIn('snapshots on 1 days', rows['/fresh'])
+        self.assertIn('days with a snapshot: 1<', rows['/fresh'])
         self.assertIn('3 repositories, 700 B, ', text)
         self.assertIn('2 overdue', text)
         self.assertIn('700 B of 1000 B', text.replace('1.0 KiB', '1000 B'))
@@ -3849,6 +3949,27 @@ class PageTest(WatchedTestCase):
         self.assertEqual(self.names('/', root), ['/', '/alice/x', '/alice/y', '/alicia', '/bob'])
         self.assertEqual(self.names('/alice/', root), ['/alice/x', '/alice/y'])
         self.assertEqual(self.names('/', basic('carol', 'carol')), [])
+
+    def test_the_quota_of_a_user_is_shown_on_every_page_of_theirs(self):
+        self.fill('/alice/x', 'snapshots')
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('alice', 'bob')))
+        self.watch(Policy(private=True), Accounts(PasswordFile(str(accounts))), per_user=1000)
+        for path, user in (('/', 'alice'), ('/alice/x/', 'alice'), ('/', 'bob')):
+            self.assertIn(f'/{user}/</span>', self.look(path, basic(user, user))[1])
+
+    def test_a_count_that_is_old_is_waited_for_or_its_age_is_said(self):
+        self.usage = None
+        self.fill('/host', 'snapshots')
+        self.watch()
+        self.look()
+        self.wait_until(lambda: self.names() == ['/host'], 'the count')
+        self.usage._interval = 0.001
+        self.fill('/other', 'snapshots')
+        self.assertEqual(self.names(), ['/host', '/other'])
+        with mock.patch.object(Usage, 'count', lambda usage: None), \
+                mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.01):
+            self.assertRegex(self.look()[1], '; counted .+ ago')
 
     def test_before_the_first_count_it_looks_again(self):
         go_on = threading.Event()
@@ -5068,6 +5189,12 @@ class CommandLineTest(TestCase):
         self.assertEqual(request, {
             'client': '127.0.0.1', 'user': '-', 'request': 'GET /config?a=\\x22b\\x22 HTTP/1.1',
             'status': 404, 'bytes': 10, 'referer': 'y', 'agent': '\\x22x\\x22'})
+        try:
+            raise ValueError('made by a test')
+        except ValueError:
+            record = logging.LogRecord('x', logging.DEBUG, '', 0, 'where', (), sys.exc_info())
+        entry = json.loads(restic_serve.JsonFormatter().format(record))
+        self.assertIn('ValueError: made by a test', entry['exception'])
 
     def test_users_are_added_and_removed_from_the_command_line(self):
         file = self.folder / 'htpasswd'
@@ -5459,15 +5586,77 @@ class ScrubTest(TestCase):
                 'host/data/00/.restic_serve-upload-old'))):
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b'x')
-            if path.name.endswith('old'):
-                os.utime(path, (1, 1))
-        found, _, damaged = self.scrub()
+        with open(self.root / '.restic_serve/upload-young', 'rb') as young:
+            self.assertTrue(restic_serve.lock_file(young.fileno()))  # an upload under way
+            found, _, damaged = self.scrub()
         self.assertEqual(damaged, 0)
         self.assertEqual({path: reason.partition(':')[0] for path, reason in found.items()}, {
             f'host/data/00/{wrong.name}': 'foreign', 'host/data/x': 'foreign',
             'host/index/notes.txt': 'foreign', 'host/y': 'foreign', 'host/keys/folder': 'foreign',
             '.restic_serve/upload-old': 'stray',
             'host/data/00/.restic_serve-upload-old': 'stray'})
+
+    def test_what_cannot_be_read_is_said_and_the_rest_is_read(self):
+        for name in ('lost+found', '.restic_serve'):
+            (self.root / name).mkdir(exist_ok=True)
+        real = os.scandir
+
+        def scandir(path):
+            if str(path).endswith(('/deep', '/lost+found', '/host/data', '/.restic_serve')):
+                raise PermissionError(errno.EACCES, 'made by a test')
+            return real(path)
+
+        with mock.patch.object(os, 'scandir', scandir):
+            found = {}
+            job = restic_serve.Scrub(self.store, 0, None, found.__setitem__, io.StringIO())
+            self.assertEqual(job.run(), 1)
+        self.assertEqual(sorted(os.path.relpath(path, self.root) for path in found),
+                         ['.restic_serve', 'deep', 'host/data'])
+        self.assertEqual(job.checked, 5)
+        self.assertEqual(restic_serve.last_scrubs(self.store)['/host'].damaged, 1)
+
+    def test_a_folder_of_objects_may_be_a_link_as_it_may_for_the_server(self):
+        (self.root / 'host/data').rename(self.folder / 'elsewhere')
+        (self.root / 'host/data').symlink_to(self.folder / 'elsewhere')
+        self.assertEqual(self.scrub(), ({}, 9, 0))
+        self.paths['/host', 'data'].write_bytes(b'damaged')
+        self.assertEqual(list(self.scrub()[0]), [self.relative('/host', 'data')])
+
+    def test_nobody_who_watches_is_no_damage(self):
+        stream = io.StringIO()
+        stream.write = mock.Mock(side_effect=BrokenPipeError)
+        with mock.patch.object(restic_serve, 'PROGRESS_SECONDS', 0):
+            self.assertEqual(restic_serve.Scrub(self.store, 0, None, self.fail, stream).run(), 0)
+
+    def test_a_deep_tree_is_no_repository_below_its_limit(self):
+        path = self.root
+        for _ in range(150):
+            path /= 'x'
+        path.mkdir(parents=True)
+        self.assertEqual(self.scrub(), ({}, 9, 0))
+
+    def test_uploads_of_other_programs_are_left_alone_for_an_hour(self):
+        names = [f'{"0" * 64}{suffix}' for suffix in ('-tmp-123', '.rest-server-temp456')]
+        for name in names:
+            (self.root / 'host/data/00' / name).touch()
+        self.assertEqual(self.scrub()[0], {})
+        for name in names:
+            os.utime(self.root / 'host/data/00' / name, (1, 1))
+        self.assertEqual({reason.partition(':')[0] for reason in self.scrub()[0].values()}, {'stray'})
+
+    def test_links_and_folders_with_the_names_of_uploads_are_no_damage(self):
+        (self.root / '.restic_serve').mkdir(exist_ok=True)
+        (self.root / '.restic_serve/upload-folder').mkdir()
+        (self.root / 'host/data/00/upload-link').symlink_to('nowhere')
+        found, checked, damaged = self.scrub()
+        self.assertEqual((checked, damaged), (9, 0))
+
+    def test_what_was_found_sound_is_remembered_on_the_way(self):
+        saved = []
+        with mock.patch.object(restic_serve, 'SAVE_SECONDS', 0), \
+                mock.patch.object(restic_serve.Scrub, '_save', lambda job: saved.append(job.checked)):
+            self.scrub()
+        self.assertGreater(len(saved), 2)
 
     def test_what_was_sound_lately_is_skipped_but_for_what_is_new_or_was_damaged(self):
         self.paths['/host', 'data'].write_bytes(b'other')
@@ -5542,6 +5731,38 @@ class ScrubTest(TestCase):
         os.close(theirs)
         text = os.read(ours, 10000).decode()
         self.assertIn(f'\r[{"#" * restic_serve.BAR_WIDTH}] 100% of ', text)
+
+    def test_a_bar_fits_its_terminal_and_a_fault_takes_its_place(self):
+        stream = io.StringIO()
+        stream.isatty = lambda: True
+        stream.fileno = lambda: 99
+        self.paths['', 'data'].write_bytes(b'x')
+        with mock.patch.object(restic_serve, 'BAR_SECONDS', 0), \
+                mock.patch.object(os, 'get_terminal_size', return_value=os.terminal_size((40, 20))):
+            restic_serve.Scrub(self.store, 0, None, lambda *fault: stream.write('FAULT'), stream).run()
+        for bar in re.findall(r'\r([^\r\x1b]+)\x1b', stream.getvalue()):
+            self.assertLess(len(bar), 40)
+        self.assertRegex(stream.getvalue(), r'(^|\r\x1b\[K)FAULT')
+
+    @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'this system has no SIGHUP')
+    def test_a_scrub_that_is_hung_up_remembers_what_it_found(self):
+        self.paths['', 'data'].write_bytes(b'x')
+        job = subprocess.Popen([sys.executable, MODULE, '--scrub', '--bwlimit', '1k', str(self.root)],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=clean_environment())
+        with job, job.stdout:
+            self.assertIn(b'damaged', job.stdout.readline())
+            job.send_signal(signal.SIGHUP)
+            self.assertEqual(job.wait(PATIENCE), 1)
+        self.assertTrue((self.root / '.restic_serve/scrub.json').exists())
+
+    def test_a_name_that_is_no_text_is_said_all_the_same(self):
+        with open(os.fsencode(self.root) + b'/host/index/caf\xe9', 'wb'):
+            pass
+        done = subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL,
+                              env={**clean_environment(), 'PYTHONIOENCODING': 'utf-8'})
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(rb'caf\udce9: foreign', done.stdout)
 
 
 # ---- real clients and servers ----
@@ -5922,7 +6143,7 @@ class ReadmeTest(unittest.TestCase):
             done = subprocess.run([program('promtool'), 'check', 'rules', path], text=True,
                                   capture_output=True)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertIn('3 rules found', done.stdout)
+        self.assertIn('4 rules found', done.stdout)
 
     def test_it_can_be_packed_as_the_readme_says(self):
         text = README.read_text(encoding='utf-8')
