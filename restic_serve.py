@@ -2965,6 +2965,7 @@ _PREFLIGHT = (('Access-Control-Allow-Methods', 'GET, HEAD, POST, DELETE'),
 _STATUS_OF_ERRNO = {
     errno.ENAMETOOLONG: 400,
     errno.EACCES: 403, errno.EPERM: 403, errno.ENOTDIR: 403,
+    errno.EISDIR: 403, errno.ELOOP: 403, errno.ENXIO: 403,  # something else in an object's place
     errno.ENOSPC: 507, errno.EDQUOT: 507, errno.EFBIG: 507, errno.EROFS: 507,
     errno.EMFILE: 503, errno.ENFILE: 503,
 }

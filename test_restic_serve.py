@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -47,7 +50,7 @@ PATIENCE = 30  # seconds until something that should have happened counts as mis
 
 def program(name, folder=''):
     """The path of a program; skips the test without it, or fails it where all must run."""
-    path = shutil.which(name, path=folder or None)
+    path = shutil.which(name, path=folder or f'{os.environ.get("PATH", os.defpath)}:/usr/sbin')
     if not path:
         reason = f'{name} is not installed{f" in {folder}" if folder else ""}'
         if os.environ.get('RESTIC_SERVE_TEST_ALL') == '1':
@@ -4651,10 +4654,10 @@ class TlsOptionsTest(unittest.TestCase):
 class Program:
     """The server as a process of its own.  `url` is what it says of itself."""
 
-    def __init__(self, *words, wait=True, **environment):
+    def __init__(self, *words, wait=True, before=(), **environment):
         self.lines = []
         self.process = subprocess.Popen(
-            [sys.executable, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
+            [*before, sys.executable, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
             stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
         self.url = ''
         self._reader = None
@@ -6071,7 +6074,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
 
     @long
     def test_a_key_of_ssh_that_may_only_append_and_one_that_may_prune(self):
-        sshd = shutil.which('sshd', path=f'{os.environ.get("PATH", "")}:/usr/sbin') or program('sshd')
+        sshd = program('sshd')
         keygen, ssh = program('ssh-keygen'), program('ssh')
         if os.getuid() == 0:
             os.makedirs('/run/sshd', exist_ok=True)
@@ -6115,6 +6118,948 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
 @long
 class OldResticStdioTest(StdioScenarios, ResticTestCase):
     pass
+
+
+# ---- faults ----
+
+FUZZED = 20_000 if os.environ.get('RESTIC_SERVE_TEST_LONG') == '1' else 500  # mutants on each wire
+
+
+class FaultsTestCase(Http2TestCase):
+    """Faults are made, and what must hold in spite of them is looked at."""
+
+    WIRES = ('HTTP/1.1', 'HTTP/2')
+    TEMPORARY = ('/proc/self/fd/', os.path.dirname(os.__file__))  # what a server may open beside DIR
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(self.store.kept.expire, float('inf'))
+
+    def exchange(self, wire, method, path, content=b'', *more):
+        """Status and content of an answer on a connection of its own; a reset stream is its code."""
+        if wire == 'HTTP/1.1':
+            with Wire(self.port) as client:
+                request = (post(path, content) if method == 'POST' else get(path, method=method))
+                answer = client.ask(request, head_only=method == 'HEAD')
+        else:
+            with Http2Wire(self.port) as client:
+                if method == 'POST' and content:
+                    client.upload(1, path, content, ('content-length', str(len(content))))
+                else:
+                    client.send(headers(1, fields(method, path)))
+                answer = client.answer()
+        return answer[::2] if isinstance(answer, tuple) else (answer, b'')
+
+    def resources(self):
+        """Threads and descriptors of this process."""
+        folder = '/proc/self/fd'
+        return threading.active_count(), len(os.listdir(folder)) if os.path.isdir(folder) else 0
+
+    def memory(self):
+        """Bytes of this process that are in memory, 0 where nothing tells."""
+        path = Path('/proc/self/statm')
+        return int(path.read_text().split()[1]) * 4096 if path.exists() else 0
+
+    def assert_nothing_left(self, before):
+        """What connections used is free again."""
+        self.wait_until(lambda: not self.server._connections, 'the end of all connections')
+        self.store.kept.expire(float('inf'))
+        self.wait_until(lambda: all(now <= then for now, then in zip(self.resources(), before)),
+                        'the end of threads and descriptors')
+
+    def faults(self):
+        """What the log has beside the server's start."""
+        return [line for line in self.log if not line.startswith('made the directory')]
+
+
+class DiskFaultsTest(FaultsTestCase):
+    """The disk fails: the client hears what rest-api says, nothing is partial, the service goes on."""
+
+    def mount(self, options):
+        """Make the directory a small file system of its own."""
+        if not hasattr(os, 'geteuid') or os.geteuid() != 0:
+            self.skipTest('only root can mount a file system')
+        done = subprocess.run([program('mount'), '-t', 'tmpfs', '-o', options, 'tmpfs', self.root],
+                              capture_output=True, text=True)
+        if done.returncode:
+            self.skipTest(f'this machine mounts nothing: {done.stderr}')
+        self.addCleanup(subprocess.run, ['umount', '-l', self.root], check=True)
+
+    def check_refused(self, wire, content, reason):
+        """An upload is answered 507, leaves nothing, and is one line in the log."""
+        path, before = f'/data/{named(content)}', self.files()
+        self.log.clear()
+        self.assertEqual(self.exchange(wire, 'POST', path, content), (507, b'no room to write\n'))
+        self.assertEqual(self.files(), before)
+        self.assertEqual(len(self.faults()), 1, self.faults())
+        self.assertIn(path, self.faults()[0])
+        self.assertIn(reason, self.faults()[0])
+        self.assertEqual(self.exchange(wire, 'GET', path)[0], 404)
+
+    def test_a_full_disk(self):
+        self.mount('size=1m')
+        for number, wire in enumerate(self.WIRES):
+            small = b'small %d' % number
+            self.check_refused(wire, os.urandom(2 << 20), 'No space left on device')
+            path = f'/data/{named(small)}'
+            self.assertEqual(self.exchange(wire, 'POST', path, small)[0], 200)
+            self.assertEqual(self.exchange(wire, 'GET', path), (200, small))
+
+    def test_a_disk_without_inodes(self):
+        self.mount('nr_inodes=24')
+        for wire in self.WIRES:
+            stored = []
+            while True:
+                content = os.urandom(10)
+                self.log.clear()
+                status = self.exchange(wire, 'POST', f'/keys/{named(content)}', content)[0]
+                if status != 200:
+                    break
+                stored.append(content)
+            self.assertEqual(status, 507)
+            self.assertIn('No space left on device', self.faults()[0])
+            for content in stored:
+                path = f'/keys/{named(content)}'
+                self.assertEqual(self.exchange(wire, 'GET', path), (200, content))
+                self.assertEqual(self.exchange(wire, 'DELETE', path)[0], 200)
+
+    def test_a_disk_that_can_only_be_read(self):
+        self.mount('size=1m')
+        path = self.put(b'content')
+        subprocess.run(['mount', '-o', 'remount,ro', self.root], check=True)
+        for wire in self.WIRES:
+            self.check_refused(wire, b'other', 'Read-only file system')
+            self.assertEqual(self.exchange(wire, 'DELETE', path)[0], 507)
+            self.assertEqual(self.exchange(wire, 'POST', '/new/?create=true')[0], 507)
+            self.assertEqual(self.exchange(wire, 'GET', path), (200, b'content'))
+
+    def test_an_upload_whose_file_fails_leaves_nothing(self):
+        for wire in self.WIRES:
+            for name in ('write', 'fsync', 'link', 'mkdir'):
+                content = os.urandom(100_000)
+                path = f'/{wire[5]}{name}/data/{named(content)}'
+                with self.subTest(name, wire=wire):
+                    self.log.clear()
+                    with mock.patch.object(os, name, side_effect=OSError(errno.EIO, 'made by a test')):
+                        self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 500)
+                    self.assertEqual(self.files(), [])
+                    self.assertEqual(len(self.faults()), 1, self.faults())
+                    self.assertIn(path, self.faults()[0])
+                    self.assertIn('made by a test', self.faults()[0])
+                    self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
+                    self.assertEqual(self.exchange(wire, 'DELETE', path)[0], 200)
+
+    def test_a_folder_that_cannot_be_synced_is_no_success(self):
+        content = b'content'
+        path = f'/data/{named(content)}'
+        real = os.fsync
+
+        def fsync(fd):
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(errno.EIO, 'made by a test')
+            real(fd)
+
+        self.store.create_repository('')
+        for wire in self.WIRES:
+            with mock.patch.object(os, 'fsync', fsync):
+                self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 500)
+            self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
+
+    def test_what_cannot_be_read_is_never_taken_for_less(self):
+        small, large = self.put(b'content'), self.put(bytes(1 << 20))
+        real = os.scandir
+
+        class Entries:
+            """A directory that fails after its first entry."""
+
+            def __init__(self, path):
+                self.entries = real(path)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                self.entries.close()
+
+            def __iter__(self):
+                yield next(self.entries)
+                raise OSError(errno.EIO, 'made by a test')
+
+        failing = {'side_effect': OSError(errno.EIO, 'made by a test')}
+        for wire in self.WIRES:
+            self.log.clear()
+            with mock.patch.object(restic_serve, '_read_at', **failing):
+                self.assertEqual(self.exchange(wire, 'GET', small)[0], 500)
+            self.assertEqual(len(self.faults()), 1, self.faults())
+            with mock.patch.object(os, 'scandir', Entries):
+                self.assertEqual(self.exchange(wire, 'GET', '/data/')[0], 500)
+            self.assertEqual(len(self.faults()), 2, self.faults())
+            with mock.patch.object(os, 'sendfile', **failing), \
+                    mock.patch.object(restic_serve, '_read_at', **failing), \
+                    contextlib.suppress(ConnectionResetError, AssertionError):
+                status, content = self.exchange(wire, 'GET', large)
+                self.assertTrue(status == 2 or len(content) < 1 << 20, status)  # 2: INTERNAL_ERROR
+            self.assertEqual(len(self.faults()), 3, self.faults())
+            self.assertTrue(all('made by a test' in line for line in self.faults()), self.faults())
+            self.assertEqual(self.exchange(wire, 'GET', small), (200, b'content'))
+            self.assertEqual(len(self.exchange(wire, 'GET', large)[1]), 1 << 20)
+
+    def test_a_file_system_without_links_or_nameless_files(self):
+        self.store.nameless = False
+        for wire in self.WIRES:
+            content = os.urandom(1000)
+            path = f'/data/{named(content)}'
+            with mock.patch.object(os, 'link', side_effect=OSError(errno.EPERM, 'made by a test')):
+                for _ in range(2):
+                    self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
+                self.assertEqual(self.exchange(wire, 'POST', path, b'other')[0], 400)
+            self.assertEqual(self.exchange(wire, 'GET', path), (200, content))
+        self.assertFalse([name for name in self.files() if 'upload-' in name])
+
+
+class WireFaultsTest(FaultsTestCase):
+    """The connection fails: nothing of half a request stays."""
+
+    def cut(self, wire, data, reset):
+        """Send bytes on a new connection and end it."""
+        with Wire(self.port) as client:
+            client.send(data)
+            if reset:
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+
+    def request(self, wire, path, content):
+        """The bytes of an upload, from the first of the connection."""
+        if wire == 'HTTP/1.1':
+            return post(path, content)
+        block = fields('POST', path, ('content-length', str(len(content))))
+        parts = [content[at:at + 16384] for at in range(0, len(content), 16384)]
+        return b''.join((restic_serve.PREFACE, settings(), headers(1, block, END_HEADERS), *(
+            frame(DATA, END_STREAM if number == len(parts) - 1 else 0, 1, part)
+            for number, part in enumerate(parts))))
+
+    def test_a_connection_that_is_cut_at_any_byte_of_a_small_request(self):
+        content = b'content'
+        path, before = f'/data/{named(content)}', self.resources()
+        for wire in self.WIRES:
+            request = self.request(wire, path, content)
+            for count in range(len(request)):
+                self.cut(wire, request[:count], reset=count % 2)
+            self.assert_nothing_left(before)
+            self.assertEqual(self.files(), [])
+            self.assertEqual(self.exchange(wire, 'GET', path)[0], 404)
+        self.assertEqual(self.faults(), [])
+
+    def test_a_connection_that_is_cut_anywhere_in_an_upload(self):
+        content, chance = os.urandom(300_000), random.Random(1)
+        path, before = f'/data/{named(content)}', self.resources()
+        for wire in self.WIRES:
+            request = self.request(wire, path, content)
+            for number in range(30):
+                self.cut(wire, request[:chance.randrange(len(request))], reset=number % 2)
+            self.assert_nothing_left(before)
+            self.assertEqual(self.files(), [])
+            self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
+            self.assertEqual(self.exchange(wire, 'DELETE', path)[0], 200)
+
+    def test_a_connection_that_is_cut_anywhere_in_a_download(self):
+        content, chance = os.urandom(3 << 20), random.Random(2)
+        path, before = self.put(content), self.resources()
+        for wire in self.WIRES:
+            for number in range(30):
+                client = Wire(self.port) if wire == 'HTTP/1.1' else Http2Wire(self.port)
+                with client:
+                    client.send(get(path) if wire == 'HTTP/1.1' else headers(1, fields('GET', path)))
+                    client.file.read(chance.randrange(60_000))
+                    if number % 2:
+                        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                               struct.pack('ii', 1, 0))
+            self.assert_nothing_left(before)
+            self.assertEqual(self.exchange(wire, 'GET', path), (200, content))
+
+    def test_a_bit_that_flips_on_the_way(self):
+        content, chance = os.urandom(50_000), random.Random(3)
+        path = f'/data/{named(content)}'
+        for wire in self.WIRES:
+            for _ in range(20):
+                damaged = bytearray(content)
+                damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+                self.assertEqual(self.exchange(wire, 'POST', path, bytes(damaged))[0], 400)
+            self.assertEqual(self.files(), [])
+
+    def test_content_that_is_longer_or_shorter_than_announced(self):
+        content = b'content'
+        path = f'/data/{named(content)}'
+        with Wire(self.port) as client:  # what is too much is a bad request of its own
+            self.assertEqual(client.ask(post(path, content + b'\r\nx\r\n\r\n', length=len(content)))[0], 200)
+            self.assertEqual(client.answer()[0], 400)
+            self.assertTrue(client.is_closed())
+        self.assertEqual(self.exchange('HTTP/1.1', 'DELETE', path)[0], 200)
+        with Wire(self.port) as client:
+            client.send(post(path, content, length=len(content) + 1))
+            client.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(client.answer()[0], 400)
+        for announced in (len(content) - 1, len(content) + 1):
+            with Http2Wire(self.port) as client:
+                client.upload(1, path, content, ('content-length', str(announced)))
+                self.assertEqual(client.answer(), 1)  # PROTOCOL_ERROR
+        self.assertEqual(self.files(), [])
+
+    def test_5000_connections_that_are_opened_and_dropped(self):
+        before, lasting = self.resources(), Wire(self.port)
+        self.addCleanup(lasting.__exit__)
+        for number in range(5000):
+            sock = socket.create_connection(('127.0.0.1', self.port), PATIENCE)
+            if number % 2:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            sock.close()
+            if number % 500 == 0:
+                self.assertEqual(lasting.ask(get('/config'))[0], 404)
+        self.assertEqual(lasting.ask(get('/config'))[0], 404)
+        lasting.__exit__()
+        self.assert_nothing_left(before)
+        self.assertEqual([line for line in self.faults() if 'turned' not in line], [])
+
+
+class MaliceTest(FaultsTestCase):
+    """No request, however it is formed, reaches a file outside the directory or stops the service."""
+
+    SECRET = b'a file outside'
+    # Request line and fields of the classic ways to have two readers see two requests, each with
+    # content that would be a second one.
+    SMUGGLED = {
+        'CL.TE': 'Content-Length: 6\r\nTransfer-Encoding: chunked',
+        'TE.CL': 'Transfer-Encoding: chunked\r\nContent-Length: 4',
+        'TE.TE, a second coding': 'Transfer-Encoding: chunked\r\nTransfer-Encoding: x',
+        'TE.TE, identity': 'Transfer-Encoding: chunked, identity',
+        'TE.TE, xchunked': 'Transfer-Encoding: xchunked',
+        'TE.TE, quoted': 'Transfer-Encoding: "chunked"',
+        'TE.TE, a vertical tab': 'Transfer-Encoding: \x0bchunked',
+        'TE.TE, a space before the colon': 'Transfer-Encoding : chunked',
+        'TE.TE, folded': 'Transfer-Encoding:\r\n chunked',
+        'TE.TE, folded in another field': 'X: y\r\n\tTransfer-Encoding: chunked',
+        'TE.TE, a bare CR': 'X: y\rTransfer-Encoding: chunked',
+        'TE.TE, a bare LF': 'X: y\nTransfer-Encoding: chunked',
+        'TE.TE, a NUL': 'Transfer-Encoding: chunked\0',
+        'CL.CL': 'Content-Length: 5\r\nContent-Length: 6',
+        'CL.CL, a list': 'Content-Length: 5, 6',
+        'CL, a sign': 'Content-Length: +5',
+        'CL, negative': 'Content-Length: -5',
+        'CL, hexadecimal': 'Content-Length: 0x5',
+        'CL, a space within': 'Content-Length: 1 5',
+        'CL, an underscore': 'Content-Length: 1_5',
+        'CL, more than any number': f'Content-Length: {"9" * 30}',
+        'CL.0, a space before the colon': 'Content-Length : 5',
+        'a line without a colon': 'Content-Length 5',
+        'a name with a space': 'Content Length: 5',
+        'a second Host': 'Host: y',
+    }
+    # Chunks that some read otherwise; after them would come a second request.
+    CHUNKED = {
+        'a size with a sign': b'+5\r\nhello\r\n0\r\n\r\n', 'a hexadecimal size': b'0x5\r\nhello\r\n0\r\n\r\n',
+        'a size with a space': b' 5\r\nhello\r\n0\r\n\r\n', 'an underscore': b'1_0\r\nhello\r\n0\r\n\r\n',
+        'an empty size': b'\r\nhello\r\n0\r\n\r\n',
+        'a size past 64 bits': b'10000000000000005\r\nhello\r\n0\r\n\r\n',
+        'TERM.EXT, an extension that ends in LF': b'5;\nhello\r\n0\r\n\r\n',
+        'EXT.TERM, an extension with a CR': b'5;a\rb\r\nhello\r\n0\r\n\r\n',
+        'TERM.SPILL, content that ends in LF': b'5\r\nhello\n0\r\n\r\n',
+        'SPILL.TERM, content without its end': b'5\r\nhello0\r\n\r\n',
+        'ONE.TWO, two characters in place of a line end': b'5\r\nhelloXX0\r\n\r\n',
+        'a bare LF after the size': b'5\nhello\r\n0\r\n\r\n',
+        'a bare LF at the end': b'5\r\nhello\r\n0\r\n\n',
+        'a trailer with a space before the colon': b'5\r\nhello\r\n0\r\nX : y\r\n\r\n',
+        'a folded trailer': b'5\r\nhello\r\n0\r\nX: y\r\n z\r\n\r\n',
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.outside = self.folder / 'outside'
+        Store(str(self.outside)).create_repository('')
+        (self.outside / 'config').write_bytes(self.SECRET)
+        self.store.create_repository('/host')
+
+    def corpus(self):
+        """Paths of requests that mean harm."""
+        name, steps = named(b'x'), ('..', '%2e%2e', '.%2e', '%2E.', '%252e%252e', '..%2f', '..%5c', '..\\',
+                                    '%c0%ae%c0%ae', '%e0%80%ae%e0%80%ae', '%uff0e%uff0e', '..%00',
+                                    '..;', '...', '. .', '%20..', '..%20', '..%0d', '.')
+        for step in steps:
+            for depth in (1, 3):
+                for tail in ('config', 'etc/passwd', f'data/{name}', 'outside/config', 'data/', ''):
+                    yield f'/{f"{step}/" * depth}{tail}'
+                    yield f'/host/{f"{step}/" * depth}{tail}'
+                    yield f'/host/data/{f"{step}/" * depth}{tail}'
+        yield from (
+            '/etc/passwd', '//etc/passwd', '/%2fetc%2fpasswd', '/host//config', '/host/config/',
+            '/host/%00config',
+            '/host/config%00', '/host/config%00.txt', '/host/data/%00', f'/host/data/{name}%00', '/%', '/%zz',
+            f'/host/data/{name[:2]}/{name}', f'/host/data/{name.upper()}', f'/host/data/{name}/..',
+            f'/host/data/{name}.', f'/host/data/{name} ', f'/host/data/{name}%20', '/host\\config',
+            '/host%5cconfig', '/C:/config', '/host/config:stream', '/host/config::$DATA', '/CON/config',
+            '/NUL', '/dev/null', '/proc/self/environ', '/proc/self/fd/0', '/host/.restic_serve/config',
+            '/.restic_serve/config', '/.restic_serve/scrub.json', '/%2erestic_serve/keys/',
+            f'/{"a" * 5000}/config', f'/{"a/" * 2000}config', f'/{"%61" * 300}/config', f'/{"a/" * 70}config',
+            '/\u202e/config', '/\ufeff/config', '/%ed%a0%80/config', '/%f4%90%80%80/config', '/%ff%fe/config',
+            '/host/data', '/host/data/..%c0%af',
+            '/*', '*', 'config', '?', '/?../config', '/host/config?x=/../y',
+            '/host/config#x', '/host/;/config', '/host/config;x', '/~root/config', '/$HOME/config',
+            '/`id`/config', '/host/data/*', '/host/data/[0-9]', 'http://x/../config', 'http://x//config',
+            'file:///etc/passwd', '/http://x/config', '/out/config', '/out/', f'/out/data/{name}',
+            '/out/data/',
+            '/out/keys/', '/deep/out/config', '/deep/out/new/config', '/out/new/?create=true',
+            '/out?create=true', '/deep/out/x/y/z/?create=true', '/host/config', f'/host/keys/{name}',
+            f'/host/data/{named(b"link")}')
+
+    def test_no_path_leads_out_of_the_directory(self):
+        (self.root / 'deep').mkdir()
+        for link in (self.root / 'out', self.root / 'deep/out'):
+            link.symlink_to(self.outside)
+        for link in (self.root / 'host/config', self.root / f'host/keys/{named(b"x")}',
+                     self.root / f'host/data/{named(b"link")[:2]}/{named(b"link")}'):
+            link.symlink_to(self.outside / 'config')
+        for wire in self.WIRES:  # what is imported when it is needed
+            self.exchange(wire, 'GET', '/%61/config')
+        events, listening = [], [True]
+
+        def hook(event, args):
+            if listening and event in ('open', 'os.listdir', 'os.scandir', 'os.mkdir', 'os.remove',
+                                       'os.rename', 'os.link', 'os.chmod', 'os.rmdir', 'os.truncate'):
+                events.extend((event, os.fsdecode(path)) for path in args
+                              if isinstance(path, (str, bytes)) and len(path) > 3)
+
+        before, corpus = self.tree(self.outside), list(self.corpus())
+        sys.addaudithook(hook)
+        try:
+            for wire in self.WIRES:
+                for path in corpus:
+                    for method in ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'OPTIONS', 'BREW'):
+                        with self.subTest(wire=wire, method=method, path=path):
+                            self.check_path(wire, method, path)
+        finally:
+            listening.clear()
+        root = os.path.realpath(self.root)
+        out = {(event, path) for event, path in events
+               if not path.startswith(self.TEMPORARY) and path.startswith('/')
+               # a link in the last place is opened by nobody: the flags forbid it
+               and not os.path.realpath(os.path.dirname(path)).startswith(root)
+               and os.path.realpath(path) != root}
+        self.assertEqual(out, set())
+        self.assertTrue(any(path.startswith(str(self.root)) for _, path in events))
+        self.assertEqual(self.tree(self.outside), before)
+        self.assertEqual((self.outside / 'config').read_bytes(), self.SECRET)
+
+    def tree(self, folder):
+        return sorted(str(path) for path in folder.rglob('*'))
+
+    def check_path(self, wire, method, path):
+        # as a client would send it: nothing that ends the request line
+        path = ''.join(character if ' ' < character < '\x7f' or wire == 'HTTP/2' and character == ' '
+                       else ''.join(f'%{byte:02x}' for byte in character.encode()) for character in path)
+        status, content = self.exchange(wire, method, path, b'x' if method == 'POST' else b'')
+        self.assertTrue(status < 500 or status == 501, (status, content))
+        self.assertNotIn(self.SECRET, content)
+        self.assertNotIn(b'root:', content)
+
+    def test_requests_cannot_be_smuggled(self):
+        second = b'GET /host/keys/ HTTP/1.1\r\nHost: x\r\n\r\n'
+        for name, lines in self.SMUGGLED.items():
+            with self.subTest(name):
+                head = f'POST /host/config HTTP/1.1\r\nHost: x\r\n{lines}\r\n\r\n'
+                self.check_smuggled(head.encode('latin-1') + b'0\r\n\r\n' + second)
+        for name, chunks in self.CHUNKED.items():
+            with self.subTest(name):
+                self.check_smuggled(b'POST /host/config HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked'
+                                    b'\r\n\r\n' + chunks + second)
+        for name, head in {
+                'TE.CL in HTTP/1.0': b'POST /host/config HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n',
+                'two request lines': b'GET / HTTP/1.1\r\nGET /host/keys/ HTTP/1.1\r\nHost: x\r\n\r\n',
+                'a space in the target': b'GET /host/keys/ HTTP/1.1 HTTP/1.1\r\nHost: x\r\n\r\n',
+                'a version of its own': b'GET / HTTP/1.1x\r\nHost: x\r\n\r\n'}.items():
+            with self.subTest(name):
+                self.check_smuggled(head + second)
+        # CL.0 and 0.CL: content that nobody wants is read as content, and once
+        for method in ('GET', 'DELETE', 'HEAD', 'OPTIONS', 'PUT'):
+            with self.subTest('CL.0', method=method), Wire(self.port) as wire:
+                wire.send(get('/host/keys/', f'Content-Length: {len(second)}', method=method), second,
+                          get('/none/config'))
+                self.assertIsNotNone(wire.answer(head_only=method == 'HEAD'))
+                self.assertEqual(wire.answer()[0], 404)
+        self.assertFalse((self.root / 'host/config').exists())
+
+    def check_smuggled(self, data):
+        """It is refused, and what follows is no request."""
+        with Wire(self.port) as wire:
+            wire.send(data)
+            self.assertIn(wire.answer()[0], (400, 501, 505))
+            self.assertTrue(wire.is_closed())
+
+    def test_requests_cannot_be_smuggled_by_http_2(self):
+        second = b'0\r\n\r\nGET /host/keys/ HTTP/1.1\r\nHost: x\r\n\r\n'
+        for name, (path, *more) in {
+                'H2.CL': ('/host/config', ('content-length', '0')),
+                'H2.TE': ('/host/config', ('transfer-encoding', 'chunked')),
+                'a header by a line end in a value': (
+                    '/host/config', ('x', 'y\r\ntransfer-encoding: chunked')),
+                'a header by a line end in a name': (
+                    '/host/config', ('x: y\r\ntransfer-encoding', 'chunked')),
+                'a request line in the path': ('/host/config HTTP/1.1\r\nX: y',),
+                'a colon in a name': ('/host/config', ('transfer-encoding: chunked\r\nx', 'y'))}.items():
+            with self.subTest(name), Http2Wire(self.port) as wire:
+                wire.upload(1, path, second, *more)
+                self.assertEqual(wire.answer(), 1)  # PROTOCOL_ERROR
+                wire.send(headers(3))
+                self.assertEqual(wire.answer(3)[0], 404)
+        self.assertFalse((self.root / 'host/config').exists())
+
+    # ---- mutants ----
+
+    def survive(self, attack):
+        """Have a number of connections attacked by four threads; nothing stays of it."""
+        with Wire(self.port) as wire, Http2Wire(self.port) as other:  # what is imported when it is needed
+            wire.ask(get('/'))
+            other.send(headers(1))
+            other.answer()
+        chances = [random.Random(number) for number in range(4)]
+        for chance in chances:
+            attack(chance)
+        self.assert_nothing_left((threading.active_count(), 1 << 20))
+        before, memory = self.resources(), self.memory()
+        errors = []
+
+        def run(chance):
+            try:
+                for _ in range(FUZZED // len(chances)):
+                    attack(chance)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(chance,)) for chance in chances]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        self.assert_nothing_left(before)
+        self.assertLess(self.memory() - memory, 64 << 20)
+        found = [line for line in self.faults() if re.search('Error|Exception|internal|failed', line)]
+        self.assertEqual(found, [])
+        self.assertEqual(self.exchange('HTTP/1.1', 'GET', '/none/config')[0], 404)
+        self.assertEqual(self.exchange('HTTP/2', 'GET', '/none/config')[0], 404)
+
+    def mutate(self, chance, data):
+        """Bytes with a few faults."""
+        data = bytearray(data)
+        pieces = (b'\r\n', b'\n', b'\r', b'\0', b':', b' ', b'\t', b'\xff', b'%', b'%2e', b'/', b'0', b'-1',
+                  b'Content-Length: 5\r\n', b'Transfer-Encoding: chunked\r\n', b'Expect: 100-continue\r\n',
+                  b'Connection: close\r\n', b'Range: bytes=1-\r\n', b'HTTP/1.0', b'99999999999999999999')
+        for _ in range(chance.randint(1, 4)):
+            at, length = chance.randrange(len(data) + 1), chance.randint(0, 12)
+            kind = chance.randrange(6)
+            if kind == 0 and at < len(data):
+                data[at] ^= 1 << chance.randrange(8)
+            elif kind == 1:
+                del data[at:at + length]
+            elif kind == 2:
+                data[at:at] = chance.choice(pieces)
+            elif kind == 3:
+                data[at:at] = data[at:at + length] * chance.randint(1, 9)
+            elif kind == 4:
+                data[at:at + length] = bytes(chance.randrange(256) for _ in range(length))
+            elif chance.random() < 0.3:
+                del data[at:]
+        return bytes(data)
+
+    def test_mutants_on_http_1(self):
+        stored, name = self.put(b'content', 'data', '/host'), named(b'other')
+        requests = [get(stored), get(stored, 'Range: bytes=2-4'), get(stored, method='HEAD'),
+                    get('/host/data/'), get('/host/config'),
+                    get('/host/data/', f'Accept: {V2}', 'Connection: close'),
+                    post(f'/host/keys/{name}', b'other'), post('/host/config', b'config'),
+                    get(f'/host/keys/{name}', method='DELETE'), get('/a%20b/config', method='DELETE'),
+                    post(f'/host/keys/{name}', b'other', 'Expect: 100-continue'),
+                    b'POST /host/locks/%b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
+                    b'3;x=y\r\noth\r\n2\r\ner\r\n0\r\nTrailer: x\r\n\r\n' % name.encode(),
+                    b'GET http://x/host/config HTTP/1.1\r\nHost: x\r\n\r\n',
+                    b'OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n',
+                    b'GET /host/config HTTP/1.0\r\nConnection: keep-alive\r\n\r\n']
+
+        def attack(chance):
+            data = b''.join(self.mutate(chance, chance.choice(requests)) if chance.random() < 0.8
+                            else chance.choice(requests) for _ in range(chance.randint(1, 3)))
+            with Wire(self.port) as wire, contextlib.suppress(ConnectionError):
+                wire.send(data)
+                wire.sock.shutdown(socket.SHUT_WR)
+                answers = wire.file.read()
+                for status in re.findall(rb'^HTTP/1\.1 (\d+)', answers, re.MULTILINE):
+                    self.assertTrue(status < b'500' or status in (b'501', b'505'), (data, answers))
+
+        self.survive(attack)
+
+    def test_mutants_on_http_2(self):
+        stored, name = self.put(b'content', 'data', '/host'), named(b'other')
+        blocks = [fields('GET', stored), fields('HEAD', stored), fields('GET', '/host/data/', ('accept', V2)),
+                  fields('POST', f'/host/keys/{name}', ('content-length', '5')),
+                  fields('DELETE', f'/host/keys/{name}'), fields('POST', '/host/config'),
+                  fields('GET', stored, ('range', 'bytes=2-4')),
+                  fields('POST', f'/host/locks/{name}', ('expect', '100-continue')), b'\x3f\xe1\x1f', b'\xbe']
+
+        def one_frame(chance):
+            kind, number = chance.randrange(11), chance.choice((0, 1, 1, 1, 3, 3, 5, 7, 2, 1 << 30))
+            flags = chance.choice((0, END_STREAM, END_HEADERS, 5, 5, 5, PADDED, PRIORITIZED, 0xff))
+            payload = (chance.choice(blocks) if kind in (HEADERS, CONTINUATION) else
+                       chance.choice((b'other', b'oth', b'', b'\x02other\0\0')) if kind == DATA else
+                       bytes(chance.randrange(256) for _ in range(chance.choice((0, 4, 4, 5, 6, 8, 12)))))
+            if chance.random() < 0.3:
+                kind, payload = HEADERS, chance.choice(blocks)
+            if chance.random() < 0.3:
+                payload = self.mutate(chance, payload)
+            data = frame(kind, flags, number, payload)
+            return self.mutate(chance, data) if chance.random() < 0.1 else data
+
+        def attack(chance):
+            data = restic_serve.PREFACE + settings((4, chance.choice((0, 3, 65535)))) + b''.join(
+                one_frame(chance) for _ in range(chance.randint(1, 8)))
+            with Wire(self.port) as wire, contextlib.suppress(ConnectionError):
+                wire.send(data)
+                wire.sock.shutdown(socket.SHUT_WR)
+                answers = wire.file.read()
+                while len(answers) >= 9:
+                    length, _, _ = struct.unpack('>IBI', answers[:9])
+                    kind, payload = length & 255, answers[9:9 + (length >> 8)]
+                    self.assertEqual(len(payload), length >> 8, (data, answers))
+                    code = payload[-4:] if kind == RST_STREAM else payload[4:8] if kind == GOAWAY else b''
+                    self.assertNotEqual(code, word(2), (data, answers))  # INTERNAL_ERROR
+                    answers = answers[9 + (length >> 8):]
+
+        self.survive(attack)
+
+
+def running_max(pairs):
+    """The firsts of pairs in their order, and with each the largest second so far."""
+    ordered = sorted(pairs)
+    return ([first for first, _ in ordered],
+            list(itertools.accumulate((second for _, second in ordered), max)))
+
+
+def latest(found, limit):
+    """The largest second of the pairs whose first is below a limit, or 0."""
+    place = bisect.bisect_left(found[0], limit)
+    return found[1][place - 1] if place else 0
+
+
+class AtOnceTest(TestCase):
+    """Many clients, several servers: what each is told is true for all of them."""
+
+    def serve(self, *words):
+        server = Program('--addr', '127.0.0.1:0', *words, self.root)
+        self.addCleanup(server.__exit__)
+        self.assertTrue(server.url, server.lines)
+        return server
+
+    def run_at_once(self, function, jobs):
+        """Results of a function in as many threads as there are jobs."""
+        results, errors = [], []
+
+        def run(job):
+            try:
+                results.append(function(*job))
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    def test_100_uploads_of_one_object_store_it_once_and_all_are_told_so(self):
+        content = os.urandom(200_000)
+        path, together = f'/host/data/{named(content)}', threading.Barrier(100)
+        servers = [self.serve(), self.serve()]
+
+        def upload(port):
+            with Wire(port) as wire:
+                together.wait(PATIENCE)
+                return wire.ask(post(path, content))[0]
+
+        statuses = self.run_at_once(upload, [(servers[number % 2].port,) for number in range(100)])
+        self.assertEqual(statuses, [200] * 100)
+        self.assertEqual(self.files(), [f'host/data/{named(content)[:2]}/{named(content)}'])
+
+    def test_uploads_lists_and_deletes_of_the_same_names_agree_with_a_model(self):
+        seconds = 60 if FUZZED == 20_000 else 3
+        servers = [self.serve(), self.serve()]
+        contents = [os.urandom(200 + 3000 * number) for number in range(5)]
+        end = time.monotonic() + seconds
+
+        def client(number):
+            chance, done = random.Random(number), []
+            wires = [Wire(server.port) for server in servers]
+            with wires[0], wires[1]:
+                while time.monotonic() < end:
+                    wire, content = chance.choice(wires), chance.choice(contents)
+                    path, what = f'/host/keys/{named(content)}', chance.choice('PPDDGGL')
+                    request = {'P': post(path, content), 'D': get(path, method='DELETE'), 'G': get(path),
+                               'L': get('/host/keys/', f'Accept: {V2}')}[what]
+                    begin = time.monotonic()
+                    status, _, answer = wire.ask(request)
+                    done.append((begin, time.monotonic(), what, content, status, answer))
+            return done
+
+        done = sum(self.run_at_once(client, [(number,) for number in range(16)]), [])
+        for content in contents:
+            self.check_history(content, done)
+        self.assertGreater(len(done), 100 * seconds / 3)
+        self.assertLessEqual(len(self.files()), len(contents))
+
+    def check_history(self, content, done):
+        """What reads and lists saw of an object is what some order of the writes would show."""
+        uploads, deletes = [], []
+        for begin, end, what, which, status, _ in done:
+            if what in 'PD' and which == content:
+                self.assertEqual(status, 200)
+                (uploads if what == 'P' else deletes).append((begin, end))
+        # Of both: ends in their order, with the latest begin so far; and the other way round.
+        ended = [running_max((end, begin) for begin, end in changes) for changes in (deletes, uploads)]
+        begun = [running_max(changes) for changes in (deletes, uploads)]
+        for begin, end, what, which, status, answer in done:
+            if what == 'G' and which == content:
+                self.assertIn(status, (200, 404))
+                seen = status == 200
+                if seen:
+                    self.assertEqual(answer, content)
+            elif what == 'L':
+                sizes = {entry['name']: entry['size'] for entry in json.loads(answer)}
+                seen = named(content) in sizes
+                if seen:
+                    self.assertEqual(sizes[named(content)], len(content))
+            else:
+                continue
+            # The last change the other way that was surely over must have been undone since.
+            over = latest(ended[not seen], begin)
+            undone = latest(begun[seen], end)
+            if seen or over:
+                self.assertGreater(undone, over, (what, begin, end))
+
+
+class DeathTest(ResticTestCase):
+    """A server that dies at any moment takes nothing with it that it had answered for."""
+
+    find_restic = staticmethod(lambda: peer('restic'))
+
+    def test_no_success_is_said_before_the_disk_has_it(self):
+        strace, trace = program('strace'), self.folder / 'trace'
+        server = Program('--addr', '127.0.0.1:0', '--workers', '1', self.root, before=[
+            strace, '-f', '-y', '-o', trace, '-e', 'trace=fsync,linkat,sendto,sendmsg,rename,renameat'])
+        self.addCleanup(server.__exit__)
+        if not server.url:
+            self.skipTest(f'nothing can be traced here: {server.lines}')
+        contents = [os.urandom(size) for size in (1, 600, 70_000, 3 << 20)]
+        with Wire(server.port) as wire:
+            self.assertEqual(wire.ask(post('/?create=true', b''))[0], 200)
+            for content in contents:
+                self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 200)
+        os.kill(int(subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
+                                   capture_output=True, text=True).stdout), signal.SIGTERM)
+        server.process.wait(PATIENCE)
+        events, begun = [], {}
+        for line in trace.read_text(errors='replace').splitlines():
+            pid, call = line.split(None, 1)
+            if call.endswith('<unfinished ...>'):
+                begun[pid] = call[:-len('<unfinished ...>')]
+                continue
+            resumed = re.match(r'<\.\.\. \w+ resumed>(.*)', call)
+            call = begun.pop(pid, '') + resumed[1] if resumed else call
+            if re.search(r'= \d+(<.*>)?$', call):
+                events.append(call)
+        answers = [number for number, call in enumerate(events) if '"HTTP/1.1 200' in call]
+        self.assertEqual(len(answers), 1 + len(contents))
+        for first, last, content in zip(answers, answers[1:], contents):
+            steps = events[first + 1:last]
+            folder = f'{self.root}/data/{named(content)[:2]}'
+            self.assertEqual(len(steps), 3, steps)
+            self.assertRegex(steps[0], rf'^fsync\(\d+<{re.escape(folder)}/#\d+.*deleted')
+            self.assertRegex(steps[1], rf'^linkat\(.*{named(content)}"')
+            self.assertRegex(steps[2], rf'^fsync\(\d+<{re.escape(folder)}>\)')
+
+    @long
+    def test_killed_at_any_moment_of_a_backup(self):
+        chance, port = random.Random(4), 0
+        server, url = None, ''
+        self.source.joinpath('much').mkdir()
+        for number in range(50):
+            if server is None:
+                server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
+                self.addCleanup(server.__exit__)
+                self.assertTrue(server.url, server.lines)
+                port, url = server.port, self.address(server, 'host/')
+                self.assertFalse([name for name in self.files() if 'upload-' in name])
+            if not number:
+                self.restic(url, 'init')
+            for part in range(4):
+                (self.source / f'much/{part}').write_bytes(os.urandom(8 << 20))
+            result = []
+            backup = threading.Thread(target=lambda url=url, done=result: done.extend(
+                self.restic(url, 'backup', self.source, check=False)))
+            backup.start()
+            backup.join(chance.uniform(0, 1.2))
+            whom = number % 3
+            if whom == 0:       # a worker: another takes its place
+                children = self.children(server)
+                os.kill(chance.choice(children), signal.SIGKILL)
+            else:
+                children = self.children(server) if whom == 1 else []   # all of them, or the parent alone
+                for pid in [server.process.pid, *children]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                server.__exit__()
+                server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
+                self.addCleanup(server.__exit__)
+                self.assertTrue(server.url, server.lines)
+            backup.join()
+            if result[0]:  # restic had not yet begun to try again, or a lock was lost
+                self.restic(url, 'unlock', '--remove-all')
+                self.restic(url, 'backup', self.source)
+            if number % 10 == 9:
+                self.restic(url, 'unlock', '--remove-all')
+                self.assert_sound(url)
+                self.restic(url, 'forget', '--keep-last', '2', '--prune')
+        self.check_restore(url)
+        self.assertFalse([name for name in self.files() if 'upload-' in name])
+
+    def children(self, server):
+        found = subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
+                               capture_output=True, text=True).stdout
+        return [int(word) for word in found.split()]
+
+    def test_what_a_killed_upload_left_is_removed_at_the_next_start(self):
+        hidden = self.root / restic_serve.HIDDEN
+        script = ('import sys, restic_serve\nsys.argv[0] = "restic_serve"\n'
+                  'del restic_serve.os.O_TMPFILE\nrestic_serve.run()')
+        for number in range(2):
+            process = subprocess.Popen(
+                [sys.executable, '-c', script, '--addr', '127.0.0.1:0', '--workers', '1', str(self.root)],
+                cwd=Path(MODULE).parent, stderr=subprocess.PIPE, text=True, env=clean_environment())
+            self.addCleanup(process.kill)
+            with process, process.stderr:
+                words = (re.search(r'restic -r rest:http://127.0.0.1:(\d+)', line)
+                         for line in process.stderr)
+                port = int(next(filter(None, words))[1])
+                left = self.files(hidden)
+                with Wire(port) as wire:
+                    content = os.urandom(1000)
+                    wire.send(post(f'/data/{named(content)}', content)[:-1])
+                    self.wait_until(lambda left=left: self.files(hidden) != left, 'an upload under way')
+                    process.send_signal((signal.SIGKILL, signal.SIGTERM)[number])
+            self.assertEqual(left, [])
+        self.assertEqual(self.files(), [])
+
+    def test_two_servers_and_a_local_restic_on_one_directory(self):
+        urls = [self.address(self.serve(), 'host/') for _ in range(2)]
+        places = [*urls, self.root / 'host']
+        self.restic(places[0], 'init')
+        done = []
+
+        def backup(number, place):
+            done.append(self.restic(place, 'backup', '--host', f'host{number}', self.source, check=False,
+                                    RESTIC_CACHE_DIR=str(self.folder / f'cache{number}')))
+
+        threads = [threading.Thread(target=backup, args=job) for job in enumerate(places)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([status for status, _ in done], [0, 0, 0], done)
+        for place in places:
+            self.assertEqual(len(self.snapshots(place)), 3)
+            self.assert_sound(place)
+        self.restic(places[1], 'forget', '--host', 'host0', '--keep-last', '1', '--group-by', '', '--prune')
+        self.check_restore(places[0])
+
+
+@long
+class SharedFileSystemTest(ResticTestCase):
+    """Two servers on two mounts of one replicated file system, behind a load balancer."""
+
+    find_restic = staticmethod(lambda: peer('restic'))
+
+    def gluster(self, *words):
+        """What the command line of GlusterFS says; it must not fail."""
+        done = self.run_gluster(*words)
+        self.assertEqual(done.returncode, 0, (words, done.stdout))
+        return done.stdout
+
+    def run_gluster(self, *words):
+        return subprocess.run([program('gluster'), '--mode=script', *words], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+
+    def setUp(self):
+        super().setUp()
+        if os.geteuid() != 0 or not os.path.exists('/dev/fuse'):
+            self.skipTest('this machine cannot mount FUSE, or we are not root')
+        daemon = program('glusterd')
+        if self.run_gluster('volume', 'list').returncode:
+            for folder in ('/var/lib/glusterd', '/var/log/glusterfs', '/run/gluster'):
+                os.makedirs(folder, exist_ok=True)
+            process = subprocess.Popen([daemon, '-N'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.addCleanup(process.wait)
+            self.addCleanup(process.terminate)
+            self.wait_until(lambda: not self.run_gluster('volume', 'list').returncode, 'glusterd')
+        self.volume = f'restic-serve-{os.getpid()}'
+        self.bricks = [f'{socket.gethostname()}:{self.folder}/brick{number}' for number in range(3)]
+        self.gluster('volume', 'create', self.volume, 'replica', '3', *self.bricks, 'force')
+        self.addCleanup(self.gluster, 'volume', 'delete', self.volume)
+        self.gluster('volume', 'set', self.volume, 'network.ping-timeout', '5')
+        self.gluster('volume', 'start', self.volume)
+        self.addCleanup(self.gluster, 'volume', 'stop', self.volume, 'force')
+        self.mounts = [self.folder / f'mount{number}' for number in range(2)]
+        for path in self.mounts:
+            path.mkdir()
+            words = ['mount', '-t', 'glusterfs', f'{socket.gethostname()}:/{self.volume}', path]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                self.skipTest(f'this machine cannot mount FUSE: {done.stderr}')
+            self.addCleanup(subprocess.run, ['umount', '-l', path])
+
+    def test_a_backup_goes_on_while_a_server_and_a_brick_die(self):
+        servers = [self.serve(root=path) for path in self.mounts]
+        text = README.read_text(encoding='utf-8')
+        configuration = re.search(r'```haproxy\n(.*?)```', text, re.DOTALL)[1]
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            port = sock.getsockname()[1]
+        for here, there in (('bind :8080', f'bind 127.0.0.1:{port}'),
+                            ('server one 10.0.0.1:8080', f'server one 127.0.0.1:{servers[0].port}'),
+                            ('server two 10.0.0.2:8080', f'server two 127.0.0.1:{servers[1].port}')):
+            self.assertIn(here, configuration)
+            configuration = configuration.replace(here, there)
+        (self.folder / 'haproxy.cfg').write_text(configuration)
+        balancer = subprocess.Popen([program('haproxy'), '-f', self.folder / 'haproxy.cfg'],
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(balancer.wait)
+        self.addCleanup(balancer.kill)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
+        url = f'rest:http://127.0.0.1:{port}/host/'
+        self.restic(url, 'init')
+        for number in range(24):
+            (self.source / f'more {number}').write_bytes(os.urandom(8 << 20))
+        result = []
+        backup = threading.Thread(target=lambda: result.extend(
+            self.restic(url, 'backup', '--limit-upload', '40000', self.source, check=False)))
+        backup.start()
+        packs = self.mounts[1] / 'host/data'
+        self.wait_until(lambda: len(list(packs.glob('??/*'))) > 2, 'some packs')
+        servers[0].stop(signal.SIGKILL)
+        self.wait_until(lambda: len(list(packs.glob('??/*'))) > 5 or result, 'more packs')
+        status = self.gluster('volume', 'status', self.volume)
+        os.kill(int(re.search(r'^Brick .*brick1 .* (\d+) *$', status, re.MULTILINE)[1]), signal.SIGKILL)
+        backup.join()
+        self.assertEqual(result[0], 0, result)
+        self.assert_sound(url)
+        self.check_restore(url)
+        self.assertEqual(len(self.snapshots(self.mounts[1] / 'host')), 1)
 
 
 class ReadmeTest(unittest.TestCase):
