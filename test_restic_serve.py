@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import os
 import random
 import re
@@ -2397,7 +2398,8 @@ class Http1Test(WireTestCase):
         small, large = self.put(b'content'), self.put(bytes(1 << 20))
         with mock.patch.object(restic_serve, '_read_at', side_effect=OSError(errno.EIO, 'by a test')):
             self.assertEqual(self.ask(get(small))[0], 500)
-        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EIO, 'made by a test')):
+        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EIO, 'made by a test')), \
+                mock.patch.object(restic_serve, 'is_near', return_value=False):
             wire = self.connect()
             with self.assertRaises((ConnectionResetError, AssertionError)):
                 self.assertEqual(len(wire.ask(get(large))[2]), 1 << 20)
@@ -2412,10 +2414,60 @@ class Http1Test(WireTestCase):
                 return 0
             return real(out, source, offset, 1 << 16)
 
-        with mock.patch.object(os, 'sendfile', sendfile):
+        with mock.patch.object(os, 'sendfile', sendfile), \
+                mock.patch.object(restic_serve, 'is_near', return_value=False):
             wire = self.connect()
             with self.assertRaises((ConnectionResetError, AssertionError)):
                 self.assertEqual(len(wire.ask(get(path))[2]), 8 << 20)
+
+    def test_a_file_that_becomes_shorter_on_its_way_to_this_host_is_broken_off(self):
+        path = self.put(bytes(8 << 20))
+        file = f'{self.root}{path[:6]}{path[6:8]}/{path[6:]}'
+        real = mmap.mmap
+
+        def before(*words, **more):
+            os.truncate(file, 4096)
+            return real(*words, **more)
+
+        def after(*words, **more):
+            window = real(*words, **more)
+            os.truncate(file, 4096)
+            return window
+
+        for shorten in (before, after):
+            os.truncate(file, 8 << 20)
+            with mock.patch.object(mmap, 'mmap', shorten):
+                wire = self.connect()
+                with self.assertRaises((ConnectionResetError, AssertionError)):
+                    self.assertEqual(len(wire.ask(get(path))[2]), 8 << 20)
+            self.assertIn('became shorter', self.log[-1])
+            self.assertEqual(self.ask(get(path))[0], 200)
+
+    def test_a_download_that_cannot_be_mapped(self):
+        content = os.urandom(5 << 20)
+        path = self.put(content)
+        with mock.patch.object(mmap, 'mmap', side_effect=OSError(errno.ENOMEM, 'made by a test')):
+            self.assertEqual(self.ask(get(path))[2], content)
+
+    def test_downloads_to_near_and_far(self):
+        content = os.urandom((9 << 20) + 1)
+        path = self.put(content)
+        for near in (True, False):
+            with mock.patch.object(restic_serve, 'is_near', return_value=near):
+                wire = self.connect()
+                self.assertEqual(wire.ask(get(path))[2], content)
+                for first in (1, 4095, 4097, (2 << 20) + 7):
+                    self.assertEqual(wire.ask(get(path, f'Range: bytes={first}-'))[2], content[first:])
+
+    def test_who_is_near(self):
+        def end(own, peer):
+            return mock.Mock(family=socket.AF_INET, getsockname=mock.Mock(return_value=(own, 80)),
+                             getpeername=mock.Mock(side_effect=[(peer, 9)] if peer else OSError))
+
+        self.assertTrue(restic_serve.is_near(self.connect().sock))  # a unix socket
+        self.assertTrue(restic_serve.is_near(end('192.0.2.1', '192.0.2.1')))
+        self.assertFalse(restic_serve.is_near(end('192.0.2.1', '192.0.2.2')))
+        self.assertFalse(restic_serve.is_near(end('192.0.2.1', '')))
 
     def test_first_chunks_leave_before_the_list_is_read(self):
         go_on = threading.Event()
@@ -6295,6 +6347,7 @@ class DiskFaultsTest(FaultsTestCase):
                 self.assertEqual(self.exchange(wire, 'GET', '/data/')[0], 500)
             self.assertEqual(len(self.faults()), 2, self.faults())
             with mock.patch.object(os, 'sendfile', **failing), \
+                    mock.patch.object(restic_serve, 'is_near', return_value=False), \
                     mock.patch.object(restic_serve, '_read_at', **failing), \
                     contextlib.suppress(ConnectionResetError, AssertionError):
                 status, content = self.exchange(wire, 'GET', large)
