@@ -3247,6 +3247,8 @@ SETTLED = 8                  # small requests after a transfer
 PIPE_BYTES = 1 << 20         # that a pipe is asked to hold: what Linux allows anyone
 PIPE_LINGER = 100            # milliseconds without input after which there will be no more
 _F_SETPIPE_SZ = 1031         # fcntl(2); the module names it from 3.10 on
+RECORDS_BYTES = 256 * 1024   # of TLS records in memory at a time
+RECORD_OVERHEAD = 512        # bytes around the content of small ones
 LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
 LINGER_SECONDS = 5           # and as long nothing may come,
 LINGER_MOST_SECONDS = 60     # and so long at the most
@@ -3296,7 +3298,7 @@ class Connection:
 
     IDLE, READING, WRITING = range(3)
 
-    def __init__(self, sock: socket.socket | Pipes, peer: Peer, seconds: float,
+    def __init__(self, sock: socket.socket | Tls | Pipes, peer: Peer, seconds: float,
                  bandwidth: Optional[Bandwidth] = None) -> None:
         """`seconds`: how long the first request is waited for."""
         self.peer = peer
@@ -3306,10 +3308,10 @@ class Connection:
         self.stopping = False
         self._bandwidth = bandwidth
         self.wire: Optional[Http2] = None   # that looks after the time limits itself
-        self._sock: Any = sock      # an ssl.SSLSocket where TLS is spoken
         self._io: Any = sock        # what receives and sends
-        self._tls = hasattr(sock, 'do_handshake')
-        self._plain: Any = super(type(sock), sock) if self._tls else sock  # below TLS
+        self._tls = sock if isinstance(sock, Tls) else None
+        self._sock: Any = self._tls.sock if self._tls else sock     # below TLS
+        self._shared: Optional[SharedSocket] = None
         self._roams: Optional[bool] = None  # not known before it is asked for
         self._small = SETTLED               # requests since a transfer
         self._closing = threading.Lock()
@@ -3331,23 +3333,23 @@ class Connection:
         """Begin TLS, where it is spoken.  Raises Gone."""
         if self._tls:
             try:
-                self._sock.do_handshake()
+                self.peer.user = self._tls.shake_hands()
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
-            names = dict(part[0] for part in (self._sock.getpeercert() or {}).get('subject', ()))
-            self.peer.user = names.get('commonName', '')
 
     def speaks_http2(self) -> bool:
         """Whether the handshake has settled on HTTP/2 (RFC 9113 3.3)."""
-        agreed = getattr(self._sock, 'selected_alpn_protocol', lambda: None)
+        agreed = getattr(self._io, 'selected_alpn_protocol', lambda: None)
         return agreed() == 'h2'
 
     def share(self, wire: Http2) -> None:
         """From now on one thread receives while others send; `wire` ends what takes too long."""
-        if self._tls:
-            self._io = SharedTls(self._sock)
-        elif isinstance(self._sock, socket.socket):
-            self._io = SharedSocket(self._sock)
+        if isinstance(self._sock, socket.socket):
+            self._shared = SharedSocket(self._sock)
+            if self._tls:
+                self._tls.below = self._shared
+            else:
+                self._io = self._shared
         self.wire = wire
 
     def receive(self, limit: int) -> bytes:
@@ -3383,7 +3385,7 @@ class Connection:
                 part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
                 self._bandwidth.wait(Bandwidth.SENT, len(part))
             try:
-                self._io.sendall(part, _MORE if more and not self._tls else 0)
+                self._io.sendall(part, _MORE if more else 0)
             except OSError as error:
                 raise Gone(f'sending: {error}') from None
             view = view[len(part):]
@@ -3414,7 +3416,7 @@ class Connection:
             elif direct:
                 direct = self._send_direct(content, limit)
             else:
-                self.transmit(content.read(COPY_BYTES))
+                self.transmit(content.read(RECORDS_BYTES if self._tls else COPY_BYTES))
 
     def _send_mapped(self, content: FileSlice) -> bool:
         """Send some of a slice to this host by a copy of the file's pages in memory: whoever gets
@@ -3463,13 +3465,11 @@ class Connection:
         left, end = LINGER_BYTES, time.monotonic() + LINGER_MOST_SECONDS
         view = memoryview(bytearray(SMALL_BYTES))
         try:
-            if self._tls:  # RFC 8446 6.1: close_notify, and wait for the client's
-                with contextlib.suppress(OSError):
-                    self._io.unwrap()
-                self._sock.setblocking(True)
-            self._plain.shutdown(socket.SHUT_WR)
+            if self._tls:
+                self._tls.end_output()
+            self._sock.shutdown(socket.SHUT_WR)
             while left > 0:
-                count = self._plain.recv_into(view)
+                count = self._sock.recv_into(view)
                 if not count:
                     break
                 left -= count
@@ -3507,7 +3507,7 @@ class Connection:
 
     def end_input(self) -> None:
         """Let the thread that receives find the end of input."""
-        end_input = getattr(self._io, 'end_input', None)
+        end_input = getattr(self._shared or self._sock, 'end_input', None)
         if end_input:
             end_input()
         else:
@@ -3525,8 +3525,8 @@ class Connection:
     def close(self) -> None:
         with self._closing:
             self._sock.close()
-            if self._io is not self._sock:
-                self._io.close()
+            if self._shared:
+                self._shared.close()
 
     def _reset_at_close(self) -> None:
         with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
@@ -3534,9 +3534,8 @@ class Connection:
 
     def _shutdown(self, how: int) -> None:
         # The lock: never the descriptor of another connection that came after this one.
-        # Not SSLSocket's own shutdown, which would make its thread read and send plain text.
         with self._closing, contextlib.suppress(OSError):
-            self._plain.shutdown(how)
+            self._sock.shutdown(how)
 
 
 class Alarm:
@@ -3582,62 +3581,118 @@ class SharedSocket:
         self._sock = sock
         self._alarm = Alarm()
 
+    def recv(self, limit: int) -> bytes:
+        data: bytes = self._when_readable(self._sock.recv, limit, _AT_ONCE) or b''
+        return data
+
     def recv_into(self, view: memoryview) -> int:
+        count: int = self._when_readable(self._sock.recv_into, view, 0, _AT_ONCE)
+        return count
+
+    def end_input(self) -> None:
+        self._alarm.ring()
+
+    def close(self) -> None:
+        self._alarm.close()
+
+    def _when_readable(self, function: Callable[..., Any], *words: Any) -> Any:
         while True:
             with contextlib.suppress(BlockingIOError):
-                return self._sock.recv_into(view, 0, _AT_ONCE)
+                return function(*words)
             if not self._alarm.wait(self._sock.fileno()):
                 return 0
 
-    def end_input(self) -> None:
-        self._alarm.ring()
 
-    def close(self) -> None:
-        self._alarm.close()
+class Tls:
+    """The server's side of TLS on a socket, by way of memory: many records are sent or received by
+    one call to the system.  OpenSSL itself would take one to send each, and two to receive it.  One
+    thread may receive while another sends."""
 
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+        import ssl
+        self.sock = sock
+        self.below: socket.socket | SharedSocket = sock     # what the records pass through
+        self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
+        self._wants_input = ssl.SSLWantReadError
+        self._lock = threading.Lock()       # OpenSSL takes one call at a time
+        self._sending = threading.Lock()    # records leave in their order
+        self.selected_alpn_protocol = self._tls.selected_alpn_protocol
 
-class SharedTls:
-    """TLS that one thread receives from while another sends: OpenSSL takes one call at a time, so
-    that none may wait within."""
+    def shake_hands(self) -> str:
+        """The name in the client's certificate, empty if it has shown none.  Raises OSError."""
+        if self._call(SMALL_BYTES, self._tls.do_handshake) == 0:
+            raise ConnectionAbortedError(errno.ECONNABORTED, 'the client went during the handshake')
+        certificate: Any = self._tls.getpeercert() or {}
+        name: str = dict(part[0] for part in certificate.get('subject', ())).get('commonName', '')
+        return name
 
-    def __init__(self, sock: ssl.SSLSocket) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._lock = threading.Lock()
-        self._alarm = Alarm()
+    def recv(self, limit: int) -> bytes:
+        data: bytes = self._call(limit, self._tls.read, limit) or b''
+        return data
 
     def recv_into(self, view: memoryview) -> int:
-        count: int = self._call(self._sock.recv_into, view)
-        return count
+        """Fill as much of `view` as came at once: a read gives one record at the most."""
+        total: int = self._call(len(view), self._tls.read, len(view), view)
+        with self._lock, contextlib.suppress(self._wants_input):
+            while self._received.pending and total < len(view):
+                part = view[total:]
+                count: Any = self._tls.read(len(part), part)
+                if not count:
+                    break
+                total += count
+        return total
 
-    def sendall(self, data: bytes, flags: int = 0) -> None:
+    def sendall(self, data: bytes | memoryview, flags: int = 0) -> None:
         view = memoryview(data)
-        while view:
-            view = view[self._call(self._sock.send, view, sending=True):]
-
-    def unwrap(self) -> None:
-        """Send close_notify; raises OSError if the client's has not come."""
-        with self._lock:
-            self._sock.unwrap()
-
-    def end_input(self) -> None:
-        """Not by shutdown(2): OpenSSL 3 would take it for an attack, and send nothing more."""
-        self._alarm.ring()
-
-    def close(self) -> None:
-        self._alarm.close()
-
-    def _call(self, function: Callable[..., Any], argument: Any, sending: bool = False) -> Any:
-        import ssl
-        while True:
-            try:
+        with self._sending:
+            while view:
                 with self._lock:
-                    return function(argument)
-            except ssl.SSLWantReadError:
-                if not self._alarm.wait(self._sock.fileno(), heeded=not sending):
-                    return 0
-            except ssl.SSLWantWriteError:
-                self._alarm.wait(self._sock.fileno(), writing=True)
+                    self._tls.write(view[:RECORDS_BYTES])
+                    records = b'' if flags else self._unsent.read()
+                if records:
+                    self.below.sendall(records)
+                view = view[RECORDS_BYTES:]
+        if self._unsent.pending and not flags:
+            self._answer()
+
+    def end_output(self) -> None:
+        """Send close_notify (RFC 8446 6.1).  Raises OSError."""
+        with self._sending:
+            with self._lock, contextlib.suppress(OSError):  # the client's has not come
+                self._tls.unwrap()
+            self._send_records()
+
+    def _call(self, limit: int, function: Callable[..., Any], *words: Any) -> Any:
+        """What OpenSSL does with as much input as it needs; 0 at the end of input."""
+        while True:
+            if self._received.pending or self._tls.pending():
+                try:
+                    with self._lock:
+                        return function(*words)
+                except self._wants_input:
+                    pass
+                finally:
+                    if self._unsent.pending:
+                        self._answer()
+            data = self.below.recv(min(limit + RECORD_OVERHEAD, RECORDS_BYTES))
+            if not data:
+                return 0
+            with self._lock:
+                self._received.write(data)
+
+    def _answer(self) -> None:
+        """Send what the client's records called for, unless another thread is about to."""
+        while self._unsent.pending and self._sending.acquire(blocking=False):
+            try:
+                self._send_records()
+            finally:
+                self._sending.release()
+
+    def _send_records(self) -> None:
+        with self._lock:
+            data = self._unsent.read()
+        self.below.sendall(data)
 
 
 class Pipes:
@@ -5445,14 +5500,14 @@ class Certificates:
         self._next_look = 0.0
         self._context = self._load()
 
-    def wrap(self, sock: socket.socket) -> socket.socket:
+    def wrap(self, sock: socket.socket) -> Tls:
         """The server's side of TLS on a connection; its handshake is still to be made."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             if self._look() != self._stamp:
                 self.reload()
-        return self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return Tls(sock, self._context)
 
     def reload(self) -> None:
         """Read the files again; if they are no good, the ones before stay in use."""
@@ -5483,6 +5538,9 @@ class Certificates:
             if self._minimum in ('tls1.0', 'tls1.1'):
                 # Their SHA-1 signatures are below OpenSSL's security level 1.
                 context.set_ciphers('DEFAULT:@SECLEVEL=0')
+        if self._minimum not in ('tls1.0', 'tls1.1'):
+            # All ciphers are good ones: the client knows which its processor has instructions for.
+            context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
         # restic may choose among both, and is faster over several connections than over one:
         # HTTP/2 takes 1.1 to 1.4 of its time, and 1.3 to 2.2 of our processor's.
         context.set_alpn_protocols(['http/1.1', 'h2'])
@@ -5889,14 +5947,9 @@ class Server:
 
     def serve_connection(self, sock: socket.socket | Pipes, peer: Peer, tls: bool) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
-        try:
-            if tls and self._certificates and isinstance(sock, socket.socket):
-                sock = self._certificates.wrap(sock)
-        except OSError as error:
-            log.debug('%s: TLS: %s', peer, error)
-            self.dismiss()
-            return
-        connection = Connection(sock, peer, self.limits.header_seconds, self.bandwidth)
+        secured = (self._certificates.wrap(sock)
+                   if tls and self._certificates and isinstance(sock, socket.socket) else sock)
+        connection = Connection(secured, peer, self.limits.header_seconds, self.bandwidth)
         with self._lock:
             self._connections.add(connection)
             self._counters.add(CONNECTIONS, 0, 1)
