@@ -75,7 +75,6 @@ if TYPE_CHECKING:
 
     Headers = List[Tuple[str, str]]
     Key = Tuple[str, ...]                   # of a row of Counters
-    Change = Tuple[Key, int, Dict[int, int]]
 
     class Body(Protocol):
         """The content of a request, read as it arrives, `piece` bytes at a time at the most."""
@@ -398,7 +397,8 @@ class FileSlice:
 
     def read_all(self) -> bytes:
         """All that is left of the slice; OSError as read()."""
-        data = self.read(self.length)
+        data = _read_at(self.fd, self.length, self.offset)
+        self.advance(len(data))
         while self.length:  # a signal, or a network file system
             data += self.read(self.length)
         return data
@@ -580,11 +580,13 @@ class OpenFiles:
             else:
                 file = None
         if file:
-            with contextlib.suppress(OSError):  # ESTALE, of a network file system
+            try:
                 status = os.fstat(file.fd)
                 # Whatever takes the name from a file changes both, or one of them.
                 if (status.st_nlink, status.st_ctime_ns) == file.links:
                     return file, status
+            except OSError as error:  # ESTALE, of a network file system
+                log.debug('%s: %s', path, error)
             self._drop(path, file)
             file.release()
         file = OpenFile(os.open(path, _READ_FLAGS), time.monotonic() + KEPT_SECONDS, self._lock)
@@ -1293,17 +1295,14 @@ class Counters:
                 words[index] += amount
         return bool(row)
 
-    def add_at(self, *changes: Change) -> None:
-        """Add to single numbers of several rows: the key and width of each, and its amounts by their
-        places."""
+    def add_at(self, key: Key, width: int, *amounts: Tuple[int, int]) -> None:
+        """Add to single numbers of this process's row: the place of each and what is added."""
         with self._lock:
-            words = self._words
-            for key, width, amounts in changes:
-                row = self._row(key, width)
-                if row:
-                    first = row.start
-                    for place, amount in amounts.items():
-                        words[first + place] += amount
+            words, row = self._words, self._row(key, width)
+            if row:
+                first = row.start
+                for place, amount in amounts:
+                    words[first + place] += amount
 
     def put(self, key: Key, *values: int) -> None:
         """Set the numbers of this process's row, if there is room for one."""
@@ -2606,21 +2605,17 @@ class Metrics:
         """A request was answered, with so many bytes of content."""
         method = request.method if request.method in METHODS else 'other'
         seconds = time.monotonic() - request.begun
-        changes: List[Change] = [(('request', method, str(status)), 3 + len(SECONDS), {
-            0: 1, 1: int(seconds * 1e6), 2 + bisect.bisect_left(SECONDS, seconds): 1})]
+        self.counters.add_at(('request', method, str(status)), 3 + len(SECONDS), (0, 1),
+                             (1, int(seconds * 1e6)), (2 + bisect.bisect_left(SECONDS, seconds), 1))
         location = request.location
-        if location and method == 'GET' and location.name and status in (200, 206):
-            changes.append(self._blob(request, location, self.READ, sent))
-        self.counters.add_at(*changes)
+        if location and method == 'GET' and status in (200, 206):
+            self.count_blob(request, location, self.READ, sent)
 
     def count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
-        """A blob was written or deleted."""
+        """A blob was written, read or deleted."""
         if location.name:
-            self.counters.add_at(self._blob(request, location, what, size))
-
-    def _blob(self, request: Request, location: Location, what: int, size: int) -> Change:
-        return (('blob', request.user, location.repository[1:], location.kind), 6,
-                {what: 1, what + 1: size})
+            self.counters.add_at(('blob', request.user, location.repository[1:], location.kind), 6,
+                                 (what, 1), (what + 1, size))
 
     def connections(self) -> int:
         """Connections that are being served."""
@@ -3176,9 +3171,6 @@ def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield from rest
 
 
-_OBJECT_PATH = re.compile(r'(.*)/(data|index|keys|locks|snapshots)/([0-9a-f]{64})?', re.DOTALL)
-
-
 def parse_path(path: str) -> Location:
     """What a request's path, without the base URL, stands for.
 
@@ -3188,10 +3180,10 @@ def parse_path(path: str) -> Location:
     """
     if '%' in path:
         path = _decode_path(path)
-    match = _OBJECT_PATH.fullmatch(path)
-    if match:
-        repository, kind, name = match.groups()
-        return Location(_check_repository(repository), kind, name or '')
+    parent, _, name = path.rpartition('/')
+    repository, slash, kind = parent.rpartition('/')
+    if slash and kind in KINDS and (not name or _NAME.fullmatch(name)):
+        return Location(_check_repository(repository), kind, name)
     if path.endswith('/config'):
         return Location(_check_repository(path[:-len('/config')]), 'config')
     return Location(_check_repository(path[:-1] if path.endswith('/') else path))
@@ -3378,17 +3370,19 @@ class Connection:
 
     def transmit(self, data: bytes, more: bool = False) -> None:
         """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
-        view = memoryview(data)
-        while view:
-            part = view
-            if self._bandwidth:
+        flags = _MORE if more else 0
+        try:
+            if not self._bandwidth:
+                self._io.sendall(data, flags)
+                return
+            view = memoryview(data)
+            while view:
                 part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
                 self._bandwidth.wait(Bandwidth.SENT, len(part))
-            try:
-                self._io.sendall(part, _MORE if more else 0)
-            except OSError as error:
-                raise Gone(f'sending: {error}') from None
-            view = view[len(part):]
+                self._io.sendall(part, flags)
+                view = view[len(part):]
+        except OSError as error:
+            raise Gone(f'sending: {error}') from None
 
     def transmit_parts(self, parts: List[bytes | memoryview]) -> None:
         """Send all of several pieces.  Raises Gone."""
@@ -3755,7 +3749,7 @@ SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the conn
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
-_HEAD = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n({_FIELD_LINES.pattern})')
+_REQUEST_LINE = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n')
 _BARE_LF = re.compile(rb'(?<!\r)\n')
 _FIELD = re.compile(r'([^:]+):[ \t]*([^\r]*)\r\n')
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
@@ -3763,7 +3757,7 @@ _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t -~\x80-\xff]*)?')
 _PREFACE_HEAD = 'PRI * HTTP/2.0\r\n'  # RFC 9113 3.4: how HTTP/2 begins with prior knowledge
 _NO_HTTP = re.compile(r'[^ \r]+ [^ \r/*:]+ (?!HTTP/)[^ \r]+\r\n')
-# What is wrong with a head that _HEAD does not match.
+# What is wrong with a head that is not a request line and field lines.
 _FAULTS = (
     (re.compile(rf'{_TOKEN} [!-~]+ HTTP/(?!1\.)[0-9](\.[0-9])?\r\n'), 505, 'not HTTP/1.1'),
     (re.compile(rf'(?!{_TOKEN} [!-"$-~]+ HTTP/1\.[0-9]\r\n)'), 400, 'malformed request line'),
@@ -3775,29 +3769,66 @@ _FAULTS = (
 )
 
 
-def parse_head(head: str) -> Tuple[str, str, str, Dict[str, str]]:
-    """Method, target, version and headers of a request's head, which ends with CRLF, its empty
-    line left out.  Raises HttpError (RFC 9112 3 and 5)."""
-    match = _HEAD.fullmatch(head)
-    if not match:
-        status, reason = next((status, reason) for fault, status, reason in _FAULTS
-                              if fault.match(head))
-        raise HttpError(status, reason)
-    method, target, minor, fields = match.groups()
+class HeadParser:
+    """Parses the heads of one connection.  The field lines of a client's requests are mostly the
+    same, but for Range: as long as they are, they are not parsed again."""
+
+    __slots__ = ('_lines', '_headers')
+
+    def __init__(self) -> None:
+        self._lines = ''                    # the last ones, without Range, after the minor version
+        self._headers: Dict[str, str] = {}  # that they stand for
+
+    def parse(self, head: str) -> Tuple[str, str, str, Dict[str, str]]:
+        """Method, target, version and headers of a request's head, which ends with CRLF, its empty
+        line left out.  Raises HttpError (RFC 9112 3 and 5)."""
+        line = _REQUEST_LINE.match(head)
+        if not line:
+            _raise_fault(head)
+        method, target, minor = line.groups()
+        begin, wanted = head.find('\nRange: ', line.end() - 1) + 1, ''
+        if begin:
+            end = head.find('\n', begin) + 1
+            wanted = head[begin + len('Range: '):end - len('\r\n')]
+            lines = minor + head[line.end():begin] + head[end:]
+        else:
+            lines = minor + head[line.end():]
+        if lines == self._lines and wanted.isascii() and wanted.isprintable():
+            headers = self._headers
+            if begin:
+                headers = {**headers, 'range': wanted.strip(' ')}
+        else:
+            headers = _parse_fields(head, line.end())
+            self._headers = dict(headers)
+            # One Range alone is left out of what is kept.
+            self._lines = lines if self._headers.pop('range', '') == wanted else ''
+            # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
+            host = headers.get('host')
+            if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
+                self._lines = ''
+                raise HttpError(400, 'no valid Host header')
+        if target[0] != '/' and target != '*':
+            absolute = _ABSOLUTE.fullmatch(target)  # RFC 9112 3.2.2
+            if not absolute:
+                raise HttpError(400, 'malformed request target')
+            target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
+        return method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers
+
+
+def _parse_fields(head: str, begin: int) -> Dict[str, str]:
+    """The headers of the field lines that begin there.  Raises HttpError (RFC 9112 5)."""
+    if not _FIELD_LINES.fullmatch(head, begin):
+        _raise_fault(head)
     headers: Dict[str, str] = {}
-    for name, value in _FIELD.findall(fields):
+    for name, value in _FIELD.findall(head, begin):
         name, value = name.lower(), value.rstrip(' \t')
         headers[name] = f'{headers[name]}, {value}' if name in headers else value
-    # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
-    host = headers.get('host')
-    if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
-        raise HttpError(400, 'no valid Host header')
-    if target[0] != '/' and target != '*':
-        absolute = _ABSOLUTE.fullmatch(target)  # RFC 9112 3.2.2
-        if not absolute:
-            raise HttpError(400, 'malformed request target')
-        target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
-    return method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers
+    return headers
+
+
+def _raise_fault(head: str) -> NoReturn:
+    status, reason = next((status, reason) for fault, status, reason in _FAULTS if fault.match(head))
+    raise HttpError(status, reason)
 
 
 def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
@@ -3916,6 +3947,7 @@ class Http1:
         self._connection = connection
         self._api = api
         self._limits = limits
+        self._heads = HeadParser()
         self._buffer = b''          # received, not yet read
         self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
         self._sent = 0              # bytes of the current answer's body
@@ -3951,7 +3983,7 @@ class Http1:
                 return False
             if first and _NO_HTTP.match(head):
                 raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
-            request = Request(*parse_head(head), _NO_BODY, self._connection.peer)
+            request = Request(*self._heads.parse(head), _NO_BODY, self._connection.peer)
             self._open_body(request)
         except HttpError as error:
             self._refuse(error, request)
@@ -4146,9 +4178,7 @@ class Http1:
 def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,
                    keep: bool) -> bytes:
     """Status line and header section of an answer (RFC 9112 4 and 6) whose body is `body`."""
-    fields = ''
-    for name, value in response.headers:
-        fields += f'{name}: {value}\r\n'
+    fields = ''.join([f'{name}: {value}\r\n' for name, value in response.headers])
     if isinstance(body, bytes):
         fields += f'Content-Length: {len(body)}\r\n'
     elif isinstance(body, FileSlice):

@@ -1987,7 +1987,7 @@ class HeadTest(unittest.TestCase):
     """The parser of heads, from strings alone."""
 
     def parse(self, text):
-        return restic_serve.parse_head(text)
+        return restic_serve.HeadParser().parse(text)
 
     def test_a_head_in_its_parts(self):
         method, target, version, headers = self.parse(
@@ -1996,6 +1996,32 @@ class HeadTest(unittest.TestCase):
         self.assertEqual((method, target, version), ('GET', '/a?b', 'HTTP/1.1'))
         self.assertEqual(headers, {'host': 'x:1', 'x-one': '1, 2', 'x-empty': '',
                                    'x-high': '\xe9 :"'})
+
+    def test_what_came_before_on_a_connection_makes_no_difference(self):
+        def parse(parser, head):
+            try:
+                return parser.parse(head)
+            except HttpError as error:
+                return error.status, str(error)
+
+        chance = random.Random(1)
+        lines = ['Host: x', 'Host: y', 'Host:', 'Host: a b', 'Range: bytes=0-1', 'Range: bytes=2-3',
+                 'Range: ', 'Range:  bytes=1-2 ', 'range: bytes=5-6', 'Range:bytes=7-8', 'Range: \x7f',
+                 'Range: \xe9', 'Range: \r', 'X: y', 'X: y', 'X-Range: 1', ' folded', 'no colon', 'X: \nRange: 1']
+        parser = restic_serve.HeadParser()
+        heads = [f'GET /{number} HTTP/1.{version}\r\n' + ''.join(
+            f'{line}\r\n' for line in chance.sample(lines, chance.randrange(5)))
+            for number in range(300) for version in '10']
+        for _ in range(20_000):  # of two at a time, so that most are like the one before
+            head = chance.choice(heads[chance.randrange(299) * 2:][:4])
+            self.assertEqual(parse(parser, head), parse(restic_serve.HeadParser(), head), head)
+
+    def test_the_headers_of_one_request_are_not_another_s(self):
+        parser = restic_serve.HeadParser()
+        ranges = [parser.parse(f'GET / HTTP/1.1\r\nHost: x\r\nRange: bytes={number}-\r\nA: b\r\n')[3]
+                  for number in range(3)]
+        self.assertEqual([headers['range'] for headers in ranges], ['bytes=0-', 'bytes=1-', 'bytes=2-'])
+        self.assertNotIn('range', parser.parse('GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n')[3])
 
     def test_versions(self):
         self.assertEqual(self.parse('GET / HTTP/1.0\r\n')[2], 'HTTP/1.0')
@@ -4656,7 +4682,7 @@ class TlsTest(ListenerTestCase):
                  '-CAfile', str(self.authority.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT) as client:
             for line in iter(client.stdout.readline, b''):
-                if line.startswith(b'Verify return code') or line.startswith(b'---'):
+                if line.startswith((b'Verify return code', b'---')):
                     break
             for _ in range(3):  # RFC 8446 4.6.3: K asks for the server's new keys, too
                 client.stdin.write(b'K\n')
