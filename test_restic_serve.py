@@ -2007,7 +2007,8 @@ class HeadTest(unittest.TestCase):
         chance = random.Random(1)
         lines = ['Host: x', 'Host: y', 'Host:', 'Host: a b', 'Range: bytes=0-1', 'Range: bytes=2-3',
                  'Range: ', 'Range:  bytes=1-2 ', 'range: bytes=5-6', 'Range:bytes=7-8', 'Range: \x7f',
-                 'Range: \xe9', 'Range: \r', 'X: y', 'X: y', 'X-Range: 1', ' folded', 'no colon', 'X: \nRange: 1']
+                 'Range: \xe9', 'Range: \r', 'X: y', 'X: y', 'X-Range: 1', ' folded', 'no colon',
+                 'X: \nRange: 1']
         parser = restic_serve.HeadParser()
         heads = [f'GET /{number} HTTP/1.{version}\r\n' + ''.join(
             f'{line}\r\n' for line in chance.sample(lines, chance.randrange(5)))

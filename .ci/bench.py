@@ -35,8 +35,10 @@ PACKS = 8
 OURS = 'restic_serve'
 PEERS = ('rest-server', 'rclone')
 BOUND = 'nginx'                             # serves files, and nothing more
+BARE = 'bare'                               # stores uploads by the system's calls and SHA-256 alone
 CIPHER = 'TLS_AES_128_GCM_SHA256'           # what a program in Go asks for first, restic among them
 PASSWORD = 'Authorization: Basic ' + base64.b64encode(b'user:secret').decode()
+PACKED = 'packed'                           # restic_serve, compiled beforehand as the README has it
 Figures = Dict[str, float]
 Table = Dict[str, Dict[str, List[float]]]   # by figure and server, one value a round
 # Figure, the servers of which the best counts, whether more or less is better, and the factor.
@@ -53,6 +55,8 @@ GOALS: List[Tuple[str, Tuple[str, ...], str, float]] = [
 ]
 # Figure of our own, and what it may be at the most.
 BOUNDS = [('start to first answer, ms more than Python', 55), ('--stdio, start, ms more than Python', 40),
+          ('packed: start to first answer, ms more than Python', 55),
+          ('packed: --stdio, start, ms more than Python', 40),
           ('list, first byte ms', 20), ('memory growth of a list, MiB', 8), ('memory idle, MiB (PSS)', 25),
           ('memory after, MiB (PSS)', 40)]
 
@@ -80,6 +84,8 @@ def commands(root: str, port: int, python: str, mode: str = '') -> Dict[str, Lis
         found[name].append(root)
     if not mode:
         found[BOUND] = ['nginx', '-p', files, '-c', f'{files}/{port}.conf']
+        found[BARE] = [python, str(HERE / 'bench.py'), '--bare', str(port), root]
+        found[PACKED] = [python, f'{files}/restic_serve.pyz', '--addr', address, root]
     return {name: words for name, words in found.items() if shutil.which(words[0])}
 
 
@@ -162,6 +168,53 @@ class Served:
 
     def pss(self) -> float:
         return pss_mib(self.process.pid)
+
+
+def serve_bare(port: int, root: str) -> None:
+    """Store uploads by what any server has to do at the least, a process for each connection: what
+    the machine needs for it, without a server's own part."""
+    listener = socket.create_server(('127.0.0.1', port))
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    parent = os.getpid()
+    for _ in range(8):
+        if os.getpid() == parent:
+            os.fork()
+    while os.getpid() != parent:
+        sock, _ = listener.accept()
+        with sock:
+            store_bare(sock, root)
+    signal.pause()
+
+
+def store_bare(sock: socket.socket, root: str) -> None:
+    """Store what comes over one connection."""
+    buffer = memoryview(bytearray(MIB // 2))
+    while True:
+        head = b''
+        while b'\r\n\r\n' not in head:
+            head += sock.recv(8192)
+            if not head:
+                return
+        head, _, body = head.partition(b'\r\n\r\n')
+        left = int(head.partition(b'Content-Length: ')[2].split(b'\r', 1)[0]) - len(body)
+        if not head.startswith(b'POST'):
+            sock.sendall(b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n')
+            continue
+        name = head.split(b' ', 2)[1].rpartition(b'/')[2].decode()
+        folder = f'{root}/packs/data/{name[:2]}'
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
+        digest = hashlib.sha256(body)
+        os.write(fd, body)
+        while left:
+            part = buffer[:sock.recv_into(buffer[:left])]
+            digest.update(part)
+            os.write(fd, part)
+            left -= len(part)
+        os.fsync(fd)
+        os.link(f'/proc/self/fd/{fd}', f'{folder}/{digest.hexdigest()}', src_dir_fd=fd)
+        os.close(fd)
+        sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
 
 
 # ---- clients ----
@@ -327,18 +380,23 @@ def work_list(server: Served, root: str, quick: bool) -> Figures:
 WORKS: Dict[str, Work] = {'get': work_get, 'down': work_down, 'up': work_up, 'small': work_small,
                           'list': work_list, 'tls': work_tls, 'bcrypt': work_bcrypt}
 MODES = ('tls', 'bcrypt')           # works that need a server of their own
-OF_BOUND = ('get', 'down')          # works that nginx can do
+OF_SOME = {BOUND: ('get', 'down'), BARE: ('up',), PACKED: ()}   # works that these can do
 
 
 # ---- the run ----
 
 @contextlib.contextmanager
-def prepared(parent: str, works: List[str], listed: int) -> Iterator[str]:
+def prepared(parent: str, works: List[str], listed: int, python: str) -> Iterator[str]:
     """A directory with a repository of packs, one of many names, and what the modes need."""
     with tempfile.TemporaryDirectory(dir=parent, prefix='bench-') as root:
         files = Path(root, '.bench')
         files.mkdir()
         files.joinpath('listed').write_text(str(listed))
+        Path(files, 'packed').mkdir()
+        shutil.copy(HERE.parent / 'restic_serve.py', files / 'packed')
+        for module, words in (('compileall', ['-q', '-b', 'packed']),
+                              ('zipapp', ['packed', '-m', 'restic_serve:run', '-o', 'restic_serve.pyz'])):
+            subprocess.run([python, '-m', module, *words], cwd=files, check=True)
         for kind in ('data', 'index', 'keys', 'locks', 'snapshots'):
             Path(root, 'packs', kind).mkdir(parents=True)
         for number in range(256):
@@ -358,7 +416,7 @@ def prepared(parent: str, works: List[str], listed: int) -> Iterator[str]:
         if 'bcrypt' in works:
             subprocess.run(['htpasswd', '-bcBC', '10', files / 'htpasswd', 'user', 'secret'], check=True,
                            capture_output=True)
-        for path in [Path(root), *Path(root).rglob('*')] if BOUND in commands('', 0, '') else []:
+        for path in [Path(root), *Path(root).rglob('*')] if BOUND in commands('', 0, python) else []:
             if path.is_dir() or path.parent.parent.name == 'data':  # nginx has a user of its own
                 path.chmod(0o755)
         yield root
@@ -379,30 +437,35 @@ def measure(parent: str, works: List[str], rounds: int, quick: bool, listed: int
         for figure, value in figures.items():
             table.setdefault(figure, {}).setdefault(name, []).append(value)
 
-    with prepared(parent, works, listed) as root:
+    with prepared(parent, works, listed, python) as root:
         packs = [path.name for path in Path(root, 'packs', 'data').glob('??/*')]
         for _ in range(rounds):
             bare = start_python(python)
             for mode in ('', *(mode for mode in MODES if mode in works)):
                 for name in commands('', 0, python, mode):
-                    todo = [mode] if mode else [work for work in works if work not in MODES and (
-                        name != BOUND or work in OF_BOUND)]
+                    todo = [mode] if mode else [work for work in works if work not in MODES
+                                                and work in OF_SOME.get(name, WORKS)]
                     if not todo:
                         continue
                     with Served(name, root, python, mode) as server:
-                        if not mode and name != BOUND:
+                        if not mode and name not in OF_SOME:
                             note(name, {'memory idle, MiB (PSS)': server.pss(),
                                         'start to first answer, ms': server.start_seconds * 1000})
                         for work in todo:
                             note(name, WORKS[work](server, root, quick))
                             clean(root, packs)
-                        if not mode and name != BOUND:
+                        if not mode and name not in OF_SOME:
                             note(name, {'memory after, MiB (PSS)': server.pss()})
-                        if not mode and name == OURS:
-                            note(name, {'start to first answer, ms more than Python':
-                                        (server.start_seconds - bare) * 1000,
-                                        '--stdio, start, ms more than Python':
-                                        (start_stdio(python, root) - bare) * 1000})
+                        started = server.start_seconds
+                    if not mode and name == OURS:
+                        with Served(PACKED, root, python) as server:
+                            starts = {'': started, 'packed: ': server.start_seconds}
+                        for form, script in (('', OURS), ('packed: ', PACKED)):
+                            words = commands(root, 0, python)[script][:2]
+                            note(name, {f'{form}start to first answer, ms more than Python':
+                                        (starts[form] - bare) * 1000,
+                                        f'{form}--stdio, start, ms more than Python':
+                                        (start_stdio(words, root) - bare) * 1000})
     return table
 
 
@@ -413,13 +476,12 @@ def start_python(python: str) -> float:
     return time.perf_counter() - begin
 
 
-def start_stdio(python: str, root: str) -> float:
+def start_stdio(words: List[str], root: str) -> float:
     """Seconds until --stdio says something."""
     begin = time.perf_counter()
     theirs, ours = socket.socketpair()
-    with ours, theirs, subprocess.Popen([python, str(HERE.parent / 'restic_serve.py'), '--stdio', root],
-                                        stdin=theirs.fileno(), stdout=theirs.fileno(),
-                                        stderr=subprocess.DEVNULL):
+    with ours, theirs, subprocess.Popen([*words, '--stdio', root], stdin=theirs.fileno(),
+                                        stdout=theirs.fileno(), stderr=subprocess.DEVNULL):
         theirs.close()
         ours.recv(1)
         seconds = time.perf_counter() - begin
@@ -475,7 +537,7 @@ def measure_stdio(parent: str, rounds: int, quick: bool, python: str) -> None:
 
 def print_table(parent: str, table: Table) -> None:
     """Medians, and ours as a multiple of each other's."""
-    names = [name for name in (OURS, *PEERS, BOUND) if any(name in values for values in table.values())]
+    names = [name for name in (OURS, *PEERS, BOUND, BARE) if any(name in values for values in table.values())]
     peers = names[1:]
     heads = names + [f'÷ {peer}' for peer in peers]
     print(f'\n| {parent} | ' + ' | '.join(heads) + ' |')
@@ -537,7 +599,10 @@ def main() -> None:
     parser.add_argument('--peers', metavar='DIR', help='where restic, rclone and rest-server are')
     parser.add_argument('--listed', type=int, default=1_000_000, help='names in the list')
     parser.add_argument('--python', default=sys.executable, help='the Python that serves')
+    parser.add_argument('--bare', nargs=2, metavar=('PORT', 'DIR'), help='be the bare server')
     options = parser.parse_args()
+    if options.bare:
+        serve_bare(int(options.bare[0]), options.bare[1])
     if options.peers:
         os.environ['PATH'] = f'{options.peers}:{os.environ["PATH"]}'
     for words in (['rest-server', '--version'], ['rclone', 'version'], [options.python, '-V']):
