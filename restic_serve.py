@@ -3239,7 +3239,7 @@ SETTLED = 8                  # small requests after a transfer
 PIPE_BYTES = 1 << 20         # that a pipe is asked to hold: what Linux allows anyone
 PIPE_LINGER = 100            # milliseconds without input after which there will be no more
 _F_SETPIPE_SZ = 1031         # fcntl(2); the module names it from 3.10 on
-RECORDS_BYTES = 256 * 1024   # of TLS records in memory at a time
+RECORDS_BYTES = 64 * 1024    # of TLS records in memory at a time; a connection keeps as much
 RECORD_OVERHEAD = 512        # bytes around the content of small ones
 LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
 LINGER_SECONDS = 5           # and as long nothing may come,
@@ -3431,6 +3431,8 @@ class Connection:
                 if error.errno in _CONNECTION_ERRORS:
                     raise Gone(f'sending: {error}') from None
                 return False
+        if os.fstat(content.fd).st_size < content.offset + count:
+            count = 0  # zeros may have been sent from behind its end
         content.advance(count)
         return True
 
@@ -3460,7 +3462,9 @@ class Connection:
         view = memoryview(bytearray(SMALL_BYTES))
         try:
             if self._tls:
+                self.wait_for(self.WRITING, LINGER_MOST_SECONDS)
                 self._tls.end_output()
+                self.wait_for(self.IDLE, LINGER_SECONDS)
             self._sock.shutdown(socket.SHUT_WR)
             while left > 0:
                 count = self._sock.recv_into(view)
@@ -3509,7 +3513,10 @@ class Connection:
 
     def end_linger(self) -> None:
         """Wait no longer for a client that has been told all: what it has not read is still sent."""
-        self._shutdown(socket.SHUT_RD)
+        if self.waits == self.WRITING:  # close_notify
+            self.cut()
+        else:
+            self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
         """End the connection now, whatever its thread waits for."""
@@ -3590,11 +3597,12 @@ class SharedSocket:
         self._alarm.close()
 
     def _when_readable(self, function: Callable[..., Any], *words: Any) -> Any:
-        while True:
+        while _AT_ONCE or self._alarm.wait(self._sock.fileno()):
             with contextlib.suppress(BlockingIOError):
                 return function(*words)
             if not self._alarm.wait(self._sock.fileno()):
-                return 0
+                break
+        return 0
 
 
 class Tls:
@@ -3609,6 +3617,7 @@ class Tls:
         self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
         self._wants_input = ssl.SSLWantReadError
+        self._ended = False                 # close_notify has come
         self._lock = threading.Lock()       # OpenSSL takes one call at a time
         self._sending = threading.Lock()    # records leave in their order
         self.selected_alpn_protocol = self._tls.selected_alpn_protocol
@@ -3628,13 +3637,12 @@ class Tls:
     def recv_into(self, view: memoryview) -> int:
         """Fill as much of `view` as came at once: a read gives one record at the most."""
         total: int = self._call(len(view), self._tls.read, len(view), view)
-        with self._lock, contextlib.suppress(self._wants_input):
-            while self._received.pending and total < len(view):
-                part = view[total:]
-                count: Any = self._tls.read(len(part), part)
-                if not count:
-                    break
-                total += count
+        while total < len(view) and self._received.pending and not self._ended:
+            part = view[total:]
+            try:
+                total += self._read(self._tls.read, len(part), part)
+            except self._wants_input:
+                break
         return total
 
     def sendall(self, data: bytes | memoryview, flags: int = 0) -> None:
@@ -3659,21 +3667,30 @@ class Tls:
 
     def _call(self, limit: int, function: Callable[..., Any], *words: Any) -> Any:
         """What OpenSSL does with as much input as it needs; 0 at the end of input."""
-        while True:
+        while not self._ended:
             if self._received.pending or self._tls.pending():
-                try:
-                    with self._lock:
-                        return function(*words)
-                except self._wants_input:
-                    pass
-                finally:
-                    if self._unsent.pending:
-                        self._answer()
+                with contextlib.suppress(self._wants_input):
+                    return self._read(function, *words)
             data = self.below.recv(min(limit + RECORD_OVERHEAD, RECORDS_BYTES))
             if not data:
-                return 0
+                break
             with self._lock:
                 self._received.write(data)
+                if self._unsent.pending > RECORDS_BYTES:
+                    raise ConnectionAbortedError(errno.ECONNABORTED, 'the client reads no answers')
+        return 0
+
+    def _read(self, function: Callable[..., Any], *words: Any) -> Any:
+        """What OpenSSL makes of input that has come."""
+        try:
+            with self._lock:
+                result = function(*words)
+            # Nothing is what a read gives after close_notify, and a handshake always.
+            self._ended = not result and result is not None
+            return result
+        finally:
+            if self._unsent.pending:
+                self._answer()
 
     def _answer(self) -> None:
         """Send what the client's records called for, unless another thread is about to."""
@@ -3786,22 +3803,19 @@ class HeadParser:
         if not line:
             _raise_fault(head)
         method, target, minor = line.groups()
-        begin, wanted = head.find('\nRange: ', line.end() - 1) + 1, ''
-        if begin:
-            end = head.find('\n', begin) + 1
-            wanted = head[begin + len('Range: '):end - len('\r\n')]
-            lines = minor + head[line.end():begin] + head[end:]
-        else:
-            lines = minor + head[line.end():]
+        before, found, after = head[line.end() - 1:].partition('\nRange: ')
+        wanted, _, after = after.partition('\r\n')
+        lines = f'{minor}{before}\n{after}' if found else minor + before
         if lines == self._lines and wanted.isascii() and wanted.isprintable():
             headers = self._headers
-            if begin:
+            if found:
                 headers = {**headers, 'range': wanted.strip(' ')}
         else:
             headers = _parse_fields(head, line.end())
             self._headers = dict(headers)
             # One Range alone is left out of what is kept.
-            self._lines = lines if self._headers.pop('range', '') == wanted else ''
+            alone = self._headers.pop('range', None) == (wanted if found else None)
+            self._lines = lines if alone else ''
             # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
             host = headers.get('host')
             if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
@@ -5568,7 +5582,7 @@ class Certificates:
             if self._minimum in ('tls1.0', 'tls1.1'):
                 # Their SHA-1 signatures are below OpenSSL's security level 1.
                 context.set_ciphers('DEFAULT:@SECLEVEL=0')
-        if self._minimum not in ('tls1.0', 'tls1.1'):
+        if self._minimum not in ('tls1.0', 'tls1.1') and sys.version_info >= (3, 10):
             # All ciphers are good ones: the client knows which its processor has instructions for.
             context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
         # restic may choose among both, and is faster over several connections than over one:
