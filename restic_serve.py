@@ -654,17 +654,12 @@ def stamp(path: str) -> Tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _scan(folder: str, relative: bool = False) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """The entries of a directory, none if it is missing.  What cannot be read is an OSError: it
-    must not look empty.  The paths of entries may be `relative`, for a faster stat(2)."""
+def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """The entries of a directory, open as `fd` perhaps, none if it is missing.  What cannot be read
+    is an OSError: it must not look empty."""
     with contextlib.ExitStack() as stack:
         try:
-            if relative and os.scandir in os.supports_fd:
-                fd = os.open(folder, _READ_FLAGS & ~getattr(os, 'O_NOFOLLOW', 0))  # no FIFO waits
-                stack.callback(os.close, fd)
-                entries = stack.enter_context(os.scandir(fd))
-            else:
-                entries = stack.enter_context(os.scandir(folder))
+            entries = stack.enter_context(os.scandir(folder if fd is None else fd))
         except (FileNotFoundError, NotADirectoryError):
             if os.path.lexists(folder):
                 raise
@@ -673,12 +668,27 @@ def _scan(folder: str, relative: bool = False) -> Iterator[Iterator[os.DirEntry[
         yield entries
 
 
+@contextlib.contextmanager
+def _opened(folder: str) -> Iterator[Optional[int]]:
+    """A directory's descriptor, by which stat(2) takes less time; None if it is missing, or where
+    there are none."""
+    fd = None
+    if os.scandir in os.supports_fd and os.stat in os.supports_dir_fd:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            fd = os.open(folder, _READ_FLAGS & ~getattr(os, 'O_NOFOLLOW', 0))  # no FIFO waits
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
 def _objects(folder: str, sizes: bool, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
     """Names and, if `sizes`, lengths of the objects in a folder, their names beginning with
     `prefix`.  A million of them are listed so: each step more for every entry counts."""
     is_name = _NAME.fullmatch
     are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
-    with _scan(folder, relative=True) as entries:
+    with _opened(folder) as fd, _scan(folder, fd) as entries:
         while True:
             some = list(itertools.islice(entries, LISTED_AT_ONCE))
             if not some:
@@ -693,7 +703,10 @@ def _objects(folder: str, sizes: bool, prefix: str = '') -> Iterator[Tuple[List[
                 yield names, []
                 continue
             try:
-                lengths = [entry.stat(follow_symlinks=False).st_size for entry in some]
+                # Faster than entry.stat().st_size by a tenth.
+                lengths = ([os.stat(name, dir_fd=fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
+                           if fd is not None else
+                           [entry.stat(follow_symlinks=False).st_size for entry in some])
             except FileNotFoundError:  # one was deleted since the directory was read
                 names, lengths = [], []
                 for entry in some:
