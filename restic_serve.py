@@ -3564,19 +3564,15 @@ class Alarm:
         with contextlib.suppress(OSError):
             self._writer.send(b'.')
 
-    def wait(self, fd: int, writing: bool = False, timeout: Optional[int] = None,
-             heeded: bool = True) -> bool:
-        """Wait until a descriptor can be read or, if `writing`, written; False if ring() came
-        before and is `heeded`, or `timeout` milliseconds have gone."""
-        heeded = heeded and not writing
+    def wait(self, fd: int, timeout: Optional[int] = None) -> bool:
+        """Wait until a descriptor can be read; False if ring() came before, or `timeout`
+        milliseconds have gone."""
         if not hasattr(select, 'poll'):
-            inputs: List[Any] = [fd] if not writing else []
-            return self._reader not in select.select(
-                [*inputs, self._reader] if heeded else inputs, [fd] if writing else [], [])[0]
+            inputs: List[Any] = [fd, self._reader]
+            return self._reader not in select.select(inputs, [], [])[0]
         poll = select.poll()
-        poll.register(fd, select.POLLOUT if writing else select.POLLIN)
-        if heeded:
-            poll.register(self._reader, select.POLLIN)
+        poll.register(fd, select.POLLIN)
+        poll.register(self._reader, select.POLLIN)
         found = dict(poll.poll(timeout))
         return fd in found and self._reader.fileno() not in found
 
@@ -6004,8 +6000,14 @@ class Server:
 
     def serve_connection(self, sock: socket.socket | Pipes, peer: Peer, tls: bool) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
-        secured = (self._certificates.wrap(sock)
-                   if tls and self._certificates and isinstance(sock, socket.socket) else sock)
+        secured: socket.socket | Tls | Pipes = sock
+        try:
+            if tls and self._certificates and isinstance(sock, socket.socket):
+                secured = self._certificates.wrap(sock)
+        except OSError as error:
+            log.error('%s: TLS: %s', peer, error)
+            self.dismiss()
+            return
         connection = Connection(secured, peer, self.limits.header_seconds, self.bandwidth)
         with self._lock:
             self._connections.add(connection)

@@ -2268,10 +2268,14 @@ class Http1Test(WireTestCase):
         self.assertEqual(wire.ask(get(path))[2], content)
 
     def test_a_download_without_sendfile(self):
-        content = os.urandom(1 << 20)
+        content = os.urandom(5 << 20)
         path = self.put(content)
-        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EINVAL, 'not here')):
-            self.assertEqual(self.ask(get(path))[2], content)
+        for near in (True, False):
+            missing = OSError(errno.EINVAL, 'not here')
+            with mock.patch.object(os, 'sendfile', side_effect=missing) as sendfile, \
+                    mock.patch.object(restic_serve, 'is_near', return_value=near):
+                self.assertEqual(self.ask(get(path))[2], content)
+                sendfile.assert_called()
 
     def test_chunked_uploads(self):
         content = os.urandom(300_000)
