@@ -5532,6 +5532,7 @@ _FRAME_HANDLERS = (
 
 BACKLOG = 1024              # connections that the system accepts ahead
 EXHAUSTED_SECONDS = 0.1     # before the next try where the system has no descriptor left
+RENEWAL_SECONDS = 0.2       # from a new certificate to its key, which are two files, before another try
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -5565,13 +5566,18 @@ class Certificates:
     def reload(self) -> None:
         """Read the files again; if they are no good, the ones before stay in use."""
         with self._lock:
-            self._stamp = self._look()
-            try:
-                self._context = self._load()
-                reload_log.log(NOTICE, 'read the certificate %s', self._cert)
-            except OSError as error:
-                reload_log.error('the certificate %s is no good, the last one stays in use: %s',
-                                 self._cert, error)
+            for last_try in (False, False, True):
+                self._stamp = self._look()
+                try:
+                    self._context = self._load()
+                    reload_log.log(NOTICE, 'read the certificate %s', self._cert)
+                    break
+                except OSError as error:
+                    if last_try:
+                        reload_log.error('the certificate %s is no good, the last one stays in use: %s',
+                                         self._cert, error)
+                    else:
+                        time.sleep(RENEWAL_SECONDS)
 
     def _look(self) -> List[Tuple[int, ...]]:
         """What changes when one of the files does."""

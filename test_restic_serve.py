@@ -4670,6 +4670,18 @@ class TlsTest(ListenerTestCase):
             self.authority.issue('server')
             self.assertEqual(self.serial(port), 3)
 
+    def test_a_certificate_whose_key_comes_a_moment_later_is_no_error(self):
+        certificates = self.certificates()
+        before = (self.folder / 'server.pem').read_bytes()
+        self.authority.issue('server')
+        new = (self.folder / 'server.pem').read_bytes()
+        (self.folder / 'server.pem').write_bytes(before)
+        with mock.patch.object(restic_serve.time, 'sleep',
+                               lambda seconds: (self.folder / 'server.pem').write_bytes(new)):
+            certificates.reload()
+        self.assertIn('read the certificate', self.log[-1])
+        self.assertFalse([line for line in self.log if 'is no good' in line])
+
     def test_versions(self):
         """The default is the library's policy; a version that is given is made to work."""
         versions = {'tls1.0': '-tls1', 'tls1.1': '-tls1_1', 'tls1.2': '-tls1_2', 'tls1.3': '-tls1_3'}
