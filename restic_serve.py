@@ -377,17 +377,17 @@ _read_at = getattr(os, 'pread', _seek_and_read)
 
 
 class FileSlice:
-    """`length` bytes of the open file `fd` from `offset` on.  Owns the descriptor, or says to
-    `release` that it is done with it."""
+    """`length` bytes of the open file `fd` from `offset` on; close() closes that, or is what a file
+    that others read calls for."""
 
-    __slots__ = ('fd', 'offset', 'length', '_release')
+    __slots__ = ('fd', 'offset', 'length', 'close')
 
     def __init__(self, fd: int, offset: int, length: int,
-                 release: Optional[Callable[[], None]] = None) -> None:
+                 close: Optional[Callable[[], None]] = None) -> None:
         self.fd = fd
         self.offset = offset
         self.length = length
-        self._release = release
+        self.close = close or functools.partial(os.close, fd)
 
     def read(self, limit: int) -> bytes:
         """The next bytes, `limit` at the most; OSError if the file ends before the slice does."""
@@ -396,11 +396,12 @@ class FileSlice:
         return data
 
     def read_all(self) -> bytes:
-        """All that is left of the slice; OSError as read()."""
+        """All that is left of the slice, which is done with then; OSError as read()."""
         data = _read_at(self.fd, self.length, self.offset)
-        self.advance(len(data))
-        while self.length:  # a signal, or a network file system
-            data += self.read(self.length)
+        if len(data) < self.length:  # a signal, or a network file system
+            self.advance(len(data))
+            while self.length:
+                data += self.read(self.length)
         return data
 
     def advance(self, count: int) -> None:
@@ -409,12 +410,6 @@ class FileSlice:
             raise OSError(errno.EIO, 'the file became shorter while it was being sent')
         self.offset += count
         self.length -= count
-
-    def close(self) -> None:
-        if self._release:
-            self._release()
-        else:
-            os.close(self.fd)
 
     def __enter__(self) -> FileSlice:
         return self
@@ -440,9 +435,10 @@ class Response:
 
     def close(self) -> None:
         """Let go of the files behind the body."""
-        close = getattr(self.body, 'close', None)
-        if close:
-            close()
+        if not isinstance(self.body, bytes):
+            close = getattr(self.body, 'close', None)
+            if close:
+                close()
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -465,13 +461,13 @@ def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
         return None
     first, last, suffix = match.groups()
     if suffix is not None:
-        length = min(int(suffix), size)
-        offset = size - length
+        offset, end = max(size - int(suffix), 0), size
     else:
         offset = int(first)
-        if last is not None and int(last) < offset:
+        end = int(last) + 1 if last is not None else size
+        if last is not None and end <= offset:
             return None
-        length = min(int(last) + 1 if last is not None else size, size) - offset
+    length = min(end, size) - offset
     if length <= 0:
         raise HttpError(416, 'range past the end', [('Content-Range', f'bytes */{size}')])
     return offset, length
@@ -798,24 +794,24 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, err
 
 class Location:
     """Where a request points to: a repository (its kind is empty), a list (its name is empty) or
-    an object; `config` is an object without a name.  `repository` is `` or `/host1/...`."""
+    an object; `config` is an object without a name.  `repository` is `` or `/host1/...`, `path`
+    that of the file or folder below the store's.  It never changes: requests share it."""
 
-    __slots__ = ('repository', 'kind', 'name')
+    __slots__ = ('repository', 'kind', 'name', 'is_object', 'path')
 
     def __init__(self, repository: str, kind: str = '', name: str = '') -> None:
         self.repository = repository
         self.kind = kind
         self.name = name
+        self.is_object = bool(name) or kind == 'config'
+        folder = f'{kind}/{name[:2]}' if name and kind == 'data' else kind
+        self.path = f'{repository}/{folder}/{name}' if name else f'{repository}/{folder}'
 
     def __str__(self) -> str:
         if not self.kind:
             return self.repository or '/'
         name = '' if self.kind == 'config' else f'/{self.name}'
         return f'{self.repository}/{self.kind}{name}'
-
-    @property
-    def is_object(self) -> bool:
-        return bool(self.name) or self.kind == 'config'
 
 
 class Scratch:
@@ -1144,19 +1140,13 @@ class Store:
     def _path(self, location: Location) -> str:
         """The file or folder of an object or list.  Raises PermissionError for a repository behind
         a link that leads out of the directory."""
-        if location.repository:
-            self._check_links(location.repository)
-        kind, name = location.kind, location.name
-        if not name:
-            return f'{self.root}{location.repository}/{kind}'
-        if kind == 'data':
-            return f'{self.root}{location.repository}/data/{name[:2]}/{name}'
-        return f'{self.root}{location.repository}/{kind}/{name}'
+        repository = location.repository
+        if repository and time.monotonic() >= self._checked.get(repository, 0.0):
+            self._check_links(repository)
+        return self.root + location.path
 
     def _check_links(self, repository: str) -> None:
         now, end = time.monotonic(), len(repository)
-        if now < self._checked.get(repository, 0.0):
-            return
         while end > 0:
             path = self.root + repository[:end]
             if os.path.islink(path):
@@ -1278,9 +1268,9 @@ class Counters:
         import mmap
         self._size = SLOT_BYTES // 8
         self._words = memoryview(mmap.mmap(-1, slots * SLOT_BYTES)).cast('q')
-        # Of each slot: where its rows are, and up to where it has been looked through.  A slot
-        # begins with its length in words; a row is its width, its key's bytes, numbers and key.
-        self._rows: List[Dict[Key, range]] = [{} for _ in range(slots)]
+        # Of each slot: its rows, and up to where it has been looked through.  A slot begins with
+        # its length in words; a row is its width, its key's bytes, numbers and key.
+        self._rows: List[Dict[Key, memoryview]] = [{} for _ in range(slots)]
         self._looked = [slot * self._size + 1 for slot in range(slots)]
         self._full = False
         self.join(0)
@@ -1288,49 +1278,39 @@ class Counters:
     def join(self, slot: int) -> None:
         """From now on this process writes to `slot`, and goes on from what is there."""
         self._own = slot
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.clear(slot)
 
     def clear(self, slot: int) -> None:
         """Forget what was passing in a slot whose process has died."""
-        with self._lock:
+        with self.lock:
             self._look(slot)
             for key, row in self._rows[slot].items():
                 if key[0] in _PASSING:
-                    for index in row:
-                        self._words[index] = 0
+                    for place in range(len(row)):
+                        row[place] = 0
 
     def add(self, key: Key, *amounts: int) -> bool:
         """Add to the numbers of this process's row; false if there is no room for a row."""
-        with self._lock:
-            words, row = self._words, self._row(key, len(amounts))
-            for index, amount in zip(row, amounts):
-                words[index] += amount
-        return bool(row)
-
-    def add_at(self, key: Key, width: int, *amounts: Tuple[int, int]) -> None:
-        """Add to single numbers of this process's row: the place of each and what is added."""
-        with self._lock:
-            words, row = self._words, self._row(key, width)
-            if row:
-                first = row.start
-                for place, amount in amounts:
-                    words[first + place] += amount
+        with self.lock:
+            row = self.row(key, len(amounts))
+            for place, amount in enumerate(amounts):
+                row[place] += amount
+        return key in self._rows[self._own]
 
     def put(self, key: Key, *values: int) -> None:
         """Set the numbers of this process's row, if there is room for one."""
-        with self._lock:
-            words = self._words
-            for index, value in zip(self._row(key, len(values)), values):
-                words[index] = value
+        with self.lock:
+            row = self.row(key, len(values))
+            for place, value in enumerate(values):
+                row[place] = value
 
     def read(self, key: Key) -> List[List[int]]:
         """The rows under a key, of as many processes as have one."""
-        with self._lock:
+        with self.lock:
             for slot in range(len(self._rows)):
                 self._look(slot)
-            return [[self._words[index] for index in rows[key]]
-                    for rows in self._rows if key in rows]
+            return [rows[key].tolist() for rows in self._rows if key in rows]
 
     def total(self, key: Key, width: int) -> List[int]:
         """The first `width` numbers under a key, added up over all processes."""
@@ -1340,18 +1320,19 @@ class Counters:
              ) -> Dict[Key, List[int]]:
         """All rows whose keys begin with the word `kind`; those of several processes are merged,
         two numbers at a time."""
-        with self._lock:
+        with self.lock:
             for slot in range(len(self._rows)):
                 self._look(slot)
             rows = [item for rows in self._rows for item in rows.items() if item[0][0] == kind]
         found: Dict[Key, List[int]] = {}
         for key, row in rows:
-            values = self._words[row.start:row.stop].tolist()
+            values = row.tolist()
             found[key] = list(map(merge, found[key], values)) if key in found else values
         return found
 
-    def _row(self, key: Key, width: int) -> range:
-        """Where this process's row is; it is made if it is missing.  Empty if there is no room."""
+    def row(self, key: Key, width: int) -> memoryview:
+        """The numbers of this process's row, which is made if it is missing, for who holds `lock`;
+        ones that nobody reads if there is no room."""
         row = self._rows[self._own].get(key)
         if row is not None:
             return row
@@ -1362,11 +1343,11 @@ class Counters:
             if not self._full:
                 self._full = True
                 log.error('there are too many repositories to count what is done in each')
-            return range(0)
-        row = self._rows[self._own][key] = range(at + 2, at + 2 + width)
+            return memoryview(bytearray(8 * width)).cast('q')
         self._words[at], self._words[at + 1] = width, len(text)
-        self._words.cast('B')[8 * row.stop:8 * row.stop + len(text)] = text
+        self._words.cast('B')[8 * (at + 2 + width):8 * (at + 2 + width) + len(text)] = text
         self._words[begin] = end - begin - 1
+        row = self._rows[self._own][key] = self._words[at + 2:at + 2 + width]
         return row
 
     def _look(self, slot: int) -> None:
@@ -1374,10 +1355,11 @@ class Counters:
         words, at = self._words, self._looked[slot]
         end = slot * self._size + 1 + words[slot * self._size]
         while at < end:
-            row = range(at + 2, at + 2 + words[at])
-            text = bytes(words.cast('B')[8 * row.stop:8 * row.stop + words[at + 1]])
+            width, length = words[at:at + 2].tolist()
+            row, at = words[at + 2:at + 2 + width], at + 2 + width
+            text = bytes(words.cast('B')[8 * at:8 * at + length])
             self._rows[slot][tuple(text.decode('utf-8', 'surrogateescape').split('\0'))] = row
-            at = row.stop + -(-len(text) // 8)
+            at += -(-length // 8)
         self._looked[slot] = at
 
 
@@ -2618,17 +2600,25 @@ class Metrics:
         """A request was answered, with so many bytes of content."""
         method = request.method if request.method in METHODS else 'other'
         seconds = time.monotonic() - request.begun
-        self.counters.add_at(('request', method, str(status)), 3 + len(SECONDS), (0, 1),
-                             (1, int(seconds * 1e6)), (2 + bisect.bisect_left(SECONDS, seconds), 1))
-        location = request.location
-        if location and method == 'GET' and status in (200, 206):
-            self.count_blob(request, location, self.READ, sent)
+        counters, location = self.counters, request.location
+        with counters.lock:
+            row = counters.row(('request', method, str(status)), 3 + len(SECONDS))
+            row[0] += 1
+            row[1] += int(seconds * 1e6)
+            row[2 + bisect.bisect_left(SECONDS, seconds)] += 1
+            if location and method == 'GET' and status in (200, 206):
+                self._count_blob(request, location, self.READ, sent)
 
     def count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
         """A blob was written, read or deleted."""
+        with self.counters.lock:
+            self._count_blob(request, location, what, size)
+
+    def _count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
         if location.name:
-            self.counters.add_at(('blob', request.user, location.repository[1:], location.kind), 6,
-                                 (what, 1), (what + 1, size))
+            row = self.counters.row(('blob', request.user, location.repository[1:], location.kind), 6)
+            row[what] += 1
+            row[what + 1] += size
 
     def connections(self) -> int:
         """Connections that are being served."""
@@ -3118,8 +3108,10 @@ class Api:
             status = 206
         if content.length > SMALL_BYTES or request.method == 'HEAD':
             return Response(status, headers, content)
-        with content:  # read now, an error can still be said
+        try:  # read now, an error can still be said
             return Response(status, headers, content.read_all())
+        finally:
+            content.close()
 
     def _get_list(self, request: Request, location: Location) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
@@ -3184,6 +3176,7 @@ def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield from rest
 
 
+@functools.lru_cache(maxsize=256)
 def parse_path(path: str) -> Location:
     """What a request's path, without the base URL, stands for.
 
@@ -3777,6 +3770,7 @@ _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
 _REQUEST_LINE = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n')
 _BARE_LF = re.compile(rb'(?<!\r)\n')
+_FRAMING = frozenset(('content-length', 'transfer-encoding', 'expect', 'connection'))
 _FIELD = re.compile(r'([^:]+):[ \t]*([^\r]*)\r\n')
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
@@ -3799,9 +3793,10 @@ class HeadParser:
     """Parses the heads of one connection.  The field lines of a client's requests are mostly the
     same, but for Range: as long as they are, they are not parsed again."""
 
-    __slots__ = ('_lines', '_headers')
+    __slots__ = ('plain', '_lines', '_headers')
 
     def __init__(self) -> None:
+        self.plain = False                  # the last head had none of what _FRAMING is about
         self._lines = ''                    # the last ones, without Range, after the minor version
         self._headers: Dict[str, str] = {}  # that they stand for
 
@@ -3821,6 +3816,7 @@ class HeadParser:
                 headers = {**headers, 'range': wanted.strip(' ')}
         else:
             headers = _parse_fields(head, line.end())
+            self.plain = minor != '0' and _FRAMING.isdisjoint(headers)
             self._headers = dict(headers)
             # One Range alone is left out of what is kept.
             alone = self._headers.pop('range', None) == (wanted if found else None)
@@ -3995,19 +3991,25 @@ class Http1:
 
     def _exchange(self) -> bool:
         """One request and its answer; whether another may follow."""
-        request = None
+        request, connection = None, self._connection
         try:
             head = self._read_head()
             if not head:
                 return False
-            first, self._first = self._first, False
-            if first and head == _PREFACE_HEAD:
-                self._preface = f'{head}\r\n'.encode() + self._buffer
-                return False
-            if first and _NO_HTTP.match(head):
-                raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
-            request = Request(*self._heads.parse(head), _NO_BODY, self._connection.peer)
-            self._open_body(request)
+            if self._first:
+                self._first = False
+                if head == _PREFACE_HEAD:
+                    self._preface = f'{head}\r\n'.encode() + self._buffer
+                    return False
+                if _NO_HTTP.match(head):
+                    raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
+            request = Request(*self._heads.parse(head), _NO_BODY, connection.peer)
+            connection.wait_for(connection.READING, self._limits.read_seconds)
+            if self._heads.plain:
+                self._body = _NO_BODY
+                connection.place(roaming=False)
+            else:
+                self._open_body(request)
         except HttpError as error:
             self._refuse(error, request)
             return False
@@ -4021,7 +4023,7 @@ class Http1:
         finally:
             response.close()
         if not keep:
-            self._connection.linger()
+            connection.linger()
         return keep and self._skip_body()
 
     def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
@@ -4073,7 +4075,6 @@ class Http1:
             self._body = _SizedBody(self, length) if length else _NO_BODY
         request.body = self._body
         connection.place(roaming=length is None or length > SMALL_BYTES)
-        connection.wait_for(connection.READING, self._limits.read_seconds)
         # RFC 9110 10.1.1: 100 is never sent to HTTP/1.0, and not where there is no content.
         expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
@@ -4127,6 +4128,8 @@ class Http1:
         """Whether the connection can go on after this request (RFC 9112 9.3)."""
         if self._connection.stopping or self._connection.expired:
             return False
+        if self._heads.plain:
+            return True
         # Content that was not read is skipped if it is little and surely on its way.
         left = self._body.left
         if left and (left > SKIP_BYTES or self._announce):
