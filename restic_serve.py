@@ -377,17 +377,15 @@ _read_at = getattr(os, 'pread', _seek_and_read)
 
 
 class FileSlice:
-    """`length` bytes of the open file `fd` from `offset` on; close() closes that, or is what a file
-    that others read calls for."""
+    """`length` bytes of an open file, `fd`, from `offset` on."""
 
-    __slots__ = ('fd', 'offset', 'length', 'close')
+    __slots__ = ('fd', 'offset', 'length', '_file')
 
-    def __init__(self, fd: int, offset: int, length: int,
-                 close: Optional[Callable[[], None]] = None) -> None:
-        self.fd = fd
+    def __init__(self, file: OpenFile, offset: int, length: int) -> None:
+        self.fd = file.fd
         self.offset = offset
         self.length = length
-        self.close = close or functools.partial(os.close, fd)
+        self._file: Optional[OpenFile] = file
 
     def read(self, limit: int) -> bytes:
         """The next bytes, `limit` at the most; OSError if the file ends before the slice does."""
@@ -410,6 +408,9 @@ class FileSlice:
             raise OSError(errno.EIO, 'the file became shorter while it was being sent')
         self.offset += count
         self.length -= count
+
+    def close(self) -> None:
+        self._file = None
 
     def __enter__(self) -> FileSlice:
         return self
@@ -537,24 +538,27 @@ _READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
 
 
 class OpenFile:
-    """A file that several readers share; its owner's lock guards it."""
+    """A file that several readers share: it is closed when nobody has this object any more."""
 
-    __slots__ = ('fd', 'readers', 'until', 'links', '_lock')
+    __slots__ = ('fd', 'until', 'links')
 
-    def __init__(self, fd: int, until: float, lock: threading.Lock) -> None:
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.readers = 1
-        self.until = until      # when it may no longer be given to another; 0 is at once
+        self.until = 0.0        # when it may no longer be given to another
         self.links = (0, 0)     # how many it has, and when that or anything changed
-        self._lock = lock
 
-    def release(self) -> None:
-        """A reader is done."""
-        with self._lock:
-            self.readers -= 1
-            last = not self.readers and not self.until
-        if last:
-            os.close(self.fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.fd)
+
+
+def open_plain(path: str) -> Tuple[OpenFile, os.stat_result]:
+    """A file that is to be read, and what fstat(2) says of it.  Raises OSError, also where it is no
+    regular file."""
+    file = OpenFile(os.open(path, _READ_FLAGS))
+    status = os.fstat(file.fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, 'no regular file', path)
+    return file, status
 
 
 class OpenFiles:
@@ -565,17 +569,12 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._files: Dict[str, OpenFile] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()   # of changes
 
     def take(self, path: str) -> Tuple[OpenFile, os.stat_result]:
-        """The file at a path, to be released, and what fstat(2) says of it.  Raises OSError."""
-        with self._lock:
-            file = self._files.get(path)
-            if file and file.until > time.monotonic():
-                file.readers += 1
-            else:
-                file = None
-        if file:
+        """The file at a path, and what fstat(2) says of it.  Raises OSError."""
+        file = self._files.get(path)
+        if file and file.until > time.monotonic():
             try:
                 status = os.fstat(file.fd)
                 # Whatever takes the name from a file changes both, or one of them.
@@ -583,47 +582,22 @@ class OpenFiles:
                     return file, status
             except OSError as error:  # ESTALE, of a network file system
                 log.debug('%s: %s', path, error)
-            self._drop(path, file)
-            file.release()
-        file = OpenFile(os.open(path, _READ_FLAGS), time.monotonic() + KEPT_SECONDS, self._lock)
-        try:
-            status = os.fstat(file.fd)
-            file.links = status.st_nlink, status.st_ctime_ns
-            if not stat.S_ISREG(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, 'no regular file', path)
-        except OSError:
-            os.close(file.fd)
-            raise
         with self._lock:
-            others = [self._files.pop(path, None)]
-            if len(self._files) >= KEPT_OPEN:
-                others.append(self._files.pop(next(iter(self._files))))
+            self._files.pop(path, None)
+        file, status = open_plain(path)
+        file.links = status.st_nlink, status.st_ctime_ns
+        file.until = time.monotonic() + KEPT_SECONDS
+        with self._lock:
+            if path not in self._files and len(self._files) >= KEPT_OPEN:
+                del self._files[next(iter(self._files))]
             self._files[path] = file
-        self._forget(others)
         return file, status
 
     def expire(self, at: float) -> None:
-        """Close what nobody reads and nobody may any more at a time."""
+        """Let go of what nobody may be given any more at a time."""
         with self._lock:
-            old = [path for path, file in self._files.items() if file.until <= at]
-            files = [self._files.pop(path) for path in old]
-        self._forget(files)
-
-    def _drop(self, path: str, file: OpenFile) -> None:
-        with self._lock:
-            if self._files.get(path) is not file:
-                return
-            del self._files[path]
-        self._forget([file])
-
-    def _forget(self, files: Iterable[Optional[OpenFile]]) -> None:
-        """Close files that were taken out, or have their last reader do it."""
-        for file in filter(None, files):
-            with self._lock:
-                file.until = 0.0
-                unread = not file.readers
-            if unread:
-                os.close(file.fd)
+            for path in [path for path, file in self._files.items() if file.until <= at]:
+                del self._files[path]
 
 
 def object_entries(folder: str, prefix: str = '') -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
@@ -991,17 +965,12 @@ class Store:
         if self.kept is None or location.kind != 'data':
             return self.open(location)
         file, status = self.kept.take(self._path(location))
-        return FileSlice(file.fd, 0, status.st_size, file.release)
+        return FileSlice(file, 0, status.st_size)
 
     def open(self, location: Location) -> FileSlice:
         """The whole of an object."""
-        path = self._path(location)
-        fd = os.open(path, _READ_FLAGS)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise IsADirectoryError(errno.EISDIR, 'no regular file', path)
-        return FileSlice(fd, 0, status.st_size)
+        file, status = open_plain(self._path(location))
+        return FileSlice(file, 0, status.st_size)
 
     def create_repository(self, repository: str) -> None:
         """Make the directories of a repository; those that exist stay as they are."""
@@ -3764,6 +3733,7 @@ class Pipes:
 
 RECEIVE_BYTES = 8 * 1024     # of a header section at a time
 CLIENT_GONE = 499            # in the access log alone, as in nginx's: nobody was there to be told
+REMEMBERED_HEAD = 1024       # characters of a head that is worth it
 SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -3789,49 +3759,57 @@ _FAULTS = (
 )
 
 
-class HeadParser:
-    """Parses the heads of one connection.  The field lines of a client's requests are mostly the
-    same, but for Range: as long as they are, they are not parsed again."""
+class Head:
+    """The head of a request: method, target, version and headers.  `plain` says that no header is
+    about the message itself or the connection.  It never changes: requests share it."""
 
-    __slots__ = ('plain', '_lines', '_headers')
+    __slots__ = ('method', 'target', 'version', 'headers', 'plain')
 
-    def __init__(self) -> None:
-        self.plain = False                  # the last head had none of what _FRAMING is about
-        self._lines = ''                    # the last ones, without Range, after the minor version
-        self._headers: Dict[str, str] = {}  # that they stand for
+    def __init__(self, method: str, target: str, version: str, headers: Dict[str, str]) -> None:
+        self.method = method
+        self.target = target
+        self.version = version
+        self.headers = headers
+        self.plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
 
-    def parse(self, head: str) -> Tuple[str, str, str, Dict[str, str]]:
-        """Method, target, version and headers of a request's head, which ends with CRLF, its empty
-        line left out.  Raises HttpError (RFC 9112 3 and 5)."""
-        line = _REQUEST_LINE.match(head)
-        if not line:
-            _raise_fault(head)
-        method, target, minor = line.groups()
-        before, found, after = head[line.end() - 1:].partition('\nRange: ')
+
+def parse_head(text: str) -> Tuple[Head, Dict[str, str]]:
+    """A request's head, which ends with CRLF, its empty line left out; and its headers, which are
+    the head's own and its range.  Raises HttpError (RFC 9112 3 and 5).
+
+    A client's requests for pieces of a file are the same but for their Range: what is left of them
+    without it is parsed once.
+    """
+    before, found, after = text.partition('\nRange: ')
+    if found and len(text) <= REMEMBERED_HEAD:
         wanted, _, after = after.partition('\r\n')
-        lines = f'{minor}{before}\n{after}' if found else minor + before
-        if lines == self._lines and wanted.isascii() and wanted.isprintable():
-            headers = self._headers
-            if found:
-                headers = {**headers, 'range': wanted.strip(' ')}
-        else:
-            headers = _parse_fields(head, line.end())
-            self.plain = minor != '0' and _FRAMING.isdisjoint(headers)
-            self._headers = dict(headers)
-            # One Range alone is left out of what is kept.
-            alone = self._headers.pop('range', None) == (wanted if found else None)
-            self._lines = lines if alone else ''
-            # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
-            host = headers.get('host')
-            if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
-                self._lines = ''
-                raise HttpError(400, 'no valid Host header')
-        if target[0] != '/' and target != '*':
-            absolute = _ABSOLUTE.fullmatch(target)  # RFC 9112 3.2.2
-            if not absolute:
-                raise HttpError(400, 'malformed request target')
-            target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
-        return method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers
+        if wanted.isascii() and wanted.isprintable():
+            head = _remembered_head(f'{before}\n{after}')
+            if 'range' not in head.headers:
+                return head, {**head.headers, 'range': wanted.strip(' ')}
+    head = _parse_head(text)
+    return head, head.headers
+
+
+def _parse_head(text: str) -> Head:
+    line = _REQUEST_LINE.match(text)
+    if not line:
+        _raise_fault(text)
+    method, target, minor = line.groups()
+    headers = _parse_fields(text, line.end())
+    # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
+    host = headers.get('host')
+    if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
+        raise HttpError(400, 'no valid Host header')
+    if target[0] != '/' and target != '*':
+        absolute = _ABSOLUTE.fullmatch(target)  # RFC 9112 3.2.2
+        if not absolute:
+            raise HttpError(400, 'malformed request target')
+        target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
+    return Head(method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers)
+
+
+_remembered_head = functools.lru_cache(maxsize=64)(_parse_head)
 
 
 def _parse_fields(head: str, begin: int) -> Dict[str, str]:
@@ -3966,8 +3944,8 @@ class Http1:
         self._connection = connection
         self._api = api
         self._limits = limits
-        self._heads = HeadParser()
         self._buffer = b''          # received, not yet read
+        self._plain = False         # the current request's head
         self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
         self._sent = 0              # bytes of the current answer's body
         self._announce = False      # the client waits for 100 (Continue) before it sends content
@@ -3993,20 +3971,21 @@ class Http1:
         """One request and its answer; whether another may follow."""
         request, connection = None, self._connection
         try:
-            head = self._read_head()
-            if not head:
+            text = self._read_head()
+            if not text:
                 return False
             if self._first:
                 self._first = False
-                if head == _PREFACE_HEAD:
-                    self._preface = f'{head}\r\n'.encode() + self._buffer
+                if text == _PREFACE_HEAD:
+                    self._preface = f'{text}\r\n'.encode() + self._buffer
                     return False
-                if _NO_HTTP.match(head):
+                if _NO_HTTP.match(text):
                     raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
-            request = Request(*self._heads.parse(head), _NO_BODY, connection.peer)
+            head, headers = parse_head(text)
+            request = Request(head.method, head.target, head.version, headers, _NO_BODY, connection.peer)
             connection.wait_for(connection.READING, self._limits.read_seconds)
-            if self._heads.plain:
-                self._body = _NO_BODY
+            self._plain, self._body = head.plain, _NO_BODY
+            if head.plain:
                 connection.place(roaming=False)
             else:
                 self._open_body(request)
@@ -4024,7 +4003,7 @@ class Http1:
             response.close()
         if not keep:
             connection.linger()
-        return keep and self._skip_body()
+        return keep and (not self._body.left or self._skip_body())
 
     def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
         """Answer what is no request, or not wholly, and end the connection."""
@@ -4041,26 +4020,26 @@ class Http1:
         RFC 9112 2.2: an empty line before it is skipped.  Raises HttpError 400, 408 and 431.
         """
         limit, connection, begun = self._limits.header_bytes, self._connection, False
+        buffer, self._buffer = self._buffer, b''
         while True:
-            if not self._buffer or begun:
+            if not buffer or begun:
                 data = connection.receive(RECEIVE_BYTES)
                 if not data:
-                    if not self._buffer:
+                    if not buffer:
                         return ''
                     self._raise_cut_short('header')
-                self._buffer += data
-            while self._buffer.startswith(b'\r\n'):
-                self._buffer = self._buffer[2:]
-            end = self._buffer.find(b'\r\n\r\n')
+                buffer += data
+            while buffer.startswith(b'\r\n'):
+                buffer = buffer[2:]
+            end = buffer.find(b'\r\n\r\n')
             if end >= 0 and end + 4 <= limit:
-                head = self._buffer[:end + 2]
-                self._buffer = self._buffer[end + 4:]
-                return head.decode('latin-1')
-            if end >= 0 or len(self._buffer) >= limit:
+                self._buffer = buffer[end + 4:]
+                return buffer[:end + 2].decode('latin-1')
+            if end >= 0 or len(buffer) >= limit:
                 raise HttpError(431, f'the header is longer than {limit} bytes')
-            if _BARE_LF.search(self._buffer):
+            if _BARE_LF.search(buffer):
                 raise HttpError(400, 'a line ends without CR')
-            if self._buffer and not begun:
+            if buffer and not begun:
                 begun, deadline = True, connection.deadline
                 connection.wait_for(connection.IDLE, self._limits.header_seconds)
                 connection.deadline = min(connection.deadline, deadline)
@@ -4128,7 +4107,7 @@ class Http1:
         """Whether the connection can go on after this request (RFC 9112 9.3)."""
         if self._connection.stopping or self._connection.expired:
             return False
-        if self._heads.plain:
+        if self._plain:
             return True
         # Content that was not read is skipped if it is little and surely on its way.
         left = self._body.left
@@ -4142,14 +4121,13 @@ class Http1:
 
     def _skip_body(self) -> bool:
         """Read what is left of a short body that nobody wanted."""
-        if self._body.left:
-            self._connection.wait_for(Connection.READING, LINGER_SECONDS)
-            view = memoryview(bytearray(SKIP_BYTES))
-            try:
-                while self._body.readinto(view):
-                    pass
-            except HttpError:
-                return False
+        self._connection.wait_for(Connection.READING, LINGER_SECONDS)
+        view = memoryview(bytearray(SKIP_BYTES))
+        try:
+            while self._body.readinto(view):
+                pass
+        except HttpError:
+            return False
         return True
 
     def _send(self, request: Request, response: Response, keep: bool) -> bool:

@@ -1987,7 +1987,8 @@ class HeadTest(unittest.TestCase):
     """The parser of heads, from strings alone."""
 
     def parse(self, text):
-        return restic_serve.HeadParser().parse(text)
+        head, headers = restic_serve.parse_head(text)
+        return head.method, head.target, head.version, headers
 
     def test_a_head_in_its_parts(self):
         method, target, version, headers = self.parse(
@@ -1997,33 +1998,43 @@ class HeadTest(unittest.TestCase):
         self.assertEqual(headers, {'host': 'x:1', 'x-one': '1, 2', 'x-empty': '',
                                    'x-high': '\xe9 :"'})
 
-    def test_what_came_before_on_a_connection_makes_no_difference(self):
-        def parse(parser, head):
+    def test_what_came_before_makes_no_difference(self):
+        def outcome(parse, head):
             try:
-                return parser.parse(head)
+                return parse(head)
             except HttpError as error:
                 return error.status, str(error)
+
+        def whole(text):
+            head = restic_serve._parse_head(text)
+            return head.method, head.target, head.version, head.headers
 
         chance = random.Random(1)
         lines = ['Host: x', 'Host: y', 'Host:', 'Host: a b', 'Range: bytes=0-1', 'Range: bytes=2-3',
                  'Range: ', 'Range:  bytes=1-2 ', 'range: bytes=5-6', 'Range:bytes=7-8', 'Range: \x7f',
                  'Range: \xe9', 'Range: \r', 'X: y', 'X: y', 'X-Range: 1', ' folded', 'no colon',
                  'X: \nRange: 1', 'Range: bytes=0-12\nHost: x', 'Range: bytes=0-1\x00\nX: y', 'range:',
-                 'Range:']
-        parser = restic_serve.HeadParser()
+                 'Range:', 'X: ' + 'y' * restic_serve.REMEMBERED_HEAD]
         heads = [f'GET /{number} HTTP/1.{version}\r\n' + ''.join(
             f'{line}\r\n' for line in chance.sample(lines, chance.randrange(5)))
             for number in range(300) for version in '10']
-        for _ in range(20_000):  # of two at a time, so that most are like the one before
+        for _ in range(20_000):  # of a few at a time, so that most have come before
             head = chance.choice(heads[chance.randrange(299) * 2:][:4])
-            self.assertEqual(parse(parser, head), parse(restic_serve.HeadParser(), head), head)
+            self.assertEqual(outcome(self.parse, head), outcome(whole, head), head)
 
     def test_the_headers_of_one_request_are_not_another_s(self):
-        parser = restic_serve.HeadParser()
-        ranges = [parser.parse(f'GET / HTTP/1.1\r\nHost: x\r\nRange: bytes={number}-\r\nA: b\r\n')[3]
-                  for number in range(3)]
-        self.assertEqual([headers['range'] for headers in ranges], ['bytes=0-', 'bytes=1-', 'bytes=2-'])
-        self.assertNotIn('range', parser.parse('GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n')[3])
+        found = [self.parse(f'GET / HTTP/1.1\r\nHost: x\r\nRange: bytes={number}-\r\nA: b\r\n')[3]
+                 for number in range(3)]
+        self.assertEqual([headers['range'] for headers in found], ['bytes=0-', 'bytes=1-', 'bytes=2-'])
+        self.assertNotIn('range', self.parse('GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n')[3])
+
+    def test_what_is_plain(self):
+        for line, plain in (('A: b', True), ('Content-Length: 0', False), ('Expect: x', False),
+                            ('Transfer-Encoding: chunked', False), ('Connection: close', False)):
+            for more in ('', 'Range: bytes=0-1\r\n'):
+                text = f'GET / HTTP/1.1\r\nHost: x\r\n{more}{line}\r\n'
+                self.assertEqual(restic_serve.parse_head(text)[0].plain, plain, text)
+        self.assertFalse(restic_serve.parse_head('GET / HTTP/1.0\r\n')[0].plain)
 
     def test_versions(self):
         self.assertEqual(self.parse('GET / HTTP/1.0\r\n')[2], 'HTTP/1.0')
