@@ -3731,7 +3731,7 @@ class Pipes:
 # ==== Http1 ======================================================================================
 # One HTTP/1.1 connection (RFC 9112).  Strict: what two readers could take in two ways is refused.
 
-RECEIVE_BYTES = 8 * 1024     # of a header section at a time
+RECEIVE_BYTES = 992          # of a header section at a time: the C library has as much at hand
 CLIENT_GONE = 499            # in the access log alone, as in nginx's: nobody was there to be told
 REMEMBERED_HEAD = 1024       # characters of a head that is worth it
 SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
@@ -3784,7 +3784,7 @@ def parse_head(text: str) -> Tuple[Head, Dict[str, str]]:
     if found and len(text) <= REMEMBERED_HEAD:
         wanted, _, after = after.partition('\r\n')
         if wanted.isascii() and wanted.isprintable():
-            head = _remembered_head(f'{before}\n{after}')
+            head = _remembered_head(before, after)
             if 'range' not in head.headers:
                 return head, {**head.headers, 'range': wanted.strip(' ')}
     head = _parse_head(text)
@@ -3809,7 +3809,10 @@ def _parse_head(text: str) -> Head:
     return Head(method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers)
 
 
-_remembered_head = functools.lru_cache(maxsize=64)(_parse_head)
+@functools.lru_cache(maxsize=64)
+def _remembered_head(before: str, after: str) -> Head:
+    """A head in two parts, between which there was its Range."""
+    return _parse_head(f'{before}\n{after}')
 
 
 def _parse_fields(head: str, begin: int) -> Dict[str, str]:
@@ -4133,9 +4136,8 @@ class Http1:
     def _send(self, request: Request, response: Response, keep: bool) -> bool:
         """Send an answer; whether the connection can go on after it."""
         body = response.body
-        stream = not isinstance(body, (bytes, FileSlice))
         # RFC 9112 6.3: what has no announced length ends with the connection in HTTP/1.0.
-        keep = keep and not (stream and request.version == 'HTTP/1.0')
+        keep = keep and (request.version != 'HTTP/1.0' or isinstance(body, (bytes, FileSlice)))
         head = _response_head(response, body, request.version, keep)
         connection = self._connection
         connection.wait_for(connection.WRITING, self._limits.write_seconds)

@@ -1915,11 +1915,12 @@ class ApiTest(TestCase):
     def test_backslash_and_colon_are_refused_on_windows_alone(self):
         self.assertEqual(self.status('GET', '/a%5Cb/config'), 404)
         pattern = '[\\x00-\\x1f\\x7f\\\\:]'
-        restic_serve._check_repository.cache_clear()
+        for remembering in (restic_serve.parse_path, restic_serve._check_repository):
+            remembering.cache_clear()
+            self.addCleanup(remembering.cache_clear)
         with mock.patch.object(restic_serve, '_NO_FILE_NAME', re.compile(pattern)):
             self.assertEqual(self.status('GET', '/a%5Cb/config'), 400)
             self.assertEqual(self.status('GET', '/C:/config'), 400)
-        restic_serve._check_repository.cache_clear()
 
     def test_a_base_url_is_the_prefix_of_every_path(self):
         self.api.baseurl = '/backup'
