@@ -1061,7 +1061,8 @@ class Store:
         Raises HttpError 400 if the content does not match its name, 403 for another config.
         """
         path = self._path(location)
-        with self._scratch_for(path) as scratch:
+        folder = os.path.dirname(path)
+        with self._scratch_in(folder) as scratch:
             digest = scratch.receive(body, self.verify)
             if location.name and digest not in ('', location.name):
                 raise HttpError(400, f'the content has the SHA-256 {digest}, not its name')
@@ -1082,7 +1083,7 @@ class Store:
                     if self._settle(location, path, digest, scratch):
                         came = 0, (self.size(location) or 0) - before
                         break
-            sync_directory(os.path.dirname(path))
+            sync_directory(folder)
         return came
 
     def _settle(self, location: Location, path: str, digest: str, scratch: Scratch) -> bool:
@@ -1127,10 +1128,9 @@ class Store:
             self._checked.clear()
         self._checked[repository] = now + LOOK_SECONDS
 
-    def _scratch_for(self, path: str) -> Scratch:
-        """A scratch file for an object; its folder is made if it is missing, as rclone makes the
-        sub-directories of `data` only when they are needed."""
-        folder = os.path.dirname(path)
+    def _scratch_in(self, folder: str) -> Scratch:
+        """A scratch file for an object in a folder, which is made if it is missing, as rclone makes
+        the sub-directories of `data` only when they are needed."""
         try:
             return Scratch(self, folder)
         except FileNotFoundError:
@@ -1772,6 +1772,8 @@ class Usage:
 
     def areas(self, repository: str) -> List[str]:
         """The areas with a quota that a repository lies in: its top-level folder, and `` for all."""
+        if not (self.most or self.most_per_user):
+            return []
         user = repository.split('/')[1] if repository else ''
         return [area for area in {user, ''} if (self.most_per_user if area else self.most)]
 
@@ -1799,8 +1801,11 @@ class Usage:
         return {area: self.quota(area)[::2] for area in sorted(areas)}
 
     def _note(self, way: str, location: Location, objects: int, size: int) -> None:
-        self._counters.add((way, location.repository), size,
-                           *(objects * (kind == location.kind) for kind in _COUNTED))
+        counters = self._counters
+        with counters.lock:
+            row = counters.row((way, location.repository), len(_NOTHING))
+            row[0] += size
+            row[1 + _COUNTED.index(location.kind)] += objects
         for area in self.areas(location.repository):
             self._counters.add(('net', area), size if way == 'added' else -size)
 
@@ -3744,6 +3749,7 @@ _FRAMING = frozenset(('content-length', 'transfer-encoding', 'expect', 'connecti
 _FIELD = re.compile(r'([^:]+):[ \t]*([^\r]*)\r\n')
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
+_LENGTH = re.compile('[0-9]{1,18}')
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t -~\x80-\xff]*)?')
 _PREFACE_HEAD = 'PRI * HTTP/2.0\r\n'  # RFC 9113 3.4: how HTTP/2 begins with prior knowledge
 _NO_HTTP = re.compile(r'[^ \r]+ [^ \r/*:]+ (?!HTTP/)[^ \r]+\r\n')
@@ -3777,8 +3783,8 @@ def parse_head(text: str) -> Tuple[Head, Dict[str, str]]:
     """A request's head, which ends with CRLF, its empty line left out; and its headers, which are
     the head's own and its range.  Raises HttpError (RFC 9112 3 and 5).
 
-    A client's requests for pieces of a file are the same but for their Range: what is left of them
-    without it is parsed once.
+    What a client sends again is parsed once: field lines, and the head of a request for a piece of
+    a file but for its Range.
     """
     before, found, after = text.partition('\nRange: ')
     if found and len(text) <= REMEMBERED_HEAD:
@@ -3796,7 +3802,10 @@ def _parse_head(text: str) -> Head:
     if not line:
         _raise_fault(text)
     method, target, minor = line.groups()
-    headers = _parse_fields(text, line.end())
+    lines = text[line.end():]
+    headers = (_remembered_fields if len(text) <= REMEMBERED_HEAD else _parse_fields)(lines)
+    if headers is None:
+        _raise_fault(text)
     # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
     host = headers.get('host')
     if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
@@ -3815,15 +3824,18 @@ def _remembered_head(before: str, after: str) -> Head:
     return _parse_head(f'{before}\n{after}')
 
 
-def _parse_fields(head: str, begin: int) -> Dict[str, str]:
-    """The headers of the field lines that begin there.  Raises HttpError (RFC 9112 5)."""
-    if not _FIELD_LINES.fullmatch(head, begin):
-        _raise_fault(head)
+def _parse_fields(lines: str) -> Optional[Dict[str, str]]:
+    """The headers of field lines; None if one of them is malformed (RFC 9112 5)."""
+    if not _FIELD_LINES.fullmatch(lines):
+        return None
     headers: Dict[str, str] = {}
-    for name, value in _FIELD.findall(head, begin):
+    for name, value in _FIELD.findall(lines):
         name, value = name.lower(), value.rstrip(' \t')
         headers[name] = f'{headers[name]}, {value}' if name in headers else value
     return headers
+
+
+_remembered_fields = functools.lru_cache(maxsize=64)(_parse_fields)
 
 
 def _raise_fault(head: str) -> NoReturn:
@@ -3846,12 +3858,13 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
         return None
     if announced is None:
         return 0
-    # RFC 9110 8.6: the same number more than once may be taken as one.
-    values = {value.strip(' \t') for value in announced.split(',')}
-    value = values.pop()
-    if values or not re.fullmatch('[0-9]{1,18}', value):
-        raise HttpError(400, 'bad Content-Length')
-    return int(value)
+    if not _LENGTH.fullmatch(announced):
+        # RFC 9110 8.6: the same number more than once may be taken as one.
+        values = {value.strip(' \t') for value in announced.split(',')}
+        announced = values.pop()
+        if values or not _LENGTH.fullmatch(announced):
+            raise HttpError(400, 'bad Content-Length')
+    return int(announced)
 
 
 class _NoBody:
