@@ -354,7 +354,7 @@ def work_up(server: Served, root: str, quick: bool) -> Figures:
 
 
 def work_small(server: Served, root: str, quick: bool) -> Figures:
-    done = upload(server, root, 4, 100 if quick else 500, 600)
+    done = upload(server, root, 4, 100 if quick else 2000, 600)
     return {'600 B uploads/s': done['rate'], 'CPU ms an upload': done['cpu/1000']}
 
 
