@@ -2555,9 +2555,9 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 class Metrics:
     """Counts requests, and tells what was counted.
 
-    The rows that count: `request`, by method and status: requests, their microseconds, and those
-    that took so long, by SECONDS; `blob`, by user, repository and type: blobs and bytes written,
-    read and deleted, as rest-server counts them.
+    The rows that count: `request`, by method and status: microseconds, and how many requests took so
+    long, by SECONDS; `blob`, by user, repository and type: blobs and bytes written, read and deleted,
+    as rest-server counts them.
     """
 
     WRITTEN, READ, DELETED = 0, 2, 4   # where in a row of `blob`
@@ -2576,10 +2576,9 @@ class Metrics:
         seconds = time.monotonic() - request.begun
         counters, location = self.counters, request.location
         with counters.lock:
-            row = counters.row(('request', method, str(status)), 3 + len(SECONDS))
-            row[0] += 1
-            row[1] += int(seconds * 1e6)
-            row[2 + bisect.bisect_left(SECONDS, seconds)] += 1
+            row = counters.row(('request', method, str(status)), 2 + len(SECONDS))
+            row[0] += int(seconds * 1e6)
+            row[1 + bisect.bisect_left(SECONDS, seconds)] += 1
             if location and method == 'GET' and status in (200, 206):
                 self._count_blob(request, location, self.READ, sent)
 
@@ -2625,7 +2624,8 @@ class Metrics:
     def _activity(self) -> List[int]:
         """Requests, errors among them, and objects and bytes received and sent."""
         activity = [0] * 6
-        for (_, _, status), (number, *_) in self.counters.find('request').items():
+        for (_, _, status), (_, *numbers) in self.counters.find('request').items():
+            number = sum(numbers)
             activity[0] += number
             # A missing object is what restic asks for to know that it is missing.
             activity[1] += number if int(status) >= 400 and status != '404' else 0
@@ -2650,8 +2650,8 @@ class Metrics:
                                                         for labels, row in blobs if row[2 * at]))
         requests = self.counters.find('request')
         out.family('restic_serve_requests_total', 'counter', 'Requests answered.', (
-            ((('method', method), ('status', status)), row[0])
-            for (_, method, status), row in requests.items()))
+            ((('method', method), ('status', status)), sum(numbers))
+            for (_, method, status), (_, *numbers) in requests.items()))
         self._expose_durations(out, requests)
         out.family('restic_serve_connections', 'gauge', 'Connections that are open.', [
             ((), self.connections())])
@@ -2668,7 +2668,7 @@ class Metrics:
         methods: Dict[str, List[int]] = {}
         for (_, method, _), row in requests.items():
             methods[method] = list(map(operator.add, methods.get(method, [0] * len(row)), row))
-        for method, (_, microseconds, *numbers) in methods.items():
+        for method, (microseconds, *numbers) in methods.items():
             total = 0
             for number, bound in zip(numbers, (*map(str, SECONDS), '+Inf')):
                 total += number
@@ -3284,7 +3284,7 @@ class Connection:
         self._tls = sock if isinstance(sock, Tls) else None
         self._sock: Any = self._tls.sock if self._tls else sock     # below TLS
         self._shared: Optional[SharedSocket] = None
-        self._roams: Optional[bool] = None  # not known before it is asked for
+        self.roams: Optional[bool] = None   # not known before it is asked for
         self._small = SETTLED               # requests since a transfer
         self._closing = threading.Lock()
 
@@ -3297,8 +3297,8 @@ class Connection:
         """Let this connection's thread roam or not, as place_thread() has it.  After a transfer it
         roams on until some small requests have come: the next is likely to be another."""
         self._small = 0 if roaming else self._small + 1
-        if roaming != self._roams and self._small not in range(1, SETTLED):
-            self._roams = roaming
+        if roaming != self.roams and self._small not in range(1, SETTLED):
+            self.roams = roaming
             place_thread(roaming)
 
     def shake_hands(self) -> None:
@@ -3999,12 +3999,14 @@ class Http1:
                     raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
             head, headers = parse_head(text)
             request = Request(head.method, head.target, head.version, headers, _NO_BODY, connection.peer)
-            connection.wait_for(connection.READING, self._limits.read_seconds)
             self._plain, self._body = head.plain, _NO_BODY
-            if head.plain:
-                connection.place(roaming=False)
-            else:
+            if not head.plain:
+                connection.wait_for(connection.READING, self._limits.read_seconds)
                 self._open_body(request)
+            else:
+                connection.wait_for(connection.WRITING, self._limits.write_seconds)
+                if connection.roams:
+                    connection.place(roaming=False)
         except HttpError as error:
             self._refuse(error, request)
             return False
@@ -4153,7 +4155,8 @@ class Http1:
         keep = keep and (request.version != 'HTTP/1.0' or isinstance(body, (bytes, FileSlice)))
         head = _response_head(response, body, request.version, keep)
         connection = self._connection
-        connection.wait_for(connection.WRITING, self._limits.write_seconds)
+        if connection.waits != connection.WRITING:
+            connection.wait_for(connection.WRITING, self._limits.write_seconds)
         self._sent = 0
         try:
             if request.method == 'HEAD':
