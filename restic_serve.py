@@ -3738,7 +3738,7 @@ class Pipes:
 
 RECEIVE_BYTES = 992          # of a header section at a time: the C library has as much at hand
 CLIENT_GONE = 499            # in the access log alone, as in nginx's: nobody was there to be told
-REMEMBERED_HEAD = 1024       # characters of a head that is worth it
+REMEMBERED_HEAD = 1024       # characters of the longest head that is remembered
 SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -3825,7 +3825,8 @@ def _remembered_head(before: str, after: str) -> Head:
 
 
 def _parse_fields(lines: str) -> Optional[Dict[str, str]]:
-    """The headers of field lines; None if one of them is malformed (RFC 9112 5)."""
+    """The headers of field lines; None if one of them is malformed (RFC 9112 5).  What is remembered
+    is shared by requests: it never changes."""
     if not _FIELD_LINES.fullmatch(lines):
         return None
     headers: Dict[str, str] = {}

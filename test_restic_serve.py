@@ -3675,6 +3675,22 @@ class AccessLogTest(WireTestCase):
 class TimeLimitTest(WireTestCase):
     limits = {'header_seconds': 0.2, 'idle_seconds': 0.4, 'read_seconds': 0.4, 'write_seconds': 0.4}
 
+    def test_the_time_for_an_answer_begins_with_the_end_of_the_head(self):
+        self.server.limits.read_seconds = float('inf')
+        ended = threading.Event()
+        self.addCleanup(ended.set)
+
+        def handle(request):
+            ended.wait(PATIENCE)
+            return restic_serve.Response(200, [])
+
+        with mock.patch.object(self.server.api, 'handle', handle), Wire(self.port) as wire:
+            wire.send(get('/config'))
+            with contextlib.suppress(ConnectionError):
+                self.assertIsNone(wire.answer())
+            self.assertFalse(ended.is_set())
+            ended.set()
+
     def test_a_silent_client_is_dropped(self):
         self.assertTrue(self.connect().is_closed())
 
