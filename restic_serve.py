@@ -334,14 +334,18 @@ class HttpError(Exception):
 
 class Peer:
     """The other end of a connection: its `name` in logs, an IP address or `unix`, and the `user`
-    that its socket or its certificate shows, empty if neither does."""
+    that its socket or its certificate shows, empty if neither does.  All of a `group` count as one
+    client where something is shared out; `certified` says that it has shown a certificate that we
+    asked for."""
 
-    __slots__ = ('name', 'user', 'unix')
+    __slots__ = ('name', 'user', 'unix', 'group', 'certified')
 
     def __init__(self, name: str, user: str = '', unix: bool = False) -> None:
         self.name = name
         self.user = user
         self.unix = unix
+        self.group = address_group(name)
+        self.certified = False
 
     def __str__(self) -> str:
         return self.name
@@ -365,6 +369,15 @@ class Request:
         self.user = ''
         self.begun = time.monotonic()
         self.location: Optional[Location] = None    # of an object that is there
+
+
+def address_group(name: str) -> str:
+    """The addresses that one client may have at will: an IPv4 address alone, or the /64 network of
+    an IPv6 address (RFC 6177 2)."""
+    if ':' in name:
+        with contextlib.suppress(OSError):
+            return socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
+    return name
 
 
 def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
@@ -2088,6 +2101,10 @@ class _Room:
 
 SLOW_COST = 5               # of bcrypt where Python computes it
 FAST_COST = 10              # and where the C library does
+BCRYPT_BYTES = 72           # of a password; bcrypt ignores the rest
+PASSWORD_BYTES = 255        # longest password of the other schemes
+SLOW_SECONDS = 2.0          # longest hash that Python computes among the others
+WAITING_LOGINS = 8          # requests of one address that wait for their password to be hashed
 _ITOA64 = './0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
 _BCRYPT64 = './ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
 _BCRYPT = re.compile(r'\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$([./A-Za-z0-9]{22})([./A-Za-z0-9]{31})')
@@ -2097,7 +2114,7 @@ _SHA2 = re.compile(r'\$([56])\$(?:rounds=([0-9]{1,9})\$)?([^$:]{0,16})\$([./0-9A
 _SHA1 = re.compile(r'\{SHA\}[A-Za-z0-9+/]{27}=')
 
 
-def dearness(entry: str) -> int:
+def hash_cost(entry: str) -> int:
     """How long a password takes to compare with an entry of an htpasswd file, roughly, in MD5
     rounds; 0 if its scheme is unknown."""
     bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
@@ -2108,30 +2125,80 @@ def dearness(entry: str) -> int:
     return 1000 if _MD5.fullmatch(entry) else 1 if _SHA1.fullmatch(entry) else 0
 
 
+def rest_of_cost(entry: str, slowest: str) -> List[str]:
+    """Entries that take as long to compare as `slowest` does, when `entry` has been compared."""
+    cost, most = _BCRYPT.fullmatch(entry), _BCRYPT.fullmatch(slowest)
+    if cost and most:  # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
+        return [f'{slowest[:4]}{number:02d}{slowest[6:]}' for number in range(int(cost[1]), int(most[1]))]
+    return [slowest] if hash_cost(entry) < hash_cost(slowest) else []
+
+
 def verify(password: bytes, entry: str) -> bool:
     """Whether a password belongs to an entry: bcrypt, SHA-crypt, MD5-crypt (Apache's and the
-    original) or SHA-1.  By the C library where it knows the scheme, else in Python."""
+    original) or SHA-1.  By the C library where it knows the scheme, else in Python.  A password with
+    a NUL, or of more than PASSWORD_BYTES for a scheme that looks at all of it, never matches."""
     import base64
     import hmac
+    if b'\0' in password:
+        return False
+    whole = password
+    password = password[:BCRYPT_BYTES if _BCRYPT.fullmatch(entry) else PASSWORD_BYTES]
     if _SHA1.fullmatch(entry):
         found = '{SHA}' + base64.b64encode(hashlib.sha1(password).digest()).decode()
+    elif is_in_c(entry):
+        found = crypt_in_c(password, entry)
     else:
-        found = crypt_in_c(password, entry) or crypt(password, entry)
-    return hmac.compare_digest(found.encode(), entry.encode())
+        found = crypt(password, entry)
+    is_whole = len(whole) <= PASSWORD_BYTES or bool(_BCRYPT.fullmatch(entry))
+    return hmac.compare_digest(found.encode(), entry.encode()) and is_whole
 
 
 def crypt_in_c(password: bytes, entry: str) -> str:
-    """crypt(3) of the C library; empty if there is none, or it does not know the scheme."""
-    function = _c_crypt()
-    if not function or b'\0' in password or entry.startswith('$apr1$'):
-        return ''
-    found = (function(password, entry.encode()) or b'').decode('latin-1')
-    return found if len(found) == len(entry) and found[:3] == entry[:3] else ''
+    """crypt(3) of the C library, for a scheme that it knows; one call at a time."""
+    return (_c_crypt()(password, entry.encode()) or b'').decode('latin-1')
+
+
+def is_in_c(entry: str) -> bool:
+    """Whether the C library computes an entry's scheme.  Then Python never does: it would take a
+    hundred times as long."""
+    return _knows_scheme(_c_crypt(), entry[:entry.find('$', 1) + 1])
+
+
+@functools.lru_cache(maxsize=16)
+def _knows_scheme(function: Any, scheme: str) -> bool:
+    """Whether crypt(3) does the cheapest hash of a scheme."""
+    if not function or scheme == '$apr1$':
+        return False
+    sample = {'$5$': '$5$rounds=1000$x$', '$6$': '$6$rounds=1000$x$', '$1$': '$1$x$'}.get(
+        scheme, f'{scheme}04${53 * "."}')
+    found = (function(b'x', sample.encode()) or b'').decode('latin-1')
+    return found.startswith(scheme) and hash_cost(found) > 0
+
+
+def seconds_in_python(entry: str) -> float:
+    """About how long Python computes an entry's scheme."""
+    bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
+    if bcrypt:
+        return _sample_seconds('bcrypt') * (1 << int(bcrypt[1]) - 4)
+    return _sample_seconds('sha2') * int(sha2[2] or 5000) / 1000 if sha2 else 0.0
+
+
+@functools.lru_cache(maxsize=None)
+def _sample_seconds(scheme: str) -> float:
+    """How long the cheapest hash of a scheme takes in Python."""
+    begin = time.perf_counter()
+    crypt(b'x', f'$2b$04${53 * "."}' if scheme == 'bcrypt' else f'$6$rounds=1000$x${86 * "."}')
+    return time.perf_counter() - begin
+
+
+def is_slow(entry: str) -> bool:
+    """Whether others should not wait while an entry is compared."""
+    return not is_in_c(entry) and seconds_in_python(entry) > SLOW_SECONDS
 
 
 @functools.lru_cache(maxsize=None)
 def _c_crypt() -> Any:
-    """The function crypt(3), or None.  Its result is static: one call at a time."""
+    """The function crypt(3), or None.  Its result is static."""
     try:
         import ctypes
     except ImportError:
@@ -2141,7 +2208,7 @@ def _c_crypt() -> Any:
             function = ctypes.CDLL(name).crypt
             function.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
             function.restype = ctypes.c_char_p
-            return function
+            return functools.partial(function)  # which can be hashed
     return None
 
 
@@ -2314,25 +2381,26 @@ class PasswordFile:
         self._stamp = stamp(path)
         self._next_look = 0.0
         self.entries = self._load()
+        self.slowest = max(self.entries.values(), key=hash_cost, default='')
 
-    def refresh(self, now: bool = False) -> bool:
-        """Read the file again if it has changed; whether it has.  The last good one stays in force
-        while it cannot be read."""
+    def refresh(self, now: bool = False) -> None:
+        """Read the file again if it has changed.  The last good one stays in force while it cannot
+        be read."""
         moment = time.monotonic()
         if not now and moment < self._next_look:
-            return False
+            return
         self._next_look = moment + LOOK_SECONDS
         found = stamp(self._path)
         if found == self._stamp and not now:
-            return False
+            return
         self._stamp = found
         try:
             self.entries = self._load()
         except OSError as error:
             reload_log.error('the users stay as they were: %s', error)
-            return False
+            return
+        self.slowest = max(self.entries.values(), key=hash_cost, default='')
         reload_log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
-        return True
 
     def _load(self) -> Dict[str, str]:
         entries = {}
@@ -2346,23 +2414,80 @@ class PasswordFile:
                 if not is_user(user):
                     reload_log.error('%s, line %d: the name of a user may hold letters, digits and '
                                      '@ . _ - alone', self._path, number)
-                elif not dearness(entry):
+                elif not hash_cost(entry):
                     reload_log.error('%s, line %d: unknown or unsafe password scheme; use bcrypt '
                                      '(htpasswd -B)', self._path, number)
                 else:
                     entries[user] = entry
+                    if is_slow(entry):
+                        reload_log.warning(
+                            '%s, line %d: the C library of this system does not know the scheme of '
+                            "%s's password, and Python takes %.0f s for each login; use a lower cost "
+                            '(htpasswd -B -C %d)', self._path, number, user, seconds_in_python(entry),
+                            SLOW_COST)
         return entries
+
+
+class FairQueue:
+    """Lets one thread at a time do something that takes long.  The groups of addresses that wait
+    take turns; of one group at most WAITING_LOGINS threads wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()   # of what follows
+        self._busy = False
+        # Of each group, in the order of their turns: locks that waiting threads try to acquire.
+        self._waiting: Dict[str, collections.deque[threading.Lock]] = {}
+
+    @contextlib.contextmanager
+    def turn(self, group: str) -> Iterator[None]:
+        """Wait for a turn, and keep it until the context ends.  Raises HttpError 429."""
+        gate = None
+        with self._lock:
+            if self._busy:
+                if len(self._waiting.get(group, ())) >= WAITING_LOGINS:
+                    raise HttpError(429, 'too many logins from your address wait for their turn',
+                                    [('Retry-After', '2')])  # RFC 6585 4
+                gate = threading.Lock()
+                gate.acquire()
+                self._waiting.setdefault(group, collections.deque()).append(gate)
+            self._busy = True
+        if gate:
+            gate.acquire()  # until it is our turn
+        try:
+            yield
+        finally:
+            self._pass_on(group)
+
+    def _pass_on(self, group: str) -> None:
+        """Give the turn of a group to the next one."""
+        with self._lock:
+            if group in self._waiting:  # it goes to the end
+                self._waiting[group] = self._waiting.pop(group)
+            if not self._waiting:
+                self._busy = False
+                return
+            group, waiting = next(iter(self._waiting.items()))
+            waiting.popleft().release()
+            if not waiting:
+                del self._waiting[group]
 
 
 class Accounts:
     """Who a request comes from.  Users come from one of: an htpasswd file, one `user` with a
     `password` (kept as a hash with `salt`), or the header `user_header` of a proxy in `proxies` or
-    on this host; without them from the client's certificate, and over a unix socket from the
-    socket itself.  `realm` is what a client that asks for a password shows."""
+    on this host; without them from the client's certificate if `certificates` name the users.  Over
+    a unix socket the user is the login name of the process there, unless `socket_auth` has it give
+    a password, too.  `realm` is what a client that asks for a password shows.
+
+    A password that was verified is remembered by a keyed digest of the user, the password and the
+    entry it matched, so that it is valid for as long as the file has that entry: nothing is ever
+    forgotten, and nobody waits for a lock.  Processes share what they remember by `counters`.
+    """
 
     def __init__(self, file: Optional[PasswordFile] = None, user: str = '', password: str = '',
                  salt: str = '', realm: str = '', user_header: str = '',
-                 proxies: Iterable[Any] = ()) -> None:
+                 proxies: Iterable[Any] = (), certificates: bool = False, socket_auth: bool = False,
+                 counters: Optional[Counters] = None) -> None:
         self._file = file
         self._user = user
         self._salt = salt.encode()
@@ -2370,90 +2495,119 @@ class Accounts:
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._user_header = user_header.lower()
         self._proxies = list(proxies)
+        self._certificates = certificates and not (file or user or user_header)
+        self._socket_auth = socket_auth and bool(file or user)
         self._secret = os.urandom(32)
-        self._verified: Dict[bytes, str] = {}   # keyed hash of a header: its user
-        self._one_at_a_time = threading.Lock()  # slow hashes, and changes of _verified
+        self._verified: Dict[str, bytes] = {}   # the last digest of each user
+        self._counters = counters or Counters()
+        self._queue, self._slow_queue = FairQueue(), FairQueue()
 
     @property
     def demanded(self) -> bool:
         """Whether one has to log in, but over a unix socket."""
-        return bool(self._file or self._user or self._user_header)
+        return bool(self._file or self._user or self._user_header or self._certificates)
 
     def identify(self, request: Request) -> str:
-        """The user behind a request, empty if nothing says.  Raises HttpError 401 and 403."""
+        """The user behind a request, empty if nothing says.  Raises HttpError 401, 403 and 429."""
         peer = request.peer
-        if self._user_header and (peer.unix or self._is_proxy(peer.name)):
+        if self._user_header and (peer.unix or self.is_proxy(peer.name)):
             user = request.headers.get(self._user_header, '')
             if not is_user(user):
                 log.log(NOTICE, 'the proxy %s names no valid user', peer)
-                raise HttpError(403, 'no valid name of a user')
+                self._refuse('the proxy names no valid user')
             return user
-        if peer.unix:
+        if peer.unix and not self._socket_auth:
             return peer.user
         if self._file or self._user:
             return self._check_basic(request)
         if self._user_header:
             raise HttpError(403, 'requests come through the proxy alone')
-        return peer.user if peer.user and is_user(peer.user) else ''
+        if is_user(peer.user):
+            return peer.user
+        if self._certificates and peer.certified:
+            self._refuse('the client certificate has no common name that is the name of a user')
+        return ''
 
     def reload(self) -> None:
         """Read again what may have changed."""
         if self._file:
             self._file.refresh(now=True)
-            self._forget()
 
     def _check_basic(self, request: Request) -> str:
         """The user of the Authorization header (RFC 7617)."""
         header = request.headers.get('authorization', '')
         if not header:
-            self._refuse('a password is needed')
-        if self._file and self._file.refresh():
-            self._forget()
-        token = hashlib.blake2b(header.encode('latin-1'), key=self._secret, digest_size=32).digest()
-        user = self._verified.get(token)
-        if user is not None:
-            return user
+            self._refuse('a password is required')
+        user, password = self._parse_basic(header)
+        if self._file:
+            self._file.refresh()
+            right = (self._is_remembered(self._file, user, password)
+                     or self._verify(self._file, user, password, request.peer.group))
+        else:
+            import hmac
+            right_user = hmac.compare_digest(user.encode(), self._user.encode())
+            right = hmac.compare_digest(self._salted(password), self._password) and right_user
+        if not right:
+            log.log(NOTICE, "authentication failed for '%s' from %s",
+                    re.sub(r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}',
+                           user[:64]), request.peer)
+            self._refuse('wrong user or password')
+        return user
+
+    def _parse_basic(self, header: str) -> Tuple[str, bytes]:
+        """Name and password of a header's value."""
         import base64
         scheme, _, encoded = header.partition(' ')
         try:
             if scheme.lower() != 'basic':
                 raise ValueError
             name, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b':')
-            user = name.decode()
+            if not colon or b'\0' in password:  # crypt(3) would take the NUL for the end
+                raise ValueError
+            return name.decode(), password
         except ValueError:
             self._refuse('malformed credentials')
-        with self._one_at_a_time:
-            entries = self._file.entries if self._file else {}
-            if not self._verified.get(token) and not (
-                    colon and self._matches(user, password, entries)):
-                log.log(NOTICE, "authentication failed for '%s' from %s",
-                        re.sub(r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}',
-                               user[:64]), request.peer)
-                self._refuse('wrong user or password')
-            if not self._file or self._file.entries is entries:
-                if len(self._verified) >= REMEMBERED:
-                    del self._verified[next(iter(self._verified))]
-                self._verified[token] = user
-        return user
 
-    def _matches(self, user: str, password: bytes, entries: Dict[str, str]) -> bool:
-        """Whether a password is the user's.  For an unknown user it takes as long."""
-        if not self._file:
-            import hmac
-            right_user = hmac.compare_digest(user.encode(), self._user.encode())
-            return hmac.compare_digest(self._salted(password), self._password) and right_user
-        entry = entries.get(user)
-        decoy = max(entries.values(), key=dearness, default='')
-        return verify(password, entry or decoy) and entry is not None
+    def _is_remembered(self, file: PasswordFile, user: str, password: bytes) -> bool:
+        """Whether a password has been verified, here or by another process."""
+        entry = file.entries.get(user)
+        if entry is None:
+            return False
+        digest = self._digest(user, password, entry)
+        if self._verified.get(user) == digest:
+            return True
+        if list(struct.unpack('4q', digest)) in self._counters.read(('login', user)):
+            self._verified[user] = digest
+            return True
+        return False
+
+    def _verify(self, file: PasswordFile, user: str, password: bytes, group: str) -> bool:
+        """Whether a password is the user's, by its hash.  Whoever fails takes as long as with the
+        entry of the file that takes longest."""
+        entry, slowest = file.entries.get(user), file.slowest
+        entries = [slowest] if entry is None else [entry, *rest_of_cost(entry, slowest)]
+        for slow, some in itertools.groupby(entries, is_slow):
+            with (self._slow_queue if slow else self._queue).turn(group):
+                for one in some:
+                    if one is entry and self._is_remembered(file, user, password):
+                        return True  # another request has come before
+                    if verify(password, one) and one is entry:
+                        digest = self._digest(user, password, entry)
+                        self._verified[user] = digest
+                        self._counters.put(('login', user), *struct.unpack('4q', digest))
+                        return True
+        return False
+
+    def _digest(self, user: str, password: bytes, entry: str) -> bytes:
+        if entry.startswith('$2'):
+            password = password[:BCRYPT_BYTES]
+        return hashlib.blake2b(f'{user}\0{entry}\0'.encode() + password, key=self._secret,
+                               digest_size=32).digest()
 
     def _salted(self, password: bytes) -> bytes:
         return hashlib.sha256(self._salt + password).digest()
 
-    def _forget(self) -> None:
-        with self._one_at_a_time:
-            self._verified.clear()
-
-    def _is_proxy(self, name: str) -> bool:
+    def is_proxy(self, name: str) -> bool:
         """Whether an address is a proxy's, which may say who its users are."""
         if is_loopback(name):
             return True
@@ -2501,9 +2655,9 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
     """A bcrypt entry for a password; the default cost depends on who computes it."""
     salt = _bcrypt_encode(os.urandom(16))
     if cost is None:
-        cost = FAST_COST if crypt_in_c(b'x', '$2b$04$' + 22 * '.' + 31 * '.') else SLOW_COST
+        cost = FAST_COST if is_in_c('$2y$') else SLOW_COST
     entry = f'$2y${cost:02d}${salt}'
-    return crypt_in_c(password, entry + 31 * '.') or bcrypt_crypt(password, entry)
+    return crypt_in_c(password, entry) if is_in_c(entry) else bcrypt_crypt(password, entry)
 
 
 # ==== Policy =====================================================================================
@@ -2511,20 +2665,31 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
 
 METRICS_USER = 'metrics'     # who may see the metrics, beside administrators
 
+
 class Policy:
     """`append_only`: nothing that was stored can be deleted, except locks.  `private`: a user may
-    enter only repositories below `/<user>/`.  Neither binds the users in `administrators`."""
+    enter only repositories below `/<user>/`.  Neither binds the users in `administrators`.  With
+    `metrics` the user of that name may see the metrics and nothing else."""
 
     def __init__(self, append_only: bool = False, private: bool = False,
-                 administrators: Iterable[str] = ()) -> None:
+                 administrators: Iterable[str] = (), metrics: bool = False) -> None:
         self.append_only = append_only
         self.private = private
         self.administrators = frozenset(administrators)
+        self._metrics = metrics
 
     def may_enter(self, user: str, repository: str) -> bool:
         """Whether a repository, or what lies below it, is the user's to enter."""
-        return (not self.private or user in self.administrators
-                or (bool(user) and f'{repository}/'.startswith(f'/{user}/')))
+        if user in self.administrators:
+            return True
+        if self._metrics and user == METRICS_USER:
+            return False
+        return not self.private or (bool(user) and f'{repository}/'.startswith(f'/{user}/'))
+
+    def check_user(self, user: str) -> None:
+        """Raises HttpError 403 for one who may enter nothing at all."""
+        if self._metrics and user == METRICS_USER and user not in self.administrators:
+            raise HttpError(403, f'the user {METRICS_USER} may see the metrics and nothing else')
 
     def may_see_metrics(self, user: str) -> bool:
         """Whether one who is known may see what is said of all repositories."""
@@ -2975,6 +3140,7 @@ class Api:
     def handle(self, request: Request) -> Response:
         """The answer to a request, whatever happens; raises only Gone."""
         try:
+            self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
                 response = Response(200, list(_PREFLIGHT))
             else:
@@ -3009,12 +3175,23 @@ class Api:
             log.error('%s %s: %s', request.method, request.path, error)
         return text_response(status, _REASON_OF_STATUS[status])
 
+    def _check_origin(self, request: Request) -> None:
+        """Raises HttpError 403 for what a web page asks that may not use the server.  A browser says
+        who it is with every upload and delete, and with what it asks of another site (the Fetch
+        standard, 3.2); that Host is ours shows nothing, since names can be rebound."""
+        origin = request.headers.get('origin')
+        if origin is not None and (not origin or self._allow_origin not in ('*', origin)):
+            log.log(NOTICE, 'refused a web page of %s that used the browser of %s', origin[:100],
+                    request.peer)
+            raise HttpError(403, 'web pages may not use this server (--allow-origin)')
+
     def _route(self, request: Request) -> Response:
         path = request.path
         if (self._prometheus and request.method in ('GET', 'HEAD')
                 and path == f'{self.baseurl}/metrics'):
             return self._get_metrics(request)
         request.user = self.accounts.identify(request)
+        self.policy.check_user(request.user)
         if self.baseurl:
             if path != self.baseurl and not path.startswith(self.baseurl + '/'):
                 parse_path(path)
@@ -3305,7 +3482,7 @@ class Connection:
         """Begin TLS, where it is spoken.  Raises Gone."""
         if self._tls:
             try:
-                self.peer.user = self._tls.shake_hands()
+                self.peer.certified, self.peer.user = self._tls.shake_hands()
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
 
@@ -3475,6 +3652,10 @@ class Connection:
         else:
             self.end_input()
 
+    def is_of(self, authority: bytes) -> bool:
+        """Whether it was let in, by TLS, while this authority was in force."""
+        return not self._tls or self._tls.authority == authority
+
     def stop(self) -> None:
         """End the connection, once the request that is under way has been answered."""
         self.stopping = True
@@ -3586,9 +3767,10 @@ class Tls:
     one call to the system.  OpenSSL itself would take one to send each, and two to receive it.  One
     thread may receive while another sends."""
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
         self.sock = sock
+        self.authority = authority          # that the client's certificate is checked against
         self.below: socket.socket | SharedSocket = sock     # what the records pass through
         self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
@@ -3598,13 +3780,15 @@ class Tls:
         self._sending = threading.Lock()    # records leave in their order
         self.selected_alpn_protocol = self._tls.selected_alpn_protocol
 
-    def shake_hands(self) -> str:
-        """The name in the client's certificate, empty if it has shown none.  Raises OSError."""
+    def shake_hands(self) -> Tuple[bool, str]:
+        """Whether the client has shown a certificate, and the common name in it, which may be empty.
+        Raises OSError."""
         if self._call(SMALL_BYTES, self._tls.do_handshake) == 0:
             raise ConnectionAbortedError(errno.ECONNABORTED, 'the client went during the handshake')
         certificate: Any = self._tls.getpeercert() or {}
-        name: str = dict(part[0] for part in certificate.get('subject', ())).get('commonName', '')
-        return name
+        # RFC 5280 4.1.2.4: a name is a list of sets of attributes.
+        names = dict(itertools.chain.from_iterable(certificate.get('subject', ())))
+        return bool(certificate), names.get('commonName', '')
 
     def recv(self, limit: int) -> bytes:
         data: bytes = self._call(limit, self._tls.read, limit) or b''
@@ -5540,8 +5724,8 @@ class Certificates:
     """TLS from PEM files, which are read again when they change.
 
     `client_ca` is who signs the clients' certificates, `minimum` the lowest version, `tls1.0` to
-    `tls1.3`; without one the TLS library's own policy holds.  Raises OSError, and ImportError
-    where Python has no TLS.
+    `tls1.3`; without one the TLS library's own policy holds.  `authority` is the content of the
+    client_ca that is in force.  Raises OSError, and ImportError where Python has no TLS.
     """
 
     def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
@@ -5552,16 +5736,20 @@ class Certificates:
         self._lock = threading.Lock()
         self._stamp = self._look()
         self._next_look = 0.0
-        self._context = self._load()
+        self._context, self.authority = self._load()
 
     def wrap(self, sock: socket.socket) -> Tls:
         """The server's side of TLS on a connection; its handshake is still to be made."""
+        self.refresh()
+        return Tls(sock, self._context, self.authority)
+
+    def refresh(self) -> None:
+        """Read the files again if one of them has changed, at most once a second."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             if self._look() != self._stamp:
                 self.reload()
-        return Tls(sock, self._context)
 
     def reload(self) -> None:
         """Read the files again; if they are no good, the ones before stay in use."""
@@ -5569,7 +5757,7 @@ class Certificates:
             for last_try in (False, False, True):
                 self._stamp = self._look()
                 try:
-                    self._context = self._load()
+                    self._context, self.authority = self._load()
                     reload_log.log(NOTICE, 'read the certificate %s', self._cert)
                     break
                 except OSError as error:
@@ -5583,7 +5771,8 @@ class Certificates:
         """What changes when one of the files does."""
         return [stamp(path) for path in (self._cert, self._key, self._client_ca)]
 
-    def _load(self) -> ssl.SSLContext:
+    def _load(self) -> Tuple[ssl.SSLContext, bytes]:
+        """What the files hold, and the authority."""
         import ssl
         import warnings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -5605,10 +5794,13 @@ class Certificates:
         context.set_alpn_protocols(['http/1.1', 'h2'])
         context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
         context.load_cert_chain(self._cert, self._key, password='')  # an encrypted key: no prompt
+        authority = b''
         if self._client_ca:
+            with open(self._client_ca, 'rb') as file:
+                authority = file.read()
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(self._client_ca)
-        return context
+        return context, authority
 
 
 def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
@@ -6135,10 +6327,21 @@ class Server:
         that wake at once would hold up everyone else."""
         if self.api.store.kept:
             self.api.store.kept.expire(now)
+        self._check_authority()
         overdue = [one for one in self._snapshot() if one.deadline < now]
         for connection in overdue[:EXPIRED_AT_ONCE]:
             connection.expire()
         return len(overdue) > EXPIRED_AT_ONCE
+
+    def _check_authority(self) -> None:
+        """End the connections of clients whose certificates another authority than the one in force
+        has signed."""
+        if self._certificates and self._certificates.authority:
+            self._certificates.refresh()
+            for connection in self._snapshot():
+                if not (connection.stopping or connection.is_of(self._certificates.authority)):
+                    log.log(NOTICE, 'ended the connection of %s: the authority has changed', connection.peer)
+                    connection.stop()
 
     def close_listeners(self) -> None:
         """Accept no more."""
@@ -6470,6 +6673,9 @@ def one_line(text: object) -> str:
 # ==== Options ====================================================================================
 # The command line and the environment, to values that make sense together.
 
+# What the program is to do: that is for whoever starts it to say.
+_NEVER_FROM_ENVIRONMENT = ('--stdio', '--scrub', '--add-user', '--remove-user')
+
 
 class Parser(argparse.ArgumentParser):
     """Options whose defaults may come from the environment.  Errors are one line and status 2."""
@@ -6480,10 +6686,10 @@ class Parser(argparse.ArgumentParser):
             add_help=False, formatter_class=_HelpFormatter,
             description='Serve the directory DIR to restic: backups over HTTP, with nothing but '
                         'Python.',
-            epilog='Every option may also come from the environment: --append-only as '
-                   'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces '
-                   'between several addresses. Sizes are written 100B, 512k, 10M or 1.5G, times '
-                   '300ms, 10s, 1h0m0s or 2d.')
+            epilog='Every option but --stdio and the other jobs may also come from the environment: '
+                   '--append-only as RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with '
+                   'spaces between several addresses; with --stdio none does. Sizes are written 100B, '
+                   '512k, 10M or 1.5G, times 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
         self._variables: Set[str] = set()
         self._flags: Set[str] = set()           # options that may go without a value
@@ -6502,8 +6708,10 @@ class Parser(argparse.ArgumentParser):
 
         dest = name[2:].replace('-', '_')
         variable = f'RESTIC_SERVE_{dest.upper()}'
-        self._variables.add(variable)
-        words = self._environment.get(variable)
+        words = None
+        if name not in _NEVER_FROM_ENVIRONMENT:
+            self._variables.add(variable)
+            words = self._environment.get(variable)
         if words:
             try:
                 parts = words.splitlines() if parse is parse_header else words.split()
@@ -6552,6 +6760,14 @@ class Parser(argparse.ArgumentParser):
 class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=100)
+
+
+def says_stdio(words: List[str]) -> bool:
+    """Whether a command line has --stdio.  Then the variables of the environment are no options: a
+    client of ssh may set some (AcceptEnv in sshd_config(5)), and a forced command is to mean what
+    it says."""
+    end = words.index('--') if '--' in words else len(words)
+    return any(word.partition('=')[0] == '--stdio' for word in words[:end])
 
 
 def make_parser(environment: Mapping[str, str]) -> Parser:
@@ -6684,6 +6900,8 @@ def _add_accounts(parser: Parser) -> None:
         'one of --trust-proxy, says who the user is', 'NAME')
     add(entry, '--trust-proxy', parse_network, [], 'another address or network of such proxies; '
         'may be repeated', 'ADDRESS[/BITS]', repeated=True)
+    add(entry, '--socket-auth', parse_bool, False, 'ask for the password over unix sockets, too; '
+        'else whoever may connect to one is let in')
 
     rights = parser.add_argument_group('what they may do')
     add(rights, '--append-only', parse_bool, False, 'nothing that was stored can be deleted or '
@@ -6738,6 +6956,9 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error('--workers: this system has no fork; 1 is all there can be')
     if options.trust_proxy and not options.user_from_header:
         parser.error('--trust-proxy needs --user-from-header too')
+    if options.socket_auth and options.user_from_header:
+        parser.error('--socket-auth and --user-from-header: over a unix socket the proxy says who the '
+                     'user is')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
         parser.error('--addr: tls:// needs --cert and --key too')
 
@@ -6745,8 +6966,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
 def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what --stdio cannot do."""
     for name in ('cert', 'key', 'client_ca', 'min_tls_version', 'htpasswd', 'user', 'pass',
-                 'user_from_header', 'trust_proxy', 'private_repos', 'admin', 'allow_origin',
-                 'max_size_per_user', 'prometheus', 'prometheus_no_auth'):
+                 'user_from_header', 'trust_proxy', 'socket_auth', 'private_repos', 'admin',
+                 'allow_origin', 'max_size_per_user', 'prometheus', 'prometheus_no_auth'):
         if getattr(options, name):
             parser.error(f'--{name.replace("_", "-")}: over --stdio there are no users, certificates, '
                          'browsers or metrics; whoever starts the program may do all but what '
@@ -6768,17 +6989,26 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log where the server can be reached, and by whom."""
-    is_open = not (options.htpasswd or options.user or options.user_from_header
-                   or options.client_ca)
+    has_passwords = bool(options.htpasswd or options.user)
     for listener in server.listeners:
         where = listener.server_address
         if not isinstance(where, tuple):
             url = f'http+unix://{where}:{options.baseurl}/'
+            if has_passwords and not options.socket_auth:
+                log.warning('no password is asked for over the unix socket %s: whoever may connect to '
+                            'it, such as a proxy for all its clients, is let in; --socket-auth asks '
+                            'for one', where)
         else:
             host, port = where[:2]
+            is_open = not (has_passwords or options.user_from_header
+                           or (options.client_ca and listener.tls))
             if is_open and not is_loopback(host):
                 log.warning('anyone who reaches %s can read and write the backups in %s: there is '
                             'no authentication', host, root)
+            if options.user_from_header and is_loopback(host):
+                log.warning('every program on this host can name itself any user by the header %s at '
+                            '%s; let the proxy connect to a unix socket (--addr unix:///PATH)',
+                            options.user_from_header, host)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
@@ -6798,14 +7028,15 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
             raise OSError(f'--cert: this Python has no TLS: {error}') from None
         except OSError as error:
             raise OSError(f'--cert: {options.cert} with {options.key}: {error}') from None
+    counters = Counters(options.workers + 1)
     accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
                         options.user or '', getattr(options, 'pass'), options.salt, options.realm,
-                        options.user_from_header or '', options.trust_proxy)
-    policy = Policy(options.append_only, options.private_repos, options.admin)
+                        options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
+                        options.socket_auth, counters)
+    policy = Policy(options.append_only, options.private_repos, options.admin, options.prometheus)
     limits = Limits(header_bytes=options.max_header_bytes,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout)
-    counters = Counters(options.workers + 1)
     return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
                   certificates, inherited_sockets(os.environ), options.max_connections,
                   Manager(os.environ), make_bandwidth(options, counters), stats_seconds(options))
@@ -6906,8 +7137,9 @@ def main(words: Optional[List[str]] = None) -> int:
     """Run the command line `words` (default: the program's own); the exit status."""
     for number in _STOP_SIGNALS:  # nothing runs yet that would have to finish
         signal.signal(number, lambda number, frame: sys.exit(0))
-    parser = make_parser(os.environ)
-    options = parser.parse(sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    parser = make_parser({} if says_stdio(words) else os.environ)
+    options = parser.parse(words)
     if options.add_user or options.remove_user:
         try:
             return change_users(parser, options)

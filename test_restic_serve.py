@@ -1352,10 +1352,32 @@ class PasswordSchemeTest(unittest.TestCase):
             password = bytes((7 * number + at) % 255 + 1 for at in range(number))
             for entry in ('$1$salt$' + 22 * '.', '$1$saltsalt$' + 22 * '.', '$5$s$' + 43 * '.',
                           '$5$rounds=1234$sixteen.letters.$' + 43 * '.', '$6$salt$' + 86 * '.',
-                          '$6$rounds=10$salt$' + 86 * '.', '$2b$04$' + 22 * 'e' + 31 * '.'):
-                theirs = restic_serve.crypt_in_c(password, entry)
-                if theirs:
+                          '$2b$04$' + 22 * 'e' + 31 * '.'):
+                if restic_serve.is_in_c(entry):
+                    theirs = restic_serve.crypt_in_c(password, entry)
                     self.assertEqual(restic_serve.crypt(password, entry), theirs, (password, entry))
+
+    def test_what_the_c_library_computes_is_never_left_to_python(self):
+        with mock.patch.object(restic_serve, 'crypt', side_effect=AssertionError('in Python')):
+            for entry in ('$1$salt$' + 22 * '.', '$5$s$' + 43 * '.', '$6$salt$' + 86 * '.',
+                          '$2a$04$' + 53 * '.', '$2y$04$' + 53 * '.'):
+                if restic_serve.is_in_c(entry):
+                    for password in (b'\0', b'x\0', 512 * b'x', 100_000 * b'x', b''):
+                        self.assertFalse(restic_serve.verify(password, entry), (entry, password[:9]))
+
+    def test_a_scheme_gets_as_much_of_a_password_as_it_looks_at(self):
+        for hidden in (False, True):
+            with mock.patch.object(restic_serve, '_c_crypt', return_value=None) if hidden \
+                    else contextlib.nullcontext():
+                password = bytes(range(1, 256))
+                entry = restic_serve.bcrypt_crypt(password, '$2b$04$' + 22 * 'e')
+                self.assertTrue(restic_serve.verify(password, entry))
+                self.assertTrue(restic_serve.verify(password[:72] + 1000 * b'x', entry))
+                self.assertFalse(restic_serve.verify(password[:71], entry))
+                for entry in (restic_serve.sha2_crypt(password, '6', None, 'salt'),
+                              restic_serve.md5_crypt(password, '$1$', 'salt')):
+                    self.assertTrue(restic_serve.verify(password, entry))
+                    self.assertFalse(restic_serve.verify(password + b'x', entry))
 
     def test_a_nul_ends_no_password(self):
         entry = restic_serve.bcrypt_crypt(b'pass', '$2b$04$' + 22 * 'e')
@@ -1365,7 +1387,7 @@ class PasswordSchemeTest(unittest.TestCase):
     def test_unknown_schemes_and_plain_text_are_nothing(self):
         for entry in ('secret', '', '$7$x', '$2x$05$' + 53 * '.', '$2b$03$' + 53 * '.', '{SHA}short',
                       '$6$salt$short', '{PLAIN}x', 'rl.3StKT.4T8M', '$2b$32$' + 53 * '.'):
-            self.assertEqual(restic_serve.dearness(entry), 0, entry)
+            self.assertEqual(restic_serve.hash_cost(entry), 0, entry)
             self.assertFalse(restic_serve.verify(b'secret', entry or '-'))
 
     def test_entries_of_apaches_htpasswd(self):
@@ -1375,7 +1397,7 @@ class PasswordSchemeTest(unittest.TestCase):
                 done = subprocess.run([htpasswd, '-nb', *words, 'bob', password], check=True,
                                       capture_output=True, text=True)
                 entry = done.stdout.strip().partition(':')[2]
-                self.assertGreater(restic_serve.dearness(entry), 0, entry)
+                self.assertGreater(restic_serve.hash_cost(entry), 0, entry)
                 for hidden in (False, True):
                     with mock.patch.object(restic_serve, '_c_crypt', return_value=None) if hidden \
                             else contextlib.nullcontext():
@@ -1460,55 +1482,163 @@ class PasswordFileTest(TestCase):
             accounts.reload()
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
 
-    def test_a_verified_password_is_compared_once_and_remembered_within_bounds(self):
+    def test_a_verified_password_is_compared_once_however_its_header_is_written(self):
         self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
         accounts = Accounts(PasswordFile(str(self.path)))
         with mock.patch.object(restic_serve, 'verify', wraps=restic_serve.verify) as verify:
-            for _ in range(5):
-                self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
-            self.assertEqual(verify.call_count, 1)
+            self.assertEqual(self.identify(accounts, 'bob', 'b'), 'bob')
+            for spaces in range(1, 3000):
+                header = basic('alice', 'a').partition(': ')[2].replace(' ', spaces * ' ')
+                request = Request('GET', '/', 'HTTP/1.1', {'authorization': header}, Bytes(b''), Peer('x'))
+                self.assertEqual(accounts.identify(request), 'alice')
+            self.assertEqual(self.identify(accounts, 'bob', 'b'), 'bob')
+            self.assertEqual(verify.call_count, 2)
             for _ in range(3):
                 self.assertEqual(self.identify(accounts, 'alice', 'wrong'), 401)
-            self.assertEqual(verify.call_count, 4)
-            with mock.patch.object(restic_serve, 'REMEMBERED', 1):
-                self.identify(accounts, 'bob', 'b')
-                self.identify(accounts, 'bob', 'b')
-                self.assertEqual(verify.call_count, 5)
-                self.assertEqual(len(accounts._verified), 1)
-        self.assertNotIn('alice', str(accounts._verified.keys()))
+            self.assertEqual(verify.call_count, 5)
+        self.assertEqual(sorted(accounts._verified), ['alice', 'bob'])
 
-    def test_an_unknown_user_costs_as_much_as_a_wrong_password(self):
-        dear = '$2b$04$' + 53 * '.'
-        self.write(f'alice:{sha("a")}\nbob:{dear}\n')
-        accounts = Accounts(PasswordFile(str(self.path)))
-        with mock.patch.object(restic_serve, 'verify', return_value=True) as verify:
-            self.assertEqual(self.identify(accounts, 'nobody', 'x'), 401)
-            verify.assert_called_once_with(b'x', dear)
+    def test_a_password_with_a_nul_costs_nothing(self):
+        self.write('bob:$2b$04$' + 53 * '.')
+        with mock.patch.object(restic_serve, 'verify', side_effect=AssertionError('a hash')):
+            self.assertEqual(self.identify(Accounts(PasswordFile(str(self.path))), 'bob', '\0'), 401)
 
-    def test_one_password_is_compared_at_a_time_and_the_verified_do_not_wait(self):
-        self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
-        accounts = Accounts(PasswordFile(str(self.path)))
-        self.identify(accounts, 'alice', 'a')
-        go_on, running, most = threading.Event(), [], []
+    def test_whoever_fails_costs_as_much_as_the_entry_that_takes_longest(self):
+        costs = []
 
         def verify(password, entry):
-            running.append(password)
-            most.append(len(running))
-            go_on.wait(PATIENCE)
-            running.pop()
+            costs.append(restic_serve.hash_cost(entry))
             return False
 
+        self.write(f'alice:{sha("a")}\nbob:$2b$12${53 * "."}\ncarol:$2y$07${53 * "x"}\ndave:$6$x${86 * "."}')
+        accounts = Accounts(PasswordFile(str(self.path)))
         with mock.patch.object(restic_serve, 'verify', verify):
-            threads = [threading.Thread(target=self.identify, args=(accounts, 'bob', f'{n}'))
-                       for n in range(5)]
-            for thread in threads:
-                thread.start()
+            for user in ('nobody', 'alice', 'bob', 'carol', 'dave'):
+                costs.clear()
+                self.assertEqual(self.identify(accounts, user, 'x'), 401)
+                self.assertAlmostEqual(sum(costs) / (1000 << 12), 1, delta=0.002, msg=user)
+
+    def guess(self, accounts, number, user='bob', peer='1.2.3.4', answers=None):
+        """Threads that try passwords at once; ended by the test's end."""
+        def one(number):
+            status = self.identify(accounts, user, f'guess {number}', Peer(peer))
+            if answers is not None:
+                answers.append(status)
+
+        threads = [threading.Thread(target=one, args=(at,)) for at in range(number)]
+        for thread in threads:
+            thread.start()
+            self.addCleanup(thread.join)
+        self.addCleanup(self.go_on.set)
+
+    def held_verify(self):
+        """verify() in which each guess waits; those that do, and what lets them go on."""
+        self.go_on, running = threading.Event(), []
+        go_on = self.go_on
+
+        def verify(password, entry):
+            if password.startswith(b'guess'):
+                running.append(password)
+                go_on.wait(PATIENCE)
+                running.remove(password)
+                return False
+            return real(password, entry)
+
+        real = restic_serve.verify
+        patch = mock.patch.object(restic_serve, 'verify', verify)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return running, go_on
+
+    def test_one_password_is_compared_at_a_time_and_few_of_an_address_wait(self):
+        self.write(f'alice:{sha("a")}\nbob:{sha("b")}\ncarol:{sha("c")}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+        running, go_on = self.held_verify()
+        answers = []
+        self.guess(accounts, 50, peer='2001:db8::1', answers=answers)
+        refused = 50 - 1 - restic_serve.WAITING_LOGINS
+        self.wait_until(lambda: len(answers) == refused, 'the others to be refused')
+        self.assertEqual((set(answers), len(running)), ({429}, 1))
+        self.assertEqual(self.identify(accounts, 'bob', 'b', Peer('2001:db8::2')), 429)  # of the same /64
+        self.assertEqual(self.identify(accounts, 'alice', 'a', Peer('2001:db8::1')), 'alice')
+        others = [threading.Thread(target=self.identify, args=(accounts, 'carol', 'c', Peer(peer)))
+                  for peer in ('5.6.7.8', '2001:db8:0:1::1')]
+        for thread in others:
+            thread.start()
+        queue = accounts._queue
+        self.wait_until(lambda: len(queue._waiting) == 3, 'the others to wait')
+        left = queue._waiting[Peer('2001:db8::1').group]
+        go_on.set()
+        for thread in others:
+            thread.join()
+        self.assertGreaterEqual(len(left), 0)
+        self.assertEqual(self.identify(accounts, 'carol', 'c'), 'carol')
+        self.wait_until(lambda: len(answers) == 50, 'the guesses')
+        self.assertEqual(answers.count(401), 1 + restic_serve.WAITING_LOGINS)
+        self.assertEqual((queue._busy, queue._waiting), (False, {}))
+
+    def test_an_address_that_has_had_its_turn_goes_to_the_end(self):
+        queue, order = restic_serve.FairQueue(), []
+        go_on = threading.Event()
+
+        def take(group):
+            with queue.turn(group):
+                order.append(group)
+                go_on.wait(PATIENCE)
+
+        threads = []
+        for group in 'aaaabcb':
+            thread = threading.Thread(target=take, args=(group,))
+            thread.start()
+            threads.append(thread)
+            self.wait_until(lambda: len(order) + sum(map(len, queue._waiting.values())) == len(threads),
+                            'the thread to wait')
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(''.join(order), 'abcabaa')
+
+    def test_a_removed_user_is_out_while_a_password_is_compared(self):
+        self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
+        accounts = Accounts(PasswordFile(str(self.path)))
+        self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+        running, go_on = self.held_verify()
+        self.guess(accounts, 1)
+        self.wait_until(lambda: running, 'a guess')
+        self.write(f'bob:{sha("b")}\n')
+        accounts.reload()  # as SIGHUP does: it waits for nobody
+        with mock.patch.object(restic_serve, 'WAITING_LOGINS', 0):
+            self.assertEqual(self.identify(accounts, 'alice', 'a'), 429)
+        self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
+        accounts.reload()
+        self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+
+    def test_what_one_process_has_verified_the_others_know(self):
+        self.write(f'alice:{sha("a")}\n')
+        counters = Counters(3)
+        counters.join(1)
+        accounts = Accounts(PasswordFile(str(self.path)), counters=counters)
+        self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+        counters.join(2)
+        accounts._verified.clear()
+        with mock.patch.object(restic_serve, 'verify', return_value=False):
+            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
+            self.assertEqual(self.identify(accounts, 'alice', 'b'), 401)
+            self.write(f'alice:{sha("other")}\n')
+            self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
+
+    def test_a_hash_that_python_takes_long_for_is_said_and_holds_up_nobody(self):
+        slow = '$2b$20$' + 53 * '.'
+        self.write(f'alice:{sha("a")}\nbob:{slow}\n')
+        with mock.patch.object(restic_serve, '_c_crypt', return_value=None):
+            accounts = Accounts(PasswordFile(str(self.path)))
+            self.assertEqual(len(self.log), 1)
+            self.assertRegex(self.log[0], r"line 2: .* bob's password, and Python takes \d+ s for each login")
+            running, _ = self.held_verify()
+            self.guess(accounts, 1)
             self.wait_until(lambda: running, 'a guess')
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
-            go_on.set()
-            for thread in threads:
-                thread.join()
-        self.assertEqual(max(most), 1)
 
     def test_a_failure_is_a_line_that_nobody_can_forge(self):
         self.write(f'alice:{sha("a")}\n')
@@ -1593,17 +1723,32 @@ class SourcesTest(TestCase):
         accounts = Accounts(user='bob', password='b')
         self.assertEqual(self.identify(accounts, Peer('1.2.3.4', 'alice')), 401)
 
+    def test_a_certificate_without_the_name_of_a_user_is_401(self):
+        accounts = Accounts(certificates=True)
+        for name, user in (('alice', 'alice'), ('', 401), ('../bob', 401), ('a b', 401)):
+            peer = Peer('1.2.3.4', name)
+            peer.certified = True
+            self.assertEqual(self.identify(accounts, peer), user)
+        self.assertEqual(self.identify(accounts, Peer('1.2.3.4')), '')  # by a listener without TLS
+
     def test_a_unix_socket_needs_no_password(self):
         accounts = Accounts(user='bob', password='b')
         self.assertEqual(self.identify(accounts, Peer('unix', 'alice', unix=True)), 'alice')
+
+    def test_a_unix_socket_asks_for_a_password_if_it_is_to(self):
+        peer = Peer('unix', 'alice', unix=True)
+        accounts = Accounts(user='bob', password='b', socket_auth=True)
+        self.assertEqual(self.identify(accounts, peer), 401)
+        self.assertEqual(self.identify(
+            accounts, peer, authorization=basic('bob', 'b').partition(': ')[2]), 'bob')
+        self.assertEqual(self.identify(Accounts(socket_auth=True), peer), 'alice')
 
     def test_a_header_counts_only_from_a_proxy(self):
         accounts = Accounts(user_header='X-User')
         for peer in (Peer('127.0.0.1'), Peer('::1'), Peer('unix', 'www', unix=True)):
             self.assertEqual(self.identify(accounts, peer, x_user='alice'), 'alice')
-            self.assertEqual(self.identify(accounts, peer), 403)
-            self.assertEqual(self.identify(accounts, peer, x_user='..'), 403)
-            self.assertEqual(self.identify(accounts, peer, x_user='a, b'), 403)
+            for names in ({}, {'x_user': ''}, {'x_user': '..'}, {'x_user': 'a, b'}):
+                self.assertEqual(self.identify(accounts, peer, **names), 401)
         self.assertEqual(self.identify(accounts, Peer('10.1.2.3'), x_user='alice'), 403)
         accounts = Accounts(user_header='X-User', proxies=[restic_serve.parse_network('10.0.0.0/8')])
         self.assertEqual(self.identify(accounts, Peer('10.1.2.3'), x_user='alice'), 'alice')
@@ -1944,6 +2089,21 @@ class ApiTest(TestCase):
             headers = self.ask('OPTIONS', '/data/', origin=origin)[1]
             self.assertIn('DELETE', headers['Access-Control-Allow-Methods'])
             self.assertIn('Authorization', headers['Access-Control-Allow-Headers'])
+
+    def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
+        name = named(b'x')
+        for allowed, origins in (('', ('https://evil.example', 'null', 'http://localhost:8080', '')),
+                                 ('https://example.org', ('https://evil.example', 'null', 'http://example.org'))):
+            self.api = Api(self.store, Policy(False), allow_origin=allowed)
+            self.ask('POST', f'/locks/{name}', b'x')
+            for origin in origins:
+                for method, path, body in (
+                        ('GET', '/config', b''), ('GET', '/', b''), ('HEAD', '/data/', b''),
+                        ('POST', '/?create=true', b''), ('POST', f'/data/{name}', b'x'),
+                        ('DELETE', f'/locks/{name}', b''), ('OPTIONS', '/config', b'')):
+                    self.assertEqual(self.ask(method, path, body, origin=origin)[0], 403, (method, origin))
+            self.assertEqual(self.files(), [f'locks/{name}'])
+        self.assertEqual(self.ask('GET', f'/locks/{name}', origin='https://example.org')[0], 200)
 
     def test_headers_are_added_to_every_answer(self):
         self.api = Api(self.store, Policy(False), headers=[('X-One', '1'), ('X-Two', '2')])
@@ -3946,6 +4106,30 @@ class MetricsTest(WatchedTestCase):
                             else 401 if user == 'wrong' else 403)
                 self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
 
+    def test_their_user_may_see_nothing_else(self):
+        content = b'x'
+        path = f'/data/{named(content)}'
+        for administrators, status in (((), 403), (('metrics',), 404)):
+            policy = Policy(administrators=administrators, metrics=True)
+            self.watch(policy, Accounts(user='metrics', password='m'))
+            login = basic('metrics', 'm')
+            self.assertEqual(self.ask(get('/metrics', login))[0], 200)
+            for request in (get('/config', login), get(path, login, method='DELETE'),
+                            get(path, login, method='HEAD'), get('/', login)):
+                got = self.ask(request, head_only=True)[0]
+                self.assertEqual(got == 403, status == 403, request)
+            self.assertEqual(self.ask(post(path, content, login))[0], 403 if status == 403 else 200)
+            page = self.ask(get('/', login, 'Accept: text/html'))[0]
+            self.assertEqual(page, 403 if status == 403 else 200)
+
+    def test_a_certificate_without_a_name_does_not_see_them(self):
+        self.watch(Policy(), Accounts(certificates=True))
+        with mock.patch.object(restic_serve, 'find_peer') as find_peer:
+            for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
+                find_peer.return_value = Peer('1.2.3.4', name)
+                find_peer.return_value.certified = True
+                self.assertEqual(self.ask(get('/metrics'))[0], status, name)
+
     def test_they_lie_below_the_base_url(self):
         self.watch(baseurl='/backup')
         self.assertEqual(self.ask(get('/backup/metrics'))[0], 200)
@@ -4396,6 +4580,30 @@ class ConnectionLimitTest(ListenerTestCase):
 class LoginTest(ListenerTestCase):
     """Users over real connections."""
 
+    def test_what_lets_in_more_than_it_seems_is_said_at_the_start(self):
+        path = str(self.folder / 'socket')
+        password, header = ['--user', 'a', '--pass', 'b'], ['--user-from-header', 'X-User']
+        sockets = 'no password is asked for over the unix socket'
+        programs = 'every program on this host can name itself any user by the header X-User'
+        for addresses, words, expected in (
+                ([path], password, [sockets]), ([path], [*password, '--socket-auth'], []), ([path], [], []),
+                (['127.0.0.1:0'], header, [programs]), (['localhost:0'], header, [programs]),
+                ([path], header, []), (['127.0.0.1:0'], password, []), (['127.0.0.1:0'], [], []),
+                ([':0'], [], ['there is no authentication']), ([':0'], password, []),
+                # Certificates say nothing of who comes without TLS.
+                (['http://:0'], ['--client-ca', 'x', '--cert', 'x', '--key', 'x'],
+                 ['there is no authentication'])):
+            server = self.start(*addresses)
+            parser = restic_serve.make_parser({})
+            self.log.clear()
+            restic_serve.announce(server, 'dir', parser.parse([*words, 'dir']))
+            said = [line for line in self.log if not line.startswith(('serving', 'try it'))]
+            self.assertEqual(len(said), len(expected), (words, said))
+            for line, text in zip(said, expected):
+                self.assertIn(text, line)
+            server.stop()
+            self.wait_until(lambda: not os.path.exists(path), 'the socket to go')
+
     def test_a_password_over_http(self):
         self.server.api.accounts = Accounts(user='alice', password='secret', realm='here')
         wire = self.connect()
@@ -4681,6 +4889,30 @@ class TlsTest(ListenerTestCase):
         self.assertEqual(wire.ask(get('/alice/keys/'))[0], 200)
         self.assertEqual(wire.ask(get('/bob/keys/'))[0], 403)
         self.assertEqual(wire.ask(get('/keys/'))[0], 403)
+
+    def test_a_common_name_beside_others_in_one_set_is_found(self):
+        port = self.start_tls(client_ca=str(self.authority.path))
+        self.policy.private = True
+        self.authority.issue('client', 'alice+UID=4711')
+        self.assertEqual(self.connect_tls(port, 'client').ask(get('/alice/config'))[0], 404)
+
+    def test_connections_end_when_their_authority_does(self):
+        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
+            server = self.start('127.0.0.1:0', certificates=self.certificates(
+                client_ca=str(self.authority.path)))
+            port = server.listeners[0].server_address[1]
+            self.authority.issue('client', 'alice')
+            wire = self.connect_tls(port, 'client')
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+            self.authority.issue('server')      # a new certificate of ours changes nothing
+            os.utime(self.authority.path)
+            self.wait_until(lambda: 'read the certificate' in ''.join(self.log), 'the server to read it')
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+            other = self.folder / 'other'
+            other.mkdir()
+            self.authority.path.write_text(Authority(other).path.read_text())
+            self.assertTrue(wire.is_closed())
+            self.assertIn('the authority has changed', self.log[-1])
 
     def test_a_renewed_certificate_is_used_for_the_next_connection(self):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
@@ -5265,6 +5497,15 @@ class CommandLineTest(TestCase):
         with Wire(server.port) as wire:
             self.assertEqual(wire.ask(get('/config'))[0], 404)
 
+    def test_a_job_never_comes_from_the_environment(self):
+        users = self.folder / 'users'
+        server = self.serve(self.root, RESTIC_SERVE_ADD_USER='x', RESTIC_SERVE_REMOVE_USER='x',
+                            RESTIC_SERVE_SCRUB='true', RESTIC_SERVE_STDIO='true')
+        self.assertEqual([line.partition('WARNING: ')[2] for line in server.lines if 'WARNING' in line],
+                         [f'the environment has RESTIC_SERVE_{name}, which is no option'
+                          for name in ('ADD_USER', 'REMOVE_USER', 'SCRUB', 'STDIO')])
+        self.assertFalse(users.exists())
+
     def test_signals_end_it_with_status_0(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             server = self.serve(self.root)
@@ -5639,6 +5880,26 @@ class StdioTest(TestCase):
                 self.assertEqual(status, 0)
                 self.assertIn(f'10.1.2.3 - - [{time.strftime("%d/%b/%Y")}', log)
                 self.assertIn(f'"GET {path} HTTP/2.0" 200 {len(content)}', log)
+
+    def test_the_environment_has_no_say(self):
+        """Whoever may set variables over ssh gains nothing by them."""
+        victim = self.folder / 'config'
+        victim.write_text('the config of a repository\n')
+        content = b'content'
+        with Stdio('--append-only', self.root, RESTIC_SERVE_ADD_USER='x', RESTIC_SERVE_HTPASSWD=str(victim),
+                   RESTIC_SERVE_LOG_FILE=str(victim), RESTIC_SERVE_APPEND_ONLY='false',
+                   RESTIC_SERVE_NO_VERIFY_UPLOAD='true', RESTIC_SERVE_VERBOSE='2',
+                   RESTIC_SERVE_SCRUB='true', RESTIC_SERVE_NONSENSE='x') as server:
+            server.wire.upload(1, f'/data/{named(b"other")}', content)
+            self.assertEqual(server.wire.answer()[0], 400)
+            server.wire.upload(3, f'/data/{named(content)}', content)
+            self.assertEqual(server.wire.answer(3)[0], 200)
+            server.wire.send(headers(5, fields('DELETE', f'/data/{named(content)}')))
+            self.assertEqual(server.wire.answer(5)[0], 403)
+            server.close()
+            status, log = server.finish()
+        self.assertEqual((status, log.count('\n')), (0, 1), log)  # what append-only refused
+        self.assertEqual(victim.read_text(), 'the config of a repository\n')
 
     def test_the_end_of_input_leaves_nothing_of_half_an_upload_and_waits_for_no_window(self):
         content = os.urandom(5 << 20)
@@ -7372,6 +7633,45 @@ class ReadmeTest(unittest.TestCase):
                                   capture_output=True)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn('4 rules found', done.stdout)
+
+    def test_the_nginx_of_the_readme_lets_nobody_in_without_a_password(self):
+        nginx = program('nginx')
+        text = README.read_text(encoding='utf-8')
+        block = re.search(r'```nginx\n(.*?)```', text, re.DOTALL)[1]
+        command = re.search(r'```sh\npython3 restic_serve\.py ([^`]*--user-from-header[^`]*)```', text)[1]
+        with tempfile.TemporaryDirectory() as name, socket.socket() as sock:
+            folder = Path(name)
+            sock.bind(('127.0.0.1', 0))
+            port = sock.getsockname()[1]
+            sock.close()
+            (folder / 'users').write_text(f'alice:{sha("right")}\n')
+            for old, new in (('/run/restic-serve/socket', f'{folder}/socket'),
+                             ('/etc/nginx/restic-users', f'{folder}/users')):
+                self.assertIn(old, block)
+                block = block.replace(old, new)
+                command = command.replace(old, new)
+            (folder / 'nginx.conf').write_text(
+                f'daemon off;\nuser root;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n'
+                f'http {{\naccess_log off;\nclient_body_temp_path {folder}/body;\n'
+                f'server {{\nlisten 127.0.0.1:{port};\n{block}}}\n}}\n')
+            words = command.replace('\\\n', ' ').replace('/srv/backup', f'{folder}/srv').split()
+            with Program(*words) as server, subprocess.Popen(
+                    [nginx, '-c', folder / 'nginx.conf', '-p', folder], stderr=subprocess.PIPE) as proxy:
+                try:
+                    end = time.monotonic() + PATIENCE
+                    while not listens(('127.0.0.1', port)) and time.monotonic() < end:
+                        time.sleep(0.01)
+                    self.assertEqual([line for line in server.lines if 'NOTICE' not in line], [])
+                    for login, status in (((), 401), ((basic('alice', 'wrong'),), 401),
+                                          ((basic('nobody', ''),), 401), ((basic('alice', 'right'),), 404),
+                                          (('X-Forwarded-User: alice',), 401)):
+                        with Wire(port) as wire:
+                            self.assertEqual(wire.ask(get('/backup/alice/config', *login))[0], status, login)
+                    with Wire(port) as wire:  # whoever is in cannot name another
+                        self.assertEqual(wire.ask(get('/backup/bob/config', basic('alice', 'right'),
+                                                      'X-Forwarded-User: bob'))[0], 403)
+                finally:
+                    proxy.terminate()
 
     def test_it_can_be_packed_as_the_readme_says(self):
         text = README.read_text(encoding='utf-8')
