@@ -323,6 +323,10 @@ class Gone(Exception):
     """The client is gone, or out of time: nothing can be said to it any more."""
 
 
+class Stalled(Gone):
+    """The client takes no more bytes."""
+
+
 class HttpError(Exception):
     """An answer other than success: its status, one line for the client, further headers."""
 
@@ -514,24 +518,41 @@ def _for_log(text: str) -> str:
     return re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text)
 
 
+TRANSFER_SECONDS = 3600      # for a whole upload or download, if nothing else is said,
+SLOWEST_RATE = 1024          # and a second more for each so many bytes that pass
+
+
 class Limits:
     """What a client may take: header section in bytes, and seconds for the header section, between
-    two requests, and for receiving and sending a whole body."""
+    two requests, for receiving and sending a whole body, and without a byte of a body.
 
-    __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds')
+    Without `read_seconds` or `write_seconds` the time for a body is TRANSFER_SECONDS, and its
+    `extension`, in seconds for each byte that passes, leaves room for SLOWEST_RATE; 0 is no limit.
+    """
+
+    __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds',
+                 'read_extension', 'write_extension', 'stall_seconds')
 
     def __init__(self, header_bytes: int = 4096, header_seconds: float = 10,
-                 idle_seconds: float = 60, read_seconds: float = 3600,
-                 write_seconds: float = 3600) -> None:
+                 idle_seconds: float = 60, read_seconds: Optional[float] = None,
+                 write_seconds: Optional[float] = None, stall_seconds: float = 60) -> None:
         self.header_bytes = header_bytes
         self.header_seconds = header_seconds
         self.idle_seconds = idle_seconds
-        self.read_seconds = read_seconds or math.inf  # 0 is no limit, as in rclone
-        self.write_seconds = write_seconds or math.inf
+        self.read_seconds, self.read_extension = self._transfer(read_seconds)
+        self.write_seconds, self.write_extension = self._transfer(write_seconds)
+        self.stall_seconds = stall_seconds or math.inf
+
+    @staticmethod
+    def _transfer(seconds: Optional[float]) -> Tuple[float, float]:
+        if seconds is None:
+            return TRANSFER_SECONDS, 1 / SLOWEST_RATE
+        return seconds or math.inf, 0.0  # 0 is no limit, as in rclone
 
     def shortest(self) -> float:
         """The shortest of the times."""
-        return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds)
+        return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds,
+                   self.stall_seconds)
 
 
 # ==== Files ======================================================================================
@@ -1235,8 +1256,10 @@ def is_left_over(scratch: os.DirEntry[str]) -> bool:
 SLOT_BYTES = 32 << 20       # of addresses for one process's numbers; memory is taken as they come
 SPARE_BYTES = 2 << 20       # of them, for all but what is counted of each repository
 CONNECTIONS = ('connections',)  # the row of those that have a thread, and those that are served
+ADDRESSES = ('addresses',)      # the row of connections by a hash of their address
+ADDRESS_PLACES = 4096
 # Rows of what is there now: they end with the process that counted it.
-_PASSING = ('connections', 'room')
+_PASSING = ('connections', 'addresses', 'room')
 _OF_REPOSITORIES = ('added', 'removed', 'base', 'snapshot', 'blob')
 
 
@@ -1297,6 +1320,13 @@ class Counters:
     def total(self, key: Key, width: int) -> List[int]:
         """The first `width` numbers under a key, added up over all processes."""
         return [sum(row[number] for row in self.read(key)) for number in range(width)]
+
+    def sum_at(self, key: Key, place: int) -> int:
+        """One number of the rows under a key, added up over all processes."""
+        with self.lock:
+            for slot in range(len(self._rows)):
+                self._look(slot)
+            return sum(rows[key][place] for rows in self._rows if key in rows)
 
     def find(self, kind: str, merge: Callable[[int, int], int] = operator.add
              ) -> Dict[Key, List[int]]:
@@ -2445,8 +2475,7 @@ class FairQueue:
         with self._lock:
             if self._busy:
                 if len(self._waiting.get(group, ())) >= WAITING_LOGINS:
-                    raise HttpError(429, 'too many logins from your address wait for their turn',
-                                    [('Retry-After', '2')])  # RFC 6585 4
+                    raise HttpError(429, 'too many logins from your address', [('Retry-After', '2')])
                 gate = threading.Lock()
                 gate.acquire()
                 self._waiting.setdefault(group, collections.deque()).append(gate)
@@ -2713,6 +2742,17 @@ class Policy:
 # What was done, and what is there, for Prometheus and for the log.
 # https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
 
+# The limits that end or refuse something, as the metrics and the log name them.
+STALLED_UPLOAD = 'stalled uploads'
+STALLED_DOWNLOAD = 'stalled downloads'
+CONNECTIONS_IN_ALL = 'too many connections'
+CONNECTIONS_PER_ADDRESS = 'too many connections from your address'
+REQUESTS = 'too many requests'
+REQUESTS_PER_ADDRESS = 'too many requests from your address'
+LOGINS = 'too many logins from your address'
+LIMITED_SECONDS = 60         # between two lines about the same limit
+LIMITED_ADDRESSES = 10       # addresses in such a line
+
 METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -2734,6 +2774,9 @@ class Metrics:
         self._begin = time.time()
         self._reported = self._activity()   # and when, as the last line had it
         self._reported_at = time.monotonic()
+        self._lock = threading.Lock()       # of the two below
+        self._limited: Dict[str, collections.Counter[str]] = {}     # not told yet, by limit and address
+        self._told: Dict[str, float] = {}   # when a line last told of a limit
 
     def count(self, request: Request, status: int, sent: int) -> None:
         """A request was answered, with so many bytes of content."""
@@ -2761,6 +2804,28 @@ class Metrics:
     def connections(self) -> int:
         """Connections that are being served."""
         return self.counters.total(CONNECTIONS, 2)[1]
+
+    def note_limited(self, limit: str, address: str) -> None:
+        """A limit has ended or refused something; tell_limited() says so once a minute."""
+        self.counters.add(('limited', limit), 1)
+        with self._lock:
+            of_limit = self._limited.setdefault(limit, collections.Counter())
+            of_limit[address if len(of_limit) < REMEMBERED or address in of_limit else 'others'] += 1
+
+    def tell_limited(self) -> None:
+        """Log what limits have ended or refused, at once and then once a minute at the most."""
+        now, lines = time.monotonic(), []
+        with self._lock:
+            for limit in list(self._limited):
+                if now - self._told.get(limit, -math.inf) >= LIMITED_SECONDS:
+                    lines.append((limit, self._limited.pop(limit)))
+                    self._told[limit] = now
+        for limit, by_address in lines:
+            most = by_address.most_common(LIMITED_ADDRESSES)
+            rest = len(by_address) - len(most)
+            log.warning('%s: %d ended or refused, from %s', limit, sum(by_address.values()), ', '.join(
+                f'{address or "unix"} ({number})' for address, number in most)
+                + (f' and {rest} more' if rest else ''))
 
     # ---- for the log ----
 
@@ -2820,6 +2885,9 @@ class Metrics:
         self._expose_durations(out, requests)
         out.family('restic_serve_connections', 'gauge', 'Connections that are open.', [
             ((), self.connections())])
+        out.family('restic_serve_limited_total', 'counter', 'Requests and connections that a limit ended '
+                   'or refused.', (((('limit', limit),), row[0]) for (_, limit), row
+                                   in self.counters.find('limited').items()))
         out.family('restic_serve_start_time_seconds', 'gauge', 'When the server was started.', [
             ((), int(self._begin))])
         out.family('restic_serve_build_info', 'gauge', 'The version of the server.', [
@@ -3148,6 +3216,8 @@ class Api:
         except Gone:
             raise
         except HttpError as error:
+            if error.status == 429:
+                self.metrics.note_limited(LOGINS, request.peer.name)
             return self.refuse(error)
         except OSError as error:
             response = self.failure(request, error)
@@ -3386,318 +3456,32 @@ def _check_repository(path: str) -> str:
     return path
 
 
-# ==== Connection =================================================================================
-# A client's bytes over a socket, and how long they are waited for.  Whatever happens to the client
-# is Gone; an OSError that comes out of here is one of a file.
+# ==== Transport ==================================================================================
+# Bytes over a socket, over TLS on a socket, and over pipes, by one set of methods:
+#
+#     recv, recv_into   some bytes, none at the end of input; one thread at a time
+#     send, send_parts  all of the bytes; one thread at a time, which may be another
+#     send_file         some of a file by sendfile(2), where that can be
+#     share             from now on one thread receives while others send
+#     end_input         the thread that receives finds the end of input
+#     end_output        the client finds the end of our output
+#     skip_input        bytes that nobody wants, below TLS
+#     abort             both ends at once; the client finds a reset
+#     close             let go of descriptors
+#
+# What fails is an OSError.  Stalled is raised where the client takes no byte for too long: the
+# kernel sees that (SO_SNDTIMEO in socket(7)), so that no timer is needed and no poll(2) a call.
 
-SENDFILE_BYTES = 1 << 30     # at a time; the system's own bound is just below 2 GiB
-MAPPED_BYTES = 2 << 20       # of a file at a time
-SETTLED = 8                  # small requests after a transfer
 PIPE_BYTES = 1 << 20         # that a pipe is asked to hold: what Linux allows anyone
 PIPE_LINGER = 100            # milliseconds without input after which there will be no more
 _F_SETPIPE_SZ = 1031         # fcntl(2); the module names it from 3.10 on
 RECORDS_BYTES = 64 * 1024    # of TLS records in memory at a time; a connection keeps as much
 RECORD_OVERHEAD = 512        # bytes around the content of small ones
-LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
-LINGER_SECONDS = 5           # and as long nothing may come,
-LINGER_MOST_SECONDS = 60     # and so long at the most
 _MORE = getattr(socket, 'MSG_MORE', 0)
 _AT_ONCE = getattr(socket, 'MSG_DONTWAIT', 0)
 _CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
                       errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
-# Without an interpreter lock, or without a way to ask, there is nothing to place.
-_PLACED = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
-
-
-def place_thread(roaming: bool) -> None:
-    """Let this thread run on any core, or on the one that the process's threads share.
-
-    Threads that take turns on the interpreter lock wake each other many times in a small request.
-    On one core that is nearly free; across cores it costs half of the requests a second.  What
-    works for long without the lock roams: transfers, and hashing them.
-    """
-    if _PLACED:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, CORES if roaming else _home)
-
-
-def settle(slot: int) -> None:
-    """Give this process's threads the core that they share; processes in turn take another."""
-    global _home
-    _home = [CORES[slot % len(CORES)]]
-
-
-_home = [CORES[os.getpid() % len(CORES)]]
-
-
-def is_near(sock: socket.socket) -> bool:
-    """Whether the other end is on this host."""
-    try:
-        return sock.family == _AF_UNIX or sock.getsockname()[0] == sock.getpeername()[0]
-    except OSError:
-        return False
-
-
-class Connection:
-    """A client's socket and what it is waited for.
-
-    Its own thread waits in the kernel without a timer, which saves a poll(2) a call; the server's
-    main thread looks at the deadlines of all and wakes those whose time is over.
-    """
-
-    IDLE, READING, WRITING = range(3)
-
-    def __init__(self, sock: socket.socket | Tls | Pipes, peer: Peer, seconds: float,
-                 bandwidth: Optional[Bandwidth] = None) -> None:
-        """`seconds`: how long the first request is waited for."""
-        self.peer = peer
-        self.waits = self.IDLE
-        self.deadline = time.monotonic() + seconds
-        self.expired = False
-        self.stopping = False
-        self._bandwidth = bandwidth
-        self.wire: Optional[Http2] = None   # that looks after the time limits itself
-        self._io: Any = sock        # what receives and sends
-        self._tls = sock if isinstance(sock, Tls) else None
-        self._sock: Any = self._tls.sock if self._tls else sock     # below TLS
-        self._shared: Optional[SharedSocket] = None
-        self.roams: Optional[bool] = None   # not known before it is asked for
-        self._small = SETTLED               # requests since a transfer
-        self._closing = threading.Lock()
-
-    def wait_for(self, what: int, seconds: float) -> None:
-        """What is waited for from now on, and how long."""
-        self.waits = what
-        self.deadline = time.monotonic() + seconds
-
-    def place(self, roaming: bool) -> None:
-        """Let this connection's thread roam or not, as place_thread() has it.  After a transfer it
-        roams on until some small requests have come: the next is likely to be another."""
-        self._small = 0 if roaming else self._small + 1
-        if roaming != self.roams and self._small not in range(1, SETTLED):
-            self.roams = roaming
-            place_thread(roaming)
-
-    def shake_hands(self) -> None:
-        """Begin TLS, where it is spoken.  Raises Gone."""
-        if self._tls:
-            try:
-                self.peer.certified, self.peer.user = self._tls.shake_hands()
-            except OSError as error:
-                raise Gone(f'TLS: {error}') from None
-
-    def speaks_http2(self) -> bool:
-        """Whether the handshake has settled on HTTP/2 (RFC 9113 3.3)."""
-        agreed = getattr(self._io, 'selected_alpn_protocol', lambda: None)
-        return agreed() == 'h2'
-
-    def share(self, wire: Http2) -> None:
-        """From now on one thread receives while others send; `wire` ends what takes too long."""
-        if isinstance(self._sock, socket.socket):
-            self._shared = SharedSocket(self._sock)
-            if self._tls:
-                self._tls.below = self._shared
-            else:
-                self._io = self._shared
-        self.wire = wire
-
-    def receive(self, limit: int) -> bytes:
-        """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
-        if self._bandwidth:
-            limit = self._bandwidth.step(Bandwidth.RECEIVED, limit)
-        try:
-            data: bytes = self._io.recv(limit)
-        except OSError as error:
-            raise Gone(f'receiving: {error}') from None
-        if self._bandwidth:
-            self._bandwidth.wait(Bandwidth.RECEIVED, len(data))
-        return data
-
-    def receive_into(self, view: memoryview) -> int:
-        """Fill `view` from its start; the bytes received, 0 at the end.  Raises Gone."""
-        if self._bandwidth:
-            view = view[:self._bandwidth.step(Bandwidth.RECEIVED, len(view))]
-        try:
-            count: int = self._io.recv_into(view)
-        except OSError as error:
-            raise Gone(f'receiving: {error}') from None
-        if self._bandwidth:
-            self._bandwidth.wait(Bandwidth.RECEIVED, count)
-        return count
-
-    def transmit(self, data: bytes, more: bool = False) -> None:
-        """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
-        flags = _MORE if more else 0
-        try:
-            if not self._bandwidth:
-                self._io.sendall(data, flags)
-                return
-            view = memoryview(data)
-            while view:
-                part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
-                self._bandwidth.wait(Bandwidth.SENT, len(part))
-                self._io.sendall(part, flags)
-                view = view[len(part):]
-        except OSError as error:
-            raise Gone(f'sending: {error}') from None
-
-    def transmit_parts(self, parts: List[bytes | memoryview]) -> None:
-        """Send all of several pieces.  Raises Gone."""
-        if self._tls or self._bandwidth or not hasattr(self._sock, 'sendmsg'):
-            self.transmit(b''.join(parts))
-            return
-        try:
-            sent = self._sock.sendmsg(parts)
-        except OSError as error:
-            raise Gone(f'sending: {error}') from None
-        if sent < sum(map(len, parts)):  # a signal
-            self.transmit(b''.join(parts)[sent:])
-
-    def transmit_file(self, content: FileSlice) -> None:
-        """Send a slice without its bytes passing through Python, where the system can.  Raises
-        Gone, and OSError if the file cannot be read to the slice's end."""
-        self.place(roaming=True)
-        direct = hasattr(os, 'sendfile') and not self._tls
-        mapped = direct and not self._bandwidth and is_near(self._sock)
-        limit, turn = MAPPED_BYTES if mapped else SENDFILE_BYTES, False
-        while content.length:
-            turn = mapped and not turn
-            if turn:
-                mapped = self._send_mapped(content)
-            elif direct:
-                direct = self._send_direct(content, limit)
-            else:
-                self.transmit(content.read(RECORDS_BYTES if self._tls else COPY_BYTES))
-
-    def _send_mapped(self, content: FileSlice) -> bool:
-        """Send some of a slice to this host by a copy of the file's pages in memory: whoever gets
-        the pages themselves, as from sendfile(2), takes twice the time to receive them.  By turns,
-        neither end waits for the other.  Nothing but send(2) looks at the mapping: what cannot be
-        read is an error there, and no signal.  Whether that can go on."""
-        import mmap
-        skipped = content.offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            window = mmap.mmap(content.fd, min(skipped + content.length, MAPPED_BYTES),
-                               access=mmap.ACCESS_READ, offset=content.offset - skipped)
-        except (OSError, ValueError):  # also: the file is shorter than that
-            return False
-        with window, memoryview(window) as view, view[skipped:] as part:
-            try:
-                count = self._sock.send(part)
-            except OSError as error:
-                if error.errno in _CONNECTION_ERRORS:
-                    raise Gone(f'sending: {error}') from None
-                return False
-        if os.fstat(content.fd).st_size < content.offset + count:
-            count = 0  # zeros may have been sent from behind its end
-        content.advance(count)
-        return True
-
-    def _send_direct(self, content: FileSlice, limit: int) -> bool:
-        """Send some of a slice by sendfile(2); False if that cannot be from this file system."""
-        count = min(content.length, limit)
-        if self._bandwidth:
-            count = self._bandwidth.step(Bandwidth.SENT, count)
-            self._bandwidth.wait(Bandwidth.SENT, count)
-        try:
-            count = os.sendfile(self._sock.fileno(), content.fd, content.offset, count)
-        except OSError as error:
-            if error.errno in _CONNECTION_ERRORS:
-                raise Gone(f'sending: {error}') from None
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            return False
-        content.advance(count)
-        return True
-
-    def linger(self) -> None:
-        """RFC 9112 9.6: end so that the last answer arrives, even if the client still sends: the
-        kernel would answer unread input with a reset, which destroys it.  A client of HTTP/2 sends
-        what shows that it still reads."""
-        self.wait_for(self.IDLE, LINGER_SECONDS)
-        left, end = LINGER_BYTES, time.monotonic() + LINGER_MOST_SECONDS
-        view = memoryview(bytearray(SMALL_BYTES))
-        try:
-            if self._tls:
-                self.wait_for(self.WRITING, LINGER_MOST_SECONDS)
-                self._tls.end_output()
-                self.wait_for(self.IDLE, LINGER_SECONDS)
-            self._sock.shutdown(socket.SHUT_WR)
-            while left > 0:
-                count = self._sock.recv_into(view)
-                if not count:
-                    break
-                left -= count
-                if self.wire:
-                    self.deadline = min(time.monotonic() + LINGER_SECONDS, end)
-        except OSError as error:
-            log.debug('%s: closing: %s', self.peer, error)
-
-    def break_off(self, error: OSError) -> NoReturn:
-        """Reset the connection, so that what was sent does not look complete."""
-        log.error('%s: an answer is broken off: %s', self.peer, error)
-        self._reset_at_close()
-        raise Gone('the answer was broken off')
-
-    def expire(self) -> None:
-        """Wake the thread: time is over.  One that reads finds the end of input and can still say
-        so to the client; one that writes, or was woken before, is cut off."""
-        if self.wire:
-            self.wire.expire(time.monotonic())
-            return
-        cut = self.expired or self.waits == self.WRITING
-        self.expired = True
-        if cut:
-            self.cut()
-        else:
-            self.end_input()
-
-    def is_of(self, authority: bytes) -> bool:
-        """Whether it was let in, by TLS, while this authority was in force."""
-        return not self._tls or self._tls.authority == authority
-
-    def stop(self) -> None:
-        """End the connection, once the request that is under way has been answered."""
-        self.stopping = True
-        if self.wire:
-            self.wire.stop()
-        elif self.waits == self.IDLE:
-            self.end_input()
-
-    def end_input(self) -> None:
-        """Let the thread that receives find the end of input."""
-        end_input = getattr(self._shared or self._sock, 'end_input', None)
-        if end_input:
-            end_input()
-        else:
-            self._shutdown(socket.SHUT_RD)
-
-    def end_linger(self) -> None:
-        """Wait no longer for a client that has been told all: what it has not read is still sent."""
-        if self.waits == self.WRITING:  # close_notify
-            self.cut()
-        else:
-            self._shutdown(socket.SHUT_RD)
-
-    def cut(self) -> None:
-        """End the connection now, whatever its thread waits for."""
-        self._reset_at_close()
-        self._shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        with self._closing:
-            self._sock.close()
-            if self._shared:
-                self._shared.close()
-
-    def _reset_at_close(self) -> None:
-        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-
-    def _shutdown(self, how: int) -> None:
-        # The lock: never the descriptor of another connection that came after this one.
-        with self._closing, contextlib.suppress(OSError):
-            self._sock.shutdown(how)
+_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # from this file system, or to this socket
 
 
 class Alarm:
@@ -3729,56 +3513,154 @@ class Alarm:
         self._writer.close()
 
 
-class SharedSocket:
-    """A socket that one thread receives from while another sends.  Not shutdown(2) ends its input:
-    what the client sends after that would be answered by a reset, which destroys what it has not
-    yet read."""
+class SocketTransport:
+    """A socket that blocks.  Who sends waits `stall_seconds`, to once and a half of that, for the
+    client to take a byte."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sendall = sock.sendall
+    alpn = ''
+    sends_files = hasattr(os, 'sendfile')
+    file_bytes = 16 << 20       # of a file by one sendfile(2), after which progress is seen
+    copy_bytes = COPY_BYTES     # of a file in memory where sendfile(2) cannot be
+
+    def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
         self._sock = sock
-        self._alarm = Alarm()
+        self._alarm: Optional[Alarm] = None     # once it is shared
+        self._closing = threading.Lock()
+        if stall_seconds < math.inf and os.name == 'posix':
+            seconds = stall_seconds / 2     # twice without a byte is a stall
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(
+                '@ll', int(seconds), int(seconds % 1 * 1e6)))
 
     def recv(self, limit: int) -> bytes:
-        data: bytes = self._when_readable(self._sock.recv, limit, _AT_ONCE) or b''
-        return data
+        if self._alarm:
+            data: bytes = self._when_readable(self._alarm, self._sock.recv, limit, _AT_ONCE) or b''
+            return data
+        return self._sock.recv(limit)
 
     def recv_into(self, view: memoryview) -> int:
-        count: int = self._when_readable(self._sock.recv_into, view, 0, _AT_ONCE)
-        return count
+        if self._alarm:
+            count: int = self._when_readable(self._alarm, self._sock.recv_into, view, 0, _AT_ONCE)
+            return count
+        return self._sock.recv_into(view)
+
+    def send(self, data: bytes | memoryview, more: bool = False) -> None:
+        count = self._while_not_stalled(self._sock.send, data, _MORE if more else 0)
+        while count < len(data):
+            data = memoryview(data)[count:]
+            count = self._while_not_stalled(self._sock.send, data, _MORE if more else 0)
+
+    def send_parts(self, parts: List[bytes | memoryview]) -> None:
+        if not hasattr(self._sock, 'sendmsg'):
+            self.send(b''.join(parts))
+            return
+        count = self._while_not_stalled(self._sock.sendmsg, parts)
+        if count < sum(map(len, parts)):
+            self.send(memoryview(b''.join(parts))[count:])
+
+    def send_file(self, content: FileSlice, limit: int) -> bool:
+        """Send some of a slice, `limit` bytes at the most; False if that cannot be.  An OSError
+        that is not one of _CONNECTION_ERRORS is the file's."""
+        try:
+            count = self._while_not_stalled(os.sendfile, self._sock.fileno(), content.fd, content.offset,
+                                            min(content.length, limit, self.file_bytes))
+        except OSError as error:
+            if error.errno in _NO_SENDFILE:
+                return False
+            raise
+        content.advance(count)
+        return True
+
+    def share(self) -> None:
+        """Not shutdown(2) ends the input from now on: what the client sends after that would be
+        answered by a reset, which destroys what it has not yet read."""
+        self._alarm = Alarm()
 
     def end_input(self) -> None:
-        self._alarm.ring()
+        if self._alarm:
+            self._alarm.ring()
+        else:
+            self._shutdown(socket.SHUT_RD)
+
+    def end_output(self) -> None:
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def skip_input(self, view: memoryview) -> int:
+        return self._sock.recv_into(view)
+
+    def end_skipping(self) -> None:
+        """End the wait in skip_input()."""
+        self._shutdown(socket.SHUT_RD)
+
+    def reset_at_close(self) -> None:
+        """Have close() reset the connection, so that what was sent does not look complete."""
+        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+
+    def abort(self) -> None:
+        self.reset_at_close()
+        self._shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._alarm.close()
+        with self._closing:
+            self._sock.close()
+            if self._alarm:
+                self._alarm.close()
 
-    def _when_readable(self, function: Callable[..., Any], *words: Any) -> Any:
-        while _AT_ONCE or self._alarm.wait(self._sock.fileno()):
+    def _shutdown(self, how: int) -> None:
+        # The lock: never the descriptor of another connection that came after this one.
+        with self._closing, contextlib.suppress(OSError):
+            self._sock.shutdown(how)
+
+    def _when_readable(self, alarm: Alarm, function: Callable[..., Any], *args: Any) -> Any:
+        while _AT_ONCE or alarm.wait(self._sock.fileno()):
             with contextlib.suppress(BlockingIOError):
-                return function(*words)
-            if not self._alarm.wait(self._sock.fileno()):
+                return function(*args)
+            if not alarm.wait(self._sock.fileno()):
                 break
         return 0
 
+    @staticmethod
+    def _while_not_stalled(function: Callable[..., int], *args: Any) -> int:
+        """How many bytes a system call has sent: at least one."""
+        try:
+            return function(*args)
+        except BlockingIOError:  # SO_SNDTIMEO has passed without a byte
+            try:
+                return function(*args)
+            except BlockingIOError:
+                raise Stalled('sending: the client takes nothing') from None
 
-class Tls:
+
+class TlsTransport:
     """The server's side of TLS on a socket, by way of memory: many records are sent or received by
-    one call to the system.  OpenSSL itself would take one to send each, and two to receive it.  One
-    thread may receive while another sends."""
+    one call to the system.  OpenSSL itself would take one to send each, and two to receive it.
+    `authority` is what the client's certificate is checked against."""
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, authority: bytes = b'') -> None:
+    sends_files = False
+    copy_bytes = RECORDS_BYTES
+
+    def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
-        self.sock = sock
-        self.authority = authority          # that the client's certificate is checked against
-        self.below: socket.socket | SharedSocket = sock     # what the records pass through
+        self.below = below
+        self.authority = authority
         self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
         self._wants_input = ssl.SSLWantReadError
         self._ended = False                 # close_notify has come
         self._lock = threading.Lock()       # OpenSSL takes one call at a time
         self._sending = threading.Lock()    # records leave in their order
-        self.selected_alpn_protocol = self._tls.selected_alpn_protocol
+        self.share = below.share
+        self.end_input = below.end_input
+        self.skip_input = below.skip_input
+        self.end_skipping = below.end_skipping
+        self.reset_at_close = below.reset_at_close
+        self.abort = below.abort
+        self.close = below.close
+
+    @property
+    def alpn(self) -> str:
+        """The protocol that the handshake has settled on (RFC 7301)."""
+        return self._tls.selected_alpn_protocol() or ''
 
     def shake_hands(self) -> Tuple[bool, str]:
         """Whether the client has shown a certificate, and the common name in it, which may be empty.
@@ -3805,32 +3687,39 @@ class Tls:
                 break
         return total
 
-    def sendall(self, data: bytes | memoryview, flags: int = 0) -> None:
+    def send(self, data: bytes | memoryview, more: bool = False) -> None:
         view = memoryview(data)
         with self._sending:
             while view:
                 with self._lock:
                     self._tls.write(view[:RECORDS_BYTES])
-                    records = b'' if flags else self._unsent.read()
+                    records = b'' if more else self._unsent.read()
                 if records:
-                    self.below.sendall(records)
+                    self.below.send(records)
                 view = view[RECORDS_BYTES:]
-        if self._unsent.pending and not flags:
+        if self._unsent.pending and not more:
             self._answer()
 
+    def send_parts(self, parts: List[bytes | memoryview]) -> None:
+        self.send(b''.join(parts))
+
+    def send_file(self, content: FileSlice, limit: int) -> bool:
+        return False
+
     def end_output(self) -> None:
-        """Send close_notify (RFC 8446 6.1).  Raises OSError."""
+        """Send close_notify (RFC 8446 6.1), and end the connection below."""
         with self._sending:
             with self._lock, contextlib.suppress(OSError):  # the client's has not come
                 self._tls.unwrap()
             self._send_records()
+        self.below.end_output()
 
-    def _call(self, limit: int, function: Callable[..., Any], *words: Any) -> Any:
+    def _call(self, limit: int, function: Callable[..., Any], *args: Any) -> Any:
         """What OpenSSL does with as much input as it needs; 0 at the end of input."""
         while not self._ended:
             if self._received.pending or self._tls.pending():
                 with contextlib.suppress(self._wants_input):
-                    return self._read(function, *words)
+                    return self._read(function, *args)
             data = self.below.recv(min(limit + RECORD_OVERHEAD, RECORDS_BYTES))
             if not data:
                 break
@@ -3840,11 +3729,11 @@ class Tls:
                     raise ConnectionAbortedError(errno.ECONNABORTED, 'the client reads no answers')
         return 0
 
-    def _read(self, function: Callable[..., Any], *words: Any) -> Any:
+    def _read(self, function: Callable[..., Any], *args: Any) -> Any:
         """What OpenSSL makes of input that has come."""
         try:
             with self._lock:
-                result = function(*words)
+                result = function(*args)
             # Nothing is what a read gives after close_notify, and a handshake always.
             self._ended = not result and result is not None
             return result
@@ -3863,11 +3752,16 @@ class Tls:
     def _send_records(self) -> None:
         with self._lock:
             data = self._unsent.read()
-        self.below.sendall(data)
+        self.below.send(data)
 
 
-class Pipes:
-    """Standard input and output in place of a socket that has agreed on HTTP/2."""
+class PipeTransport:
+    """Standard input and output, to a client that speaks HTTP/2.  A pipe has neither a time limit nor
+    a reset."""
+
+    alpn = 'h2'
+    sends_files = False
+    copy_bytes = COPY_BYTES
 
     def __init__(self) -> None:
         self._alarm = Alarm()
@@ -3878,31 +3772,32 @@ class Pipes:
                 import fcntl
                 fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
 
-    def selected_alpn_protocol(self) -> str:
-        return 'h2'
+    def recv(self, limit: int) -> bytes:
+        return os.read(0, limit) if self._alarm.wait(0, timeout=self._timeout) else b''
 
     def recv_into(self, view: memoryview) -> int:
         return os.readv(0, [view]) if self._alarm.wait(0, timeout=self._timeout) else 0
 
-    def sendall(self, data: bytes, flags: int = 0) -> None:
+    def send(self, data: bytes | memoryview, more: bool = False) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(1, view):]
 
-    def sendmsg(self, parts: List[bytes | memoryview]) -> int:
-        return os.writev(1, parts)
+    def send_parts(self, parts: List[bytes | memoryview]) -> None:
+        count = os.writev(1, parts)
+        if count < sum(map(len, parts)):
+            self.send(memoryview(b''.join(parts))[count:])
+
+    def send_file(self, content: FileSlice, limit: int) -> bool:
+        return False
+
+    def share(self) -> None:
+        """One thread receives while others send from the beginning."""
 
     def end_input(self) -> None:
         self._alarm.ring()
 
-    def shutdown(self, how: int) -> None:
-        """End input or output, or with SHUT_RDWR the process: who writes to a pipe cannot be woken."""
-        if how == socket.SHUT_RD:
-            self.end_input()
-            return
-        if how == socket.SHUT_RDWR:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
+    def end_output(self) -> None:
         self._timeout = PIPE_LINGER  # some wait for the process's end before they end our input
         if stat.S_ISSOCK(os.fstat(1).st_mode):
             with socket.socket(fileno=os.dup(1)) as both:
@@ -3910,11 +3805,356 @@ class Pipes:
         with open(os.devnull, 'wb') as nothing:
             os.dup2(nothing.fileno(), 1)
 
-    def setsockopt(self, *words: Any) -> None:
-        """A pipe has no options."""
+    skip_input = recv_into
+    end_skipping = end_input
+
+    def reset_at_close(self) -> None:
+        """The client sees that the process ends."""
+
+    def abort(self) -> None:
+        """End the process: who writes to a pipe cannot be woken."""
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
         """The process ends soon."""
+
+
+if TYPE_CHECKING:
+    Transport = Union[SocketTransport, TlsTransport, PipeTransport]
+
+
+# ==== Connection =================================================================================
+# A client's bytes, and how long they are waited for.  Whatever happens to the client is Gone; an
+# OSError that comes out of here is one of a file.
+#
+# A connection's own thread waits in the kernel without a timer.  The server's main thread asks each
+# connection twice a second for its next deadline, and calls expire() where that has passed: a thread
+# that receives is woken by the end of input and can still answer, one that sends is cut off.  A
+# transfer has three limits: its time in all (--server-read-timeout, --server-write-timeout), the
+# time in which a byte must pass (--stall-timeout), and what --bwlimit lets through, which counts
+# for neither of the two: a connection's clock stands still while it is held back.
+
+LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
+LINGER_SECONDS = 5           # and as long nothing may come,
+LINGER_MOST_SECONDS = 60     # and so long at the most
+SETTLED = 8                  # small requests after a transfer
+# Without an interpreter lock, or without a way to ask, there is nothing to place.
+_PLACED = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
+
+
+def place_thread(roaming: bool) -> None:
+    """Let this thread run on any core, or on the one that the process's threads share.
+
+    Threads that take turns on the interpreter lock wake each other many times in a small request.
+    On one core that is nearly free; across cores it costs half of the requests a second.  What
+    works for long without the lock roams: transfers, and hashing them.
+    """
+    if _PLACED:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, CORES if roaming else _home)
+
+
+def settle(slot: int) -> None:
+    """Give this process's threads the core that they share; processes in turn take another."""
+    global _home
+    _home = [CORES[slot % len(CORES)]]
+
+
+_home = [CORES[os.getpid() % len(CORES)]]
+
+
+class Shares:
+    """Places for `most`, of which one group of addresses takes `most_each` at a time, except the
+    peers that are `exempt`.  The place of a group that has none is not kept."""
+
+    def __init__(self, most: int, most_each: int, exempt: Callable[[str], bool]) -> None:
+        self._most = most
+        self._most_each = most_each
+        self._exempt = exempt
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._by_group: Dict[str, int] = {}
+
+    def take(self, peer: Peer) -> bool:
+        """Whether there was a place; give_back() follows."""
+        with self._lock:
+            if self._taken >= self._most:
+                return False
+            self._taken += 1
+            self._by_group[peer.group] = self._by_group.get(peer.group, 0) + 1
+            return True
+
+    def give_back(self, peer: Peer) -> None:
+        """Let go of a place."""
+        with self._lock:
+            self._taken -= 1
+            self._by_group[peer.group] -= 1
+            if not self._by_group[peer.group]:
+                del self._by_group[peer.group]
+
+    def is_greedy(self, peer: Peer) -> bool:
+        """Whether one more would be more than the peer's share."""
+        return (self._by_group.get(peer.group, 0) >= self._most_each
+                and not (peer.unix or self._exempt(peer.name)))
+
+
+class Connection:
+    """A client's bytes by way of a `transport`, what is waited for, and until when.  `note` is told
+    of a limit that ended something."""
+
+    IDLE, READING, WRITING = range(3)
+
+    def __init__(self, transport: Transport, peer: Peer, limits: Limits,
+                 bandwidth: Optional[Bandwidth] = None,
+                 note: Callable[[str, Peer], None] = lambda limit, peer: None) -> None:
+        self.peer = peer
+        self.limits = limits
+        self.note = note
+        self.waits = self.IDLE
+        self.expired = False
+        self.stopping = False
+        self.wire: Optional[Http2] = None   # that looks after the time limits itself
+        self._transport = transport
+        self._bandwidth = bandwidth
+        self._held = 0.0                    # seconds that the bandwidth has held it back
+        self._held_since = 0.0              # when it began to, 0 if it does not
+        self._deadline = self.clock() + limits.header_seconds
+        self._extension = 0.0               # seconds of the deadline for each byte that passes
+        self._passed = 0                    # bytes since wait_for()
+        self._blocked = math.inf            # since when bytes have been waited for
+        self.roams: Optional[bool] = None   # not known before it is asked for
+        self._small = SETTLED               # requests since a transfer
+
+    # ---- time ----
+
+    def clock(self) -> float:
+        """Seconds that only grow, but stand still while the bandwidth holds the connection back."""
+        if self._bandwidth:
+            return (self._held_since or time.monotonic()) - self._held
+        return time.monotonic()
+
+    def wait_for(self, what: int, seconds: float = math.inf) -> None:
+        """What is waited for from now on, and how long: for READING and WRITING as the limits have
+        it."""
+        self._extension = 0.0
+        if what == self.READING:
+            seconds, self._extension = self.limits.read_seconds, self.limits.read_extension
+        elif what == self.WRITING:
+            seconds, self._extension = self.limits.write_seconds, self.limits.write_extension
+        self.waits, self._passed = what, 0
+        self._deadline = self.clock() + seconds
+
+    def wait_no_longer(self, seconds: float) -> None:
+        """Let the deadline be no later than in so many seconds."""
+        self._deadline = min(self._deadline, self.clock() + seconds)
+
+    def next_deadline(self) -> float:
+        """When expire() is to be called, by clock()."""
+        if self.wire:
+            return self.wire.next_deadline()
+        deadline = self._deadline + self._passed * self._extension
+        return min(deadline, self._stalls_at()) if self.waits == self.READING else deadline
+
+    def _stalls_at(self) -> float:
+        return self._blocked + self.limits.stall_seconds
+
+    def expire(self) -> None:
+        """Wake the thread: time is over.  One that reads finds the end of input and can still say
+        so to the client; one that writes, or was woken before, is cut off."""
+        if self.wire:
+            self.wire.expire()
+            return
+        cut = self.expired or self.waits == self.WRITING
+        if self.waits == self.READING and not cut and self._stalls_at() < self.clock():
+            self.note(STALLED_UPLOAD, self.peer)
+        self.expired = True
+        if cut:
+            self.cut()
+        else:
+            self.end_input()
+
+    # ---- bytes ----
+
+    def shake_hands(self) -> None:
+        """Begin TLS, where it is spoken.  Raises Gone."""
+        if isinstance(self._transport, TlsTransport):
+            try:
+                self.peer.certified, self.peer.user = self._transport.shake_hands()
+            except OSError as error:
+                raise Gone(f'TLS: {error}') from None
+
+    def speaks_http2(self) -> bool:
+        """Whether the handshake has settled on HTTP/2 (RFC 9113 3.3)."""
+        return self._transport.alpn == 'h2'
+
+    def is_of(self, authority: bytes) -> bool:
+        """Whether it was let in, by TLS, while this authority was in force."""
+        return not isinstance(self._transport, TlsTransport) or self._transport.authority == authority
+
+    def share(self, wire: Http2) -> None:
+        """From now on one thread receives while others send; `wire` ends what takes too long."""
+        self._transport.share()
+        self.wire = wire
+
+    def place(self, roaming: bool) -> None:
+        """Let this connection's thread roam or not, as place_thread() has it.  After a transfer it
+        roams on until some small requests have come: the next is likely to be another."""
+        self._small = 0 if roaming else self._small + 1
+        if roaming != self.roams and self._small not in range(1, SETTLED):
+            self.roams = roaming
+            place_thread(roaming)
+
+    def receive(self, limit: int) -> bytes:
+        """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
+        if self._bandwidth:
+            limit = self._bandwidth.step(Bandwidth.RECEIVED, limit)
+        if self.waits == self.READING:
+            self._blocked = self.clock()
+        try:
+            data = self._transport.recv(limit)
+        except OSError as error:
+            raise Gone(f'receiving: {error}') from None
+        self._blocked = math.inf
+        if self._bandwidth:
+            self._hold(self._bandwidth, Bandwidth.RECEIVED, len(data))
+        return data
+
+    def receive_into(self, view: memoryview) -> int:
+        """Fill `view` from its start; the bytes received, 0 at the end.  Raises Gone."""
+        if self._bandwidth:
+            view = view[:self._bandwidth.step(Bandwidth.RECEIVED, len(view))]
+        self._blocked = self.clock()
+        try:
+            count = self._transport.recv_into(view)
+        except OSError as error:
+            raise Gone(f'receiving: {error}') from None
+        self._blocked = math.inf
+        self._passed += count
+        if self._bandwidth:
+            self._hold(self._bandwidth, Bandwidth.RECEIVED, count)
+        return count
+
+    def transmit(self, data: bytes | memoryview, more: bool = False) -> None:
+        """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
+        try:
+            if not self._bandwidth:
+                self._transport.send(data, more)
+                self._passed += len(data)
+                return
+            view = memoryview(data)
+            while view:
+                part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
+                self._hold(self._bandwidth, Bandwidth.SENT, len(part))
+                self._transport.send(part, more)
+                self._passed += len(part)
+                view = view[len(part):]
+        except (OSError, Stalled) as error:
+            self._give_up(error)
+
+    def transmit_parts(self, parts: List[bytes | memoryview]) -> None:
+        """Send all of several pieces.  Raises Gone."""
+        if self._bandwidth:
+            self.transmit(b''.join(parts))
+            return
+        try:
+            self._transport.send_parts(parts)
+        except (OSError, Stalled) as error:
+            self._give_up(error)
+
+    def transmit_file(self, content: FileSlice) -> None:
+        """Send a slice without its bytes passing through Python, where the system can.  Raises
+        Gone, and OSError if the file cannot be read to the slice's end."""
+        self.place(roaming=True)
+        direct = self._transport.sends_files
+        while content.length:
+            before = limit = content.length
+            if self._bandwidth and direct:
+                limit = self._bandwidth.step(Bandwidth.SENT, limit)
+                self._hold(self._bandwidth, Bandwidth.SENT, limit)
+            if not direct:
+                self.transmit(content.read(self._transport.copy_bytes))
+                continue
+            try:
+                direct = self._transport.send_file(content, limit)
+            except (OSError, Stalled) as error:
+                if isinstance(error, OSError) and error.errno not in _CONNECTION_ERRORS:
+                    raise
+                self._give_up(error)
+            self._passed += before - content.length
+
+    def _give_up(self, error: OSError | Stalled) -> NoReturn:
+        """Make Gone of what has happened while sending."""
+        if isinstance(error, Stalled):
+            self.note(STALLED_DOWNLOAD, self.peer)
+            self._transport.reset_at_close()
+            raise error
+        raise Gone(f'sending: {error}') from None
+
+    def _hold(self, bandwidth: Bandwidth, direction: int, count: int) -> None:
+        """Wait until it is the turn of `count` bytes."""
+        self._held_since = time.monotonic()
+        bandwidth.wait(direction, count)
+        self._held += time.monotonic() - self._held_since
+        self._held_since = 0.0
+
+    # ---- the end ----
+
+    def linger(self) -> None:
+        """RFC 9112 9.6: end so that the last answer arrives, even if the client still sends: the
+        kernel would answer unread input with a reset, which destroys it.  A client of HTTP/2 sends
+        what shows that it still reads."""
+        left, end = LINGER_BYTES, self.clock() + LINGER_MOST_SECONDS
+        view = memoryview(bytearray(SMALL_BYTES))
+        try:
+            self.wait_for(self.WRITING)  # close_notify
+            self.wait_no_longer(LINGER_MOST_SECONDS)
+            self._transport.end_output()
+            self.wait_for(self.IDLE, LINGER_SECONDS)
+            while left > 0:
+                count = self._transport.skip_input(view)
+                if not count:
+                    break
+                left -= count
+                if self.wire:
+                    self._deadline = min(self.clock() + LINGER_SECONDS, end)
+        except (OSError, Stalled) as error:
+            log.debug('%s: closing: %s', self.peer, error)
+
+    def lingers_until(self) -> float:
+        """The deadline while it lingers, for the wire."""
+        return self._deadline
+
+    def break_off(self, error: OSError) -> NoReturn:
+        """Reset the connection, so that what was sent does not look complete."""
+        log.error('%s: an answer is broken off: %s', self.peer, error)
+        self._transport.reset_at_close()
+        raise Gone('the answer was broken off')
+
+    def stop(self) -> None:
+        """End the connection, once the request that is under way has been answered."""
+        self.stopping = True
+        if self.wire:
+            self.wire.stop()
+        elif self.waits == self.IDLE:
+            self.end_input()
+
+    def end_input(self) -> None:
+        """Let the thread that receives find the end of input."""
+        self._transport.end_input()
+
+    def end_linger(self) -> None:
+        """Wait no longer for a client that has been told all: what it has not read is still sent."""
+        if self.waits == self.WRITING:  # close_notify
+            self.cut()
+        else:
+            self._transport.end_skipping()
+
+    def cut(self) -> None:
+        """End the connection now, whatever its thread waits for."""
+        self._transport.abort()
+
+    def close(self) -> None:
+        self._transport.close()
 
 
 # ==== Http1 ======================================================================================
@@ -4164,9 +4404,9 @@ class Http1:
                 break
         return self._preface
 
-    def turn_away(self) -> None:
+    def turn_away(self, reason: str) -> None:
         """Say that there is no room for this connection.  Raises Gone."""
-        self._refuse(HttpError(503, 'too many connections', [('Retry-After', '10')]))
+        self._refuse(HttpError(503, reason, [('Retry-After', '10')]))
 
     def _exchange(self) -> bool:
         """One request and its answer; whether another may follow."""
@@ -4186,10 +4426,10 @@ class Http1:
             request = Request(head.method, head.target, head.version, headers, _NO_BODY, connection.peer)
             self._plain, self._body = head.plain, _NO_BODY
             if not head.plain:
-                connection.wait_for(connection.READING, self._limits.read_seconds)
+                connection.wait_for(connection.READING)
                 self._open_body(request)
             else:
-                connection.wait_for(connection.WRITING, self._limits.write_seconds)
+                connection.wait_for(connection.WRITING)
                 if connection.roams:
                     connection.place(roaming=False)
         except HttpError as error:
@@ -4243,9 +4483,8 @@ class Http1:
             if _BARE_LF.search(buffer):
                 raise HttpError(400, 'a line ends without CR')
             if buffer and not begun:
-                begun, deadline = True, connection.deadline
-                connection.wait_for(connection.IDLE, self._limits.header_seconds)
-                connection.deadline = min(connection.deadline, deadline)
+                begun = True
+                connection.wait_no_longer(self._limits.header_seconds)
 
     def _open_body(self, request: Request) -> None:
         """Give a request its body, still to be read.  Raises HttpError."""
@@ -4324,7 +4563,8 @@ class Http1:
 
     def _skip_body(self) -> bool:
         """Read what is left of a short body that nobody wanted."""
-        self._connection.wait_for(Connection.READING, LINGER_SECONDS)
+        self._connection.wait_for(Connection.READING)
+        self._connection.wait_no_longer(LINGER_SECONDS)
         view = memoryview(bytearray(SKIP_BYTES))
         try:
             while self._body.readinto(view):
@@ -4341,7 +4581,7 @@ class Http1:
         head = _response_head(response, body, request.version, keep)
         connection = self._connection
         if connection.waits != connection.WRITING:
-            connection.wait_for(connection.WRITING, self._limits.write_seconds)
+            connection.wait_for(connection.WRITING)
         self._sent = 0
         try:
             if request.method == 'HEAD':
@@ -4721,6 +4961,7 @@ class FrameWriter:
         self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
         self.settled = threading.Condition(lock)
         self.pending: List[bytes] = []  # frames that the next to write takes along
+        self.pending_bytes = 0
         self.dead = False               # nothing can be written any more
         self._connection = connection
         self._over = False              # nothing more is to be written
@@ -4736,31 +4977,55 @@ class FrameWriter:
 
     def queue(self, kind: int, flags: int, number: int, payload: bytes = b'') -> None:
         """Have a frame sent soon; with the lock."""
-        self.pending.append(frame(kind, flags, number, payload))
+        self.append(frame(kind, flags, number, payload))
+
+    def append(self, frames: bytes) -> None:
+        """Have frames sent soon; with the lock."""
+        self.pending.append(frames)
+        self.pending_bytes += len(frames)
         self._wanted.notify()
 
+    def content_frames(self, number: int, data: bytes | memoryview, last: bool) -> List[bytes | memoryview]:
+        """DATA frames of a stream, in pieces that are sent one after the other."""
+        view, limit, parts = memoryview(data), self.frame_bytes, []  # type: memoryview, int, List[Any]
+        for at in range(0, len(view), limit):
+            part = view[at:at + limit]
+            flags = _END_STREAM if last and at + limit >= len(view) else 0
+            parts += (_FRAME_HEAD.pack(len(part) << 8 | _DATA, flags, number), part)
+        return parts
+
     def write(self, parts: List[bytes | memoryview], stream: Optional[Stream] = None,
-              last: bool = False) -> bool:
+              last: bool = False, patient: bool = True) -> bool:
         """Send frames, after those that wait, unless their stream is lost; whether they went.  They
-        may be the `last` of their stream.  Raises Gone."""
-        with self._writing:
+        may be the `last` of their stream.  Who is not `patient` leaves them to the thread that is
+        sending, unless it has much to send already.  Raises Gone."""
+        if not self._writing.acquire(blocking=False):
+            if not patient:
+                with self.lock:
+                    size = sum(map(len, parts))
+                    if stream and not stream.lost and self.pending_bytes + size <= UNSENT_BYTES:
+                        self.append(b''.join(parts))
+                        stream.sent = last
+                        return True
+            self._writing.acquire()
+        try:
             with self.lock:
-                pending, self.pending = b''.join(self.pending), []
+                pending, self.pending, self.pending_bytes = b''.join(self.pending), [], 0
                 lost = stream is not None and bool(stream.lost)
                 if stream is not None:
                     stream.sent = last
-                self.begun = time.monotonic()
-            try:
-                if lost:
-                    parts = []
-                if pending or parts:
-                    self._connection.transmit_parts([pending, *parts])
-            except Gone:
-                self.dead = True
-                self._connection.end_input()  # nothing that could still come can be answered
-                raise
-            finally:
-                self.begun = math.inf
+                self.begun = self._connection.clock()
+            if lost:
+                parts = []
+            if pending or parts:
+                self._connection.transmit_parts([pending, *parts])
+        except Gone:
+            self.dead = True
+            self._connection.end_input()  # nothing that could still come can be answered
+            raise
+        finally:
+            self.begun = math.inf
+            self._writing.release()
         return not lost
 
     def finish(self) -> None:
@@ -4789,15 +5054,27 @@ class FrameWriter:
 
 # ==== Streams ====================================================================================
 # A request of HTTP/2 and its answer (RFC 9113 5.1 and 8), and how much content may pass (5.2).
+#
+# A client may send 64 KiB of content on a connection before anybody has looked who asks.  The windows
+# open when the content is read, which is after login, rights and quota, and close again when its
+# request has been answered.
 
-STREAM_WINDOW = FRAME_BYTES  # bytes of a request's content that may come ahead of its reader
-SPARE_WINDOW = 16 << 20      # bytes more, shared by the requests that announce more
-CONNECTION_WINDOW = 18 << 20  # bytes that may come ahead of all readers together
+READ_WINDOW = 4 << 20        # bytes of a request's content that may come ahead of its reader
+CONNECTION_WINDOW = 16 << 20  # bytes that may come ahead of all readers of a connection
+UNSENT_BYTES = 256 * 1024    # of short answers that wait, without a thread, for the client to take them
 SEND_BYTES = 128 * 1024      # of content that is sent at a time
 
 _LOWER_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE = re.compile('(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?')
+_SCHEME = re.compile('[A-Za-z][A-Za-z0-9+.-]*')     # RFC 3986 3.1
 _OF_CONNECTION = ('connection', 'keep-alive', 'proxy-connection', 'transfer-encoding', 'upgrade')
+
+
+def check_field(name: str, value: str) -> None:
+    """Raises StreamError for a field that makes a message malformed (RFC 9113 8.2)."""
+    if (name in _OF_CONNECTION or not _LOWER_TOKEN.fullmatch(name) or not _VALUE.fullmatch(value)
+            or (name == 'te' and value != 'trailers')):
+        raise StreamError(PROTOCOL_ERROR, 'bad header field')
 
 
 def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]:
@@ -4810,16 +5087,14 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
             if headers or name in pseudo or name not in (':method', ':scheme', ':path', ':authority'):
                 raise StreamError(PROTOCOL_ERROR, 'bad pseudo-header field')
             pseudo[name] = value
-        elif (name in _OF_CONNECTION or not _LOWER_TOKEN.fullmatch(name)
-              or not _VALUE.fullmatch(value) or (name == 'te' and value != 'trailers')):
-            raise StreamError(PROTOCOL_ERROR, 'bad header field')
         else:
+            check_field(name, value)
             headers[name] = f'{headers[name]}, {value}' if name in headers else value
     method, target = pseudo.get(':method', ''), pseudo.get(':path', '')
     if method == 'CONNECT' and not target and ':scheme' not in pseudo:  # RFC 9113 8.5
         target = '/'
-    elif not pseudo.get(':scheme'):
-        raise StreamError(PROTOCOL_ERROR, 'no scheme')
+    elif not _SCHEME.fullmatch(pseudo.get(':scheme', '')):
+        raise StreamError(PROTOCOL_ERROR, 'no valid scheme')
     if not re.fullmatch(_TOKEN, method) or not re.fullmatch(r'/[!-"$-~]*|\*', target):
         raise StreamError(PROTOCOL_ERROR, 'bad method or path')
     host = pseudo.get(':authority', headers.get('host', ''))
@@ -4830,63 +5105,114 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     return method, target, headers
 
 
-class FlowControl:
-    """The windows of a connection and of its `streams`; the writer's lock guards them."""
+class ReceiveWindow:
+    """How many bytes of content the client may send: `available` now, and `size` once all that has
+    come has been acknowledged (RFC 9113 5.2.1)."""
 
-    def __init__(self, writer: FrameWriter, streams: Dict[int, Stream]) -> None:
+    __slots__ = ('available', 'size', '_owed')
+
+    def __init__(self, size: int = _DEFAULT_WINDOW) -> None:
+        self.available = self.size = size
+        self._owed = 0          # bytes that the client is still to be told of
+
+    def receive(self, count: int) -> bool:
+        """So many bytes have come; whether they were allowed."""
+        self.available -= count
+        return self.available >= 0
+
+    def acknowledge(self, count: int) -> None:
+        """So many bytes have left the memory."""
+        self._owed += count
+
+    def resize(self, size: int) -> None:
+        """Change the size; a smaller one withholds what is acknowledged."""
+        self._owed += size - self.size
+        self.size = size
+
+    def increment(self, limit: float = math.inf) -> int:
+        """Bytes that a WINDOW_UPDATE is to add now, so that no more than `limit` are available; 0
+        while they are too few for a frame."""
+        most = min(self._owed, limit - self.available)
+        if most <= 0 or most < min(self.size // 4, limit - self.available):
+            return 0
+        count = int(most)
+        self._owed -= count
+        self.available += count
+        return count
+
+
+class FlowControl:
+    """The windows of a connection and of its `streams`; the writer's lock guards them.
+
+    Threads that wait to send are woken one at a time: the first that can send is told, and when it
+    has taken its part it tells the next.
+    """
+
+    def __init__(self, writer: FrameWriter, streams: Dict[int, Stream],
+                 on_sent: Callable[[Stream], None], clock: Callable[[], float]) -> None:
         self.writer = writer
         self.initial = _DEFAULT_WINDOW      # bytes of content that may be sent on a new stream
         self.window = _DEFAULT_WINDOW       # and on all of them
         self.closed = False                 # no more can be hoped for
+        self.clock = clock
         self._streams = streams
-        self._credit = CONNECTION_WINDOW    # bytes of content that the client may send
-        self._owed = 0                      # bytes that will be added to it
-        self._spare = SPARE_WINDOW
+        self._on_sent = on_sent             # the rest of an answer has been sent for its thread
+        self._receiving = ReceiveWindow()
+        self._spare = CONNECTION_WINDOW
+        self._waiting: Dict[Stream, None] = {}      # to send, in the order in which they came
+        # Content that was sent and that the client has not given back: on the connection, on streams.
+        self._unreturned = [0, 0]
 
-    def take(self, count: int) -> None:
+    # ---- content that comes ----
+
+    def receive(self, count: int) -> None:
         """So much content has come.  Raises Http2Error if it is too much."""
-        if count > self._credit:
+        if not self._receiving.receive(count):
             raise Http2Error(FLOW_CONTROL_ERROR, 'more content than the connection may send')
-        self._credit -= count
 
-    def give_back(self, count: int) -> None:
+    def acknowledge(self, count: int, stream: Optional[Stream] = None) -> None:
         """Content has left the memory: the client may send as much again."""
-        self._owed += count
-        if self._owed >= CONNECTION_WINDOW // 4:
-            self.writer.queue(_WINDOW_UPDATE, 0, 0, struct.pack('>I', self._owed))
-            self._credit += self._owed
-            self._owed = 0
+        self._receiving.acknowledge(count)
+        self._announce(self._receiving.increment(), 0)
+        if stream and not (stream.ended or stream.lost):
+            stream.receiving.acknowledge(count)
+            self._announce(stream.receiving.increment(stream.limit()), stream.number)
 
-    def grant(self, stream: Stream) -> None:
-        """Let the client send more of a request's content, if it has more."""
-        missing = (math.inf if stream.lacking is None or stream.padded
-                   else stream.lacking - stream.credit)
-        if stream.ended or missing <= 0:
-            return
-        room = STREAM_WINDOW + stream.boost - stream.credit - stream.kept
-        if missing < math.inf:
-            more = max(min(int(missing) - room, self._spare), 0)
-            stream.boost += more
-            self._spare -= more
-            room = min(room + more, int(missing))
-        if room >= min(missing, STREAM_WINDOW // 2):
-            stream.credit += room
-            self.writer.queue(_WINDOW_UPDATE, 0, stream.number, struct.pack('>I', room))
+    def open_window(self, stream: Stream) -> None:
+        """The content of a request is being read: let the client send it."""
+        if stream.opened is None and not stream.ended:
+            extra = min(READ_WINDOW, stream.limit()) - stream.receiving.available
+            stream.opened = int(max(min(extra, self._spare), 0))
+            self._spare -= stream.opened
+            stream.receiving.resize(stream.receiving.size + stream.opened)
+            self._receiving.resize(self._receiving.size + stream.opened)
+            self.acknowledge(0, stream)
 
-    def forget(self, stream: Stream) -> None:
-        """A stream is over: others may have what it was given."""
-        self._spare += stream.boost
+    def close_window(self, stream: Stream) -> None:
+        """A request is over: others may have what it was given."""
+        if stream.opened:
+            self._spare += stream.opened
+            self._receiving.resize(self._receiving.size - stream.opened)
+            stream.opened = 0
 
-    def widen(self, increment: int, stream: Optional[Stream] = None) -> None:
+    def _announce(self, increment: int, number: int) -> None:
+        if increment:
+            self.writer.queue(_WINDOW_UPDATE, 0, number, struct.pack('>I', increment))
+
+    # ---- content that goes ----
+
+    def on_window_update(self, increment: int, stream: Optional[Stream] = None) -> None:
         """The client lets more be sent, on a stream or on all.  Raises Http2Error, StreamError."""
-        if stream:
-            stream.window += increment
-        else:
-            self.window += increment
-        for one in [stream] if stream else self._streams.values():
-            one.changed.notify()
+        (stream or self).window += increment
         if (stream or self).window > _LARGEST_WINDOW:
             raise (StreamError if stream else Http2Error)(FLOW_CONTROL_ERROR, 'the window is too large')
+        self.wake()
+
+    def is_return(self, increment: int, of_stream: bool) -> bool:
+        """Whether a WINDOW_UPDATE gives back content that was sent, and nothing else."""
+        left = self._unreturned[of_stream] - increment
+        self._unreturned[of_stream] = max(left, 0)
+        return left >= 0
 
     def set_initial(self, value: int) -> None:
         """SETTINGS_INITIAL_WINDOW_SIZE (RFC 9113 6.9.2); windows may become negative.  Raises
@@ -4894,27 +5220,68 @@ class FlowControl:
         change, self.initial = value - self.initial, value
         for stream in self._streams.values():
             stream.window += change
-            stream.changed.notify()
         if any(window > _LARGEST_WINDOW
                for window in (value, *(stream.window for stream in self._streams.values()))):
             raise Http2Error(FLOW_CONTROL_ERROR, 'the window of a stream is too large')
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the first stream go on that waits to send and can, with the lock.  What is left of
+        short answers is sent here and now."""
+        for stream in list(self._waiting):
+            if self.window <= 0:
+                return
+            if stream.window > 0 and stream.rest:
+                self._send_rest(stream)
+            elif stream.window > 0:
+                stream.changed.notify()
+                return
 
     def reserve(self, stream: Stream, count: int) -> int:
         """How much of `count` bytes of content may be sent; waits until some may, without the
         lock being held, but returns 0 if the header has not gone ahead.  Raises Gone."""
         with self.writer.lock:
-            while not (stream.lost or (stream.window > 0 and self.window > 0)):
-                if self.closed:
-                    raise Gone('the client is gone')
-                if stream.head:
-                    return 0
-                stream.changed.wait()
-            if stream.lost:
-                raise Gone(stream.lost)
-            count = min(count, stream.window, self.window, SEND_BYTES)
-            stream.window -= count
-            self.window -= count
-            return count
+            self._waiting[stream] = None
+            try:
+                while not (stream.lost or (stream.window > 0 and self.window > 0)):
+                    if self.closed:
+                        raise Gone('the client is gone')
+                    if stream.head:
+                        return 0
+                    if stream.blocked == math.inf:
+                        stream.blocked = self.clock()
+                    stream.changed.wait()
+                if stream.lost:
+                    raise Gone(stream.lost)
+                return self._take(stream, min(count, SEND_BYTES))
+            finally:
+                stream.blocked = math.inf
+                self._waiting.pop(stream, None)
+                self.wake()
+
+    def take_all(self, stream: Stream, count: int) -> bool:
+        """Reserve `count` bytes if all of them may be sent at once, with the lock."""
+        return count <= min(stream.window, self.window) and self._take(stream, count) == count
+
+    def leave(self, stream: Stream, content: bytes) -> bool:
+        """Have an answer's content sent when the windows let it, by whoever opens them, with the
+        lock; False if too much waits so already."""
+        waiting = sum(len(one.rest) for one in self._waiting) + self.writer.pending_bytes
+        if waiting + len(content) > UNSENT_BYTES:
+            return False
+        stream.rest = memoryview(content)
+        stream.blocked = self.clock()
+        self._waiting[stream] = None
+        self.wake()
+        return True
+
+    def forget(self, stream: Stream) -> None:
+        """A stream is over, with the lock."""
+        self.close_window(stream)
+        stream.rest = memoryview(b'')
+        if stream in self._waiting:
+            del self._waiting[stream]
+            self.wake()
 
     def release(self, stream: Stream, count: int) -> None:
         """Give back what was reserved for content that is not sent; without the lock."""
@@ -4922,8 +5289,29 @@ class FlowControl:
             with self.writer.lock:
                 stream.window += count
                 self.window += count
-                for one in self._streams.values():
-                    one.changed.notify()
+                for at in range(2):
+                    self._unreturned[at] -= count
+                self.wake()
+
+    def _take(self, stream: Stream, count: int) -> int:
+        count = min(count, stream.window, self.window)
+        stream.window -= count
+        self.window -= count
+        stream.passed += count
+        for at in range(2):
+            self._unreturned[at] += count
+        return count
+
+    def _send_rest(self, stream: Stream) -> None:
+        """Queue as much of what is left of an answer as may be sent."""
+        count = self._take(stream, len(stream.rest))
+        part, stream.rest = stream.rest[:count], stream.rest[count:]
+        stream.blocked = self.clock()
+        self.writer.append(b''.join(self.writer.content_frames(stream.number, part, not stream.rest)))
+        if not stream.rest:
+            stream.sent = True
+            del self._waiting[stream]
+            self._on_sent(stream)
 
 
 class Stream:
@@ -4934,30 +5322,34 @@ class Stream:
     what comes earlier is kept, as much of it as the flow-control window lets the client send.
     """
 
-    __slots__ = ('number', 'length', 'lacking', 'head', 'sent', 'padded', 'window', 'credit', 'boost', 'kept',
-                 'ended', 'answering', 'answered', 'late', 'lost', 'deadline', 'invites', 'changed',
-                 '_flow', '_writer', '_chunks', '_view', '_filling', '_filled')
+    __slots__ = ('number', 'length', 'lacking', 'head', 'sent', 'padded', 'window', 'receiving', 'opened',
+                 'kept', 'ended', 'answering', 'answered', 'late', 'lost', 'deadline', 'extension', 'passed',
+                 'blocked', 'invites', 'changed', 'rest', '_flow', '_writer', '_chunks', '_view', '_filling',
+                 '_filled')
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
-    def __init__(self, flow: FlowControl, number: int, length: Optional[int],
-                 deadline: float) -> None:
+    def __init__(self, flow: FlowControl, number: int, length: Optional[int]) -> None:
         self.number = number
         self.length = length
         self.lacking = length           # bytes of content announced that have not come
         self.head = b''                 # of the answer, to be sent with the first of its content
+        self.rest = memoryview(b'')     # of the answer, that is sent without its thread
         self.sent = False               # all of the answer has gone, or is going
         self.padded = False             # it takes more than its content from the windows
         self.window = flow.initial      # bytes of content that may be sent (RFC 9113 6.9)
-        self.credit = STREAM_WINDOW     # bytes that the client may send
-        self.boost = 0                  # bytes of SPARE_WINDOW that it was given
+        self.receiving = ReceiveWindow()
+        self.opened: Optional[int] = None   # bytes by which the windows were opened for its reader
         self.kept = 0                   # bytes in _chunks
         self.ended = length == 0        # all content has come
         self.answering = False
         self.answered = False
         self.late = False               # its content took too long
         self.lost = ''                  # why nothing more can be sent
-        self.deadline = deadline
+        self.deadline = math.inf        # by the connection's clock, as all times here
+        self.extension = 0.0            # seconds of the deadline for each byte that passes
+        self.passed = 0                 # bytes since the deadline was set
+        self.blocked = math.inf         # since when a byte has been waited for
         self.invites = False            # the client waits for 100 (Continue)
         self.changed = threading.Condition(flow.writer.lock)
         self._flow = flow
@@ -4967,16 +5359,32 @@ class Stream:
         self._filling = False
         self._filled = 0
 
+    def limit(self) -> float:
+        """Bytes of content that may still come."""
+        return math.inf if self.lacking is None or self.padded else self.lacking
+
+    def wait_for(self, seconds: float, extension: float = 0.0) -> None:
+        """Set the deadline: so many seconds from now, and so many more for each byte that passes."""
+        self.deadline = self._flow.clock() + seconds
+        self.extension, self.passed = extension, 0
+
+    def next_deadline(self, stall_seconds: float) -> float:
+        """When it takes too long, in all or without a byte."""
+        return min(self.deadline + self.passed * self.extension, self.blocked + stall_seconds)
+
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
         if self.invites:
             self.invites = False
             self._send([self._headers([(':status', '100')], 0)])  # RFC 9110 15.2.1
         with self._writer.lock:
+            self._flow.open_window(self)
             self._view, self._filled = view, 0
+            self.blocked = self._flow.clock()
             while self._filling or not (self._filled or self._chunks or self.ended or self.lost
                                         or self.late):
                 self.changed.wait()
+            self.blocked = math.inf
             self._view, count = None, self._filled
             if self.lost:
                 raise Gone(self.lost)
@@ -4987,10 +5395,9 @@ class Stream:
                 if count < len(chunk):
                     self._chunks.appendleft(chunk[count:])
                 self.kept -= count
-                self._flow.give_back(count)
+                self._flow.acknowledge(count, self)
             elif not count and not self.ended:
                 raise HttpError(408, 'the content took too long')
-            self._flow.grant(self)
         return count
 
     @property
@@ -5013,6 +5420,7 @@ class Stream:
     def filled(self, count: int) -> None:
         """So much was put where offer() said."""
         self._filling, self._filled = False, count
+        self._flow.acknowledge(count, self)
         self.changed.notify()
 
     def keep(self, data: bytes | bytearray) -> None:
@@ -5025,7 +5433,7 @@ class Stream:
 
     def forget(self) -> None:
         """Drop the content that was kept."""
-        self._flow.give_back(self.kept)
+        self._flow.acknowledge(self.kept)
         self.kept = 0
         self._chunks.clear()
 
@@ -5046,14 +5454,16 @@ class Stream:
         elif isinstance(body, FileSlice):
             headers.append(('content-length', str(body.length)))
         if method == 'HEAD' or not body:
-            self._send([self._headers(headers, _END_STREAM)], last=True)
+            self._send([self._headers(headers, _END_STREAM)], last=True, patient=False)
             return
         self.head = self._headers(headers, 0)
-        if isinstance(body, FileSlice):
+        if isinstance(body, bytes):
+            self._send_short(body, sent)
+        elif isinstance(body, FileSlice):
             place_thread(roaming=True)
             self._send_slice(body, sent)
         else:
-            self._send_chunks(iter([body]) if isinstance(body, bytes) else body, sent)
+            self._send_chunks(body, sent)
 
     def _headers(self, headers: Headers, flags: int) -> bytes:
         """HEADERS, and CONTINUATION if they are long."""
@@ -5065,6 +5475,24 @@ class Stream:
                   (0 if number else flags) | (_END_HEADERS if number == len(parts) - 1 else 0),
                   self.number, part)
             for number, part in enumerate(parts))
+
+    def _send_short(self, content: bytes, sent: List[int]) -> None:
+        """Send content that is in memory, without waiting for the client to take it."""
+        with self._writer.lock:
+            if self.lost:
+                raise Gone(self.lost)
+            fits = self._flow.take_all(self, len(content))
+            if not fits:
+                self._writer.append(self.head)
+                self.head = b''
+                if self._flow.leave(self, content):
+                    sent[0] = len(content)
+                    return
+        if fits:
+            self._send_content(content, True, patient=False)
+            sent[0] = len(content)
+        else:
+            self._send_chunks(iter([content]), sent)
 
     def _send_slice(self, content: FileSlice, sent: List[int]) -> None:
         while content.length:
@@ -5100,24 +5528,17 @@ class Stream:
             room = self._flow.reserve(self, count)
         return room
 
-    def _send_content(self, data: bytes | memoryview, last: bool) -> None:
+    def _send_content(self, data: bytes | memoryview, last: bool, patient: bool = True) -> None:
         """Send content for which there is room in the windows."""
-        view = memoryview(data)
-        parts: List[bytes | memoryview] = [self.head]
-        self.head = b''
-        limit = self._writer.frame_bytes
-        for at in range(0, len(view), limit):
-            part = view[at:at + limit]
-            flags = _END_STREAM if last and at + limit >= len(view) else 0
-            parts += (_FRAME_HEAD.pack(len(part) << 8 | _DATA, flags, self.number), part)
+        head, self.head = self.head, b''
         try:
-            self._send(parts, last)
+            self._send([head, *self._writer.content_frames(self.number, data, last)], last, patient)
         except Gone:
             self._flow.release(self, len(data))
             raise
 
-    def _send(self, parts: List[bytes | memoryview], last: bool = False) -> None:
-        if not self._writer.write(parts, self, last):
+    def _send(self, parts: List[bytes | memoryview], last: bool = False, patient: bool = True) -> None:
+        if not self._writer.write(parts, self, last, patient):
             raise Gone(self.lost)
 
 
@@ -5137,18 +5558,18 @@ class Http2:
     which all connections share; where there is none, it is refused.  One lock guards the connection,
     its writer and its streams."""
 
-    def __init__(self, connection: Connection, api: Api, limits: Limits,
-                 threads: threading.Semaphore, received: bytes = b'') -> None:
+    def __init__(self, connection: Connection, api: Api, threads: Shares, received: bytes = b'') -> None:
         from queue import SimpleQueue
         self.lock = threading.Lock()    # of what follows, except what one thread alone uses
         self._connection = connection
         self._api = api
-        self._limits = limits
+        self._limits = connection.limits
         self._threads = threads
-        self._reader = FrameReader(connection, received, limits.header_bytes)
+        self._reader = FrameReader(connection, received, self._limits.header_bytes)
         self._writer = FrameWriter(connection, self.lock)
         self._streams: Dict[int, Stream] = {}
-        self._flow = FlowControl(self._writer, self._streams)
+        self._flow = FlowControl(self._writer, self._streams, self._on_answered, connection.clock)
+        self._idle_since = connection.clock()
         self._closed: Dict[int, bool] = {}  # the last ones to go, and whether we have reset them
         self._running = 0               # requests that have a thread
         self._opened = 0                # the highest stream that was taken on, or refused
@@ -5194,10 +5615,10 @@ class Http2:
         self._connection.linger()
         return b''
 
-    def turn_away(self) -> None:
+    def turn_away(self, reason: str) -> None:
         """Say that there is no room for this connection.  Raises Gone."""
         self._connection.transmit(frame(_SETTINGS, 0, 0) + frame(
-            _GOAWAY, 0, 0, struct.pack('>II', 0, ENHANCE_YOUR_CALM)))
+            _GOAWAY, 0, 0, struct.pack('>II', 0, ENHANCE_YOUR_CALM) + reason.encode()))
         self._connection.linger()
 
     def stop(self) -> None:
@@ -5205,47 +5626,59 @@ class Http2:
         with self.lock:
             self._leave_gently()
 
-    def expire(self, now: float) -> None:
-        """End what has taken too long; called by a thread that must not wait."""
+    def next_deadline(self) -> float:
+        """When expire() is to be called, by the connection's clock."""
         with self.lock:
-            idle = not self._streams
+            if self._over:
+                return self._connection.lingers_until()
+            stall = self._limits.stall_seconds
+            deadlines = [stream.next_deadline(stall) for stream in self._streams.values()]
+            return min(self._header_deadline, *(deadlines or [self._idle_since + self._limits.idle_seconds]),
+                       self._writer.begun + self._limits.write_seconds)
+
+    def expire(self) -> None:
+        """End what has taken too long; called by a thread that must not wait."""
+        now, stall = self._connection.clock(), self._limits.stall_seconds
+        with self.lock:
+            idle = not self._streams and self._idle_since + self._limits.idle_seconds < now
             if self._over:
                 self._connection.end_linger()
                 return
             if now - self._writer.begun > self._limits.write_seconds:
                 self._connection.cut()
                 return
-            for stream in [one for one in self._streams.values() if one.deadline < now]:
-                if stream.stalled:
-                    idle = True
-                if stream.answered:
-                    self._reset(stream.number, NO_ERROR)
-                elif stream.answering or stream.late:
-                    self._reset(stream.number, CANCEL)
-                else:
-                    stream.late = True
-                    stream.deadline = now + LINGER_SECONDS
-                    stream.changed.notify()
+            for stream in [one for one in self._streams.values() if one.next_deadline(stall) < now]:
+                idle = idle or stream.stalled
+                self._expire_stream(stream, stream.blocked + stall < now)
             if self._header_deadline < now or idle:
                 self._leave_gently()
                 self._connection.end_input()
-            self._rearm()
+
+    def _expire_stream(self, stream: Stream, stalled: bool) -> None:
+        """End a stream that takes too long; an upload is told so first.  With the lock."""
+        if stalled and not stream.late:
+            self._connection.note(STALLED_DOWNLOAD if stream.answering else STALLED_UPLOAD,
+                                  self._connection.peer)
+        if stream.answered and not stream.rest:
+            self._reset(stream.number, NO_ERROR)
+        elif stream.answering or stream.late:
+            self._reset(stream.number, CANCEL)
+        else:
+            stream.late, stream.blocked = True, math.inf
+            stream.wait_for(LINGER_SECONDS)
+            stream.changed.notify()
 
     # ---- frames that come ----
 
     def _greet(self) -> None:
         """Send our settings, and read the client's preface (RFC 9113 3.4)."""
-        settings = {_MAX_CONCURRENT_STREAMS: STREAMS, _INITIAL_WINDOW_SIZE: STREAM_WINDOW,
-                    _MAX_FRAME_SIZE: FRAME_BYTES,
+        settings = {_MAX_CONCURRENT_STREAMS: STREAMS, _MAX_FRAME_SIZE: FRAME_BYTES,
                     _MAX_HEADER_LIST_SIZE: self._limits.header_bytes}
         self._connection.transmit(
-            frame(_SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items()))
-            + frame(_WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
+            frame(_SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items())))
         self._writer.start()
         if self._reader.read(len(PREFACE)) != PREFACE:
             raise Http2Error(PROTOCOL_ERROR, 'no preface of HTTP/2')
-        with self.lock:
-            self._rearm()
 
     def _read_frame(self) -> None:
         kind, flags, number = self._reader.next()
@@ -5267,7 +5700,7 @@ class Http2:
             self._annoy()  # RFC 9113 5.5: a type that nobody here knows is ignored
         if self._reader.left and kind == _DATA:
             with self.lock:
-                self._flow.give_back(self._reader.left)
+                self._flow.acknowledge(self._reader.left)
         self._reader.skip()
 
     def _on_data(self, flags: int, number: int) -> None:
@@ -5278,8 +5711,8 @@ class Http2:
         if not size and not flags & _END_STREAM:
             self._annoy()
         with self.lock:
-            self._flow.take(length)
-            self._flow.give_back(length - self._reader.left)  # the length of the padding
+            self._flow.receive(length)
+            self._flow.acknowledge(length - self._reader.left)  # the length of the padding
             stream = self._find(number)
             if not stream:
                 if not self._closed.get(number):
@@ -5287,19 +5720,16 @@ class Http2:
                 return
             if stream.ended:
                 raise StreamError(STREAM_CLOSED, 'content after its end')
-            if length > stream.credit:
+            if not stream.receiving.receive(length):
                 raise StreamError(FLOW_CONTROL_ERROR, 'more content than its window')
-            stream.credit -= length
+            stream.passed += length
+            stream.padded = stream.padded or bool(flags & _PADDED)
             if stream.lacking is not None:
                 stream.lacking -= size
                 if stream.lacking < 0:
                     raise StreamError(PROTOCOL_ERROR, 'more content than announced')
+            stream.receiving.acknowledge(length - size)
         self._receive(stream, size)
-        if flags & _PADDED:
-            with self.lock:
-                stream.padded = True
-                if not (stream.answering or stream.lost):
-                    self._flow.grant(stream)
         if flags & _END_STREAM:
             self._end_content(stream)
 
@@ -5317,7 +5747,7 @@ class Http2:
                 self._reader.read_into(memoryview(data))
                 with self.lock:
                     if stream.answering or stream.lost:
-                        self._flow.give_back(size)
+                        self._flow.acknowledge(size)
                     else:
                         stream.keep(data)
                 return
@@ -5328,7 +5758,6 @@ class Http2:
             finally:
                 with self.lock:
                     stream.filled(count)
-                    self._flow.give_back(count)
             size -= count
 
     def _end_content(self, stream: Stream) -> None:
@@ -5336,7 +5765,7 @@ class Http2:
             raise StreamError(PROTOCOL_ERROR, 'less content than announced')
         with self.lock:
             stream.ended = True
-            if stream.answered and stream.number in self._streams:
+            if stream.answered and not stream.rest and stream.number in self._streams:
                 self._drop(stream, False)
             stream.changed.notify()
 
@@ -5361,8 +5790,7 @@ class Http2:
             self._last = max(number, self._last)
             self._header, self._header_flags, self._block = number, flags, block
             if flags & _END_HEADERS == 0:
-                self._header_deadline = time.monotonic() + self._limits.header_seconds
-                self._rearm()
+                self._header_deadline = self._connection.clock() + self._limits.header_seconds
         if flags & _END_HEADERS:
             self._end_headers()
 
@@ -5383,15 +5811,17 @@ class Http2:
         number, self._header, block, self._block = self._header, 0, self._block, b''
         with self.lock:
             self._header_deadline = math.inf
-            self._rearm()
+            self._idle_since = self._connection.clock()
             stream = self._streams.get(number)
         fields, whole = self._decoder.decode(block, self._limits.header_bytes)
         ended = bool(self._header_flags & _END_STREAM)
         if stream:
             if stream.ended:
                 raise StreamError(STREAM_CLOSED, 'HEADERS after the end')
-            if not ended or any(not _LOWER_TOKEN.fullmatch(name) for name, _ in fields):
-                raise StreamError(PROTOCOL_ERROR, 'malformed trailers')
+            if not ended:
+                raise StreamError(PROTOCOL_ERROR, 'trailers that are not the end')
+            for name, value in fields:  # RFC 9113 8.1
+                check_field(name, value)
             self._end_content(stream)
         elif number not in self._closed:
             self._open(number, fields, whole, ended)
@@ -5414,8 +5844,11 @@ class Http2:
             self._opened = number
             if self._is_full():  # RFC 9113 5.1.2
                 raise StreamError(REFUSED_STREAM, 'too many requests at once')
-            stream = Stream(self._flow, number, 0 if ended else length,
-                            time.monotonic() + self._limits.read_seconds)
+            if self._threads.is_greedy(self._connection.peer):
+                self._turn_away(number, ended)
+                return
+            stream = Stream(self._flow, number, 0 if ended else length)
+            stream.wait_for(self._limits.read_seconds, self._limits.read_extension)
             stream.ended = ended
             expected = headers.get('expect', '')
             stream.invites = bool(expected) and not ended
@@ -5428,9 +5861,18 @@ class Http2:
             self._submit(functools.partial(self._serve, stream, request, refusal))
             self._streams[number] = stream
             self._running += 1
-            self._rearm()
-            if not stream.invites and not refusal:
-                self._flow.grant(stream)
+
+    def _turn_away(self, number: int, ended: bool) -> None:
+        """Answer 503 without a thread; with the lock."""
+        peer = self._connection.peer
+        self._connection.note(REQUESTS_PER_ADDRESS, peer)
+        self._writer.queue(_HEADERS, _END_HEADERS | _END_STREAM, number, encode_headers([
+            (':status', '503'), ('date', http_date(int(time.time()))), ('retry-after', '10')]))
+        if ended:
+            self._remember(number, False)
+        else:
+            self._reset(number, NO_ERROR)
+        self._api.finish(Request('-', '', 'HTTP/2.0', {}, _NO_BODY, peer), 503, 0)
 
     def _is_full(self) -> bool:
         """Whether there are as many requests as may be; with the lock.  One that is over for the
@@ -5510,14 +5952,16 @@ class Http2:
     def _on_window_update(self, flags: int, number: int) -> None:
         """RFC 9113 6.9."""
         increment = int.from_bytes(self._reader.payload(size=4), 'big') & _LARGEST_WINDOW
-        if increment < _DEFAULT_FRAME_BYTES // 64:
+        with self.lock:
+            is_return = increment and self._flow.is_return(increment, number > 0)
+        if not is_return:
             self._annoy()
         with self.lock:
             stream = self._find(number) if number else None
             if not increment:
                 raise (StreamError if number else Http2Error)(PROTOCOL_ERROR, 'WINDOW_UPDATE of nothing')
             if stream or not number:
-                self._flow.widen(increment, stream)
+                self._flow.on_window_update(increment, stream)
 
     def _find(self, number: int) -> Optional[Stream]:
         """The stream of a frame, None if it is closed (RFC 9113 5.1)."""
@@ -5527,8 +5971,7 @@ class Http2:
         return None if stream and stream.is_over else stream
 
     def _annoy(self) -> None:
-        """Count a frame that helps nobody (RFC 9113 10.5).  Each answer is worth some: a client may
-        give back the windows' bytes in pieces as small as they came."""
+        """Count a frame that helps nobody (RFC 9113 10.5).  Each answer is worth some."""
         now, answered = time.monotonic(), self._answered
         earned = (now - self._annoyed) * PATIENCE_SECOND + (answered - self._rewarded) * PATIENCE_ANSWER
         self._patience = min(self._patience + earned, PATIENCE) - 1
@@ -5540,14 +5983,16 @@ class Http2:
 
     def _submit(self, job: Callable[[], None]) -> None:
         """Have a thread answer a request; with the lock.  Raises StreamError if there is none."""
-        if not self._threads.acquire(blocking=False):
-            raise StreamError(REFUSED_STREAM, 'too many requests on all connections')
+        peer = self._connection.peer
+        if not self._threads.take(peer):
+            self._connection.note(REQUESTS, peer)
+            raise StreamError(REFUSED_STREAM, 'too many requests on all connections')  # RFC 9113 8.7
         try:
             if not self._idle:
                 threading.Thread(target=self._work, daemon=True).start()
                 self._idle += 1
         except RuntimeError as error:
-            self._threads.release()
+            self._threads.give_back(peer)
             raise StreamError(REFUSED_STREAM, str(error)) from None
         self._idle -= 1
         self._jobs.put(job)
@@ -5590,25 +6035,27 @@ class Http2:
             if sent < 0:
                 self._api.finish(request, CLIENT_GONE, 0)
             with self.lock:
-                self._close(stream)
-                self._threads.release()
+                stream.answering = stream.answered = True
+                self._answered += not stream.lost
+                stream.forget()
+                if not stream.rest:
+                    self._on_answered(stream)
+                self._threads.give_back(self._connection.peer)
                 self._running -= 1
                 self._writer.settled.notify_all()
 
-    def _close(self, stream: Stream) -> None:
-        """An answer is over.  What the client still sends is read if it is little."""
-        stream.answering = stream.answered = True
-        self._answered += not stream.lost
-        stream.forget()
-        if stream.number not in self._streams:
+    def _on_answered(self, stream: Stream) -> None:
+        """All of an answer has been sent, or its stream is lost; with the lock.  What the client
+        still sends is read if it is little."""
+        stream.blocked = math.inf
+        if not stream.answered or stream.number not in self._streams:
             return
         if stream.ended:
             self._drop(stream, False)
-        elif stream.lacking is not None and stream.lacking > stream.credit:
+        elif stream.lacking is not None and stream.lacking > stream.receiving.available:
             self._reset(stream.number, NO_ERROR)  # RFC 9113 8.1: complete, the rest is not wanted
         else:
-            stream.deadline = time.monotonic() + LINGER_SECONDS
-            self._rearm()
+            stream.wait_for(LINGER_SECONDS)
 
     def _reset(self, number: int, code: int) -> None:
         """Send RST_STREAM; with the lock."""
@@ -5626,7 +6073,7 @@ class Http2:
         del self._streams[stream.number]
         self._remember(stream.number, by_us)
         self._flow.forget(stream)
-        self._rearm()
+        self._idle_since = self._connection.clock()
         if self._leaving and not self._streams:
             self._connection.end_input()
 
@@ -5636,19 +6083,12 @@ class Http2:
         if len(self._closed) > 4 * STREAMS:
             del self._closed[next(iter(self._closed))]
 
-    def _rearm(self) -> None:
-        """Set the time until which something must have happened; with the lock."""
-        deadlines = [stream.deadline for stream in self._streams.values()]
-        idle = time.monotonic() + self._limits.idle_seconds
-        self._connection.deadline = min(self._header_deadline, *(deadlines or [idle]),
-                                        self._writer.begun + self._limits.write_seconds)
-
     def _answer(self, stream: Stream, request: Request, response: Response) -> None:
         with self.lock:
             stream.answering = True
             stream.forget()  # nobody reads content after there is an answer
-            stream.deadline = time.monotonic() + self._limits.write_seconds
-            self._rearm()
+            self._flow.close_window(stream)
+            stream.wait_for(self._limits.write_seconds, self._limits.write_extension)
         sent = [0]
         try:
             stream.answer(request.method, response, sent)
@@ -5738,10 +6178,10 @@ class Certificates:
         self._next_look = 0.0
         self._context, self.authority = self._load()
 
-    def wrap(self, sock: socket.socket) -> Tls:
+    def wrap(self, below: SocketTransport) -> TlsTransport:
         """The server's side of TLS on a connection; its handshake is still to be made."""
         self.refresh()
-        return Tls(sock, self._context, self.authority)
+        return TlsTransport(below, self._context, self.authority)
 
     def refresh(self) -> None:
         """Read the files again if one of them has changed, at most once a second."""
@@ -5877,6 +6317,7 @@ class Listener(_ThreadingHTTPServer):
             self.address_family, where = resolve(address)
             super().__init__(where, BaseRequestHandler)
         self.socket.setblocking(False)  # the client may be gone before it is accepted
+        keep_alive(self.socket)
 
     def server_bind(self) -> None:
         """Bind, without HTTPServer's look-up of the host's name, which can hang for seconds."""
@@ -5917,17 +6358,21 @@ class Listener(_ThreadingHTTPServer):
         return sock, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._owner.admit()
+        self._ticket = self._owner.admit(host_of(client_address))
+        return self._ticket is not None
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        ticket = self._ticket
         try:
-            super().process_request(request, client_address)
+            super().process_request(request, (client_address, ticket))
         except Exception:  # no thread could be started
-            self._owner.dismiss()
+            if ticket:
+                self._owner.dismiss(ticket)
             raise
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        self._owner.serve_connection(request, find_peer(request, client_address), self.tls)
+        address, ticket = client_address
+        self._owner.serve_connection(request, find_peer(request, address), self.tls, ticket)
 
     def shutdown_request(self, request: Any) -> None:
         """serve_connection has closed it, unless its thread could not start."""
@@ -5948,11 +6393,29 @@ def _listener_class() -> Any:
 _AF_UNIX = getattr(socket, 'AF_UNIX', None)
 
 
+def keep_alive(listening: socket.socket) -> None:
+    """Have the connections that are accepted here find out that the other end has gone, in two and a
+    half minutes as Go's servers do; they inherit it (tcp(7))."""
+    if listening.family == _AF_UNIX:
+        return
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
+        with contextlib.suppress(AttributeError, OSError):  # not every system has them
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def host_of(address: Any) -> str:
+    """The IP address of an end of a connection, empty for a unix socket's."""
+    if not isinstance(address, tuple):
+        return ''
+    host = str(address[0])
+    return host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host
+
+
 def find_peer(sock: socket.socket, address: Any) -> Peer:
     """Who is at the other end.  Over a unix socket it is the user of the process there."""
     if isinstance(address, tuple):
-        host = str(address[0])
-        return Peer(host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host)
+        return Peer(host_of(address))
     user = ''
     if hasattr(socket, 'SO_PEERCRED'):
         import pwd
@@ -6032,16 +6495,72 @@ class Manager:
                 log.debug('the service manager does not listen: %s', error)
 
 
+# A connection's place: the group of addresses whose share it is part of, empty for none, and why it is
+# turned away, empty if it is served.
+Ticket = collections.namedtuple('Ticket', ['group', 'refusal'])
+
+
+class Admission:
+    """Places for connections in all processes: `most` at a time, of which one group of addresses
+    takes `most_each` unless it is `exempt`; and TURNED_AWAY for those that are told so."""
+
+    def __init__(self, counters: Counters, most: int, most_each: int,
+                 exempt: Callable[[str], bool]) -> None:
+        self.most = most
+        self.most_each = most_each
+        self.exempt = exempt
+        self._counters = counters
+
+    def admit(self, host: str) -> Optional[Ticket]:
+        """A place for a connection from an address, if only to turn it away; None if there is none."""
+        group = '' if not host or self.exempt(host) else address_group(host)
+        threads, served = self._counters.total(CONNECTIONS, 2)
+        refusal = ''
+        if served >= self.most:
+            refusal = CONNECTIONS_IN_ALL
+        elif group and self._of_group(group) >= self.most_each:
+            refusal = CONNECTIONS_PER_ADDRESS
+        if refusal and threads - served >= TURNED_AWAY:
+            return None
+        self._add(1, Ticket(group, refusal))
+        if not refusal and self._counters.total(CONNECTIONS, 2)[1] > self.most:
+            # Two processes that take the last place at once both give it up.
+            self._add(-1, Ticket(group, ''))
+            refusal = CONNECTIONS_IN_ALL
+            self._add(1, Ticket(group, refusal))
+        return Ticket(group, refusal)
+
+    def leave(self, ticket: Ticket) -> None:
+        """A connection has ended."""
+        self._add(-1, ticket)
+
+    def _add(self, number: int, ticket: Ticket) -> None:
+        self._counters.add(CONNECTIONS, number, 0 if ticket.refusal else number)
+        if ticket.group and not ticket.refusal:
+            with self._counters.lock:
+                self._counters.row(ADDRESSES, ADDRESS_PLACES)[self._place(ticket.group)] += number
+
+    def _of_group(self, group: str) -> int:
+        return self._counters.sum_at(ADDRESSES, self._place(group))
+
+    @staticmethod
+    def _place(group: str) -> int:
+        """Where a group is counted.  Processes hash alike, and nobody else knows how; two groups
+        that meet have one share."""
+        return hash(group) % ADDRESS_PLACES
+
+
 class Server:
     """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
-    `connections` are served at a time, and as many requests of HTTP/2; `bandwidth` is all of
-    theirs.  What was done is logged every `stats_seconds`.  Raises OSError."""
+    `connections` are served at a time, and as many requests of HTTP/2; `per_address` of them are of
+    one group of addresses, but for proxies and this host.  `bandwidth` is all of theirs.  What was
+    done is logged every `stats_seconds`.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
                  inherited: Iterable[Tuple[socket.socket, str]] = (), connections: int = 1024,
                  manager: Optional[Manager] = None, bandwidth: Optional[Bandwidth] = None,
-                 stats_seconds: float = math.inf) -> None:
+                 stats_seconds: float = math.inf, per_address: Optional[int] = None) -> None:
         self.api = api
         self.limits = limits
         self.bandwidth = bandwidth
@@ -6049,8 +6568,9 @@ class Server:
         self._certificates = certificates
         self.manager = manager or Manager({})
         self._counters = api.metrics.counters
-        self._most = connections
-        self._threads = threading.Semaphore(connections)    # of HTTP/2's requests
+        self._admission = Admission(self._counters, connections, per_address or default_share(connections),
+                                    api.accounts.is_proxy)
+        self._threads = self._make_threads(1)
         self._admitted = 0              # connections whose thread was started or will be
         self._connections: Set[Connection] = set()
         self._lock = threading.Lock()   # of the two above
@@ -6059,7 +6579,6 @@ class Server:
         self._control: Optional[socket.socket] = None
         self._stops = 0                 # how often we were told to stop; the second is for at once
         self._stopping = False
-        self._next_warning = 0.0
         self._stats_seconds = stats_seconds
         self._next_stats = time.monotonic() + stats_seconds
         self._period = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
@@ -6125,7 +6644,7 @@ class Server:
         self._counters.join(slot)
         self._counters.add(CONNECTIONS, 0, 0)
         self._peers = workers - 1
-        self._threads = threading.Semaphore(max(self._most // workers, 1))
+        self._threads = self._make_threads(workers)
         reload_log.disabled = slot != 1
         self.manager = Manager({})
         settle(slot)
@@ -6146,16 +6665,15 @@ class Server:
         with contextlib.suppress(OSError):  # it has stopped
             self._wake_writer.send(bytes([signal.SIGTERM]))
 
-    def adopt(self, pipes: Pipes, peer: Peer) -> None:
+    def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
         """Serve a connection that was not accepted, and stop when it ends."""
-        def serve() -> None:
+        def serve(ticket: Ticket) -> None:
             try:
-                self.serve_connection(pipes, peer, tls=False)
+                self._serve(pipes, peer, ticket)
             finally:
                 self.stop()
 
-        self.admit()
-        threading.Thread(target=serve, daemon=True).start()
+        threading.Thread(target=serve, args=(self.admit(''),), daemon=True).start()
 
     def loop(self) -> None:
         """Serve until stop() is called or a signal comes."""
@@ -6175,81 +6693,78 @@ class Server:
             if until_stats == math.inf:
                 self.begin_stats()
             self.tell_stats()
+            self.api.metrics.tell_limited()
             if now >= next_word:
                 next_word = now + watchdog / 2
                 self.manager.tell('WATCHDOG=1')
         self.manager.tell('STOPPING=1')
         self._finish()
 
-    def admit(self) -> bool:
-        """Whether there is room for another connection's thread, be it to turn it away."""
-        if self._counters.total(CONNECTIONS, 1)[0] >= self._most + TURNED_AWAY:
-            return False
-        with self._lock:
-            self._admitted += 1
-            self._counters.add(CONNECTIONS, 1, 0)
-        return True
+    def admit(self, host: str) -> Optional[Ticket]:
+        """A place for a connection's thread, if only to turn it away; None if there is none."""
+        ticket = self._admission.admit(host)
+        if ticket is None or ticket.refusal:
+            self.api.metrics.note_limited(ticket.refusal if ticket else CONNECTIONS_IN_ALL, host)
+        if ticket is not None:
+            with self._lock:
+                self._admitted += 1
+        return ticket
 
-    def dismiss(self) -> None:
+    def dismiss(self, ticket: Ticket) -> None:
         """An admitted connection has ended."""
+        self._admission.leave(ticket)
         with self._lock:
             self._admitted -= 1
-            self._counters.add(CONNECTIONS, -1, 0)
 
-    def serve_connection(self, sock: socket.socket | Pipes, peer: Peer, tls: bool) -> None:
+    def serve_connection(self, sock: socket.socket, peer: Peer, tls: bool, ticket: Ticket) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
-        secured: socket.socket | Tls | Pipes = sock
         try:
-            if tls and self._certificates and isinstance(sock, socket.socket):
-                secured = self._certificates.wrap(sock)
+            transport: Transport = SocketTransport(sock, self.limits.stall_seconds)
+            if tls and self._certificates and isinstance(transport, SocketTransport):
+                transport = self._certificates.wrap(transport)
         except OSError as error:
             log.error('%s: TLS: %s', peer, error)
-            self.dismiss()
+            self.dismiss(ticket)
             return
-        connection = Connection(secured, peer, self.limits.header_seconds, self.bandwidth)
+        self._serve(transport, peer, ticket)
+
+    def _serve(self, transport: Transport, peer: Peer, ticket: Ticket) -> None:
+        """Serve a connection by way of a transport."""
+        connection = Connection(transport, peer, self.limits, self.bandwidth,
+                                lambda limit, peer: self.api.metrics.note_limited(limit, peer.name))
         with self._lock:
             self._connections.add(connection)
-            self._counters.add(CONNECTIONS, 0, 1)
-            # Two processes that take the last place at once both give it up.
-            full = self._counters.total(CONNECTIONS, 2)[1] > self._most
-            self._counters.add(CONNECTIONS, 0, -int(full))
         if self._stopping:
             connection.stop()
         try:
             connection.shake_hands()
             wire: Union[Http1, Http2] = (
-                self._http2(connection) if connection.speaks_http2()
+                Http2(connection, self.api, self._threads) if connection.speaks_http2()
                 else Http1(connection, self.api, self.limits))
-            if full:
-                self._warn_of_crowd(peer)
-                wire.turn_away()
+            if ticket.refusal:
+                wire.turn_away(ticket.refusal)
             else:
                 preface = wire.run()
                 if preface:
-                    self._http2(connection, preface).run()
+                    Http2(connection, self.api, self._threads, preface).run()
         except Gone as gone:
             log.debug('%s: %s', peer, gone)
         finally:
             connection.close()
             with self._lock:
                 self._connections.discard(connection)
-                self._counters.add(CONNECTIONS, -1, int(full) - 1)
-                self._admitted -= 1
+            self.dismiss(ticket)
             if self.api.store.kept and not self._admitted:
                 self.api.store.kept.expire(math.inf)
             if self._stopping:
                 with contextlib.suppress(OSError):
                     self._wake_writer.send(b'\0')
 
-    def _http2(self, connection: Connection, received: bytes = b'') -> Http2:
-        return Http2(connection, self.api, self.limits, self._threads, received)
-
-    def _warn_of_crowd(self, peer: Peer) -> None:
-        """Say that a client is turned away, but not for each of a flood."""
-        now = time.monotonic()
-        if now >= self._next_warning:
-            self._next_warning = now + WARNING_SECONDS
-            log.warning('turned %s away: there are %d connections', peer, self._most)
+    def _make_threads(self, processes: int) -> Shares:
+        """Places for HTTP/2's requests in one of so many processes."""
+        admission = self._admission
+        return Shares(max(admission.most // processes, 1), max(admission.most_each // processes, 1),
+                      admission.exempt)
 
     def _accept(self, listener: Listener) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
@@ -6328,7 +6843,7 @@ class Server:
         if self.api.store.kept:
             self.api.store.kept.expire(now)
         self._check_authority()
-        overdue = [one for one in self._snapshot() if one.deadline < now]
+        overdue = [one for one in self._snapshot() if one.next_deadline() < one.clock()]
         for connection in overdue[:EXPIRED_AT_ONCE]:
             connection.expire()
         return len(overdue) > EXPIRED_AT_ONCE
@@ -6370,6 +6885,12 @@ class Server:
             connection.cut()
         self.api.usage.close()
         self.close_loop()
+
+
+def default_share(connections: int) -> int:
+    """Connections that one group of addresses may have where nothing is said: a quarter, but a few
+    in any case, since restic has five."""
+    return max(connections // 4, min(8, connections))
 
 
 def settle_memory() -> None:
@@ -6848,10 +7369,16 @@ def _add_limits(parser: Parser) -> None:
         'answered 503 (default 1024)', 'NUMBER')
     add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
         'line included (default 4096)', 'BYTES')
-    add(limits, '--server-read-timeout', parse_duration, 3600.0, 'longest time for a whole upload '
-        '(default 1h0m0s; 0 is no limit)', 'DURATION')
-    add(limits, '--server-write-timeout', parse_duration, 3600.0, 'longest time for a whole '
-        'download (default 1h0m0s; 0 is no limit)', 'DURATION')
+    add(limits, '--max-connections-per-address', parse_count, None, 'of these, connections of one IPv4 '
+        'address or IPv6 /64 network, but for this host and --trust-proxy (default: a quarter of '
+        '--max-connections, at least 8)', 'NUMBER')
+    add(limits, '--server-read-timeout', parse_duration, None, 'longest time for a whole upload, not '
+        'counting what --bwlimit holds back (default 1h0m0s, and a second more for each KiB that '
+        'passes; 0 is no limit)', 'DURATION')
+    add(limits, '--server-write-timeout', parse_duration, None, 'longest time for a whole download, '
+        'likewise', 'DURATION')
+    add(limits, '--stall-timeout', parse_duration, 60.0, 'end an upload or a download of which no byte '
+        'has passed for so long (default 1m; 0 is no limit)', 'DURATION')
 
 
 def _add_watching(parser: Parser) -> None:
@@ -7036,10 +7563,12 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
     policy = Policy(options.append_only, options.private_repos, options.admin, options.prometheus)
     limits = Limits(header_bytes=options.max_header_bytes,
                     read_seconds=options.server_read_timeout,
-                    write_seconds=options.server_write_timeout)
+                    write_seconds=options.server_write_timeout,
+                    stall_seconds=options.stall_timeout)
     return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
                   certificates, inherited_sockets(os.environ), options.max_connections,
-                  Manager(os.environ), make_bandwidth(options, counters), stats_seconds(options))
+                  Manager(os.environ), make_bandwidth(options, counters), stats_seconds(options),
+                  options.max_connections_per_address)
 
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
@@ -7068,11 +7597,11 @@ def serve_stdio(options: argparse.Namespace, store: Store) -> None:
     counters = Counters()
     api = make_api(options, store, counters, Policy(options.append_only))
     limits = Limits(options.max_header_bytes, math.inf, math.inf, options.server_read_timeout,
-                    options.server_write_timeout)
+                    options.server_write_timeout, options.stall_timeout)
     server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
                     stats_seconds=stats_seconds(options))
     # sshd says where the client is (ssh(1), ENVIRONMENT).
-    server.adopt(Pipes(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
+    server.adopt(PipeTransport(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()
 
 
