@@ -3837,6 +3837,7 @@ if TYPE_CHECKING:
 LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
 LINGER_SECONDS = 5           # and as long nothing may come,
 LINGER_MOST_SECONDS = 60     # and so long at the most
+_UNWANTED = memoryview(bytearray(64 * 1024))    # where all connections put what nobody reads
 SETTLED = 8                  # small requests after a transfer
 # Without an interpreter lock, or without a way to ask, there is nothing to place.
 _PLACED = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
@@ -4104,14 +4105,13 @@ class Connection:
         kernel would answer unread input with a reset, which destroys it.  A client of HTTP/2 sends
         what shows that it still reads."""
         left, end = LINGER_BYTES, self.clock() + LINGER_MOST_SECONDS
-        view = memoryview(bytearray(SMALL_BYTES))
         try:
             self.wait_for(self.WRITING)  # close_notify
             self.wait_no_longer(LINGER_MOST_SECONDS)
             self._transport.end_output()
             self.wait_for(self.IDLE, LINGER_SECONDS)
             while left > 0:
-                count = self._transport.skip_input(view)
+                count = self._transport.skip_input(_UNWANTED)
                 if not count:
                     break
                 left -= count
@@ -4565,9 +4565,8 @@ class Http1:
         """Read what is left of a short body that nobody wanted."""
         self._connection.wait_for(Connection.READING)
         self._connection.wait_no_longer(LINGER_SECONDS)
-        view = memoryview(bytearray(SKIP_BYTES))
         try:
-            while self._body.readinto(view):
+            while self._body.readinto(_UNWANTED):
                 pass
         except HttpError:
             return False
@@ -4887,7 +4886,7 @@ class FrameReader:
         self.left = 0           # bytes of the current frame's payload that were not read
         self._connection = connection
         self._control_bytes = max(CONTROL_BYTES, header_bytes)
-        self._buffer = memoryview(bytearray(max(SMALL_BYTES, self._control_bytes, len(received))))
+        self._buffer = memoryview(bytearray(max(self._control_bytes, len(received))))
         self._buffer[:len(received)] = received
         self._begin, self._end = 0, len(received)
 
@@ -4920,10 +4919,10 @@ class FrameReader:
     def skip(self) -> None:
         """Pass over the rest of the payload."""
         while self.left:
-            self.read(min(self.left, SMALL_BYTES))
+            self.read(min(self.left, CONTROL_BYTES))
 
     def read(self, count: int) -> bytes:
-        """The next bytes, SMALL_BYTES at the most."""
+        """The next bytes, CONTROL_BYTES at the most."""
         while self._end - self._begin < count:
             if self._begin + count > len(self._buffer) or self._begin == self._end:
                 size = self._end - self._begin
@@ -5234,7 +5233,7 @@ class FlowControl:
             if stream.window > 0 and stream.rest:
                 self._send_rest(stream)
             elif stream.window > 0:
-                stream.changed.notify()
+                stream.notify()
                 return
 
     def reserve(self, stream: Stream, count: int) -> int:
@@ -5250,7 +5249,7 @@ class FlowControl:
                         return 0
                     if stream.blocked == math.inf:
                         stream.blocked = self.clock()
-                    stream.changed.wait()
+                    stream.wait()
                 if stream.lost:
                     raise Gone(stream.lost)
                 return self._take(stream, min(count, SEND_BYTES))
@@ -5324,7 +5323,7 @@ class Stream:
 
     __slots__ = ('number', 'length', 'lacking', 'head', 'sent', 'padded', 'window', 'receiving', 'opened',
                  'kept', 'ended', 'answering', 'answered', 'late', 'lost', 'deadline', 'extension', 'passed',
-                 'blocked', 'invites', 'changed', 'rest', '_flow', '_writer', '_chunks', '_view', '_filling',
+                 'blocked', 'invites', 'rest', '_changed', '_flow', '_writer', '_chunks', '_view', '_filling',
                  '_filled')
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
@@ -5351,10 +5350,10 @@ class Stream:
         self.passed = 0                 # bytes since the deadline was set
         self.blocked = math.inf         # since when a byte has been waited for
         self.invites = False            # the client waits for 100 (Continue)
-        self.changed = threading.Condition(flow.writer.lock)
+        self._changed: Optional[threading.Condition] = None     # once a thread has waited
         self._flow = flow
         self._writer = flow.writer
-        self._chunks: collections.deque[memoryview] = collections.deque()
+        self._chunks: List[memoryview] = []
         self._view: Optional[memoryview] = None     # a thread waits to have it filled
         self._filling = False
         self._filled = 0
@@ -5372,6 +5371,17 @@ class Stream:
         """When it takes too long, in all or without a byte."""
         return min(self.deadline + self.passed * self.extension, self.blocked + stall_seconds)
 
+    def wait(self) -> None:
+        """Wait for notify(), without the lock, which is held before and after."""
+        if self._changed is None:
+            self._changed = threading.Condition(self._writer.lock)
+        self._changed.wait()
+
+    def notify(self) -> None:
+        """Wake the thread that waits for a change here."""
+        if self._changed:
+            self._changed.notify_all()
+
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
         if self.invites:
@@ -5383,17 +5393,17 @@ class Stream:
             self.blocked = self._flow.clock()
             while self._filling or not (self._filled or self._chunks or self.ended or self.lost
                                         or self.late):
-                self.changed.wait()
+                self.wait()
             self.blocked = math.inf
             self._view, count = None, self._filled
             if self.lost:
                 raise Gone(self.lost)
             if not count and self._chunks:
-                chunk = self._chunks.popleft()
+                chunk = self._chunks.pop(0)
                 count = min(len(view), len(chunk))
                 view[:count] = chunk[:count]
                 if count < len(chunk):
-                    self._chunks.appendleft(chunk[count:])
+                    self._chunks.insert(0, chunk[count:])
                 self.kept -= count
                 self._flow.acknowledge(count, self)
             elif not count and not self.ended:
@@ -5421,7 +5431,7 @@ class Stream:
         """So much was put where offer() said."""
         self._filling, self._filled = False, count
         self._flow.acknowledge(count, self)
-        self.changed.notify()
+        self.notify()
 
     def keep(self, data: bytes | bytearray) -> None:
         """Keep content until it is asked for.  Many small pieces become one."""
@@ -5429,7 +5439,7 @@ class Stream:
         if self._chunks and len(data) + len(self._chunks[-1]) < RECEIVE_BYTES:
             data = bytes(self._chunks.pop()) + data
         self._chunks.append(memoryview(data))
-        self.changed.notify()
+        self.notify()
 
     def forget(self) -> None:
         """Drop the content that was kept."""
@@ -5441,7 +5451,7 @@ class Stream:
         """Tell the threads that wait here that it is over."""
         self.lost = self.lost or reason
         self.forget()
-        self.changed.notify_all()
+        self.notify()
 
     def answer(self, method: str, response: Response, sent: List[int]) -> None:
         """Send the answer; `sent[0]` counts the bytes of its content.  Raises Gone, and OSError if
@@ -5553,13 +5563,52 @@ IDLE_THREADS = 8             # that wait for another request, and so many
 IDLE_SECONDS = 5             # at the most
 
 
+class RequestThreads(Shares):
+    """Places for the requests of HTTP/2 on all connections, and the threads that answer them.  Up to
+    IDLE_THREADS wait for another request when they have answered one."""
+
+    def __init__(self, most: int, most_each: int, exempt: Callable[[str], bool]) -> None:
+        from queue import SimpleQueue
+        super().__init__(most, most_each, exempt)
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._idle = 0                  # threads that wait for a job which nobody has put
+        self._idle_lock = threading.Lock()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Have a thread do something.  Raises RuntimeError if there can be none."""
+        with self._idle_lock:
+            if not self._idle:
+                threading.Thread(target=self._work, daemon=True).start()
+            else:
+                self._idle -= 1
+            self._jobs.put(job)
+
+    def _work(self) -> None:
+        """What a thread does."""
+        from queue import Empty
+        while True:
+            try:
+                job = self._jobs.get(timeout=IDLE_SECONDS)
+            except Empty:
+                with self._idle_lock:
+                    if self._idle:
+                        self._idle -= 1
+                        return
+                continue  # a job has come in this moment
+            job()
+            with self._idle_lock:
+                if self._idle >= IDLE_THREADS:
+                    return
+                self._idle += 1
+
+
 class Http2:
     """One connection: `received` has come on it already.  Each request takes one of `threads`,
     which all connections share; where there is none, it is refused.  One lock guards the connection,
     its writer and its streams."""
 
-    def __init__(self, connection: Connection, api: Api, threads: Shares, received: bytes = b'') -> None:
-        from queue import SimpleQueue
+    def __init__(self, connection: Connection, api: Api, threads: RequestThreads,
+                 received: bytes = b'') -> None:
         self.lock = threading.Lock()    # of what follows, except what one thread alone uses
         self._connection = connection
         self._api = api
@@ -5576,8 +5625,6 @@ class Http2:
         self._answered = 0              # requests
         self._leaving = False           # GOAWAY has been sent
         self._over = False              # all is done
-        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle = 0                  # threads that wait for a job
         # The reading thread's own
         self._greeted = False
         self._last = 0                  # the highest stream yet
@@ -5666,7 +5713,7 @@ class Http2:
         else:
             stream.late, stream.blocked = True, math.inf
             stream.wait_for(LINGER_SECONDS)
-            stream.changed.notify()
+            stream.notify()
 
     # ---- frames that come ----
 
@@ -5767,7 +5814,7 @@ class Http2:
             stream.ended = True
             if stream.answered and not stream.rest and stream.number in self._streams:
                 self._drop(stream, False)
-            stream.changed.notify()
+            stream.notify()
 
     def _on_headers(self, flags: int, number: int) -> None:
         """RFC 9113 6.2."""
@@ -5988,35 +6035,10 @@ class Http2:
             self._connection.note(REQUESTS, peer)
             raise StreamError(REFUSED_STREAM, 'too many requests on all connections')  # RFC 9113 8.7
         try:
-            if not self._idle:
-                threading.Thread(target=self._work, daemon=True).start()
-                self._idle += 1
+            self._threads.submit(job)
         except RuntimeError as error:
             self._threads.give_back(peer)
             raise StreamError(REFUSED_STREAM, str(error)) from None
-        self._idle -= 1
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        """A thread of the pool."""
-        from queue import Empty
-        while True:
-            try:
-                job = self._jobs.get(timeout=IDLE_SECONDS)
-            except Empty:
-                with self.lock:
-                    if self._jobs.empty():
-                        self._idle -= 1
-                        return
-                continue
-            try:
-                job()
-            except Gone as gone:
-                log.debug('%s: %s', self._connection.peer, gone)
-            with self.lock:
-                if self._idle >= IDLE_THREADS or self._flow.closed:
-                    return
-                self._idle += 1
 
     def _serve(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
         """Answer one request."""
@@ -6031,6 +6053,8 @@ class Http2:
                 self._answer(stream, request, response)
             finally:
                 response.close()
+        except Gone as gone:
+            log.debug('%s: %s', self._connection.peer, gone)
         finally:
             if sent < 0:
                 self._api.finish(request, CLIENT_GONE, 0)
@@ -6135,13 +6159,11 @@ class Http2:
             for stream in self._streams.values():
                 if failed or not stream.ended:
                     stream.lose(reason)
-                stream.changed.notify_all()
+                stream.notify()
             while self._running or (self._writer.pending and not self._writer.dead):
                 if not self._writer.settled.wait(LINGER_SECONDS if failed else None):
                     self._connection.cut()  # whoever sends gets no further
             self._over = True
-            for _ in range(self._idle):
-                self._jobs.put(lambda: None)
         self._writer.finish()
 
 
@@ -6760,11 +6782,11 @@ class Server:
                 with contextlib.suppress(OSError):
                     self._wake_writer.send(b'\0')
 
-    def _make_threads(self, processes: int) -> Shares:
-        """Places for HTTP/2's requests in one of so many processes."""
+    def _make_threads(self, processes: int) -> RequestThreads:
+        """Threads for HTTP/2's requests in one of so many processes."""
         admission = self._admission
-        return Shares(max(admission.most // processes, 1), max(admission.most_each // processes, 1),
-                      admission.exempt)
+        return RequestThreads(max(admission.most // processes, 1), max(admission.most_each // processes, 1),
+                              admission.exempt)
 
     def _accept(self, listener: Listener) -> None:
         """Accept a connection, unless another process that has fewer is about to."""

@@ -3660,7 +3660,7 @@ class WindowTest(unittest.TestCase):
         flow = restic_serve.FlowControl(writer, registry, self.sent.append, time.monotonic)
         for number in range(1, 2 * streams, 2):
             registry[number] = restic_serve.Stream(flow, number, None)
-            registry[number].changed = mock.Mock()
+            registry[number]._changed = mock.Mock()
             flow._waiting[registry[number]] = None
         return flow, list(registry.values())
 
@@ -3697,14 +3697,14 @@ class WindowTest(unittest.TestCase):
         for stream in streams[:40]:
             stream.window = 0
         flow.on_window_update(13)
-        notified = [stream for stream in streams if stream.changed.notify.called]
+        notified = [stream for stream in streams if stream._changed.notify_all.called]
         self.assertEqual(notified, [streams[40]])
 
     def test_who_has_taken_its_part_wakes_the_next(self):
         flow, streams = self.make_flow(3)
         self.assertEqual(flow.reserve(streams[0], 1000), 1000)
-        self.assertTrue(streams[1].changed.notify.called)
-        self.assertFalse(streams[2].changed.notify.called)
+        self.assertTrue(streams[1]._changed.notify_all.called)
+        self.assertFalse(streams[2]._changed.notify_all.called)
 
     def test_a_return_of_what_was_sent_is_told_from_other_updates(self):
         flow, (stream,) = self.make_flow(1)
