@@ -394,15 +394,14 @@ _read_at = getattr(os, 'pread', _seek_and_read)
 
 
 class FileSlice:
-    """`length` bytes of an open file, `fd`, from `offset` on."""
+    """`length` bytes of a file from `offset` on; `fd` is closed with it."""
 
-    __slots__ = ('fd', 'offset', 'length', '_file')
+    __slots__ = ('fd', 'offset', 'length')
 
-    def __init__(self, file: OpenFile, offset: int, length: int) -> None:
-        self.fd = file.fd
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        self.fd = fd
         self.offset = offset
         self.length = length
-        self._file: Optional[OpenFile] = file
 
     def read(self, limit: int) -> bytes:
         """The next bytes, `limit` at the most; OSError if the file ends before the slice does."""
@@ -427,7 +426,9 @@ class FileSlice:
         self.length -= count
 
     def close(self) -> None:
-        self._file = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def __enter__(self) -> FileSlice:
         return self
@@ -518,6 +519,16 @@ def _for_log(text: str) -> str:
     return re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text)
 
 
+def one_line(text: object) -> str:
+    """What is said to a person, on one line and as it is read, whatever was in it: control characters,
+    line separators and those that change the direction of writing are escaped."""
+    words = str(text)
+    if words.isprintable():
+        return words
+    return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape', 'replace').decode()
+                   if not '\ud800' <= letter <= '\udfff' else f'\\u{ord(letter):04x}' for letter in words)
+
+
 TRANSFER_SECONDS = 3600      # for a whole upload or download, if nothing else is said,
 SLOWEST_RATE = 1024          # and a second more for each so many bytes that pass
 
@@ -556,82 +567,144 @@ class Limits:
 
 
 # ==== Files ======================================================================================
-# What the standard library has no word for: files that several readers share, directories as lists
-# of objects, what is on the disk.  Errors are OSErrors; the Api owns the table that makes them
-# answers.
+# What the standard library has no word for: folders that nobody can exchange for others, directories
+# as lists of objects, what is on the disk.  Errors are OSErrors; the Api owns the table that makes
+# them answers.
 
 COPY_BYTES = 512 * 1024           # of content in memory at a time
 LISTED_AT_ONCE = 1024             # names of a list that are in memory
-KEPT_OPEN = 8                     # pack files
-KEPT_SECONDS = 2.0
+LINKS_AT_MOST = 40                # on the way to a folder, as in Linux
 _NAME = re.compile('[0-9a-f]{64}')
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 # An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
 _READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
                | getattr(os, 'O_NONBLOCK', 0))
+_FOLDER_FLAGS = os.O_RDONLY | _BINARY | getattr(os, 'O_DIRECTORY', 0)
+_HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
+               and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
+_LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
-class OpenFile:
-    """A file that several readers share: it is closed when nobody has this object any more."""
+class Folder:
+    """A directory whose entries are reached by a descriptor, `fd`, or by `path` alone: where nobody
+    else can change what that leads to, and where the system has no openat(2).  A context manager that
+    closes the descriptor."""
 
-    __slots__ = ('fd', 'until', 'links')
+    __slots__ = ('path', 'fd')
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, path: str, fd: Optional[int] = None) -> None:
+        self.path = path
         self.fd = fd
-        self.until = 0.0        # when it may no longer be given to another
-        self.links = (0, 0)     # how many it has, and when that or anything changed
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.fd)
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def at(self, name: str) -> str:
+        """The path of an entry, for calls with this folder's `fd` as their dir_fd."""
+        return f'{self.path}/{name}' if self.fd is None else name
+
+    def open(self, name: str, flags: int, mode: int = 0o600) -> int:
+        return os.open(self.at(name), flags, mode, dir_fd=self.fd)
+
+    def stat(self, name: str) -> os.stat_result:
+        """What lstat(2) says of an entry."""
+        return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
+
+    def unlink(self, name: str) -> None:
+        os.unlink(self.at(name), dir_fd=self.fd)
+
+    def device(self) -> int:
+        """The number of the file system."""
+        return os.stat(self.path if self.fd is None else self.fd).st_dev
+
+    def sync(self) -> None:
+        """Have the entries on the disk."""
+        sync_directory(self.path if self.fd is None else self.fd)
 
 
-def open_plain(path: str) -> Tuple[OpenFile, os.stat_result]:
-    """A file that is to be read, and what fstat(2) says of it.  Raises OSError, also where it is no
-    regular file."""
-    file = OpenFile(os.open(path, _READ_FLAGS))
-    status = os.fstat(file.fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, 'no regular file', path)
-    return file, status
+def is_ours(path: str, links: int = LINKS_AT_MOST) -> bool:
+    """Whether nobody but root and this process's user can change what an absolute path leads to: every
+    folder and link on the way is one of theirs, and others may not write there."""
+    parent, name = os.path.split(path)
+    if not name:
+        return True
+    if not links or not is_ours(parent, links):
+        return False
+    ours = 0, os.geteuid()
+    try:
+        folder = os.stat(parent)
+        others_write = bool(folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+        if folder.st_uid not in ours or (others_write and not folder.st_mode & stat.S_ISVTX):
+            return False
+        status = os.lstat(path)
+    except FileNotFoundError:  # whoever makes it is ours, then
+        return True
+    if (others_write or stat.S_ISLNK(status.st_mode)) and status.st_uid not in ours:
+        return False
+    return not stat.S_ISLNK(status.st_mode) or is_ours(os.path.realpath(path), links - 1)
 
 
-class OpenFiles:
-    """Pack files stay open for a moment after a read: restic often reads several pieces of one.
-    That saves a sixth of the processor's time for a small piece.  It cannot go stale: each reuse
-    looks whether the file's links are as they were; a folder that was moved is noticed in
-    KEPT_SECONDS."""
-
-    def __init__(self) -> None:
-        self._files: Dict[str, OpenFile] = {}
-        self._lock = threading.Lock()   # of changes
-
-    def take(self, path: str) -> Tuple[OpenFile, os.stat_result]:
-        """The file at a path, and what fstat(2) says of it.  Raises OSError."""
-        file = self._files.get(path)
-        if file and file.until > time.monotonic():
+def descend(fd: int, path: str, links: int = LINKS_AT_MOST) -> int:
+    """A descriptor of the folder at a path below the folder `fd`, whatever others exchange on the way;
+    links of root and of this process's user are followed, wherever they lead.  Raises OSError."""
+    fd = os.dup(fd)
+    try:
+        for name in filter(None, path.split('/')):
             try:
-                status = os.fstat(file.fd)
-                # Whatever takes the name from a file changes both, or one of them.
-                if (status.st_nlink, status.st_ctime_ns) == file.links:
-                    return file, status
-            except OSError as error:  # ESTALE, of a network file system
-                log.debug('%s: %s', path, error)
-        with self._lock:
-            self._files.pop(path, None)
-        file, status = open_plain(path)
-        file.links = status.st_nlink, status.st_ctime_ns
-        file.until = time.monotonic() + KEPT_SECONDS
-        with self._lock:
-            if path not in self._files and len(self._files) >= KEPT_OPEN:
-                del self._files[next(iter(self._files))]
-            self._files[path] = file
-        return file, status
+                below = os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=fd)
+            except OSError as error:
+                if error.errno not in _LINK_ERRORS:
+                    raise
+                below = _follow(fd, name, links)
+            os.close(fd)
+            fd = below
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
-    def expire(self, at: float) -> None:
-        """Let go of what nobody may be given any more at a time."""
-        with self._lock:
-            for path in [path for path, file in self._files.items() if file.until <= at]:
-                del self._files[path]
+
+def _follow(fd: int, name: str, links: int) -> int:
+    """A descriptor of the folder to which an entry of the folder `fd` leads if it is a link."""
+    if not links or not hasattr(os, 'O_PATH'):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
+    link = os.open(name, os.O_PATH | os.O_NOFOLLOW | _BINARY, dir_fd=fd)
+    try:
+        status = os.fstat(link)
+        if not stat.S_ISLNK(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+        if status.st_uid not in (0, os.geteuid()):
+            raise PermissionError(errno.EACCES, 'a link that another user has made', name)
+        target = os.readlink('', dir_fd=link)
+    finally:
+        os.close(link)
+    if not target.startswith('/'):
+        return descend(fd, target, links - 1)
+    top = os.open('/', _FOLDER_FLAGS)
+    try:
+        return descend(top, target, links - 1)
+    finally:
+        os.close(top)
+
+
+def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
+    """A descriptor of a file that is to be read, and what fstat(2) says of it.  Raises OSError, also
+    where it is no regular file."""
+    fd = folder.open(name, _READ_FLAGS)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise IsADirectoryError(errno.EISDIR, 'no regular file', folder.at(name))
+    return fd, status
 
 
 def object_entries(folder: str, prefix: str = '') -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
@@ -672,27 +745,13 @@ def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntr
         yield entries
 
 
-@contextlib.contextmanager
-def _opened(folder: str) -> Iterator[Optional[int]]:
-    """A directory's descriptor, by which stat(2) takes less time; None if it is missing, or where
-    there are none."""
-    fd = None
-    if os.scandir in os.supports_fd and os.stat in os.supports_dir_fd:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            fd = os.open(folder, _READ_FLAGS & ~getattr(os, 'O_NOFOLLOW', 0))  # no FIFO waits
-    try:
-        yield fd
-    finally:
-        if fd is not None:
-            os.close(fd)
-
-
-def _objects(folder: str, sizes: bool, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
+def _objects(folder: Folder, sizes: bool, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
     """Names and, if `sizes`, lengths of the objects in a folder, their names beginning with
     `prefix`.  A million of them are listed so: each step more for every entry counts."""
     is_name = _NAME.fullmatch
     are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
-    with _opened(folder) as fd, _scan(folder, fd) as entries:
+    fd = folder.fd
+    with _scan(folder.path, fd) as entries:
         while True:
             some = list(itertools.islice(entries, LISTED_AT_ONCE))
             if not some:
@@ -738,18 +797,19 @@ def sync_file(fd: int) -> None:
         os.fsync(fd)
 
 
-def sync_directory(path: str) -> None:
-    """Have a directory's entries on the disk, where the system can."""
+def sync_directory(path: str | int) -> None:
+    """Have a directory's entries on the disk, where the system can; by its path or descriptor."""
     if os.name == 'nt':
         return
-    fd = os.open(path, os.O_RDONLY)
+    fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
     finally:
-        os.close(fd)
+        if not isinstance(path, int):
+            os.close(fd)
 
 
 def lock_file(fd: int) -> Optional[bool]:
@@ -769,16 +829,16 @@ _renaming = threading.Lock()
 
 
 @contextlib.contextmanager
-def _exclusive(folder: str) -> Iterator[None]:
+def _exclusive(folder: Folder) -> Iterator[None]:
     """Keep out other threads, and other processes where directories can be locked."""
     with _renaming, contextlib.ExitStack() as stack:
         try:
             import fcntl
-            fd = os.open(folder, os.O_RDONLY)
+            fd = folder.open('.', os.O_RDONLY)
             stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
         except (ImportError, OSError) as error:
-            log.debug('no lock on %s: %s', folder, error)
+            log.debug('no lock on %s: %s', folder.path, error)
         yield
 
 
@@ -786,34 +846,45 @@ def _exclusive(folder: str) -> Iterator[None]:
 # Repositories and objects as files in restic's own local layout.  An object is whole or absent:
 # it is written where no listing shows it, checked, synced to the disk, and then linked to its
 # name.
+#
+# A folder is opened by its path where nobody but root and the server's user can change what that
+# leads to; that is looked at once a second.  Elsewhere, such as where root serves a directory that a
+# user owns, each step of the path is opened by the descriptor of the one before.
 
 KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # segments of a repository's path
+LONGEST = 255                     # bytes of a repository's path
 HIDDEN = '.restic_serve'          # the folder under DIR for what is no repository
 LOST_AND_FOUND = '/lost+found'    # at the top of a file system, for root alone
-SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind
-SCRATCH_SECONDS = 3600            # after which one is a left-over where files cannot be locked
+SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind, each locked by its writer
+FRESH_PREFIX = 'new-'             # and before they are locked
+SCRATCH_SECONDS = 3600            # after which one without a lock is a left-over
 SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
 LOOK_SECONDS = 1.0                # between two looks at what may change
-REMEMBERED = 1024                 # passwords that were verified, and repositories that were looked at
+REMEMBERED = 1024                 # folders that were looked at, and addresses that limits have ended
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+# How an upload ended: objects that are new, bytes of the object before and after, folders that were made.
+Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
 
 class Location:
     """Where a request points to: a repository (its kind is empty), a list (its name is empty) or
-    an object; `config` is an object without a name.  `repository` is `` or `/host1/...`, `path`
-    that of the file or folder below the store's.  It never changes: requests share it."""
+    an object; `config` is an object without a name.  `repository` is `` or `/host1/...`, `folder`
+    the one below the store's that holds the object or is listed, `file` the object's name in it.  It
+    never changes: requests share it."""
 
-    __slots__ = ('repository', 'kind', 'name', 'is_object', 'path')
+    __slots__ = ('repository', 'kind', 'name', 'is_object', 'folder', 'file')
 
     def __init__(self, repository: str, kind: str = '', name: str = '') -> None:
         self.repository = repository
         self.kind = kind
         self.name = name
         self.is_object = bool(name) or kind == 'config'
-        folder = f'{kind}/{name[:2]}' if name and kind == 'data' else kind
-        self.path = f'{repository}/{folder}/{name}' if name else f'{repository}/{folder}'
+        self.file = name
+        self.folder = f'{repository}/{kind}/{name[:2]}' if name and kind == 'data' else f'{repository}/{kind}'
+        if kind in ('', 'config'):
+            self.folder, self.file = repository, kind
 
     def __str__(self) -> str:
         if not self.kind:
@@ -830,12 +901,13 @@ class Scratch:
     A context manager: whatever was not published is gone when it ends.
     """
 
-    def __init__(self, store: Store, folder: str) -> None:
+    def __init__(self, store: Store, folder: Folder) -> None:
         self._store = store
-        self.path = ''  # empty while the file has no name
+        self.home: Optional[Folder] = None  # where the file has its name, which is closed with it
+        self.name = ''                      # empty while it has none
         if store.nameless:
             try:
-                self.fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
+                self.fd = folder.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
             except OSError as error:
                 # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
@@ -843,9 +915,13 @@ class Scratch:
             else:
                 self._share()
                 return
+        device = folder.device()
         hidden = store.hidden_folder()
-        same = os.stat(hidden).st_dev == os.stat(folder).st_dev
-        self._make_named(hidden if same else folder)
+        if hidden.device() == device:
+            self._make_named(hidden, '')
+        else:
+            hidden.close()
+            self._make_named(store.open_again(folder), f'{HIDDEN}-')
 
     def __enter__(self) -> Scratch:
         return self
@@ -853,11 +929,13 @@ class Scratch:
     def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
                  trace: Optional[TracebackType]) -> None:
         os.close(self.fd)
-        if self.path:
+        if self.home:
             try:
-                os.unlink(self.path)
+                if self.name:
+                    self.home.unlink(self.name)
             except OSError as problem:
-                log.error('%s stays behind: %s', self.path, problem)
+                log.error('%s/%s stays behind: %s', self.home.path, self.name, problem)
+            self.home.close()
 
     def receive(self, body: Body, hashed: bool) -> str:
         """Write the whole body; its SHA-256 in hexadecimal, empty unless it is to be `hashed`."""
@@ -878,61 +956,75 @@ class Scratch:
         """SHA-256 in hexadecimal of what has been written."""
         return _digest(self.fd)
 
-    def publish(self, path: str) -> None:
+    def publish(self, folder: Folder, name: str) -> None:
         """Give the content its name.  Raises FileExistsError rather than overwrite."""
-        if not self.path:
+        if not self.home:
             # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
             # link(2) without one); the path is absolute, so which descriptor it is means nothing.
-            os.link(f'/proc/self/fd/{self.fd}', path, src_dir_fd=self.fd)
+            os.link(f'/proc/self/fd/{self.fd}', folder.at(name), src_dir_fd=self.fd,
+                    dst_dir_fd=folder.fd)
             return
         try:
-            os.link(self.path, path)
+            os.link(self.home.at(self.name), folder.at(name), src_dir_fd=self.home.fd,
+                    dst_dir_fd=folder.fd)
         except FileExistsError:
             raise
         except OSError as error:
             if error.errno == errno.EXDEV:  # a bind mount: the device's number is the same
-                self._move(os.path.dirname(path))
-                self.publish(path)
+                self._move(self.home, folder)
+                self.publish(folder, name)
             elif error.errno in _NO_HARD_LINKS:
-                self._rename(path)
+                self._rename(self.home, folder, name)
             else:
                 raise
 
-    def can_be_named(self, folder: str) -> bool:
+    def can_be_named(self, folder: Folder) -> bool:
         """Whether the system lets a file without a name have one."""
-        probe = f'{folder}/{HIDDEN}-{os.urandom(8).hex()}'
+        probe = f'{HIDDEN}-{os.urandom(8).hex()}'
         try:
-            self.publish(probe)
+            self.publish(folder, probe)
         except OSError as error:
-            log.debug('no nameless files in %s: %s', folder, error)
+            log.debug('no nameless files in %s: %s', folder.path, error)
             return False
-        os.unlink(probe)
+        folder.unlink(probe)
         return True
 
-    def replace(self, path: str) -> None:
+    def replace(self, folder: Folder, name: str) -> None:
         """Give the content its name in place of what has it now."""
-        if not self.path:
+        if not self.home:
             lock_file(self.fd)
-            named = f'{self._store.hidden_folder()}/{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+            home, named = self._store.hidden_folder(), f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
             try:
-                self.publish(named)
+                self.publish(home, named)
             except OSError as error:
+                home.close()
                 if error.errno != errno.EXDEV:
                     raise
-                named = f'{os.path.dirname(path)}/{HIDDEN}-{os.path.basename(named)}'
-                self.publish(named)
-            self.path = named
-        os.replace(self.path, path)
-        self.path = ''
+                home, named = self._store.open_again(folder), f'{HIDDEN}-{named}'
+                self.publish(home, named)
+            self.home, self.name = home, named
+        os.replace(self.home.at(self.name), folder.at(name), src_dir_fd=self.home.fd,
+                   dst_dir_fd=folder.fd)
+        self.name = ''
 
-    def _make_named(self, folder: str) -> None:
-        """Make the file in the hidden folder, or under a hidden name in an object's folder."""
-        import tempfile
-        prefix = SCRATCH_PREFIX
-        if os.path.basename(folder) != HIDDEN:
-            prefix = f'{HIDDEN}-{SCRATCH_PREFIX}'
-        self.fd, self.path = tempfile.mkstemp(prefix=prefix, dir=folder)
-        lock_file(self.fd)
+    def _make_named(self, home: Folder, prefix: str) -> None:
+        """Make the file in a folder, which belongs to it then.  Under its lasting name it is locked:
+        a server that starts meanwhile takes it for no left-over."""
+        number = os.urandom(8).hex()
+        fresh, name = f'{prefix}{FRESH_PREFIX}{number}', f'{prefix}{SCRATCH_PREFIX}{number}'
+        try:
+            fd = home.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY)
+            try:
+                lock_file(fd)
+                os.rename(home.at(fresh), home.at(name), src_dir_fd=home.fd, dst_dir_fd=home.fd)
+            except BaseException:
+                os.close(fd)
+                home.unlink(fresh)
+                raise
+        except BaseException:
+            home.close()
+            raise
+        self.fd, self.home, self.name = fd, home, name
         self._share()
 
     def _share(self) -> None:
@@ -940,11 +1032,11 @@ class Scratch:
         if self._store.shared and hasattr(os, 'fchmod'):
             os.fchmod(self.fd, self._store.file_mode)
 
-    def _move(self, folder: str) -> None:
+    def _move(self, home: Folder, folder: Folder) -> None:
         """Copy the content into another folder."""
         import shutil
-        old_fd, old_path = self.fd, self.path
-        self._make_named(folder)
+        old_fd, old_name = self.fd, self.name
+        self._make_named(self._store.open_again(folder), f'{HIDDEN}-')
         try:
             with open(old_fd, 'rb', closefd=False) as source, \
                     open(self.fd, 'wb', closefd=False) as copy:
@@ -952,32 +1044,34 @@ class Scratch:
                 shutil.copyfileobj(source, copy)
         finally:
             os.close(old_fd)
-            os.unlink(old_path)
+            home.unlink(old_name)
+            home.close()
         sync_file(self.fd)
 
-    def _rename(self, path: str) -> None:
+    def _rename(self, home: Folder, folder: Folder, name: str) -> None:
         """Rename into place without overwriting, where there are no hard links."""
-        with _exclusive(os.path.dirname(path)):
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-            os.rename(self.path, path)
-        self.path = ''
+        with _exclusive(folder):
+            try:
+                folder.stat(name)
+            except FileNotFoundError:
+                os.rename(home.at(self.name), folder.at(name), src_dir_fd=home.fd, dst_dir_fd=folder.fd)
+            else:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder.at(name))
+        self.name = ''
 
 
 class Store:
     """The directory `root`.  `verify` compares each upload's SHA-256 with its name; `shared` makes
-    what is created accessible to the group: 0770 and 0660 in place of 0700 and 0600; `keep` pack
-    files open for a moment."""
+    what is created accessible to the group: 0770 and 0660 in place of 0700 and 0600."""
 
-    def __init__(self, root: str, *, verify: bool = True, shared: bool = False,
-                 keep: bool = True) -> None:
+    def __init__(self, root: str, *, verify: bool = True, shared: bool = False) -> None:
         self.root = os.path.abspath(root).rstrip(os.sep)
         self.verify = verify
         self.file_mode = 0o660 if shared else 0o600
         self.directory_mode = 0o770 if shared else 0o700
         self.shared = shared
-        self.kept = OpenFiles() if keep and hasattr(os, 'pread') else None
-        self._checked: Dict[str, float] = {}    # until when a repository is behind no link
+        self._root_fd: Optional[int] = None
+        self._ours: Dict[str, Tuple[float, bool]] = {}  # of a folder: until when it is known, and what
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
@@ -985,60 +1079,211 @@ class Store:
         """Make the directory if it is missing, see that it can be written, remove what a crash
         left behind.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
-            self._make_directory(self.root)
+            self._make_root(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
-        with Scratch(self, self.root or os.sep) as scratch:
-            self.nameless = self.nameless and scratch.can_be_named(self.root)
-        if not self.nameless:
-            with Scratch(self, self.root or os.sep):
-                pass
+        with self.folder('') as top:
+            with Scratch(self, top) as scratch:
+                self.nameless = self.nameless and scratch.can_be_named(top)
+            if not self.nameless:
+                with Scratch(self, top):
+                    pass
         self._remove_left_overs()
 
-    def read(self, location: Location) -> FileSlice:
-        """The whole of an object, whose file others may be reading, too."""
-        if self.kept is None or location.kind != 'data':
-            return self.open(location)
-        file, status = self.kept.take(self._path(location))
-        return FileSlice(file, 0, status.st_size)
+    # ---- folders ----
+
+    def folder(self, path: str, *, by_descriptor: bool = False) -> Folder:
+        """A folder below the root, or the root itself, which may be missing unless it is opened
+        `by_descriptor`.  Raises OSError, PermissionError for a repository behind a link that leads
+        out of the directory."""
+        if self._is_ours(path):
+            where = self.root + path or os.sep
+            return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
+        return Folder(self.root + path, self._descend(path))
+
+    def open_again(self, folder: Folder) -> Folder:
+        """A folder that lives as long as its user does."""
+        return Folder(folder.path, None if folder.fd is None else os.dup(folder.fd))
+
+    def hidden_folder(self, make: bool = True) -> Folder:
+        """The folder for scratch files with a name, made if it is missing; never one behind a link."""
+        with self.folder('') as top:
+            if not _HAS_DIR_FD:
+                self._make_folder(f'/{HIDDEN}')
+                return Folder(f'{self.root}/{HIDDEN}')
+            try:
+                return Folder(f'{self.root}/{HIDDEN}', top.open(HIDDEN, _FOLDER_FLAGS | os.O_NOFOLLOW))
+            except FileNotFoundError:
+                if not make:
+                    raise
+                self._make_folder(f'/{HIDDEN}')
+                return self.hidden_folder(make=False)
+            except OSError as error:
+                if error.errno in _LINK_ERRORS:
+                    raise PermissionError(errno.EACCES, 'a link or a file, which the server does not use: '
+                                          'remove it', f'{self.root}/{HIDDEN}') from None
+                raise
+
+    def missing_folders(self, path: str) -> int:
+        """How many folders would have to be made for one below the root."""
+        missing = 0
+        while path and not self._is_folder(path):
+            missing += 1
+            path = path.rpartition('/')[0]
+        return missing
+
+    def _is_ours(self, path: str) -> bool:
+        """Whether a folder's path can be used as it is: nobody else changes what it leads to."""
+        now = time.monotonic()
+        until, ours = self._ours.get(path, (0.0, True))
+        if now < until:
+            return ours
+        if _HAS_DIR_FD:
+            ours = is_ours(self.root + path or os.sep)
+        if ours:
+            self._check_links(path)
+        if len(self._ours) >= REMEMBERED:
+            self._ours.clear()
+        self._ours[path] = now + LOOK_SECONDS, ours
+        return ours
+
+    def _check_links(self, path: str) -> None:
+        """Raises PermissionError for a repository behind a link that leads out of the directory; the
+        folders in it may lead where they will."""
+        kind = next((at for at, name in enumerate(path.split('/')) if name in KINDS), None)
+        repository = '/'.join(path.split('/')[:kind])
+        if os.path.realpath(self.root + repository) != os.path.realpath(self.root) + repository:
+            inside = os.path.join(os.path.realpath(self.root or os.sep), '')
+            if not os.path.realpath(self.root + repository).startswith(inside):
+                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
+                                      self.root + repository)
+
+    def _descend(self, path: str) -> int:
+        """A descriptor of a folder whose path others can change."""
+        if self._root_fd is None:
+            self._root_fd = os.open(self.root or os.sep, _FOLDER_FLAGS)
+        names = path.split('/')
+        kind = next((at for at, name in enumerate(names) if name in KINDS), len(names))
+        # Without /proc nothing says where a link has led.
+        can_tell = os.path.isdir('/proc/self/fd')
+        fd = descend(self._root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if can_tell else 0)
+        try:
+            inside = can_tell and os.path.join(os.readlink(f'/proc/self/fd/{self._root_fd}'), '')
+            if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
+                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
+                                      self.root + path)
+            return descend(fd, '/'.join(names[kind:]))
+        finally:
+            os.close(fd)
+
+    def _is_folder(self, path: str) -> bool:
+        if self._is_ours(path):
+            return os.path.isdir(self.root + path or os.sep)
+        try:
+            os.close(self._descend(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _make_folder(self, path: str, sync: bool = True) -> int:
+        """Make a folder below the root and those above it, if they are missing; how many were.  Each
+        is synced into its parent."""
+        if not path or self._is_folder(path):
+            return 0
+        above, _, name = path.rpartition('/')
+        made = self._make_folder(above)
+        with self.folder(above) as parent:
+            try:
+                os.mkdir(parent.at(name), self.directory_mode, dir_fd=parent.fd)
+            except FileExistsError:
+                if not self._is_folder(path):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
+                                             self.root + path) from None
+                return made
+            if self.shared:
+                self._share_folder(parent, name)
+            if sync:
+                parent.sync()
+        return made + 1
+
+    def _share_folder(self, parent: Folder, name: str) -> None:
+        """Give the group its rights, whatever the umask says; a set-group-ID bit that was inherited
+        stays."""
+        if not hasattr(os, 'fchmod'):
+            return
+        fd = parent.open(name, _FOLDER_FLAGS | getattr(os, 'O_NOFOLLOW', 0))
+        try:
+            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self.directory_mode)
+        finally:
+            os.close(fd)
+
+    def _make_root(self, path: str) -> None:
+        """Make the directory itself and those above it."""
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent):
+            self._make_root(parent)
+        try:
+            os.mkdir(path, self.directory_mode)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        with Folder(parent) as above:
+            if self.shared:
+                self._share_folder(above, os.path.basename(path))
+            above.sync()
+
+    # ---- objects ----
 
     def open(self, location: Location) -> FileSlice:
         """The whole of an object."""
-        file, status = open_plain(self._path(location))
-        return FileSlice(file, 0, status.st_size)
+        with self.folder(location.folder) as folder:
+            fd, status = open_plain(folder, location.file)
+        return FileSlice(fd, 0, status.st_size)
 
-    def create_repository(self, repository: str) -> None:
-        """Make the directories of a repository; those that exist stay as they are."""
-        self._check_links(repository)
-        base = self.root + repository
-        for kind in KINDS:
-            self._make_directory(f'{base}/{kind}')
-        for number in range(256):
-            self._make_directory(f'{base}/data/{number:02x}', sync=False)
-        sync_directory(f'{base}/data')
+    def create_repository(self, repository: str) -> int:
+        """Make the directories of a repository; those that exist stay as they are.  How many were
+        made."""
+        return sum(self._make_folder(f'{repository}/{kind}') for kind in KINDS)
 
     def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
         """Names and, if `sizes`, lengths in bytes of the objects of one kind, many at a time, in the
         order of the directory, which is read on the way: an OSError may come at any time."""
-        folder = self._path(location)
-        if location.kind != 'data':
-            yield from _objects(folder, sizes)
+        try:
+            folder = self.folder(location.folder, by_descriptor=True)
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.lexists(self.root + location.folder):
+                raise
             return
-        with _scan(folder) as entries:
-            for entry in entries:
-                if _SUBDIRECTORY.fullmatch(entry.name):
-                    yield from _objects(entry.path, sizes, entry.name)
+        with folder:
+            if location.kind != 'data':
+                yield from _objects(folder, sizes)
+                return
+            with _scan(folder.path, folder.fd) as entries:
+                for entry in entries:
+                    if _SUBDIRECTORY.fullmatch(entry.name):
+                        with self._sub_folder(location, entry.name) as below:
+                            yield from _objects(below, sizes, entry.name)
+
+    def _sub_folder(self, location: Location, name: str) -> Folder:
+        """One of the folders that hold a repository's pack files; without entries if it is missing."""
+        path = f'{location.folder}/{name}'
+        try:
+            return self.folder(path, by_descriptor=True)
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.lexists(self.root + path):
+                raise
+            return Folder(self.root + path)
 
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
         try:
-            return os.lstat(self._path(location)).st_size
+            with self.folder(location.folder) as folder:
+                return folder.stat(location.file).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def repositories(self, unreadable: List[str]) -> Iterator[str]:
-        """All repositories: where there is a config or the folder of a kind.  What cannot be read
-        is logged and its path added to `unreadable`; links are not followed, as they are not served
-        if they lead out."""
+    def walk(self, unreadable: List[str]) -> Iterator[Tuple[str, bool]]:
+        """All folders that are, or may hold, repositories, and whether each is one: it has a config or
+        the folder of a kind.  What cannot be read is logged and its path added to `unreadable`;
+        links are not followed, as they are not served if they lead out."""
         paths = ['']
         while paths:
             path = paths.pop()
@@ -1050,8 +1295,8 @@ class Store:
                         'what is below %s is not known: %s', path or '/', error)
                 unreadable.append(path)
                 continue
-            if not folders.isdisjoint(KINDS) or os.path.isfile(f'{self.root}{path}/config'):
-                yield path
+            yield path, (not folders.isdisjoint(KINDS)
+                         or os.path.isfile(f'{self.root}{path}/config'))
             if path.count('/') < DEEPEST:
                 paths += [f'{path}/{name}' for name in folders.difference(KINDS)
                           if path or name != HIDDEN]
@@ -1074,7 +1319,7 @@ class Store:
         """Seconds since the epoch by the file system's clock, which may be another host's; by our
         own if it cannot be asked."""
         try:
-            with Scratch(self, self.root or os.sep) as scratch:
+            with self.folder('') as top, Scratch(self, top) as scratch:
                 return os.fstat(scratch.fd).st_ctime
         except OSError:
             return time.time()
@@ -1082,31 +1327,38 @@ class Store:
     def delete(self, location: Location) -> Optional[int]:
         """Remove an object; its bytes, None if there was none."""
         try:
-            size = self.size(location)
-            os.unlink(self._path(location))
+            with self.folder(location.folder) as folder:
+                size = folder.stat(location.file).st_size
+                folder.unlink(location.file)
         except (FileNotFoundError, NotADirectoryError):
             return None
         return size
 
-    def save(self, location: Location, body: Body) -> Tuple[int, int]:
-        """Store an object, on the disk when this returns; how many objects and bytes came.
+    def save(self, location: Location, body: Body) -> Saved:
+        """Store an object, on the disk when this returns.
 
         One that is there already is checked against the body, and replaced if it is damaged.
         Raises HttpError 400 if the content does not match its name, 403 for another config.
         """
-        path = self._path(location)
-        folder = os.path.dirname(path)
-        with self._scratch_in(folder) as scratch:
+        made = 0
+        try:
+            folder = self.folder(location.folder)
+            scratch = self._scratch_in(folder)
+        except FileNotFoundError:  # as rclone makes them, when they are needed
+            made = self._make_folder(location.folder)
+            folder = self.folder(location.folder)
+            scratch = self._scratch_in(folder)
+        with folder, scratch:
             digest = scratch.receive(body, self.verify)
             if location.name and digest not in ('', location.name):
                 raise HttpError(400, f'the content has the SHA-256 {digest}, not its name')
-            came = 1, os.fstat(scratch.fd).st_size
-            if not location.name and not came[1]:
+            saved = Saved(1, 0, os.fstat(scratch.fd).st_size, made)
+            if not location.name and not saved.after:
                 raise HttpError(400, 'an empty config')
             sync_file(scratch.fd)
             while True:
                 try:
-                    scratch.publish(path)
+                    scratch.publish(folder, location.file)
                     break
                 except FileExistsError:
                     digest = digest or scratch.digest()
@@ -1114,169 +1366,171 @@ class Store:
                         raise HttpError(400, f'the content has the SHA-256 {digest}, '
                                              'not its name') from None
                     before = self.size(location) or 0
-                    if self._settle(location, path, digest, scratch):
-                        came = 0, (self.size(location) or 0) - before
+                    if self._settle(location, folder, digest, scratch):
+                        saved = Saved(0, before, self.size(location) or 0, made)
                         break
-            sync_directory(folder)
-        return came
+            folder.sync()
+        return saved
 
-    def _settle(self, location: Location, path: str, digest: str, scratch: Scratch) -> bool:
-        """Whether what stands at `path` is the content of `scratch` now; False if it is gone."""
+    def confirm(self, location: Location, body: Body) -> bool:
+        """Read an upload of an object that is there without storing it anew; false, and nothing is
+        read, if what is there is damaged or missing.  Raises HttpError as save() does."""
         try:
-            with self.open(location) as stored:
-                found = _digest(stored.fd)
-                sync_file(stored.fd)  # another upload may have stored it just now
+            found = self._stored_digest(location)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if location.name and found != location.name:
+            return False
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(body.piece))
+        for count in iter(lambda: body.readinto(buffer), 0):
+            digest.update(buffer[:count])
+        if digest.hexdigest() != found and location.name:
+            raise HttpError(400, f'the content has the SHA-256 {digest.hexdigest()}, not its name')
+        if digest.hexdigest() != found:
+            raise HttpError(403, 'there is another config already')
+        if self.size(location) is None:
+            raise HttpError(503, 'it was removed during its upload', [('Retry-After', '1')])
+        return True
+
+    def _settle(self, location: Location, folder: Folder, digest: str, scratch: Scratch) -> bool:
+        """Whether what has the object's name is the content of `scratch` now; False if it is gone."""
+        try:
+            found = self._stored_digest(location)
         except FileNotFoundError:
             return False
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            found = 'unreadable'
         if found == digest:
             return True
         if location.kind == 'config':
             raise HttpError(403, 'there is another config already')
-        scratch.replace(path)
+        scratch.replace(folder, location.file)
         log.log(NOTICE, '%s was damaged (SHA-256 %s) and is replaced by a verified upload',
-                path, found)
+                f'{folder.path}/{location.file}', found)
         return True
 
-    def _path(self, location: Location) -> str:
-        """The file or folder of an object or list.  Raises PermissionError for a repository behind
-        a link that leads out of the directory."""
-        repository = location.repository
-        if repository and time.monotonic() >= self._checked.get(repository, 0.0):
-            self._check_links(repository)
-        return self.root + location.path
+    def _stored_digest(self, location: Location) -> str:
+        """SHA-256 in hexadecimal of an object that is on the disk now, `unreadable` if it cannot be
+        read."""
+        try:
+            with self.open(location) as stored:
+                found = _digest(stored.fd)
+                sync_file(stored.fd)  # another upload may have stored it just now
+                return found
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return 'unreadable'
 
-    def _check_links(self, repository: str) -> None:
-        now, end = time.monotonic(), len(repository)
-        while end > 0:
-            path = self.root + repository[:end]
-            if os.path.islink(path):
-                inside = os.path.join(os.path.realpath(self.root or os.sep), '')
-                if not os.path.realpath(path).startswith(inside):
-                    raise PermissionError(errno.EACCES, 'a link that leads out of the directory', path)
-            end = repository.rfind('/', 0, end)
-        if len(self._checked) >= REMEMBERED:
-            self._checked.clear()
-        self._checked[repository] = now + LOOK_SECONDS
-
-    def _scratch_in(self, folder: str) -> Scratch:
-        """A scratch file for an object in a folder, which is made if it is missing, as rclone makes
-        the sub-directories of `data` only when they are needed."""
+    def _scratch_in(self, folder: Folder) -> Scratch:
+        """A scratch file for an object in a folder, which is closed if there can be none."""
         try:
             return Scratch(self, folder)
-        except FileNotFoundError:
-            self._make_directory(folder)
-            return Scratch(self, folder)
+        except BaseException:
+            folder.close()
+            raise
+
+    # ---- the hidden folder ----
 
     def write_hidden(self, name: str, text: str) -> None:
-        """Replace a file in the hidden folder.  What root writes is given to the directory's owner,
-        who may have made links there: none is followed.  Raises OSError."""
-        folder = self.hidden_folder()
+        """Replace a file in the hidden folder.  What root writes is given to the directory's owner.
+        Raises OSError."""
         scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY
-        if os.open not in os.supports_dir_fd:
-            with open(os.open(f'{folder}/{scratch}', flags, self.file_mode), 'w', encoding='utf-8') as file:
-                file.write(text)
-            os.replace(f'{folder}/{scratch}', f'{folder}/{name}')
-            return
-        inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fd = os.open(scratch, flags, self.file_mode, dir_fd=inside)
+        with self.hidden_folder() as folder:
+            fd = folder.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, self.file_mode)
             with open(fd, 'w', encoding='utf-8') as file:
                 lock_file(fd)
-                owner = os.stat(self.root or os.sep)
-                if os.geteuid() == 0:
-                    os.fchown(inside, owner.st_uid, owner.st_gid)
-                    os.fchown(fd, owner.st_uid, owner.st_gid)
-                os.fchmod(fd, self.file_mode)
+                if folder.fd is not None:
+                    owner = os.stat(self.root or os.sep)
+                    if os.geteuid() == 0:
+                        os.fchown(folder.fd, owner.st_uid, owner.st_gid)
+                        os.fchown(fd, owner.st_uid, owner.st_gid)
+                    os.fchmod(fd, self.file_mode)
                 file.write(text)
-            os.replace(scratch, name, src_dir_fd=inside, dst_dir_fd=inside)
-        finally:
-            os.close(inside)
+            os.replace(folder.at(scratch), folder.at(name), src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
 
-    def hidden_folder(self) -> str:
-        """The folder for scratch files with a name, made if it is missing."""
-        folder = f'{self.root}/{HIDDEN}'
-        self._make_directory(folder)
-        return folder
-
-    def _make_directory(self, path: str, sync: bool = True) -> None:
-        """Make a directory and those above it, if they are missing; each is synced into its
-        parent."""
-        if os.path.isdir(path):
-            return
-        parent = os.path.dirname(path)
-        if parent != path:
-            self._make_directory(parent)
-        try:
-            os.mkdir(path, self.directory_mode)
-        except FileExistsError:
-            if not os.path.isdir(path):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-            return
-        if self.shared:  # whatever the umask says; a set-group-ID bit that was inherited stays
-            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | self.directory_mode)
-        if sync:
-            sync_directory(parent)
+    def read_hidden(self, name: str) -> str:
+        """The text of a file in the hidden folder.  Raises OSError."""
+        with self.hidden_folder(make=False) as folder:
+            fd, _ = open_plain(folder, name)
+            with open(fd, encoding='utf-8') as file:
+                return file.read()
 
     def _remove_left_overs(self) -> None:
         """Remove the scratch files of a server that died: those that nobody holds."""
         try:
-            with _scan(f'{self.root}/{HIDDEN}') as entries:
-                scratch = [entry for entry in entries if entry.name.startswith(SCRATCH_PREFIX)]
-            for entry in scratch:
-                with contextlib.suppress(FileNotFoundError):  # another server removes them, too
-                    if is_left_over(entry):
-                        os.unlink(entry.path)
-                        log.info('removed %s, left behind by an upload that was cut off', entry.path)
+            with self.hidden_folder(make=False) as folder:
+                with _scan(folder.path, folder.fd) as entries:
+                    names = [entry.name for entry in entries
+                             if entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX))]
+                now = self.now() if names else 0.0
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):  # another server removes them, too
+                        if is_left_over(folder, name, now):
+                            folder.unlink(name)
+                            log.info('removed %s/%s, left behind by an upload that was cut off',
+                                     folder.path, name)
+        except FileNotFoundError:
+            pass
         except OSError as error:
             log.error('what uploads left behind stays: %s', error)
 
 
-def is_left_over(scratch: os.DirEntry[str]) -> bool:
-    """Whether a scratch file's server has died.  Raises FileNotFoundError."""
+def is_left_over(folder: Folder, name: str, now: float) -> bool:
+    """Whether a scratch file's server has died; `now` is by the file system's clock.  Raises
+    FileNotFoundError."""
     free = None
-    with contextlib.suppress(OSError):
-        fd = os.open(scratch.path, os.O_RDWR | _READ_FLAGS)
-        try:
-            free = lock_file(fd)
-        finally:
-            os.close(fd)
+    if FRESH_PREFIX not in name:
+        with contextlib.suppress(OSError):
+            fd = folder.open(name, os.O_RDWR | _READ_FLAGS)
+            try:
+                free = lock_file(fd)
+            finally:
+                os.close(fd)
     if free is None:
-        return scratch.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS
+        return folder.stat(name).st_mtime < now - SCRATCH_SECONDS
     return free
 
 
 # ==== Counters ===================================================================================
 # What happens, counted by all processes that serve.
+#
+# Each process writes to a slot of shared memory that is its own, and reads all of them, so that none
+# waits for another.  A slot is a header, which is a generation, the length in words that is used, and
+# the epoch up to which it was cleaned; then rows, each its width, its key's bytes, numbers and key.
+#
+# Rows of repositories are bounded: those below one top-level folder may take a part of a slot, and
+# what finds no room is counted as OTHER.  They are freed when their repository is gone: bury() begins
+# an epoch, from which on nobody counts those rows any more, and each process takes them out of its
+# slot when it next writes.  It writes the slot anew then; a generation that is odd, or another one
+# afterwards, tells readers to look again.
 
 SLOT_BYTES = 32 << 20       # of addresses for one process's numbers; memory is taken as they come
 SPARE_BYTES = 2 << 20       # of them, for all but what is counted of each repository
+FOLDER_PART = 4             # of the rest, one such part for the repositories of a top-level folder
+OTHER = 'other'             # in place of a repository's path, which begins with a slash
 CONNECTIONS = ('connections',)  # the row of those that have a thread, and those that are served
 ADDRESSES = ('addresses',)      # the row of connections by a hash of their address
 ADDRESS_PLACES = 4096
+READ_TRIES = 200                # of a slot that is being written anew, a few milliseconds apart
 # Rows of what is there now: they end with the process that counted it.
-_PASSING = ('connections', 'addresses', 'room')
-_OF_REPOSITORIES = ('added', 'removed', 'base', 'snapshot', 'blob')
+_PASSING = ('connections', 'addresses', 'reserved')
+# Where the repository stands in the keys of rows that are counted of each.
+_OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'blob': 2}
+_GENERATION, _USED, _CLEANED, _HEADER = range(4)
 
 
 class Counters:
     """Rows of whole numbers under keys of words, in memory that processes share if it is made
-    before they part.  Each process writes to one of the `slots` alone and reads all of them, so
-    that none waits for another.  A reader may see one number of a row changed and the next not
-    yet."""
+    before they part.  A reader may see one number of a row changed and the next not yet."""
 
     def __init__(self, slots: int = 1) -> None:
         import mmap
         self._size = SLOT_BYTES // 8
-        self._words = memoryview(mmap.mmap(-1, slots * SLOT_BYTES)).cast('q')
-        # Of each slot: its rows, and up to where it has been looked through.  A slot begins with
-        # its length in words; a row is its width, its key's bytes, numbers and key.
-        self._rows: List[Dict[Key, memoryview]] = [{} for _ in range(slots)]
-        self._looked = [slot * self._size + 1 for slot in range(slots)]
+        self._words = memoryview(mmap.mmap(-1, slots * SLOT_BYTES + mmap.PAGESIZE)).cast('q')
+        self._epoch = slots * self._size        # where the number of the epoch is
+        # Of each slot, as it was when it was last looked at: rows by kind, how far, and the generation.
+        self._rows: List[Dict[str, Dict[Key, memoryview]]] = [{} for _ in range(slots)]
+        self._looked = [_HEADER for _ in range(slots)]
+        self._seen = [0 for _ in range(slots)]
         self._full = False
         self.join(0)
 
@@ -1284,38 +1538,132 @@ class Counters:
         """From now on this process writes to `slot`, and goes on from what is there."""
         self._own = slot
         self.lock = threading.Lock()
+        self._taken: Dict[str, int] = {}        # words of this slot by top-level folder
         self.clear(slot)
+        for rows in self._rows[slot].values():
+            for key, row in rows.items():
+                self._take(key, len(row))
 
     def clear(self, slot: int) -> None:
         """Forget what was passing in a slot whose process has died."""
+        begin = slot * self._size
         with self.lock:
+            if self._words[begin + _GENERATION] & 1:  # it died while it wrote the slot anew
+                self._words[begin + _USED] = 0
+                self._words[begin + _GENERATION] += 1
             self._look(slot)
-            for key, row in self._rows[slot].items():
-                if key[0] in _PASSING:
-                    for place in range(len(row)):
-                        row[place] = 0
+            for kind in _PASSING:
+                for row in self._rows[slot].get(kind, {}).values():
+                    row[:] = memoryview(bytearray(8 * len(row))).cast('q')
+
+    # ---- writing ----
 
     def add(self, key: Key, *amounts: int) -> bool:
-        """Add to the numbers of this process's row; false if there is no room for a row."""
+        """Add to the numbers of this process's row; false if there is no room for a row of its own."""
         with self.lock:
             row = self.row(key, len(amounts))
             for place, amount in enumerate(amounts):
                 row[place] += amount
-        return key in self._rows[self._own]
+            return self.has_row(key)
 
-    def put(self, key: Key, *values: int) -> None:
-        """Set the numbers of this process's row, if there is room for one."""
+    def put(self, key: Key, *values: int) -> bool:
+        """Set the numbers of this process's row, if there is room for one; whether there was."""
         with self.lock:
             row = self.row(key, len(values))
-            for place, value in enumerate(values):
-                row[place] = value
+            if self.has_row(key):
+                row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
+            return self.has_row(key)
 
-    def read(self, key: Key) -> List[List[int]]:
-        """The rows under a key, of as many processes as have one."""
+    def has_row(self, key: Key) -> bool:
+        """Whether this process has a row under just this key, for who holds `lock`."""
+        return key in self._rows[self._own].get(key[0], {})
+
+    def row(self, key: Key, width: int) -> memoryview:
+        """The numbers of this process's row, which is made if it is missing, for who holds `lock`;
+        without room that of OTHER, or ones that nobody reads."""
+        if self._words[self._own * self._size + _CLEANED] != self._words[self._epoch]:
+            self._clean()
+        row = self._rows[self._own].get(key[0], {}).get(key)
+        return row if row is not None else self._new_row(key, width)
+
+    def bury(self, repositories: List[str]) -> None:
+        """Count the rows of repositories that are gone no more, and have all processes free them.  For
+        the one process that counts."""
         with self.lock:
             for slot in range(len(self._rows)):
                 self._look(slot)
-            return [rows[key].tolist() for rows in self._rows if key in rows]
+            cleaned = min(self._words[slot * self._size + _CLEANED] for slot, rows in enumerate(self._rows)
+                          if any(rows.get(kind) for kind in _OF_REPOSITORIES)
+                          or slot == self._own)
+            done = [key for key, row in self._rows[self._own].get('gone', {}).items() if row[0] <= cleaned]
+            for repository in repositories:
+                self.row(('gone', repository), 1)[0] = self._words[self._epoch] + 1
+            if repositories or done:
+                self._words[self._epoch] += 1
+                self._clean(done)
+
+    def _new_row(self, key: Key, width: int) -> memoryview:
+        begin, text = self._own * self._size, '\0'.join(key).encode('utf-8', 'surrogateescape')
+        at = begin + _HEADER + self._words[begin + _USED]
+        end = at + 2 + width + -(-len(text) // 8)
+        if not self._has_room(key, end - at, end - begin):
+            if not self._full:
+                self._full = True
+                log.warning('there are too many repositories to count each: some are counted as "%s"', OTHER)
+            place = _OF_REPOSITORIES.get(key[0], 0)
+            if place and key[place] != OTHER:
+                return self.row((*key[:1], *[''] * (place - 1), OTHER, *key[place + 1:]), width)
+            return memoryview(bytearray(8 * width)).cast('q')
+        self._words[at], self._words[at + 1] = width, len(text)
+        self._words[at + 2:at + 2 + width] = memoryview(bytes(8 * width)).cast('q')
+        self._words.cast('B')[8 * (at + 2 + width):8 * (at + 2 + width) + len(text)] = text
+        self._words[begin + _USED] = end - begin - _HEADER
+        self._take(key, width)
+        row = self._words[at + 2:at + 2 + width]
+        self._rows[self._own].setdefault(key[0], {})[key] = row
+        return row
+
+    def _has_room(self, key: Key, words: int, end: int) -> bool:
+        place = _OF_REPOSITORIES.get(key[0], 0)
+        if not place or key[place] == OTHER:
+            return end <= self._size
+        most = self._size - SPARE_BYTES // 8
+        return end <= most and self._taken.get(_top_level(key[place]), 0) + words <= most // FOLDER_PART
+
+    def _take(self, key: Key, width: int) -> None:
+        place = _OF_REPOSITORIES.get(key[0], 0)
+        if place:
+            top = _top_level(key[place])
+            words = 2 + width + -(-len('\0'.join(key).encode('utf-8', 'surrogateescape')) // 8)
+            self._taken[top] = self._taken.get(top, 0) + words
+
+    def _clean(self, done: Iterable[Key] = ()) -> None:
+        """Write this process's slot anew, without the rows of repositories that are gone and without
+        those that are `done` with."""
+        begin, done = self._own * self._size, set(done)
+        for slot in range(len(self._rows)):
+            self._look(slot)
+        rows = [(key, row.tolist()) for rows in self._rows[self._own].values() for key, row in rows.items()
+                if key not in done and self._counts(self._own, key)]
+        self._words[begin + _GENERATION] += 1
+        self._words[begin + _USED] = 0
+        self._words[begin + _CLEANED] = self._words[self._epoch]
+        self._rows[self._own], self._taken, self._full = {}, {}, False
+        for key, values in rows:
+            row = self._new_row(key, len(values))
+            row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
+        self._words[begin + _GENERATION] += 1
+        self._seen[self._own] = self._words[begin + _GENERATION]
+        self._looked[self._own] = _HEADER + self._words[begin + _USED]
+
+    # ---- reading ----
+
+    def read(self, key: Key) -> List[List[int]]:
+        """The rows under a key, of as many processes as have one."""
+        found: List[List[int]] = self._reading(lambda: [
+            rows[key[0]][key].tolist() for slot, rows in enumerate(self._rows)
+            if key in rows.get(key[0], {}) and self._counts(slot, key)])
+        return found
 
     def total(self, key: Key, width: int) -> List[int]:
         """The first `width` numbers under a key, added up over all processes."""
@@ -1323,56 +1671,71 @@ class Counters:
 
     def sum_at(self, key: Key, place: int) -> int:
         """One number of the rows under a key, added up over all processes."""
-        with self.lock:
-            for slot in range(len(self._rows)):
-                self._look(slot)
-            return sum(rows[key][place] for rows in self._rows if key in rows)
+        found: int = self._reading(lambda: sum(rows[key[0]][key][place] for rows in self._rows
+                                               if key in rows.get(key[0], {})))
+        return found
+
+    def keys(self, kind: str) -> Set[Key]:
+        """The keys of all rows that begin with the word `kind`."""
+        found: Set[Key] = self._reading(lambda: {
+            key for slot, rows in enumerate(self._rows) for key in rows.get(kind, {})
+            if self._counts(slot, key)})
+        return found
 
     def find(self, kind: str, merge: Callable[[int, int], int] = operator.add
              ) -> Dict[Key, List[int]]:
         """All rows whose keys begin with the word `kind`; those of several processes are merged,
         two numbers at a time."""
-        with self.lock:
-            for slot in range(len(self._rows)):
-                self._look(slot)
-            rows = [item for rows in self._rows for item in rows.items() if item[0][0] == kind]
         found: Dict[Key, List[int]] = {}
-        for key, row in rows:
-            values = row.tolist()
+        for key, values in self._reading(lambda: [
+                (one, row.tolist()) for slot, rows in enumerate(self._rows)
+                for one, row in rows.get(kind, {}).items() if self._counts(slot, one)]):
             found[key] = list(map(merge, found[key], values)) if key in found else values
         return found
 
-    def row(self, key: Key, width: int) -> memoryview:
-        """The numbers of this process's row, which is made if it is missing, for who holds `lock`;
-        ones that nobody reads if there is no room."""
-        row = self._rows[self._own].get(key)
-        if row is not None:
-            return row
-        begin, text = self._own * self._size, '\0'.join(key).encode('utf-8', 'surrogateescape')
-        at = begin + 1 + self._words[begin]
-        end = at + 2 + width + -(-len(text) // 8)
-        if end > begin + self._size - (SPARE_BYTES // 8 if key[0] in _OF_REPOSITORIES else 0):
-            if not self._full:
-                self._full = True
-                log.error('there are too many repositories to count what is done in each')
-            return memoryview(bytearray(8 * width)).cast('q')
-        self._words[at], self._words[at + 1] = width, len(text)
-        self._words.cast('B')[8 * (at + 2 + width):8 * (at + 2 + width) + len(text)] = text
-        self._words[begin] = end - begin - 1
-        row = self._rows[self._own][key] = self._words[at + 2:at + 2 + width]
-        return row
+    def _reading(self, read: Callable[[], Any]) -> Any:
+        """What a function makes of the rows; again if a slot was written anew meanwhile."""
+        for _ in range(READ_TRIES):
+            with self.lock:
+                if all(self._look(slot) for slot in range(len(self._rows))):
+                    result = read()
+                    if all(self._words[slot * self._size + _GENERATION] == seen
+                           for slot, seen in enumerate(self._seen)):
+                        return result
+            time.sleep(0.005)
+        return read()  # its process has died; what follows will see to it
 
-    def _look(self, slot: int) -> None:
-        """Find the rows that have come since the last look."""
-        words, at = self._words, self._looked[slot]
-        end = slot * self._size + 1 + words[slot * self._size]
+    def _counts(self, slot: int, key: Key) -> bool:
+        """Whether a row is not one of a repository that was gone when the slot was last cleaned."""
+        place = _OF_REPOSITORIES.get(key[0], 0)
+        if not place or not self._words[self._epoch]:
+            return True
+        gone, cleaned = ('gone', key[place]), self._words[slot * self._size + _CLEANED]
+        return all(rows['gone'][gone][0] <= cleaned for rows in self._rows if gone in rows.get('gone', {}))
+
+    def _look(self, slot: int) -> bool:
+        """Find the rows that have come since the last look; false if they are being written anew."""
+        words, begin = self._words, slot * self._size
+        generation = words[begin + _GENERATION]
+        if generation & 1:
+            return False
+        if generation != self._seen[slot]:
+            self._rows[slot], self._looked[slot], self._seen[slot] = {}, _HEADER, generation
+        at, end = begin + self._looked[slot], begin + _HEADER + words[begin + _USED]
         while at < end:
             width, length = words[at:at + 2].tolist()
             row, at = words[at + 2:at + 2 + width], at + 2 + width
             text = bytes(words.cast('B')[8 * at:8 * at + length])
-            self._rows[slot][tuple(text.decode('utf-8', 'surrogateescape').split('\0'))] = row
+            key = tuple(text.decode('utf-8', 'surrogateescape').split('\0'))
+            self._rows[slot].setdefault(key[0], {})[key] = row
             at += -(-length // 8)
-        self._looked[slot] = at
+        self._looked[slot] = at - begin
+        return True
+
+
+def _top_level(repository: str) -> str:
+    """The top-level folder that a repository lies in, empty for the root's."""
+    return repository.split('/')[1] if repository.startswith('/') else ''
 
 
 # ==== Bandwidth ==================================================================================
@@ -1460,8 +1823,7 @@ def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]
     Raises OSError, and ValueError if the file is no good."""
     import json
     try:
-        with open(f'{store.root}/{HIDDEN}/{SCRUB_FILE}', encoding='utf-8') as file:
-            content = json.load(file)
+        content = json.loads(store.read_hidden(SCRUB_FILE))
         return ({str(folder): float(moment) for folder, moment in content['folders'].items()},
                 {str(repository): ScrubResult(float(result[0]), int(result[1]), int(result[2]))
                  for repository, result in content['repositories'].items()})
@@ -1595,8 +1957,9 @@ class Scrub:
         with contextlib.suppress(FileNotFoundError):
             if _SCRATCH_OF_OTHERS.fullmatch(entry.name):
                 left = entry.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS
-            elif SCRATCH_PREFIX in entry.name:
-                left = is_left_over(entry)
+            elif SCRATCH_PREFIX in entry.name or FRESH_PREFIX in entry.name:
+                left = is_left_over(Folder(os.path.dirname(entry.path)), entry.name,
+                                    time.time() + self._ahead)
             else:
                 self.report(entry.path, 'foreign: no object of restic has this name here')
                 return
@@ -1742,18 +2105,28 @@ class Scrub:
 # ==== Usage ======================================================================================
 # How much each repository holds: counted in the background, kept current by what passes through,
 # and bounded by quotas.
+#
+# A repository holds   base + added - removed,     base being what the last count found, less what had
+#                                                  been added since the start and more what was removed;
+# a quota's scope      baseline + delta + reserved, likewise, and reserved for uploads under way.
+# What counts for a quota is what the disk is asked for: each object rounded up to whole blocks, and a
+# block for each folder.  What is shown are the objects' own bytes.
 
 DAYS = 90                    # of the past for which it is known how much was stored on each
 COUNTS_AT_MOST = 3           # of a repository from which objects are being deleted
-ROOM_SECONDS = 10            # that an upload waits for room which others hold
-CLOCK_SECONDS = 60           # between an object's last byte and its name, at the most
+ROOM_SECONDS = 10            # that an upload waits for room which others have reserved
+CLOCK_SECONDS = 60           # longest time from the last write (mtime) to link(2) (ctime)
 WARNING_SECONDS = 10         # between two warnings of the same
 READY_SECONDS = 20           # that an upload waits for the first count
+SHOWN_SECONDS = 1.0          # for which what was computed to be shown is used again
+BLOCK_BYTES = 4096           # that an object takes, or a part of it,
+FOLDER_BYTES = 4096          # and a folder
 _DAY_SECONDS = 86400
 _COUNTED = (*KINDS, 'config')
-_NOTHING = [0] * (1 + len(_COUNTED))    # a row of bytes, and of objects of each kind
+_BYTES, _CHARGED, _OBJECTS = range(3)
+_NOTHING = [0] * (_OBJECTS + len(_COUNTED))     # a row of bytes, bytes for quotas, objects of each kind
 LOCK_BYTES = 4096            # of a lock that needs no room: to read and to make room takes one
-LOCKS = 64                   # of a repository that need none
+LOCKS = 1024                 # in a quota's scope, while which a lock needs none
 # What a count found of a repository: such a row, the time of the last snapshot, when it was counted,
 # bytes and snapshots at that time, folders that could not be read, and bytes and snapshots by day.
 Count = collections.namedtuple('Count', [
@@ -1767,14 +2140,20 @@ Holdings = collections.namedtuple('Holdings', [
     'bytes', 'objects', 'last_snapshot', 'days', 'snapshots', 'unreadable'])
 
 
+def charge_of(size: int) -> int:
+    """Bytes for which an object counts in a quota."""
+    return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
+
+
 class Usage:
     """What the repositories of a store hold.  All together may hold `most` bytes, and those below
     each top-level folder `most_per_user`; 0 is no limit.  refresh() has everything counted anew if
     the last count is `interval` seconds old.
 
     The rows that count: `added` and `removed` of a repository, since the start; `base`, what it
-    held at the start as the last count has it; `snapshot`, when one last came; of a quota's area,
-    `net` since the start, `room` for uploads under way, and `area`, what it held at the start.
+    held at the start as the last count has it; `snapshot`, when one last came; of a quota's scope,
+    bytes and locks: `delta` since the start, `baseline` at the start, `other` those of delta in
+    repositories that have no rows of their own, and `reserved` bytes.
     """
 
     def __init__(self, store: Store, counters: Counters, interval: float = 3600, most: int = 0,
@@ -1789,113 +2168,168 @@ class Usage:
         self._counting = False
         self._next_warning = 0.0
         self.turn = threading.Lock()    # of uploads that look for room
+        self._showing = threading.Lock()    # of what follows
+        self._shown_at = -math.inf
+        self._names: List[str] = []
+        self._shown: Dict[str, Optional[Holdings]] = {}
 
     # ---- what passes through ----
 
     def save(self, location: Location, body: Body) -> Tuple[int, int]:
-        """Store an object as Store.save() does.  Raises HttpError 507 where a quota leaves no room
-        for it, before its content is read if that has a known length."""
-        with _Room(self, self._counters, location, body) as content:
-            objects, size = self._store.save(location, content)
-            self._note('added', location, objects, size)
-        if location.kind == 'snapshots' and objects:
+        """Store an object as Store.save() does; objects and bytes that were added.  Raises HttpError
+        507 where a quota leaves no room for it, before its content is read if that has a known
+        length."""
+        scopes = self.scopes(location.repository)
+        if scopes and self._store.size(location) is not None and self._store.confirm(location, body):
+            return 0, 0     # an upload that is tried again needs no room
+        with _Upload(self, self._counters, location, body) as content:
+            saved = self._store.save(location, content)
+            charge = charge_of(saved.after) - (0 if saved.objects else charge_of(saved.before))
+            self._note('added', location, saved.objects, saved.after - saved.before,
+                       charge + saved.folders * FOLDER_BYTES)
+        if location.kind == 'snapshots' and saved.objects:
             self._counters.put(('snapshot', location.repository), int(time.time()))
-        return objects, size
+        return saved.objects, saved.after - saved.before
+
+    def create(self, location: Location) -> None:
+        """Make a repository as Store.create_repository() does.  Raises HttpError 507 as save() does."""
+        missing, repository = 0, location.repository
+        if self.scopes(repository):
+            missing = self._store.missing_folders(repository)
+            missing += len(KINDS) if missing else sum(
+                self._store.missing_folders(f'{repository}/{kind}') for kind in KINDS)
+        with _Reservation(self, self._counters, location, missing * FOLDER_BYTES):
+            made = self._store.create_repository(location.repository)
+            self._note('added', location, 0, 0, made * FOLDER_BYTES)
 
     def delete(self, location: Location) -> Optional[int]:
         """Remove an object as Store.delete() does."""
         size = self._store.delete(location)
         if size is not None:
-            self._note('removed', location, 1, size)
+            self._note('removed', location, 1, size, charge_of(size))
         return size
 
-    def size(self, location: Location) -> int:
-        """Bytes of an object, 0 if it is missing."""
-        return self._store.size(location) or 0
+    def charge(self, location: Location, size: int) -> int:
+        """Bytes for which an upload of `size` bytes counts, with the folders that it will make."""
+        return charge_of(size) + self._store.missing_folders(location.folder) * FOLDER_BYTES
 
-    def areas(self, repository: str) -> List[str]:
-        """The areas with a quota that a repository lies in: its top-level folder, and `` for all."""
+    def scopes(self, repository: str) -> List[str]:
+        """The scopes of quotas that a repository lies in: its top-level folder, and `` for all."""
         if not (self.most or self.most_per_user):
             return []
-        user = repository.split('/')[1] if repository else ''
-        return [area for area in {user, ''} if (self.most_per_user if area else self.most)]
+        return [scope for scope in {_top_level(repository), ''}
+                if (self.most_per_user if scope else self.most)]
 
-    def quota(self, area: str) -> Tuple[int, int, int]:
-        """Bytes that an area holds, those that uploads under way may add, and its quota."""
-        # An upload that ends moves from room to net: read in that order, it is never missed.
-        room, net, held = (self._counters.total((kind, area), 1)[0] for kind in ('room', 'net', 'area'))
-        return held + net, room, self.most_per_user if area else self.most
+    def quota(self, scope: str) -> Tuple[int, int, int]:
+        """Bytes that a scope holds, those that uploads under way have reserved, and its quota."""
+        # An upload that ends moves from reserved to delta: read in that order, it is never missed.
+        reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
+                                     for kind in ('reserved', 'delta', 'baseline'))
+        return baseline + delta, reserved, self.most_per_user if scope else self.most
 
     def refuse(self, location: Location, count: int) -> NoReturn:
         """Raises HttpError 507 for an upload of `count` bytes, and says so, but not for each of many."""
         now = time.monotonic()
         if now >= self._next_warning:
             self._next_warning = now + WARNING_SECONDS
-            held = ', '.join(f'{format_size(held)} of {format_size(most)} in /{area}'
-                             for area, (held, _, most) in ((area, self.quota(area))
-                                                           for area in self.areas(location.repository)))
+            held = ', '.join(f'{format_size(held)} of {format_size(most)} in /{scope}'
+                             for scope, (held, _, most) in ((scope, self.quota(scope))
+                                                            for scope in self.scopes(location.repository)))
             log.warning('the quota leaves no room for %s more in %s: %s', format_size(count),
                         location.repository or '/', held)
         raise HttpError(507, 'the quota leaves no room')
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
-        """Of each area that some repositories lie in: bytes it holds, and its quota."""
-        areas = {area for repository in ('', *repositories) for area in self.areas(repository)}
-        return {area: self.quota(area)[::2] for area in sorted(areas)}
-
-    def _note(self, way: str, location: Location, objects: int, size: int) -> None:
-        counters = self._counters
-        with counters.lock:
-            row = counters.row((way, location.repository), len(_NOTHING))
-            row[0] += size
-            row[1 + _COUNTED.index(location.kind)] += objects
-        for area in self.areas(location.repository):
-            self._counters.add(('net', area), size if way == 'added' else -size)
-
-    # ---- what is there ----
-
-    def repositories(self) -> Dict[str, Holdings]:
-        """The repositories and what they hold now; none before the first count."""
-        if not self.wait(0):
-            return {}
-        bases, added, removed = (self._counters.find(kind) for kind in ('base', 'added', 'removed'))
-        latest = self._counters.find('snapshot', max)
-        now = int(time.time())
-        found = {}
-        for name in sorted({key[1] for key in (*bases, *added)}):
-            base = _unpack(bases.get(('base', name)))
-            size, *numbers = (
-                known + more - less for known, more, less in zip(
-                    base.held, added.get(('added', name), _NOTHING),
-                    removed.get(('removed', name), _NOTHING)))
-            if not any(numbers) and not base.unreadable:
-                continue
-            objects = dict(zip(_COUNTED, numbers))
-            last = latest.get(('snapshot', name), [0])[0]
-            if last < base.time:
-                last = base.last_snapshot
-            days, snapshots = (_age_days(part, now // _DAY_SECONDS - base.time // _DAY_SECONDS)
-                               for part in (base.days, base.snapshot_days))
-            days[-1] += max(size - base.bytes, 0)  # since the count, so today
-            snapshots[-1] += max(objects['snapshots'] - base.snapshots, 0)
-            excess = sum(days) - size
-            for day in range(DAYS - 1, -1, -1):  # what was removed since is taken for the latest
-                less = max(min(excess, days[day]), 0)
-                days[day] -= less
-                excess -= less
-            found[name] = Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots,
-                                   base.unreadable)
-        return found
+        """Of each scope that some repositories lie in: bytes it holds, and its quota."""
+        scopes = {scope for repository in ('', *repositories) for scope in self.scopes(repository)}
+        return {scope: self.quota(scope)[::2] for scope in sorted(scopes)}
 
     def is_free(self, location: Location, length: Optional[int]) -> bool:
         """Whether an upload needs no room in a quota: who has none left must still be able to read
         and to remove, and restic holds a lock for both."""
         if location.kind != 'locks' or length is None or length > LOCK_BYTES:
             return False
-        at, name = 1 + KINDS.index('locks'), location.repository
-        base, added, removed = (self._counters.total((kind, name), len(_NOTHING))[at]
-                                for kind in ('base', 'added', 'removed'))
-        return base + added - removed < LOCKS
+        return all(sum(self._counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
+                   for scope in self.scopes(location.repository)
+                   ) and not self._store.missing_folders(location.folder)
+
+    def _note(self, direction: str, location: Location, objects: int, size: int, charge: int) -> None:
+        """Something was added or removed."""
+        counters = self._counters
+        with counters.lock:
+            row = counters.row((direction, location.repository), len(_NOTHING))
+            row[_BYTES] += size
+            row[_CHARGED] += charge
+            if objects:
+                row[_OBJECTS + _COUNTED.index(location.kind)] += objects
+            is_own = counters.has_row((direction, location.repository))
+        sign = 1 if direction == 'added' else -1
+        locks = objects if location.kind == 'locks' else 0
+        for scope in self.scopes(location.repository):
+            counters.add(('delta', scope), sign * charge, sign * locks)
+            if not is_own:
+                counters.add(('other', scope), sign * charge, sign * locks)
+
+    # ---- what is there ----
+
+    def names(self, below: str = '') -> List[str]:
+        """The repositories at a path and below it that may hold something, in order; OTHER stands for
+        those that are not counted each.  None before the first count."""
+        with self._showing:
+            self._forget_shown()
+            if not self._names and self.wait(0):
+                self._names = sorted({key[1] for kind in ('base', 'added')
+                                      for key in self._counters.keys(kind)})
+            if not below:
+                return list(self._names)
+            begin = bisect.bisect_left(self._names, below)
+            at = itertools.takewhile(lambda name: name.startswith(below), self._names[begin:])
+            return [name for name in at if f'{name}/'.startswith(f'{below}/')]
+
+    def holdings(self, names: Iterable[str]) -> Dict[str, Holdings]:
+        """What repositories hold now; those that hold nothing are left out.  Each is computed once a
+        second at the most, by one thread at a time."""
+        found = {}
+        with self._showing:
+            self._forget_shown()
+            for name in names:
+                if name not in self._shown:
+                    self._shown[name] = self._holdings(name)
+                held = self._shown[name]
+                if held:
+                    found[name] = held
+        return found
+
+    def repositories(self) -> Dict[str, Holdings]:
+        """All repositories and what they hold now; none before the first count."""
+        return self.holdings(self.names())
+
+    def _forget_shown(self) -> None:
+        now = time.monotonic()
+        if now >= self._shown_at + SHOWN_SECONDS:
+            self._shown_at, self._names, self._shown = now, [], {}
+
+    def _holdings(self, name: str) -> Optional[Holdings]:
+        rows = self._counters.read(('base', name))
+        base, now = _unpack(rows[0] if rows else None), int(time.time())
+        added, removed = (self._counters.total((kind, name), len(_NOTHING)) for kind in ('added', 'removed'))
+        size, _, *numbers = (known + more - less for known, more, less in zip(base.held, added, removed))
+        if not any(numbers) and not base.unreadable:
+            return None
+        objects = dict(zip(_COUNTED, numbers))
+        last = max((row[0] for row in self._counters.read(('snapshot', name))), default=0)
+        if last < base.time:
+            last = base.last_snapshot
+        days, snapshots = (_age_days(part, now // _DAY_SECONDS - base.time // _DAY_SECONDS)
+                           for part in (base.days, base.snapshot_days))
+        days[-1] += max(size - base.bytes, 0)  # since the count, so today
+        snapshots[-1] += max(objects['snapshots'] - base.snapshots, 0)
+        excess = sum(days) - size
+        for day in range(DAYS - 1, -1, -1):  # what was removed since is taken for the latest
+            less = max(min(excess, days[day]), 0)
+            days[day] -= less
+            excess -= less
+        return Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots, base.unreadable)
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
         """Wait until there has been a count, and a `fresh` one if it is time; whether there has."""
@@ -1946,26 +2380,33 @@ class Usage:
     def count(self) -> None:
         """Count everything.  What cannot be read is logged; what was known of it stays."""
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
-        bases = self._counters.find('base')
-        gone = {key[1] for key in (*bases, *self._counters.find('added'))}
-        held = {key[1]: 0 for key in self._counters.find('area')}
-
-        def note(repository: str, size: int) -> None:
-            for area in self.areas(repository):
-                held[area] = held.get(area, 0) + size
-
-        for repository in self._store.repositories(unreadable):
-            gone.discard(repository)
-            note(repository, self._count(repository))
-        for repository in gone:
+        known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
+        known.discard(OTHER)
+        tally = _Tally(self, [key[1] for key in self._counters.keys('baseline')])
+        for path, is_repository in self._store.walk(unreadable):
+            known.discard(path)
+            if is_repository:
+                self._count(path, tally)
+            elif path:
+                tally.note(path, FOLDER_BYTES, 0)
+        gone = []
+        for repository in known:
             if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
-                base = _unpack(bases.get(('base', repository)))._replace(unreadable=1)
+                rows = self._counters.read(('base', repository))
+                base = _unpack(rows[0] if rows else None)._replace(unreadable=1)
                 self._counters.put(('base', repository), *_pack(base))
-                note(repository, base.held[0])
+                tally.note(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
             else:
-                note(repository, self._set_base(repository, _unpack(None)))
-        for area, size in held.items():
-            self._counters.put(('area', area), size)
+                self._set_base(repository, _unpack(None), tally)
+                gone.append(repository)
+        self._counters.bury(gone)
+        for scope, (charged, locks) in tally.held.items():
+            other = self._counters.total(('other', scope), 2)
+            self._counters.put(('baseline', scope), charged - other[0], locks - other[1])
+        added, removed = (self._counters.total((kind, OTHER), len(_NOTHING)) for kind in ('added', 'removed'))
+        held = [number - more + less for number, more, less in zip(tally.other.held, added, removed)]
+        if any(held):
+            self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
         self._counters.put(('counted',), int(time.monotonic() * 1e9))
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
 
@@ -1974,16 +2415,17 @@ class Usage:
             self.count()
         except Exception as error:  # a fault of ours must not end the counting for ever
             log.error('what is stored could not be counted: %s: %s', type(error).__name__, error)
+            log.debug('where it happened:', exc_info=True)
         finally:
             self._counting = False
 
     def _is_old(self) -> bool:
         return self.age() >= self._interval
 
-    def _count(self, repository: str) -> int:
-        """Count a repository; the bytes that it held at the start.  What is added meanwhile is left
-        to `added`.  If something is removed the count is made again; after the last one it is taken
-        to have been counted, so that a quota errs on the safe side."""
+    def _count(self, repository: str, tally: _Tally) -> None:
+        """Count a repository.  What is added meanwhile is left to `added`.  If something is removed the
+        count is made again; after the last one it is taken to have been counted, so that a quota errs
+        on the safe side."""
         for _ in range(COUNTS_AT_MOST):
             before = self._store.now()
             added, removed = (self._counters.total((way, repository), len(_NOTHING))
@@ -1991,17 +2433,19 @@ class Usage:
             found = self._measure(repository, before)
             if self._counters.total(('removed', repository), len(_NOTHING)) == removed:
                 break
-        return self._set_base(repository, found, added)
+        self._set_base(repository, found, tally, added)
 
-    def _set_base(self, repository: str, found: Count, added: Optional[List[int]] = None) -> int:
+    def _set_base(self, repository: str, found: Count, tally: _Tally,
+                  added: Optional[List[int]] = None) -> None:
         """Note what a repository held at the start if it holds what was `found` now, or did when so
-        much had been `added`; the bytes."""
+        much had been `added`."""
         if added is None:
             added = self._counters.total(('added', repository), len(_NOTHING))
         removed = self._counters.total(('removed', repository), len(_NOTHING))
         held: List[int] = [number - more + less for number, more, less in zip(found.held, added, removed)]
-        self._counters.put(('base', repository), *_pack(found._replace(held=held)))
-        return held[0]
+        if not self._counters.put(('base', repository), *_pack(found._replace(held=held))):
+            tally.note_other(found)
+        tally.note(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
 
     def _measure(self, repository: str, before: float) -> Count:
         """What a repository holds that was there `before` a time of the file system's clock."""
@@ -2009,24 +2453,31 @@ class Usage:
         days, snapshots, today = [0] * DAYS, [0] * DAYS, int(before) // _DAY_SECONDS
         pause = bool(self._counters.read(('counted',)))
 
-        def lament(error: OSError) -> int:
+        def report(error: OSError) -> int:
             log.error('how much %s holds is not wholly known: %s', repository or '/', error)
             return 1
 
+        held[_CHARGED] = FOLDER_BYTES if repository else 0
         try:
             config = self._store.size(Location(repository, 'config'))
-            held[0], held[-1] = config or 0, int(config is not None)
+            if config is not None:
+                held[_BYTES], held[-1] = config, 1
+                held[_CHARGED] += charge_of(config)
         except OSError as error:
-            unreadable += lament(error)
-        for kind, folder in self._store.folders(repository):
+            unreadable += report(error)
+        folders = list(self._store.folders(repository))
+        for folder in (*(folder for _, folder in folders), f'{self._store.root}{repository}/data'):
+            held[_CHARGED] += FOLDER_BYTES if os.path.isdir(folder) else 0
+        for kind, folder in folders:
             begin = time.monotonic()
             try:
                 for _, status in object_entries(folder, folder[-2:] if kind == 'data' else ''):
                     # An upload since then; not what was copied, or has changed its owner.
                     if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
                         continue
-                    held[0] += status.st_size
-                    held[1 + KINDS.index(kind)] += 1
+                    held[_BYTES] += status.st_size
+                    held[_CHARGED] += charge_of(status.st_size)
+                    held[_OBJECTS + KINDS.index(kind)] += 1
                     moment = min(max(int(status.st_mtime), 0), int(before))
                     day = DAYS - 1 - today + moment // _DAY_SECONDS
                     if day >= 0:
@@ -2035,11 +2486,35 @@ class Usage:
                     if kind == 'snapshots':
                         last = max(last, moment)
             except OSError as error:
-                unreadable += lament(error)
+                unreadable += report(error)
             if pause:  # leave half of the time to requests, but those that wait for the first count
                 time.sleep(time.monotonic() - begin)
-        return Count(held, last, now, held[0], held[1 + KINDS.index('snapshots')], unreadable,
+        return Count(held, last, now, held[_BYTES], held[_OBJECTS + KINDS.index('snapshots')], unreadable,
                      days, snapshots)
+
+
+class _Tally:
+    """What a count has found until now: by a quota's scope, charged bytes and locks; and in all
+    repositories that are counted as OTHER."""
+
+    def __init__(self, usage: Usage, scopes: Iterable[str]) -> None:
+        self._usage = usage
+        self.held = {scope: [0, 0] for scope in scopes}
+        self.other = _unpack(None)
+
+    def note(self, repository: str, charged: int, locks: int) -> None:
+        for scope in self._usage.scopes(repository):
+            held = self.held.setdefault(scope, [0, 0])
+            held[0] += charged
+            held[1] += locks
+
+    def note_other(self, found: Count) -> None:
+        old = self.other
+        self.other = Count(
+            *(list(map(operator.add, old.held, found.held)), max(old.last_snapshot, found.last_snapshot),
+              found.time, old.bytes + found.bytes, old.snapshots + found.snapshots,
+              old.unreadable + found.unreadable, list(map(operator.add, old.days, found.days)),
+              list(map(operator.add, old.snapshot_days, found.snapshot_days))))
 
 
 def _pack(count: Count) -> List[int]:
@@ -2059,27 +2534,24 @@ def _age_days(days: List[int], passed: int) -> List[int]:
     return [*days, *[0] * min(max(passed, 0), DAYS)][-DAYS:]
 
 
-class _Room:
-    """The content of an upload; while this context lasts, the quotas hold room for it.  Raises
-    HttpError 507 if there is none, and 503 if that may change soon or is not known yet."""
+class _Reservation:
+    """Room for `charge` bytes in the quotas, while this context lasts.  Raises HttpError 507 if there is
+    none, and 503 if that may change soon or is not known yet."""
 
-    def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body) -> None:
-        self.length = body.length
-        self.piece = body.piece
+    def __init__(self, usage: Usage, counters: Counters, location: Location, charge: int) -> None:
         self._usage = usage
         self._counters = counters
         self._location = location
-        self._areas = usage.areas(location.repository)
-        self._body = body
+        self._charge = charge
+        self._scopes = usage.scopes(location.repository)
         self._taken = 0
 
-    def __enter__(self) -> Body:
-        if not self._areas or self._usage.is_free(self._location, self.length):
-            return self._body
-        self._usage.refresh()
-        if not self._usage.wait(READY_SECONDS):
-            raise HttpError(503, 'what is stored is still being counted', [('Retry-After', '10')])
-        self._take(self._missing())
+    def __enter__(self) -> Any:
+        if self._scopes:
+            self._usage.refresh()
+            if not self._usage.wait(READY_SECONDS):
+                raise HttpError(503, 'what is stored is still being counted', [('Retry-After', '10')])
+            self.take(self._charge)
         return self
 
     def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
@@ -2087,42 +2559,64 @@ class _Room:
         if self._taken:
             self._add(-self._taken)
 
-    def readinto(self, view: memoryview) -> int:
-        count = self._body.readinto(view)
-        if self.length is None:
-            self._take(count)
-        elif not count:
-            self._take(self._missing())  # what was there may have been removed meanwhile
-        return count
-
-    def _missing(self) -> int:
-        """Bytes for which room is still to be taken: an object that is there needs none."""
-        return max((self.length or 0) - self._usage.size(self._location) - self._taken, 0)
-
-    def _take(self, count: int) -> None:
-        """Hold room for `count` bytes more.  While uploads under way hold what is left, they are
-        waited for: they may fail.  Two processes may also have stepped into each other's way."""
-        end = time.monotonic() + ROOM_SECONDS
-        while count:
+    def take(self, charge: int) -> None:
+        """Reserve room for `charge` bytes in all.  While uploads under way have reserved what is left,
+        they are waited for: they may fail.  Two processes may also have stepped into each other's
+        way."""
+        end, count = time.monotonic() + ROOM_SECONDS, charge - self._taken
+        while count > 0:
             with self._usage.turn:
                 fits = self._add(count)
-                quotas = [self._usage.quota(area) for area in self._areas]
-                if fits and all(held + room <= most for held, room, most in quotas):
+                quotas = [self._usage.quota(scope) for scope in self._scopes]
+                if fits and all(held + reserved <= most for held, reserved, most in quotas):
                     return
                 self._add(-count)
             if any(held + self._taken + count > most for held, _, most in quotas):
                 self._usage.refuse(self._location, count)
-            if time.monotonic() > end or self.length is None:
+            if time.monotonic() > end or not self._can_wait():
                 raise HttpError(503, 'other uploads hold the room that is left', [('Retry-After', '10')])
             time.sleep(0.01 + os.urandom(1)[0] / 10000)
 
+    def _can_wait(self) -> bool:
+        return True
+
     def _add(self, count: int) -> bool:
-        """Change the room that is held; false if that cannot be counted."""
+        """Change what is reserved; false if that cannot be counted."""
         self._taken += count
         fits = True
-        for area in self._areas:
-            fits = self._counters.add(('room', area), count) and fits
+        for scope in self._scopes:
+            fits = self._counters.add(('reserved', scope), count) and fits
         return fits
+
+
+class _Upload(_Reservation):
+    """The content of an upload, all of which has its room before it is read; as much of it as has come
+    where its length is not known."""
+
+    def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body) -> None:
+        self.length = body.length
+        self.piece = body.piece
+        self._body = body
+        self._come = 0
+        super().__init__(usage, counters, location, 0)
+        if self._scopes:
+            self._charge = usage.charge(location, body.length or 0)
+
+    def __enter__(self) -> Body:
+        if not self._scopes or self._usage.is_free(self._location, self.length):
+            return self._body
+        super().__enter__()
+        return self
+
+    def readinto(self, view: memoryview) -> int:
+        count = self._body.readinto(view)
+        if self.length is None:
+            self._come += count
+            self.take(self._usage.charge(self._location, self._come))
+        return count
+
+    def _can_wait(self) -> bool:
+        return self.length is not None
 
 
 # ==== Accounts ===================================================================================
@@ -2652,11 +3146,14 @@ class Accounts:
 
 def change_password_file(path: str, user: str, entry: str) -> bool:
     """Set a user's entry in an htpasswd file, or remove it if `entry` is empty; whether the user
-    was there.  Other lines stay, and the file changes all at once.  Raises OSError."""
+    was there.  Other lines, owner, group and mode stay, and the file changes all at once; through a
+    link its target does.  Raises OSError."""
     import tempfile
-    lines = []
+    path, status = os.path.realpath(path), None
+    lines: List[bytes] = []
     with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
         lines = file.read().splitlines(keepends=True)
+        status = os.fstat(file.fileno())
     mine = [line.partition(b':')[0].strip() == user.encode() for line in lines]
     new = f'{user}:{entry}\n'.encode() if entry else b''
     kept = [new if own else line for own, line in zip(mine, lines)
@@ -2671,6 +3168,10 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
         with open(fd, 'wb') as file:
             file.write(b''.join(kept))
             file.flush()
+            if status and hasattr(os, 'fchown'):
+                with contextlib.suppress(PermissionError):  # only root gives a file away
+                    os.fchown(fd, status.st_uid, status.st_gid)
+                os.fchmod(fd, stat.S_IMODE(status.st_mode))
             sync_file(file.fileno())
         os.replace(scratch, path)
     except BaseException:
@@ -2774,6 +3275,7 @@ class Metrics:
         self._begin = time.time()
         self._reported = self._activity()   # and when, as the last line had it
         self._reported_at = time.monotonic()
+        self._exposing = threading.Lock()
         self._lock = threading.Lock()       # of the two below
         self._limited: Dict[str, collections.Counter[str]] = {}     # not told yet, by limit and address
         self._told: Dict[str, float] = {}   # when a line last told of a limit
@@ -2797,7 +3299,7 @@ class Metrics:
 
     def _count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
         if location.name:
-            row = self.counters.row(('blob', request.user, location.repository[1:], location.kind), 6)
+            row = self.counters.row(('blob', request.user, location.repository, location.kind), 6)
             row[what] += 1
             row[what + 1] += size
 
@@ -2867,10 +3369,14 @@ class Metrics:
     # ---- for Prometheus ----
 
     def exposition(self) -> str:
-        """All metrics in the text format."""
+        """All metrics in the text format.  One thread at a time computes them."""
         self._usage.refresh()
+        with self._exposing:
+            return self._exposition()
+
+    def _exposition(self) -> str:
         out = _Exposition()
-        blobs = [((('user', user), ('repo', repository), ('type', kind)), row)
+        blobs = [((('user', user), ('repo', repository_label(repository)), ('type', kind)), row)
                  for (_, user, repository, kind), row in self.counters.find('blob').items()]
         for at, (verb, done) in enumerate((('write', 'written'), ('read', 'read'), ('delete', 'deleted'))):
             for number, (name, help_text) in enumerate((
@@ -2911,7 +3417,7 @@ class Metrics:
 
     def _expose_repositories(self, out: _Exposition) -> None:
         repositories = self._usage.repositories()
-        held = {(('repo', name[1:]),): holdings for name, holdings in repositories.items()}
+        held = {(('repo', repository_label(name)),): holdings for name, holdings in repositories.items()}
         out.family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.', (
             (repo, holdings.bytes) for repo, holdings in held.items()))
         out.family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', (
@@ -2933,6 +3439,11 @@ class Metrics:
                                         ('limit', 1, 'Bytes that may be held there.')):
             out.family(f'restic_serve_quota_{part}_bytes', 'gauge', help_text, (
                 ((('folder', area),), quota[number]) for area, quota in quotas.items()))
+
+
+def repository_label(name: str) -> str:
+    """A repository's path as a label has it, without its first slash."""
+    return name[1:] if name.startswith('/') else name
 
 
 def _label(text: str) -> str:
@@ -3023,6 +3534,7 @@ class Page:
         self._store = store
         self._usage = usage
         self._stale_after = stale_after
+        self._rendering = threading.Lock()
 
     def headers(self) -> Headers:
         """What the page may do: show itself, and nothing else (CSP Level 3)."""
@@ -3036,12 +3548,17 @@ class Page:
 
     def render(self, top: str, may_enter: Callable[[str], bool], own: str = '') -> str:
         """The page of the repositories at a path and below it which `may_enter` allows; the quota
-        of the path `own` is shown even if it has none."""
+        of the path `own` is shown even if it has none, and nothing outside it is looked at.  One
+        thread at a time computes a page."""
         self._usage.refresh()
         fresh = self._usage.wait(COUNT_PATIENCE, fresh=True)
+        with self._rendering:
+            return self._render(top, may_enter, own, fresh)
+
+    def _render(self, top: str, may_enter: Callable[[str], bool], own: str, fresh: bool) -> str:
         counted, now = self._usage.age() < math.inf, time.time()
-        shown = {name: held for name, held in self._usage.repositories().items()
-                 if f'{name}/'.startswith(f'{top}/') and may_enter(name)}
+        shown = self._usage.holdings(filter(may_enter, self._usage.names(
+            own if f'{own}/'.startswith(f'{top}/') else top)))
         late = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
         scrubs = last_scrubs(self._store)
         rows = ''.join(self._row(name, held, name in late, scrubs.get(name), now) for name, held
@@ -3286,7 +3803,7 @@ class Api:
     def _create(self, request: Request, location: Location) -> Response:
         if 'create=true' not in request.query.split('&'):
             raise HttpError(400, 'a repository is made by POST with ?create=true')
-        self.store.create_repository(location.repository)
+        self.usage.create(location)
         return Response(200, [])
 
     def _save(self, request: Request, location: Location) -> Response:
@@ -3306,7 +3823,7 @@ class Api:
 
     def _get_object(self, request: Request, location: Location) -> Response:
         try:
-            content = self.store.read(location)
+            content = self.store.open(location)
         except OSError as error:
             if error.errno in _NO_OBJECT:
                 raise HttpError(404, 'not found') from None
@@ -3446,6 +3963,8 @@ def _check_repository(path: str) -> str:
             raise HttpError(400, 'the path has a segment that is no file name')
     if len(segments) > DEEPEST:
         raise HttpError(400, f'the path has more than {DEEPEST} segments')
+    if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
+        raise HttpError(400, f'the path is longer than {LONGEST} bytes')
     if segments[0] == HIDDEN or any(segment in KINDS or segment == 'config'
                                     for segment in segments):
         raise HttpError(404, 'not found')
@@ -4208,10 +4727,10 @@ def parse_head(text: str) -> Tuple[Head, Dict[str, str]]:
     the head's own and its range.  Raises HttpError (RFC 9112 3 and 5).
 
     What a client sends again is parsed once: field lines, and the head of a request for a piece of
-    a file but for its Range.
+    a file but for its Range; never those with a password.
     """
     before, found, after = text.partition('\nRange: ')
-    if found and len(text) <= REMEMBERED_HEAD:
+    if found and _may_be_remembered(text):
         wanted, _, after = after.partition('\r\n')
         if wanted.isascii() and wanted.isprintable():
             head = _remembered_head(before, after)
@@ -4221,13 +4740,17 @@ def parse_head(text: str) -> Tuple[Head, Dict[str, str]]:
     return head, head.headers
 
 
+def _may_be_remembered(text: str) -> bool:
+    return len(text) <= REMEMBERED_HEAD and '\nauthorization:' not in text.lower()
+
+
 def _parse_head(text: str) -> Head:
     line = _REQUEST_LINE.match(text)
     if not line:
         _raise_fault(text)
     method, target, minor = line.groups()
     lines = text[line.end():]
-    headers = (_remembered_fields if len(text) <= REMEMBERED_HEAD else _parse_fields)(lines)
+    headers = (_remembered_fields if _may_be_remembered(text) else _parse_fields)(lines)
     if headers is None:
         _raise_fault(text)
     # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
@@ -6776,8 +7299,6 @@ class Server:
             with self._lock:
                 self._connections.discard(connection)
             self.dismiss(ticket)
-            if self.api.store.kept and not self._admitted:
-                self.api.store.kept.expire(math.inf)
             if self._stopping:
                 with contextlib.suppress(OSError):
                     self._wake_writer.send(b'\0')
@@ -6862,8 +7383,6 @@ class Server:
     def _expire(self, now: float) -> bool:
         """Wake connections whose time is over; whether more of them are left.  A thousand threads
         that wake at once would hold up everyone else."""
-        if self.api.store.kept:
-            self.api.store.kept.expire(now)
         self._check_authority()
         overdue = [one for one in self._snapshot() if one.next_deadline() < one.clock()]
         for connection in overdue[:EXPIRED_AT_ONCE]:
@@ -7159,12 +7678,17 @@ _DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
 
 
 class LogFormatter(logging.Formatter):
-    """rclone's log lines; those of the access log are bare, for the programs that read them."""
+    """rclone's log lines; those of the access log are bare, for the programs that read them.  A message
+    is one line whatever a client has put into it."""
 
     def format(self, record: logging.LogRecord) -> str:
         if record.name == access_log.name:
             return record.getMessage()
         return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -7184,8 +7708,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """The end of a file.  After close(), which logrotate's SIGHUP does, the next line opens it
-    anew; where that fails, or the disk is full, lines are lost and the service goes on."""
+    """The end of a file, which others may not read if it is made here.  After close(), which
+    logrotate's SIGHUP does, the next line opens it anew; where that fails, or the disk is full, lines
+    are lost and the service goes on."""
+
+    def _open(self) -> Any:
+        return open(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, 0o640),
+                    'a', encoding='utf-8', errors='backslashreplace')
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
@@ -7206,11 +7735,6 @@ def start_log(level: int, path: str, as_json: bool = False) -> None:
     log.addHandler(handler)
     log.setLevel(level)
     log.propagate = False
-
-
-def one_line(text: object) -> str:
-    """What is said to a person, on one line whatever was in it."""
-    return re.sub(r'[\x00-\x1f\x7f]', '?', str(text))
 
 
 # ==== Options ====================================================================================
@@ -7328,8 +7852,8 @@ def make_parser(environment: Mapping[str, str]) -> Parser:
         'restic -o rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; there is no --addr')
     add(serving, '--b2-hard-delete', parse_bool, False, argparse.SUPPRESS)  # restic says so
     add(serving, '--baseurl', parse_baseurl, '', 'prefix of every URL, behind a proxy', 'PATH')
-    add(serving, '--cache-objects', parse_bool, True, 'keep pack files open for a moment after a '
-        'read, each reuse checked for being removed (default true)')
+    add(serving, '--cache-objects', parse_bool, True, "accepted for rclone's sake: nothing is cached "
+        'here that could go stale')
     add(serving, '--allow-origin', parse_origin, None, 'web origin whose scripts may use the server '
         '(CORS), or * for any', 'ORIGIN')
     add(serving, '--response-header', parse_header, [], 'header to add to every answer; may be '
@@ -7708,7 +8232,7 @@ def main(words: Optional[List[str]] = None) -> int:
         if options.allow_origin == '*':
             log.warning('--allow-origin: with * the scripts of every web site may use the server')
         store = Store(directory, verify=not options.no_verify_upload,
-                      shared=options.group_accessible, keep=options.cache_objects)
+                      shared=options.group_accessible)
         if options.scrub:
             return scrub(options, store)
         block_signals(_SIGNALS)  # they wait until the server heeds them

@@ -75,6 +75,18 @@ def named(content):
     return hashlib.sha256(content).hexdigest()
 
 
+def path_of(store, location):
+    """Where an object is stored."""
+    return f'{store.root}{location.folder}/{location.file}'
+
+
+def counted_plainly(test):
+    """Have quotas count an object's bytes and nothing else, and what is shown be computed each time."""
+    patch = mock.patch.multiple(restic_serve, BLOCK_BYTES=1, FOLDER_BYTES=0, SHOWN_SECONDS=0)
+    patch.start()
+    test.addCleanup(patch.stop)
+
+
 class Bytes:
     """Content of a request, in pieces of `step` bytes, which may end with an exception."""
 
@@ -189,6 +201,39 @@ class UnitsTest(unittest.TestCase):
 
 # ---- Messages ----
 
+class OneLineTest(unittest.TestCase):
+    def test_what_is_said_is_one_line_that_reads_as_it_is_written(self):
+        for text, said in (('plain', 'plain'), ('süß 漢字', 'süß 漢字'), ('a\nb', r'a\nb'),
+                           ('\x1b[31m', r'\x1b[31m'),
+                           ('\x85\x9b', r'\x85\x9b'), ('\u202egpj.exe', r'\u202egpj.exe'),
+                           ('\u2028\u2029\u200f', r'\u2028\u2029\u200f'), ('\udc80', r'\udc80'), (17, '17')):
+            self.assertEqual(restic_serve.one_line(text), said)
+
+    def test_every_line_of_the_log_is(self):
+        formatter = restic_serve.LogFormatter('%(levelname)s: %(message)s')
+        record = logging.LogRecord('restic_serve', logging.INFO, '', 0, '%s %s',
+                                   ('DELETE', '/a\u202e\x85\n\u2028'), None)
+        self.assertEqual(formatter.format(record), r'INFO: DELETE /a\u202e\x85\n\u2028')
+        record = logging.LogRecord('restic_serve', logging.INFO, '', 0, 'x', (), None)
+        try:
+            raise ValueError('y')
+        except ValueError:
+            record.exc_info = sys.exc_info()
+        self.assertGreater(formatter.format(record).count('\n'), 1)     # a traceback is not
+
+    def test_a_log_file_is_for_its_owner_and_group(self):
+        with tempfile.TemporaryDirectory() as folder:
+            old = os.umask(0o022)
+            try:
+                handler = restic_serve.LogFile(f'{folder}/log')
+                handler.emit(logging.LogRecord('x', logging.INFO, '', 0, '\udc80ü', (), None))
+                handler.close()
+            finally:
+                os.umask(old)
+            self.assertEqual(stat.S_IMODE(os.stat(f'{folder}/log').st_mode), 0o640)
+            self.assertEqual(Path(folder, 'log').read_text(encoding='utf-8'), '\\udc80ü\n')
+
+
 class RangeTest(unittest.TestCase):
     def test_one_byte_range_is_a_slice(self):
         for value, part in (('bytes=0-', (0, 10)), ('bytes=2-4', (2, 3)), ('bytes=9-9', (9, 1)),
@@ -227,7 +272,11 @@ class StoreTest(TestCase):
         return location
 
     def path(self, location):
-        return Path(self.store._path(location))
+        return Path(path_of(self.store, location))
+
+    def scratch(self, folder=''):
+        """A scratch file for a folder below the root."""
+        return restic_serve.Scratch(self.store, self.store.folder(folder))
 
     def names(self, kind, sizes=True):
         return {name: size for names, lengths in self.store.objects(Location('/host', kind), sizes)
@@ -237,9 +286,10 @@ class StoreTest(TestCase):
         self.store.create_repository('/a/b/c')
         base = self.root / 'a' / 'b' / 'c'
         self.assertEqual(sorted(path.name for path in base.iterdir()), sorted(restic_serve.KINDS))
-        self.assertEqual(sorted(path.name for path in (base / 'data').iterdir()),
-                         [f'{number:02x}' for number in range(256)])
-        self.store.create_repository('/a/b/c')
+        self.assertEqual(list((base / 'data').iterdir()), [])   # those are made when they are needed
+        self.assertEqual(self.store.create_repository('/a/b/c'), 0)
+        self.save(b'content', repository='/a/b/c')
+        self.assertEqual([path.name for path in (base / 'data').iterdir()], [named(b'content')[:2]])
 
     def test_what_is_saved_is_read_listed_and_deleted(self):
         for kind in restic_serve.KINDS:
@@ -329,6 +379,7 @@ class StoreTest(TestCase):
         for make in (lambda path: path.touch(), lambda path: path.symlink_to(path),
                      lambda path: path.symlink_to('missing')):
             for path, kind in ((data / 'ff', 'data'), (self.root / 'host' / 'keys', 'keys')):
+                path.mkdir(exist_ok=True)
                 path.rmdir()
                 make(path)
                 with self.assertRaises(OSError):
@@ -353,11 +404,12 @@ class StoreTest(TestCase):
     def fail_second_time(error):
         real, calls = restic_serve.Scratch._make_named, []
 
-        def make_named(scratch, folder):
+        def make_named(scratch, folder, prefix):
             calls.append(folder)
             if len(calls) > 1:
+                folder.close()
                 raise error
-            real(scratch, folder)
+            real(scratch, folder, prefix)
         return make_named
 
     def test_another_config_is_refused_and_the_same_is_not(self):
@@ -378,8 +430,10 @@ class StoreTest(TestCase):
 
     def test_an_upload_is_synced_before_it_has_its_name_and_its_folder_after(self):
         self.store.create_repository('/host')
-        self.store.hidden_folder()
+        self.store.hidden_folder().close()
         calls = []
+        for content in (b'True', b'False'):
+            (self.root / 'host' / 'data' / named(content)[:2]).mkdir()
 
         def note(name):
             real = getattr(os, name)
@@ -416,33 +470,33 @@ class StoreTest(TestCase):
 
     def test_scratch_files_with_a_name_lie_in_the_hidden_folder(self):
         self.store.nameless = False
-        with restic_serve.Scratch(self.store, str(self.root)) as scratch:
-            self.assertEqual(Path(scratch.path).parent, self.root / restic_serve.HIDDEN)
+        with self.scratch() as scratch:
+            self.assertEqual(scratch.home.path, str(self.root / restic_serve.HIDDEN))
+            self.assertEqual(self.files(), [f'{restic_serve.HIDDEN}/{scratch.name}'])
         self.assertEqual(self.files(), [])
 
     def test_or_beside_the_object_where_that_is_another_file_system(self):
-        other = self.folder / 'other'
-        (other / 'keys').mkdir(parents=True)
-        real = os.stat
-
-        def stat_elsewhere(path, **more):
-            status = real(path, **more)
-            if str(path).startswith(str(self.root / 'host')):
-                return os.stat_result(status[:2] + (status.st_dev + 1,) + status[3:10])
-            return status
-
         self.store.nameless = False
         self.store.create_repository('/host')
-        with mock.patch.object(os, 'stat', stat_elsewhere), \
-                restic_serve.Scratch(self.store, str(self.root / 'host' / 'keys')) as scratch:
-            self.assertEqual(Path(scratch.path).parent, self.root / 'host' / 'keys')
+        with mock.patch.object(restic_serve.Folder, 'device', autospec=True,
+                               side_effect=lambda folder: 'host' in folder.path), \
+                self.scratch('/host/keys') as scratch:
+            self.assertEqual(scratch.home.path, str(self.root / 'host' / 'keys'))
             self.assertEqual(self.names('keys'), {})
+            self.assertEqual(self.files(self.root / 'host'), [f'keys/{scratch.name}'])
+        self.assertEqual(self.files(), [])
+
+    def is_hidden(self, name, dir_fd):
+        """Whether a file lies in the hidden folder."""
+        hidden = self.root / restic_serve.HIDDEN
+        return hidden.is_dir() and os.path.samestat(os.stat(hidden), os.fstat(dir_fd)) \
+            if dir_fd is not None else f'{restic_serve.HIDDEN}/' in name
 
     def test_a_bind_mount_is_crossed_by_a_copy(self):
         real = os.link
 
         def link(source, target, **more):
-            if restic_serve.HIDDEN + '/' in source:
+            if self.is_hidden(source, more['src_dir_fd']):
                 raise OSError(errno.EXDEV, 'Invalid cross-device link')
             real(source, target, **more)
 
@@ -493,9 +547,34 @@ class StoreTest(TestCase):
         for name in ('upload-dead', 'state'):
             (hidden / name).touch()
         self.store.nameless = False
-        with restic_serve.Scratch(self.store, str(self.root)) as scratch:
+        with self.scratch() as scratch:
             self.store.prepare()
-            self.assertEqual(self.files(hidden), ['state', os.path.basename(scratch.path)])
+            self.assertEqual(self.files(hidden), ['state', scratch.name])
+
+    def test_an_upload_that_is_about_to_be_locked_is_no_left_over(self):
+        self.store.nameless = False
+        real, seen = restic_serve.lock_file, []
+
+        def lock_file(fd):
+            with mock.patch.object(restic_serve, 'lock_file', real):
+                self.make_store()   # another server starts just now
+            seen.append(self.files(self.root / restic_serve.HIDDEN))
+            return real(fd)
+
+        with mock.patch.object(restic_serve, 'lock_file', lock_file):
+            location = self.save(b'content')
+        self.assertEqual(self.path(location).read_bytes(), b'content')
+        self.assertEqual([len(names) for names in seen], [1])
+
+    def test_what_a_crash_left_before_its_lock_is_removed_after_an_hour_of_the_disks_clock(self):
+        hidden = self.root / restic_serve.HIDDEN
+        hidden.mkdir()
+        (hidden / 'new-x').touch()
+        self.store.prepare()
+        self.assertEqual(self.files(hidden), ['new-x'])
+        with mock.patch.object(Store, 'now', return_value=time.time() + 3700):
+            self.store.prepare()
+        self.assertEqual(self.files(hidden), [])
 
     def test_where_nothing_can_be_locked_a_left_over_is_an_hour_old(self):
         hidden = self.root / restic_serve.HIDDEN
@@ -578,7 +657,8 @@ class StoreTest(TestCase):
 
         entries = contextlib.nullcontext(iter([Deleted(), Kept()]))
         with mock.patch.object(restic_serve, '_scan', lambda folder, relative: entries):
-            self.assertEqual(list(restic_serve._objects('folder', True)), [([kept.name], [1])])
+            self.assertEqual(list(restic_serve._objects(restic_serve.Folder('folder'), True)),
+                             [([kept.name], [1])])
 
     def test_a_link_or_fifo_is_no_object(self):
         self.store.create_repository('/host')
@@ -629,115 +709,129 @@ class StoreTest(TestCase):
         self.assertEqual(self.names('data'), {named(content): len(content)})
 
 
-class OpenFilesTest(TestCase):
-    """Pack files that stay open are never stale, and never leak."""
+class ByDescriptorTest(StoreTest):
+    """The store where others may change what a path leads to: all of StoreTest holds."""
+
+    def make_store(self, **options):
+        store = Store(str(self.root), **options)
+        store._is_ours = lambda path: False
+        store.prepare()
+        self.addCleanup(lambda: store._root_fd is None or os.close(store._root_fd))
+        return store
+
+    def test_no_descriptor_is_left_open(self):
+        self.store.size(Location('/host', 'keys', '0' * 64))    # which opens the root
+        super().test_no_descriptor_is_left_open()
+
+
+@unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'only root can serve what others own')
+class FoldersOfOthersTest(TestCase):
+    """Root serves a directory that a user owns, who exchanges folders for links."""
+
+    OTHER = 12345
 
     def setUp(self):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
-        self.addCleanup(self.store.kept.expire, float('inf'))
+        self.store.create_repository('/host')
+        self.content = b'of the user'
+        self.location = Location('/host', 'keys', named(self.content))
+        self.store.save(self.location, Bytes(self.content))
+        self.secret = self.folder / 'secret'
+        (self.secret / 'keys').mkdir(parents=True)
+        (self.secret / 'keys' / self.location.name).write_bytes(b'of root')
+        (self.secret / 'upload-x').touch()
+        for path in (self.root, *self.root.rglob('*')):
+            os.chown(path, self.OTHER, self.OTHER)
+        self.addCleanup(lambda: self.store._root_fd is None or os.close(self.store._root_fd))
+        self.store._ours.clear()
 
-    def save(self, content):
-        location = Location('/host', 'data', named(content))
-        self.store.save(location, Bytes(content))
-        return location
-
-    def opened(self):
-        return len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+    def link(self, path, target, owner=OTHER):
+        """What the user does, at any moment."""
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            path.rename(path.with_name(f'{path.name}.before'))
+        path.symlink_to(target)
+        os.chown(path, owner, owner, follow_symlinks=False)
 
     def read(self, location):
-        with self.store.read(location) as content:
-            return content.read_all()
+        with self.store.open(location) as stored:
+            return stored.read(100)
 
-    def test_one_that_is_removed_or_replaced_is_noticed_at_once(self):
-        location = self.save(b'good')
-        self.assertEqual(self.read(location), b'good')
-        path = Path(self.store._path(location))
-        path.with_name('other').write_bytes(b'damaged')
-        path.with_name('other').replace(path)
-        self.assertEqual(self.read(location), b'damaged')
-        self.store.save(location, Bytes(b'good'))  # mends it
-        self.assertEqual(self.read(location), b'good')
-        path.unlink()
-        with self.assertRaises(FileNotFoundError):
-            self.read(location)
-        self.save(b'good')
-        self.assertEqual(self.read(location), b'good')
+    def test_what_is_the_users_is_served(self):
+        self.assertEqual(self.read(self.location), self.content)
+        self.assertFalse(self.store._is_ours('/host/keys'))
 
-    def test_one_with_another_link_is_noticed_too(self):
-        location = self.save(b'good')
-        path = Path(self.store._path(location))
-        os.link(path, self.folder / 'copy')
-        self.assertEqual(self.read(location), b'good')
-        self.assertEqual(self.read(location), b'good')
-        self.store.delete(location)
-        with self.assertRaises(FileNotFoundError):
-            self.read(location)
-        os.link(self.folder / 'copy', path)
-        self.read(location)
-        path.with_name('other').write_bytes(b'damaged')
-        path.with_name('other').replace(path)
-        self.assertEqual(self.read(location), b'damaged')
+    def test_a_link_that_comes_within_the_second_leads_nowhere(self):
+        for path, target in ((self.root / 'host', self.secret), (self.root / 'host' / 'keys',
+                                                                self.secret / 'keys')):
+            with self.subTest(path=path):
+                self.assertEqual(self.read(self.location), self.content)
+                self.link(path, target)
+                for act in (lambda: self.read(self.location), lambda: self.store.delete(self.location),
+                            lambda: self.store.save(Location('/host', 'keys', named(b'new')), Bytes(b'new')),
+                            lambda: list(self.store.objects(Location('/host', 'keys'), True)),
+                            lambda: self.store.create_repository('/host')):
+                    with self.assertRaises(PermissionError):
+                        act()
+                self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
+                path.unlink()
+                path.with_name(f'{path.name}.before').rename(path)
 
-    def test_a_folder_that_is_moved_is_noticed_soon(self):
-        location = self.save(b'good')
-        self.read(location)
-        (self.root / 'host').rename(self.root / 'moved')
-        later = time.monotonic() + restic_serve.KEPT_SECONDS
-        with mock.patch.object(time, 'monotonic', return_value=later), \
-                self.assertRaises(FileNotFoundError):
-            self.read(location)
+    def test_a_link_of_root_may_lead_anywhere_but_out_of_the_directory_above_a_repository(self):
+        self.link(self.root / 'host' / 'keys', self.secret / 'keys', 0)
+        self.assertEqual(self.read(self.location), b'of root')
+        self.link(self.root / 'other', self.secret, 0)
+        with self.assertRaises(PermissionError):
+            self.read(Location('/other', 'keys', self.location.name))
+        self.link(self.root / 'alias', self.root / 'host', 0)
+        self.assertEqual(self.read(Location('/alias', 'keys', self.location.name)), b'of root')
 
-    def test_descriptors_are_closed_when_nobody_reads_any_more(self):
-        before = self.opened()
-        locations = [self.save(b'%d' % number) for number in range(20)]
-        slices = [self.store.read(location) for location in locations for _ in range(2)]
-        for number, content in enumerate(slices):
-            self.assertEqual(content.read_all(), b'%d' % (number // 2))
-        self.store.kept.expire(float('inf'))
-        for content in slices:
-            content.close()
-        self.assertEqual(self.opened(), before)
-        for location in locations:
-            self.read(location)
-        self.assertLessEqual(self.opened(), before + restic_serve.KEPT_OPEN)
-        self.store.kept.expire(time.monotonic())
-        self.assertGreater(self.opened(), before if self.opened() else -1)
-        self.store.kept.expire(time.monotonic() + restic_serve.KEPT_SECONDS)
-        self.assertEqual(self.opened(), before)
+    def test_a_link_of_root_does_not_lead_by_way_of_the_users(self):
+        between = self.folder / 'between'
+        between.mkdir()
+        self.link(self.root / 'host' / 'keys', between / 'keys', 0)
+        self.link(between / 'keys', self.secret / 'keys')
+        with self.assertRaises(PermissionError):
+            self.read(self.location)
 
-    def test_many_readers_at_once(self):
-        before = self.opened()
-        contents = [os.urandom(2000) for _ in range(12)]
-        locations = [self.save(content) for content in contents]
-        wrong = []
+    def test_the_hidden_folder_is_never_a_link(self):
+        for owner in (0, self.OTHER):
+            self.link(self.root / restic_serve.HIDDEN, self.secret, owner)
+            self.store.prepare()
+            self.assertIn('a link or a file, which the server does not use: remove it', self.log[-1])
+            self.store.nameless = False
+            with self.assertRaises(PermissionError):
+                self.store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
+            with self.assertRaises(PermissionError):
+                self.store.write_hidden('scrub.json', 'x')
+            self.store.nameless = True
+        self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
 
-        def work(number):
-            for turn in range(300):
-                which = (turn * number + turn) % 12
-                if turn % 50 == 49:
-                    self.store.kept.expire(time.monotonic() + restic_serve.KEPT_SECONDS * (turn % 3))
-                if self.read(locations[which]) != contents[which]:
-                    wrong.append(which)
-
-        threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(wrong, [])
-        self.store.kept.expire(float('inf'))
-        self.assertEqual(self.opened(), before)
-
-    def test_what_is_no_regular_file_is_no_object_and_leaves_nothing_open(self):
-        before = self.opened()
-        path = Path(self.store._path(Location('/host', 'data', '0' * 64)))
-        path.mkdir(parents=True)
-        for _ in range(2):
-            with self.assertRaises(IsADirectoryError):
-                self.store.read(Location('/host', 'data', '0' * 64))
-        self.assertEqual(self.opened(), before)
+    def test_whose_a_path_is(self):
+        private = self.folder / 'private'
+        (private / 'a' / 'b').mkdir(parents=True)
+        is_ours = restic_serve.is_ours
+        self.assertTrue(is_ours(str(private / 'a' / 'b')))
+        self.assertTrue(is_ours(str(private / 'a' / 'missing' / 'c')))
+        for mode in (0o770, 0o757):
+            (private / 'a').chmod(mode)
+            self.assertFalse(is_ours(str(private / 'a' / 'b')))
+            self.assertTrue(is_ours(str(private / 'a')))     # what is in it is theirs, not where it lies
+        (private / 'a').chmod(0o1777)
+        self.assertTrue(is_ours(str(private / 'a' / 'b')))
+        os.chown(private / 'a' / 'b', self.OTHER, -1)
+        self.assertFalse(is_ours(str(private / 'a' / 'b')))
+        (private / 'a').chmod(0o755)
+        os.chown(private / 'a' / 'b', 0, -1)
+        self.link(private / 'link', private / 'a' / 'b', 0)
+        self.assertTrue(is_ours(str(private / 'link')))
+        self.link(private / 'link', private / 'a' / 'b')
+        self.assertFalse(is_ours(str(private / 'link')))
+        self.link(private / 'loop', private / 'loop', 0)
+        self.assertFalse(is_ours(str(private / 'loop' / 'x')))
 
 
 # ---- Counters ----
@@ -756,22 +850,22 @@ class CountersTest(TestCase):
     @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
     def test_what_processes_count_adds_up(self):
         counters = Counters(3)
-        counters.add(('blob', 'alice', 'a/b'), 1, 10)
+        counters.add(('x', 'alice', 'a/b'), 1, 10)
 
         def work():
             for slot in (1, 2):
                 counters.join(slot)
-                counters.add(('blob', 'alice', 'a/b'), 2, 20)
-                counters.add(('blob', '', 'ü\udc80'), slot)
+                counters.add(('x', 'alice', 'a/b'), 2, 20)
+                counters.add(('x', '', 'ü\udc80'), slot)
 
         self.in_another_process(work)
-        counters.add(('blob', 'alice', 'a/b'), 1, 0)
-        self.assertEqual(counters.total(('blob', 'alice', 'a/b'), 2), [6, 50])
-        self.assertEqual(counters.read(('blob', '', 'ü\udc80')), [[1], [2]])
-        self.assertEqual(counters.find('blob'), {
-            ('blob', 'alice', 'a/b'): [6, 50], ('blob', '', 'ü\udc80'): [3]})
-        self.assertEqual(counters.find('blob', max), {
-            ('blob', 'alice', 'a/b'): [2, 20], ('blob', '', 'ü\udc80'): [2]})
+        counters.add(('x', 'alice', 'a/b'), 1, 0)
+        self.assertEqual(counters.total(('x', 'alice', 'a/b'), 2), [6, 50])
+        self.assertEqual(counters.read(('x', '', 'ü\udc80')), [[1], [2]])
+        self.assertEqual(counters.find('x'), {
+            ('x', 'alice', 'a/b'): [6, 50], ('x', '', 'ü\udc80'): [3]})
+        self.assertEqual(counters.find('x', max), {
+            ('x', 'alice', 'a/b'): [2, 20], ('x', '', 'ü\udc80'): [2]})
         self.assertEqual(counters.total(('other',), 2), [0, 0])
 
     @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
@@ -781,31 +875,118 @@ class CountersTest(TestCase):
         def work():
             counters.join(1)
             counters.add(('connections',), 3)
-            counters.add(('blob', 'a'), 5)
+            counters.add(('x', 'a'), 5)
             os.kill(os.getpid(), signal.SIGKILL)
 
         with self.assertRaises(AssertionError):
             self.in_another_process(work)
-        self.in_another_process(lambda: (counters.join(1), counters.add(('blob', 'a'), 1)))
+        self.in_another_process(lambda: (counters.join(1), counters.add(('x', 'a'), 1)))
         self.assertEqual(counters.total(('connections',), 1), [0])
-        self.assertEqual(counters.total(('blob', 'a'), 1), [6])
+        self.assertEqual(counters.total(('x', 'a'), 1), [6])
 
     def test_where_there_is_no_room_for_a_row_others_go_on(self):
         sizes = {'SLOT_BYTES': 4096, 'SPARE_BYTES': 1024}
         with mock.patch.multiple(restic_serve, **sizes):
             counters = Counters(2)
             for number in range(200):
-                counters.add(('blob', f'{number:03d}'), 1)
-                counters.add(('blob', '000'), 1)
-            self.assertEqual(counters.total(('blob', '199'), 2), [0, 0])
-            self.assertTrue(counters.add(('net', 'alice'), 1))
+                counters.add(('x', f'{number:03d}'), 1)
+                counters.add(('x', '000'), 1)
+            self.assertFalse(counters.add(('x', '199'), 1))
+            self.assertEqual(counters.total(('x', '199'), 2), [0, 0])
             counters.join(1)
-            counters.put(('blob', 'other'), 7)
-        found = counters.find('blob')
-        self.assertEqual(found['blob', '000'], [201])
-        self.assertEqual(found['blob', 'other'], [7])
+            counters.put(('x', 'other'), 7)
+        found = counters.find('x')
+        self.assertEqual(found['x', '000'], [201])
+        self.assertEqual(found['x', 'other'], [7])
         self.assertIn(sum(row == [1] for row in found.values()), range(50, 150))
-        self.assertEqual(self.log, ['there are too many repositories to count what is done in each'])
+        self.assertEqual(self.log, [
+            'there are too many repositories to count each: some are counted as "other"'])
+
+    def test_a_top_level_folder_has_a_part_of_the_rows_and_the_rest_of_it_counts_as_other(self):
+        with mock.patch.multiple(restic_serve, SLOT_BYTES=64 * 1024, SPARE_BYTES=8 * 1024):
+            counters = Counters()
+            for number in range(1000):
+                counters.add(('added', f'/evil/{"x" * 200}{number}'), 1)
+                counters.add(('blob', 'alice', f'/evil/{"x" * 200}{number}', 'data'), 1, 0)
+            for number in range(40):
+                self.assertTrue(counters.add(('added', f'/good{number}'), 5))
+            self.assertTrue(counters.add(('delta', 'alice'), 1))
+        added = counters.find('added')
+        self.assertEqual(sum(row[0] for row in added.values()), 1200)
+        self.assertGreater(added['added', 'other'][0], 900)
+        self.assertEqual(counters.find('blob')['blob', '', 'other', 'data'][0]
+                         + len(counters.find('blob')) - 1, 1000)
+
+    @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
+    def test_rows_of_repositories_that_are_gone_are_freed_in_all_processes(self):
+        with mock.patch.multiple(restic_serve, SLOT_BYTES=16 * 1024, SPARE_BYTES=4 * 1024):
+            counters = Counters(3)
+
+            def work():
+                counters.join(2)
+                for number in range(30):
+                    counters.add(('added', f'/r{number}'), 1)
+                counters.add(('request', 'GET', '200'), 7)
+
+            self.in_another_process(work)
+            counters.join(1)
+            for number in range(30):
+                counters.add(('added', f'/r{number}'), 10)
+            counters.bury([f'/r{number}' for number in range(1, 30)])
+            self.assertEqual(counters.find('added'), {('added', '/r0'): [11]})
+            self.assertEqual(counters.keys('added'), {('added', '/r0')})
+            self.assertEqual(counters.total(('added', '/r5'), 1), [0])
+
+            def work_on():      # it has not looked since
+                counters.join(2)
+                counters.add(('added', '/r5'), 3)
+                if counters.find('added') != {('added', '/r0'): [11], ('added', '/r5'): [3]}:
+                    raise AssertionError(counters.find('added'))
+
+            used = counters._words[2 * counters._size + 1]
+            self.in_another_process(work_on)
+            self.assertLess(counters._words[2 * counters._size + 1], used / 4)
+            self.assertEqual(counters.find('added'), {('added', '/r0'): [11], ('added', '/r5'): [3]})
+            self.assertEqual(counters.find('request'), {('request', 'GET', '200'): [7]})
+            self.assertEqual(len(counters.find('gone')), 29)
+            counters.bury([])   # all have seen it
+            self.assertEqual(counters.find('gone'), {})
+            self.assertEqual(counters.find('added'), {('added', '/r0'): [11], ('added', '/r5'): [3]})
+
+    @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
+    def test_a_reader_never_sees_a_slot_that_is_half_written(self):
+        counters = Counters(2)
+        pid = os.fork()
+        if not pid:
+            counters.join(1)
+            for number in range(200):
+                for at in range(20):
+                    counters.put(('added', f'/r{at}'), at, at)
+                counters.bury([f'/gone{number}'])
+            os._exit(0)
+        counters.join(0)
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            for key, row in counters.find('added').items():
+                self.assertEqual(row, [int(key[1][2:])] * 2)
+
+    @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
+    def test_a_slot_whose_process_died_while_it_wrote_is_empty(self):
+        counters = Counters(2)
+
+        def work():
+            counters.join(1)
+            counters.add(('added', '/a'), 1)
+            real, generation = counters._new_row, counters._size
+            with mock.patch.object(counters, '_new_row', side_effect=lambda *words: os._exit(0) if
+                                   counters._words[generation] & 1 else real(*words)):
+                counters.bury(['/b'])
+
+        self.in_another_process(work)
+        counters.clear(1)
+        self.assertEqual(counters.find('added'), {})
+        counters.join(1)
+        counters.add(('added', '/a'), 2)
+        self.assertEqual(counters.find('added'), {('added', '/a'): [2]})
 
 
 # ---- Usage ----
@@ -813,6 +994,7 @@ class CountersTest(TestCase):
 class UsageTest(TestCase):
     def setUp(self):
         super().setUp()
+        counted_plainly(self)
         self.store = Store(str(self.root))
         self.store.prepare()
         self.usage = self.make()
@@ -839,7 +1021,7 @@ class UsageTest(TestCase):
                                 ('snapshots', 3, 5), ('snapshots', 4, 2)):
             content = os.urandom(size)
             self.store.save(Location('/a/b', kind, named(content)), Bytes(content))
-            os.utime(self.store._path(Location('/a/b', kind, named(content))),
+            os.utime(path_of(self.store, Location('/a/b', kind, named(content))),
                      (now - 86400 * age, now - 86400 * age))
         self.store.save(Location('', 'config'), Bytes(b'config'))
         for path in ('a/b/data/x', 'a/b/index/notes', 'a/notes', f'.restic_serve/index/{named(b"")}'):
@@ -867,7 +1049,7 @@ class UsageTest(TestCase):
         self.usage.count()
         self.assertEqual(self.held(), (100, {'data': 1}))
         self.save(50, kind='index')
-        self.usage.save(first, Bytes(Path(self.store._path(first)).read_bytes()))  # once more
+        self.usage.save(first, Bytes(Path(path_of(self.store, first)).read_bytes()))  # once more
         self.assertEqual(self.held(), (150, {'data': 1, 'index': 1}))
         self.usage.delete(first)
         self.usage.delete(first)
@@ -1013,6 +1195,7 @@ class UsageTest(TestCase):
     def test_a_full_quota_lets_locks_in_but_not_any_number(self):
         usage = self.make(most=100)
         usage.count()
+        usage.create(Location(''))
         with self.assertRaises(HttpError):
             usage.save(Location('', 'data', named(bytes(101))), Bytes(bytes(101)))
         for number in range(restic_serve.LOCKS + 1):
@@ -1027,7 +1210,7 @@ class UsageTest(TestCase):
 
     def test_when_the_last_snapshot_is_forgotten_the_one_before_is_the_last(self):
         old = self.save(10, kind='snapshots')
-        os.utime(self.store._path(old), (1000, 1000))
+        os.utime(path_of(self.store, old), (1000, 1000))
         new = self.save(10, kind='snapshots')
         self.usage.count()
         self.assertGreater(self.usage.repositories()['/host'].last_snapshot, 1000)
@@ -1061,7 +1244,7 @@ class UsageTest(TestCase):
         store = Store(os.sep)
         with mock.patch.object(restic_serve, '_scan', side_effect=lambda folder: restic_serve.contextlib.
                                nullcontext(iter(()))) as scan:
-            self.assertEqual(list(store.repositories([])), [])
+            self.assertEqual(list(store.walk([])), [('', False)])
         scan.assert_called_once_with(os.sep)
 
     def test_repositories_behind_links_that_lead_out_are_neither_served_nor_counted(self):
@@ -1095,7 +1278,7 @@ class UsageTest(TestCase):
             self.assertIn('150 B', Page(self.store, self.usage).render('', lambda name: True))
 
     def test_what_has_changed_its_owner_during_a_count_is_counted(self):
-        path = self.store._path(self.save(100, kind='keys'))
+        path = path_of(self.store, self.save(100, kind='keys'))
         os.utime(path, (1, 1))
         self.count_while(lambda: os.chmod(path, 0o640))
         self.assertEqual(self.held(), (100, {'keys': 1}))
@@ -1138,7 +1321,7 @@ class UsageTest(TestCase):
                 self.assertEqual(self.usage.quota('' if 'most' in more else 'host'), (600, 0, 1000))
                 second = self.save(400)
                 # one that is there already needs no room
-                self.usage.save(second, Bytes(Path(self.store._path(second)).read_bytes()))
+                self.usage.save(second, Bytes(Path(path_of(self.store, second)).read_bytes()))
                 with self.assertRaises(HttpError):
                     self.save(1)
                 self.usage.delete(first)
@@ -1223,11 +1406,11 @@ class UsageTest(TestCase):
         second.join()
         self.assertEqual(self.usage.quota(''), (200, 0, 1000))
 
-    def test_what_is_removed_during_its_upload_needs_room_of_its_own(self):
+    def test_what_is_removed_during_its_upload_is_to_be_sent_again(self):
         self.usage = self.make(most=1000)
         self.usage.count()
         location = self.save(900)
-        content = Path(self.store._path(location)).read_bytes()
+        content = Path(path_of(self.store, location)).read_bytes()
 
         def remove():
             if self.usage.delete(location) is not None:
@@ -1238,16 +1421,170 @@ class UsageTest(TestCase):
                 remove()
                 return super().readinto(view)
 
+        for status in (503, 507):
+            with self.assertRaises(HttpError) as caught:
+                self.usage.save(location, Removing(content))
+            self.assertEqual(caught.exception.status, status)
+            self.assertEqual(self.usage.quota(''), (900, 0, 1000))
+
+    def use_blocks(self):
+        """Have quotas count as they do."""
+        patch = mock.patch.multiple(restic_serve, BLOCK_BYTES=4096, FOLDER_BYTES=4096)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_small_objects_and_folders_fill_a_quota_as_they_fill_the_disk(self):
+        self.use_blocks()
+        self.usage = self.make(most=400 * 1024)
+        self.usage.count()
+        self.usage.create(Location('/host'))
+        self.assertEqual(self.usage.quota('')[0], 6 * 4096)     # itself, and five kinds
+        saved = 0
         with self.assertRaises(HttpError) as caught:
-            self.usage.save(location, Removing(content))
+            for _ in range(1000):
+                self.save(4, kind='keys')
+                saved += 1
+        self.assertEqual((caught.exception.status, saved), (507, 100 - 6))
+        self.assertEqual(self.usage.quota(''), (400 * 1024, 0, 400 * 1024))
+        self.usage.count()
+        self.assertEqual(self.usage.quota('')[0], 400 * 1024)
+
+    def test_repositories_that_are_made_fill_a_quota(self):
+        self.use_blocks()
+        self.usage = self.make(most=1 << 20)
+        self.usage.count()
+        made = 0
+        with self.assertRaises(HttpError) as caught:
+            for number in range(1000):
+                self.usage.create(Location(f'/a/b{number}'))
+                made += 1
         self.assertEqual(caught.exception.status, 507)
-        self.assertEqual(self.usage.quota(''), (900, 0, 1000))
+        self.assertEqual(made, (256 - 1) // 6)
+        folders = sum(path.is_dir() for path in self.root.rglob('*'))
+        self.assertLessEqual(folders, 256)
+        before = self.usage.quota('')[0]
+        self.usage.count()
+        self.assertEqual(self.usage.quota('')[0], before)
+
+    def test_what_was_counted_and_what_passed_through_agree(self):
+        self.use_blocks()
+        self.usage = self.make(most=1 << 40, most_per_user=1 << 40)
+        self.usage.count()
+        random.seed(7)
+        kept = []
+        for number in range(120):
+            repository = random.choice(('', '/alice', '/alice/x/y', '/bob'))
+            if random.random() < 0.2:
+                self.usage.create(Location(repository))
+            elif kept and random.random() < 0.3:
+                self.usage.delete(kept.pop(random.randrange(len(kept))))
+            else:
+                kept.append(self.save(random.choice((0, 1, 4095, 4096, 4097, 50_000)), repository,
+                                      random.choice(restic_serve.KINDS)))
+            if number % 40 == 39:
+                before = [self.usage.quota(scope)[0] for scope in ('', 'alice', 'bob')]
+                self.usage.count()
+                self.assertEqual([self.usage.quota(scope)[0] for scope in ('', 'alice', 'bob')], before)
+
+    def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
+        self.use_blocks()
+        usage = self.make(most=50_000)
+        usage.count()
+        for name in 'ab':
+            usage.create(Location(f'/{name}'))
+        with mock.patch.object(restic_serve, 'LOCKS', 10):
+            answers = []
+            for number in range(20):
+                content = b'%200d' % number
+                try:
+                    usage.save(Location(f'/{"ab"[number % 2]}', 'locks', named(content)), Bytes(content))
+                    answers.append(200)
+                except HttpError as error:
+                    answers.append(error.status)
+            self.assertEqual(answers, [200] * 10 + [507] * 10)
+            with self.assertRaises(HttpError):
+                usage.save(Location('/c/d/e', 'locks', named(b'x')), Bytes(b'x'))
+        self.assertFalse((self.root / 'c').exists())
+
+    def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
+        usage = self.make(most=1000)
+        usage.count()
+        content = os.urandom(1000)
+        location = Location('/host', 'data', named(content))
+        self.assertEqual(usage.save(location, Bytes(content)), (1, 1000))
+        config = Location('/host', 'config')
+        with mock.patch.object(restic_serve, 'Scratch', side_effect=AssertionError('a scratch file')):
+            self.assertEqual(usage.save(location, Bytes(content)), (0, 0))
+            with self.assertRaises(HttpError) as caught:
+                usage.save(location, Bytes(b'other'))
+            self.assertEqual(caught.exception.status, 400)
+        usage.delete(location)
+        usage.save(config, Bytes(b'one'))
+        self.assertEqual(usage.save(config, Bytes(b'one')), (0, 0))
+        with self.assertRaises(HttpError) as caught:
+            usage.save(config, Bytes(b'two'))
+        self.assertEqual(caught.exception.status, 403)
+
+    def test_an_upload_reserves_room_for_all_of_its_content(self):
+        self.use_blocks()
+        usage = self.make(most=100 * 4096)
+        usage.count()
+        usage.create(Location('/host'))
+        reserved = []
+
+        class Looking(Bytes):
+            def readinto(self, view):
+                reserved.append(usage.quota('')[1])
+                return super().readinto(view)
+
+        content = os.urandom(50_000)
+        usage.save(Location('/host', 'data', named(content)), Looking(content, step=10_000))
+        self.assertEqual(set(reserved), {13 * 4096 + 4096})     # and the folder that it makes
+        self.assertEqual(usage.quota('')[:2], ((6 + 14) * 4096, 0))
+
+    def test_repositories_that_are_gone_make_room_for_others(self):
+        with mock.patch.multiple(restic_serve, SLOT_BYTES=64 * 1024, SPARE_BYTES=8 * 1024):
+            self.usage = self.make()
+            for number in range(30):
+                Store(str(self.root)).save(Location(f'/evil/r{number}', 'keys', named(b'x')), Bytes(b'x'))
+            Store(str(self.root)).save(Location('/good', 'keys', named(b'good')), Bytes(b'good'))
+            self.usage.count()
+            found = self.usage.repositories()
+            self.assertEqual(found['/good'].bytes, 4)
+            self.assertGreater(found['other'].bytes, 10)
+            self.assertEqual(sum(held.bytes for held in found.values()), 34)
+            for number in range(100):     # what passes through is counted where there is room
+                self.usage.save(Location(f'/evil/s{number}', 'keys', named(b'y')), Bytes(b'y'))
+            self.assertEqual(sum(held.bytes for held in self.usage.repositories().values()), 134)
+            shutil.rmtree(self.root / 'evil')
+            for number in range(3):
+                Store(str(self.root)).save(Location(f'/new{number}', 'keys', named(b'new')), Bytes(b'new'))
+            for _ in range(2):
+                self.usage.count()
+            found = self.usage.repositories()
+            self.assertEqual({name: held.bytes for name, held in found.items()},
+                             {'/good': 4, '/new0': 3, '/new1': 3, '/new2': 3})
+
+    def test_what_is_shown_is_computed_once_a_second_and_for_those_who_may_see_it(self):
+        for name in ('/alice/a', '/alice/b', '/alicex', '/bob'):
+            self.save(10, name)
+        self.usage.count()
+        with mock.patch.object(restic_serve, 'SHOWN_SECONDS', 1000), mock.patch.object(
+                self.usage, '_holdings', wraps=self.usage._holdings) as computed:
+            self.usage._shown_at = float('-inf')
+            for _ in range(3):
+                self.assertEqual(self.usage.names('/alice'), ['/alice/a', '/alice/b'])
+                self.assertEqual(list(self.usage.holdings(self.usage.names('/alice'))),
+                                 ['/alice/a', '/alice/b'])
+            self.assertEqual([call[0][0] for call in computed.call_args_list], ['/alice/a', '/alice/b'])
+            self.usage.repositories()
+            self.assertEqual(computed.call_count, 4)
 
     def test_what_replaces_a_damaged_object_is_counted(self):
         self.usage = self.make(most=1000)
         self.usage.count()
         location = self.save(700)
-        path = Path(self.store._path(location))
+        path = Path(path_of(self.store, location))
         content = path.read_bytes()
         self.usage.delete(location)
         path.write_bytes(b'x')
@@ -1681,6 +2018,22 @@ class PasswordFileTest(TestCase):
         self.assertEqual(self.path.read_bytes(), f'# comment\r\n\r\nbob:{sha("b")}\ncarol:x\n'.encode())
         self.assertEqual(self.files(self.folder), ['htpasswd'])
 
+    def test_a_change_keeps_owner_group_and_mode_and_goes_through_a_link(self):
+        target = self.folder / 'target'
+        target.write_text('alice:old\n')
+        target.chmod(0o640)
+        if os.geteuid() == 0:
+            os.chown(target, 1234, 5678)
+        before = target.stat()
+        self.path.symlink_to('target')
+        restic_serve.change_password_file(str(self.path), 'bob', 'new')
+        self.assertTrue(self.path.is_symlink())
+        self.assertEqual(target.read_text(), 'alice:old\nbob:new\n')
+        after = target.stat()
+        self.assertEqual((after.st_uid, after.st_gid, after.st_mode),
+                         (before.st_uid, before.st_gid, before.st_mode))
+        self.assertEqual(self.files(self.folder), ['htpasswd', 'target'])
+
     def test_a_change_that_fails_leaves_the_file(self):
         self.write('alice:old\n')
         with mock.patch.object(os, 'replace', side_effect=OSError(errno.EIO, 'I/O')), \
@@ -1883,7 +2236,7 @@ class ApiTest(TestCase):
         for path in ('/', '/host', '/host/', '/a/b/c/', '/with%20space/', '/%C3%BC/'):
             self.assertEqual(self.status('POST', f'{path}?create=true'), 200, path)
             self.assertEqual(self.status('POST', f'{path}?create=true'), 200, path)
-        self.assertTrue((self.root / 'with space' / 'data' / 'ff').is_dir())
+        self.assertTrue((self.root / 'with space' / 'data').is_dir())
         self.assertTrue((self.root / 'ü' / 'keys').is_dir())
 
     def test_other_requests_for_a_repository(self):
@@ -2142,6 +2495,22 @@ class ApiTest(TestCase):
 
 
 # ---- Http1 ----
+
+class RememberedHeadsTest(unittest.TestCase):
+    def test_a_head_with_a_password_is_not_remembered(self):
+        caches = restic_serve._remembered_head, restic_serve._remembered_fields
+        for cache in caches:
+            cache.cache_clear()
+        for name in ('Authorization', 'authorization', 'AUTHORIZATION', 'aUthorization'):
+            for more in ('', 'Range: bytes=0-5\r\n'):
+                head, headers = restic_serve.parse_head(
+                    f'GET / HTTP/1.1\r\nHost: x\r\n{more}{name}: Basic eDp5\r\n')
+                self.assertEqual(headers['authorization'], 'Basic eDp5')
+                head, headers = restic_serve.parse_head(
+                    f'GET / HTTP/1.1\r\n{name}: Basic eDp5\r\n{more}Host: x\r\n')
+                self.assertEqual(headers['authorization'], 'Basic eDp5')
+        self.assertEqual([cache.cache_info().currsize for cache in caches], [0, 0])
+
 
 class HeadTest(unittest.TestCase):
     """The parser of heads, from strings alone."""
@@ -2591,6 +2960,7 @@ class Http1Test(WireTestCase):
                 self.assertIn('made by a test', self.log[-1])
 
     def test_a_list_that_cannot_be_read_at_all_is_500(self):
+        self.put(b'x')
         with mock.patch.object(os, 'scandir', side_effect=OSError(errno.EIO, 'made by a test')):
             self.assertEqual(self.ask(get('/data/'))[0], 500)
 
@@ -4053,7 +4423,7 @@ class SharesTest(Http2TestCase):
             self.wait_until(lambda: not server._threads._taken, 'the threads')
             wire.send(headers(9))
             self.assertEqual(wire.answer(9)[0], 200)
-        self.assertEqual(server._threads._by_group, {})
+            self.wait_until(lambda: server._threads._by_group == {}, 'the last place')
 
     def test_the_share_is_a_quarter_but_enough_for_restic(self):
         for connections, share in ((1024, 256), (100, 25), (16, 8), (5, 5), (1, 1)):
@@ -4395,6 +4765,7 @@ class WatchedTestCase(Http2TestCase):
 
     def setUp(self):
         super().setUp()
+        counted_plainly(self)
         self.watch()
 
     def watch(self, policy=None, accounts=None, prometheus='login', most=0, per_user=0, **more):
@@ -4411,9 +4782,8 @@ class WatchedTestCase(Http2TestCase):
         """Store objects beneath the server."""
         Store(str(self.root)).create_repository(repository)
         for kind in kinds:
-            path = self.store._path(Location('', *self.put(os.urandom(100), kind, repository)
-                                             [len(repository) + 1:].split('/')))
-            path = path.replace(f'{self.root}/', f'{self.root}{repository}/')
+            name = self.put(os.urandom(100), kind, repository).rpartition('/')[2]
+            path = path_of(self.store, Location(repository, kind, name))
             os.utime(path, (time.time() - age, time.time() - age))
 
     def scrape(self, *fields):
@@ -5058,6 +5428,8 @@ class LoginTest(ListenerTestCase):
                 # Certificates say nothing of who comes without TLS.
                 (['http://:0'], ['--client-ca', 'x', '--cert', 'x', '--key', 'x'],
                  ['there is no authentication'])):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             server = self.start(*addresses)
             parser = restic_serve.make_parser({})
             self.log.clear()
@@ -5066,8 +5438,6 @@ class LoginTest(ListenerTestCase):
             self.assertEqual(len(said), len(expected), (words, said))
             for line, text in zip(said, expected):
                 self.assertIn(text, line)
-            server.stop()
-            self.wait_until(lambda: not os.path.exists(path), 'the socket to go')
 
     def test_a_password_over_http(self):
         self.server.api.accounts = Accounts(user='alice', password='secret', realm='here')
@@ -5909,6 +6279,7 @@ class WorkersTest(TestCase):
         self.assertEqual(wait(1), 1.1)
 
     def test_quotas_hold_over_all_of_them(self):
+        counted_plainly(self)
         store = Store(str(self.root))
         store.prepare()
         counters = Counters(5)
@@ -6084,14 +6455,14 @@ class CommandLineTest(TestCase):
 
     def test_quotas_metrics_and_the_page_are_as_the_options_say(self):
         html = 'Accept: text/html'
-        server = self.serve('--max-size', '1000', '--prometheus', '--stale-after', '1h', self.root)
+        server = self.serve('--max-size', '4096', '--prometheus', '--stale-after', '1h', self.root)
         with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(post('/config', b'x' * 1001))[0], 507)
+            self.assertEqual(wire.ask(post('/config', b'x' * 4097))[0], 507)
             self.assertEqual(wire.ask(post('/config', b'x' * 600))[0], 200)
             self.assertEqual(wire.ask(get('/metrics'))[0], 200)
-            self.assertIn(b'600 B of 1.0 KiB', wire.ask(get('/', html))[2])
+            self.assertIn(b'4.0 KiB of 4.0 KiB', wire.ask(get('/', html))[2])
         server.stop()
-        server = self.serve('--max-size', '1000', '--status=false', self.root)
+        server = self.serve('--max-size', '4096', '--status=false', self.root)
         with Wire(server.port) as wire:
             content = b'x' * 401
             self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 507)
@@ -6490,6 +6861,7 @@ class ScrubTest(TestCase):
     def setUp(self):
         super().setUp()
         self.store = Store(str(self.root))
+        self.root.mkdir()
         self.paths = {}
         for repository in ('', '/host', '/deep/below/x'):
             self.store.create_repository(repository)
@@ -6497,7 +6869,7 @@ class ScrubTest(TestCase):
                 content = os.urandom(3000)
                 location = Location(repository, kind, named(content))
                 self.store.save(location, Bytes(content))
-                self.paths[repository, kind] = Path(self.store._path(location))
+                self.paths[repository, kind] = Path(path_of(self.store, location))
             Path(f'{self.root}{repository}/config').write_bytes(b'x')
 
     def scrub(self, age=0, bandwidth=None):
@@ -6576,10 +6948,10 @@ class ScrubTest(TestCase):
     def test_an_object_that_cannot_be_read_is_damaged(self):
         real = os.open
 
-        def fail(path, *more):
+        def fail(path, *more, **words):
             if str(path) == str(self.paths['/host', 'data']):
                 raise OSError(errno.EIO, 'Input/output error')
-            return real(path, *more)
+            return real(path, *more, **words)
 
         with mock.patch.object(os, 'open', fail):
             found, _, damaged = self.scrub()
@@ -6644,6 +7016,7 @@ class ScrubTest(TestCase):
         self.assertEqual(self.scrub(), ({}, 9, 0))
 
     def test_uploads_of_other_programs_are_left_alone_for_an_hour(self):
+        (self.root / 'host/data/00').mkdir(exist_ok=True)
         names = [f'{"0" * 64}{suffix}' for suffix in ('-tmp-123', '.rest-server-temp456')]
         for name in names:
             (self.root / 'host/data/00' / name).touch()
@@ -6655,6 +7028,7 @@ class ScrubTest(TestCase):
     def test_links_and_folders_with_the_names_of_uploads_are_no_damage(self):
         (self.root / '.restic_serve').mkdir(exist_ok=True)
         (self.root / '.restic_serve/upload-folder').mkdir()
+        (self.root / 'host/data/00').mkdir(exist_ok=True)
         (self.root / 'host/data/00/upload-link').symlink_to('nowhere')
         found, checked, damaged = self.scrub()
         self.assertEqual((checked, damaged), (9, 0))
@@ -6902,6 +7276,27 @@ class WaysInTest(ResticTestCase):
 
     find_restic = staticmethod(lambda: peer('restic'))
 
+    def test_a_laptop_that_sleeps_in_mid_backup_ends_it_well(self):
+        (self.source / 'much').write_bytes(os.urandom(60 << 20))
+        server = self.serve('--stall-timeout', '1s', '--bwlimit', '20M')
+        repository = self.address(server, 'laptop/')
+        self.restic(repository, 'init')
+        environment = {**clean_environment(), 'RESTIC_PASSWORD': 'secret', 'HOME': str(self.folder),
+                       'RESTIC_CACHE_DIR': str(self.folder / 'cache')}
+        with subprocess.Popen([self.restic_program, '-r', repository, 'backup', self.source], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as restic:
+            try:
+                self.wait_until(lambda: list(self.root.glob('laptop/data/*/*')), 'the first pack')
+                restic.send_signal(signal.SIGSTOP)
+                self.wait_until(lambda: any('stalled uploads' in line for line in server.lines), 'a stall')
+            finally:
+                restic.send_signal(signal.SIGCONT)
+            output = restic.stdout.read()
+        self.assertEqual(restic.returncode, 0, output)
+        self.assertIn('saved', output)
+        self.check_restore(repository)
+        self.assert_sound(repository)
+
     def test_a_backup_over_tls_with_a_client_certificate_while_the_certificate_is_renewed(self):
         authority = Authority(self.folder)
         authority.issue('server')
@@ -7142,7 +7537,6 @@ class FaultsTestCase(Http2TestCase):
 
     def setUp(self):
         super().setUp()
-        self.addCleanup(self.store.kept.expire, float('inf'))
 
     def exchange(self, wire, method, path, content=b'', *more):
         """Status and content of an answer on a connection of its own; a reset stream is its code."""
@@ -7172,7 +7566,6 @@ class FaultsTestCase(Http2TestCase):
     def assert_nothing_left(self, before):
         """What connections used is free again."""
         self.wait_until(lambda: not self.server._connections, 'the end of all connections')
-        self.store.kept.expire(float('inf'))
         self.wait_until(lambda: all(now <= then for now, then in zip(self.resources(), before)),
                         'the end of threads and descriptors')
 
@@ -7482,6 +7875,7 @@ class MaliceTest(FaultsTestCase):
     def setUp(self):
         super().setUp()
         self.outside = self.folder / 'outside'
+        self.outside.mkdir()
         Store(str(self.outside)).create_repository('')
         (self.outside / 'config').write_bytes(self.SECRET)
         self.store.create_repository('/host')
@@ -7524,6 +7918,7 @@ class MaliceTest(FaultsTestCase):
             link.symlink_to(self.outside)
         for link in (self.root / 'host/config', self.root / f'host/keys/{named(b"x")}',
                      self.root / f'host/data/{named(b"link")[:2]}/{named(b"link")}'):
+            link.parent.mkdir(exist_ok=True)
             link.symlink_to(self.outside / 'config')
         for wire in self.WIRES:  # what is imported when it is needed
             self.exchange(wire, 'GET', '/%61/config')
@@ -7889,6 +8284,7 @@ class DeathTest(ResticTestCase):
         for first, last, content in zip(answers, answers[1:], contents):
             steps = events[first + 1:last]
             folder = f'{self.root}/data/{named(content)[:2]}'
+            self.assertRegex(steps.pop(0), rf'^fsync\(\d+<{self.root}/data>\)')     # where that was made
             self.assertEqual(len(steps), 3, steps)
             self.assertRegex(steps[0], rf'^fsync\(\d+<{re.escape(folder)}/#\d+.*deleted')
             self.assertRegex(steps[1], rf'^linkat\(.*{named(content)}"')
