@@ -2952,47 +2952,69 @@ class PasswordFile:
         return entries
 
 
+class Turn:
+    """A thread's turn in a FairQueue; whoever has `failed` rests afterwards."""
+
+    __slots__ = ('failed',)
+
+    def __init__(self) -> None:
+        self.failed = False
+
+
 class FairQueue:
     """Lets one thread at a time do something that takes long.  The groups of addresses that wait
-    take turns; of one group at most WAITING_LOGINS threads wait."""
+    take turns; of one group at most WAITING_LOGINS threads wait.  A group that has failed rests as long
+    as its turn has taken, so that guesses leave half of the time to others."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()   # of what follows
         self._busy = False
+        self._resting: Set[str] = set()
         # Of each group, in the order of their turns: locks that waiting threads try to acquire.
         self._waiting: Dict[str, collections.deque[threading.Lock]] = {}
 
     @contextlib.contextmanager
-    def turn(self, group: str) -> Iterator[None]:
+    def turn(self, group: str) -> Iterator[Turn]:
         """Wait for a turn, and keep it until the context ends.  Raises HttpError 429."""
         gate = None
         with self._lock:
-            if self._busy:
+            if self._busy or group in self._resting:
                 if len(self._waiting.get(group, ())) >= WAITING_LOGINS:
                     raise HttpError(429, 'too many logins from your address', [('Retry-After', '2')])
                 gate = threading.Lock()
                 gate.acquire()
                 self._waiting.setdefault(group, collections.deque()).append(gate)
-            self._busy = True
+            else:
+                self._busy = True
         if gate:
             gate.acquire()  # until it is our turn
+        turn, begin = Turn(), time.monotonic()
         try:
-            yield
+            yield turn
         finally:
-            self._pass_on(group)
-
-    def _pass_on(self, group: str) -> None:
-        """Give the turn of a group to the next one."""
-        with self._lock:
-            if group in self._waiting:  # it goes to the end
-                self._waiting[group] = self._waiting.pop(group)
-            if not self._waiting:
+            with self._lock:
+                if turn.failed:
+                    self._resting.add(group)
+                if group in self._waiting:  # it goes to the end
+                    self._waiting[group] = self._waiting.pop(group)
                 self._busy = False
-                return
-            group, waiting = next(iter(self._waiting.items()))
-            waiting.popleft().release()
-            if not waiting:
-                del self._waiting[group]
+                self._give_turn()
+        if turn.failed:
+            time.sleep(time.monotonic() - begin)
+            with self._lock:
+                self._resting.discard(group)
+                self._give_turn()
+
+    def _give_turn(self) -> None:
+        """Let the first thread of the next group that does not rest go on, if nobody has the turn."""
+        group = next((group for group in self._waiting if group not in self._resting), None)
+        if group is None or self._busy:
+            return
+        self._busy = True
+        waiting = self._waiting[group]
+        waiting.popleft().release()
+        if not waiting:
+            del self._waiting[group]
 
 
 class Accounts:
@@ -3110,7 +3132,7 @@ class Accounts:
         entry, slowest = file.entries.get(user), file.slowest
         entries = [slowest] if entry is None else [entry, *rest_of_cost(entry, slowest)]
         for slow, some in itertools.groupby(entries, is_slow):
-            with (self._slow_queue if slow else self._queue).turn(group):
+            with (self._slow_queue if slow else self._queue).turn(group) as turn:
                 for one in some:
                     if one is entry and self._is_remembered(file, user, password):
                         return True  # another request has come before
@@ -3119,6 +3141,7 @@ class Accounts:
                         self._verified[user] = digest
                         self._counters.put(('login', user), *struct.unpack('4q', digest))
                         return True
+                turn.failed = True
         return False
 
     def _digest(self, user: str, password: bytes, entry: str) -> bytes:

@@ -1935,6 +1935,32 @@ class PasswordFileTest(TestCase):
             thread.join()
         self.assertEqual(''.join(order), 'abcabaa')
 
+    def test_an_address_that_has_failed_rests_while_others_have_their_turns(self):
+        queue, order, rested = restic_serve.FairQueue(), [], threading.Event()
+
+        def take(group, failed=False):
+            with queue.turn(group) as turn:
+                order.append(group)
+                turn.failed = failed
+
+        with mock.patch.object(restic_serve.time, 'sleep', lambda seconds: rested.wait(PATIENCE)):
+            guess = threading.Thread(target=take, args=('a', True))
+            guess.start()
+            real_sleep = threading.Event().wait
+            while queue._resting != {'a'}:
+                real_sleep(0.001)
+            again = threading.Thread(target=take, args=('a',))
+            again.start()
+            while not queue._waiting:
+                real_sleep(0.001)
+            take('b')
+            self.assertEqual(order, ['a', 'b'])
+            rested.set()
+            for thread in (guess, again):
+                thread.join()
+        self.assertEqual(order, ['a', 'b', 'a'])
+        self.assertEqual((queue._busy, queue._resting, queue._waiting), (False, set(), {}))
+
     def test_a_removed_user_is_out_while_a_password_is_compared(self):
         self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
         accounts = Accounts(PasswordFile(str(self.path)))

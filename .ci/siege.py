@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import http.client
 import multiprocessing
 import os
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -54,10 +54,10 @@ def in_namespace() -> bool:
         subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)
         return True
     tools = shutil.which('unshare'), shutil.which('ip')
-    if os.name == 'posix' and os.geteuid() == 0 and all(tools):
-        if subprocess.run(['unshare', '--net', 'true'], stderr=subprocess.DEVNULL).returncode == 0:
-            os.environ['SIEGE_NAMESPACE'] = '1'
-            os.execvp('unshare', ['unshare', '--net', sys.executable, *sys.argv])
+    if (os.name == 'posix' and os.geteuid() == 0 and all(tools)
+            and subprocess.run(['unshare', '--net', 'true'], stderr=subprocess.DEVNULL).returncode == 0):
+        os.environ['SIEGE_NAMESPACE'] = '1'
+        os.execvp('unshare', ['unshare', '--net', sys.executable, *sys.argv])
     return False
 
 
@@ -133,7 +133,6 @@ Attack = Callable[[Served, str, Any, Any], None]
 
 def worker(attack: Attack, served: Served, source: str, stop: Any, count: Any) -> None:
     """A process of strangers; it counts answers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while not stop.is_set():
         try:
             attack(served, source, stop, count)
@@ -182,10 +181,8 @@ def hold(served: Served, source: str, stop: Any, number: int, hello: bytes) -> N
                 sock = served.connect(source)
                 sock.setblocking(False)
                 socks.append(sock)
-                try:
+                with contextlib.suppress(OSError):
                     sock.send(hello)
-                except OSError:
-                    pass
             time.sleep(0.05)
     finally:
         for sock in socks:
@@ -220,7 +217,8 @@ def shut_windows(served: Served, source: str, stop: Any, count: Any) -> None:
 
 
 def unread_answers(served: Served, source: str, stop: Any, count: Any) -> None:
-    request = (f'GET /evil/data/{NAME} HTTP/1.1\r\nHost: x\r\nAuthorization: {login("evil", "right")}\r\n\r\n')
+    request = (f'GET /evil/data/{NAME} HTTP/1.1\r\nHost: x\r\n'
+               f'Authorization: {login("evil", "right")}\r\n\r\n')
     hold(served, source, stop, 100, request.encode() * 500)
 
 
@@ -247,7 +245,8 @@ def long_names(served: Served, source: str, stop: Any, count: Any) -> None:
 
 
 def new_repositories(served: Served, source: str, stop: Any, count: Any) -> None:
-    status, _ = served.ask(source, 'POST', f'/evil/{os.urandom(8).hex()}/?create=true', login('evil', 'right'))
+    status, _ = served.ask(source, 'POST', f'/evil/{os.urandom(8).hex()}/?create=true',
+                           login('evil', 'right'))
     count.value += status == 200
 
 
@@ -278,7 +277,7 @@ def besiege(served: Served, name: str, number: int, attack: Attack, seconds: flo
         process.start()
     begin, processor, memory = time.monotonic(), served.processor(), 0.0
     time.sleep(seconds / 5)
-    times, logins, failed = [], [], 0
+    times, logins, failed = [], [], 0   # type: List[float], List[float], int
     while time.monotonic() - begin < seconds:
         try:
             status, took = served.ask(user, 'GET', f'/alice/data/{NAME}', login('alice', 'right'))
