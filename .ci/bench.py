@@ -6,7 +6,9 @@
 
 Figures are medians over the rounds; in each round every server does the same work, one after the
 other.  What counts is the ratio of two figures of one run; at the end stands which of the goals
-they meet.  Needs h2load (nghttp2-client) for GETs, and openssl and htpasswd for TLS and passwords.
+they meet.  Needs wrk and h2load (nghttp2-client) for GETs, openssl and htpasswd for TLS and passwords,
+and restic.  The rows about pieces and restic's own commands are what users feel; those that read one
+piece of eight packs stay for comparison.
 """
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -32,7 +35,12 @@ HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
 PACK_BYTES = 16 * MIB
 PACKS = 8
+MANY_PACKS = 2000                           # whose pieces are read in no order, as restic does
+SMALL_PACK_BYTES = MIB // 2
+PIECE_BYTES = 500, 64 * 1024                # of a pack that are read at a time
+FILES = 2000                                # small ones of the repository on which restic works
 OURS = 'restic_serve'
+BEFORE = 'before'                           # another restic_serve.py, given by --before
 PEERS = ('rest-server', 'rclone')
 BOUND = 'nginx'                             # serves files, and nothing more
 BARE = 'bare'                               # stores uploads by the system's calls and SHA-256 alone
@@ -65,22 +73,23 @@ def commands(root: str, port: int, python: str, mode: str = '') -> Dict[str, Lis
     """The command that serves `root` on `port`, for each server there is; `mode` is `tls`,
     `bcrypt` or neither, and takes its files from the folder `.bench` in `root`."""
     address, files = f'127.0.0.1:{port}', f'{root}/.bench'
-    found = {
-        OURS: [python, str(HERE.parent / 'restic_serve.py'), '--addr', address],
-        'rest-server': ['rest-server', '--listen', address, '--path', root],
-        'rclone': ['rclone', 'serve', 'restic', '--addr', address],
-    }
+    found = {OURS: [python, str(HERE.parent / 'restic_serve.py'), '--addr', address]}
+    if os.environ.get('BENCH_BEFORE'):
+        found[BEFORE] = [python, os.environ['BENCH_BEFORE'], '--addr', address]
+    alike = [*found, 'rclone']
+    found['rest-server'] = ['rest-server', '--listen', address, '--path', root]
+    found['rclone'] = ['rclone', 'serve', 'restic', '--addr', address]
     if mode == 'tls':
-        for name in (OURS, 'rclone'):
+        for name in alike:
             found[name] += ['--cert', f'{files}/cert.pem', '--key', f'{files}/key.pem']
         found['rest-server'] += ['--tls', '--tls-cert', f'{files}/cert.pem', '--tls-key', f'{files}/key.pem']
     if mode == 'bcrypt':
-        for name in (OURS, 'rclone'):
+        for name in alike:
             found[name] += ['--htpasswd', f'{files}/htpasswd']
         found['rest-server'] += ['--htpasswd-file', f'{files}/htpasswd']
     else:
         found['rest-server'] += ['--no-auth']
-    for name in (OURS, 'rclone'):
+    for name in alike:
         found[name].append(root)
     if not mode:
         found[BOUND] = ['nginx', '-p', files, '-c', f'{files}/{port}.conf']
@@ -329,6 +338,89 @@ def work_get(server: Served, root: str, quick: bool) -> Figures:
     return figures
 
 
+WRK = '''
+local paths = {}
+local threads = 0
+function setup(thread) threads = threads + 1; thread:set("id", threads) end
+function init(args)
+  for line in io.lines(args[1]) do paths[#paths + 1] = line end
+  math.randomseed(id)
+end
+function request()
+  local length = math.random(%d, %d)
+  local first = math.random(0, %d - length)
+  return wrk.format("GET", paths[math.random(#paths)],
+                    {["Range"] = "bytes=" .. first .. "-" .. (first + length - 1)})
+end
+function done(summary, latency, requests)
+  local errors = summary.errors
+  print("DONE", summary.requests, summary.duration,
+        errors.connect + errors.read + errors.write + errors.status + errors.timeout)
+end
+'''
+
+
+def work_pieces(server: Served, root: str, quick: bool) -> Figures:
+    """Pieces of many packs, each client in an order of its own."""
+    figures = {}
+    script, paths = Path(root, '.bench', 'pieces.lua'), Path(root, '.bench', 'pieces')
+    script.write_text(WRK % (*PIECE_BYTES, SMALL_PACK_BYTES))
+    paths.write_text(''.join(f'/pieces/data/{path.name}\n'
+                             for path in Path(root, 'pieces', 'data').glob('??/*')))
+    for connections in (1, 5, 64):
+        before = server.cpu()
+        words = ['wrk', f'-t{min(connections, 5)}', f'-c{connections}', '-d', '2' if quick else '5', '-s',
+                 str(script), f'http://127.0.0.1:{server.port}', '--', str(paths)]
+        text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        done = re.search(r'^DONE\s+(\d+)\s+(\d+)\s+(\d+)', text, re.M)
+        if not done or int(done[3]):
+            sys.exit(f'wrk: {server.name}: {text}')
+        figures[f'pieces/s, {connections} conn.'] = int(done[1]) / int(done[2]) * 1e6
+        figures[f'CPU µs a piece, {connections} conn.'] = (server.cpu() - before) / int(done[1]) * 1e6
+    return figures
+
+
+def work_restic(server: Served, root: str, quick: bool) -> Figures:
+    """What restic's commands take in all, and the server of the processor meanwhile."""
+    figures = {}
+    repository = Path(root, f'of-{server.name}')
+    shutil.copytree(Path(root, '.bench', 'repository'), repository)
+    environment = {**os.environ, 'RESTIC_PASSWORD': 'x', 'RESTIC_CACHE_DIR': f'{root}/.bench/cache'}
+    for name, words in (('restore', ['restore', 'latest', '--target', f'{root}/.bench/restored']),
+                        ('check --read-data', ['check', '--read-data']),
+                        ('dump', ['dump', '--no-cache', 'latest', f'{root}/.bench/source/small']),
+                        ('prune', ['forget', '--keep-last', '10', '--prune', '--max-unused', '0'])):
+        before, begin = server.cpu(), time.perf_counter()
+        address = f'rest:http://127.0.0.1:{server.port}/{repository.name}/'
+        subprocess.run(['restic', '-q', '-r', address, *words], env=environment, check=True,
+                       stdout=subprocess.DEVNULL)
+        figures[f'restic {name}, s'] = time.perf_counter() - begin
+        figures[f'restic {name}, CPU s'] = server.cpu() - before
+        shutil.rmtree(f'{root}/.bench/restored', ignore_errors=True)
+    shutil.rmtree(repository)
+    return figures
+
+
+def make_repository(root: str, quick: bool) -> None:
+    """A repository in which the blobs of many small files lie in many packs, in no order."""
+    files = Path(root, '.bench')
+    environment = {**os.environ, 'RESTIC_PASSWORD': 'x', 'RESTIC_CACHE_DIR': f'{files}/cache'}
+
+    def restic(*words: str) -> None:
+        subprocess.run(['restic', '-q', '-r', f'{files}/repository', *words], env=environment, check=True)
+
+    restic('init')
+    (files / 'source' / 'small').mkdir(parents=True)
+    (files / 'source' / 'large').mkdir()
+    order, turns = list(range(FILES // (10 if quick else 1))), 20
+    random.Random(7).shuffle(order)
+    for turn in range(turns):
+        for number in order[turn::turns]:
+            (files / 'source' / 'small' / f'{number:04d}').write_bytes(os.urandom(500 + number * 17 % 60_000))
+        (files / 'source' / 'large' / str(turn)).write_bytes(os.urandom((2 if quick else 20) * MIB))
+        restic('backup', f'{files}/source')
+
+
 def work_down(server: Served, root: str, quick: bool) -> Figures:
     before = server.cpu()
     rate, count = h2load(server, 4, pack_paths(root), '-n', '64' if quick else '256')
@@ -377,8 +469,10 @@ def work_list(server: Served, root: str, quick: bool) -> Figures:
             'memory growth of a list, MiB': server.pss() - memory}
 
 
-WORKS: Dict[str, Work] = {'get': work_get, 'down': work_down, 'up': work_up, 'small': work_small,
-                          'list': work_list, 'tls': work_tls, 'bcrypt': work_bcrypt}
+WORKS: Dict[str, Work] = {'pieces': work_pieces, 'restic': work_restic, 'get': work_get, 'down': work_down,
+                          'up': work_up, 'small': work_small, 'list': work_list, 'tls': work_tls,
+                          'bcrypt': work_bcrypt}
+NEEDS = {'pieces': 'wrk', 'restic': 'restic', 'get': 'h2load', 'down': 'h2load'}
 MODES = ('tls', 'bcrypt')           # works that need a server of their own
 OF_SOME = {BOUND: ('get', 'down'), BARE: ('up',), PACKED: ()}   # works that these can do
 
@@ -386,7 +480,7 @@ OF_SOME = {BOUND: ('get', 'down'), BARE: ('up',), PACKED: ()}   # works that the
 # ---- the run ----
 
 @contextlib.contextmanager
-def prepared(parent: str, works: List[str], listed: int, python: str) -> Iterator[str]:
+def prepared(parent: str, works: List[str], listed: int, python: str, quick: bool) -> Iterator[str]:
     """A directory with a repository of packs, one of many names, and what the modes need."""
     with tempfile.TemporaryDirectory(dir=parent, prefix='bench-') as root:
         files = Path(root, '.bench')
@@ -406,6 +500,14 @@ def prepared(parent: str, works: List[str], listed: int, python: str) -> Iterato
             body = os.urandom(PACK_BYTES)
             name = hashlib.sha256(body).hexdigest()
             Path(root, 'packs', 'data', name[:2], name).write_bytes(body)
+        many = (MANY_PACKS // 20 if quick else MANY_PACKS) if 'pieces' in works else 0
+        for _ in range(many):
+            body = os.urandom(SMALL_PACK_BYTES)
+            name = hashlib.sha256(body).hexdigest()
+            Path(root, 'pieces', 'data', name[:2]).mkdir(parents=True, exist_ok=True)
+            Path(root, 'pieces', 'data', name[:2], name).write_bytes(body)
+        if 'restic' in works:
+            make_repository(root, quick)
         for number in range(listed if 'list' in works else 0):
             name = hashlib.sha256(str(number).encode()).hexdigest()
             os.close(os.open(f'{root}/many/data/{name[:2]}/{name}', os.O_CREAT | os.O_WRONLY))
@@ -437,7 +539,7 @@ def measure(parent: str, works: List[str], rounds: int, quick: bool, listed: int
         for figure, value in figures.items():
             table.setdefault(figure, {}).setdefault(name, []).append(value)
 
-    with prepared(parent, works, listed, python) as root:
+    with prepared(parent, works, listed, python, quick) as root:
         packs = [path.name for path in Path(root, 'packs', 'data').glob('??/*')]
         for _ in range(rounds):
             bare = start_python(python)
@@ -537,7 +639,8 @@ def measure_stdio(parent: str, rounds: int, quick: bool, python: str) -> None:
 
 def print_table(parent: str, table: Table) -> None:
     """Medians, and ours as a multiple of each other's."""
-    names = [name for name in (OURS, *PEERS, BOUND, BARE) if any(name in values for values in table.values())]
+    names = [name for name in (OURS, BEFORE, *PEERS, BOUND, BARE)
+             if any(name in values for values in table.values())]
     peers = names[1:]
     heads = names + [f'÷ {peer}' for peer in peers]
     print(f'\n| {parent} | ' + ' | '.join(heads) + ' |')
@@ -599,8 +702,11 @@ def main() -> None:
     parser.add_argument('--peers', metavar='DIR', help='where restic, rclone and rest-server are')
     parser.add_argument('--listed', type=int, default=1_000_000, help='names in the list')
     parser.add_argument('--python', default=sys.executable, help='the Python that serves')
+    parser.add_argument('--before', metavar='FILE', help='another restic_serve.py, to measure beside this')
     parser.add_argument('--bare', nargs=2, metavar=('PORT', 'DIR'), help='be the bare server')
     options = parser.parse_args()
+    if options.before:
+        os.environ['BENCH_BEFORE'] = options.before
     if options.bare:
         serve_bare(int(options.bare[0]), options.bare[1])
     if options.peers:
@@ -609,7 +715,8 @@ def main() -> None:
         if shutil.which(words[0]):
             print(subprocess.run(words, capture_output=True, text=True).stdout.splitlines()[0])
     rounds = 1 if options.quick else options.rounds
-    works = [work for work in options.only or WORKS if work != 'stdio']
+    works = [work for work in options.only or WORKS
+             if work != 'stdio' and (options.only or shutil.which(NEEDS.get(work, 'sh')))]
     for parent in options.dir or ['/dev/shm', '/var/tmp']:
         if works:
             table = measure(parent, works, rounds, options.quick,
