@@ -4704,7 +4704,6 @@ class Connection:
 
 RECEIVE_BYTES = 992          # of a header section at a time: the C library has as much at hand
 CLIENT_GONE = 499            # in the access log alone, as in nginx's: nobody was there to be told
-REMEMBERED_HEAD = 1024       # characters of the longest head that is remembered
 SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -4733,7 +4732,7 @@ _FAULTS = (
 
 class Head:
     """The head of a request: method, target, version and headers.  `plain` says that no header is
-    about the message itself or the connection.  It never changes: requests share it."""
+    about the message itself or the connection."""
 
     __slots__ = ('method', 'target', 'version', 'headers', 'plain')
 
@@ -4745,37 +4744,17 @@ class Head:
         self.plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
 
 
-def parse_head(text: str) -> Tuple[Head, Dict[str, str]]:
-    """A request's head, which ends with CRLF, its empty line left out; and its headers, which are
-    the head's own and its range.  Raises HttpError (RFC 9112 3 and 5).
-
-    What a client sends again is parsed once: field lines, and the head of a request for a piece of
-    a file but for its Range; never those with a password.
-    """
-    before, found, after = text.partition('\nRange: ')
-    if found and _may_be_remembered(text):
-        wanted, _, after = after.partition('\r\n')
-        if wanted.isascii() and wanted.isprintable():
-            head = _remembered_head(before, after)
-            if 'range' not in head.headers:
-                return head, {**head.headers, 'range': wanted.strip(' ')}
-    head = _parse_head(text)
-    return head, head.headers
-
-
-def _may_be_remembered(text: str) -> bool:
-    return len(text) <= REMEMBERED_HEAD and '\nauthorization:' not in text.lower()
-
-
-def _parse_head(text: str) -> Head:
+def parse_head(text: str) -> Head:
+    """A request's head, which ends with CRLF, its empty line left out.  Raises HttpError
+    (RFC 9112 3 and 5)."""
     line = _REQUEST_LINE.match(text)
-    if not line:
+    if not line or not _FIELD_LINES.fullmatch(text, line.end()):
         _raise_fault(text)
     method, target, minor = line.groups()
-    lines = text[line.end():]
-    headers = (_remembered_fields if _may_be_remembered(text) else _parse_fields)(lines)
-    if headers is None:
-        _raise_fault(text)
+    headers: Dict[str, str] = {}
+    for name, value in _FIELD.findall(text, line.end()):
+        name, value = name.lower(), value.rstrip(' \t')
+        headers[name] = f'{headers[name]}, {value}' if name in headers else value
     # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
     host = headers.get('host')
     if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
@@ -4786,27 +4765,6 @@ def _parse_head(text: str) -> Head:
             raise HttpError(400, 'malformed request target')
         target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
     return Head(method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers)
-
-
-@functools.lru_cache(maxsize=64)
-def _remembered_head(before: str, after: str) -> Head:
-    """A head in two parts, between which there was its Range."""
-    return _parse_head(f'{before}\n{after}')
-
-
-def _parse_fields(lines: str) -> Optional[Dict[str, str]]:
-    """The headers of field lines; None if one of them is malformed (RFC 9112 5).  What is remembered
-    is shared by requests: it never changes."""
-    if not _FIELD_LINES.fullmatch(lines):
-        return None
-    headers: Dict[str, str] = {}
-    for name, value in _FIELD.findall(lines):
-        name, value = name.lower(), value.rstrip(' \t')
-        headers[name] = f'{headers[name]}, {value}' if name in headers else value
-    return headers
-
-
-_remembered_fields = functools.lru_cache(maxsize=64)(_parse_fields)
 
 
 def _raise_fault(head: str) -> NoReturn:
@@ -4968,8 +4926,8 @@ class Http1:
                     return False
                 if _NO_HTTP.match(text):
                     raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
-            head, headers = parse_head(text)
-            request = Request(head.method, head.target, head.version, headers, _NO_BODY, connection.peer)
+            head = parse_head(text)
+            request = Request(head.method, head.target, head.version, head.headers, _NO_BODY, connection.peer)
             self._plain, self._body = head.plain, _NO_BODY
             if not head.plain:
                 connection.wait_for(connection.READING)
