@@ -622,6 +622,10 @@ class Folder:
     def unlink(self, name: str) -> None:
         os.unlink(self.at(name), dir_fd=self.fd)
 
+    def again(self) -> Folder:
+        """The same folder, which is closed by itself."""
+        return Folder(self.path, None if self.fd is None else os.dup(self.fd))
+
     def device(self) -> int:
         """The number of the file system."""
         return os.stat(self.path if self.fd is None else self.fd).st_dev
@@ -893,6 +897,153 @@ class Location:
         return f'{self.repository}/{self.kind}{name}'
 
 
+class Folders:
+    """The folders below the directory `root`.  One whose path only root and this process's user can
+    change is opened by it, which is looked at once a second; others step by step, by descriptors.
+    `shared` makes what is created accessible to the group: 0770 in place of 0700."""
+
+    def __init__(self, root: str, shared: bool) -> None:
+        self.root = root
+        self._shared = shared
+        self._mode = 0o770 if shared else 0o700
+        self._root_fd: Optional[int] = None
+        self._ours: Dict[str, Tuple[float, bool]] = {}  # of a folder: until when it is known, and what
+
+    def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
+        """A folder below the root, or the root itself, which may be missing unless it is opened
+        `by_descriptor`.  Raises OSError, PermissionError for a repository behind a link that leads
+        out of the directory."""
+        if self._is_ours(path):
+            where = self.root + path or os.sep
+            return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
+        return Folder(self.root + path, self._descend(path))
+
+    def hidden(self, make: bool = True) -> Folder:
+        """The folder for scratch files with a name, made if it is missing; never one behind a link."""
+        with self.open('') as top:
+            if not _HAS_DIR_FD:
+                self.make(f'/{HIDDEN}')
+                return Folder(f'{self.root}/{HIDDEN}')
+            try:
+                return Folder(f'{self.root}/{HIDDEN}', top.open(HIDDEN, _FOLDER_FLAGS | os.O_NOFOLLOW))
+            except FileNotFoundError:
+                if not make:
+                    raise
+                self.make(f'/{HIDDEN}')
+                return self.hidden(make=False)
+            except OSError as error:
+                if error.errno in _LINK_ERRORS:
+                    raise PermissionError(errno.EACCES, 'a link or a file, which the server does not use: '
+                                          'remove it', f'{self.root}/{HIDDEN}') from None
+                raise
+
+    def missing(self, path: str) -> int:
+        """How many folders would have to be made for one below the root."""
+        missing = 0
+        while path and not self._is_there(path):
+            missing += 1
+            path = path.rpartition('/')[0]
+        return missing
+
+    def _is_ours(self, path: str) -> bool:
+        """Whether a folder's path can be used as it is: nobody else changes what it leads to."""
+        now = time.monotonic()
+        until, ours = self._ours.get(path, (0.0, True))
+        if now < until:
+            return ours
+        if _HAS_DIR_FD:
+            ours = is_ours(self.root + path or os.sep)
+        if ours:
+            self._check_links(path)
+        if len(self._ours) >= REMEMBERED:
+            self._ours.clear()
+        self._ours[path] = now + LOOK_SECONDS, ours
+        return ours
+
+    def _check_links(self, path: str) -> None:
+        """Raises PermissionError for a repository behind a link that leads out of the directory; the
+        folders in it may lead where they will."""
+        kind = next((at for at, name in enumerate(path.split('/')) if name in KINDS), None)
+        repository = '/'.join(path.split('/')[:kind])
+        if os.path.realpath(self.root + repository) != os.path.realpath(self.root) + repository:
+            inside = os.path.join(os.path.realpath(self.root or os.sep), '')
+            if not os.path.realpath(self.root + repository).startswith(inside):
+                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
+                                      self.root + repository)
+
+    def _descend(self, path: str) -> int:
+        """A descriptor of a folder whose path others can change."""
+        if self._root_fd is None:
+            self._root_fd = os.open(self.root or os.sep, _FOLDER_FLAGS)
+        names = path.split('/')
+        kind = next((at for at, name in enumerate(names) if name in KINDS), len(names))
+        # Without /proc nothing says where a link has led.
+        can_tell = os.path.isdir('/proc/self/fd')
+        fd = descend(self._root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if can_tell else 0)
+        try:
+            inside = can_tell and os.path.join(os.readlink(f'/proc/self/fd/{self._root_fd}'), '')
+            if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
+                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
+                                      self.root + path)
+            return descend(fd, '/'.join(names[kind:]))
+        finally:
+            os.close(fd)
+
+    def _is_there(self, path: str) -> bool:
+        if self._is_ours(path):
+            return os.path.isdir(self.root + path or os.sep)
+        try:
+            os.close(self._descend(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def make(self, path: str) -> int:
+        """Make a folder below the root and those above it, if they are missing; how many were.  Each
+        is synced into its parent."""
+        if not path or self._is_there(path):
+            return 0
+        above, _, name = path.rpartition('/')
+        made = self.make(above)
+        with self.open(above) as parent:
+            try:
+                os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
+            except FileExistsError:
+                if not self._is_there(path):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
+                                             self.root + path) from None
+                return made
+            if self._shared:
+                self._share(parent, name)
+            parent.sync()
+        return made + 1
+
+    def _share(self, parent: Folder, name: str) -> None:
+        """Give the group its rights, whatever the umask says; a set-group-ID bit that was inherited
+        stays."""
+        if not hasattr(os, 'fchmod'):
+            return
+        fd = parent.open(name, _FOLDER_FLAGS | getattr(os, 'O_NOFOLLOW', 0))
+        try:
+            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
+        finally:
+            os.close(fd)
+
+    def make_root(self, path: str) -> None:
+        """Make the directory itself, or one above it, and those above that."""
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent):
+            self.make_root(parent)
+        try:
+            os.mkdir(path, self._mode)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        with Folder(parent) as above:
+            if self._shared:
+                self._share(above, os.path.basename(path))
+            above.sync()
+
+
 class Scratch:
     """The content of an upload before it has its name in `folder`.
 
@@ -916,12 +1067,12 @@ class Scratch:
                 self._share()
                 return
         device = folder.device()
-        hidden = store.hidden_folder()
+        hidden = store.folders.hidden()
         if hidden.device() == device:
             self._make_named(hidden, '')
         else:
             hidden.close()
-            self._make_named(store.open_again(folder), f'{HIDDEN}-')
+            self._make_named(folder.again(), f'{HIDDEN}-')
 
     def __enter__(self) -> Scratch:
         return self
@@ -993,14 +1144,14 @@ class Scratch:
         """Give the content its name in place of what has it now."""
         if not self.home:
             lock_file(self.fd)
-            home, named = self._store.hidden_folder(), f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+            home, named = self._store.folders.hidden(), f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
             try:
                 self.publish(home, named)
             except OSError as error:
                 home.close()
                 if error.errno != errno.EXDEV:
                     raise
-                home, named = self._store.open_again(folder), f'{HIDDEN}-{named}'
+                home, named = folder.again(), f'{HIDDEN}-{named}'
                 self.publish(home, named)
             self.home, self.name = home, named
         os.replace(self.home.at(self.name), folder.at(name), src_dir_fd=self.home.fd,
@@ -1036,7 +1187,7 @@ class Scratch:
         """Copy the content into another folder."""
         import shutil
         old_fd, old_name = self.fd, self.name
-        self._make_named(self._store.open_again(folder), f'{HIDDEN}-')
+        self._make_named(folder.again(), f'{HIDDEN}-')
         try:
             with open(old_fd, 'rb', closefd=False) as source, \
                     open(self.fd, 'wb', closefd=False) as copy:
@@ -1068,10 +1219,8 @@ class Store:
         self.root = os.path.abspath(root).rstrip(os.sep)
         self.verify = verify
         self.file_mode = 0o660 if shared else 0o600
-        self.directory_mode = 0o770 if shared else 0o700
         self.shared = shared
-        self._root_fd: Optional[int] = None
-        self._ours: Dict[str, Tuple[float, bool]] = {}  # of a folder: until when it is known, and what
+        self.folders = Folders(self.root, shared)
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
@@ -1079,9 +1228,9 @@ class Store:
         """Make the directory if it is missing, see that it can be written, remove what a crash
         left behind.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
-            self._make_root(self.root)
+            self.folders.make_root(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
-        with self.folder('') as top:
+        with self.folders.open('') as top:
             with Scratch(self, top) as scratch:
                 self.nameless = self.nameless and scratch.can_be_named(top)
             if not self.nameless:
@@ -1089,165 +1238,22 @@ class Store:
                     pass
         self._remove_left_overs()
 
-    # ---- folders ----
-
-    def folder(self, path: str, *, by_descriptor: bool = False) -> Folder:
-        """A folder below the root, or the root itself, which may be missing unless it is opened
-        `by_descriptor`.  Raises OSError, PermissionError for a repository behind a link that leads
-        out of the directory."""
-        if self._is_ours(path):
-            where = self.root + path or os.sep
-            return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
-        return Folder(self.root + path, self._descend(path))
-
-    def open_again(self, folder: Folder) -> Folder:
-        """A folder that lives as long as its user does."""
-        return Folder(folder.path, None if folder.fd is None else os.dup(folder.fd))
-
-    def hidden_folder(self, make: bool = True) -> Folder:
-        """The folder for scratch files with a name, made if it is missing; never one behind a link."""
-        with self.folder('') as top:
-            if not _HAS_DIR_FD:
-                self._make_folder(f'/{HIDDEN}')
-                return Folder(f'{self.root}/{HIDDEN}')
-            try:
-                return Folder(f'{self.root}/{HIDDEN}', top.open(HIDDEN, _FOLDER_FLAGS | os.O_NOFOLLOW))
-            except FileNotFoundError:
-                if not make:
-                    raise
-                self._make_folder(f'/{HIDDEN}')
-                return self.hidden_folder(make=False)
-            except OSError as error:
-                if error.errno in _LINK_ERRORS:
-                    raise PermissionError(errno.EACCES, 'a link or a file, which the server does not use: '
-                                          'remove it', f'{self.root}/{HIDDEN}') from None
-                raise
-
-    def missing_folders(self, path: str) -> int:
-        """How many folders would have to be made for one below the root."""
-        missing = 0
-        while path and not self._is_folder(path):
-            missing += 1
-            path = path.rpartition('/')[0]
-        return missing
-
-    def _is_ours(self, path: str) -> bool:
-        """Whether a folder's path can be used as it is: nobody else changes what it leads to."""
-        now = time.monotonic()
-        until, ours = self._ours.get(path, (0.0, True))
-        if now < until:
-            return ours
-        if _HAS_DIR_FD:
-            ours = is_ours(self.root + path or os.sep)
-        if ours:
-            self._check_links(path)
-        if len(self._ours) >= REMEMBERED:
-            self._ours.clear()
-        self._ours[path] = now + LOOK_SECONDS, ours
-        return ours
-
-    def _check_links(self, path: str) -> None:
-        """Raises PermissionError for a repository behind a link that leads out of the directory; the
-        folders in it may lead where they will."""
-        kind = next((at for at, name in enumerate(path.split('/')) if name in KINDS), None)
-        repository = '/'.join(path.split('/')[:kind])
-        if os.path.realpath(self.root + repository) != os.path.realpath(self.root) + repository:
-            inside = os.path.join(os.path.realpath(self.root or os.sep), '')
-            if not os.path.realpath(self.root + repository).startswith(inside):
-                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
-                                      self.root + repository)
-
-    def _descend(self, path: str) -> int:
-        """A descriptor of a folder whose path others can change."""
-        if self._root_fd is None:
-            self._root_fd = os.open(self.root or os.sep, _FOLDER_FLAGS)
-        names = path.split('/')
-        kind = next((at for at, name in enumerate(names) if name in KINDS), len(names))
-        # Without /proc nothing says where a link has led.
-        can_tell = os.path.isdir('/proc/self/fd')
-        fd = descend(self._root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if can_tell else 0)
-        try:
-            inside = can_tell and os.path.join(os.readlink(f'/proc/self/fd/{self._root_fd}'), '')
-            if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
-                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
-                                      self.root + path)
-            return descend(fd, '/'.join(names[kind:]))
-        finally:
-            os.close(fd)
-
-    def _is_folder(self, path: str) -> bool:
-        if self._is_ours(path):
-            return os.path.isdir(self.root + path or os.sep)
-        try:
-            os.close(self._descend(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
-
-    def _make_folder(self, path: str, sync: bool = True) -> int:
-        """Make a folder below the root and those above it, if they are missing; how many were.  Each
-        is synced into its parent."""
-        if not path or self._is_folder(path):
-            return 0
-        above, _, name = path.rpartition('/')
-        made = self._make_folder(above)
-        with self.folder(above) as parent:
-            try:
-                os.mkdir(parent.at(name), self.directory_mode, dir_fd=parent.fd)
-            except FileExistsError:
-                if not self._is_folder(path):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
-                                             self.root + path) from None
-                return made
-            if self.shared:
-                self._share_folder(parent, name)
-            if sync:
-                parent.sync()
-        return made + 1
-
-    def _share_folder(self, parent: Folder, name: str) -> None:
-        """Give the group its rights, whatever the umask says; a set-group-ID bit that was inherited
-        stays."""
-        if not hasattr(os, 'fchmod'):
-            return
-        fd = parent.open(name, _FOLDER_FLAGS | getattr(os, 'O_NOFOLLOW', 0))
-        try:
-            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self.directory_mode)
-        finally:
-            os.close(fd)
-
-    def _make_root(self, path: str) -> None:
-        """Make the directory itself and those above it."""
-        parent = os.path.dirname(path)
-        if not os.path.isdir(parent):
-            self._make_root(parent)
-        try:
-            os.mkdir(path, self.directory_mode)
-        except FileExistsError:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-        with Folder(parent) as above:
-            if self.shared:
-                self._share_folder(above, os.path.basename(path))
-            above.sync()
-
-    # ---- objects ----
-
     def open(self, location: Location) -> FileSlice:
         """The whole of an object."""
-        with self.folder(location.folder) as folder:
+        with self.folders.open(location.folder) as folder:
             fd, status = open_plain(folder, location.file)
         return FileSlice(fd, 0, status.st_size)
 
     def create_repository(self, repository: str) -> int:
         """Make the directories of a repository; those that exist stay as they are.  How many were
         made."""
-        return sum(self._make_folder(f'{repository}/{kind}') for kind in KINDS)
+        return sum(self.folders.make(f'{repository}/{kind}') for kind in KINDS)
 
     def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
         """Names and, if `sizes`, lengths in bytes of the objects of one kind, many at a time, in the
         order of the directory, which is read on the way: an OSError may come at any time."""
         try:
-            folder = self.folder(location.folder, by_descriptor=True)
+            folder = self.folders.open(location.folder, by_descriptor=True)
         except (FileNotFoundError, NotADirectoryError):
             if os.path.lexists(self.root + location.folder):
                 raise
@@ -1266,7 +1272,7 @@ class Store:
         """One of the folders that hold a repository's pack files; without entries if it is missing."""
         path = f'{location.folder}/{name}'
         try:
-            return self.folder(path, by_descriptor=True)
+            return self.folders.open(path, by_descriptor=True)
         except (FileNotFoundError, NotADirectoryError):
             if os.path.lexists(self.root + path):
                 raise
@@ -1275,7 +1281,7 @@ class Store:
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
         try:
-            with self.folder(location.folder) as folder:
+            with self.folders.open(location.folder) as folder:
                 return folder.stat(location.file).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -1301,7 +1307,7 @@ class Store:
                 paths += [f'{path}/{name}' for name in folders.difference(KINDS)
                           if path or name != HIDDEN]
 
-    def folders(self, repository: str) -> Iterator[Tuple[str, str]]:
+    def object_folders(self, repository: str) -> Iterator[Tuple[str, str]]:
         """The folders that hold a repository's objects: their kind and path."""
         base = self.root + repository
         for kind in KINDS:
@@ -1319,7 +1325,7 @@ class Store:
         """Seconds since the epoch by the file system's clock, which may be another host's; by our
         own if it cannot be asked."""
         try:
-            with self.folder('') as top, Scratch(self, top) as scratch:
+            with self.folders.open('') as top, Scratch(self, top) as scratch:
                 return os.fstat(scratch.fd).st_ctime
         except OSError:
             return time.time()
@@ -1327,7 +1333,7 @@ class Store:
     def delete(self, location: Location) -> Optional[int]:
         """Remove an object; its bytes, None if there was none."""
         try:
-            with self.folder(location.folder) as folder:
+            with self.folders.open(location.folder) as folder:
                 size = folder.stat(location.file).st_size
                 folder.unlink(location.file)
         except (FileNotFoundError, NotADirectoryError):
@@ -1342,11 +1348,11 @@ class Store:
         """
         made = 0
         try:
-            folder = self.folder(location.folder)
+            folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
         except FileNotFoundError:  # as rclone makes them, when they are needed
-            made = self._make_folder(location.folder)
-            folder = self.folder(location.folder)
+            made = self.folders.make(location.folder)
+            folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
         with folder, scratch:
             digest = scratch.receive(body, self.verify)
@@ -1434,7 +1440,7 @@ class Store:
         """Replace a file in the hidden folder.  What root writes is given to the directory's owner.
         Raises OSError."""
         scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
-        with self.hidden_folder() as folder:
+        with self.folders.hidden() as folder:
             fd = folder.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, self.file_mode)
             with open(fd, 'w', encoding='utf-8') as file:
                 lock_file(fd)
@@ -1449,7 +1455,7 @@ class Store:
 
     def read_hidden(self, name: str) -> str:
         """The text of a file in the hidden folder.  Raises OSError."""
-        with self.hidden_folder(make=False) as folder:
+        with self.folders.hidden(make=False) as folder:
             fd, _ = open_plain(folder, name)
             with open(fd, encoding='utf-8') as file:
                 return file.read()
@@ -1457,7 +1463,7 @@ class Store:
     def _remove_left_overs(self) -> None:
         """Remove the scratch files of a server that died: those that nobody holds."""
         try:
-            with self.hidden_folder(make=False) as folder:
+            with self.folders.hidden(make=False) as folder:
                 with _scan(folder.path, folder.fd) as entries:
                     names = [entry.name for entry in entries
                              if entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX))]
@@ -2195,9 +2201,9 @@ class Usage:
         """Make a repository as Store.create_repository() does.  Raises HttpError 507 as save() does."""
         missing, repository = 0, location.repository
         if self.scopes(repository):
-            missing = self._store.missing_folders(repository)
+            missing = self._store.folders.missing(repository)
             missing += len(KINDS) if missing else sum(
-                self._store.missing_folders(f'{repository}/{kind}') for kind in KINDS)
+                self._store.folders.missing(f'{repository}/{kind}') for kind in KINDS)
         with _Reservation(self, self._counters, location, missing * FOLDER_BYTES):
             made = self._store.create_repository(location.repository)
             self._note('added', location, 0, 0, made * FOLDER_BYTES)
@@ -2211,7 +2217,7 @@ class Usage:
 
     def charge(self, location: Location, size: int) -> int:
         """Bytes for which an upload of `size` bytes counts, with the folders that it will make."""
-        return charge_of(size) + self._store.missing_folders(location.folder) * FOLDER_BYTES
+        return charge_of(size) + self._store.folders.missing(location.folder) * FOLDER_BYTES
 
     def scopes(self, repository: str) -> List[str]:
         """The scopes of quotas that a repository lies in: its top-level folder, and `` for all."""
@@ -2251,7 +2257,7 @@ class Usage:
             return False
         return all(sum(self._counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
                    for scope in self.scopes(location.repository)
-                   ) and not self._store.missing_folders(location.folder)
+                   ) and not self._store.folders.missing(location.folder)
 
     def _note(self, direction: str, location: Location, objects: int, size: int, charge: int) -> None:
         """Something was added or removed."""
@@ -2465,7 +2471,7 @@ class Usage:
                 held[_CHARGED] += charge_of(config)
         except OSError as error:
             unreadable += report(error)
-        folders = list(self._store.folders(repository))
+        folders = list(self._store.object_folders(repository))
         for folder in (*(folder for _, folder in folders), f'{self._store.root}{repository}/data'):
             held[_CHARGED] += FOLDER_BYTES if os.path.isdir(folder) else 0
         for kind, folder in folders:

@@ -276,7 +276,7 @@ class StoreTest(TestCase):
 
     def scratch(self, folder=''):
         """A scratch file for a folder below the root."""
-        return restic_serve.Scratch(self.store, self.store.folder(folder))
+        return restic_serve.Scratch(self.store, self.store.folders.open(folder))
 
     def names(self, kind, sizes=True):
         return {name: size for names, lengths in self.store.objects(Location('/host', kind), sizes)
@@ -430,7 +430,7 @@ class StoreTest(TestCase):
 
     def test_an_upload_is_synced_before_it_has_its_name_and_its_folder_after(self):
         self.store.create_repository('/host')
-        self.store.hidden_folder().close()
+        self.store.folders.hidden().close()
         calls = []
         for content in (b'True', b'False'):
             (self.root / 'host' / 'data' / named(content)[:2]).mkdir()
@@ -714,9 +714,9 @@ class ByDescriptorTest(StoreTest):
 
     def make_store(self, **options):
         store = Store(str(self.root), **options)
-        store._is_ours = lambda path: False
+        store.folders._is_ours = lambda path: False
         store.prepare()
-        self.addCleanup(lambda: store._root_fd is None or os.close(store._root_fd))
+        self.addCleanup(lambda: store.folders._root_fd is None or os.close(store.folders._root_fd))
         return store
 
     def test_no_descriptor_is_left_open(self):
@@ -744,8 +744,8 @@ class FoldersOfOthersTest(TestCase):
         (self.secret / 'upload-x').touch()
         for path in (self.root, *self.root.rglob('*')):
             os.chown(path, self.OTHER, self.OTHER)
-        self.addCleanup(lambda: self.store._root_fd is None or os.close(self.store._root_fd))
-        self.store._ours.clear()
+        self.addCleanup(lambda: self.store.folders._root_fd is None or os.close(self.store.folders._root_fd))
+        self.store.folders._ours.clear()
 
     def link(self, path, target, owner=OTHER):
         """What the user does, at any moment."""
@@ -762,7 +762,7 @@ class FoldersOfOthersTest(TestCase):
 
     def test_what_is_the_users_is_served(self):
         self.assertEqual(self.read(self.location), self.content)
-        self.assertFalse(self.store._is_ours('/host/keys'))
+        self.assertFalse(self.store.folders._is_ours('/host/keys'))
 
     def test_a_link_that_comes_within_the_second_leads_nowhere(self):
         for path, target in ((self.root / 'host', self.secret), (self.root / 'host' / 'keys',
