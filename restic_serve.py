@@ -8,7 +8,7 @@ The chapters stand in the order in which each builds on those above it:
 
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
-    Files         files that several readers share, directories as lists, what is on the disk
+    Files         folders that nobody can exchange, directories as lists, what is on the disk
     Store         repositories and objects as files; an object is whole or absent
     Counters      what happens, counted by all processes that serve
     Bandwidth     how many bytes a second may pass
@@ -19,10 +19,11 @@ The chapters stand in the order in which each builds on those above it:
     Metrics       what was done, for Prometheus and for the log
     Page          what is there, for a browser
     Api           routes and answers
-    Connection    a client's bytes, and how long they are waited for
+    Transport     bytes over a socket, TLS, or standard input and output
+    Connection    a client's bytes, how long they are waited for, and how many clients there may be
     Http1         requests and answers on one connection of HTTP/1.1
     Hpack         the header compression of HTTP/2
-    Frames        HTTP/2 as it comes and goes, over a socket or standard input and output
+    Frames        HTTP/2 as it comes and goes
     Streams       one request of HTTP/2, its answer, and flow control
     Http2         requests and answers on one connection of HTTP/2
     Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
@@ -2151,10 +2152,185 @@ def charge_of(size: int) -> int:
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
+class Census:
+    """Counts what the repositories of a store hold, in the background, when somebody requests it and the
+    last count is `interval` seconds old; `scopes` tells the scopes of quotas that a repository lies in.
+    Any process requests a count, one of them makes it."""
+
+    def __init__(self, store: Store, counters: Counters, interval: float,
+                 scopes: Callable[[str], List[str]]) -> None:
+        self._store = store
+        self._counters = counters
+        self._interval = interval
+        self._scopes = scopes
+        self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
+        self._requester: Optional[socket.socket] = None
+        self._counting = False
+
+    def wait(self, seconds: float, fresh: bool = False) -> bool:
+        """Wait until there has been a count, and a `fresh` one if it is time; whether there has."""
+        end = time.monotonic() + seconds
+        while self._is_old() if fresh else not self._counters.read(('counted',)):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def age(self) -> float:
+        """Seconds since the last count, infinite before the first."""
+        counted = self._counters.read(('counted',))
+        return time.monotonic() - counted[0][0] / 1e9 if counted else math.inf
+
+    def open(self) -> None:
+        """Make the pair of sockets by which a count is requested, before processes part."""
+        if not self.requests:
+            self.requests, self._requester = socket.socketpair()
+            for end in (self.requests, self._requester):
+                end.setblocking(False)
+
+    def close(self) -> None:
+        """Count no more."""
+        if self.requests and self._requester:
+            self.requests.close()
+            self._requester.close()
+            self.requests = self._requester = None
+
+    def request(self) -> None:
+        """Have everything counted anew if the last count is old; does not wait."""
+        if self._requester and self._is_old():
+            with contextlib.suppress(OSError):
+                self._requester.send(b'.')
+
+    def on_requested(self) -> None:
+        """Count in a thread of its own, if the last count is old.  For one process alone."""
+        try:
+            if self.requests and self.requests.recv(4096) and self._is_old() and not self._counting:
+                self._counting = True
+                threading.Thread(target=self._count_all, daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no thread is to be had
+            self._counting = False
+            log.error('what is stored could not be counted: %s', error)
+
+    def count(self) -> None:
+        """Count everything.  What cannot be read is logged; what was known of it stays."""
+        begin, unreadable = time.monotonic(), []  # type: float, List[str]
+        known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
+        known.discard(OTHER)
+        tally = _Tally(self._scopes, [key[1] for key in self._counters.keys('baseline')])
+        for path, is_repository in self._store.walk(unreadable):
+            known.discard(path)
+            if is_repository:
+                self._count(path, tally)
+            elif path:
+                tally.note(path, FOLDER_BYTES, 0)
+        gone = []
+        for repository in known:
+            if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
+                rows = self._counters.read(('base', repository))
+                base = _unpack(rows[0] if rows else None)._replace(unreadable=1)
+                self._counters.put(('base', repository), *_pack(base))
+                tally.note(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
+            else:
+                self._set_base(repository, _unpack(None), tally)
+                gone.append(repository)
+        self._counters.bury(gone)
+        for scope, (charged, locks) in tally.held.items():
+            other = self._counters.total(('other', scope), 2)
+            self._counters.put(('baseline', scope), charged - other[0], locks - other[1])
+        added, removed = (self._counters.total((kind, OTHER), len(_NOTHING)) for kind in ('added', 'removed'))
+        held = [number - more + less for number, more, less in zip(tally.other.held, added, removed)]
+        if any(held):
+            self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
+        self._counters.put(('counted',), int(time.monotonic() * 1e9))
+        log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
+
+    def _count_all(self) -> None:
+        try:
+            self.count()
+        except Exception as error:  # a fault of ours must not end the counting for ever
+            log.error('what is stored could not be counted: %s: %s', type(error).__name__, error)
+            log.debug('where it happened:', exc_info=True)
+        finally:
+            self._counting = False
+
+    def _is_old(self) -> bool:
+        return self.age() >= self._interval
+
+    def _count(self, repository: str, tally: _Tally) -> None:
+        """Count a repository.  What is added meanwhile is left to `added`.  If something is removed the
+        count is made again; after the last one it is taken to have been counted, so that a quota errs
+        on the safe side."""
+        for _ in range(COUNTS_AT_MOST):
+            before = self._store.now()
+            added, removed = (self._counters.total((way, repository), len(_NOTHING))
+                              for way in ('added', 'removed'))
+            found = self._measure(repository, before)
+            if self._counters.total(('removed', repository), len(_NOTHING)) == removed:
+                break
+        self._set_base(repository, found, tally, added)
+
+    def _set_base(self, repository: str, found: Count, tally: _Tally,
+                  added: Optional[List[int]] = None) -> None:
+        """Note what a repository held at the start if it holds what was `found` now, or did when so
+        much had been `added`."""
+        if added is None:
+            added = self._counters.total(('added', repository), len(_NOTHING))
+        removed = self._counters.total(('removed', repository), len(_NOTHING))
+        held: List[int] = [number - more + less for number, more, less in zip(found.held, added, removed)]
+        if not self._counters.put(('base', repository), *_pack(found._replace(held=held))):
+            tally.note_other(found)
+        tally.note(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
+
+    def _measure(self, repository: str, before: float) -> Count:
+        """What a repository holds that was there `before` a time of the file system's clock."""
+        now, held, last, unreadable = int(time.time()), list(_NOTHING), 0, 0
+        days, snapshots, today = [0] * DAYS, [0] * DAYS, int(before) // _DAY_SECONDS
+        pause = bool(self._counters.read(('counted',)))
+
+        def report(error: OSError) -> int:
+            log.error('how much %s holds is not wholly known: %s', repository or '/', error)
+            return 1
+
+        held[_CHARGED] = FOLDER_BYTES if repository else 0
+        try:
+            config = self._store.size(Location(repository, 'config'))
+            if config is not None:
+                held[_BYTES], held[-1] = config, 1
+                held[_CHARGED] += charge_of(config)
+        except OSError as error:
+            unreadable += report(error)
+        folders = list(self._store.object_folders(repository))
+        for folder in (*(folder for _, folder in folders), f'{self._store.root}{repository}/data'):
+            held[_CHARGED] += FOLDER_BYTES if os.path.isdir(folder) else 0
+        for kind, folder in folders:
+            begin = time.monotonic()
+            try:
+                for _, status in object_entries(folder, folder[-2:] if kind == 'data' else ''):
+                    # An upload since then; not what was copied, or has changed its owner.
+                    if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
+                        continue
+                    held[_BYTES] += status.st_size
+                    held[_CHARGED] += charge_of(status.st_size)
+                    held[_OBJECTS + KINDS.index(kind)] += 1
+                    moment = min(max(int(status.st_mtime), 0), int(before))
+                    day = DAYS - 1 - today + moment // _DAY_SECONDS
+                    if day >= 0:
+                        days[day] += status.st_size
+                        snapshots[day] += kind == 'snapshots'
+                    if kind == 'snapshots':
+                        last = max(last, moment)
+            except OSError as error:
+                unreadable += report(error)
+            if pause:  # leave half of the time to requests, but those that wait for the first count
+                time.sleep(time.monotonic() - begin)
+        return Count(held, last, now, held[_BYTES], held[_OBJECTS + KINDS.index('snapshots')], unreadable,
+                     days, snapshots)
+
+
 class Usage:
     """What the repositories of a store hold.  All together may hold `most` bytes, and those below
-    each top-level folder `most_per_user`; 0 is no limit.  refresh() has everything counted anew if
-    the last count is `interval` seconds old.
+    each top-level folder `most_per_user`; 0 is no limit.  What is there is counted by a `census` if the
+    last count is `interval` seconds old.
 
     The rows that count: `added` and `removed` of a repository, since the start; `base`, what it
     held at the start as the last count has it; `snapshot`, when one last came; of a quota's scope,
@@ -2166,12 +2342,9 @@ class Usage:
                  most_per_user: int = 0) -> None:
         self.most = most
         self.most_per_user = most_per_user
+        self.census = Census(store, counters, interval, self.scopes)
         self._store = store
         self._counters = counters
-        self._interval = interval
-        self.bell: Optional[socket.socket] = None   # can be read when answer() is to be called
-        self._ringer: Optional[socket.socket] = None
-        self._counting = False
         self._next_warning = 0.0
         self.turn = threading.Lock()    # of uploads that look for room
         self._showing = threading.Lock()    # of what follows
@@ -2283,7 +2456,7 @@ class Usage:
         those that are not counted each.  None before the first count."""
         with self._showing:
             self._forget_shown()
-            if not self._names and self.wait(0):
+            if not self._names and self.census.wait(0):
                 self._names = sorted({key[1] for kind in ('base', 'added')
                                       for key in self._counters.keys(kind)})
             if not below:
@@ -2337,179 +2510,18 @@ class Usage:
             excess -= less
         return Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots, base.unreadable)
 
-    def wait(self, seconds: float, fresh: bool = False) -> bool:
-        """Wait until there has been a count, and a `fresh` one if it is time; whether there has."""
-        end = time.monotonic() + seconds
-        while self._is_old() if fresh else not self._counters.read(('counted',)):
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.02)
-        return True
-
-    def age(self) -> float:
-        """Seconds since the last count, infinite before the first."""
-        counted = self._counters.read(('counted',))
-        return time.monotonic() - counted[0][0] / 1e9 if counted else math.inf
-
-    # ---- counting ----
-
-    def open(self) -> None:
-        """Make the bell that refresh() rings, before processes part."""
-        if not self.bell:
-            self.bell, self._ringer = socket.socketpair()
-            for end in (self.bell, self._ringer):
-                end.setblocking(False)
-
-    def close(self) -> None:
-        """Count no more."""
-        if self.bell and self._ringer:
-            self.bell.close()
-            self._ringer.close()
-            self.bell = self._ringer = None
-
-    def refresh(self) -> None:
-        """Have everything counted anew if the last count is old; does not wait."""
-        if self._ringer and self._is_old():
-            with contextlib.suppress(OSError):
-                self._ringer.send(b'.')
-
-    def answer(self) -> None:
-        """Count in a thread of its own, if the bell rings for a reason.  For one process alone."""
-        try:
-            if self.bell and self.bell.recv(4096) and self._is_old() and not self._counting:
-                self._counting = True
-                threading.Thread(target=self._count_all, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no thread is to be had
-            self._counting = False
-            log.error('what is stored could not be counted: %s', error)
-
-    def count(self) -> None:
-        """Count everything.  What cannot be read is logged; what was known of it stays."""
-        begin, unreadable = time.monotonic(), []  # type: float, List[str]
-        known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
-        known.discard(OTHER)
-        tally = _Tally(self, [key[1] for key in self._counters.keys('baseline')])
-        for path, is_repository in self._store.walk(unreadable):
-            known.discard(path)
-            if is_repository:
-                self._count(path, tally)
-            elif path:
-                tally.note(path, FOLDER_BYTES, 0)
-        gone = []
-        for repository in known:
-            if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
-                rows = self._counters.read(('base', repository))
-                base = _unpack(rows[0] if rows else None)._replace(unreadable=1)
-                self._counters.put(('base', repository), *_pack(base))
-                tally.note(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
-            else:
-                self._set_base(repository, _unpack(None), tally)
-                gone.append(repository)
-        self._counters.bury(gone)
-        for scope, (charged, locks) in tally.held.items():
-            other = self._counters.total(('other', scope), 2)
-            self._counters.put(('baseline', scope), charged - other[0], locks - other[1])
-        added, removed = (self._counters.total((kind, OTHER), len(_NOTHING)) for kind in ('added', 'removed'))
-        held = [number - more + less for number, more, less in zip(tally.other.held, added, removed)]
-        if any(held):
-            self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
-        self._counters.put(('counted',), int(time.monotonic() * 1e9))
-        log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
-
-    def _count_all(self) -> None:
-        try:
-            self.count()
-        except Exception as error:  # a fault of ours must not end the counting for ever
-            log.error('what is stored could not be counted: %s: %s', type(error).__name__, error)
-            log.debug('where it happened:', exc_info=True)
-        finally:
-            self._counting = False
-
-    def _is_old(self) -> bool:
-        return self.age() >= self._interval
-
-    def _count(self, repository: str, tally: _Tally) -> None:
-        """Count a repository.  What is added meanwhile is left to `added`.  If something is removed the
-        count is made again; after the last one it is taken to have been counted, so that a quota errs
-        on the safe side."""
-        for _ in range(COUNTS_AT_MOST):
-            before = self._store.now()
-            added, removed = (self._counters.total((way, repository), len(_NOTHING))
-                              for way in ('added', 'removed'))
-            found = self._measure(repository, before)
-            if self._counters.total(('removed', repository), len(_NOTHING)) == removed:
-                break
-        self._set_base(repository, found, tally, added)
-
-    def _set_base(self, repository: str, found: Count, tally: _Tally,
-                  added: Optional[List[int]] = None) -> None:
-        """Note what a repository held at the start if it holds what was `found` now, or did when so
-        much had been `added`."""
-        if added is None:
-            added = self._counters.total(('added', repository), len(_NOTHING))
-        removed = self._counters.total(('removed', repository), len(_NOTHING))
-        held: List[int] = [number - more + less for number, more, less in zip(found.held, added, removed)]
-        if not self._counters.put(('base', repository), *_pack(found._replace(held=held))):
-            tally.note_other(found)
-        tally.note(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
-
-    def _measure(self, repository: str, before: float) -> Count:
-        """What a repository holds that was there `before` a time of the file system's clock."""
-        now, held, last, unreadable = int(time.time()), list(_NOTHING), 0, 0
-        days, snapshots, today = [0] * DAYS, [0] * DAYS, int(before) // _DAY_SECONDS
-        pause = bool(self._counters.read(('counted',)))
-
-        def report(error: OSError) -> int:
-            log.error('how much %s holds is not wholly known: %s', repository or '/', error)
-            return 1
-
-        held[_CHARGED] = FOLDER_BYTES if repository else 0
-        try:
-            config = self._store.size(Location(repository, 'config'))
-            if config is not None:
-                held[_BYTES], held[-1] = config, 1
-                held[_CHARGED] += charge_of(config)
-        except OSError as error:
-            unreadable += report(error)
-        folders = list(self._store.object_folders(repository))
-        for folder in (*(folder for _, folder in folders), f'{self._store.root}{repository}/data'):
-            held[_CHARGED] += FOLDER_BYTES if os.path.isdir(folder) else 0
-        for kind, folder in folders:
-            begin = time.monotonic()
-            try:
-                for _, status in object_entries(folder, folder[-2:] if kind == 'data' else ''):
-                    # An upload since then; not what was copied, or has changed its owner.
-                    if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
-                        continue
-                    held[_BYTES] += status.st_size
-                    held[_CHARGED] += charge_of(status.st_size)
-                    held[_OBJECTS + KINDS.index(kind)] += 1
-                    moment = min(max(int(status.st_mtime), 0), int(before))
-                    day = DAYS - 1 - today + moment // _DAY_SECONDS
-                    if day >= 0:
-                        days[day] += status.st_size
-                        snapshots[day] += kind == 'snapshots'
-                    if kind == 'snapshots':
-                        last = max(last, moment)
-            except OSError as error:
-                unreadable += report(error)
-            if pause:  # leave half of the time to requests, but those that wait for the first count
-                time.sleep(time.monotonic() - begin)
-        return Count(held, last, now, held[_BYTES], held[_OBJECTS + KINDS.index('snapshots')], unreadable,
-                     days, snapshots)
-
 
 class _Tally:
     """What a count has found until now: by a quota's scope, charged bytes and locks; and in all
     repositories that are counted as OTHER."""
 
-    def __init__(self, usage: Usage, scopes: Iterable[str]) -> None:
-        self._usage = usage
+    def __init__(self, scopes_of: Callable[[str], List[str]], scopes: Iterable[str]) -> None:
+        self._scopes_of = scopes_of
         self.held = {scope: [0, 0] for scope in scopes}
         self.other = _unpack(None)
 
     def note(self, repository: str, charged: int, locks: int) -> None:
-        for scope in self._usage.scopes(repository):
+        for scope in self._scopes_of(repository):
             held = self.held.setdefault(scope, [0, 0])
             held[0] += charged
             held[1] += locks
@@ -2554,8 +2566,8 @@ class _Reservation:
 
     def __enter__(self) -> Any:
         if self._scopes:
-            self._usage.refresh()
-            if not self._usage.wait(READY_SECONDS):
+            self._usage.census.request()
+            if not self._usage.census.wait(READY_SECONDS):
                 raise HttpError(503, 'what is stored is still being counted', [('Retry-After', '10')])
             self.take(self._charge)
         return self
@@ -3399,7 +3411,7 @@ class Metrics:
 
     def exposition(self) -> str:
         """All metrics in the text format.  One thread at a time computes them."""
-        self._usage.refresh()
+        self._usage.census.request()
         with self._exposing:
             return self._exposition()
 
@@ -3579,13 +3591,13 @@ class Page:
         """The page of the repositories at a path and below it which `may_enter` allows; the quota
         of the path `own` is shown even if it has none, and nothing outside it is looked at.  One
         thread at a time computes a page."""
-        self._usage.refresh()
-        fresh = self._usage.wait(COUNT_PATIENCE, fresh=True)
+        self._usage.census.request()
+        fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
             return self._render(top, may_enter, own, fresh)
 
     def _render(self, top: str, may_enter: Callable[[str], bool], own: str, fresh: bool) -> str:
-        counted, now = self._usage.age() < math.inf, time.time()
+        counted, now = self._usage.census.age() < math.inf, time.time()
         shown = self._usage.holdings(filter(may_enter, self._usage.names(
             own if f'{own}/'.startswith(f'{top}/') else top)))
         late = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
@@ -3600,7 +3612,7 @@ class Page:
                        else 'none overdue')
             summary += f', {format_size(sum(held.bytes for held in shown.values()))}, {overdue}'
         if not fresh:
-            summary += f'; counted {_age(self._usage.age())} ago'
+            summary += f'; counted {_age(self._usage.census.age())} ago'
         parts = [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Backups</title>'
             '<meta name="viewport" content="width=device-width">',
@@ -7128,9 +7140,9 @@ class Server:
             _allow_descriptors(4 * connections + 256)  # one of HTTP/2 takes three, and its file one
         for listener in self.listeners:
             listener.tls = listener.tls and certificates is not None
-        api.usage.open()
+        api.usage.census.open()
         if api.usage.most or api.usage.most_per_user:
-            api.usage.refresh()
+            api.usage.census.request()
         self.open_loop()
 
     def open_loop(self, counts: bool = True) -> None:
@@ -7143,9 +7155,9 @@ class Server:
         for listener in self.listeners:
             self._selector.register(listener, selectors.EVENT_READ,
                                     functools.partial(self._accept, listener))
-        usage = self.api.usage
-        if usage.bell and counts:
-            self._selector.register(usage.bell, selectors.EVENT_READ, usage.answer)
+        census = self.api.usage.census
+        if census.requests and counts:
+            self._selector.register(census.requests, selectors.EVENT_READ, census.on_requested)
 
     def close_loop(self) -> None:
         """Let go of what the loop waits by."""
@@ -7395,7 +7407,7 @@ class Server:
         """Accept no more, drop idle connections, wait for the others.  A second signal ends the
         wait."""
         self._stopping = True
-        for source in (*self.listeners, self.api.usage.bell):
+        for source in (*self.listeners, self.api.usage.census.requests):
             with contextlib.suppress(KeyError, ValueError, AttributeError):  # not this process's
                 self._selector.unregister(source)
         self.close_listeners()
@@ -7411,7 +7423,7 @@ class Server:
         for connection in self._snapshot():
             log.warning('cut off %s: its request did not end in time', connection.peer)
             connection.cut()
-        self.api.usage.close()
+        self.api.usage.census.close()
         self.close_loop()
 
 
@@ -7549,7 +7561,7 @@ class Workers:
         signal.set_wakeup_fd(-1)
         self._wake_reader.close()
         self._wake_writer.close()
-        server.api.usage.close()
+        server.api.usage.census.close()
 
     def _start(self, slot: int) -> None:
         """Fork a process that serves and counts in `slot`."""

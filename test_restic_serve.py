@@ -1001,7 +1001,7 @@ class UsageTest(TestCase):
 
     def make(self, *args, **more):
         usage = Usage(self.store, Counters(), *args, **more)
-        self.addCleanup(usage.close)
+        self.addCleanup(usage.census.close)
         return usage
 
     def save(self, size, repository='/host', kind='data', **more):
@@ -1028,7 +1028,7 @@ class UsageTest(TestCase):
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
             (self.root / path).write_bytes(b'foreign')
         with mock.patch.object(time, 'time', return_value=now + 1):
-            self.usage.count()
+            self.usage.census.count()
             found = self.usage.repositories()
             self.assertEqual(sorted(found), ['', '/a/b'])
             self.assertEqual(found[''][:3], (6, {**dict.fromkeys(restic_serve.KINDS, 0), 'config': 1}, 0))
@@ -1046,7 +1046,7 @@ class UsageTest(TestCase):
 
     def test_it_is_kept_current_by_what_passes_through(self):
         first = self.save(100)
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(self.held(), (100, {'data': 1}))
         self.save(50, kind='index')
         self.usage.save(first, Bytes(Path(path_of(self.store, first)).read_bytes()))  # once more
@@ -1060,20 +1060,20 @@ class UsageTest(TestCase):
         self.assertEqual((found.snapshots[-1], sum(found.snapshots)), (1, 1))
         self.save(30, '/new')
         self.assertEqual(self.held('/new'), (30, {'data': 1}))
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(self.held(), (57, {'index': 1, 'snapshots': 1}))
         self.assertEqual(self.held('/new'), (30, {'data': 1}))
 
     def test_what_other_programs_do_is_found_by_the_next_count(self):
         location = self.save(100)
         self.save(60, '/gone')
-        self.usage.count()
+        self.usage.census.count()
         content = os.urandom(300)
         self.store.save(Location('/host', 'keys', named(content)), Bytes(content))
         self.store.delete(location)
         shutil.rmtree(self.root / 'gone')
         self.assertEqual(self.held(), (100, {'data': 1}))
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(self.held(), (300, {'keys': 1}))
         self.assertEqual(list(self.usage.repositories()), ['/host'])
         self.save(60, '/gone')
@@ -1090,7 +1090,7 @@ class UsageTest(TestCase):
             return real(folder, prefix)
 
         with mock.patch.object(restic_serve, 'object_entries', entries):
-            self.usage.count()
+            self.usage.census.count()
         self.assertEqual(todo, [])
 
     def test_what_comes_during_a_count_is_counted_once(self):
@@ -1110,7 +1110,7 @@ class UsageTest(TestCase):
 
     def test_without_end_of_deletions_a_count_errs_on_the_safe_side(self):
         self.usage = self.make(most=1000)
-        self.usage.count()
+        self.usage.census.count()
         locations = [self.save(10, kind='locks') for _ in range(20)]
         real = restic_serve.object_entries
 
@@ -1120,7 +1120,7 @@ class UsageTest(TestCase):
             return real(folder, prefix)
 
         with mock.patch.object(restic_serve, 'object_entries', entries):
-            self.usage.count()
+            self.usage.census.count()
         self.assertGreaterEqual(self.usage.quota('')[0], 10 * len(locations))
         self.assertLess(self.usage.quota('')[0], 200)
 
@@ -1143,7 +1143,7 @@ class UsageTest(TestCase):
 
         with mock.patch.object(restic_serve, 'object_entries', entries), \
                 mock.patch.object(os, 'scandir', scan):
-            self.usage.count()
+            self.usage.census.count()
         self.assertEqual(self.held(), (20, {'index': 1}))
         self.assertEqual(self.usage.repositories()['/host'].unreadable, 1)
         self.assertEqual(self.held('/other'), (0, {}))
@@ -1155,10 +1155,10 @@ class UsageTest(TestCase):
 
     def test_what_cannot_be_read_any_more_stays_as_it_was(self):
         self.usage = self.make(most=10_000)
-        self.usage.count()
+        self.usage.census.count()
         for repository in ('/alice/x', '/bob'):
             self.save(100, repository)
-        self.usage.count()
+        self.usage.census.count()
         real = os.scandir
 
         def scandir(path):
@@ -1167,13 +1167,13 @@ class UsageTest(TestCase):
             return real(path)
 
         with mock.patch.object(os, 'scandir', scandir):
-            self.usage.count()
+            self.usage.census.count()
         found = self.usage.repositories()
         self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
                          {'/alice/x': (100, 1), '/bob': (100, 0)})
         self.assertEqual(self.usage.quota('')[0], 200)
         shutil.rmtree(self.root / 'alice')
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(list(self.usage.repositories()), ['/bob'])
 
     def test_a_config_that_cannot_be_looked_at_does_not_end_the_count(self):
@@ -1187,14 +1187,14 @@ class UsageTest(TestCase):
             return real(store, location)
 
         with mock.patch.object(Store, 'size', size):
-            self.usage.count()
+            self.usage.census.count()
         found = self.usage.repositories()
         self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
                          {'/alice': (100, 1), '/bob': (100, 0)})
 
     def test_a_full_quota_lets_locks_in_but_not_any_number(self):
         usage = self.make(most=100)
-        usage.count()
+        usage.census.count()
         usage.create(Location(''))
         with self.assertRaises(HttpError):
             usage.save(Location('', 'data', named(bytes(101))), Bytes(bytes(101)))
@@ -1212,11 +1212,11 @@ class UsageTest(TestCase):
         old = self.save(10, kind='snapshots')
         os.utime(path_of(self.store, old), (1000, 1000))
         new = self.save(10, kind='snapshots')
-        self.usage.count()
+        self.usage.census.count()
         self.assertGreater(self.usage.repositories()['/host'].last_snapshot, 1000)
         self.usage.delete(new)
         with mock.patch.object(time, 'time', return_value=time.time() + 2):
-            self.usage.count()
+            self.usage.census.count()
         self.assertEqual(self.usage.repositories()['/host'].last_snapshot, 1000)
 
     def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
@@ -1225,13 +1225,13 @@ class UsageTest(TestCase):
             Store(str(self.root)).save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
                                        Bytes(b'%100d' % number))
         with mock.patch.object(restic_serve, 'SPARE_BYTES', restic_serve.SLOT_BYTES - 20_000):
-            self.usage.count()
+            self.usage.census.count()
         self.assertLess(len(self.usage.repositories()), 20)
         self.assertEqual(self.usage.quota('')[0], 2000)
 
     def test_what_was_removed_since_the_count_makes_no_day_negative(self):
         locations = [self.save(5000), self.save(3000)]
-        self.usage.count()
+        self.usage.census.count()
         self.usage.delete(locations[0])
         self.save(10)
         held = self.usage.repositories()['/host']
@@ -1240,7 +1240,7 @@ class UsageTest(TestCase):
     def test_deep_folders_and_the_root_of_the_file_system_are_no_fault(self):
         path = self.root.joinpath(*'x' * 100)
         path.mkdir(parents=True)
-        self.usage.count()
+        self.usage.census.count()
         store = Store(os.sep)
         with mock.patch.object(restic_serve, '_scan', side_effect=lambda folder: restic_serve.contextlib.
                                nullcontext(iter(()))) as scan:
@@ -1260,20 +1260,20 @@ class UsageTest(TestCase):
                 self.store.create_repository(repository)
         self.assertEqual(list(outside.iterdir()), [])
         self.save(10, '/bob/x')
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(self.held('/host/x'), (110, {'data': 2}))
 
     def test_a_clock_that_is_wrong_hides_nothing(self):
         self.save(100)
         with mock.patch.object(time, 'time', return_value=time.time() - 86400):
-            self.usage.count()
+            self.usage.census.count()
         self.assertEqual(self.held(), (100, {'data': 1}))
         self.save(50, kind='snapshots')
         for moment in (1 << 40, -1 << 33):
             for path in self.files():
                 if 'snapshots' in path:
                     os.utime(self.root / path, (moment, moment))
-            self.usage.count()
+            self.usage.census.count()
             self.assertEqual(self.held(), (150, {'data': 1, 'snapshots': 1}))
             self.assertIn('150 B', Page(self.store, self.usage).render('', lambda name: True))
 
@@ -1285,22 +1285,22 @@ class UsageTest(TestCase):
 
     def test_it_is_counted_when_somebody_asks_and_the_last_count_is_old(self):
         counts = []
-        real = Usage.count
+        real = restic_serve.Census.count
 
         def count(usage):
             counts.append(1)
             real(usage)
 
-        with mock.patch.object(Usage, 'count', count):
-            self.usage.refresh()  # nobody listens
+        with mock.patch.object(restic_serve.Census, 'count', count):
+            self.usage.census.request()  # nobody listens
             self.serve(Api(self.store, Policy(), usage=self.usage))
-            self.assertFalse(self.usage.wait(0))
-            self.usage.refresh()
-            self.assertTrue(self.usage.wait(PATIENCE))
+            self.assertFalse(self.usage.census.wait(0))
+            self.usage.census.request()
+            self.assertTrue(self.usage.census.wait(PATIENCE))
             for _ in range(10):
-                self.usage.refresh()
-            self.usage._interval = 0
-            self.usage.refresh()
+                self.usage.census.request()
+            self.usage.census._interval = 0
+            self.usage.census.request()
             self.wait_until(lambda: len(counts) > 1, 'the second count')
         self.assertEqual(len(counts), 2)
 
@@ -1309,7 +1309,7 @@ class UsageTest(TestCase):
             with self.subTest(**more):
                 shutil.rmtree(self.root / 'host', ignore_errors=True)
                 self.usage = self.make(**more)
-                self.usage.count()
+                self.usage.census.count()
                 first = self.save(600)
                 unread = Bytes(b'x' * 401)
                 with self.assertRaises(HttpError) as caught:
@@ -1354,7 +1354,7 @@ class UsageTest(TestCase):
         for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
             shutil.rmtree(self.root / 'host', ignore_errors=True)
             self.usage = self.make(most=4300)
-            self.usage.count()
+            self.usage.census.count()
             answers = self.upload_at_once(16, **more)
             stored = answers.count(200)
             self.assertEqual(answers.count(507) + (answers.count(503) if more else 0), 16 - stored)
@@ -1364,7 +1364,7 @@ class UsageTest(TestCase):
 
     def test_room_for_an_upload_that_failed_is_given_back(self):
         self.usage = self.make(most=1000)
-        self.usage.count()
+        self.usage.census.count()
         with self.assertRaises(HttpError):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
         with self.assertRaises(restic_serve.Gone):
@@ -1377,7 +1377,7 @@ class UsageTest(TestCase):
 
     def test_room_that_an_upload_under_way_holds_is_waited_for(self):
         self.usage = self.make(most=1000)
-        self.usage.count()
+        self.usage.census.count()
         go_on = threading.Event()
 
         class Slow(Bytes):
@@ -1408,7 +1408,7 @@ class UsageTest(TestCase):
 
     def test_what_is_removed_during_its_upload_is_to_be_sent_again(self):
         self.usage = self.make(most=1000)
-        self.usage.count()
+        self.usage.census.count()
         location = self.save(900)
         content = Path(path_of(self.store, location)).read_bytes()
 
@@ -1436,7 +1436,7 @@ class UsageTest(TestCase):
     def test_small_objects_and_folders_fill_a_quota_as_they_fill_the_disk(self):
         self.use_blocks()
         self.usage = self.make(most=400 * 1024)
-        self.usage.count()
+        self.usage.census.count()
         self.usage.create(Location('/host'))
         self.assertEqual(self.usage.quota('')[0], 6 * 4096)     # itself, and five kinds
         saved = 0
@@ -1446,13 +1446,13 @@ class UsageTest(TestCase):
                 saved += 1
         self.assertEqual((caught.exception.status, saved), (507, 100 - 6))
         self.assertEqual(self.usage.quota(''), (400 * 1024, 0, 400 * 1024))
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(self.usage.quota('')[0], 400 * 1024)
 
     def test_repositories_that_are_made_fill_a_quota(self):
         self.use_blocks()
         self.usage = self.make(most=1 << 20)
-        self.usage.count()
+        self.usage.census.count()
         made = 0
         with self.assertRaises(HttpError) as caught:
             for number in range(1000):
@@ -1463,13 +1463,13 @@ class UsageTest(TestCase):
         folders = sum(path.is_dir() for path in self.root.rglob('*'))
         self.assertLessEqual(folders, 256)
         before = self.usage.quota('')[0]
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(self.usage.quota('')[0], before)
 
     def test_what_was_counted_and_what_passed_through_agree(self):
         self.use_blocks()
         self.usage = self.make(most=1 << 40, most_per_user=1 << 40)
-        self.usage.count()
+        self.usage.census.count()
         random.seed(7)
         kept = []
         for number in range(120):
@@ -1483,13 +1483,13 @@ class UsageTest(TestCase):
                                       random.choice(restic_serve.KINDS)))
             if number % 40 == 39:
                 before = [self.usage.quota(scope)[0] for scope in ('', 'alice', 'bob')]
-                self.usage.count()
+                self.usage.census.count()
                 self.assertEqual([self.usage.quota(scope)[0] for scope in ('', 'alice', 'bob')], before)
 
     def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
         self.use_blocks()
         usage = self.make(most=50_000)
-        usage.count()
+        usage.census.count()
         for name in 'ab':
             usage.create(Location(f'/{name}'))
         with mock.patch.object(restic_serve, 'LOCKS', 10):
@@ -1508,7 +1508,7 @@ class UsageTest(TestCase):
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
         usage = self.make(most=1000)
-        usage.count()
+        usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
         self.assertEqual(usage.save(location, Bytes(content)), (1, 1000))
@@ -1528,7 +1528,7 @@ class UsageTest(TestCase):
     def test_an_upload_reserves_room_for_all_of_its_content(self):
         self.use_blocks()
         usage = self.make(most=100 * 4096)
-        usage.count()
+        usage.census.count()
         usage.create(Location('/host'))
         reserved = []
 
@@ -1548,7 +1548,7 @@ class UsageTest(TestCase):
             for number in range(30):
                 Store(str(self.root)).save(Location(f'/evil/r{number}', 'keys', named(b'x')), Bytes(b'x'))
             Store(str(self.root)).save(Location('/good', 'keys', named(b'good')), Bytes(b'good'))
-            self.usage.count()
+            self.usage.census.count()
             found = self.usage.repositories()
             self.assertEqual(found['/good'].bytes, 4)
             self.assertGreater(found['other'].bytes, 10)
@@ -1560,7 +1560,7 @@ class UsageTest(TestCase):
             for number in range(3):
                 Store(str(self.root)).save(Location(f'/new{number}', 'keys', named(b'new')), Bytes(b'new'))
             for _ in range(2):
-                self.usage.count()
+                self.usage.census.count()
             found = self.usage.repositories()
             self.assertEqual({name: held.bytes for name, held in found.items()},
                              {'/good': 4, '/new0': 3, '/new1': 3, '/new2': 3})
@@ -1568,7 +1568,7 @@ class UsageTest(TestCase):
     def test_what_is_shown_is_computed_once_a_second_and_for_those_who_may_see_it(self):
         for name in ('/alice/a', '/alice/b', '/alicex', '/bob'):
             self.save(10, name)
-        self.usage.count()
+        self.usage.census.count()
         with mock.patch.object(restic_serve, 'SHOWN_SECONDS', 1000), mock.patch.object(
                 self.usage, '_holdings', wraps=self.usage._holdings) as computed:
             self.usage._shown_at = float('-inf')
@@ -1582,18 +1582,18 @@ class UsageTest(TestCase):
 
     def test_what_replaces_a_damaged_object_is_counted(self):
         self.usage = self.make(most=1000)
-        self.usage.count()
+        self.usage.census.count()
         location = self.save(700)
         path = Path(path_of(self.store, location))
         content = path.read_bytes()
         self.usage.delete(location)
         path.write_bytes(b'x')
-        self.usage.count()
+        self.usage.census.count()
         self.assertEqual(self.usage.save(location, Bytes(content)), (0, 699))
         self.assertEqual(self.usage.quota(''), (700, 0, 1000))
         self.assertEqual(self.held(), (700, {'data': 1}))
         path.write_bytes(b'')
-        self.usage.count()
+        self.usage.census.count()
         self.save(400)
         with self.assertRaises(HttpError):
             self.usage.save(location, Bytes(content))
@@ -1602,7 +1602,7 @@ class UsageTest(TestCase):
         with mock.patch.object(restic_serve, 'SLOT_BYTES', 4096), \
                 mock.patch.object(restic_serve, 'SPARE_BYTES', 2048):
             self.usage = Usage(self.store, Counters(), most=1 << 30, most_per_user=1 << 20)
-            self.usage.count()
+            self.usage.census.count()
             stored = 0
             with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0):
                 for number in range(100):
@@ -1613,7 +1613,7 @@ class UsageTest(TestCase):
                         self.assertEqual(error.status, 503)
             self.assertIn(stored, range(5, 95))
             self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
-            self.usage.count()
+            self.usage.census.count()
             metrics = Metrics(self.usage._counters, self.usage, self.store)
             request = Request('GET', '/', '', {}, None, Peer('x'))
             metrics.count_blob(request, Location('/a', 'data', 'x'), Metrics.READ, 1)
@@ -1623,14 +1623,14 @@ class UsageTest(TestCase):
             Page(self.store, self.usage).render('', lambda name: True)
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
-        self.usage.open()
-        self.usage.refresh()
+        self.usage.census.open()
+        self.usage.census.request()
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start new thread")):
-            self.usage.answer()
+            self.usage.census.on_requested()
         self.assertRegex(self.log[-1], "could not be counted: can't start")
-        self.usage.refresh()
-        self.usage.answer()
-        self.assertTrue(self.usage.wait(PATIENCE))
+        self.usage.census.request()
+        self.usage.census.on_requested()
+        self.assertTrue(self.usage.census.wait(PATIENCE))
 
     def test_before_the_first_count_an_upload_is_put_off(self):
         self.usage = self.make(most=1000)
@@ -4834,7 +4834,7 @@ class MetricsTest(WatchedTestCase):
         self.work(self.port)
         self.fill('/we"ird\\ü', 'data', 'snapshots')
         self.watch(most=1 << 30, per_user=1 << 20)
-        self.usage.wait(PATIENCE)
+        self.usage.census.wait(PATIENCE)
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
         self.work(self.port)
         content = self.ask(get('/metrics'))[2]
@@ -4873,7 +4873,7 @@ class MetricsTest(WatchedTestCase):
         (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
         self.fill('', 'keys')
         self.watch(most=10000, per_user=2000)
-        self.usage.wait(PATIENCE)
+        self.usage.census.wait(PATIENCE)
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
         samples = self.scrape()
         rules = README.read_text(encoding='utf-8').partition('```yaml\n')[2].partition('```')[0]
@@ -4899,7 +4899,8 @@ class MetricsTest(WatchedTestCase):
     def test_a_scrape_does_not_wait_for_the_count(self):
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
-        with mock.patch.object(Usage, 'count', lambda usage: begun.set() or go_on.wait(PATIENCE)):
+        with mock.patch.object(restic_serve.Census, 'count',
+                               lambda census: begun.set() or go_on.wait(PATIENCE)):
             begin = time.monotonic()
             samples = self.scrape()
             self.assertLess(time.monotonic() - begin, PATIENCE / 3)
@@ -4985,7 +4986,7 @@ class QuotaTest(WatchedTestCase):
 
     def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
         self.watch(most=1000)
-        self.usage.wait(PATIENCE)
+        self.usage.census.wait(PATIENCE)
         wire = self.connect()
         self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=1001))[0], 507)
         self.assertTrue(wire.is_closed())
@@ -5020,7 +5021,7 @@ class PageTest(WatchedTestCase):
         self.fill('/none', 'data')
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
         self.watch(most=1000, per_user=800)
-        self.usage.wait(PATIENCE)
+        self.usage.census.wait(PATIENCE)
         text = self.look()[1]
         self.assertEqual(self.names(), ['/late', '/none', '/fresh'])
         rows = dict(zip(self.names(), re.findall(r'<tr.*?</tr>', text.partition('<tbody>')[2], re.DOTALL)))
@@ -5097,17 +5098,17 @@ class PageTest(WatchedTestCase):
         self.watch()
         self.look()
         self.wait_until(lambda: self.names() == ['/host'], 'the count')
-        self.usage._interval = 0.001
+        self.usage.census._interval = 0.001
         self.fill('/other', 'snapshots')
         self.assertEqual(self.names(), ['/host', '/other'])
-        with mock.patch.object(Usage, 'count', lambda usage: None), \
+        with mock.patch.object(restic_serve.Census, 'count', lambda usage: None), \
                 mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.01):
             self.assertRegex(self.look()[1], '; counted .+ ago')
 
     def test_before_the_first_count_it_looks_again(self):
         go_on = threading.Event()
         self.addCleanup(go_on.set)
-        with mock.patch.object(Usage, 'count', lambda usage: go_on.wait(PATIENCE)), \
+        with mock.patch.object(restic_serve.Census, 'count', lambda usage: go_on.wait(PATIENCE)), \
                 mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.05):
             text = self.look()[1]
             self.assertIn('<meta http-equiv="refresh" content="5">', text)
@@ -6270,7 +6271,7 @@ class WorkersTest(TestCase):
         store.prepare()
         counters = Counters(5)
         usage = Usage(store, counters, most=50500)
-        usage.count()
+        usage.census.count()
         children = []
         for slot in range(1, 5):
             pid = os.fork()
