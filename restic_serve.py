@@ -6078,9 +6078,9 @@ class Stream:
 # One HTTP/2 connection (RFC 9113): its thread reads frames, and each request has one of a pool.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-PATIENCE = 1000              # frames that help nobody: so many at once,
-PATIENCE_SECOND = 100        # so many a second for ever,
-PATIENCE_ANSWER = 2          # and so many more for each answer
+FLOOD_BURST = 1000           # frames that help nobody which may come at once
+FLOOD_REFILL_SECOND = 100    # more of them each second
+FLOOD_REFILL_ANSWER = 2      # more of them for each answer
 IDLE_THREADS = 8             # that wait for another request, and so many
 IDLE_SECONDS = 5             # at the most
 
@@ -6124,6 +6124,85 @@ class RequestThreads(Shares):
                 self._idle += 1
 
 
+class FloodBudget:
+    """How many frames that help nobody a client may still send (RFC 9113 10.5)."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tokens = float(FLOOD_BURST)
+        self._spent_at = clock()
+        self._answers = 0           # requests that were answered
+        self._refilled = 0          # of these, those for which tokens were given
+
+    def refill(self) -> None:
+        """A request has been answered."""
+        self._answers += 1
+
+    def spend(self) -> None:
+        """Such a frame has come.  Raises Http2Error if it was one too many."""
+        now, answers = self._clock(), self._answers
+        earned = ((now - self._spent_at) * FLOOD_REFILL_SECOND
+                  + (answers - self._refilled) * FLOOD_REFILL_ANSWER)
+        self._tokens = min(self._tokens + earned, FLOOD_BURST) - 1
+        self._spent_at, self._refilled = now, answers
+        if self._tokens < 0:
+            raise Http2Error(ENHANCE_YOUR_CALM, 'too many frames that help nobody')
+
+
+class HeaderBlock:
+    """A header block that may come in several frames (RFC 9113 4.3); `number` is that of its stream, 0
+    before the first frame."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.flags = 0
+        self.block = b''
+        self.depends_on_itself = False
+
+    def begin(self, number: int, flags: int, block: bytes, depends_on_itself: bool) -> None:
+        """HEADERS has come."""
+        self.number, self.flags, self.block = number, flags, block
+        self.depends_on_itself = depends_on_itself
+
+
+class StreamRegistry:
+    """The streams of a connection by their numbers (RFC 9113 5.1.1): those that are `open`, `last` the
+    highest of all, and the last ones to be closed."""
+
+    def __init__(self) -> None:
+        self.open: Dict[int, Stream] = {}
+        self.last = 0
+        self._closed: Dict[int, bool] = {}  # and whether we have reset them
+
+    def find(self, number: int) -> Optional[Stream]:
+        """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
+        if not number & 1 or number > self.last:
+            raise Http2Error(PROTOCOL_ERROR, 'a frame of a stream that was not opened')
+        stream = self.open.get(number)
+        return None if stream and stream.is_over else stream
+
+    def is_known(self, number: int) -> bool:
+        """Whether a stream is open or one of the last that were closed."""
+        return number in self._closed or number in self.open
+
+    def was_reset(self, number: int) -> Optional[bool]:
+        """Whether we have reset a stream, so that what still comes for it is no fault of the client's;
+        None if it is not known as closed."""
+        return self._closed.get(number)
+
+    def is_full(self) -> bool:
+        """Whether the client has as many as it may (RFC 9113 5.1.2)."""
+        return len(self.open) >= STREAMS and sum(
+            not stream.is_over for stream in self.open.values()) >= STREAMS
+
+    def close(self, number: int, by_us: bool) -> None:
+        """Know a stream as closed, for a while."""
+        self.open.pop(number, None)
+        self._closed[number] = by_us
+        if len(self._closed) > 4 * STREAMS:
+            del self._closed[next(iter(self._closed))]
+
+
 class Http2:
     """One connection: `received` has come on it already.  Each request takes one of `threads`,
     which all connections share; where there is none, it is refused.  One lock guards the connection,
@@ -6138,28 +6217,20 @@ class Http2:
         self._threads = threads
         self._reader = FrameReader(connection, received, self._limits.header_bytes)
         self._writer = FrameWriter(connection, self.lock)
-        self._streams: Dict[int, Stream] = {}
-        self._flow = FlowControl(self._writer, self._streams, self._on_answered, connection.clock)
+        self._streams = StreamRegistry()
+        self._flow = FlowControl(self._writer, self._streams.open, self._on_answered, connection.clock)
+        self._flood = FloodBudget()
         self._idle_since = connection.clock()
-        self._closed: Dict[int, bool] = {}  # the last ones to go, and whether we have reset them
         self._running = 0               # requests that have a thread
         self._opened = 0                # the highest stream that was taken on, or refused
-        self._answered = 0              # requests
         self._leaving = False           # GOAWAY has been sent
         self._over = False              # all is done
+        self._header_deadline = math.inf
         # The reading thread's own
         self._greeted = False
-        self._last = 0                  # the highest stream yet
-        self._last_served = 0           # and that when GOAWAY was sent
+        self._last_served = 0           # the highest stream when GOAWAY was sent
         self._decoder = HeaderDecoder()
-        self._header = 0                # the stream whose header block is being received
-        self._header_flags = 0
-        self._header_deadline = math.inf
-        self._depends_on_itself = False
-        self._block = b''
-        self._patience = float(PATIENCE)
-        self._annoyed = time.monotonic()
-        self._rewarded = 0              # answers for which patience has been given
+        self._header = HeaderBlock()
 
     def run(self) -> bytes:
         """Serve the connection to its end; requests that are wholly there when input ends are
@@ -6168,7 +6239,7 @@ class Http2:
         self._connection.place(roaming=False)
         reason, failed = 'the client is gone', True
         try:
-            self._greet()
+            self._exchange_prefaces()
             while True:
                 self._read_frame()
         except EOFError:
@@ -6180,7 +6251,7 @@ class Http2:
         except Gone as gone:
             reason, self._writer.dead = str(gone), True
         finally:
-            self._wind_up(reason, failed)
+            self._drain(reason, failed)
         self._connection.linger()
         return b''
 
@@ -6193,7 +6264,7 @@ class Http2:
     def stop(self) -> None:
         """End the connection, once the requests under way have been answered (RFC 9113 6.8)."""
         with self.lock:
-            self._leave_gently()
+            self._shut_down()
 
     def next_deadline(self) -> float:
         """When expire() is to be called, by the connection's clock."""
@@ -6201,7 +6272,7 @@ class Http2:
             if self._over:
                 return self._connection.lingers_until()
             stall = self._limits.stall_seconds
-            deadlines = [stream.next_deadline(stall) for stream in self._streams.values()]
+            deadlines = [stream.next_deadline(stall) for stream in self._streams.open.values()]
             return min(self._header_deadline, *(deadlines or [self._idle_since + self._limits.idle_seconds]),
                        self._writer.begun + self._limits.write_seconds)
 
@@ -6209,18 +6280,18 @@ class Http2:
         """End what has taken too long; called by a thread that must not wait."""
         now, stall = self._connection.clock(), self._limits.stall_seconds
         with self.lock:
-            idle = not self._streams and self._idle_since + self._limits.idle_seconds < now
+            idle = not self._streams.open and self._idle_since + self._limits.idle_seconds < now
             if self._over:
                 self._connection.end_linger()
                 return
             if now - self._writer.begun > self._limits.write_seconds:
                 self._connection.cut()
                 return
-            for stream in [one for one in self._streams.values() if one.next_deadline(stall) < now]:
+            for stream in [one for one in self._streams.open.values() if one.next_deadline(stall) < now]:
                 idle = idle or stream.stalled
                 self._expire_stream(stream, stream.blocked + stall < now)
             if self._header_deadline < now or idle:
-                self._leave_gently()
+                self._shut_down()
                 self._connection.end_input()
 
     def _expire_stream(self, stream: Stream, stalled: bool) -> None:
@@ -6239,7 +6310,7 @@ class Http2:
 
     # ---- frames that come ----
 
-    def _greet(self) -> None:
+    def _exchange_prefaces(self) -> None:
         """Send our settings, and read the client's preface (RFC 9113 3.4)."""
         settings = {_MAX_CONCURRENT_STREAMS: STREAMS, _MAX_FRAME_SIZE: FRAME_BYTES,
                     _MAX_HEADER_LIST_SIZE: self._limits.header_bytes}
@@ -6251,22 +6322,22 @@ class Http2:
 
     def _read_frame(self) -> None:
         kind, flags, number = self._reader.next()
-        if len(self._writer.pending) > 2 * PATIENCE:
+        if len(self._writer.pending) > 2 * FLOOD_BURST:
             raise Http2Error(ENHANCE_YOUR_CALM, 'too many answers that are not read')
         if not self._greeted and (kind != _SETTINGS or flags & _ACK):
             raise Http2Error(PROTOCOL_ERROR, 'no SETTINGS after the preface')
-        if self._header and (kind != _CONTINUATION or number != self._header):
+        if self._header.number and (kind != _CONTINUATION or number != self._header.number):
             raise Http2Error(PROTOCOL_ERROR, 'a header block is interrupted')
         if kind < len(_FRAME_HANDLERS):
             try:
                 _FRAME_HANDLERS[kind](self, flags, number)
             except StreamError as error:
-                self._annoy()
+                self._flood.spend()
                 log.debug('%s: stream %d: %s', self._connection.peer, number, error)
                 with self.lock:
                     self._reset(number, error.code)
         else:
-            self._annoy()  # RFC 9113 5.5: a type that nobody here knows is ignored
+            self._flood.spend()  # RFC 9113 5.5: a type that nobody here knows is ignored
         if self._reader.left and kind == _DATA:
             with self.lock:
                 self._flow.acknowledge(self._reader.left)
@@ -6278,13 +6349,13 @@ class Http2:
         padding = self._reader.padding(flags)
         size = self._reader.left - padding
         if not size and not flags & _END_STREAM:
-            self._annoy()
+            self._flood.spend()
         with self.lock:
             self._flow.receive(length)
             self._flow.acknowledge(length - self._reader.left)  # the length of the padding
-            stream = self._find(number)
+            stream = self._streams.find(number)
             if not stream:
-                if not self._closed.get(number):
+                if not self._streams.was_reset(number):
                     raise Http2Error(STREAM_CLOSED, 'content for a closed stream')
                 return
             if stream.ended:
@@ -6334,30 +6405,30 @@ class Http2:
             raise StreamError(PROTOCOL_ERROR, 'less content than announced')
         with self.lock:
             stream.ended = True
-            if stream.answered and not stream.rest and stream.number in self._streams:
+            if stream.answered and not stream.rest and stream.number in self._streams.open:
                 self._drop(stream, False)
             stream.notify()
 
     def _on_headers(self, flags: int, number: int) -> None:
         """RFC 9113 6.2."""
         block = self._reader.payload(flags)
-        self._depends_on_itself = False
+        depends_on_itself = False
         if flags & _PRIORITIZED:
             if len(block) < 5:
                 raise Http2Error(FRAME_SIZE_ERROR, 'HEADERS without its priority')
-            self._depends_on_itself = int.from_bytes(block[:4], 'big') & 0x7fffffff == number
+            depends_on_itself = int.from_bytes(block[:4], 'big') & 0x7fffffff == number
             block = block[5:]
         if not number & 1:
             raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream that no client opens')
         with self.lock:
-            if number <= self._last and not self._find(number):
+            if number <= self._streams.last and not self._streams.find(number):
                 # RFC 9113 5.1.1: lower ones that were left out can never be opened.
-                if number not in self._closed and number not in self._streams:
+                if not self._streams.is_known(number):
                     raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream before the last')
-                if not self._closed.get(number):
+                if not self._streams.was_reset(number):
                     raise Http2Error(STREAM_CLOSED, 'HEADERS of a closed stream')
-            self._last = max(number, self._last)
-            self._header, self._header_flags, self._block = number, flags, block
+            self._streams.last = max(number, self._streams.last)
+            self._header.begin(number, flags, block, depends_on_itself)
             if flags & _END_HEADERS == 0:
                 self._header_deadline = self._connection.clock() + self._limits.header_seconds
         if flags & _END_HEADERS:
@@ -6365,25 +6436,26 @@ class Http2:
 
     def _on_continuation(self, flags: int, number: int) -> None:
         """RFC 9113 6.10."""
-        if not self._header:
+        if not self._header.number:
             raise Http2Error(PROTOCOL_ERROR, 'CONTINUATION of nothing')
         if self._reader.left < CONTROL_BYTES // 16 and not flags & _END_HEADERS:
-            self._annoy()
-        self._block += self._reader.payload()
-        if len(self._block) > self._limits.header_bytes + 4 * CONTROL_BYTES:
+            self._flood.spend()
+        self._header.block += self._reader.payload()
+        if len(self._header.block) > self._limits.header_bytes + 4 * CONTROL_BYTES:
             raise Http2Error(ENHANCE_YOUR_CALM, 'a header block without end')
         if flags & _END_HEADERS:
             self._end_headers()
 
     def _end_headers(self) -> None:
         """A header block is whole: a request's, or the trailers after its content."""
-        number, self._header, block, self._block = self._header, 0, self._block, b''
+        header, self._header = self._header, HeaderBlock()
+        number = header.number
         with self.lock:
             self._header_deadline = math.inf
             self._idle_since = self._connection.clock()
-            stream = self._streams.get(number)
-        fields, whole = self._decoder.decode(block, self._limits.header_bytes)
-        ended = bool(self._header_flags & _END_STREAM)
+            stream = self._streams.open.get(number)
+        fields, whole = self._decoder.decode(header.block, self._limits.header_bytes)
+        ended = bool(header.flags & _END_STREAM)
         if stream:
             if stream.ended:
                 raise StreamError(STREAM_CLOSED, 'HEADERS after the end')
@@ -6392,26 +6464,26 @@ class Http2:
             for name, value in fields:  # RFC 9113 8.1
                 check_field(name, value)
             self._end_content(stream)
-        elif number not in self._closed:
+        elif self._streams.was_reset(number) is None:
+            if header.depends_on_itself:  # RFC 7540 5.3.1
+                raise StreamError(PROTOCOL_ERROR, 'a stream depends on itself')
             self._open(number, fields, whole, ended)
 
     def _open(self, number: int, fields: List[Tuple[str, str]], whole: bool, ended: bool) -> None:
         """Begin to answer a request."""
-        if self._depends_on_itself:  # RFC 7540 5.3.1
-            raise StreamError(PROTOCOL_ERROR, 'a stream depends on itself')
         method, target, headers = (request_of(fields) if whole else
                                    (dict(fields).get(':method', '-'), '', {}))
         length = int(headers['content-length']) if 'content-length' in headers else None
         if ended and length:
             raise StreamError(PROTOCOL_ERROR, 'less content than announced')
-        if not self._streams:
+        if not self._streams.open:
             self._connection.place(roaming=False)
         with self.lock:
             if self._leaving:  # RFC 9113 6.8: it has crossed our GOAWAY
-                self._remember(number, True)
+                self._streams.close(number, True)
                 return
             self._opened = number
-            if self._is_full():  # RFC 9113 5.1.2
+            if self._running >= 2 * STREAMS or self._streams.is_full():  # RFC 9113 5.1.2
                 raise StreamError(REFUSED_STREAM, 'too many requests at once')
             if self._threads.is_greedy(self._connection.peer):
                 self._turn_away(number, ended)
@@ -6428,7 +6500,7 @@ class Http2:
             elif expected and expected.lower() != '100-continue':
                 refusal = HttpError(417, 'the only expectation is 100-continue')
             self._submit(functools.partial(self._serve, stream, request, refusal))
-            self._streams[number] = stream
+            self._streams.open[number] = stream
             self._running += 1
 
     def _turn_away(self, number: int, ended: bool) -> None:
@@ -6438,20 +6510,14 @@ class Http2:
         self._writer.queue(_HEADERS, _END_HEADERS | _END_STREAM, number, encode_headers([
             (':status', '503'), ('date', http_date(int(time.time()))), ('retry-after', '10')]))
         if ended:
-            self._remember(number, False)
+            self._streams.close(number, False)
         else:
             self._reset(number, NO_ERROR)
         self._api.finish(Request('-', '', 'HTTP/2.0', {}, _NO_BODY, peer), 503, 0)
 
-    def _is_full(self) -> bool:
-        """Whether there are as many requests as may be; with the lock.  One that is over for the
-        client may still have its thread."""
-        return self._running >= 2 * STREAMS or (len(self._streams) >= STREAMS and sum(
-            not stream.is_over for stream in self._streams.values()) >= STREAMS)
-
     def _on_priority(self, flags: int, number: int) -> None:
         """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
-        self._annoy()
+        self._flood.spend()
         if not number:
             raise Http2Error(PROTOCOL_ERROR, 'PRIORITY of no stream')
         payload = self._reader.payload(size=5)
@@ -6460,10 +6526,10 @@ class Http2:
 
     def _on_rst_stream(self, flags: int, number: int) -> None:
         """RFC 9113 6.4."""
-        self._annoy()
+        self._flood.spend()
         self._reader.payload(size=4)
         with self.lock:
-            stream = self._find(number)
+            stream = self._streams.find(number)
             if stream:
                 stream.lose('the client has cancelled the request')
                 self._drop(stream, False)
@@ -6471,7 +6537,7 @@ class Http2:
     def _on_settings(self, flags: int, number: int) -> None:
         """RFC 9113 6.5."""
         if self._greeted:
-            self._annoy()
+            self._flood.spend()
         self._greeted = True
         if number:
             raise Http2Error(PROTOCOL_ERROR, 'SETTINGS of a stream')
@@ -6502,7 +6568,7 @@ class Http2:
 
     def _on_ping(self, flags: int, number: int) -> None:
         """RFC 9113 6.7."""
-        self._annoy()
+        self._flood.spend()
         if number:
             raise Http2Error(PROTOCOL_ERROR, 'PING of a stream')
         payload = self._reader.payload(size=8)
@@ -6512,7 +6578,7 @@ class Http2:
 
     def _on_goaway(self, flags: int, number: int) -> None:
         """RFC 9113 6.8: the client will open no more streams, and says so by its silence."""
-        self._annoy()
+        self._flood.spend()
         if number:
             raise Http2Error(PROTOCOL_ERROR, 'GOAWAY of a stream')
         if self._reader.left < 8:
@@ -6524,29 +6590,13 @@ class Http2:
         with self.lock:
             is_return = increment and self._flow.is_return(increment, number > 0)
         if not is_return:
-            self._annoy()
+            self._flood.spend()
         with self.lock:
-            stream = self._find(number) if number else None
+            stream = self._streams.find(number) if number else None
             if not increment:
                 raise (StreamError if number else Http2Error)(PROTOCOL_ERROR, 'WINDOW_UPDATE of nothing')
             if stream or not number:
                 self._flow.on_window_update(increment, stream)
-
-    def _find(self, number: int) -> Optional[Stream]:
-        """The stream of a frame, None if it is closed (RFC 9113 5.1)."""
-        if not number & 1 or number > self._last:
-            raise Http2Error(PROTOCOL_ERROR, 'a frame of a stream that was not opened')
-        stream = self._streams.get(number)
-        return None if stream and stream.is_over else stream
-
-    def _annoy(self) -> None:
-        """Count a frame that helps nobody (RFC 9113 10.5).  Each answer is worth some."""
-        now, answered = time.monotonic(), self._answered
-        earned = (now - self._annoyed) * PATIENCE_SECOND + (answered - self._rewarded) * PATIENCE_ANSWER
-        self._patience = min(self._patience + earned, PATIENCE) - 1
-        self._annoyed, self._rewarded = now, answered
-        if self._patience < 0:
-            raise Http2Error(ENHANCE_YOUR_CALM, 'too many frames that help nobody')
 
     # ---- requests ----
 
@@ -6582,7 +6632,8 @@ class Http2:
                 self._api.finish(request, CLIENT_GONE, 0)
             with self.lock:
                 stream.answering = stream.answered = True
-                self._answered += not stream.lost
+                if not stream.lost:
+                    self._flood.refill()
                 stream.forget()
                 if not stream.rest:
                     self._on_answered(stream)
@@ -6594,7 +6645,7 @@ class Http2:
         """All of an answer has been sent, or its stream is lost; with the lock.  What the client
         still sends is read if it is little."""
         stream.blocked = math.inf
-        if not stream.answered or stream.number not in self._streams:
+        if not stream.answered or stream.number not in self._streams.open:
             return
         if stream.ended:
             self._drop(stream, False)
@@ -6606,28 +6657,21 @@ class Http2:
     def _reset(self, number: int, code: int) -> None:
         """Send RST_STREAM; with the lock."""
         self._writer.queue(_RST_STREAM, 0, number, struct.pack('>I', code))
-        stream = self._streams.get(number)
+        stream = self._streams.open.get(number)
         if stream:
             stream.lose('the stream was reset')
             self._drop(stream, True)
         else:
-            self._remember(number, True)
+            self._streams.close(number, True)
 
     def _drop(self, stream: Stream, by_us: bool) -> None:
         """Forget a stream; with the lock.  What still comes for one that we have reset is no fault
         of the client's (RFC 9113 5.1)."""
-        del self._streams[stream.number]
-        self._remember(stream.number, by_us)
+        self._streams.close(stream.number, by_us)
         self._flow.forget(stream)
         self._idle_since = self._connection.clock()
-        if self._leaving and not self._streams:
+        if self._leaving and not self._streams.open:
             self._connection.end_input()
-
-    def _remember(self, number: int, by_us: bool) -> None:
-        """Know a stream as closed, for a while."""
-        self._closed[number] = by_us
-        if len(self._closed) > 4 * STREAMS:
-            del self._closed[next(iter(self._closed))]
 
     def _answer(self, stream: Stream, request: Request, response: Response) -> None:
         with self.lock:
@@ -6644,7 +6688,7 @@ class Http2:
             log.error('%s: an answer is broken off: %s', self._connection.peer, error)
             log.debug('where it happened:', exc_info=True)
             with self.lock:
-                if stream.number in self._streams:
+                if stream.number in self._streams.open:
                     self._reset(stream.number, INTERNAL_ERROR)
         finally:
             self._api.finish(request, response.status, sent[0])
@@ -6656,29 +6700,29 @@ class Http2:
         log.log(logging.DEBUG if self._greeted else NOTICE, '%s: %s (HTTP/2 error %d)',
                 self._connection.peer, reason, code)
         with self.lock:
-            self._say_goodbye(code, reason)
+            self._send_goaway(code, reason)
 
-    def _leave_gently(self) -> None:
+    def _shut_down(self) -> None:
         """Take no more requests, and end when there are none; with the lock."""
         if self._over:
             return
         if not self._leaving:
-            self._say_goodbye(NO_ERROR, '')
-        if not self._streams:
+            self._send_goaway(NO_ERROR, '')
+        if not self._streams.open:
             self._connection.end_input()
 
-    def _say_goodbye(self, code: int, reason: str) -> None:
+    def _send_goaway(self, code: int, reason: str) -> None:
         """RFC 9113 6.8: streams above the last are not served, and the last never rises."""
         if not self._leaving:
             self._leaving, self._last_served = True, self._opened
         self._writer.queue(_GOAWAY, 0, 0, struct.pack('>II', self._last_served, code)
                            + reason.encode())
 
-    def _wind_up(self, reason: str, failed: bool) -> None:
+    def _drain(self, reason: str, failed: bool) -> None:
         """No more comes: end what waits for more, and wait for the rest."""
         with self.lock:
             self._flow.closed = True
-            for stream in self._streams.values():
+            for stream in self._streams.open.values():
                 if failed or not stream.ended:
                     stream.lose(reason)
                 stream.notify()

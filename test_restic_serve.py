@@ -3873,7 +3873,7 @@ class Http2Test(Http2TestCase):
         wire.send(frame(WINDOW_UPDATE, 0, 0, word(2 << 20)), headers(1, fields('GET', path)))
         self.wait_until(lambda: self.server._connections, 'the connection')
         connection = next(iter(self.server._connections))
-        self.wait_until(lambda: connection.wire._answered, 'the whole answer')
+        self.wait_until(lambda: connection.wire._flood._answers, 'the whole answer')
         self.server.stop()
         self.wait_until(lambda: connection.wire._over, 'the end but for the client')
         wire.send(frame(PING, 0, 0, bytes(8)))  # it still sends, and must not be answered by a reset
@@ -3914,7 +3914,7 @@ class Http2Test(Http2TestCase):
     def test_a_client_may_give_back_few_bytes_at_a_time(self):
         path = self.put(b'0123456789')
         wire = self.http2(grants=False)
-        for number in range(1, 3 * restic_serve.PATIENCE, 2):
+        for number in range(1, 3 * restic_serve.FLOOD_BURST, 2):
             wire.send(headers(number, fields('GET', path)))
             self.assertEqual(wire.answer(number)[2], b'0123456789')
             wire.send(frame(WINDOW_UPDATE, 0, 0, word(10)))
@@ -3935,12 +3935,12 @@ class Http2Test(Http2TestCase):
                 wire.send(frame(WINDOW_UPDATE, 0, 0, word(part)), frame(WINDOW_UPDATE, 0, 1, word(part)))
                 updates += 2
         self.assertEqual(b''.join(got), content)
-        self.assertGreater(updates, 2 * restic_serve.PATIENCE)
+        self.assertGreater(updates, 2 * restic_serve.FLOOD_BURST)
 
     def test_updates_beyond_what_was_sent_are_a_flood(self):
         wire = self.http2(grants=False)
         with contextlib.suppress(OSError):
-            for _ in range(2 * restic_serve.PATIENCE):
+            for _ in range(2 * restic_serve.FLOOD_BURST):
                 wire.sock.sendall(frame(WINDOW_UPDATE, 0, 0, word(1000)))
         self.assertEqual(wire.until(GOAWAY)[3][4:8], word(11))
 
@@ -4083,6 +4083,62 @@ class WindowTest(unittest.TestCase):
             flow.on_window_update(1 << 30, stream)
             self.assertEqual(self.sent, [stream])
             self.assertEqual(stream.window + len(content), (1 << 30) + 65535)
+
+
+class FloodBudgetTest(unittest.TestCase):
+    def test_so_many_at_once_and_more_with_time_and_with_answers(self):
+        now = [1000.0]
+        budget = restic_serve.FloodBudget(lambda: now[0])
+
+        def spend(number):
+            for _ in range(number):
+                budget.spend()
+
+        spend(restic_serve.FLOOD_BURST)
+        with self.assertRaises(restic_serve.Http2Error) as caught:
+            budget.spend()
+        self.assertEqual(caught.exception.code, 11)     # ENHANCE_YOUR_CALM
+        now[0] += 1
+        spend(restic_serve.FLOOD_REFILL_SECOND - 1)     # one was spent beyond
+        for _ in range(10):
+            budget.refill()
+        spend(10 * restic_serve.FLOOD_REFILL_ANSWER)
+        with self.assertRaises(restic_serve.Http2Error):
+            budget.spend()
+        now[0] += 1000      # nobody saves up more than that
+        spend(restic_serve.FLOOD_BURST)
+        with self.assertRaises(restic_serve.Http2Error):
+            budget.spend()
+
+
+class StreamRegistryTest(unittest.TestCase):
+    def test_states_of_a_stream(self):
+        registry = restic_serve.StreamRegistry()
+        for number in (0, 2, 1):
+            with self.assertRaises(restic_serve.Http2Error):
+                registry.find(number)   # not opened, or not a client's to open
+        registry.last = 5
+        stream = registry.open[5] = mock.Mock(is_over=False)
+        self.assertIs(registry.find(5), stream)
+        stream.is_over = True
+        self.assertIsNone(registry.find(5))
+        self.assertIsNone(registry.find(3))
+        self.assertEqual((registry.is_known(5), registry.is_known(3)), (True, False))
+        self.assertIsNone(registry.was_reset(5))
+        registry.close(5, True)
+        registry.close(3, False)
+        self.assertEqual([registry.was_reset(number) for number in (5, 3, 1)], [True, False, None])
+        self.assertEqual(registry.open, {})
+        for number in range(7, 7 + 10 * restic_serve.STREAMS, 2):
+            registry.close(number, True)
+        self.assertFalse(registry.is_known(5))
+
+    def test_what_is_over_for_the_client_takes_no_place(self):
+        registry = restic_serve.StreamRegistry()
+        registry.open.update({number: mock.Mock(is_over=False) for number in range(restic_serve.STREAMS)})
+        self.assertTrue(registry.is_full())
+        registry.open[0].is_over = True
+        self.assertFalse(registry.is_full())
 
 
 class StallTest(Http2TestCase):
