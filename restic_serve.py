@@ -7083,6 +7083,39 @@ class Manager:
                 log.debug('the service manager does not listen: %s', error)
 
 
+class StatsLog:
+    """Logs every so many `seconds` what was done, if anything was."""
+
+    def __init__(self, metrics: Metrics, seconds: float) -> None:
+        self._metrics = metrics
+        self._seconds = seconds
+        self._next = time.monotonic() + seconds
+
+    def stop(self) -> None:
+        """Leave it to another process."""
+        self._seconds = self._next = math.inf
+
+    def until_next(self, active: bool) -> float:
+        """Seconds until there may be a line, infinite if nothing happens, so that an idle server
+        sleeps."""
+        if self._seconds < math.inf and (active or self._metrics.has_news()):
+            return self._next - time.monotonic()
+        return math.inf
+
+    def begin(self) -> None:
+        """Begin to count the time of the next line."""
+        if self._seconds < math.inf:
+            self._next = time.monotonic() + self._seconds
+            self._metrics.begin_period()
+
+    def tell(self) -> None:
+        """Log what was done, if it is time."""
+        if time.monotonic() >= self._next:
+            if self._metrics.has_news():
+                log.info('%s', self._metrics.line())
+            self.begin()
+
+
 # A connection's place: the group of addresses whose share it is part of, empty for none, and why it is
 # turned away, empty if it is served.
 Ticket = collections.namedtuple('Ticket', ['group', 'refusal'])
@@ -7167,8 +7200,7 @@ class Server:
         self._control: Optional[socket.socket] = None
         self._stops = 0                 # how often we were told to stop; the second is for at once
         self._stopping = False
-        self._stats_seconds = stats_seconds
-        self._next_stats = time.monotonic() + stats_seconds
+        self.stats = StatsLog(api.metrics, stats_seconds)
         self._period = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
         where = 'a socket of the service manager'
         try:
@@ -7236,7 +7268,7 @@ class Server:
         reload_log.disabled = slot != 1
         self.manager = Manager({})
         settle(slot)
-        self._next_stats = math.inf
+        self.stats.stop()
         control.setblocking(False)
         self._control = control
         self.open_loop(counts=slot == 1)
@@ -7271,7 +7303,7 @@ class Server:
         self.manager.tell('READY=1')
         while not self._stops:
             # Without connections there is no deadline, and the process sleeps.
-            until_stats = self.until_stats()
+            until_stats = self.stats.until_next(self._peers > 0 or self._admitted > 0)
             wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog, until_stats)
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
                 key.data()
@@ -7279,8 +7311,8 @@ class Server:
             if now >= next_sweep:
                 next_sweep = now + (EXPIRED_SECONDS if self._expire(now) else self._period)
             if until_stats == math.inf:
-                self.begin_stats()
-            self.tell_stats()
+                self.stats.begin()
+            self.stats.tell()
             self.api.metrics.tell_limited()
             if now >= next_word:
                 next_word = now + watchdog / 2
@@ -7398,26 +7430,6 @@ class Server:
         for handler in log.handlers:
             handler.close()  # LogFile's
         self.manager.tell('READY=1')
-
-    def until_stats(self) -> float:
-        """Seconds until there may be a line of statistics; an idle server that serves alone sleeps."""
-        if self._next_stats < math.inf and (
-                self._peers or self._admitted or self.api.metrics.has_news()):
-            return self._next_stats - time.monotonic()
-        return math.inf
-
-    def begin_stats(self) -> None:
-        """Begin to count the time of the next line of statistics."""
-        if self._next_stats < math.inf:
-            self._next_stats = time.monotonic() + self._stats_seconds
-            self.api.metrics.begin_period()
-
-    def tell_stats(self) -> None:
-        """Log what was done, if it is time."""
-        if time.monotonic() >= self._next_stats:
-            if self.api.metrics.has_news():
-                log.info('%s', self.api.metrics.line())
-            self.begin_stats()
 
     def _snapshot(self) -> List[Connection]:
         with self._lock:
@@ -7593,10 +7605,10 @@ class Workers:
             if now >= deadline:
                 self._kill()
                 deadline = math.inf
-            server.tell_stats()
+            server.stats.tell()
             for slot in [slot for slot, due in self._due.items() if now >= due]:
                 self._start(slot)
-            wait = min(next_word - now, deadline - now, server.until_stats(),
+            wait = min(next_word - now, deadline - now, server.stats.until_next(active=True),
                        *(due - now for due in self._due.values()), math.inf)
             select.select([self._wake_reader], [], [], max(wait, 0) if wait < math.inf else None)
             if self._heed() and not self._stopping:
