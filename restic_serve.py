@@ -4088,8 +4088,9 @@ class SocketTransport:
         self._closing = threading.Lock()
         if stall_seconds < math.inf and os.name == 'posix':
             seconds = stall_seconds / 2     # twice without a byte is a stall
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(
-                '@ll', int(seconds), int(seconds % 1 * 1e6)))
+            with contextlib.suppress(OSError):  # the client may be gone already
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(
+                    '@ll', int(seconds), int(seconds % 1 * 1e6)))
 
     def recv(self, limit: int) -> bytes:
         if self._alarm:
@@ -6967,7 +6968,9 @@ class Listener(_ThreadingHTTPServer):
         request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error('a connection from %s failed: %s', client_address, sys.exc_info()[1])
+        if isinstance(client_address, tuple) and isinstance(client_address[-1], Ticket):
+            client_address = client_address[0]      # as process_request() has passed them on
+        log.error('a connection from %s failed: %s', host_of(client_address) or 'unix', sys.exc_info()[1])
         log.debug('where it happened:', exc_info=True)
 
 
