@@ -712,20 +712,6 @@ def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
     return fd, status
 
 
-def object_entries(folder: str, prefix: str = '') -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
-    """The objects in a folder, their names beginning with `prefix`, and what stat(2) says of them.
-    Raises OSError."""
-    with _scan(folder) as entries:
-        for entry in entries:
-            if (_NAME.fullmatch(entry.name) and entry.name.startswith(prefix)
-                    and entry.is_file(follow_symlinks=False)):
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # deleted since the directory was read
-                    continue
-                yield entry, status
-
-
 def stamp(path: str) -> Tuple[int, ...]:
     """What changes when a file does; empty if there is none."""
     try:
@@ -941,7 +927,7 @@ class Folders:
     def missing(self, path: str) -> int:
         """How many folders would have to be made for one below the root."""
         missing = 0
-        while path and not self._is_there(path):
+        while path and not self.is_there(path):
             missing += 1
             path = path.rpartition('/')[0]
         return missing
@@ -972,17 +958,31 @@ class Folders:
                 raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
                                       self.root + repository)
 
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self._root_fd is not None:
+            close(self._root_fd)
+
+    def hold_root(self) -> int:
+        """A descriptor of the directory itself, from which others are opened.  Raises OSError if its
+        path leads by way of a link that others have made."""
+        if self._root_fd is None:
+            top = os.open(os.sep, _FOLDER_FLAGS)
+            try:
+                self._root_fd = descend(top, self.root)
+            finally:
+                os.close(top)
+        return self._root_fd
+
     def _descend(self, path: str) -> int:
         """A descriptor of a folder whose path others can change."""
-        if self._root_fd is None:
-            self._root_fd = os.open(self.root or os.sep, _FOLDER_FLAGS)
+        root_fd = self.hold_root()
         names = path.split('/')
         kind = next((at for at, name in enumerate(names) if name in KINDS), len(names))
         # Without /proc nothing says where a link has led.
         can_tell = os.path.isdir('/proc/self/fd')
-        fd = descend(self._root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if can_tell else 0)
+        fd = descend(root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if can_tell else 0)
         try:
-            inside = can_tell and os.path.join(os.readlink(f'/proc/self/fd/{self._root_fd}'), '')
+            inside = can_tell and os.path.join(os.readlink(f'/proc/self/fd/{root_fd}'), '')
             if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
                 raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
                                       self.root + path)
@@ -990,7 +990,7 @@ class Folders:
         finally:
             os.close(fd)
 
-    def _is_there(self, path: str) -> bool:
+    def is_there(self, path: str) -> bool:
         if self._is_ours(path):
             return os.path.isdir(self.root + path or os.sep)
         try:
@@ -1002,7 +1002,7 @@ class Folders:
     def make(self, path: str) -> int:
         """Make a folder below the root and those above it, if they are missing; how many were.  Each
         is synced into its parent."""
-        if not path or self._is_there(path):
+        if not path or self.is_there(path):
             return 0
         above, _, name = path.rpartition('/')
         made = self.make(above)
@@ -1010,7 +1010,7 @@ class Folders:
             try:
                 os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
             except FileExistsError:
-                if not self._is_there(path):
+                if not self.is_there(path):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
                                              self.root + path) from None
                 return made
@@ -1231,6 +1231,8 @@ class Store:
         if not os.path.isdir(self.root or os.sep):
             self.folders.make_root(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
+        if _HAS_DIR_FD:
+            self.folders.hold_root()
         with self.folders.open('') as top:
             with Scratch(self, top) as scratch:
                 self.nameless = self.nameless and scratch.can_be_named(top)
@@ -1279,13 +1281,41 @@ class Store:
                 raise
             return Folder(self.root + path)
 
+    @contextlib.contextmanager
+    def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
+        """A folder below the root and its entries, none if it is missing.  Raises OSError."""
+        try:
+            folder = self.folders.open(path, by_descriptor=True)
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.lexists(self.root + path):
+                raise
+            yield Folder(self.root + path), iter(())
+            return
+        with folder, _scan(folder.path, folder.fd) as entries:
+            yield folder, entries
+
+    def object_entries(self, path: str, prefix: str = ''
+                       ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+        """The objects in a folder below the root, their names beginning with `prefix`, and what stat(2)
+        says of them.  Raises OSError."""
+        with self.scan(path) as (_, entries):
+            for entry in entries:
+                if (_NAME.fullmatch(entry.name) and entry.name.startswith(prefix)
+                        and entry.is_file(follow_symlinks=False)):
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:  # deleted since the directory was read
+                        continue
+                    yield entry, status
+
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
         try:
             with self.folders.open(location.folder) as folder:
-                return folder.stat(location.file).st_size
+                status = folder.stat(location.file)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def walk(self, unreadable: List[str]) -> Iterator[Tuple[str, bool]]:
         """All folders that are, or may hold, repositories, and whether each is one: it has a config or
@@ -1309,18 +1339,17 @@ class Store:
                           if path or name != HIDDEN]
 
     def object_folders(self, repository: str) -> Iterator[Tuple[str, str]]:
-        """The folders that hold a repository's objects: their kind and path."""
-        base = self.root + repository
+        """The folders that hold a repository's objects: their kind and path below the root."""
         for kind in KINDS:
             if kind != 'data':
-                yield kind, f'{base}/{kind}'
+                yield kind, f'{repository}/{kind}'
                 continue
             try:
-                with _scan(f'{base}/data') as entries:
-                    yield from [(kind, entry.path) for entry in entries
+                with self.scan(f'{repository}/data') as (_, entries):
+                    yield from [(kind, f'{repository}/data/{entry.name}') for entry in entries
                                 if _SUBDIRECTORY.fullmatch(entry.name) and entry.is_dir()]
             except OSError:
-                yield kind, f'{base}/data'  # whoever reads it will see
+                yield kind, f'{repository}/data'  # whoever reads it will see
 
     def now(self) -> float:
         """Seconds since the epoch by the file system's clock, which may be another host's; by our
@@ -1908,32 +1937,33 @@ class Scrub:
         """The folders of objects below a folder, by their path in the directory, with the tally of
         their repository.  Foreign and stray files are reported on the way.  Raises OSError if the
         directory itself cannot be read."""
-        try:
-            with _scan(f'{self._store.root}/{path}') as found:
+        with contextlib.ExitStack() as stack:
+            try:
+                folder, found = stack.enter_context(self._store.scan(f'/{path}' if path else ''))
                 entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            if not path:
-                raise
-            if f'/{path}' != LOST_AND_FOUND:
-                self.report(f'{self._store.root}/{path}', f'unreadable: {error.strerror}')
-            return
-        is_repository = any(entry.name in ('config', *KINDS) for entry in entries)
-        tally = [0, 0]
-        if is_repository:
-            self._tallies[f'/{path}' if path else ''] = tally
-        for entry in entries:
-            where = f'{path}/{entry.name}'.lstrip('/')
-            if is_repository and entry.name in KINDS and entry.is_dir():
-                yield from self._find_objects(where, tally)
-            elif not entry.is_dir(follow_symlinks=False):
-                if entry.name == 'config':
-                    self._check_config(entry, tally)
-                elif is_repository or entry.name.startswith(HIDDEN):
-                    self._foreign(entry)
-            elif entry.name == HIDDEN and not path:
-                self._find_strays(entry.path)
-            elif where.count('/') < DEEPEST:
-                yield from self._find(where)
+            except OSError as error:
+                if not path:
+                    raise
+                if f'/{path}' != LOST_AND_FOUND:
+                    self.report(f'{self._store.root}/{path}', f'unreadable: {error.strerror}')
+                return
+            is_repository = any(entry.name in ('config', *KINDS) for entry in entries)
+            tally = [0, 0]
+            if is_repository:
+                self._tallies[f'/{path}' if path else ''] = tally
+            for entry in entries:
+                where = f'{path}/{entry.name}'.lstrip('/')
+                if is_repository and entry.name in KINDS and entry.is_dir():
+                    yield from self._find_objects(where, tally)
+                elif not entry.is_dir(follow_symlinks=False):
+                    if entry.name == 'config':
+                        self._check_config(folder, entry, tally)
+                    elif is_repository or entry.name.startswith(HIDDEN):
+                        self._foreign(folder, entry)
+                elif entry.name == HIDDEN and not path:
+                    self._find_strays(f'/{HIDDEN}')
+                elif where.count('/') < DEEPEST:
+                    yield from self._find(where)
 
     def _find_objects(self, where: str, tally: List[int]) -> Iterator[Tuple[str, List[int]]]:
         """The folders of objects in the folder of a kind, which may be a link as for the server."""
@@ -1941,54 +1971,55 @@ class Scrub:
             yield where, tally
             return
         try:
-            with _scan(f'{self._store.root}/{where}') as found:
+            with self._store.scan(f'/{where}') as (folder, found):
                 for part in sorted(found, key=lambda entry: entry.name):
                     if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
                         yield f'{where}/{part.name}', tally
                     else:
-                        self._foreign(part)
+                        self._foreign(folder, part)
         except OSError as error:
             self._damage(tally, f'{self._store.root}/{where}', f'unreadable: {error.strerror}')
 
-    def _find_strays(self, folder: str) -> None:
+    def _find_strays(self, path: str) -> None:
         try:
-            with _scan(folder) as entries:
+            with self._store.scan(path) as (folder, entries):
                 for entry in entries:
                     if entry.name != SCRUB_FILE:
-                        self._foreign(entry)
+                        self._foreign(folder, entry)
         except OSError as error:
-            self.report(folder, f'unreadable: {error.strerror}')
+            self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
-    def _foreign(self, entry: os.DirEntry[str]) -> None:
+    def _foreign(self, folder: Folder, entry: os.DirEntry[str]) -> None:
         """Report what is no object; an upload that may still be under way is none of it."""
+        path = f'{folder.path}/{entry.name}'
         with contextlib.suppress(FileNotFoundError):
             if _SCRATCH_OF_OTHERS.fullmatch(entry.name):
                 left = entry.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS
             elif SCRATCH_PREFIX in entry.name or FRESH_PREFIX in entry.name:
-                left = is_left_over(Folder(os.path.dirname(entry.path)), entry.name,
-                                    time.time() + self._ahead)
+                left = is_left_over(folder, entry.name, time.time() + self._ahead)
             else:
-                self.report(entry.path, 'foreign: no object of restic has this name here')
+                self.report(path, 'foreign: no object of restic has this name here')
                 return
             if left:
-                self.report(entry.path, 'stray: left behind by an upload that was cut off')
+                self.report(path, 'stray: left behind by an upload that was cut off')
 
-    def _check_config(self, entry: os.DirEntry[str], tally: List[int]) -> None:
+    def _check_config(self, folder: Folder, entry: os.DirEntry[str], tally: List[int]) -> None:
+        path = f'{folder.path}/{entry.name}'
         try:
-            with open(os.open(entry.path, _READ_FLAGS), 'rb') as file:
+            with open(folder.open(entry.name, _READ_FLAGS), 'rb') as file:
                 if not file.read():
-                    self._damage(tally, entry.path, 'empty')
+                    self._damage(tally, path, 'empty')
         except FileNotFoundError:
             pass
         except OSError as error:
-            self._damage(tally, entry.path, f'unreadable: {error.strerror}')
+            self._damage(tally, path, f'unreadable: {error.strerror}')
 
     def _objects(self, folder: str) -> Iterator[Tuple[os.DirEntry[str], int]]:
         """The objects of a folder that are to be read, and their sizes."""
         sound = self._sound.get(folder, -math.inf)
         skip = sound if sound > self._after else -math.inf
         prefix = folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
-        for entry, status in object_entries(f'{self._store.root}/{folder}', prefix):
+        for entry, status in self._store.object_entries(f'/{folder}', prefix):
             if max(status.st_mtime, status.st_ctime) >= skip:
                 yield entry, status.st_size
 
@@ -1997,13 +2028,13 @@ class Scrub:
         if self._stopped:
             return
         try:
-            with _scan(f'{self._store.root}/{folder}') as entries:
+            with self._store.scan(f'/{folder}') as (opened, entries):
                 for entry in entries:
                     if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
                             or ('/data/' in f'/{folder}' and entry.name[:2] != folder[-2:])):
-                        self._foreign(entry)
-            for entry, _ in self._objects(folder):
-                faults += self._check(entry, tally)
+                        self._foreign(opened, entry)
+                for entry, _ in self._objects(folder):
+                    faults += self._check(opened, entry.name, tally)
         except OSError as error:
             self._damage(tally, f'{self._store.root}/{folder}', f'unreadable: {error.strerror}')
             faults = 1
@@ -2015,11 +2046,12 @@ class Scrub:
             elif self._sound.get(folder, -math.inf) <= self._after:
                 self._sound[folder] = moment
 
-    def _check(self, entry: os.DirEntry[str], tally: List[int]) -> bool:
+    def _check(self, folder: Folder, name: str, tally: List[int]) -> bool:
         """Whether an object is damaged."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
+        path = f'{folder.path}/{name}'
         try:
-            with open(os.open(entry.path, _READ_FLAGS), 'rb', buffering=0) as file:
+            with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
                 while True:
                     size = len(buffer)
                     if self._bandwidth:
@@ -2036,14 +2068,14 @@ class Scrub:
         except FileNotFoundError:  # deleted meanwhile
             return False
         except OSError as error:
-            self._damage(tally, entry.path, f'unreadable: {error.strerror}')
+            self._damage(tally, path, f'unreadable: {error.strerror}')
             return True
         with self._lock:
             self.checked += 1
             tally[0] += 1
-        if digest.hexdigest() == entry.name:
+        if digest.hexdigest() == name:
             return False
-        self._damage(tally, entry.path, f'damaged: its SHA-256 is {digest.hexdigest()}')
+        self._damage(tally, path, f'damaged: its SHA-256 is {digest.hexdigest()}')
         return True
 
     def _damage(self, tally: List[int], path: str, reason: str) -> None:
@@ -2216,14 +2248,15 @@ class Census:
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
         known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
         known.discard(OTHER)
-        tally = _Tally(self._scopes, [key[1] for key in self._counters.keys('baseline')])
+        tally = _Tally(self._scopes, [key[1] for kind in ('baseline', 'delta')
+                                      for key in self._counters.keys(kind)])
         for path, is_repository in self._store.walk(unreadable):
             known.discard(path)
             if is_repository:
                 self._count(path, tally)
             elif path:
                 tally.note(path, FOLDER_BYTES, 0)
-        gone = []
+        gone = []   # type: List[str]
         for repository in known:
             if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
                 rows = self._counters.read(('base', repository))
@@ -2231,8 +2264,8 @@ class Census:
                 self._counters.put(('base', repository), *_pack(base))
                 tally.note(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
             else:
-                self._set_base(repository, _unpack(None), tally)
                 gone.append(repository)
+                self._forget(repository)
         self._counters.bury(gone)
         for scope, (charged, locks) in tally.held.items():
             other = self._counters.total(('other', scope), 2)
@@ -2243,6 +2276,14 @@ class Census:
             self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
         self._counters.put(('counted',), int(time.monotonic() * 1e9))
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
+
+    def _forget(self, repository: str) -> None:
+        """A repository is gone, and its rows will be: what a scope's delta has of it is left to `other`."""
+        added, removed = (self._counters.total((kind, repository), len(_NOTHING))
+                          for kind in ('added', 'removed'))
+        charged, locks = (added[at] - removed[at] for at in (_CHARGED, _OBJECTS + KINDS.index('locks')))
+        for scope in self._scopes(repository):
+            self._counters.add(('other', scope), charged, locks)
 
     def _count_all(self) -> None:
         try:
@@ -2300,12 +2341,13 @@ class Census:
         except OSError as error:
             unreadable += report(error)
         folders = list(self._store.object_folders(repository))
-        for folder in (*(folder for _, folder in folders), f'{self._store.root}{repository}/data'):
-            held[_CHARGED] += FOLDER_BYTES if os.path.isdir(folder) else 0
+        with contextlib.suppress(OSError):  # said where it is read
+            held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(f'{repository}/data')
         for kind, folder in folders:
             begin = time.monotonic()
             try:
-                for _, status in object_entries(folder, folder[-2:] if kind == 'data' else ''):
+                held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(folder)
+                for _, status in self._store.object_entries(folder, folder[-2:] if kind == 'data' else ''):
                     # An upload since then; not what was copied, or has changed its owner.
                     if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
                         continue
@@ -2335,7 +2377,7 @@ class Usage:
     The rows that count: `added` and `removed` of a repository, since the start; `base`, what it
     held at the start as the last count has it; `snapshot`, when one last came; of a quota's scope,
     bytes and locks: `delta` since the start, `baseline` at the start, `other` those of delta in
-    repositories that have no rows of their own, and `reserved` bytes.
+    repositories that have no rows of their own, or none any more; and `reserved` bytes.
     """
 
     def __init__(self, store: Store, counters: Counters, interval: float = 3600, most: int = 0,
@@ -2358,10 +2400,10 @@ class Usage:
         """Store an object as Store.save() does; objects and bytes that were added.  Raises HttpError
         507 where a quota leaves no room for it, before its content is read if that has a known
         length."""
-        scopes = self.scopes(location.repository)
-        if scopes and self._store.size(location) is not None and self._store.confirm(location, body):
+        present = self._store.size(location) if self.scopes(location.repository) else None
+        if present is not None and self._store.confirm(location, body):
             return 0, 0     # an upload that is tried again needs no room
-        with _Upload(self, self._counters, location, body) as content:
+        with _Upload(self, self._counters, location, body, present) as content:
             saved = self._store.save(location, content)
             charge = charge_of(saved.after) - (0 if saved.objects else charge_of(saved.before))
             self._note('added', location, saved.objects, saved.after - saved.before,
@@ -2609,16 +2651,18 @@ class _Reservation:
 
 class _Upload(_Reservation):
     """The content of an upload, all of which has its room before it is read; as much of it as has come
-    where its length is not known."""
+    where its length is not known.  One that mends an object of `present` bytes needs what it adds."""
 
-    def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body) -> None:
+    def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body,
+                 present: Optional[int]) -> None:
         self.length = body.length
         self.piece = body.piece
         self._body = body
         self._come = 0
+        self._present = 0 if present is None else charge_of(present)
         super().__init__(usage, counters, location, 0)
         if self._scopes:
-            self._charge = usage.charge(location, body.length or 0)
+            self._charge = self._missing(body.length or 0)
 
     def __enter__(self) -> Body:
         if not self._scopes or self._usage.is_free(self._location, self.length):
@@ -2630,8 +2674,11 @@ class _Upload(_Reservation):
         count = self._body.readinto(view)
         if self.length is None:
             self._come += count
-            self.take(self._usage.charge(self._location, self._come))
+            self.take(self._missing(self._come))
         return count
+
+    def _missing(self, size: int) -> int:
+        return max(self._usage.charge(self._location, size) - self._present, 0)
 
     def _can_wait(self) -> bool:
         return self.length is not None
@@ -2667,12 +2714,32 @@ def hash_cost(entry: str) -> int:
     return 1000 if _MD5.fullmatch(entry) else 1 if _SHA1.fullmatch(entry) else 0
 
 
+def scheme_of(entry: str) -> str:
+    """The scheme of an entry, such as `$6$`; the varieties of bcrypt are one."""
+    scheme = entry[:entry.find('$', 1) + 1]
+    return '$2' if scheme.startswith('$2') else scheme
+
+
+def slowest_entries(entries: Iterable[str]) -> Dict[str, str]:
+    """Of each scheme the entry that takes longest to compare."""
+    found: Dict[str, str] = {}
+    for entry in entries:
+        scheme = scheme_of(entry)
+        if hash_cost(entry) > hash_cost(found.get(scheme, '')):
+            found[scheme] = entry
+    return found
+
+
 def rest_of_cost(entry: str, slowest: str) -> List[str]:
-    """Entries that take as long to compare as `slowest` does, when `entry` has been compared."""
-    cost, most = _BCRYPT.fullmatch(entry), _BCRYPT.fullmatch(slowest)
-    if cost and most:  # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
-        return [f'{slowest[:4]}{number:02d}{slowest[6:]}' for number in range(int(cost[1]), int(most[1]))]
-    return [slowest] if hash_cost(entry) < hash_cost(slowest) else []
+    """Entries that take as long to compare as `slowest` does, which has the same scheme, when `entry`
+    has been compared."""
+    bcrypt, most = _BCRYPT.fullmatch(entry), _BCRYPT.fullmatch(slowest)
+    if bcrypt and most:  # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
+        return [f'{slowest[:4]}{number:02d}{slowest[6:]}' for number in range(int(bcrypt[1]), int(most[1]))]
+    sha2, rounds = _SHA2.fullmatch(slowest), hash_cost(slowest) - hash_cost(entry)
+    if sha2 and rounds >= 1000:     # the fewest that there are
+        return [f'${sha2[1]}$rounds={rounds}${sha2[3]}${sha2[4]}']
+    return []
 
 
 def verify(password: bytes, entry: str) -> bool:
@@ -2923,7 +2990,7 @@ class PasswordFile:
         self._stamp = stamp(path)
         self._next_look = 0.0
         self.entries = self._load()
-        self.slowest = max(self.entries.values(), key=hash_cost, default='')
+        self.slowest = slowest_entries(self.entries.values())
 
     def refresh(self, now: bool = False) -> None:
         """Read the file again if it has changed.  The last good one stays in force while it cannot
@@ -2941,7 +3008,7 @@ class PasswordFile:
         except OSError as error:
             reload_log.error('the users stay as they were: %s', error)
             return
-        self.slowest = max(self.entries.values(), key=hash_cost, default='')
+        self.slowest = slowest_entries(self.entries.values())
         reload_log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
 
     def _load(self) -> Dict[str, str]:
@@ -3145,10 +3212,13 @@ class Accounts:
         return False
 
     def _verify(self, file: PasswordFile, user: str, password: bytes, group: str) -> bool:
-        """Whether a password is the user's, by its hash.  Whoever fails takes as long as with the
-        entry of the file that takes longest."""
-        entry, slowest = file.entries.get(user), file.slowest
-        entries = [slowest] if entry is None else [entry, *rest_of_cost(entry, slowest)]
+        """Whether a password is the user's, by its hash.  Whoever fails takes as long as anybody who
+        does: as comparing it with the slowest entry of each scheme in the file."""
+        entry, slowest = file.entries.get(user), dict(file.slowest)
+        entries = []
+        if entry is not None:
+            entries = [entry, *rest_of_cost(entry, slowest.pop(scheme_of(entry), entry))]
+        entries += sorted(slowest.values(), key=is_slow)
         for slow, some in itertools.groupby(entries, is_slow):
             with (self._slow_queue if slow else self._queue).turn(group) as turn:
                 for one in some:
@@ -3655,7 +3725,7 @@ class Page:
     def _locks(self, name: str, now: float) -> str:
         """How many locks there are, and how old the oldest is."""
         try:
-            times = [status.st_mtime for _, status in object_entries(f'{self._store.root}{name}/locks')]
+            times = [status.st_mtime for _, status in self._store.object_entries(f'{name}/locks')]
         except OSError:
             return 'unknown'
         if not times:
@@ -4079,7 +4149,7 @@ class SocketTransport:
 
     alpn = ''
     sends_files = hasattr(os, 'sendfile')
-    file_bytes = 16 << 20       # of a file by one sendfile(2), after which progress is seen
+    file_bytes = 1 << 20        # of a file by one sendfile(2), after which progress is seen
     copy_bytes = COPY_BYTES     # of a file in memory where sendfile(2) cannot be
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
@@ -4480,6 +4550,8 @@ class Connection:
         self._bandwidth = bandwidth
         self._held = 0.0                    # seconds that the bandwidth has held it back
         self._held_since = 0.0              # when it began to, 0 if it does not
+        self._holders = 0                   # threads that wait: one may receive while another sends
+        self._holding = threading.Lock()    # of these three
         self._deadline = self.clock() + limits.header_seconds
         self._extension = 0.0               # seconds of the deadline for each byte that passes
         self._passed = 0                    # bytes since wait_for()
@@ -4492,7 +4564,8 @@ class Connection:
     def clock(self) -> float:
         """Seconds that only grow, but stand still while the bandwidth holds the connection back."""
         if self._bandwidth:
-            return (self._held_since or time.monotonic()) - self._held
+            with self._holding:
+                return (self._held_since or time.monotonic()) - self._held
         return time.monotonic()
 
     def wait_for(self, what: int, seconds: float = math.inf) -> None:
@@ -4577,6 +4650,7 @@ class Connection:
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
         self._blocked = math.inf
+        self._passed += len(data)
         if self._bandwidth:
             self._hold(self._bandwidth, Bandwidth.RECEIVED, len(data))
         return data
@@ -4654,10 +4728,16 @@ class Connection:
 
     def _hold(self, bandwidth: Bandwidth, direction: int, count: int) -> None:
         """Wait until it is the turn of `count` bytes."""
-        self._held_since = time.monotonic()
+        with self._holding:
+            self._holders += 1
+            if self._holders == 1:
+                self._held_since = time.monotonic()
         bandwidth.wait(direction, count)
-        self._held += time.monotonic() - self._held_since
-        self._held_since = 0.0
+        with self._holding:
+            self._holders -= 1
+            if not self._holders:
+                self._held += time.monotonic() - self._held_since
+                self._held_since = 0.0
 
     # ---- the end ----
 
@@ -5407,6 +5487,7 @@ class FrameReader:
 
     def __init__(self, connection: Connection, received: bytes, header_bytes: int) -> None:
         self.left = 0           # bytes of the current frame's payload that were not read
+        self.on_content: Optional[Callable[[int], None]] = None     # told of each piece that read_into() gets
         self._connection = connection
         self._control_bytes = max(CONTROL_BYTES, header_bytes)
         self._buffer = memoryview(bytearray(max(self._control_bytes, len(received))))
@@ -5463,8 +5544,14 @@ class FrameReader:
         view[:count] = self._buffer[self._begin:self._begin + count]
         self._begin += count
         self.left -= len(view)
-        while count < len(view):
-            count += self._receive(view[count:])
+        part = count
+        while True:
+            if self.on_content:
+                self.on_content(part)
+            if count >= len(view):
+                return
+            part = self._receive(view[count:])
+            count += part
 
     def _receive(self, view: memoryview) -> int:
         count = self._connection.receive_into(view)
@@ -5702,7 +5789,7 @@ class FlowControl:
 
     def open_window(self, stream: Stream) -> None:
         """The content of a request is being read: let the client send it."""
-        if stream.opened is None and not stream.ended:
+        if stream.opened is None and not (stream.ended or stream.lost):
             extra = min(READ_WINDOW, stream.limit()) - stream.receiving.available
             stream.opened = int(max(min(extra, self._spare), 0))
             self._spare -= stream.opened
@@ -6363,7 +6450,6 @@ class Http2:
                 raise StreamError(STREAM_CLOSED, 'content after its end')
             if not stream.receiving.receive(length):
                 raise StreamError(FLOW_CONTROL_ERROR, 'more content than its window')
-            stream.passed += length
             stream.padded = stream.padded or bool(flags & _PADDED)
             if stream.lacking is not None:
                 stream.lacking -= size
@@ -6378,6 +6464,7 @@ class Http2:
         """Pass on the next `size` bytes of content."""
         if size > SMALL_BYTES:
             self._connection.place(roaming=True)
+        self._reader.on_content = functools.partial(self._note_progress, stream)
         while size:
             with self.lock:
                 if stream.answering or stream.lost:
@@ -6400,6 +6487,13 @@ class Http2:
                 with self.lock:
                     stream.filled(count)
             size -= count
+
+    def _note_progress(self, stream: Stream, count: int) -> None:
+        """Some bytes of a stream's content have come, be it of half a frame."""
+        with self.lock:
+            stream.passed += count
+            if stream.blocked < math.inf:
+                stream.blocked = self._connection.clock()
 
     def _end_content(self, stream: Stream) -> None:
         if stream.lacking:
@@ -6636,6 +6730,7 @@ class Http2:
                 if not stream.lost:
                     self._flood.refill()
                 stream.forget()
+                self._flow.close_window(stream)
                 if not stream.rest:
                     self._on_answered(stream)
                 self._threads.give_back(self._connection.peer)
