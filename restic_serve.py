@@ -4469,30 +4469,31 @@ LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last a
 LINGER_SECONDS = 5           # and as long nothing may come,
 LINGER_MOST_SECONDS = 60     # and so long at the most
 _UNWANTED = memoryview(bytearray(64 * 1024))    # where all connections put what nobody reads
-SETTLED = 8                  # small requests after a transfer
-# Without an interpreter lock, or without a way to ask, there is nothing to place.
-_PLACED = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
+# Without an interpreter lock, or without a way to ask, there is nothing to pin.
+_MAY_PIN = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
 
 
-def place_thread(roaming: bool) -> None:
-    """Let this thread run on any core, or on the one that the process's threads share.
+def unpin(unpinned: bool) -> None:
+    """Let this thread run on any core, or on the one that pin_process() has given this process.
 
     Threads that take turns on the interpreter lock wake each other many times in a small request.
     On one core that is nearly free; across cores it costs half of the requests a second.  What
-    works for long without the lock roams: transfers, and hashing them.
+    works for long without the lock is not pinned: transfers, and hashing them.
     """
-    if _PLACED:
+    if _core is not None:
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, CORES if roaming else _home)
+            os.sched_setaffinity(0, CORES if unpinned else [_core])
 
 
-def settle(slot: int) -> None:
-    """Give this process's threads the core that they share; processes in turn take another."""
-    global _home
-    _home = [CORES[slot % len(CORES)]]
+def pin_process(slot: int) -> None:
+    """Give this process's threads a core that they share; processes in turn take another.  One process
+    alone is not pinned: a busy program on that core would take two thirds of its requests."""
+    global _core
+    if _MAY_PIN:
+        _core = CORES[slot % len(CORES)]
 
 
-_home = [CORES[os.getpid() % len(CORES)]]
+_core: Optional[int] = None
 
 
 class Shares:
@@ -4556,8 +4557,7 @@ class Connection:
         self._extension = 0.0               # seconds of the deadline for each byte that passes
         self._passed = 0                    # bytes since wait_for()
         self._blocked = math.inf            # since when bytes have been waited for
-        self.roams: Optional[bool] = None   # not known before it is asked for
-        self._small = SETTLED               # requests since a transfer
+        self._unpinned: Optional[bool] = None   # not known before it is asked for
 
     # ---- time ----
 
@@ -4631,13 +4631,11 @@ class Connection:
         self._transport.share()
         self.wire = wire
 
-    def place(self, roaming: bool) -> None:
-        """Let this connection's thread roam or not, as place_thread() has it.  After a transfer it
-        roams on until some small requests have come: the next is likely to be another."""
-        self._small = 0 if roaming else self._small + 1
-        if roaming != self.roams and self._small not in range(1, SETTLED):
-            self.roams = roaming
-            place_thread(roaming)
+    def unpin(self, unpinned: bool) -> None:
+        """Let this connection's thread run on any core, or not, as unpin() has it."""
+        if unpinned != self._unpinned:
+            self._unpinned = unpinned
+            unpin(unpinned)
 
     def receive(self, limit: int) -> bytes:
         """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
@@ -4700,7 +4698,7 @@ class Connection:
     def transmit_file(self, content: FileSlice) -> None:
         """Send a slice without its bytes passing through Python, where the system can.  Raises
         Gone, and OSError if the file cannot be read to the slice's end."""
-        self.place(roaming=True)
+        self.unpin(True)
         direct = self._transport.sends_files
         while content.length:
             before = limit = content.length
@@ -5000,7 +4998,7 @@ class Http1:
         """Serve the connection to its end, or until the client turns out to speak HTTP/2: then it
         returns what has come of that.  Raises Gone."""
         connection = self._connection
-        connection.place(roaming=False)
+        connection.unpin(False)
         while self._exchange():
             connection.wait_for(connection.IDLE, self._limits.idle_seconds)
             if connection.stopping:
@@ -5033,8 +5031,7 @@ class Http1:
                 self._open_body(request)
             else:
                 connection.wait_for(connection.WRITING)
-                if connection.roams:
-                    connection.place(roaming=False)
+                connection.unpin(False)
         except HttpError as error:
             self._refuse(error, request)
             return False
@@ -5098,7 +5095,7 @@ class Http1:
         else:
             self._body = _SizedBody(self, length) if length else _NO_BODY
         request.body = self._body
-        connection.place(roaming=length is None or length > SMALL_BYTES)
+        connection.unpin(length is None or length > SMALL_BYTES)
         # RFC 9110 10.1.1: 100 is never sent to HTTP/1.0, and not where there is no content.
         expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
@@ -6080,7 +6077,7 @@ class Stream:
         if isinstance(body, bytes):
             self._send_short(body, sent)
         elif isinstance(body, FileSlice):
-            place_thread(roaming=True)
+            unpin(True)
             self._send_slice(body, sent)
         else:
             self._send_chunks(body, sent)
@@ -6324,7 +6321,7 @@ class Http2:
         """Serve the connection to its end; requests that are wholly there when input ends are
         answered.  Raises Gone."""
         self._connection.share(self)
-        self._connection.place(roaming=False)
+        self._connection.unpin(False)
         reason, failed = 'the client is gone', True
         try:
             self._exchange_prefaces()
@@ -6463,7 +6460,7 @@ class Http2:
     def _receive(self, stream: Stream, size: int) -> None:
         """Pass on the next `size` bytes of content."""
         if size > SMALL_BYTES:
-            self._connection.place(roaming=True)
+            self._connection.unpin(True)
         self._reader.on_content = functools.partial(self._note_progress, stream)
         while size:
             with self.lock:
@@ -6572,7 +6569,7 @@ class Http2:
         if ended and length:
             raise StreamError(PROTOCOL_ERROR, 'less content than announced')
         if not self._streams.open:
-            self._connection.place(roaming=False)
+            self._connection.unpin(False)
         with self.lock:
             if self._leaving:  # RFC 9113 6.8: it has crossed our GOAWAY
                 self._streams.close(number, True)
@@ -6709,7 +6706,7 @@ class Http2:
 
     def _serve(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
         """Answer one request."""
-        place_thread(roaming=stream.length is None or stream.length > SMALL_BYTES)
+        unpin(stream.length is None or stream.length > SMALL_BYTES)
         sent = -1
         try:
             if stream.lost:
@@ -7365,7 +7362,7 @@ class Server:
         self._threads = self._make_threads(workers)
         reload_log.disabled = slot != 1
         self.manager = Manager({})
-        settle(slot)
+        pin_process(slot)
         self.stats.stop()
         control.setblocking(False)
         self._control = control
@@ -7397,7 +7394,7 @@ class Server:
         """Serve until stop() is called or a signal comes."""
         watchdog = self.manager.watchdog_seconds
         next_sweep, next_word = 0.0, math.inf if watchdog == math.inf else 0.0
-        place_thread(roaming=False)
+        unpin(False)
         self.manager.tell('READY=1')
         while not self._stops:
             # Without connections there is no deadline, and the process sleeps.

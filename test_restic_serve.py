@@ -4732,18 +4732,26 @@ class BandwidthTest(unittest.TestCase):
         self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (512, 1024))
 
 
-class PlaceTest(unittest.TestCase):
-    def test_a_thread_roams_from_a_transfer_until_some_small_requests_have_come(self):
-        placed = []
-        ours, theirs = socket.socketpair()
-        with ours, theirs, mock.patch.object(restic_serve, 'place_thread', placed.append):
-            connection = restic_serve.Connection(restic_serve.SocketTransport(ours), Peer('x'), Limits())
-            for roaming in (False, False, True, *[False] * (restic_serve.SETTLED - 1), True, True):
-                connection.place(roaming)
-            self.assertEqual(placed, [False, True])
-            for _ in range(restic_serve.SETTLED):
-                connection.place(False)
-            self.assertEqual(placed, [False, True, False])
+class PinTest(unittest.TestCase):
+    def test_a_thread_is_unpinned_for_a_transfer_alone(self):
+        asked = []
+        with mock.patch.object(restic_serve, 'unpin', asked.append):
+            connection = restic_serve.Connection(mock.Mock(), Peer('x'), Limits())
+            for unpinned in (False, False, True, True, False):
+                connection.unpin(unpinned)
+        self.assertEqual(asked, [False, True, False])
+
+    def test_one_process_alone_is_not_pinned(self):
+        with mock.patch.object(os, 'sched_setaffinity', create=True) as pin, \
+                mock.patch.multiple(restic_serve, _MAY_PIN=True, CORES=[3, 5], _core=None):
+            restic_serve.unpin(False)
+            pin.assert_not_called()
+            for slot, core in ((1, 5), (2, 3)):
+                restic_serve.pin_process(slot)
+                restic_serve.unpin(False)
+                pin.assert_called_with(0, [core])
+                restic_serve.unpin(True)
+                pin.assert_called_with(0, [3, 5])
 
 
 class BandwidthOfConnectionsTest(Http2TestCase):
