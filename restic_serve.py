@@ -581,6 +581,7 @@ _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 _READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
                | getattr(os, 'O_NONBLOCK', 0))
 _FOLDER_FLAGS = os.O_RDONLY | _BINARY | getattr(os, 'O_DIRECTORY', 0)
+_STEP_FLAGS = getattr(os, 'O_PATH', os.O_RDONLY) | _BINARY | getattr(os, 'O_DIRECTORY', 0)
 _HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
                and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
@@ -623,7 +624,7 @@ class Folder:
     def unlink(self, name: str) -> None:
         os.unlink(self.at(name), dir_fd=self.fd)
 
-    def again(self) -> Folder:
+    def duplicate(self) -> Folder:
         """The same folder, which is closed by itself."""
         return Folder(self.path, None if self.fd is None else os.dup(self.fd))
 
@@ -644,54 +645,65 @@ def is_ours(path: str, links: int = LINKS_AT_MOST) -> bool:
         return True
     if not links or not is_ours(parent, links):
         return False
-    ours = 0, os.geteuid()
+    return is_ours_in(parent, name, links)[0]
+
+
+def is_ours_in(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool, bool]:
+    """Whether is_ours() holds for an entry of a folder for which it holds; and whether it is a link."""
+    ours, others_write = (0, os.geteuid()), False
     try:
         folder = os.stat(parent)
         others_write = bool(folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
         if folder.st_uid not in ours or (others_write and not folder.st_mode & stat.S_ISVTX):
-            return False
-        status = os.lstat(path)
-    except FileNotFoundError:  # whoever makes it is ours, then
-        return True
-    if (others_write or stat.S_ISLNK(status.st_mode)) and status.st_uid not in ours:
-        return False
-    return not stat.S_ISLNK(status.st_mode) or is_ours(os.path.realpath(path), links - 1)
+            return False, False
+        status = os.lstat(os.path.join(parent, name))
+    except FileNotFoundError:
+        return not others_write, False  # only ours can make it
+    is_link = stat.S_ISLNK(status.st_mode)
+    if (others_write or is_link) and status.st_uid not in ours:
+        return False, is_link
+    if is_link:  # each step of where it leads, not only the end
+        return is_ours(os.path.join(parent, os.readlink(os.path.join(parent, name))), links - 1), True
+    return True, False
 
 
-def descend(fd: int, path: str, links: int = LINKS_AT_MOST) -> int:
-    """A descriptor of the folder at a path below the folder `fd`, whatever others exchange on the way;
+def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
+    """A descriptor of the folder at a path below the folder `top`, whatever others exchange on the way;
     links of root and of this process's user are followed, wherever they lead.  Raises OSError."""
-    fd = os.dup(fd)
+    names = [name for name in path.split('/') if name]
+    if not names:
+        return os.dup(top)
+    fd = top
     try:
-        for name in filter(None, path.split('/')):
+        for number, name in enumerate(names, 1):
+            flags = _FOLDER_FLAGS if number == len(names) else _STEP_FLAGS
             try:
-                below = os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=fd)
+                below = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
             except OSError as error:
-                if error.errno not in _LINK_ERRORS:
+                if error.errno not in _LINK_ERRORS or not links:
                     raise
                 below = _follow(fd, name, links)
-            os.close(fd)
+            if fd != top:
+                os.close(fd)
             fd = below
     except BaseException:
-        os.close(fd)
+        if fd != top:
+            os.close(fd)
         raise
     return fd
 
 
 def _follow(fd: int, name: str, links: int) -> int:
     """A descriptor of the folder to which an entry of the folder `fd` leads if it is a link."""
-    if not links or not hasattr(os, 'O_PATH'):
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
-    link = os.open(name, os.O_PATH | os.O_NOFOLLOW | _BINARY, dir_fd=fd)
-    try:
-        status = os.fstat(link)
-        if not stat.S_ISLNK(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
-        if status.st_uid not in (0, os.geteuid()):
-            raise PermissionError(errno.EACCES, 'a link that another user has made', name)
-        target = os.readlink('', dir_fd=link)
-    finally:
-        os.close(link)
+    before = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    if not stat.S_ISLNK(before.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+    if before.st_uid not in (0, os.geteuid()):
+        raise PermissionError(errno.EACCES, 'a link that another user has made', name)
+    target = os.readlink(name, dir_fd=fd)
+    after = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    if (after.st_ino, after.st_ctime_ns) != (before.st_ino, before.st_ctime_ns):
+        raise PermissionError(errno.EACCES, 'a link that another user exchanges', name)
     if not target.startswith('/'):
         return descend(fd, target, links - 1)
     top = os.open('/', _FOLDER_FLAGS)
@@ -852,7 +864,8 @@ FRESH_PREFIX = 'new-'             # and before they are locked
 SCRATCH_SECONDS = 3600            # after which one without a lock is a left-over
 SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
 LOOK_SECONDS = 1.0                # between two looks at what may change
-REMEMBERED = 1024                 # folders that were looked at, and addresses that limits have ended
+KNOWN_FOLDERS = 4096              # that were looked at in the last second
+REMEMBERED = 1024                 # addresses that limits have ended something of
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 # How an upload ended: objects that are new, bytes of the object before and after, folders that were made.
@@ -894,13 +907,15 @@ class Folders:
         self._shared = shared
         self._mode = 0o770 if shared else 0o700
         self._root_fd: Optional[int] = None
-        self._ours: Dict[str, Tuple[float, bool]] = {}  # of a folder: until when it is known, and what
+        # Of a folder: until when it is known whether it is ours, and whether it is behind a link.
+        self._known: Dict[str, Tuple[float, bool, bool]] = {}
+        self._has_proc = os.path.isdir('/proc/self/fd')     # which says where a link has led
 
     def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
         """A folder below the root, or the root itself, which may be missing unless it is opened
         `by_descriptor`.  Raises OSError, PermissionError for a repository behind a link that leads
         out of the directory."""
-        if self._is_ours(path):
+        if self.is_ours(path):
             where = self.root + path or os.sep
             return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
         return Folder(self.root + path, self._descend(path))
@@ -932,31 +947,42 @@ class Folders:
             path = path.rpartition('/')[0]
         return missing
 
-    def _is_ours(self, path: str) -> bool:
-        """Whether a folder's path can be used as it is: nobody else changes what it leads to."""
-        now = time.monotonic()
-        until, ours = self._ours.get(path, (0.0, True))
-        if now < until:
-            return ours
-        if _HAS_DIR_FD:
-            ours = is_ours(self.root + path or os.sep)
-        if ours:
+    def is_ours(self, path: str) -> bool:
+        """Whether a folder's path can be used as it is: nobody else changes what it leads to.  Raises
+        PermissionError for a repository behind a link that leads out of the directory."""
+        return self._look(path, time.monotonic())[1]
+
+    def _look(self, path: str, now: float) -> Tuple[float, bool, bool]:
+        """What is known of a folder, from that of the one above it."""
+        known = self._known.get(path, (0.0, True, False))
+        if now < known[0]:
+            return known
+        above, _, name = path.rpartition('/')
+        if not path:
+            ours, linked = not _HAS_DIR_FD or is_ours(self.root or os.sep), False
+        else:
+            _, ours, linked = self._look(above, now)
+            if _HAS_DIR_FD:
+                ours, is_link = is_ours_in(self.root + above or os.sep, name) if ours else (False, False)
+            else:
+                is_link = os.path.islink(self.root + path)
+            linked = linked or is_link
+        if ours and linked:
             self._check_links(path)
-        if len(self._ours) >= REMEMBERED:
-            self._ours.clear()
-        self._ours[path] = now + LOOK_SECONDS, ours
-        return ours
+        if len(self._known) >= KNOWN_FOLDERS:
+            self._known.clear()
+        self._known[path] = known = now + LOOK_SECONDS, ours, linked
+        return known
 
     def _check_links(self, path: str) -> None:
-        """Raises PermissionError for a repository behind a link that leads out of the directory; the
-        folders in it may lead where they will."""
+        """Raises PermissionError for a repository that lies outside of the directory; the folders in it
+        may lead where they will."""
         kind = next((at for at, name in enumerate(path.split('/')) if name in KINDS), None)
         repository = '/'.join(path.split('/')[:kind])
-        if os.path.realpath(self.root + repository) != os.path.realpath(self.root) + repository:
-            inside = os.path.join(os.path.realpath(self.root or os.sep), '')
-            if not os.path.realpath(self.root + repository).startswith(inside):
-                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
-                                      self.root + repository)
+        inside = os.path.join(os.path.realpath(self.root or os.sep), '')
+        if not os.path.join(os.path.realpath(self.root + repository), '').startswith(inside):
+            raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
+                                  self.root + repository)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._root_fd is not None:
@@ -976,13 +1002,16 @@ class Folders:
     def _descend(self, path: str) -> int:
         """A descriptor of a folder whose path others can change."""
         root_fd = self.hold_root()
+        try:
+            return descend(root_fd, path, links=0)
+        except OSError as error:
+            if error.errno not in _LINK_ERRORS:
+                raise
         names = path.split('/')
         kind = next((at for at, name in enumerate(names) if name in KINDS), len(names))
-        # Without /proc nothing says where a link has led.
-        can_tell = os.path.isdir('/proc/self/fd')
-        fd = descend(root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if can_tell else 0)
+        fd = descend(root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if self._has_proc else 0)
         try:
-            inside = can_tell and os.path.join(os.readlink(f'/proc/self/fd/{root_fd}'), '')
+            inside = self._has_proc and os.path.join(os.readlink(f'/proc/self/fd/{root_fd}'), '')
             if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
                 raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
                                       self.root + path)
@@ -991,7 +1020,7 @@ class Folders:
             os.close(fd)
 
     def is_there(self, path: str) -> bool:
-        if self._is_ours(path):
+        if self.is_ours(path):
             return os.path.isdir(self.root + path or os.sep)
         try:
             os.close(self._descend(path))
@@ -1022,9 +1051,9 @@ class Folders:
     def _share(self, parent: Folder, name: str) -> None:
         """Give the group its rights, whatever the umask says; a set-group-ID bit that was inherited
         stays."""
-        if not hasattr(os, 'fchmod'):
+        if not _HAS_DIR_FD:
             return
-        fd = parent.open(name, _FOLDER_FLAGS | getattr(os, 'O_NOFOLLOW', 0))
+        fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
         try:
             os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
         finally:
@@ -1065,7 +1094,11 @@ class Scratch:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                     raise
             else:
-                self._share()
+                try:
+                    self._share()
+                except BaseException:
+                    os.close(self.fd)
+                    raise
                 return
         device = folder.device()
         hidden = store.folders.hidden()
@@ -1073,7 +1106,7 @@ class Scratch:
             self._make_named(hidden, '')
         else:
             hidden.close()
-            self._make_named(folder.again(), f'{HIDDEN}-')
+            self._make_named(folder.duplicate(), f'{HIDDEN}-')
 
     def __enter__(self) -> Scratch:
         return self
@@ -1152,8 +1185,12 @@ class Scratch:
                 home.close()
                 if error.errno != errno.EXDEV:
                     raise
-                home, named = folder.again(), f'{HIDDEN}-{named}'
-                self.publish(home, named)
+                home, named = folder.duplicate(), f'{HIDDEN}-{named}'
+                try:
+                    self.publish(home, named)
+                except BaseException:
+                    home.close()
+                    raise
             self.home, self.name = home, named
         os.replace(self.home.at(self.name), folder.at(name), src_dir_fd=self.home.fd,
                    dst_dir_fd=folder.fd)
@@ -1161,14 +1198,17 @@ class Scratch:
 
     def _make_named(self, home: Folder, prefix: str) -> None:
         """Make the file in a folder, which belongs to it then.  Under its lasting name it is locked:
-        a server that starts meanwhile takes it for no left-over."""
+        a server that starts meanwhile does not take it for a left-over.  Where there are no locks it
+        keeps the first."""
         number = os.urandom(8).hex()
         fresh, name = f'{prefix}{FRESH_PREFIX}{number}', f'{prefix}{SCRATCH_PREFIX}{number}'
         try:
             fd = home.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY)
             try:
-                lock_file(fd)
-                os.rename(home.at(fresh), home.at(name), src_dir_fd=home.fd, dst_dir_fd=home.fd)
+                if lock_file(fd) is None:
+                    name = fresh
+                else:
+                    os.rename(home.at(fresh), home.at(name), src_dir_fd=home.fd, dst_dir_fd=home.fd)
             except BaseException:
                 os.close(fd)
                 home.unlink(fresh)
@@ -1177,7 +1217,11 @@ class Scratch:
             home.close()
             raise
         self.fd, self.home, self.name = fd, home, name
-        self._share()
+        try:
+            self._share()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def _share(self) -> None:
         """Give the group its rights, whatever the umask says."""
@@ -1188,7 +1232,7 @@ class Scratch:
         """Copy the content into another folder."""
         import shutil
         old_fd, old_name = self.fd, self.name
-        self._make_named(folder.again(), f'{HIDDEN}-')
+        self._make_named(folder.duplicate(), f'{HIDDEN}-')
         try:
             with open(old_fd, 'rb', closefd=False) as source, \
                     open(self.fd, 'wb', closefd=False) as copy:
@@ -1231,7 +1275,7 @@ class Store:
         if not os.path.isdir(self.root or os.sep):
             self.folders.make_root(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
-        if _HAS_DIR_FD:
+        if not self.folders.is_ours(''):
             self.folders.hold_root()
         with self.folders.open('') as top:
             with Scratch(self, top) as scratch:
@@ -1417,7 +1461,8 @@ class Store:
             return False
         if location.name and found != location.name:
             return False
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(body.piece))
+        length = body.piece if body.length is None else min(body.length, body.piece)
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(max(length, 1)))
         for count in iter(lambda: body.readinto(buffer), 0):
             digest.update(buffer[:count])
         if digest.hexdigest() != found and location.name:
@@ -1681,6 +1726,7 @@ class Counters:
             self._look(slot)
         rows = [(key, row.tolist()) for rows in self._rows[self._own].values() for key, row in rows.items()
                 if key not in done and self._counts(self._own, key)]
+        rows.sort(key=lambda item: item[0][0] not in _OF_REPOSITORIES)  # which find their room again
         self._words[begin + _GENERATION] += 1
         self._words[begin + _USED] = 0
         self._words[begin + _CLEANED] = self._words[self._epoch]
@@ -2299,8 +2345,8 @@ class Census:
 
     def _count(self, repository: str, tally: _Tally) -> None:
         """Count a repository.  What is added meanwhile is left to `added`.  If something is removed the
-        count is made again; after the last one it is taken to have been counted, so that a quota errs
-        on the safe side."""
+        count is made again; after the last time it is assumed to be missing from the count, so that a
+        quota errs on the high side."""
         for _ in range(COUNTS_AT_MOST):
             before = self._store.now()
             added, removed = (self._counters.total((way, repository), len(_NOTHING))
@@ -3425,20 +3471,25 @@ class Metrics:
             of_limit = self._limited.setdefault(limit, collections.Counter())
             of_limit[address if len(of_limit) < REMEMBERED or address in of_limit else 'others'] += 1
 
-    def tell_limited(self) -> None:
-        """Log what limits have ended or refused, at once and then once a minute at the most."""
-        now, lines = time.monotonic(), []
+    def tell_limited(self, at_once: bool = False) -> float:
+        """Log what limits have ended or refused, at once and then once a minute at the most; seconds
+        until there is more to log."""
+        now, lines, wait = time.monotonic(), [], math.inf
         with self._lock:
             for limit in list(self._limited):
-                if now - self._told.get(limit, -math.inf) >= LIMITED_SECONDS:
+                left = self._told.get(limit, -math.inf) + LIMITED_SECONDS - now
+                if left <= 0 or at_once:
                     lines.append((limit, self._limited.pop(limit)))
                     self._told[limit] = now
+                else:
+                    wait = min(wait, left)
         for limit, by_address in lines:
             most = by_address.most_common(LIMITED_ADDRESSES)
             rest = len(by_address) - len(most)
             log.warning('%s: %d ended or refused, from %s', limit, sum(by_address.values()), ', '.join(
                 f'{address or "unix"} ({number})' for address, number in most)
                 + (f' and {rest} more' if rest else ''))
+        return wait
 
     # ---- for the log ----
 
@@ -3967,9 +4018,10 @@ class Api:
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
-        chunks = json_list(self.store.objects(location, sizes), sizes)
+        objects = self.store.objects(location, sizes)
+        chunks = json_list(objects, sizes)
         first = next(chunks)  # an error of the first read still has an answer of its own
-        return Response(200, headers, _chain(first, chunks))
+        return Response(200, headers, _chain(first, chunks, objects))
 
     def _get_repository(self, request: Request, location: Location) -> Response:
         raise HttpError(404, 'not found')
@@ -4020,9 +4072,15 @@ def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> It
     yield ''.join(parts).encode()
 
 
-def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
+def _chain(first: bytes, rest: Iterator[bytes], *sources: Any) -> Iterator[bytes]:
+    """A chunk and those that follow; at the end, whatever it is, generators let go of what they hold,
+    such as a directory."""
+    try:
+        yield first
+        yield from rest
+    finally:
+        for source in (rest, *sources):
+            getattr(source, 'close', lambda: None)()
 
 
 @functools.lru_cache(maxsize=256)
@@ -4158,9 +4216,11 @@ class SocketTransport:
         self._closing = threading.Lock()
         if stall_seconds < math.inf and os.name == 'posix':
             seconds = stall_seconds / 2     # twice without a byte is a stall
-            with contextlib.suppress(OSError):  # the client may be gone already
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(
-                    '@ll', int(seconds), int(seconds % 1 * 1e6)))
+            for form in ('@ll', '@qq'):  # the latter where 32-bit systems have times of 64
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(
+                        form, int(seconds), int(seconds % 1 * 1e6)))
+                    break
 
     def recv(self, limit: int) -> bytes:
         if self._alarm:
@@ -4497,8 +4557,8 @@ _core: Optional[int] = None
 
 
 class Shares:
-    """Places for `most`, of which one group of addresses takes `most_each` at a time, except the
-    peers that are `exempt`.  The place of a group that has none is not kept."""
+    """Places for `most`.  A group of addresses that has `most_each` is greedy, except the peers that
+    are `exempt`; whoever takes a place asks for that first."""
 
     def __init__(self, most: int, most_each: int, exempt: Callable[[str], bool]) -> None:
         self._most = most
@@ -6203,6 +6263,7 @@ class RequestThreads(Shares):
                         return
                 continue  # a job has come in this moment
             job()
+            del job     # and the request with it
             with self._idle_lock:
                 if self._idle >= IDLE_THREADS:
                     return
@@ -6462,6 +6523,12 @@ class Http2:
         if size > SMALL_BYTES:
             self._connection.unpin(True)
         self._reader.on_content = functools.partial(self._note_progress, stream)
+        try:
+            self._receive_pieces(stream, size)
+        finally:
+            self._reader.on_content = None
+
+    def _receive_pieces(self, stream: Stream, size: int) -> None:
         while size:
             with self.lock:
                 if stream.answering or stream.lost:
@@ -6866,11 +6933,14 @@ class Certificates:
 
     def refresh(self) -> None:
         """Read the files again if one of them has changed, at most once a second."""
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
+        if self.is_stale():
+            self._next_look = time.monotonic() + LOOK_SECONDS
             if self._look() != self._stamp:
                 self.reload()
+
+    def is_stale(self) -> bool:
+        """Whether it is time for another look at the files."""
+        return time.monotonic() >= self._next_look
 
     def reload(self) -> None:
         """Read the files again; if they are no good, the ones before stay in use."""
@@ -7053,7 +7123,12 @@ class Listener(_ThreadingHTTPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         address, ticket = client_address
-        self._owner.serve_connection(request, find_peer(request, address), self.tls, ticket)
+        try:
+            peer = find_peer(request, address)
+        except BaseException:
+            self._owner.dismiss(ticket)
+            raise
+        self._owner.serve_connection(request, peer, self.tls, ticket)
 
     def shutdown_request(self, request: Any) -> None:
         """serve_connection has closed it, unless its thread could not start."""
@@ -7102,8 +7177,8 @@ def find_peer(sock: socket.socket, address: Any) -> Peer:
     user = ''
     if hasattr(socket, 'SO_PEERCRED'):
         import pwd
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('3i'))
-        number = struct.unpack('3i', credentials)[1]
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('iII'))
+        number = struct.unpack('iII', credentials)[1]   # unix(7), struct ucred
         try:
             user = pwd.getpwuid(number).pw_name
         except KeyError:
@@ -7147,6 +7222,7 @@ EXPIRED_AT_ONCE = 32        # connections that are woken because their time is o
 EXPIRED_SECONDS = 0.05      # until the next so many
 STOP_SECONDS = 10           # for requests under way when the server is told to stop
 TURNED_AWAY = 64            # connections above the limit that are told so at a time
+NEAR_LIMIT = 16             # connections below it, from where on processes look at each other's last ones
 YIELD_SECONDS = 0.001       # to another process that has fewer connections
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
@@ -7239,7 +7315,8 @@ class Admission:
         if refusal and threads - served >= TURNED_AWAY:
             return None
         self._add(1, Ticket(group, refusal))
-        if not refusal and self._counters.total(CONNECTIONS, 2)[1] > self.most:
+        if (not refusal and served + NEAR_LIMIT >= self.most
+                and self._counters.total(CONNECTIONS, 2)[1] > self.most):
             # Two processes that take the last place at once both give it up.
             self._add(-1, Ticket(group, ''))
             refusal = CONNECTIONS_IN_ALL
@@ -7268,9 +7345,9 @@ class Admission:
 
 class Server:
     """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
-    `connections` are served at a time, and as many requests of HTTP/2; `per_address` of them are of
-    one group of addresses, but for proxies and this host.  `bandwidth` is all of theirs.  What was
-    done is logged every `stats_seconds`.  Raises OSError."""
+    `connections` are served at a time, and in each process a part of as many requests of HTTP/2;
+    `per_address` of either are of one group of addresses, but for proxies and this host.  `bandwidth`
+    is all of theirs.  What was done is logged every `stats_seconds`.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
@@ -7394,12 +7471,14 @@ class Server:
         """Serve until stop() is called or a signal comes."""
         watchdog = self.manager.watchdog_seconds
         next_sweep, next_word = 0.0, math.inf if watchdog == math.inf else 0.0
+        until_limited = math.inf
         unpin(False)
         self.manager.tell('READY=1')
         while not self._stops:
             # Without connections there is no deadline, and the process sleeps.
             until_stats = self.stats.until_next(self._peers > 0 or self._admitted > 0)
-            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog, until_stats)
+            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog, until_stats,
+                       until_limited)
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
                 key.data()
             now = time.monotonic()
@@ -7408,7 +7487,7 @@ class Server:
             if until_stats == math.inf:
                 self.stats.begin()
             self.stats.tell()
-            self.api.metrics.tell_limited()
+            until_limited = self.api.metrics.tell_limited()
             if now >= next_word:
                 next_word = now + watchdog / 2
                 self.manager.tell('WATCHDOG=1')
@@ -7434,9 +7513,8 @@ class Server:
     def serve_connection(self, sock: socket.socket, peer: Peer, tls: bool, ticket: Ticket) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
         try:
-            transport: Transport = SocketTransport(sock, self.limits.stall_seconds)
-            if tls and self._certificates and isinstance(transport, SocketTransport):
-                transport = self._certificates.wrap(transport)
+            plain = SocketTransport(sock, self.limits.stall_seconds)
+            transport: Transport = self._certificates.wrap(plain) if tls and self._certificates else plain
         except OSError as error:
             log.error('%s: TLS: %s', peer, error)
             self.dismiss(ticket)
@@ -7474,10 +7552,10 @@ class Server:
                     self._wake_writer.send(b'\0')
 
     def _make_threads(self, processes: int) -> RequestThreads:
-        """Threads for HTTP/2's requests in one of so many processes."""
+        """Threads for HTTP/2's requests in one of so many processes.  A client's are all in one."""
         admission = self._admission
-        return RequestThreads(max(admission.most // processes, 1), max(admission.most_each // processes, 1),
-                              admission.exempt)
+        return RequestThreads(max(admission.most // processes, min(16, admission.most)),
+                              admission.most_each, admission.exempt)
 
     def _accept(self, listener: Listener) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
@@ -7543,7 +7621,8 @@ class Server:
         """End the connections of clients whose certificates another authority than the one in force
         has signed."""
         if self._certificates and self._certificates.authority:
-            self._certificates.refresh()
+            if self._certificates.is_stale():  # which may take a moment
+                threading.Thread(target=self._certificates.refresh, daemon=True).start()
             for connection in self._snapshot():
                 if not (connection.stopping or connection.is_of(self._certificates.authority)):
                     log.log(NOTICE, 'ended the connection of %s: the authority has changed', connection.peer)
@@ -7574,6 +7653,7 @@ class Server:
         for connection in self._snapshot():
             log.warning('cut off %s: its request did not end in time', connection.peer)
             connection.cut()
+        self.api.metrics.tell_limited(at_once=True)
         self.api.usage.census.close()
         self.close_loop()
 
@@ -8121,8 +8201,9 @@ def _add_accounts(parser: Parser) -> None:
         'password (default restic_serve)', 'TEXT')
     add(entry, '--user-from-header', parse_token, None, 'header in which a proxy on this host, or '
         'one of --trust-proxy, says who the user is', 'NAME')
-    add(entry, '--trust-proxy', parse_network, [], 'another address or network of such proxies; '
-        'may be repeated', 'ADDRESS[/BITS]', repeated=True)
+    add(entry, '--trust-proxy', parse_network, [], 'address or network of a proxy on another host, which '
+        'may name the user and has no limit of its own; may be repeated', 'ADDRESS[/BITS]',
+        repeated=True)
     add(entry, '--socket-auth', parse_bool, False, 'ask for the password over unix sockets, too; '
         'else whoever may connect to one is let in')
 
@@ -8177,8 +8258,6 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error('--prometheus-no-auth needs --prometheus too')
     if options.workers > 1 and not hasattr(os, 'fork'):
         parser.error('--workers: this system has no fork; 1 is all there can be')
-    if options.trust_proxy and not options.user_from_header:
-        parser.error('--trust-proxy needs --user-from-header too')
     if options.socket_auth and options.user_from_header:
         parser.error('--socket-auth and --user-from-header: over a unix socket the proxy says who the '
                      'user is')
