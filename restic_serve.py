@@ -3156,8 +3156,9 @@ class Accounts:
     a password, too.  `realm` is what a client that asks for a password shows.
 
     A password that was verified is remembered by a keyed digest of the user, the password and the
-    entry it matched, so that it is valid for as long as the file has that entry: nothing is ever
-    forgotten, and nobody waits for a lock.  Processes share what they remember by `counters`.
+    entry it matched, so that it is valid for as long as the file has that entry: nothing has to be
+    forgotten, and a remembered password never waits for one that is being compared.  Processes share
+    what they remember by `counters`.
     """
 
     def __init__(self, file: Optional[PasswordFile] = None, user: str = '', password: str = '',
@@ -4153,7 +4154,8 @@ def _check_repository(path: str) -> str:
 #     share             from now on one thread receives while others send
 #     end_input         the thread that receives finds the end of input
 #     end_output        the client finds the end of our output
-#     skip_input        bytes that nobody wants, below TLS
+#     skip_input        bytes that nobody wants, below TLS; end_skipping ends the wait for them
+#     reset_at_close    close() will break the connection off, so that nothing looks complete
 #     abort             both ends at once; the client finds a reset
 #     close             let go of descriptors
 #
@@ -7983,8 +7985,9 @@ class Parser(argparse.ArgumentParser):
             add_help=False, formatter_class=_HelpFormatter,
             description='Serve the directory DIR to restic: backups over HTTP, with nothing but '
                         'Python.',
-            epilog='Every option but --stdio and the other jobs may also come from the environment: '
-                   '--append-only as RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with '
+            epilog='Every option but --stdio, --scrub, --add-user and --remove-user may also come from the '
+                   'environment: --append-only as RESTIC_SERVE_APPEND_ONLY=true, --addr as '
+                   'RESTIC_SERVE_ADDR with '
                    'spaces between several addresses; with --stdio none does. Sizes are written 100B, '
                    '512k, 10M or 1.5G, times 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
@@ -8143,11 +8146,12 @@ def _add_limits(parser: Parser) -> None:
         '/<user>/ may hold, with --private-repos (default 0: no limit)', 'SIZE')
     add(limits, '--max-connections', parse_count, 1024, 'connections at a time; one more is '
         'answered 503 (default 1024)', 'NUMBER')
+    add(limits, '--max-connections-per-address', parse_count, None, 'of these, connections of one IPv4 '
+        'address or IPv6 /64 network, and requests of HTTP/2 at a time; one more is answered 503; this '
+        'host, unix sockets and --trust-proxy are not bound so (default: a quarter of '
+        '--max-connections, or 8 if that is more)', 'NUMBER')
     add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
         'line included (default 4096)', 'BYTES')
-    add(limits, '--max-connections-per-address', parse_count, None, 'of these, connections of one IPv4 '
-        'address or IPv6 /64 network, but for this host and --trust-proxy (default: a quarter of '
-        '--max-connections, at least 8)', 'NUMBER')
     add(limits, '--server-read-timeout', parse_duration, None, 'longest time for a whole upload, not '
         'counting what --bwlimit holds back (default 1h0m0s, and a second more for each KiB that '
         'passes; 0 is no limit)', 'DURATION')

@@ -83,6 +83,8 @@ class Served:
         self.host, self.port, self.log = host, 0, folder / 'log'
         while not self.port:
             time.sleep(0.02)
+            if self.process.poll() is not None:
+                sys.exit(f'the server has ended: {self.log.read_text() if self.log.exists() else ""}')
             match = re.search(r'restic -r rest:http://[^/]*:(\d+)/ init',
                               self.log.read_text() if self.log.exists() else '')
             self.port = int(match[1]) if match else 0
