@@ -659,6 +659,8 @@ def is_ours_in(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool
         status = os.lstat(os.path.join(parent, name))
     except FileNotFoundError:
         return not others_write, False  # only ours can make it
+    except OSError:  # it cannot be looked at: then it is opened step by step, or not at all
+        return False, False
     is_link = stat.S_ISLNK(status.st_mode)
     if (others_write or is_link) and status.st_uid not in ours:
         return False, is_link
