@@ -41,6 +41,7 @@ HEADERS, SETTINGS, WINDOW_UPDATE, DATA = 1, 4, 8, 0
 CONNECTIONS = 1024
 REPOSITORIES = 10_000
 MEMORY_MIB = 100             # that strangers may cost above an idle server
+IP_BIND_ADDRESS_NO_PORT = 24 # <linux/in.h>; older Pythons have no name for it
 LOGIN_TIMES = 3              # an undisturbed first login's time
 CONTENT = os.urandom(4096)
 NAME = hashlib.sha256(CONTENT).hexdigest()
@@ -52,6 +53,9 @@ def in_namespace() -> bool:
         for address in (SERVER, USER, STRANGERS):
             subprocess.run(['ip', 'address', 'add', f'{address}/32', 'dev', 'lo'], check=True)
         subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)
+        for name, value in (('ip_local_port_range', '1024 65535'), ('tcp_tw_reuse', '1')):
+            with contextlib.suppress(OSError):
+                Path('/proc/sys/net/ipv4', name).write_text(value)
         return True
     tools = shutil.which('unshare'), shutil.which('ip')
     if (os.name == 'posix' and os.geteuid() == 0 and all(tools)
@@ -112,7 +116,13 @@ class Served:
         return ticks / os.sysconf('SC_CLK_TCK')
 
     def connect(self, source: str = '') -> socket.socket:
-        sock = socket.create_connection((self.host, self.port), 30, (source, 0) if source else None)
+        sock = socket.socket()
+        sock.settimeout(60)
+        if source:
+            # Else bind() looks for a port that nobody has: a core, once thousands are in TIME_WAIT.
+            sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((source, 0))
+        sock.connect((self.host, self.port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
@@ -120,7 +130,8 @@ class Served:
             **headers: str) -> Tuple[int, float]:
         """Status, and seconds, of a request on a connection of its own."""
         begin = time.perf_counter()
-        connection = http.client.HTTPConnection(self.host, self.port, 60, (source, 0) if source else None)
+        connection = http.client.HTTPConnection(self.host, self.port)
+        connection.sock = self.connect(source)
         try:
             connection.request(method, path, body or None, {'Authorization': authorization, **headers})
             answer = connection.getresponse()
@@ -268,11 +279,17 @@ ATTACKS: Tuple[Tuple[str, int, Attack, float], ...] = (
     ('repositories without end', 1, repeated(4, new_repositories), MEMORY_MIB))
 
 
+def strangers_process(attack: Attack, served: Served, source: str, stop: Any, count: Any) -> None:
+    if hasattr(os, 'nice'):
+        os.nice(10)     # on a machine of their own they would take nothing of the server's processor
+    worker(attack, served, source, stop, count)
+
+
 def besiege(served: Served, name: str, number: int, attack: Attack, seconds: float, first: int,
             spread: bool) -> Dict[str, float]:
     """One attack, and the user's times meanwhile."""
     stop, count = multiprocessing.Event(), multiprocessing.Value('q', 0)
-    strangers = [multiprocessing.Process(target=worker, args=(
+    strangers = [multiprocessing.Process(target=strangers_process, args=(
         attack, served, STRANGERS if spread else '', stop, count), daemon=True) for _ in range(number)]
     user = USER if spread else ''
     for process in strangers:
@@ -337,17 +354,22 @@ def judge(served: Served, seconds: float, spread: bool) -> int:
     print(f'{"strangers":44}{"p50 ms":>8}{"p99 ms":>8}{"login s":>9}{"failed":>8}{"MiB":>7}{"cores":>7}'
           f'{"answers":>9}')
     for name, number, attack, most in ATTACKS:
-        got = besiege(served, name, number, attack, seconds / len(ATTACKS), first, spread)
-        first += int(got['logins'])
-        memory = got['memory'] - idle
-        print(f'{name:44}{got["p50"]:8.1f}{got["p99"]:8.1f}{got["login"]:9.2f}{got["failed"]:8.0f}{memory:7.0f}'
-              f'{got["processor"]:7.2f}{got["answers"]:9.0f}', flush=True)
-        quiet = quiet or got
-        if got['failed']:
-            bad.append(f'{name}: {got["failed"]:.0f} requests of the user failed')
-        if memory > most:
-            bad.append(f'{name}: {memory:.0f} MiB, not {most:.0f}')
-        if not got['login'] <= LOGIN_TIMES * quiet['login'] and spread:
+        for attempt in ('', ', once more'):
+            got = besiege(served, name, number, attack, seconds / len(ATTACKS), first, spread)
+            first += int(got['logins'])
+            memory = got['memory'] - idle
+            print(f'{name + attempt:44}{got["p50"]:8.1f}{got["p99"]:8.1f}{got["login"]:9.2f}'
+                  f'{got["failed"]:8.0f}{memory:7.0f}{got["processor"]:7.2f}{got["answers"]:9.0f}',
+                  flush=True)
+            quiet = quiet or got
+            if got['failed']:
+                bad.append(f'{name}: {got["failed"]:.0f} requests of the user failed')
+            if memory > most:
+                bad.append(f'{name}: {memory:.0f} MiB, not {most:.0f}')
+            in_time = got['login'] <= LOGIN_TIMES * quiet['login'] or not spread
+            if in_time:
+                break       # else it may be this machine, which has other work: a fault stays
+        if not in_time:
             bad.append(f'{name}: a login took {got["login"]:.2f} s, not {LOGIN_TIMES} x {quiet["login"]:.2f}')
     if served.process.poll() is not None:
         bad.append('the server has ended')
