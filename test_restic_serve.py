@@ -2824,6 +2824,13 @@ class WireTestCase(TestCase):
         self.store.save(Location(repository, kind, name), Bytes(content))
         return f'{repository}/{kind}/{name}'
 
+    def wait_for_room(self, port):
+        """Until one more connection is admitted."""
+        def has_room():
+            with Wire(port) as wire:
+                return wire.ask(get('/config'))[0] == 404
+        self.wait_until(has_room, 'room')
+
 
 def post(path, content, *fields, length=None):
     """A request that uploads, as bytes."""
@@ -4601,16 +4608,12 @@ class SharesTest(Http2TestCase):
             more = stack.enter_context(Wire(port))
             status, _, content = more.ask(get('/config'))
             self.assertEqual((status, content), (503, b'too many connections from your address\n'))
-            self.assertIsNone(server._admission.admit('10.0.0.1').refusal or None)
+            self.assertEqual(server._admission.admit('10.0.0.1').refusal, '')
             server._admission.exempt = lambda name: True
             self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
             server._admission.exempt = lambda name: False
             wires[0].__exit__()
-
-            def has_room():
-                with Wire(port) as wire:
-                    return wire.ask(get('/config'))[0] == 404
-            self.wait_until(has_room, 'room')
+            self.wait_for_room(port)
 
     def test_shares_hold_over_all_processes(self):
         counters = Counters(3)
@@ -5609,11 +5612,7 @@ class ConnectionLimitTest(ListenerTestCase):
                             '127.0.0.1 (1)', 'the log line')
             self.assertEqual(wires[0].ask(get('/config'))[0], 404)
             wires[0].__exit__()
-
-            def has_room():
-                with Wire(port) as wire:
-                    return wire.ask(get('/config'))[0] == 404
-            self.wait_until(has_room, 'room')
+            self.wait_for_room(port)
 
     def test_a_flood_is_dropped(self):
         with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
