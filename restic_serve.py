@@ -7679,17 +7679,6 @@ def settle_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def run_in_batches() -> None:
-    """Have the threads that this one starts, once they are woken, wait for their turn rather than
-    interrupt who runs: the client on this host, or a thread before them, which has mostly more for
-    them by then.  That is worth a fifth of the small requests a second, and costs nothing beside
-    other busy programs (sched(7), SCHED_BATCH).  What the administrator chose stays."""
-    if hasattr(os, 'SCHED_BATCH'):
-        with contextlib.suppress(OSError):
-            if os.sched_getscheduler(0) == os.SCHED_OTHER:
-                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 def block_signals(numbers: Iterable[int]) -> None:
     """Have signals wait, where the system can, until they are caught."""
     if hasattr(signal, 'pthread_sigmask'):
@@ -8471,7 +8460,6 @@ def main(words: Optional[List[str]] = None) -> int:
         if options.scrub:
             return scrub(options, store)
         block_signals(_SIGNALS)  # they wait until the server heeds them
-        run_in_batches()
         store.prepare()
         if options.stdio:
             serve_stdio(options, store)
