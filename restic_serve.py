@@ -4569,29 +4569,29 @@ class Shares:
         self._most_each = most_each
         self._exempt = exempt
         self._lock = threading.Lock()
-        self._taken = 0
-        self._by_group: Dict[str, int] = {}
+        self.taken = 0
+        self.by_group: Dict[str, int] = {}
 
     def take(self, peer: Peer) -> bool:
         """Whether there was a place; give_back() follows."""
         with self._lock:
-            if self._taken >= self._most:
+            if self.taken >= self._most:
                 return False
-            self._taken += 1
-            self._by_group[peer.group] = self._by_group.get(peer.group, 0) + 1
+            self.taken += 1
+            self.by_group[peer.group] = self.by_group.get(peer.group, 0) + 1
             return True
 
     def give_back(self, peer: Peer) -> None:
         """Let go of a place."""
         with self._lock:
-            self._taken -= 1
-            self._by_group[peer.group] -= 1
-            if not self._by_group[peer.group]:
-                del self._by_group[peer.group]
+            self.taken -= 1
+            self.by_group[peer.group] -= 1
+            if not self.by_group[peer.group]:
+                del self.by_group[peer.group]
 
     def is_greedy(self, peer: Peer) -> bool:
         """Whether one more would be more than the peer's share."""
-        return (self._by_group.get(peer.group, 0) >= self._most_each
+        return (self.by_group.get(peer.group, 0) >= self._most_each
                 and not (peer.unix or self._exempt(peer.name)))
 
 
@@ -6903,6 +6903,139 @@ _FRAME_HANDLERS = (
     Http2._on_continuation)
 
 
+# ==== Loop =======================================================================================
+# What the main thread of a process waits for: descriptors, signals and times.
+#
+# Signals arrive as their numbers through a pair of sockets (signal.set_wakeup_fd), so that their
+# handlers run between two waits and never in the midst of anything.  Other threads wake the loop the
+# same way.  Before each wait every timer does what is due and says in how many seconds it wants to be
+# called again; if none does, the process sleeps until something happens.
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NO_SIGNAL = -1             # where the system has no such signal
+_RELOAD_SIGNAL: int = getattr(signal, 'SIGHUP', _NO_SIGNAL)
+_STATS_SIGNAL: int = getattr(signal, 'SIGUSR1', _NO_SIGNAL)
+_TOGGLE_SIGNAL: int = getattr(signal, 'SIGUSR2', _NO_SIGNAL)  # as in rclone
+_SIGNALS = tuple(number for number in (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SIGNAL, _TOGGLE_SIGNAL)
+                 if number != _NO_SIGNAL)
+
+
+class Loop:
+    """Calls `handlers` of signals, by number, `timers`, and what is to be called when a descriptor can be
+    read.  One thread runs it; send() and wake() may be called by any."""
+
+    def __init__(self) -> None:
+        self.handlers: Dict[int, Callable[[], None]] = {}
+        self.timers: List[Callable[[], float]] = []
+        # Few are watched, and poll(2) has no descriptor of its own that a forked process would share.
+        self._selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self.watch(self._wake_reader, self._on_wake_up)
+
+    def catch(self, numbers: Iterable[int]) -> None:
+        """Have signals handled from now on, those too that waited since block_signals().  In the main
+        thread alone."""
+        signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, _note_signal)
+        if hasattr(signal, 'pthread_sigmask'):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, *numbers})
+
+    def watch(self, source: Any, on_readable: Callable[[], None]) -> None:
+        """Have a function called whenever `source`, a descriptor or what has one, can be read."""
+        self._selector.register(source, selectors.EVENT_READ, on_readable)
+
+    def unwatch(self, source: Any) -> None:
+        """Watch a descriptor no more, if it was watched."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(source)
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Wait, and call what there is to call, until a condition holds."""
+        while not until():
+            wait = min([timer() for timer in self.timers], default=math.inf)
+            for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
+                key.data()
+
+    def handle(self, numbers: bytes) -> None:
+        """Call the handlers of signals."""
+        for number in numbers:
+            handler = self.handlers.get(number)
+            if handler:
+                handler()
+
+    def send(self, number: int) -> None:
+        """Do what a signal would do."""
+        with contextlib.suppress(OSError):  # the loop has been closed, or much else is on its way
+            self._wake_writer.send(bytes([number]))
+
+    def wake(self) -> None:
+        """End the wait that is going on."""
+        self.send(0)
+
+    def close(self) -> None:
+        """Let go of all descriptors."""
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def _on_wake_up(self) -> None:
+        numbers = b''
+        with contextlib.suppress(BlockingIOError):
+            numbers = self._wake_reader.recv(4096)
+        self.handle(numbers)
+
+
+def block_signals(numbers: Iterable[int]) -> None:
+    """Have signals wait, where the system can, until they are caught."""
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def _note_signal(number: int, frame: Optional[FrameType]) -> None:
+    """A signal has come; its number is in the wake-up pair already."""
+
+
+class SystemdNotifier:
+    """Tells the service manager how the service does, if it listens (sd_notify(3)); `ping` is the timer
+    of its watchdog, which wants to hear twice in the time that it allows."""
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        path = environment.pop('NOTIFY_SOCKET', '')
+        self._path = '\0' + path[1:] if path.startswith('@') else path
+        microseconds = environment.pop('WATCHDOG_USEC', '')
+        pid = environment.pop('WATCHDOG_PID', '') or str(os.getpid())
+        self._ping_seconds = math.inf
+        self._next_ping = math.inf
+        if self._path and microseconds.isdecimal() and pid == str(os.getpid()):
+            self._ping_seconds = int(microseconds) / 1e6 / 2
+            self._next_ping = 0.0
+
+    def notify(self, *lines: str) -> None:
+        """Send `VARIABLE=value` lines."""
+        if self._path:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    sock.sendto('\n'.join(lines).encode(), self._path)
+            except OSError as error:
+                log.debug('the service manager does not listen: %s', error)
+
+    def notify_reloading(self) -> None:
+        """Say that the configuration is being read; READY=1 follows."""
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self.notify('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
+
+    def ping(self) -> float:
+        """Say that the service is alive, if it is time; seconds until it will be."""
+        now = time.monotonic()
+        if now >= self._next_ping:
+            self._next_ping = now + self._ping_seconds
+            self.notify('WATCHDOG=1')
+        return self._next_ping - now
+
+
 # ==== Listeners ==================================================================================
 # The ways in: TCP, unix sockets, sockets that the service manager hands over, and TLS.
 
@@ -7053,9 +7186,9 @@ class Listener(_ThreadingHTTPServer):
     allow_reuse_address = os.name == 'posix'  # elsewhere it would allow two servers on a port
     request_queue_size = BACKLOG
     timeout = 0
-    block_on_close = False  # Server waits, and not for ever
+    block_on_close = False  # Server waits for the connections, and not for ever
 
-    def __init__(self, owner: Server, address: Address,
+    def __init__(self, owner: Connections, address: Address,
                  inherited: Optional[socket.socket] = None, name: str = '') -> None:
         from socketserver import BaseRequestHandler
         self.name = name
@@ -7078,7 +7211,7 @@ class Listener(_ThreadingHTTPServer):
         """Bind, without HTTPServer's look-up of the host's name, which can hang for seconds."""
         if self.address_family == _AF_UNIX:
             self._path = str(self.server_address)
-            bind_unix(self.socket, self._path, self._owner.api.store.shared)
+            bind_unix(self.socket, self._path, self._owner.shared_files)
             self._inode = os.stat(self._path).st_ino
             return
         if self.address_family == socket.AF_INET6:
@@ -7132,10 +7265,10 @@ class Listener(_ThreadingHTTPServer):
         except BaseException:
             self._owner.dismiss(ticket)
             raise
-        self._owner.serve_connection(request, peer, self.tls, ticket)
+        self._owner.serve_socket(request, peer, self.tls, ticket)
 
     def shutdown_request(self, request: Any) -> None:
-        """serve_connection has closed it, unless its thread could not start."""
+        """serve_socket() has closed it, unless its thread could not start."""
         request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -7228,34 +7361,6 @@ STOP_SECONDS = 10           # for requests under way when the server is told to 
 TURNED_AWAY = 64            # connections above the limit that are told so at a time
 NEAR_LIMIT = 16             # connections below it, from where on processes look at each other's last ones
 YIELD_SECONDS = 0.001       # to another process that has fewer connections
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_RELOAD_SIGNAL = getattr(signal, 'SIGHUP', None)
-_STATS_SIGNAL = getattr(signal, 'SIGUSR1', None)
-_TOGGLE_SIGNAL = getattr(signal, 'SIGUSR2', None)  # as in rclone
-_SIGNALS = tuple(filter(None, (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SIGNAL, _TOGGLE_SIGNAL)))
-
-
-class Manager:
-    """The service manager, if it listens (sd_notify(3)).  `watchdog_seconds` is how often it wants
-    to hear, infinite if it does not."""
-
-    def __init__(self, environment: MutableMapping[str, str]) -> None:
-        path = environment.pop('NOTIFY_SOCKET', '')
-        self._path = '\0' + path[1:] if path.startswith('@') else path
-        microseconds = environment.pop('WATCHDOG_USEC', '')
-        pid = environment.pop('WATCHDOG_PID', '') or str(os.getpid())
-        self.watchdog_seconds = math.inf
-        if self._path and microseconds.isdecimal() and pid == str(os.getpid()):
-            self.watchdog_seconds = int(microseconds) / 1e6 / 2
-
-    def tell(self, *lines: str) -> None:
-        """Tell it `VARIABLE=value` lines."""
-        if self._path:
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                    sock.sendto('\n'.join(lines).encode(), self._path)
-            except OSError as error:
-                log.debug('the service manager does not listen: %s', error)
 
 
 class StatsLog:
@@ -7264,31 +7369,25 @@ class StatsLog:
     def __init__(self, metrics: Metrics, seconds: float) -> None:
         self._metrics = metrics
         self._seconds = seconds
-        self._next = time.monotonic() + seconds
+        self._next = math.inf       # when the next line may come, infinite while nothing happens
 
     def stop(self) -> None:
         """Leave it to another process."""
-        self._seconds = self._next = math.inf
+        self._seconds = math.inf
 
-    def until_next(self, active: bool) -> float:
-        """Seconds until there may be a line, infinite if nothing happens, so that an idle server
-        sleeps."""
-        if self._seconds < math.inf and (active or self._metrics.has_news()):
-            return self._next - time.monotonic()
-        return math.inf
-
-    def begin(self) -> None:
-        """Begin to count the time of the next line."""
-        if self._seconds < math.inf:
-            self._next = time.monotonic() + self._seconds
-            self._metrics.begin_period()
-
-    def tell(self) -> None:
-        """Log what was done, if it is time."""
-        if time.monotonic() >= self._next:
-            if self._metrics.has_news():
+    def tick(self, active: bool) -> float:
+        """Log what was done, if it is time; seconds until the next line, infinite where nothing was
+        done and nothing is `active`, so that an idle server sleeps."""
+        if self._seconds == math.inf or not (active or self._metrics.has_news()):
+            self._next = math.inf
+            return math.inf
+        now = time.monotonic()
+        if self._next == math.inf or now >= self._next:
+            if now >= self._next and self._metrics.has_news():
                 log.info('%s', self._metrics.line())
-            self.begin()
+            self._metrics.begin_period()
+            self._next = now + self._seconds
+        return self._next - now
 
 
 # A connection's place: the group of addresses whose share it is part of, empty for none, and why it is
@@ -7347,319 +7446,291 @@ class Admission:
         return hash(group) % ADDRESS_PLACES
 
 
-class Server:
-    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
-    `connections` are served at a time, and in each process a part of as many requests of HTTP/2;
-    `per_address` of either are of one group of addresses, but for proxies and this host.  `bandwidth`
-    is all of theirs.  What was done is logged every `stats_seconds`.  Raises OSError."""
+class Connections:
+    """The connections of this process, each in a thread of its own, and their time limits.
 
-    def __init__(self, api: Api, limits: Limits, addresses: List[Address],
-                 certificates: Optional[Certificates] = None,
-                 inherited: Iterable[Tuple[socket.socket, str]] = (), connections: int = 1024,
-                 manager: Optional[Manager] = None, bandwidth: Optional[Bandwidth] = None,
-                 stats_seconds: float = math.inf, per_address: Optional[int] = None) -> None:
-        self.api = api
-        self.limits = limits
-        self.bandwidth = bandwidth
-        self.listeners: List[Any] = []
+    `admission` has their places in all processes, `bandwidth` is what all of them may pass; requests of
+    HTTP/2 take threads of `threads`.  `on_last_end` is called by a thread when the last one has ended
+    after stop().
+    """
+
+    def __init__(self, api: Api, limits: Limits, admission: Admission, bandwidth: Optional[Bandwidth],
+                 certificates: Optional[Certificates], on_last_end: Callable[[], None]) -> None:
+        self.active = 0                 # connections admitted: their thread was started or will be
+        self.stopping = False
+        self.admission = admission
+        self.threads = self.make_threads(1)
+        self._api = api
+        self._limits = limits
+        self._bandwidth = bandwidth
         self._certificates = certificates
-        self.manager = manager or Manager({})
-        self._counters = api.metrics.counters
-        self._admission = Admission(self._counters, connections, per_address or default_share(connections),
-                                    api.accounts.is_proxy)
-        self._threads = self._make_threads(1)
-        self._admitted = 0              # connections whose thread was started or will be
-        self._connections: Set[Connection] = set()
-        self._lock = threading.Lock()   # of the two above
-        self._peers = 0                 # other processes that serve the listeners
-        self._slot = 0                  # of a worker
-        self._control: Optional[socket.socket] = None
-        self._stops = 0                 # how often we were told to stop; the second is for at once
-        self._stopping = False
-        self.stats = StatsLog(api.metrics, stats_seconds)
-        self._period = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
-        where = 'a socket of the service manager'
-        try:
-            for sock, name in inherited:
-                self.listeners.append(_listener_class()(self, Address('', '', 0, ''), sock, name))
-            for address in () if self.listeners else addresses:
-                where = f'--addr {address.path or f"{address.host}:{address.port}"}'
-                self.listeners.append(_listener_class()(self, address))
-        except OSError as error:
-            self.close_listeners()
-            raise OSError(f'{where}: {error.strerror or error}') from None
-        if self.listeners:
-            _allow_descriptors(4 * connections + 256)  # one of HTTP/2 takes three, and its file one
-        for listener in self.listeners:
-            listener.tls = listener.tls and certificates is not None
-        api.usage.census.open()
-        if api.usage.most or api.usage.most_per_user:
-            api.usage.census.request()
-        self.open_loop()
+        self._on_last_end = on_last_end
+        self._served: Set[Connection] = set()
+        self._lock = threading.Lock()   # of this and `active`
+        self.sweep_seconds = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
+        self._next_sweep = 0.0
 
-    def open_loop(self, counts: bool = True) -> None:
-        """Make what the loop waits by; a process that `counts` does so when the usage asks."""
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._look_for_signals)
-        for listener in self.listeners:
-            self._selector.register(listener, selectors.EVENT_READ,
-                                    functools.partial(self._accept, listener))
-        census = self.api.usage.census
-        if census.requests and counts:
-            self._selector.register(census.requests, selectors.EVENT_READ, census.on_requested)
+    def make_threads(self, processes: int) -> RequestThreads:
+        """Threads for HTTP/2's requests in one of so many processes.  A client's are all in one."""
+        admission = self.admission
+        return RequestThreads(max(admission.most // processes, min(16, admission.most)),
+                              admission.most_each, admission.exempt)
 
-    def close_loop(self) -> None:
-        """Let go of what the loop waits by."""
-        self._selector.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
-
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; then let running requests finish."""
-        catch_signals(_SIGNALS, self._wake_writer)
-        self.loop()
-        signal.set_wakeup_fd(-1)
-
-    def watch(self, workers: int) -> None:
-        """Leave the serving to other processes, before they are forked."""
-        self._peers = workers
-        reload_log.disabled = True
-        self.close_loop()
-
-    def forget_worker(self, slot: int) -> None:
-        """A worker has died, and with it its connections."""
-        self._counters.clear(slot)
-
-    def work(self, slot: int, workers: int, control: socket.socket) -> None:
-        """Serve as one of so many `workers`, count in `slot`.  Signals come as their numbers over
-        `control`; its end is that of the parent."""
-        self._slot = slot
-        self._counters.join(slot)
-        self._counters.add(CONNECTIONS, 0, 0)
-        self._peers = workers - 1
-        self._threads = self._make_threads(workers)
-        reload_log.disabled = slot != 1
-        self.manager = Manager({})
-        pin_process(slot)
-        self.stats.stop()
-        control.setblocking(False)
-        self._control = control
-        self.open_loop(counts=slot == 1)
-        self._selector.register(control, selectors.EVENT_READ, self._look_for_signals)
-        for listener in self.listeners:
-            listener.leave_path()
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        catch_signals([signal.SIGTERM], self._wake_writer)
-        self.loop()
-
-    def stop(self) -> None:
-        """Do what SIGTERM does."""
-        with contextlib.suppress(OSError):  # it has stopped
-            self._wake_writer.send(bytes([signal.SIGTERM]))
-
-    def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
-        """Serve a connection that was not accepted, and stop when it ends."""
-        def serve(ticket: Ticket) -> None:
-            try:
-                self._serve(pipes, peer, ticket)
-            finally:
-                self.stop()
-
-        threading.Thread(target=serve, args=(self.admit(''),), daemon=True).start()
-
-    def loop(self) -> None:
-        """Serve until stop() is called or a signal comes."""
-        watchdog = self.manager.watchdog_seconds
-        next_sweep, next_word = 0.0, math.inf if watchdog == math.inf else 0.0
-        until_limited = math.inf
-        unpin(False)
-        self.manager.tell('READY=1')
-        while not self._stops:
-            # Without connections there is no deadline, and the process sleeps.
-            until_stats = self.stats.until_next(self._peers > 0 or self._admitted > 0)
-            wait = min(next_sweep - time.monotonic() if self._admitted else math.inf, watchdog, until_stats,
-                       until_limited)
-            for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
-                key.data()
-            now = time.monotonic()
-            if now >= next_sweep:
-                next_sweep = now + (EXPIRED_SECONDS if self._expire(now) else self._period)
-            if until_stats == math.inf:
-                self.stats.begin()
-            self.stats.tell()
-            until_limited = self.api.metrics.tell_limited()
-            if now >= next_word:
-                next_word = now + watchdog / 2
-                self.manager.tell('WATCHDOG=1')
-        self.manager.tell('STOPPING=1')
-        self._finish()
+    @property
+    def shared_files(self) -> bool:
+        """Whether the group may read and write what is stored, and so use the unix sockets."""
+        return self._api.store.shared
 
     def admit(self, host: str) -> Optional[Ticket]:
-        """A place for a connection's thread, if only to turn it away; None if there is none."""
-        ticket = self._admission.admit(host)
+        """A place for a connection from an address, if only to turn it away; None if there is none.
+        dismiss() follows."""
+        ticket = self.admission.admit(host)
         if ticket is None or ticket.refusal:
-            self.api.metrics.note_limited(ticket.refusal if ticket else CONNECTIONS_IN_ALL, host)
+            self._api.metrics.note_limited(ticket.refusal if ticket else CONNECTIONS_IN_ALL, host)
         if ticket is not None:
             with self._lock:
-                self._admitted += 1
+                self.active += 1
         return ticket
 
     def dismiss(self, ticket: Ticket) -> None:
         """An admitted connection has ended."""
-        self._admission.leave(ticket)
+        self.admission.leave(ticket)
         with self._lock:
-            self._admitted -= 1
+            self.active -= 1
+        if self.stopping and not self.active:
+            self._on_last_end()
 
-    def serve_connection(self, sock: socket.socket, peer: Peer, tls: bool, ticket: Ticket) -> None:
+    def serve_socket(self, sock: socket.socket, peer: Peer, tls: bool, ticket: Ticket) -> None:
         """Serve one admitted connection to its end; called in its own thread."""
         try:
-            plain = SocketTransport(sock, self.limits.stall_seconds)
+            plain = SocketTransport(sock, self._limits.stall_seconds)
             transport: Transport = self._certificates.wrap(plain) if tls and self._certificates else plain
         except OSError as error:
             log.error('%s: TLS: %s', peer, error)
             self.dismiss(ticket)
             return
-        self._serve(transport, peer, ticket)
+        self.serve(transport, peer, ticket)
 
-    def _serve(self, transport: Transport, peer: Peer, ticket: Ticket) -> None:
-        """Serve a connection by way of a transport."""
-        connection = Connection(transport, peer, self.limits, self.bandwidth,
-                                lambda limit, peer: self.api.metrics.note_limited(limit, peer.name))
+    def serve(self, transport: Transport, peer: Peer, ticket: Ticket) -> None:
+        """Serve an admitted connection by way of a transport, to its end."""
+        connection = Connection(transport, peer, self._limits, self._bandwidth,
+                                lambda limit, peer: self._api.metrics.note_limited(limit, peer.name))
         with self._lock:
-            self._connections.add(connection)
-        if self._stopping:
+            self._served.add(connection)
+        if self.stopping:
             connection.stop()
         try:
             connection.shake_hands()
             wire: Union[Http1, Http2] = (
-                Http2(connection, self.api, self._threads) if connection.speaks_http2()
-                else Http1(connection, self.api, self.limits))
+                Http2(connection, self._api, self.threads) if connection.speaks_http2()
+                else Http1(connection, self._api, self._limits))
             if ticket.refusal:
                 wire.turn_away(ticket.refusal)
             else:
                 preface = wire.run()
                 if preface:
-                    Http2(connection, self.api, self._threads, preface).run()
+                    Http2(connection, self._api, self.threads, preface).run()
         except Gone as gone:
             log.debug('%s: %s', peer, gone)
         finally:
             connection.close()
             with self._lock:
-                self._connections.discard(connection)
+                self._served.discard(connection)
             self.dismiss(ticket)
-            if self._stopping:
-                with contextlib.suppress(OSError):
-                    self._wake_writer.send(b'\0')
 
-    def _make_threads(self, processes: int) -> RequestThreads:
-        """Threads for HTTP/2's requests in one of so many processes.  A client's are all in one."""
-        admission = self._admission
-        return RequestThreads(max(admission.most // processes, min(16, admission.most)),
-                              admission.most_each, admission.exempt)
-
-    def _accept(self, listener: Listener) -> None:
-        """Accept a connection, unless another process that has fewer is about to."""
-        if self._peers and self._admitted > min(row[0] for row in self._counters.read(CONNECTIONS)):
-            time.sleep(YIELD_SECONDS)
-        listener.handle_request()
-
-    def _look_for_signals(self) -> None:
-        """Do what signals ask for."""
-        signals = b''
-        with contextlib.suppress(BlockingIOError):
-            signals = self._wake_reader.recv(4096)
-        if self._control:
-            try:
-                order = self._control.recv(4096)
-            except BlockingIOError:
-                order = b'\0'
-            if not order:  # the parent is gone
-                self._selector.unregister(self._control)
-                self._control = None
-            signals += order or bytes([signal.SIGTERM])
-        self.heed(signals)
-        if self._slot:  # both the parent and the service manager may say SIGTERM
-            self._stops = max(self._stops, 2 * (signal.SIGINT in signals), signal.SIGTERM in signals)
-        else:
-            self._stops += sum(number in _STOP_SIGNALS for number in signals)
-
-    def heed(self, signals: bytes) -> None:
-        """Do what signals ask for, but those that stop."""
-        if _RELOAD_SIGNAL is not None and _RELOAD_SIGNAL in signals:
-            self._reload()
-        if _STATS_SIGNAL is not None and _STATS_SIGNAL in signals:
-            log.log(NOTICE, '%s', self.api.metrics.line(final=False))
-        if _TOGGLE_SIGNAL is not None and _TOGGLE_SIGNAL in signals and self.bandwidth:
-            lifted = self.bandwidth.toggle()
-            log.log(NOTICE, 'the limit of --bwlimit is %s', 'lifted' if lifted else 'in force again')
-
-    def _reload(self) -> None:
-        """Read again what may have changed."""
-        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self.manager.tell('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
-        if self._certificates:
-            self._certificates.reload()
-        self.api.accounts.reload()
-        for handler in log.handlers:
-            handler.close()  # LogFile's
-        self.manager.tell('READY=1')
-
-    def _snapshot(self) -> List[Connection]:
+    def snapshot(self) -> List[Connection]:
+        """Those that have a thread now."""
         with self._lock:
-            return list(self._connections)
+            return list(self._served)
 
-    def _expire(self, now: float) -> bool:
-        """Wake connections whose time is over; whether more of them are left.  A thousand threads
-        that wake at once would hold up everyone else."""
-        self._check_authority()
-        overdue = [one for one in self._snapshot() if one.next_deadline() < one.clock()]
-        for connection in overdue[:EXPIRED_AT_ONCE]:
-            connection.expire()
-        return len(overdue) > EXPIRED_AT_ONCE
+    def sweep(self) -> float:
+        """Wake those whose time is over, if it is time to look; seconds until it will be, infinite
+        without connections.  A thousand threads that wake at once would hold up everyone else."""
+        if not self.active:
+            return math.inf
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            self._end_those_of_another_authority()
+            overdue = [one for one in self.snapshot() if one.next_deadline() < one.clock()]
+            for connection in overdue[:EXPIRED_AT_ONCE]:
+                connection.expire()
+            more = len(overdue) > EXPIRED_AT_ONCE
+            self._next_sweep = now + (EXPIRED_SECONDS if more else self.sweep_seconds)
+        return self._next_sweep - now
 
-    def _check_authority(self) -> None:
+    def _end_those_of_another_authority(self) -> None:
         """End the connections of clients whose certificates another authority than the one in force
         has signed."""
         if self._certificates and self._certificates.authority:
             if self._certificates.is_stale():  # which may take a moment
                 threading.Thread(target=self._certificates.refresh, daemon=True).start()
-            for connection in self._snapshot():
+            for connection in self.snapshot():
                 if not (connection.stopping or connection.is_of(self._certificates.authority)):
                     log.log(NOTICE, 'ended the connection of %s: the authority has changed', connection.peer)
                     connection.stop()
+
+    def stop(self) -> None:
+        """End the idle ones, and the others once their requests have been answered."""
+        self.stopping = True
+        for connection in self.snapshot():
+            connection.stop()
+
+    def cut(self) -> None:
+        """End those that are left at once."""
+        for connection in self.snapshot():
+            log.warning('cut off %s: its request did not end in time', connection.peer)
+            connection.cut()
+
+
+class Server:
+    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most `most`
+    connections are served at a time, and in each process a part of as many requests of HTTP/2;
+    `per_address` of either are of one group of addresses, but for proxies and this host.  `bandwidth`
+    is all of theirs.  What was done is logged every `stats_seconds`.  Raises OSError."""
+
+    def __init__(self, api: Api, limits: Limits, addresses: List[Address],
+                 certificates: Optional[Certificates] = None,
+                 inherited: Iterable[Tuple[socket.socket, str]] = (), most: int = 1024,
+                 notifier: Optional[SystemdNotifier] = None, bandwidth: Optional[Bandwidth] = None,
+                 stats_seconds: float = math.inf, per_address: Optional[int] = None) -> None:
+        self.api = api
+        self.limits = limits
+        self.notifier = notifier or SystemdNotifier({})
+        self.stats = StatsLog(api.metrics, stats_seconds)
+        self.listeners: List[Any] = []
+        self.stops = 0                  # stop signals seen; the second skips the grace period
+        self._bandwidth = bandwidth
+        self._certificates = certificates
+        self._counters = api.metrics.counters
+        self._processes = 1             # that serve the listeners
+        self._counts = True             # what is stored, when the usage asks for it
+        self.connections = Connections(
+            api, limits, Admission(self._counters, most, per_address or default_share(most),
+                                   api.accounts.is_proxy),
+            bandwidth, certificates, lambda: self.loop.wake())
+        self._listen(addresses, inherited)
+        if self.listeners:
+            _allow_descriptors(4 * most + 256)  # a connection of HTTP/2 takes three, and its file one
+        api.usage.census.open()
+        if api.usage.most or api.usage.most_per_user:
+            api.usage.census.request()
+        self.loop = Loop()
+        self.loop.handlers.update({
+            signal.SIGTERM: self.on_stop, signal.SIGINT: self.on_stop, _RELOAD_SIGNAL: self.reload,
+            _STATS_SIGNAL: self.log_stats, _TOGGLE_SIGNAL: self.toggle_bandwidth})
+
+    def _listen(self, addresses: List[Address], inherited: Iterable[Tuple[socket.socket, str]]) -> None:
+        """Open the listeners.  Raises OSError, which says which of them failed."""
+        where = 'a socket of the service manager'
+        try:
+            for sock, name in inherited:
+                self.listeners.append(_listener_class()(self.connections, Address('', '', 0, ''), sock, name))
+            for address in () if self.listeners else addresses:
+                where = f'--addr {address.path or f"{address.host}:{address.port}"}'
+                self.listeners.append(_listener_class()(self.connections, address))
+        except OSError as error:
+            self.close_listeners()
+            raise OSError(f'{where}: {error.strerror or error}') from None
+        for listener in self.listeners:
+            listener.tls = listener.tls and self._certificates is not None
 
     def close_listeners(self) -> None:
         """Accept no more."""
         for listener in self.listeners:
             listener.server_close()
 
+    def become_worker(self, processes: int, counts: bool) -> None:
+        """Be one of so many processes that serve the listeners; one of them counts what is stored."""
+        self._processes = processes
+        self._counts = counts
+        self.connections.threads = self.connections.make_threads(processes)
+        self.notifier = SystemdNotifier({})
+        self.stats.stop()
+        for listener in self.listeners:
+            listener.leave_path()
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; then let running requests finish."""
+        self.loop.catch(_SIGNALS)
+        self.serve()
+        signal.set_wakeup_fd(-1)
+
+    def serve(self) -> None:
+        """Serve until the loop hears of a signal to stop; then let running requests finish."""
+        loop, census = self.loop, self.api.usage.census
+        for listener in self.listeners:
+            loop.watch(listener, functools.partial(self._accept, listener))
+        if census.requests and self._counts:
+            loop.watch(census.requests, census.on_requested)
+        loop.timers += [self.connections.sweep, self.notifier.ping, self.api.metrics.tell_limited,
+                        lambda: self.stats.tick(self.connections.active > 0)]
+        unpin(False)
+        self.notifier.notify('READY=1')
+        loop.run(lambda: self.stops > 0)
+        self.notifier.notify('STOPPING=1')
+        self._finish()
+
+    def _accept(self, listener: Listener) -> None:
+        """Accept a connection, unless another process that has fewer is about to."""
+        if self._processes > 1 and self.connections.active > min(
+                row[0] for row in self._counters.read(CONNECTIONS)):
+            time.sleep(YIELD_SECONDS)
+        listener.handle_request()
+
     def _finish(self) -> None:
-        """Accept no more, drop idle connections, wait for the others.  A second signal ends the
-        wait."""
-        self._stopping = True
-        for source in (*self.listeners, self.api.usage.census.requests):
-            with contextlib.suppress(KeyError, ValueError, AttributeError):  # not this process's
-                self._selector.unregister(source)
+        """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
+        census, connections = self.api.usage.census, self.connections
+        for source in (*self.listeners, census.requests):
+            self.loop.unwatch(source)
         self.close_listeners()
-        for connection in self._snapshot():
-            connection.stop()
+        connections.stop()
         end = time.monotonic() + STOP_SECONDS
-        while self._admitted and time.monotonic() < end:
-            self._selector.select(self._period)
-            self._look_for_signals()
-            if self._stops > 1:
-                break
-            self._expire(time.monotonic())
-        for connection in self._snapshot():
-            log.warning('cut off %s: its request did not end in time', connection.peer)
-            connection.cut()
+        self.loop.timers = [connections.sweep, lambda: end - time.monotonic()]
+        self.loop.run(lambda: self.stops > 1 or not connections.active or time.monotonic() >= end)
+        connections.cut()
         self.api.metrics.tell_limited(at_once=True)
-        self.api.usage.census.close()
-        self.close_loop()
+        census.close()
+        self.loop.close()
+
+    def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
+        """Serve a connection that was not accepted, and stop when it ends."""
+        def serve(ticket: Ticket) -> None:
+            try:
+                self.connections.serve(pipes, peer, ticket)
+            finally:
+                self.stop()
+
+        threading.Thread(target=serve, args=(self.connections.admit(''),), daemon=True).start()
+
+    # ---- signals ----
+
+    def stop(self) -> None:
+        """Do what SIGTERM does; any thread may."""
+        self.loop.send(signal.SIGTERM)
+
+    def on_stop(self) -> None:
+        """SIGTERM or SIGINT has come."""
+        self.stops += 1
+
+    def reload(self) -> None:
+        """SIGHUP: read again what may have changed."""
+        self.notifier.notify_reloading()
+        if self._certificates:
+            self._certificates.reload()
+        self.api.accounts.reload()
+        for handler in log.handlers:
+            handler.close()  # LogFile's
+        self.notifier.notify('READY=1')
+
+    def log_stats(self) -> None:
+        """SIGUSR1: log what was done since the last line."""
+        log.log(NOTICE, '%s', self.api.metrics.line(final=False))
+
+    def toggle_bandwidth(self) -> None:
+        """SIGUSR2: lift the limit of --bwlimit, or put it in force again."""
+        if self._bandwidth:
+            lifted = self._bandwidth.toggle()
+            log.log(NOTICE, 'the limit of --bwlimit is %s', 'lifted' if lifted else 'in force again')
 
 
 def default_share(connections: int) -> int:
@@ -7677,25 +7748,6 @@ def settle_memory() -> None:
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):  # not every C library can
         import ctypes
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def block_signals(numbers: Iterable[int]) -> None:
-    """Have signals wait, where the system can, until they are caught."""
-    if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-
-
-def catch_signals(numbers: Iterable[int], sock: socket.socket) -> None:
-    """From now on signals come as their numbers through a socket that does not block."""
-    signal.set_wakeup_fd(sock.fileno(), warn_on_full_buffer=False)
-    for number in numbers:
-        signal.signal(number, _wake_up)
-    if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, *numbers})
-
-
-def _wake_up(number: int, frame: Optional[FrameType]) -> None:
-    """A signal has come: its number is in the wake-up socket, which the main loop reads."""
 
 
 def _allow_descriptors(count: int) -> None:
@@ -7734,10 +7786,42 @@ class Worker:
         self.control = control
         self.begun = time.monotonic()
 
-    def order(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """Pass a signal on."""
         with contextlib.suppress(OSError):  # it has just ended
             self.control.send(bytes([number]))
+
+
+def serve_as_worker(server: Server, slot: int, processes: int, control: socket.socket) -> None:
+    """Serve as one of so many processes, and count in `slot`.  Signals come as their numbers over
+    `control`; its end is that of the parent."""
+    counters = server.api.metrics.counters
+    counters.join(slot)
+    counters.add(CONNECTIONS, 0, 0)
+    reload_log.disabled = slot != 1
+    pin_process(slot)
+    server.become_worker(processes, counts=slot == 1)
+
+    def on_control() -> None:
+        numbers = b''
+        with contextlib.suppress(OSError):
+            numbers = control.recv(4096)
+        if not numbers:  # the parent is gone
+            loop.unwatch(control)
+        loop.handle(numbers or bytes([signal.SIGTERM]))
+
+    def on_stop(stops: int) -> None:
+        server.stops = max(server.stops, stops)     # the parent and the service manager say the same
+
+    server.loop.close()     # the parent's
+    loop = server.loop = Loop()
+    loop.handlers = {signal.SIGTERM: lambda: on_stop(1), signal.SIGINT: lambda: on_stop(2),
+                     _RELOAD_SIGNAL: server.reload}
+    loop.watch(control, on_control)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    loop.catch([signal.SIGTERM])
+    server.serve()
 
 
 class Workers:
@@ -7749,43 +7833,96 @@ class Workers:
         self._number = number
         self._workers: Dict[int, Worker] = {}       # by process
         self._due: Dict[int, float] = {}            # when a slot's next process is to be started
-        self._delays: Dict[int, float] = {}
+        self._delays: Dict[int, float] = {}         # seconds that the last one of a slot waited
         self._stopping = False
+        self._kill_at = math.inf                    # when those are killed that do not stop
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
-        server = self._server
-        server.watch(self._number)
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        catch_signals((*_SIGNALS, signal.SIGCHLD), self._wake_writer)
+        server, loop = self._server, self._server.loop
+        reload_log.disabled = True      # one of the workers says it
+        for number in _STOP_SIGNALS:
+            loop.handlers[number] = self._stop
+        loop.handlers[_RELOAD_SIGNAL] = self._reload
+        loop.handlers[signal.SIGCHLD] = self._reap
+        loop.catch((*_SIGNALS, signal.SIGCHLD))
         for slot in range(1, self._number + 1):
             self._start(slot)
-        server.manager.tell('READY=1')
-        watchdog = server.manager.watchdog_seconds
-        next_word, deadline = math.inf if watchdog == math.inf else 0.0, math.inf
-        while self._workers or not self._stopping:
-            now = time.monotonic()
-            if now >= next_word:
-                next_word = now + watchdog / 2
-                server.manager.tell('WATCHDOG=1')
-            if now >= deadline:
-                self._kill()
-                deadline = math.inf
-            server.stats.tell()
-            for slot in [slot for slot, due in self._due.items() if now >= due]:
-                self._start(slot)
-            wait = min(next_word - now, deadline - now, server.stats.until_next(active=True),
-                       *(due - now for due in self._due.values()), math.inf)
-            select.select([self._wake_reader], [], [], max(wait, 0) if wait < math.inf else None)
-            if self._heed() and not self._stopping:
-                self._stop()
-                deadline = time.monotonic() + KILL_SECONDS
+        server.notifier.notify('READY=1')
+        loop.timers = [server.notifier.ping, lambda: server.stats.tick(True), self._start_due,
+                       self._kill_late]
+        loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
-        self._wake_reader.close()
-        self._wake_writer.close()
+        loop.close()
         server.api.usage.census.close()
+
+    # ---- timers ----
+
+    def _start_due(self) -> float:
+        """Start those that are due in place of others; seconds until the next is."""
+        now = time.monotonic()
+        for slot in [slot for slot, due in self._due.items() if now >= due]:
+            self._start(slot)
+        return min(self._due.values(), default=math.inf) - now
+
+    def _kill_late(self) -> float:
+        """Kill those that do not stop, if it is time; seconds until it will be."""
+        now = time.monotonic()
+        if now >= self._kill_at:
+            self._kill_at = math.inf
+            for worker in self._workers.values():
+                log.warning('worker %d (process %d) does not stop and is killed', worker.slot, worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+        return self._kill_at - now
+
+    # ---- signals ----
+
+    def _reload(self) -> None:
+        self._server.reload()
+        for worker in self._workers.values():
+            worker.send_signal(_RELOAD_SIGNAL)
+
+    def _stop(self) -> None:
+        """Accept no more, and tell the workers: the first time SIGTERM, and then SIGINT, which ends
+        their wait for running requests."""
+        for worker in self._workers.values():
+            worker.send_signal(signal.SIGINT if self._stopping else signal.SIGTERM)
+        if not self._stopping:
+            self._stopping = True
+            self._kill_at = time.monotonic() + KILL_SECONDS
+            self._due.clear()
+            self._server.notifier.notify('STOPPING=1')
+            self._server.close_listeners()
+
+    def _reap(self) -> None:
+        """See which processes have ended, and plan for others to take their places."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            worker = self._workers.pop(pid, None)
+            if worker:
+                worker.control.close()
+                self._server.api.metrics.counters.clear(worker.slot)    # its connections are gone
+                if not self._stopping:
+                    self._plan_successor(worker, status)
+
+    def _plan_successor(self, worker: Worker, status: int) -> None:
+        if time.monotonic() - worker.begun > STEADY_SECONDS:
+            self._delays.pop(worker.slot, None)
+        self._back_off(worker.slot)
+        if status:
+            how = (f'was ended by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
+                   else f'has failed with status {os.WEXITSTATUS(status)}')
+            log.error('worker %d (process %d) %s; another takes its place%s', worker.slot, worker.pid, how,
+                      f' in {self._delays[worker.slot]:.0f} s' if self._delays[worker.slot] else '')
+        else:  # it was told to stop, and so may we be
+            self._due[worker.slot] += ORDERLY_SECONDS
+
+    # ---- processes ----
 
     def _start(self, slot: int) -> None:
         """Fork a process that serves and counts in `slot`."""
@@ -7802,7 +7939,7 @@ class Workers:
                 raise
         except OSError as error:
             log.error('no process could be started: %s', error)
-            self._put_off(slot)
+            self._back_off(slot)
         else:
             if not pid:
                 self._be_worker(slot, ours, theirs)
@@ -7818,10 +7955,9 @@ class Workers:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for end in (ours, self._wake_reader, self._wake_writer,
-                        *(worker.control for worker in self._workers.values())):
+            for end in (ours, *(worker.control for worker in self._workers.values())):
                 end.close()
-            self._server.work(slot, self._number, theirs)
+            serve_as_worker(self._server, slot, self._number, theirs)
             status = 0
         except BaseException as error:
             log.error('%s: %s', type(error).__name__, error)
@@ -7830,68 +7966,12 @@ class Workers:
             logging.shutdown()
             os._exit(status)  # without what the parent has to do at its end
 
-    def _heed(self) -> bool:
-        """Do what signals ask for; whether one of them was to stop."""
-        signals = b''
-        with contextlib.suppress(BlockingIOError):
-            signals = self._wake_reader.recv(4096)
-        if signal.SIGCHLD in signals:
-            self._reap()
-        self._server.heed(signals)
-        stops = sum(number in _STOP_SIGNALS for number in signals)
-        orders = [number for number in signals if number == _RELOAD_SIGNAL]
-        # The first stop is SIGTERM to the workers, and any later one, which ends the wait, SIGINT.
-        orders += [signal.SIGINT if self._stopping or number else signal.SIGTERM for number in range(stops)]
-        for worker in self._workers.values():
-            for order in orders:
-                worker.order(order)
-        return stops > 0
-
-    def _reap(self) -> None:
-        """See which processes have ended, and plan for others to take their places."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            worker = self._workers.pop(pid, None)
-            if not worker:
-                continue
-            worker.control.close()
-            self._server.forget_worker(worker.slot)
-            if self._stopping:
-                continue
-            if time.monotonic() - worker.begun > STEADY_SECONDS:
-                self._delays.pop(worker.slot, None)
-            self._put_off(worker.slot)
-            if status:
-                how = (f'was ended by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
-                       else f'has failed with status {os.WEXITSTATUS(status)}')
-                log.error('worker %d (process %d) %s; another takes its place%s', worker.slot, pid, how,
-                          f' in {self._delays[worker.slot]:.0f} s' if self._delays[worker.slot] else '')
-            else:  # it was told to stop, and so may we be
-                self._due[worker.slot] += ORDERLY_SECONDS
-
-    def _put_off(self, slot: int) -> None:
+    def _back_off(self, slot: int) -> None:
         """Start a process later, and the later the oftener it fails."""
         first, following, most = RESTART_SECONDS
         last = self._delays.get(slot)
         self._delays[slot] = first if last is None else min(max(2 * last, following), most)
         self._due[slot] = time.monotonic() + self._delays[slot]
-
-    def _stop(self) -> None:
-        """Accept no more; the workers have been told."""
-        self._stopping = True
-        self._due.clear()
-        self._server.manager.tell('STOPPING=1')
-        self._server.close_listeners()
-
-    def _kill(self) -> None:
-        for worker in self._workers.values():
-            log.warning('worker %d (process %d) does not stop and is killed', worker.slot, worker.pid)
-            os.kill(worker.pid, signal.SIGKILL)
 
 
 # ==== Logs =======================================================================================
@@ -8337,7 +8417,7 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
                     stall_seconds=options.stall_timeout)
     return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
                   certificates, inherited_sockets(os.environ), options.max_connections,
-                  Manager(os.environ), make_bandwidth(options, counters), stats_seconds(options),
+                  SystemdNotifier(os.environ), make_bandwidth(options, counters), stats_seconds(options),
                   options.max_connections_per_address)
 
 
@@ -8379,10 +8459,10 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
     """Do --scrub; the exit status.  Raises OSError."""
     if not os.path.isdir(store.root or os.sep):
         raise FileNotFoundError(errno.ENOENT, 'no directory', store.root)
-    for stop in filter(None, (*_STOP_SIGNALS, _RELOAD_SIGNAL)):
+    for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
         signal.signal(stop, lambda number, frame: sys.exit(1))
     bandwidth = make_bandwidth(options, Counters())
-    if _TOGGLE_SIGNAL is not None and bandwidth:
+    if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda number, frame: bandwidth.toggle() and None)
 
     def report(path: str, reason: str) -> None:

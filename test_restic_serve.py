@@ -12,12 +12,14 @@ import bisect
 import collections
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -139,7 +141,7 @@ class TestCase(unittest.TestCase):
     def serve(self, api, limits=None, addresses=(LOCAL,), **more):
         """A server in a thread of its own."""
         server = Server(api, limits or Limits(), list(addresses), **more)
-        thread = threading.Thread(target=server.loop)
+        thread = threading.Thread(target=server.serve)
         thread.start()
         self.addCleanup(thread.join, PATIENCE)
         self.addCleanup(server.stop)
@@ -3061,10 +3063,10 @@ class Http1Test(WireTestCase):
         for data in (post('/config', b'12345', length=10), get(self.put(bytes(8 << 20))), b'GET'):
             wire = self.connect()
             wire.send(data)
-            self.wait_until(lambda: self.server._connections, 'a connection')
+            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
             wire.__exit__()
-            self.wait_until(lambda: not self.server._connections, 'its end')
+            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
         self.assertEqual(self.log, [f'made the directory {self.root}'])
         self.assertEqual(len(self.files()), 1)
 
@@ -3720,8 +3722,7 @@ class Http2AbuseTest(Http2TestCase):
         content = os.urandom(3 << 20)
         wire.upload(1001, f'/data/{named(content)}', content)
         self.assertEqual(wire.answer(1001)[0], 200)
-        with self.server._lock:
-            http2 = next(iter(self.server._connections)).wire
+        http2 = self.server.connections.snapshot()[0].wire
         self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW
                         and not http2._streams.open, 'the windows to close')
         self.assertEqual(http2._flow._receiving.size, 65535)
@@ -3781,7 +3782,7 @@ class Http2AbuseTest(Http2TestCase):
     def test_a_reset_in_the_middle_of_a_frame_ends_nothing_else(self):
         begun, held = threading.Event(), threading.Event()
         self.addCleanup(held.set)
-        self.server._period = 0.01
+        self.server.connections.sweep_seconds = 0.01
         with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.1), mock.patch.object(
                 Api, 'handle', side_effect=lambda request: held.wait() and
                 restic_serve.text_response(200, 'x')), mock.patch.object(
@@ -3835,7 +3836,7 @@ class Http2AbuseTest(Http2TestCase):
 
     def test_a_client_that_does_not_read_is_cut_off(self):
         self.server.limits.write_seconds = 0.5
-        self.server._period = 0.05
+        self.server.connections.sweep_seconds = 0.05
         path = self.put(bytes(8 << 20))
         wire = self.http2(grants=False, initial=TOP)
         wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
@@ -4020,8 +4021,8 @@ class Http2Test(Http2TestCase):
         path = self.put(content)
         wire = self.http2(initial=2 << 20)
         wire.send(frame(WINDOW_UPDATE, 0, 0, word(2 << 20)), headers(1, fields('GET', path)))
-        self.wait_until(lambda: self.server._connections, 'the connection')
-        connection = next(iter(self.server._connections))
+        self.wait_until(lambda: self.server.connections.snapshot(), 'the connection')
+        connection = self.server.connections.snapshot()[0]
         self.wait_until(lambda: connection.wire._flood._answers, 'the whole answer')
         self.server.stop()
         self.wait_until(lambda: connection.wire._over, 'the end but for the client')
@@ -4034,7 +4035,7 @@ class Http2Test(Http2TestCase):
         wire, decode = self.http2(), restic_serve.HeaderDecoder.decode
 
         def stop_then_decode(*words):
-            for connection in self.server._snapshot():
+            for connection in self.server.connections.snapshot():
                 connection.stop()
             return decode(*words)
 
@@ -4136,7 +4137,7 @@ class Http2Test(Http2TestCase):
         self.assertEqual(wire.answer()[0], 404)
 
     def test_one_connection_too_many_is_told_so(self):
-        self.server._admission.most = 0
+        self.server.connections.admission.most = 0
         wire = Http2Wire(self.port, preface=False)
         with wire:
             wire.send(restic_serve.PREFACE, settings())
@@ -4297,7 +4298,7 @@ class StallTest(Http2TestCase):
 
     def setUp(self):
         super().setUp()
-        self.server._period = 0.02
+        self.server.connections.sweep_seconds = 0.02
         self.metrics = self.server.api.metrics
 
     def limited(self):
@@ -4313,7 +4314,7 @@ class StallTest(Http2TestCase):
         wire = self.connect()
         wire.send(get(path))
         self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server._connections, 'its end')
+        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -4367,14 +4368,14 @@ class StallTest(Http2TestCase):
         wire.send(headers(1, fields('GET', path)))
         self.assertEqual(wire.until(RST_STREAM)[3], word(8))
         self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server._threads._taken, 'its thread')
+        self.wait_until(lambda: not self.server.connections.threads.taken, 'its thread')
 
     def test_a_download_over_http_2_that_is_not_read(self):
         path = self.put(bytes(64 << 20))
         wire = self.http2(grants=False, initial=TOP)
         wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
         self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server._connections, 'its end')
+        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
 
     def test_who_goes_on_slowly_is_not_stalled(self):
         content = os.urandom(100)
@@ -4422,7 +4423,7 @@ class StallTest(Http2TestCase):
         for number, path in enumerate(paths):
             wire.send(headers(2 * number + 1, fields('GET', path)))
         self.wait_until(lambda: self.metrics._activity()[0] == 90, 'the requests to be answered')
-        self.wait_until(lambda: not self.server._threads._taken, 'their threads')
+        self.wait_until(lambda: not self.server.connections.threads.taken, 'their threads')
         wire.send(settings((4, 100_000)), frame(WINDOW_UPDATE, 0, 0, word(1 << 20)))
         got = {2 * number + 1: b'' for number in range(90)}
         left = set(got)
@@ -4462,7 +4463,7 @@ class StallTest(Http2TestCase):
             self.assertTrue(full.wait(PATIENCE))
             wire.send(*[headers(number, fields('GET', path)) for number in range(3, 9, 2)])
             self.wait_until(lambda: self.metrics._activity()[0] == 3, 'the short answers')
-            self.wait_until(lambda: self.server._threads._taken == 1, 'their threads')
+            self.wait_until(lambda: self.server.connections.threads.taken == 1, 'their threads')
             go_on.set()
             left = {1, 3, 5, 7}
             while left:
@@ -4471,9 +4472,8 @@ class StallTest(Http2TestCase):
 
     def test_connections_find_out_that_the_other_end_has_gone(self):
         self.connect()
-        self.wait_until(lambda: self.server._connections, 'a connection')
-        with self.server._lock:
-            sock = next(iter(self.server._connections))._transport._sock
+        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+        sock = self.server.connections.snapshot()[0]._transport._sock
         self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
         if hasattr(socket, 'TCP_KEEPIDLE'):
             for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
@@ -4483,7 +4483,7 @@ class StallTest(Http2TestCase):
         with mock.patch.object(restic_serve, 'LIMITED_SECONDS', 0.3):
             for _ in range(2):
                 self.metrics.note_limited('y', '10.0.0.1')
-                self.server._wake_writer.send(b'\0')
+                self.server.loop.wake()
                 self.wait_until(lambda: not self.metrics._limited, 'a line')    # though nobody is there
         self.assertEqual(len([line for line in self.log if line.startswith('y: 1 ended')]), 2)
 
@@ -4596,11 +4596,11 @@ class SharesTest(Http2TestCase):
 
     def start(self, **more):
         server = self.serve(self.server.api, Limits(), **more)
-        server._admission.exempt = server._threads._exempt = lambda name: False
+        server.connections.admission.exempt = server.connections.threads._exempt = lambda name: False
         return server, server.listeners[0].server_address[1]
 
     def test_an_address_has_its_share_of_the_connections(self):
-        server, port = self.start(connections=100, per_address=3)
+        server, port = self.start(most=100, per_address=3)
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(3)]
             for wire in wires:
@@ -4608,10 +4608,10 @@ class SharesTest(Http2TestCase):
             more = stack.enter_context(Wire(port))
             status, _, content = more.ask(get('/config'))
             self.assertEqual((status, content), (503, b'too many connections from your address\n'))
-            self.assertEqual(server._admission.admit('10.0.0.1').refusal, '')
-            server._admission.exempt = lambda name: True
+            self.assertEqual(server.connections.admission.admit('10.0.0.1').refusal, '')
+            server.connections.admission.exempt = lambda name: True
             self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
-            server._admission.exempt = lambda name: False
+            server.connections.admission.exempt = lambda name: False
             wires[0].__exit__()
             self.wait_for_room(port)
 
@@ -4642,29 +4642,29 @@ class SharesTest(Http2TestCase):
             self.assertFalse(admission.admit('10.0.0.1').refusal)
 
     def test_a_client_of_http_2_has_as_many_requests_however_many_processes_serve(self):
-        server, _ = self.start(connections=16)
+        server, _ = self.start(most=16)
         for processes in (1, 4):
-            threads = server._make_threads(processes)
+            threads = server.connections.make_threads(processes)
             self.assertEqual((threads._most, threads._most_each), (16, 8))
 
     def test_an_address_has_its_share_of_the_threads_of_http_2(self):
-        server, port = self.start(connections=8, per_address=2)
+        server, port = self.start(most=8, per_address=2)
         go_on = threading.Event()
         self.addCleanup(go_on.set)
         with mock.patch.object(server.api, 'handle', side_effect=lambda request: go_on.wait(PATIENCE) and
                                restic_serve.text_response(200, 'x')), Http2Wire(port) as wire:
             wire.send(headers(1), headers(3))
-            self.wait_until(lambda: server._threads._taken == 2, 'two threads')
+            self.wait_until(lambda: server.connections.threads.taken == 2, 'two threads')
             wire.send(headers(5), headers(7, fields('POST', '/'), 4))
             status, fields_of, _ = wire.answer(5)
             self.assertEqual((status, fields_of['retry-after']), (503, '10'))
             self.assertEqual(wire.answer(7)[0], 503)
             go_on.set()
             self.assertEqual({wire.until(DATA)[2] for _ in range(2)}, {1, 3})
-            self.wait_until(lambda: not server._threads._taken, 'the threads')
+            self.wait_until(lambda: not server.connections.threads.taken, 'the threads')
             wire.send(headers(9))
             self.assertEqual(wire.answer(9)[0], 200)
-            self.wait_until(lambda: server._threads._by_group == {}, 'the last place')
+            self.wait_until(lambda: server.connections.threads.by_group == {}, 'the last place')
 
     def test_the_share_is_a_quarter_but_enough_for_restic(self):
         for connections, share in ((1024, 256), (100, 25), (16, 8), (5, 5), (1, 1)):
@@ -4910,7 +4910,7 @@ class AccessLogTest(WireTestCase):
     def test_an_upload_whose_client_goes_has_its_line(self):
         with Wire(self.port) as wire:
             wire.send(post('/config', b'1', length=10))
-            self.wait_until(lambda: self.server._connections, 'a connection')
+            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
         self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
 
@@ -4969,8 +4969,8 @@ class TimeLimitTest(WireTestCase):
         path = self.put(bytes(64 << 20))
         wire = self.connect()
         wire.send(get(path))
-        self.wait_until(lambda: self.server._connections, 'a connection')
-        self.wait_until(lambda: not self.server._connections, 'its end')
+        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -4982,8 +4982,8 @@ class TimeLimitTest(WireTestCase):
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
             wire.send('GET /data/ HTTP/1.0\r\n\r\n')
-            self.wait_until(lambda: self.server._connections, 'a connection')
-            self.wait_until(lambda: not self.server._connections, 'its end')
+            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
             with self.assertRaises(ConnectionResetError):
                 wire.answer()
 
@@ -4997,8 +4997,8 @@ class TimeLimitTest(WireTestCase):
         for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
             with Wire(self.port) as wire:
                 wire.send(request)
-                self.wait_until(lambda: self.server._connections, 'a connection')
-                self.wait_until(lambda: not self.server._connections, 'its end')
+                self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+                self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
         self.wait_until(lambda: count() == before, 'the end of threads and descriptors')
 
 
@@ -5396,26 +5396,120 @@ class PageTest(WatchedTestCase):
         self.assertNotIn('Content Security Policy', done.stderr)
 
 
+# ---- Loop ----
+
+class LoopTest(unittest.TestCase):
+    """What the main thread waits for."""
+
+    def setUp(self):
+        self.loop = restic_serve.Loop()
+        self.addCleanup(self.loop.close)
+        self.heard = []
+
+    def run_until(self, *expected):
+        self.loop.run(lambda: self.heard[-len(expected):] == list(expected))
+
+    def test_signals_call_their_handlers_one_after_the_other(self):
+        for number in (1, 2):
+            self.loop.handlers[number] = functools.partial(self.heard.append, number)
+        for number in (1, 2, 3, 1):
+            self.loop.send(number)
+        self.run_until(1, 2, 1)
+
+    def test_a_real_signal_waits_until_it_is_caught(self):
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+        self.addCleanup(signal.set_wakeup_fd, -1)
+        restic_serve.block_signals([signal.SIGUSR1])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        self.loop.handlers[signal.SIGUSR1] = lambda: self.heard.append('signal')
+        self.loop.catch([signal.SIGUSR1])
+        self.run_until('signal')
+
+    def test_another_thread_ends_the_wait(self):
+        ended = threading.Event()
+        threading.Thread(target=lambda: (ended.set(), self.loop.wake())).start()
+        self.loop.run(ended.is_set)
+
+    def test_what_can_be_read_is_told_of_until_it_is_watched_no_more(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.loop.watch(ours, lambda: self.heard.append(ours.recv(1)))
+            theirs.send(b'ab')
+            self.run_until(b'a', b'b')
+            self.loop.unwatch(ours)
+            self.loop.unwatch(ours)
+            theirs.send(b'c')
+            self.loop.wake()
+            turns = iter((False, True))
+            self.loop.run(lambda: next(turns))
+            self.assertEqual(self.heard, [b'a', b'b'])
+
+    def test_it_waits_for_the_first_timer_and_for_ever_without_any(self):
+        waits, expected = [], [None, 2.0, 0, None]
+        self.loop._selector.close()
+        self.loop._selector = mock.Mock(select=lambda wait: waits.append(wait) or [])
+        for timers in ((math.inf,), (3.0, 2.0, math.inf), (-1.0, 5.0), ()):
+            self.loop.timers = [functools.partial(float, seconds) for seconds in timers]
+            self.loop.run(functools.partial(lambda before: len(waits) > before, len(waits)))
+        self.assertEqual(waits, expected)
+
+
+class StatsLogTest(unittest.TestCase):
+    """When a line about what was done may come."""
+
+    def setUp(self):
+        self.clock = Clock()
+        self.metrics = mock.Mock(**{'has_news.return_value': False})
+        self.stats = restic_serve.StatsLog(self.metrics, 60)
+
+    def tick(self, active=False, after=0.0):
+        self.clock.now += after
+        with mock.patch.object(time, 'monotonic', lambda: self.clock.now):
+            return self.stats.tick(active)
+
+    def test_an_idle_server_sleeps(self):
+        self.assertEqual(self.tick(), math.inf)
+
+    def test_the_time_of_a_line_begins_with_what_is_done(self):
+        self.tick()
+        self.assertEqual(self.tick(active=True, after=1000), 60)
+        self.metrics.begin_period.assert_called_once()
+        self.metrics.has_news.return_value = True
+        self.assertEqual(self.tick(after=20), 40)
+        self.metrics.line.assert_not_called()
+        self.assertEqual(self.tick(after=40), 60)
+        self.metrics.line.assert_called_once()
+
+    def test_nothing_is_said_where_nothing_was_done(self):
+        self.tick(active=True)
+        self.assertEqual(self.tick(active=True, after=60), 60)
+        self.metrics.line.assert_not_called()
+
+    def test_workers_leave_it_to_their_parent(self):
+        self.stats.stop()
+        self.assertEqual(self.tick(active=True), math.inf)
+
+
 # ---- Server ----
 
 class ServerTest(WireTestCase):
     def finish(self):
         """Tell the server to stop; an event that is set when it has."""
         done = threading.Event()
-        finish = self.server._finish
+        close = self.server.loop.close
 
         def noted():
-            finish()
+            close()
             done.set()
 
-        self.server._finish = noted
+        self.server.loop.close = noted
         self.server.stop()
         return done
 
     def test_a_stop_drops_idle_connections(self):
         fresh, used = self.connect(), self.connect()
         used.ask(get('/config'))
-        self.wait_until(lambda: len(self.server._connections) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
         done = self.finish()
         self.assertTrue(fresh.is_closed())
         self.assertTrue(used.is_closed())
@@ -5425,9 +5519,9 @@ class ServerTest(WireTestCase):
         content = b'0123456789'
         wire = self.connect()
         wire.send(post(f'/data/{named(content)}', content[:5], length=10))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server._connections), 'it')
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
         done = self.finish()
-        self.wait_until(lambda: self.server._stopping, 'the stop')
+        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
         with self.assertRaises(OSError):
             socket.create_connection(('127.0.0.1', self.port), 1).recv(1)
         self.assertFalse(done.is_set())
@@ -5440,7 +5534,7 @@ class ServerTest(WireTestCase):
     def test_a_stop_does_not_wait_for_ever(self):
         wire = self.connect()
         wire.send(post('/config', b'', length=10))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server._connections), 'it')
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
         with mock.patch.object(restic_serve, 'STOP_SECONDS', 0.1):
             self.assertTrue(self.finish().wait(PATIENCE))
         self.assertTrue(wire.is_closed())
@@ -5450,16 +5544,16 @@ class ServerTest(WireTestCase):
         answered, begun = self.connect(), self.connect()
         self.assertEqual(answered.ask(get('/config', 'Connection: close'))[0], 404)
         begun.send('GET /c')
-        self.wait_until(lambda: len(self.server._connections) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
         self.assertTrue(self.finish().wait(PATIENCE))
         self.assertEqual(self.log, [f'made the directory {self.root}'])
 
     def test_a_second_stop_ends_the_wait(self):
         wire = self.connect()
         wire.send(post('/config', b'', length=10))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server._connections), 'it')
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
         done = self.finish()
-        self.wait_until(lambda: self.server._stopping, 'the stop')
+        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
         self.server.stop()
         self.assertTrue(done.wait(PATIENCE))
 
@@ -5488,7 +5582,7 @@ class ServerTest(WireTestCase):
                 mock.patch.object(socket, 'gethostbyaddr', side_effect=AssertionError):
             server = Server(self.server.api, self.server.limits, [LOCAL])
         server.stop()
-        server.loop()
+        server.serve()
 
     def test_without_a_host_both_families_are_served(self):
         server = Server(self.server.api, self.server.limits, [restic_serve.parse_address(':0')])
@@ -5498,7 +5592,7 @@ class ServerTest(WireTestCase):
         if listener.address_family == socket.AF_INET6:
             socket.create_connection(('::1', port), PATIENCE).close()
         server.stop()
-        server.loop()
+        server.serve()
 
     def test_names_of_peers(self):
         find = restic_serve.find_peer
@@ -5599,7 +5693,7 @@ class UnixSocketTest(ListenerTestCase):
 
 class ConnectionLimitTest(ListenerTestCase):
     def test_one_more_is_answered_503_and_closed(self):
-        port = self.start('127.0.0.1:0', connections=3).listeners[0].server_address[1]
+        port = self.start('127.0.0.1:0', most=3).listeners[0].server_address[1]
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(3)]
             for wire in wires:
@@ -5616,34 +5710,34 @@ class ConnectionLimitTest(ListenerTestCase):
 
     def test_a_flood_is_dropped(self):
         with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
-            server = self.start('127.0.0.1:0', connections=1)
+            server = self.start('127.0.0.1:0', most=1)
             port = server.listeners[0].server_address[1]
             with contextlib.ExitStack() as stack:
                 first = stack.enter_context(Wire(port))
                 self.assertEqual(first.ask(get('/config'))[0], 404)
                 wires = [stack.enter_context(Wire(port)) for _ in range(30)]
                 self.assertTrue(all(wire.is_closed() or True for wire in wires))
-                self.assertLessEqual(server._admitted, 3)
+                self.assertLessEqual(server.connections.active, 3)
                 self.assertEqual(first.ask(get('/config'))[0], 404)
-        self.wait_until(lambda: server._admitted == 0, 'the end of all')
+        self.wait_until(lambda: server.connections.active == 0, 'the end of all')
 
     def test_a_thread_that_does_not_start_is_no_connection(self):
         server = self.start('127.0.0.1:0')
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
                 Wire(server.listeners[0].server_address[1]) as wire:
             self.assertTrue(wire.is_closed())
-        self.assertEqual(server._admitted, 0)
+        self.assertEqual(server.connections.active, 0)
         self.assertIn('no thread', self.log[-1])
 
     def test_slow_clients_do_not_slow_the_others(self):
         """A thousand that drip; the figure is a bound, far above what is usual."""
-        server = self.start('127.0.0.1:0', connections=1100)
+        server = self.start('127.0.0.1:0', most=1100)
         port = server.listeners[0].server_address[1]
         with contextlib.ExitStack() as stack:
             slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
             for wire in slow:
                 wire.send(b'G')
-            self.wait_until(lambda: server._admitted == 1000, 'a thousand')
+            self.wait_until(lambda: server.connections.active == 1000, 'a thousand')
             wire = stack.enter_context(Wire(port))
             times = []
             for number in range(200):
@@ -5752,13 +5846,27 @@ class ServiceManagerTest(TestCase):
             self.assertLess(time.monotonic() - begin, PATIENCE)
 
     def test_a_watchdog_of_another_process_is_not_fed(self):
-        manager = restic_serve.Manager({'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '1', 'WATCHDOG_PID': '1'})
-        self.assertEqual(manager.watchdog_seconds, float('inf'))
+        notifier = restic_serve.SystemdNotifier(
+            {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '1', 'WATCHDOG_PID': '1'})
+        self.assertEqual(notifier.ping(), math.inf)
+
+    def test_the_watchdog_hears_twice_in_its_time(self):
+        notifier = restic_serve.SystemdNotifier(
+            {'NOTIFY_SOCKET': str(self.folder / 'notify'), 'WATCHDOG_USEC': '3000000'})
+        clock = Clock()
+        with mock.patch.object(time, 'monotonic', lambda: clock.now):
+            self.assertEqual(notifier.ping(), 1.5)
+            self.assertEqual(self.hear(''), 'WATCHDOG=1')
+            clock.now += 1
+            self.assertEqual(notifier.ping(), 0.5)
+            clock.now += 0.5
+            self.assertEqual(notifier.ping(), 1.5)
+            self.assertEqual(self.hear(''), 'WATCHDOG=1')
 
     def test_variables_are_removed_after_use(self):
         environment = {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '5', 'WATCHDOG_PID': str(os.getpid()),
                        'LISTEN_PID': '1', 'LISTEN_FDS': '3', 'LISTEN_FDNAMES': 'a:b'}
-        restic_serve.Manager(environment)
+        restic_serve.SystemdNotifier(environment)
         self.assertEqual(restic_serve.inherited_sockets(environment), [])
         self.assertEqual(environment, {})
 
@@ -5890,7 +5998,7 @@ class TlsTest(ListenerTestCase):
 
     def test_one_connection_of_http_2_too_many_is_told_so(self):
         server = self.start('127.0.0.1:0', certificates=self.certificates())
-        server._admission.most = 0
+        server.connections.admission.most = 0
         context = self.ssl.create_default_context(cafile=str(self.authority.path))
         context.set_alpn_protocols(['h2'])
         sock = context.wrap_socket(socket.create_connection(server.listeners[0].server_address, PATIENCE),
@@ -7791,7 +7899,7 @@ class FaultsTestCase(Http2TestCase):
 
     def assert_nothing_left(self, before):
         """What connections used is free again."""
-        self.wait_until(lambda: not self.server._connections, 'the end of all connections')
+        self.wait_until(lambda: not self.server.connections.snapshot(), 'the end of all connections')
         self.wait_until(lambda: all(now <= then for now, then in zip(self.resources(), before)),
                         'the end of threads and descriptors')
 
