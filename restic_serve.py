@@ -26,6 +26,7 @@ The chapters stand in the order in which each builds on those above it:
     Frames        HTTP/2 as it comes and goes
     Streams       one request of HTTP/2, its answer, and flow control
     Http2         requests and answers on one connection of HTTP/2
+    Loop          descriptors, signals and times that a process waits for
     Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
     Server        connections, their number and time limits, signals
     Workers       several processes that serve
@@ -44,6 +45,7 @@ import argparse
 import bisect
 import collections
 import contextlib
+import enum
 import errno
 import functools
 import hashlib
@@ -69,7 +71,7 @@ if __name__ == '__main__':
 TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost each start 5 ms
 if TYPE_CHECKING:
     import ssl
-    from types import FrameType, TracebackType
+    from types import FrameType as CallFrame, TracebackType
     from typing import (
         Any, Callable, Dict, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn, Optional,
         Protocol, Set, Tuple, Union)
@@ -5502,24 +5504,39 @@ def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
 
 
 # ==== Frames =====================================================================================
-# The frames of HTTP/2 (RFC 9113 4 and 6) as they come and as they go; what they mean is not known
-# here.  A thread reads them and never waits for the client to read; any thread may write.
+# The frames of HTTP/2 (RFC 9113 4 and 6) as bytes; what they mean is for Http2 to say.  One thread reads
+# them and never waits for the client to read; any thread may write.
 
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
 CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
 
-# The types, flags, error codes and settings of RFC 9113 6, 7 and 6.5.2
-_DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, \
-    _CONTINUATION = range(10)
+
+class FrameType(enum.IntEnum):
+    """RFC 9113 6."""
+
+    DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, \
+        CONTINUATION = range(10)
+
+
+class ErrorCode(enum.IntEnum):
+    """RFC 9113 7."""
+
+    NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED, \
+        FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, \
+        ENHANCE_YOUR_CALM = range(12)
+
+
+class Setting(enum.IntEnum):
+    """RFC 9113 6.5.2."""
+
+    ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, \
+        MAX_HEADER_LIST_SIZE = range(2, 7)
+
+
+# Flags (RFC 9113 6)
 _END_STREAM = _ACK = 0x1
 _END_HEADERS, _PADDED, _PRIORITIZED = 0x4, 0x8, 0x20
-NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED, \
-    FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, ENHANCE_YOUR_CALM, \
-    = range(12)
-_ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE, \
-    _MAX_HEADER_LIST_SIZE = range(2, 7)
-_LARGEST_WINDOW = (1 << 31) - 1
 _DEFAULT_WINDOW, _DEFAULT_FRAME_BYTES = (1 << 16) - 1, 1 << 14
 _FRAME_HEAD = struct.Struct('>IBI')  # the first byte of the four is the payload length's
 _SETTING = struct.Struct('>HI')
@@ -5528,7 +5545,7 @@ _SETTING = struct.Struct('>HI')
 class Http2Error(Exception):
     """An error of the connection (RFC 9113 5.4.1): `code` goes out with GOAWAY."""
 
-    def __init__(self, code: int, reason: str) -> None:
+    def __init__(self, code: ErrorCode, reason: str) -> None:
         super().__init__(reason)
         self.code = code
 
@@ -5542,8 +5559,18 @@ def frame(kind: int, flags: int, number: int, payload: bytes = b'') -> bytes:
     return _FRAME_HEAD.pack(len(payload) << 8 | kind, flags, number) + payload
 
 
+def header_frames(number: int, headers: Headers, flags: int = 0) -> bytes:
+    """HEADERS of a stream, and CONTINUATION if they are long (RFC 9113 6.2 and 6.10)."""
+    block = encode_headers(headers)
+    parts = [block[at:at + _DEFAULT_FRAME_BYTES] for at in range(0, len(block), _DEFAULT_FRAME_BYTES)]
+    return b''.join(
+        frame(FrameType.CONTINUATION if place else FrameType.HEADERS,
+              (0 if place else flags) | (_END_HEADERS if place == len(parts) - 1 else 0), number, part)
+        for place, part in enumerate(parts))
+
+
 class FrameReader:
-    """Frames as they come; `received` has come already.  All methods raise Gone, and EOFError at
+    """Frames as they arrive; `received` has arrived already.  All methods raise Gone, and EOFError at
     the end of input."""
 
     def __init__(self, connection: Connection, received: bytes, header_bytes: int) -> None:
@@ -5559,15 +5586,16 @@ class FrameReader:
         """Type, flags and stream of the next frame.  Raises Http2Error if it is too long."""
         length, flags, number = _FRAME_HEAD.unpack(self.read(_FRAME_HEAD.size))
         self.left, kind = length >> 8, length & 0xff
-        if self.left > (self._control_bytes if _DATA < kind <= _CONTINUATION else FRAME_BYTES):
-            raise Http2Error(FRAME_SIZE_ERROR, f'a frame of type {kind} with {self.left} bytes')
+        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
+        if self.left > (self._control_bytes if is_control else FRAME_BYTES):
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'a frame of type {kind} with {self.left} bytes')
         return kind, flags, number & 0x7fffffff
 
     def payload(self, flags: int = 0, size: Optional[int] = None) -> bytes:
         """The rest of the payload, without padding.  Raises Http2Error if it is not of `size`."""
         padding = self.padding(flags)
         if size is not None and self.left != size:
-            raise Http2Error(FRAME_SIZE_ERROR, f'a frame with {self.left} bytes, not {size}')
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'a frame with {self.left} bytes, not {size}')
         return self.read(self.left - padding)
 
     def padding(self, flags: int) -> int:
@@ -5575,10 +5603,10 @@ class FrameReader:
         if not flags & _PADDED:
             return 0
         if not self.left:
-            raise Http2Error(FRAME_SIZE_ERROR, 'no length of the padding')
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'no length of the padding')
         padding = self.read(1)[0]
         if padding > self.left:
-            raise Http2Error(PROTOCOL_ERROR, 'more padding than payload')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'more padding than payload')
         return padding
 
     def skip(self) -> None:
@@ -5622,24 +5650,25 @@ class FrameReader:
 
 
 class FrameWriter:
-    """Frames as they go.  What nobody waits for is sent by a thread of its own.  `lock` guards it
-    all; `settled` is notified when that thread has nothing to do, or a request has ended."""
+    """Frames as they leave.  Frames that no request waits for (ACKs, window updates, resets) go out
+    through a flusher thread.  `lock` guards all that follows; `drained` is notified when the flusher
+    has nothing to send, or a request has ended."""
 
     def __init__(self, connection: Connection, lock: threading.Lock) -> None:
         self.lock = lock
-        self.begun = math.inf           # when sending began that is still going on
+        self.sending_since = math.inf   # infinite while nothing is being sent
         self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
-        self.settled = threading.Condition(lock)
+        self.drained = threading.Condition(lock)
         self.pending: List[bytes] = []  # frames that the next to write takes along
         self.pending_bytes = 0
         self.dead = False               # nothing can be written any more
         self._connection = connection
-        self._over = False              # nothing more is to be written
+        self._finished = False          # nothing more is to be written
         self._wanted = threading.Condition(lock)    # to write what is pending
         self._writing = threading.Lock()
 
     def start(self) -> None:
-        """Start the thread.  Raises Gone if there can be none."""
+        """Start the flusher.  Raises Gone if there can be no thread."""
         try:
             threading.Thread(target=self._flush, daemon=True).start()
         except RuntimeError as error:
@@ -5661,31 +5690,32 @@ class FrameWriter:
         for at in range(0, len(view), limit):
             part = view[at:at + limit]
             flags = _END_STREAM if last and at + limit >= len(view) else 0
-            parts += (_FRAME_HEAD.pack(len(part) << 8 | _DATA, flags, number), part)
+            parts += (_FRAME_HEAD.pack(len(part) << 8 | FrameType.DATA, flags, number), part)
         return parts
 
     def write(self, parts: List[bytes | memoryview], stream: Optional[Stream] = None,
-              last: bool = False, patient: bool = True) -> bool:
-        """Send frames, after those that wait, unless their stream is lost; whether they went.  They
-        may be the `last` of their stream.  Who is not `patient` leaves them to the thread that is
-        sending, unless it has much to send already.  Raises Gone."""
+              last: bool = False, wait: bool = True) -> bool:
+        """Send frames, after those that are pending, unless their stream was aborted; whether they
+        went.  They may be the `last` of their stream.  Without `wait` they are left to the thread that
+        is sending, unless it has much to send already.  Raises Gone."""
         if not self._writing.acquire(blocking=False):
-            if not patient:
+            if not wait:
                 with self.lock:
                     size = sum(map(len, parts))
-                    if stream and not stream.lost and self.pending_bytes + size <= UNSENT_BYTES:
+                    if stream and not stream.aborted and self.pending_bytes + size <= UNSENT_BYTES:
                         self.append(b''.join(parts))
-                        stream.sent = last
+                        if last:
+                            stream.end_sent()
                         return True
             self._writing.acquire()
         try:
             with self.lock:
                 pending, self.pending, self.pending_bytes = b''.join(self.pending), [], 0
-                lost = stream is not None and bool(stream.lost)
-                if stream is not None:
-                    stream.sent = last
-                self.begun = self._connection.clock()
-            if lost:
+                aborted = stream is not None and bool(stream.aborted)
+                if last and stream is not None:
+                    stream.end_sent()
+                self.sending_since = self._connection.clock()
+            if aborted:
                 parts = []
             if pending or parts:
                 self._connection.transmit_parts([pending, *parts])
@@ -5694,14 +5724,14 @@ class FrameWriter:
             self._connection.end_input()  # nothing that could still come can be answered
             raise
         finally:
-            self.begun = math.inf
+            self.sending_since = math.inf
             self._writing.release()
-        return not lost
+        return not aborted
 
     def finish(self) -> None:
-        """End the thread; what it sends may take a while."""
+        """End the flusher, once it has sent what it is sending."""
         with self.lock:
-            self._over = True
+            self._finished = True
             self._wanted.notify()
         if not self._writing.acquire(timeout=LINGER_SECONDS):
             self._connection.cut()
@@ -5710,29 +5740,52 @@ class FrameWriter:
 
     def _flush(self) -> None:
         try:
-            while not self._over:
+            while not self._finished:
                 self.write([])
                 with self.lock:
-                    if not self.pending and not self._over:
-                        self.settled.notify_all()
+                    if not self.pending and not self._finished:
+                        self.drained.notify_all()
                         self._wanted.wait()
         except Gone as gone:
             log.debug('%s: %s', self._connection.peer, gone)
             with self.lock:
-                self.settled.notify_all()
+                self.drained.notify_all()
 
 
 # ==== Streams ====================================================================================
 # A request of HTTP/2 and its answer (RFC 9113 5.1 and 8), and how much content may pass (5.2).
 #
-# A client may send 64 KiB of content on a connection before anybody has looked who asks.  The windows
-# open when the content is read, which is after login, rights and quota, and close again when its
-# request has been answered.
+# Theory of operation.  Two threads work on a stream: the connection's, which reads frames, and a request
+# thread, which runs the Api and sends the answer.  One lock guards all streams and windows of a
+# connection, the writer's; nobody holds it while waiting for the client.
+#
+# The state of a stream (RFC 9113 5.1; there is no object for one that is idle):
+#
+#                          END_STREAM arrives
+#     OPEN ───────────────────────────────────▶ HALF_CLOSED_REMOTE
+#      │ we send END_STREAM                         │ we send END_STREAM
+#      ▼                                            ▼
+#     HALF_CLOSED_LOCAL ──────────────────────▶ CLOSED ◀─── RST_STREAM either way, or the end of the
+#                          END_STREAM arrives               connection; `aborted` says why
+#
+# The phase of its request:
+#
+#     RECEIVING ──▶ ANSWERING ──▶ ANSWERED      the request thread reads the content, sends the answer,
+#         └▶ TIMED_OUT ─┘                       and has left; the answer to late content is 408
+#
+# Content goes from the connection straight into the buffer of the request thread, if that waits for some
+# (offer() and filled()), and else is buffered, as much of it as the windows let the client send: 64 KiB
+# on a connection before anybody has looked who asks.  They open when the content is first read, which is
+# after login, rights and quota, and close when its request has been answered.
+#
+# An answer's content waits in reserve() for the client's windows, with the request thread; what is short
+# is left to the flow control (send_later()), which sends it when a WINDOW_UPDATE arrives.
 
-READ_WINDOW = 4 << 20        # bytes of a request's content that may come ahead of its reader
-CONNECTION_WINDOW = 16 << 20  # bytes that may come ahead of all readers of a connection
-UNSENT_BYTES = 256 * 1024    # of short answers that wait, without a thread, for the client to take them
+READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
+CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers of a connection
+UNSENT_BYTES = 256 * 1024    # of short answers that wait, without a thread, for the client's windows
 SEND_BYTES = 128 * 1024      # of content that is sent at a time
+LARGEST_WINDOW = (1 << 31) - 1  # RFC 9113 6.9.1
 
 _LOWER_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE = re.compile('(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?')
@@ -5744,7 +5797,7 @@ def check_field(name: str, value: str) -> None:
     """Raises StreamError for a field that makes a message malformed (RFC 9113 8.2)."""
     if (name in _OF_CONNECTION or not _LOWER_TOKEN.fullmatch(name) or not _VALUE.fullmatch(value)
             or (name == 'te' and value != 'trailers')):
-        raise StreamError(PROTOCOL_ERROR, 'bad header field')
+        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad header field')
 
 
 def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]:
@@ -5755,7 +5808,7 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     for name, value in fields:
         if name.startswith(':'):
             if headers or name in pseudo or name not in (':method', ':scheme', ':path', ':authority'):
-                raise StreamError(PROTOCOL_ERROR, 'bad pseudo-header field')
+                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad pseudo-header field')
             pseudo[name] = value
         else:
             check_field(name, value)
@@ -5764,31 +5817,47 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     if method == 'CONNECT' and not target and ':scheme' not in pseudo:  # RFC 9113 8.5
         target = '/'
     elif not _SCHEME.fullmatch(pseudo.get(':scheme', '')):
-        raise StreamError(PROTOCOL_ERROR, 'no valid scheme')
+        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'no valid scheme')
     if not re.fullmatch(_TOKEN, method) or not re.fullmatch(r'/[!-"$-~]*|\*', target):
-        raise StreamError(PROTOCOL_ERROR, 'bad method or path')
+        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad method or path')
     host = pseudo.get(':authority', headers.get('host', ''))
     if not _HOST.fullmatch(host) or headers.get('host', host) != host:
-        raise StreamError(PROTOCOL_ERROR, 'bad authority')
+        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad authority')
     if not re.fullmatch('[0-9]{1,18}', headers.get('content-length', '0')):
-        raise StreamError(PROTOCOL_ERROR, 'bad content-length')
+        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad content-length')
     return method, target, headers
 
 
-class ReceiveWindow:
-    """How many bytes of content the client may send: `available` now, and `size` once all that has
-    come has been acknowledged (RFC 9113 5.2.1)."""
+class Window:
+    """How many bytes of content may be sent, by one side, on a stream or on a connection
+    (RFC 9113 5.2.1)."""
 
-    __slots__ = ('available', 'size', '_owed')
+    __slots__ = ('available',)
 
     def __init__(self, size: int = _DEFAULT_WINDOW) -> None:
-        self.available = self.size = size
-        self._owed = 0          # bytes that the client is still to be told of
+        self.available = size   # may become negative (RFC 9113 6.9.2)
 
-    def receive(self, count: int) -> bool:
-        """So many bytes have come; whether they were allowed."""
+    def consume(self, count: int) -> bool:
+        """So many bytes were sent; whether they were allowed."""
         self.available -= count
         return self.available >= 0
+
+    def expand(self, count: int) -> bool:
+        """Allow so many bytes more; whether that is no more than a window can be."""
+        self.available += count
+        return self.available <= LARGEST_WINDOW
+
+
+class ReceiveWindow(Window):
+    """A window of the client's; `size` is what is available once all that has arrived has been
+    acknowledged."""
+
+    __slots__ = ('size', '_owed')
+
+    def __init__(self, size: int = _DEFAULT_WINDOW) -> None:
+        super().__init__(size)
+        self.size = size
+        self._owed = 0          # bytes that the client is still to be told of
 
     def acknowledge(self, count: int) -> None:
         """So many bytes have left the memory."""
@@ -5807,7 +5876,7 @@ class ReceiveWindow:
             return 0
         count = int(most)
         self._owed -= count
-        self.available += count
+        self.expand(count)
         return count
 
 
@@ -5821,36 +5890,36 @@ class FlowControl:
     def __init__(self, writer: FrameWriter, streams: Dict[int, Stream],
                  on_sent: Callable[[Stream], None], clock: Callable[[], float]) -> None:
         self.writer = writer
-        self.initial = _DEFAULT_WINDOW      # bytes of content that may be sent on a new stream
-        self.window = _DEFAULT_WINDOW       # and on all of them
+        self.sending = Window()             # of the connection
+        self.initial = _DEFAULT_WINDOW      # of a new stream
         self.closed = False                 # no more can be hoped for
         self.clock = clock
         self._streams = streams
         self._on_sent = on_sent             # the rest of an answer has been sent for its thread
         self._receiving = ReceiveWindow()
-        self._spare = CONNECTION_WINDOW
+        self._spare = CONNECTION_WINDOW     # bytes by which the windows of streams may still be opened
         self._waiting: Dict[Stream, None] = {}      # to send, in the order in which they came
         # Content that was sent and that the client has not given back: on the connection, on streams.
         self._unreturned = [0, 0]
 
-    # ---- content that comes ----
+    # ---- content that arrives ----
 
     def receive(self, count: int) -> None:
-        """So much content has come.  Raises Http2Error if it is too much."""
-        if not self._receiving.receive(count):
-            raise Http2Error(FLOW_CONTROL_ERROR, 'more content than the connection may send')
+        """So much content has arrived.  Raises Http2Error if it is too much."""
+        if not self._receiving.consume(count):
+            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, 'more content than the connection may send')
 
     def acknowledge(self, count: int, stream: Optional[Stream] = None) -> None:
         """Content has left the memory: the client may send as much again."""
         self._receiving.acknowledge(count)
-        self._announce(self._receiving.increment(), 0)
-        if stream and not (stream.ended or stream.lost):
+        self._send_update(self._receiving.increment(), 0)
+        if stream and stream.may_receive:
             stream.receiving.acknowledge(count)
-            self._announce(stream.receiving.increment(stream.limit()), stream.number)
+            self._send_update(stream.receiving.increment(stream.limit()), stream.number)
 
     def open_window(self, stream: Stream) -> None:
         """The content of a request is being read: let the client send it."""
-        if stream.opened is None and not (stream.ended or stream.lost):
+        if stream.opened is None and stream.may_receive:
             extra = min(READ_WINDOW, stream.limit()) - stream.receiving.available
             stream.opened = int(max(min(extra, self._spare), 0))
             self._spare -= stream.opened
@@ -5859,23 +5928,23 @@ class FlowControl:
             self.acknowledge(0, stream)
 
     def close_window(self, stream: Stream) -> None:
-        """A request is over: others may have what it was given."""
+        """A request needs no more content: others may have what it was given."""
         if stream.opened:
             self._spare += stream.opened
             self._receiving.resize(self._receiving.size - stream.opened)
             stream.opened = 0
 
-    def _announce(self, increment: int, number: int) -> None:
+    def _send_update(self, increment: int, number: int) -> None:
         if increment:
-            self.writer.queue(_WINDOW_UPDATE, 0, number, struct.pack('>I', increment))
+            self.writer.queue(FrameType.WINDOW_UPDATE, 0, number, struct.pack('>I', increment))
 
-    # ---- content that goes ----
+    # ---- content that leaves ----
 
     def on_window_update(self, increment: int, stream: Optional[Stream] = None) -> None:
         """The client lets more be sent, on a stream or on all.  Raises Http2Error, StreamError."""
-        (stream or self).window += increment
-        if (stream or self).window > _LARGEST_WINDOW:
-            raise (StreamError if stream else Http2Error)(FLOW_CONTROL_ERROR, 'the window is too large')
+        if not (stream or self).sending.expand(increment):
+            raise (StreamError if stream else Http2Error)(ErrorCode.FLOW_CONTROL_ERROR,
+                                                          'the window is too large')
         self.wake()
 
     def is_return(self, increment: int, of_stream: bool) -> bool:
@@ -5888,41 +5957,39 @@ class FlowControl:
         """SETTINGS_INITIAL_WINDOW_SIZE (RFC 9113 6.9.2); windows may become negative.  Raises
         Http2Error."""
         change, self.initial = value - self.initial, value
-        for stream in self._streams.values():
-            stream.window += change
-        if any(window > _LARGEST_WINDOW
-               for window in (value, *(stream.window for stream in self._streams.values()))):
-            raise Http2Error(FLOW_CONTROL_ERROR, 'the window of a stream is too large')
+        fit = [stream.sending.expand(change) for stream in self._streams.values()]
+        if value > LARGEST_WINDOW or not all(fit):
+            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, 'the window of a stream is too large')
         self.wake()
 
     def wake(self) -> None:
         """Have the first stream go on that waits to send and can, with the lock.  What is left of
         short answers is sent here and now."""
         for stream in list(self._waiting):
-            if self.window <= 0:
+            if self.sending.available <= 0:
                 return
-            if stream.window > 0 and stream.rest:
-                self._send_rest(stream)
-            elif stream.window > 0:
+            if stream.sending.available > 0 and stream.unsent:
+                self._send_unsent(stream)
+            elif stream.sending.available > 0:
                 stream.notify()
                 return
 
-    def reserve(self, stream: Stream, count: int) -> int:
-        """How much of `count` bytes of content may be sent; waits until some may, without the
-        lock being held, but returns 0 if the header has not gone ahead.  Raises Gone."""
+    def reserve(self, stream: Stream, count: int, wait: bool = True) -> int:
+        """How much of `count` bytes of content may be sent; waits until some may, without the lock
+        being held, or returns 0 where it is not to wait.  Raises Gone."""
         with self.writer.lock:
             self._waiting[stream] = None
             try:
-                while not (stream.lost or (stream.window > 0 and self.window > 0)):
+                while not (stream.aborted or (stream.sending.available > 0 and self.sending.available > 0)):
                     if self.closed:
                         raise Gone('the client is gone')
-                    if stream.head:
+                    if not wait:
                         return 0
                     if stream.blocked == math.inf:
                         stream.blocked = self.clock()
                     stream.wait()
-                if stream.lost:
-                    raise Gone(stream.lost)
+                if stream.aborted:
+                    raise Gone(stream.aborted)
                 return self._take(stream, min(count, SEND_BYTES))
             finally:
                 stream.blocked = math.inf
@@ -5931,15 +5998,16 @@ class FlowControl:
 
     def take_all(self, stream: Stream, count: int) -> bool:
         """Reserve `count` bytes if all of them may be sent at once, with the lock."""
-        return count <= min(stream.window, self.window) and self._take(stream, count) == count
+        return (count <= min(stream.sending.available, self.sending.available)
+                and self._take(stream, count) == count)
 
-    def leave(self, stream: Stream, content: bytes) -> bool:
+    def send_later(self, stream: Stream, content: bytes) -> bool:
         """Have an answer's content sent when the windows let it, by whoever opens them, with the
         lock; False if too much waits so already."""
-        waiting = sum(len(one.rest) for one in self._waiting) + self.writer.pending_bytes
+        waiting = sum(len(one.unsent) for one in self._waiting) + self.writer.pending_bytes
         if waiting + len(content) > UNSENT_BYTES:
             return False
-        stream.rest = memoryview(content)
+        stream.unsent = memoryview(content)
         stream.blocked = self.clock()
         self._waiting[stream] = None
         self.wake()
@@ -5948,7 +6016,7 @@ class FlowControl:
     def forget(self, stream: Stream) -> None:
         """A stream is over, with the lock."""
         self.close_window(stream)
-        stream.rest = memoryview(b'')
+        stream.unsent = memoryview(b'')
         if stream in self._waiting:
             del self._waiting[stream]
             self.wake()
@@ -5957,81 +6025,116 @@ class FlowControl:
         """Give back what was reserved for content that is not sent; without the lock."""
         if count:
             with self.writer.lock:
-                stream.window += count
-                self.window += count
-                for at in range(2):
-                    self._unreturned[at] -= count
+                self._move(stream, -count)
                 self.wake()
 
     def _take(self, stream: Stream, count: int) -> int:
-        count = min(count, stream.window, self.window)
-        stream.window -= count
-        self.window -= count
+        count = min(count, stream.sending.available, self.sending.available)
+        self._move(stream, count)
         stream.passed += count
-        for at in range(2):
-            self._unreturned[at] += count
         return count
 
-    def _send_rest(self, stream: Stream) -> None:
+    def _move(self, stream: Stream, count: int) -> None:
+        for at, window in enumerate((self.sending, stream.sending)):
+            window.consume(count)
+            self._unreturned[at] += count
+
+    def _send_unsent(self, stream: Stream) -> None:
         """Queue as much of what is left of an answer as may be sent."""
-        count = self._take(stream, len(stream.rest))
-        part, stream.rest = stream.rest[:count], stream.rest[count:]
+        count = self._take(stream, len(stream.unsent))
+        part, stream.unsent = stream.unsent[:count], stream.unsent[count:]
         stream.blocked = self.clock()
-        self.writer.append(b''.join(self.writer.content_frames(stream.number, part, not stream.rest)))
-        if not stream.rest:
-            stream.sent = True
+        self.writer.append(b''.join(self.writer.content_frames(stream.number, part, not stream.unsent)))
+        if not stream.unsent:
+            stream.end_sent()
             del self._waiting[stream]
             self._on_sent(stream)
 
 
+class StreamState(enum.IntEnum):
+    """RFC 9113 5.1; see the chapter's opening."""
+
+    OPEN, HALF_CLOSED_REMOTE, HALF_CLOSED_LOCAL, CLOSED = range(4)
+
+
+class Phase(enum.IntEnum):
+    """How far a request is; see the chapter's opening."""
+
+    RECEIVING, TIMED_OUT, ANSWERING, ANSWERED = range(4)
+
+
+_WHEN_RECEIVED_END = {StreamState.OPEN: StreamState.HALF_CLOSED_REMOTE,
+                      StreamState.HALF_CLOSED_LOCAL: StreamState.CLOSED}
+_WHEN_SENT_END = {StreamState.OPEN: StreamState.HALF_CLOSED_LOCAL,
+                  StreamState.HALF_CLOSED_REMOTE: StreamState.CLOSED}
+
+
 class Stream:
-    """One request, its content and its answer.  The writer's lock guards it; `flow` is the
-    connection's, `length` the bytes of content announced, None if they are not.
+    """One request and its content, which it gives to the request thread as Body; `flow` is the
+    connection's, `length` the bytes of content announced, None if they are not.  Without content
+    the request is `whole`."""
 
-    Content goes from the connection straight into the buffer of the thread that waits for it;
-    what comes earlier is kept, as much of it as the flow-control window lets the client send.
-    """
-
-    __slots__ = ('number', 'length', 'lacking', 'head', 'sent', 'padded', 'window', 'receiving', 'opened',
-                 'kept', 'ended', 'answering', 'answered', 'late', 'lost', 'deadline', 'extension', 'passed',
-                 'blocked', 'invites', 'rest', '_changed', '_flow', '_writer', '_chunks', '_view', '_filling',
-                 '_filled')
+    __slots__ = ('number', 'length', 'state', 'phase', 'aborted', 'remaining', 'padded', 'receiving',
+                 'opened', 'sending', 'unsent', 'deadline', 'extension', 'passed', 'blocked',
+                 'expects_continue', 'buffered', '_buffer', '_view', '_filling', '_filled', '_changed',
+                 '_flow', '_writer')
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
-    def __init__(self, flow: FlowControl, number: int, length: Optional[int]) -> None:
+    def __init__(self, flow: FlowControl, number: int, length: Optional[int], whole: bool = False) -> None:
         self.number = number
-        self.length = length
-        self.lacking = length           # bytes of content announced that have not come
-        self.head = b''                 # of the answer, to be sent with the first of its content
-        self.rest = memoryview(b'')     # of the answer, that is sent without its thread
-        self.sent = False               # all of the answer has gone, or is going
+        self.length = 0 if whole else length
+        self.state = StreamState.HALF_CLOSED_REMOTE if whole else StreamState.OPEN
+        self.phase = Phase.RECEIVING
+        self.aborted = ''               # why it was reset, or ended with the connection
+        self.remaining = self.length    # bytes of content announced that have not arrived
         self.padded = False             # it takes more than its content from the windows
-        self.window = flow.initial      # bytes of content that may be sent (RFC 9113 6.9)
         self.receiving = ReceiveWindow()
         self.opened: Optional[int] = None   # bytes by which the windows were opened for its reader
-        self.kept = 0                   # bytes in _chunks
-        self.ended = length == 0        # all content has come
-        self.answering = False
-        self.answered = False
-        self.late = False               # its content took too long
-        self.lost = ''                  # why nothing more can be sent
+        self.sending = Window(flow.initial)
+        self.unsent = memoryview(b'')   # of the answer; sent without the request thread
         self.deadline = math.inf        # by the connection's clock, as all times here
         self.extension = 0.0            # seconds of the deadline for each byte that passes
         self.passed = 0                 # bytes since the deadline was set
         self.blocked = math.inf         # since when a byte has been waited for
-        self.invites = False            # the client waits for 100 (Continue)
+        self.expects_continue = False   # the client waits for 100 (Continue)
+        self.buffered = 0               # bytes in _buffer
+        self._buffer: List[memoryview] = []     # content that arrived before it was asked for
+        self._view: Optional[memoryview] = None     # the request thread waits to have it filled
+        self._filling = False               # the reading thread is about to
+        self._filled = 0
         self._changed: Optional[threading.Condition] = None     # once a thread has waited
         self._flow = flow
         self._writer = flow.writer
-        self._chunks: List[memoryview] = []
-        self._view: Optional[memoryview] = None     # a thread waits to have it filled
-        self._filling = False
-        self._filled = 0
+
+    # ---- state; all with the lock ----
+
+    @property
+    def may_receive(self) -> bool:
+        """Whether content may still arrive."""
+        return self.state in (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
+
+    def end_received(self) -> None:
+        """END_STREAM has arrived."""
+        self.state = _WHEN_RECEIVED_END.get(self.state, self.state)
+        self.notify()
+
+    def end_sent(self) -> None:
+        """END_STREAM has been sent, or is about to be."""
+        self.state = _WHEN_SENT_END.get(self.state, self.state)
+
+    def abort(self, reason: str) -> None:
+        """It was reset, or the connection has ended: tell the thread that waits here."""
+        self.state = StreamState.CLOSED
+        self.aborted = self.aborted or reason
+        self.discard()
+        self.notify()
 
     def limit(self) -> float:
-        """Bytes of content that may still come."""
-        return math.inf if self.lacking is None or self.padded else self.lacking
+        """Bytes of content that may still arrive."""
+        return math.inf if self.remaining is None or self.padded else self.remaining
+
+    # ---- time ----
 
     def wait_for(self, seconds: float, extension: float = 0.0) -> None:
         """Set the deadline: so many seconds from now, and so many more for each byte that passes."""
@@ -6053,47 +6156,95 @@ class Stream:
         if self._changed:
             self._changed.notify_all()
 
+    # ---- content, for the request thread ----
+
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
-        if self.invites:
-            self.invites = False
-            self._send([self._headers([(':status', '100')], 0)])  # RFC 9110 15.2.1
+        if self.expects_continue:
+            self.expects_continue = False   # RFC 9110 15.2.1
+            if not self._writer.write([header_frames(self.number, [(':status', '100')])], self):
+                raise Gone(self.aborted)
         with self._writer.lock:
             self._flow.open_window(self)
             self._view, self._filled = view, 0
             self.blocked = self._flow.clock()
-            while self._filling or not (self._filled or self._chunks or self.ended or self.lost
-                                        or self.late):
+            while self._filling or not (self._filled or self._buffer or not self.may_receive
+                                        or self.phase != Phase.RECEIVING):
                 self.wait()
             self.blocked = math.inf
             self._view, count = None, self._filled
-            if self.lost:
-                raise Gone(self.lost)
-            if not count and self._chunks:
-                chunk = self._chunks.pop(0)
-                count = min(len(view), len(chunk))
-                view[:count] = chunk[:count]
-                if count < len(chunk):
-                    self._chunks.insert(0, chunk[count:])
-                self.kept -= count
-                self._flow.acknowledge(count, self)
-            elif not count and not self.ended:
+            if self.aborted:
+                raise Gone(self.aborted)
+            if not count and self._buffer:
+                count = self._take_buffered(view)
+            elif not count and self.may_receive:
                 raise HttpError(408, 'the content took too long')
         return count
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the client takes it for closed (RFC 9113 5.1), as we shall soon."""
-        return self.ended and self.sent
+    def _take_buffered(self, view: memoryview) -> int:
+        chunk = self._buffer.pop(0)
+        count = min(len(view), len(chunk))
+        view[:count] = chunk[:count]
+        if count < len(chunk):
+            self._buffer.insert(0, chunk[count:])
+        self.buffered -= count
+        self._flow.acknowledge(count, self)
+        return count
+
+    # ---- content, for the thread that reads frames ----
 
     @property
-    def stalled(self) -> bool:
-        """Whether half a frame of its content has come: what else there is waits for the rest."""
+    def half_received(self) -> bool:
+        """Whether half a frame of its content has arrived: what else there is waits for the rest."""
         return self._filling
 
+    def receive(self, reader: FrameReader, size: int) -> None:
+        """Take the next `size` bytes of content.  Raises Gone, and EOFError."""
+        reader.on_content = self._note_progress
+        try:
+            while size:
+                with self._writer.lock:
+                    if not self._wants_content:
+                        return
+                    view = self.offer()
+                if view is None:
+                    self._receive_ahead(reader, size)
+                    return
+                count = 0
+                try:
+                    reader.read_into(view[:size])
+                    count = min(len(view), size)
+                finally:
+                    with self._writer.lock:
+                        self.filled(count)
+                size -= count
+        finally:
+            reader.on_content = None
+
+    @property
+    def _wants_content(self) -> bool:
+        return self.phase < Phase.ANSWERING and not self.aborted
+
+    def _receive_ahead(self, reader: FrameReader, size: int) -> None:
+        """Take content for which no thread waits."""
+        data = bytearray(size)
+        reader.read_into(memoryview(data))
+        with self._writer.lock:
+            if self._wants_content:
+                self.buffer(data)
+            else:
+                self._flow.acknowledge(size)
+
+    def _note_progress(self, count: int) -> None:
+        """Some content has arrived, be it of half a frame."""
+        with self._writer.lock:
+            self.passed += count
+            if self.blocked < math.inf:
+                self.blocked = self._flow.clock()
+
     def offer(self) -> Optional[memoryview]:
-        """Where content is to go that has come, if a thread waits for it; filled() follows."""
-        if self._view is None or self._chunks:
+        """Where content is to go that has arrived, if a thread waits for it; filled() follows."""
+        if self._view is None or self._buffer:
             return None
         view, self._view, self._filling = self._view, None, True
         return view
@@ -6104,29 +6255,36 @@ class Stream:
         self._flow.acknowledge(count, self)
         self.notify()
 
-    def keep(self, data: bytes | bytearray) -> None:
+    def buffer(self, data: bytes | bytearray) -> None:
         """Keep content until it is asked for.  Many small pieces become one."""
-        self.kept += len(data)
-        if self._chunks and len(data) + len(self._chunks[-1]) < RECEIVE_BYTES:
-            data = bytes(self._chunks.pop()) + data
-        self._chunks.append(memoryview(data))
+        self.buffered += len(data)
+        if self._buffer and len(data) + len(self._buffer[-1]) < RECEIVE_BYTES:
+            data = bytes(self._buffer.pop()) + data
+        self._buffer.append(memoryview(data))
         self.notify()
 
-    def forget(self) -> None:
-        """Drop the content that was kept."""
-        self._flow.acknowledge(self.kept)
-        self.kept = 0
-        self._chunks.clear()
+    def discard(self) -> None:
+        """Drop the content that was buffered."""
+        self._flow.acknowledge(self.buffered)
+        self.buffered = 0
+        self._buffer.clear()
 
-    def lose(self, reason: str) -> None:
-        """Tell the threads that wait here that it is over."""
-        self.lost = self.lost or reason
-        self.forget()
-        self.notify()
 
-    def answer(self, method: str, response: Response, sent: List[int]) -> None:
-        """Send the answer; `sent[0]` counts the bytes of its content.  Raises Gone, and OSError if
-        its content cannot be read."""
+class ResponseSender:
+    """Sends the answer on a stream, in the request thread; `sent` counts the bytes of its content.  All
+    methods raise Gone, and OSError if the content cannot be read."""
+
+    __slots__ = ('sent', '_stream', '_flow', '_writer', '_head')
+
+    def __init__(self, stream: Stream, flow: FlowControl) -> None:
+        self.sent = 0
+        self._stream = stream
+        self._flow = flow
+        self._writer = flow.writer
+        self._head = b''                # HEADERS, to be sent with the first of the content
+
+    def send(self, method: str, response: Response) -> None:
+        """Send all of the answer to a request of this method."""
         body = response.body
         headers = [(':status', str(response.status)), ('date', http_date(int(time.time()))),
                    *((name.lower(), value) for name, value in response.headers)]
@@ -6135,60 +6293,50 @@ class Stream:
         elif isinstance(body, FileSlice):
             headers.append(('content-length', str(body.length)))
         if method == 'HEAD' or not body:
-            self._send([self._headers(headers, _END_STREAM)], last=True, patient=False)
+            head = header_frames(self._stream.number, headers, _END_STREAM)
+            self._write([head], last=True, wait=False)
             return
-        self.head = self._headers(headers, 0)
+        self._head = header_frames(self._stream.number, headers)
         if isinstance(body, bytes):
-            self._send_short(body, sent)
+            self._send_short(body)
         elif isinstance(body, FileSlice):
             unpin(True)
-            self._send_slice(body, sent)
+            self._send_slice(body)
         else:
-            self._send_chunks(body, sent)
+            self._send_chunks(body)
 
-    def _headers(self, headers: Headers, flags: int) -> bytes:
-        """HEADERS, and CONTINUATION if they are long."""
-        block = encode_headers(headers)
-        parts = [block[at:at + _DEFAULT_FRAME_BYTES]
-                 for at in range(0, len(block), _DEFAULT_FRAME_BYTES)]
-        return b''.join(
-            frame(_CONTINUATION if number else _HEADERS,
-                  (0 if number else flags) | (_END_HEADERS if number == len(parts) - 1 else 0),
-                  self.number, part)
-            for number, part in enumerate(parts))
-
-    def _send_short(self, content: bytes, sent: List[int]) -> None:
+    def _send_short(self, content: bytes) -> None:
         """Send content that is in memory, without waiting for the client to take it."""
         with self._writer.lock:
-            if self.lost:
-                raise Gone(self.lost)
-            fits = self._flow.take_all(self, len(content))
+            if self._stream.aborted:
+                raise Gone(self._stream.aborted)
+            fits = self._flow.take_all(self._stream, len(content))
             if not fits:
-                self._writer.append(self.head)
-                self.head = b''
-                if self._flow.leave(self, content):
-                    sent[0] = len(content)
+                self._writer.append(self._head)
+                self._head = b''
+                if self._flow.send_later(self._stream, content):
+                    self.sent = len(content)
                     return
         if fits:
-            self._send_content(content, True, patient=False)
-            sent[0] = len(content)
+            self._send_content(content, True, wait=False)
+            self.sent = len(content)
         else:
-            self._send_chunks(iter([content]), sent)
+            self._send_chunks(iter([content]))
 
-    def _send_slice(self, content: FileSlice, sent: List[int]) -> None:
+    def _send_slice(self, content: FileSlice) -> None:
         while content.length:
             count = self._reserve(content.length)
             try:
                 data = content.read(count)
             except OSError:
-                self._flow.release(self, count)
+                self._flow.release(self._stream, count)
                 raise
-            self._flow.release(self, count - len(data))
+            self._flow.release(self._stream, count - len(data))
             self._send_content(data, not content.length)
-            sent[0] += len(data)
+            self.sent += len(data)
 
-    def _send_chunks(self, chunks: Iterator[bytes], sent: List[int]) -> None:
-        """Send chunks as they come, one behind, so that a short list leaves in one packet."""
+    def _send_chunks(self, chunks: Iterator[bytes]) -> None:
+        """Send chunks as they are made, one behind, so that a short list leaves in one packet."""
         waiting = next(chunks, b'')
         while waiting:
             following = next(chunks, b'')
@@ -6197,41 +6345,58 @@ class Stream:
                 count = self._reserve(len(view))
                 self._send_content(view[:count], not following and count == len(view))
                 view = view[count:]
-                sent[0] += count
+                self.sent += count
             waiting = following
 
     def _reserve(self, count: int) -> int:
         """How much content may be sent now.  While none may, the header goes ahead."""
-        room = self._flow.reserve(self, count)
-        if not room:
-            head, self.head = self.head, b''
-            self._send([head])
-            room = self._flow.reserve(self, count)
-        return room
+        available = self._flow.reserve(self._stream, count, wait=not self._head)
+        if not available:
+            head, self._head = self._head, b''
+            self._write([head])
+            available = self._flow.reserve(self._stream, count)
+        return available
 
-    def _send_content(self, data: bytes | memoryview, last: bool, patient: bool = True) -> None:
+    def _send_content(self, data: bytes | memoryview, last: bool, wait: bool = True) -> None:
         """Send content for which there is room in the windows."""
-        head, self.head = self.head, b''
+        head, self._head = self._head, b''
+        frames = self._writer.content_frames(self._stream.number, data, last)
         try:
-            self._send([head, *self._writer.content_frames(self.number, data, last)], last, patient)
+            self._write([head, *frames], last, wait)
         except Gone:
-            self._flow.release(self, len(data))
+            self._flow.release(self._stream, len(data))
             raise
 
-    def _send(self, parts: List[bytes | memoryview], last: bool = False, patient: bool = True) -> None:
-        if not self._writer.write(parts, self, last, patient):
-            raise Gone(self.lost)
+    def _write(self, parts: List[bytes | memoryview], last: bool = False, wait: bool = True) -> None:
+        if not self._writer.write(parts, self._stream, last, wait):
+            raise Gone(self._stream.aborted)
 
 
 # ==== Http2 ======================================================================================
-# One HTTP/2 connection (RFC 9113): its thread reads frames, and each request has one of a pool.
+# One HTTP/2 connection (RFC 9113).
+#
+# Theory of operation.  The connection's thread runs Http2.run(): it reads frames and calls the method of
+# their type.  It never waits for the client to read, or a window update could not get through.  Exchanges
+# opens a stream for each request and gives it to a request thread, of those that all connections of the
+# process share.  Frames are sent by request threads, and by the flusher of FrameWriter.  The main thread
+# calls stop(), next_deadline() and expire(), which must not wait.
+#
+# How a connection ends:
+#
+#     an error of the connection ──▶ _fail(): GOAWAY ─────────────────────────────────────┐
+#     stop(), or nothing to do   ──▶ _shut_down(): GOAWAY; when no stream is left open,   │
+#                                    end_input() ──▶ EOFError ────────────────────────────┤
+#     the client has gone        ──▶ EOFError, or Gone ───────────────────────────────────┤
+#                                                                                         ▼
+#     _drain(): aborts the streams that wait for more; requests that are whole are answered
+#          ──▶ FrameWriter.finish() ──▶ Connection.linger() ──▶ Connection.close()
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-FLOOD_BURST = 1000           # frames that help nobody which may come at once
-FLOOD_REFILL_SECOND = 100    # more of them each second
-FLOOD_REFILL_ANSWER = 2      # more of them for each answer
-IDLE_THREADS = 8             # that wait for another request, and so many
-IDLE_SECONDS = 5             # at the most
+FLOOD_BURST = 1000           # useless frames that may arrive at once
+FLOOD_REFILL_SECOND = 100    # useless frames that may arrive each second
+FLOOD_REFILL_ANSWER = 2      # useless frames that may arrive with each answer
+IDLE_THREADS = 8             # request threads that are kept for another request
+IDLE_SECONDS = 5             # for which one is kept
 
 
 class RequestThreads(Shares):
@@ -6275,7 +6440,7 @@ class RequestThreads(Shares):
 
 
 class FloodBudget:
-    """How many frames that help nobody a client may still send (RFC 9113 10.5)."""
+    """A token bucket for useless frames: how many a client may still send (RFC 9113 10.5)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -6289,30 +6454,47 @@ class FloodBudget:
         self._answers += 1
 
     def spend(self) -> None:
-        """Such a frame has come.  Raises Http2Error if it was one too many."""
+        """A useless frame has arrived.  Raises Http2Error if it was one too many."""
         now, answers = self._clock(), self._answers
         earned = ((now - self._spent_at) * FLOOD_REFILL_SECOND
                   + (answers - self._refilled) * FLOOD_REFILL_ANSWER)
         self._tokens = min(self._tokens + earned, FLOOD_BURST) - 1
         self._spent_at, self._refilled = now, answers
         if self._tokens < 0:
-            raise Http2Error(ENHANCE_YOUR_CALM, 'too many frames that help nobody')
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many frames that help nobody')
 
 
 class HeaderBlock:
-    """A header block that may come in several frames (RFC 9113 4.3); `number` is that of its stream, 0
+    """A header block that may arrive in several frames (RFC 9113 4.3); `number` is that of its stream, 0
     before the first frame."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.flags = 0
+        self.ends_stream = False
         self.block = b''
         self.depends_on_itself = False
 
-    def begin(self, number: int, flags: int, block: bytes, depends_on_itself: bool) -> None:
-        """HEADERS has come."""
-        self.number, self.flags, self.block = number, flags, block
-        self.depends_on_itself = depends_on_itself
+    def begin(self, number: int, flags: int, payload: bytes) -> None:
+        """HEADERS has arrived, with this payload but for its padding (RFC 9113 6.2).  Raises
+        Http2Error."""
+        self.number, self.ends_stream = number, bool(flags & _END_STREAM)
+        if flags & _PRIORITIZED:
+            if len(payload) < 5:
+                raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'HEADERS without its priority')
+            self.depends_on_itself = depends_on_itself(number, payload)
+            payload = payload[5:]
+        self.block = payload
+
+    def extend(self, payload: bytes, limit: int) -> None:
+        """CONTINUATION has arrived.  Raises Http2Error where `limit` bytes are passed."""
+        self.block += payload
+        if len(self.block) > limit:
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'a header block without end')
+
+
+def depends_on_itself(number: int, priority: bytes) -> bool:
+    """Whether a stream's priority names the stream itself, which is an error (RFC 7540 5.3.1)."""
+    return int.from_bytes(priority[:4], 'big') & 0x7fffffff == number
 
 
 class StreamRegistry:
@@ -6327,23 +6509,32 @@ class StreamRegistry:
     def find(self, number: int) -> Optional[Stream]:
         """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
         if not number & 1 or number > self.last:
-            raise Http2Error(PROTOCOL_ERROR, 'a frame of a stream that was not opened')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a frame of a stream that was not opened')
         stream = self.open.get(number)
-        return None if stream and stream.is_over else stream
+        return None if stream and stream.state is StreamState.CLOSED else stream
 
-    def is_known(self, number: int) -> bool:
-        """Whether a stream is open or one of the last that were closed."""
-        return number in self._closed or number in self.open
+    def begin_headers(self, number: int) -> None:
+        """HEADERS of a stream has arrived.  Raises Http2Error if there can be none (RFC 9113 5.1
+        and 5.1.1)."""
+        if not number & 1:
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS of a stream that no client opens')
+        if number <= self.last and not self.find(number):
+            if number not in self._closed and number not in self.open:
+                # Lower ones that were left out can never be opened.
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS of a stream before the last')
+            if not self.was_reset(number):
+                raise Http2Error(ErrorCode.STREAM_CLOSED, 'HEADERS of a closed stream')
+        self.last = max(number, self.last)
 
     def was_reset(self, number: int) -> Optional[bool]:
-        """Whether we have reset a stream, so that what still comes for it is no fault of the client's;
+        """Whether we have reset a stream, so that what still arrives for it is no fault of the client's;
         None if it is not known as closed."""
         return self._closed.get(number)
 
     def is_full(self) -> bool:
         """Whether the client has as many as it may (RFC 9113 5.1.2)."""
         return len(self.open) >= STREAMS and sum(
-            not stream.is_over for stream in self.open.values()) >= STREAMS
+            stream.state is not StreamState.CLOSED for stream in self.open.values()) >= STREAMS
 
     def close(self, number: int, by_us: bool) -> None:
         """Know a stream as closed, for a while."""
@@ -6353,38 +6544,261 @@ class StreamRegistry:
             del self._closed[next(iter(self._closed))]
 
 
+class Exchanges:
+    """The requests of a connection and their answers (RFC 9113 8.1); each has a stream and takes one of
+    `threads`; where there is none, it is refused.  The writer's lock guards what is public."""
+
+    def __init__(self, connection: Connection, api: Api, threads: RequestThreads, writer: FrameWriter,
+                 flood: FloodBudget) -> None:
+        self.streams = StreamRegistry()
+        self.flow = FlowControl(writer, self.streams.open, self._on_answered, connection.clock)
+        self.running = 0                # requests that have a thread
+        self.last_opened = 0            # the highest stream that was taken on, or refused
+        self.closing = False            # GOAWAY has been sent: no more are taken on
+        self.idle_since = connection.clock()
+        self._connection = connection
+        self._api = api
+        self._limits = connection.limits
+        self._threads = threads
+        self._writer = writer
+        self._flood = flood
+
+    # ---- for the thread that reads frames ----
+
+    def open(self, number: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
+        """Begin to answer a request whose header is `complete`, or was too long; without content it
+        is `whole`.  Raises StreamError."""
+        method, target, headers = (request_of(fields) if complete else
+                                   (dict(fields).get(':method', '-'), '', {}))
+        length = int(headers['content-length']) if 'content-length' in headers else None
+        if whole and length:
+            raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
+        with self._writer.lock:
+            if self.closing:  # RFC 9113 6.8: it has crossed our GOAWAY
+                self.streams.close(number, True)
+                return
+            self.last_opened = number
+            if self.running >= 2 * STREAMS or self.streams.is_full():  # RFC 9113 5.1.2
+                raise StreamError(ErrorCode.REFUSED_STREAM, 'too many requests at once')
+            if self._threads.is_greedy(self._connection.peer):
+                self._turn_away(number, whole)
+                return
+            stream = Stream(self.flow, number, length, whole)
+            stream.wait_for(self._limits.read_seconds, self._limits.read_extension)
+            expected = headers.get('expect', '')
+            stream.expects_continue = bool(expected) and not whole
+            request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
+            refusal = None
+            if not complete:  # RFC 9113 10.5.1
+                refusal = HttpError(431, f'the header is longer than {self._limits.header_bytes} bytes')
+            elif expected and expected.lower() != '100-continue':
+                refusal = HttpError(417, 'the only expectation is 100-continue')
+            self._submit(functools.partial(self._serve, stream, request, refusal))
+            self.streams.open[number] = stream
+            self.running += 1
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        """Have a thread answer a request; with the lock.  Raises StreamError if there is none."""
+        peer = self._connection.peer
+        if not self._threads.take(peer):
+            self._connection.note(REQUESTS, peer)
+            # RFC 9113 8.7: the client may send it again.
+            raise StreamError(ErrorCode.REFUSED_STREAM, 'too many requests on all connections')
+        try:
+            self._threads.submit(job)
+        except RuntimeError as error:
+            self._threads.give_back(peer)
+            raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
+
+    def _turn_away(self, number: int, whole: bool) -> None:
+        """Answer 503 without a thread; with the lock."""
+        peer = self._connection.peer
+        self._connection.note(REQUESTS_PER_ADDRESS, peer)
+        self._writer.append(header_frames(number, [
+            (':status', '503'), ('date', http_date(int(time.time()))), ('retry-after', '10')], _END_STREAM))
+        if whole:
+            self.streams.close(number, False)
+        else:
+            self.reset(number, ErrorCode.NO_ERROR)
+        self._api.finish(Request('-', '', 'HTTP/2.0', {}, _NO_BODY, peer), 503, 0)
+
+    def end_content(self, stream: Stream) -> None:
+        """END_STREAM has arrived.  Raises StreamError."""
+        if stream.remaining:
+            raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
+        with self._writer.lock:
+            stream.end_received()
+            if stream.phase is Phase.ANSWERED and not stream.unsent and stream.number in self.streams.open:
+                self._drop(stream, False)
+
+    def cancel(self, number: int) -> None:
+        """RST_STREAM has arrived.  Raises Http2Error."""
+        with self._writer.lock:
+            stream = self.streams.find(number)
+            if stream:
+                stream.abort('the client has cancelled the request')
+                self._drop(stream, False)
+
+    def reset(self, number: int, code: ErrorCode) -> None:
+        """Send RST_STREAM; with the lock."""
+        self._writer.queue(FrameType.RST_STREAM, 0, number, struct.pack('>I', code))
+        stream = self.streams.open.get(number)
+        if stream:
+            stream.abort('the stream was reset')
+            self._drop(stream, True)
+        else:
+            self.streams.close(number, True)
+
+    def _drop(self, stream: Stream, by_us: bool) -> None:
+        """Forget a stream; with the lock.  What still arrives for one that we have reset is no fault
+        of the client's (RFC 9113 5.1)."""
+        self.streams.close(stream.number, by_us)
+        self.flow.forget(stream)
+        self.idle_since = self._connection.clock()
+        if self.closing and not self.streams.open:
+            self._connection.end_input()
+
+    # ---- for the request thread ----
+
+    def _serve(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
+        """Answer one request."""
+        unpin(stream.length is None or stream.length > SMALL_BYTES)
+        answered = False
+        try:
+            if stream.aborted:
+                raise Gone(stream.aborted)
+            response = self._api.refuse(refusal) if refusal else self._api.handle(request)
+            try:
+                answered = True
+                self._answer(stream, request, response)
+            finally:
+                response.close()
+        except Gone as gone:
+            log.debug('%s: %s', self._connection.peer, gone)
+        finally:
+            if not answered:
+                self._api.finish(request, CLIENT_GONE, 0)
+            with self._writer.lock:
+                self._begin_phase(stream, Phase.ANSWERED)
+                if not stream.aborted:
+                    self._flood.refill()
+                if not stream.unsent:
+                    self._on_answered(stream)
+                self._threads.give_back(self._connection.peer)
+                self.running -= 1
+                self._writer.drained.notify_all()
+
+    def _answer(self, stream: Stream, request: Request, response: Response) -> None:
+        with self._writer.lock:
+            self._begin_phase(stream, Phase.ANSWERING)
+            stream.wait_for(self._limits.write_seconds, self._limits.write_extension)
+        sender = ResponseSender(stream, self.flow)
+        try:
+            sender.send(request.method, response)
+        except Gone:
+            raise
+        except Exception as error:  # a file that cannot be read; or a fault of ours
+            log.error('%s: an answer is broken off: %s', self._connection.peer, error)
+            log.debug('where it happened:', exc_info=True)
+            with self._writer.lock:
+                if stream.number in self.streams.open:
+                    self.reset(stream.number, ErrorCode.INTERNAL_ERROR)
+        finally:
+            self._api.finish(request, response.status, sender.sent)
+
+    def _begin_phase(self, stream: Stream, phase: Phase) -> None:
+        """Nobody reads the content any more."""
+        stream.phase = phase
+        stream.discard()
+        self.flow.close_window(stream)
+
+    def _on_answered(self, stream: Stream) -> None:
+        """All of an answer has been sent, or its stream was aborted; with the lock.  What the client
+        still sends is read if it is little."""
+        stream.blocked = math.inf
+        if stream.phase is not Phase.ANSWERED or stream.number not in self.streams.open:
+            return
+        if not stream.may_receive:
+            self._drop(stream, False)
+        elif stream.remaining is not None and stream.remaining > stream.receiving.available:
+            self.reset(stream.number, ErrorCode.NO_ERROR)  # RFC 9113 8.1: the rest is not wanted
+        else:
+            stream.wait_for(LINGER_SECONDS)
+
+    # ---- for the main thread ----
+
+    def next_deadline(self) -> float:
+        """When a stream takes too long, or the connection has had nothing to do for too long; with
+        the lock."""
+        stall = self._limits.stall_seconds
+        return min([stream.next_deadline(stall) for stream in self.streams.open.values()],
+                   default=self.idle_since + self._limits.idle_seconds)
+
+    def expire(self, now: float) -> bool:
+        """End the streams that take too long; whether the connection is to end, too.  With the lock."""
+        stall = self._limits.stall_seconds
+        ends = not self.streams.open and self.idle_since + self._limits.idle_seconds < now
+        for stream in [one for one in self.streams.open.values() if one.next_deadline(stall) < now]:
+            ends = ends or stream.half_received
+            self._expire_stream(stream, stream.blocked + stall < now)
+        return ends
+
+    def _expire_stream(self, stream: Stream, stalled: bool) -> None:
+        """End a stream that takes too long; an upload is told so first."""
+        if stalled and stream.phase is not Phase.TIMED_OUT:
+            self._connection.note(STALLED_UPLOAD if stream.phase is Phase.RECEIVING else STALLED_DOWNLOAD,
+                                  self._connection.peer)
+        if stream.phase is Phase.RECEIVING:
+            stream.phase, stream.blocked = Phase.TIMED_OUT, math.inf
+            stream.wait_for(LINGER_SECONDS)
+            stream.notify()
+        elif stream.phase is Phase.ANSWERED and not stream.unsent:
+            self.reset(stream.number, ErrorCode.NO_ERROR)
+        else:
+            self.reset(stream.number, ErrorCode.CANCEL)
+
+    # ---- the end ----
+
+    def drain(self, reason: str, failed: bool) -> None:
+        """No more frames will arrive: abort what waits for more, all that is under way if it has
+        `failed`, and wait for the rest."""
+        with self._writer.lock:
+            self.flow.closed = True
+            for stream in self.streams.open.values():
+                if failed or stream.may_receive:
+                    stream.abort(reason)
+                stream.notify()
+            while self.running or (self._writer.pending and not self._writer.dead):
+                if not self._writer.drained.wait(LINGER_SECONDS if failed else None):
+                    self._connection.cut()  # whoever sends gets no further
+
+
 class Http2:
-    """One connection: `received` has come on it already.  Each request takes one of `threads`,
-    which all connections share; where there is none, it is refused.  One lock guards the connection,
-    its writer and its streams."""
+    """One connection: `received` has arrived on it already.  One lock guards the connection, its writer
+    and its streams."""
 
     def __init__(self, connection: Connection, api: Api, threads: RequestThreads,
                  received: bytes = b'') -> None:
         self.lock = threading.Lock()    # of what follows, except what one thread alone uses
         self._connection = connection
-        self._api = api
         self._limits = connection.limits
-        self._threads = threads
         self._reader = FrameReader(connection, received, self._limits.header_bytes)
         self._writer = FrameWriter(connection, self.lock)
-        self._streams = StreamRegistry()
-        self._flow = FlowControl(self._writer, self._streams.open, self._on_answered, connection.clock)
         self._flood = FloodBudget()
-        self._idle_since = connection.clock()
-        self._running = 0               # requests that have a thread
-        self._opened = 0                # the highest stream that was taken on, or refused
-        self._leaving = False           # GOAWAY has been sent
-        self._over = False              # all is done
+        self._exchanges = Exchanges(connection, api, threads, self._writer, self._flood)
+        self._streams = self._exchanges.streams
+        self._flow = self._exchanges.flow
         self._header_deadline = math.inf
+        self.lingers = False            # all is done but for what the client still sends
         # The reading thread's own
-        self._greeted = False
+        self._has_settings = False      # the client's have arrived
         self._last_served = 0           # the highest stream when GOAWAY was sent
         self._decoder = HeaderDecoder()
         self._header = HeaderBlock()
 
     def run(self) -> bytes:
-        """Serve the connection to its end; requests that are wholly there when input ends are
-        answered.  Raises Gone."""
+        """Serve the connection to its end; requests that are whole when input ends are answered.
+        Raises Gone."""
         self._connection.share(self)
         self._connection.unpin(False)
         reason, failed = 'the client is gone', True
@@ -6395,21 +6809,26 @@ class Http2:
         except EOFError:
             failed = False
         except HpackError as error:
-            self._leave(COMPRESSION_ERROR, str(error))
+            self._fail(ErrorCode.COMPRESSION_ERROR, str(error))
         except Http2Error as error:
-            self._leave(error.code, str(error))
+            self._fail(error.code, str(error))
         except Gone as gone:
             reason, self._writer.dead = str(gone), True
         finally:
-            self._drain(reason, failed)
+            self._exchanges.drain(reason, failed)
+            with self.lock:
+                self.lingers = True
+            self._writer.finish()
         self._connection.linger()
         return b''
 
     def turn_away(self, reason: str) -> None:
         """Say that there is no room for this connection.  Raises Gone."""
-        self._connection.transmit(frame(_SETTINGS, 0, 0) + frame(
-            _GOAWAY, 0, 0, struct.pack('>II', 0, ENHANCE_YOUR_CALM) + reason.encode()))
+        self._connection.transmit(frame(FrameType.SETTINGS, 0, 0) + frame(
+            FrameType.GOAWAY, 0, 0, struct.pack('>II', 0, ErrorCode.ENHANCE_YOUR_CALM) + reason.encode()))
         self._connection.linger()
+
+    # ---- for the main thread ----
 
     def stop(self) -> None:
         """End the connection, once the requests under way have been answered (RFC 9113 6.8)."""
@@ -6419,65 +6838,43 @@ class Http2:
     def next_deadline(self) -> float:
         """When expire() is to be called, by the connection's clock."""
         with self.lock:
-            if self._over:
+            if self.lingers:
                 return self._connection.lingers_until()
-            stall = self._limits.stall_seconds
-            deadlines = [stream.next_deadline(stall) for stream in self._streams.open.values()]
-            return min(self._header_deadline, *(deadlines or [self._idle_since + self._limits.idle_seconds]),
-                       self._writer.begun + self._limits.write_seconds)
+            return min(self._header_deadline, self._exchanges.next_deadline(),
+                       self._writer.sending_since + self._limits.write_seconds)
 
     def expire(self) -> None:
-        """End what has taken too long; called by a thread that must not wait."""
-        now, stall = self._connection.clock(), self._limits.stall_seconds
+        """End what has taken too long."""
+        now = self._connection.clock()
         with self.lock:
-            idle = not self._streams.open and self._idle_since + self._limits.idle_seconds < now
-            if self._over:
+            if self.lingers:
                 self._connection.end_linger()
-                return
-            if now - self._writer.begun > self._limits.write_seconds:
+            elif now - self._writer.sending_since > self._limits.write_seconds:
                 self._connection.cut()
-                return
-            for stream in [one for one in self._streams.open.values() if one.next_deadline(stall) < now]:
-                idle = idle or stream.stalled
-                self._expire_stream(stream, stream.blocked + stall < now)
-            if self._header_deadline < now or idle:
+            elif self._exchanges.expire(now) or self._header_deadline < now:
                 self._shut_down()
                 self._connection.end_input()
 
-    def _expire_stream(self, stream: Stream, stalled: bool) -> None:
-        """End a stream that takes too long; an upload is told so first.  With the lock."""
-        if stalled and not stream.late:
-            self._connection.note(STALLED_DOWNLOAD if stream.answering else STALLED_UPLOAD,
-                                  self._connection.peer)
-        if stream.answered and not stream.rest:
-            self._reset(stream.number, NO_ERROR)
-        elif stream.answering or stream.late:
-            self._reset(stream.number, CANCEL)
-        else:
-            stream.late, stream.blocked = True, math.inf
-            stream.wait_for(LINGER_SECONDS)
-            stream.notify()
-
-    # ---- frames that come ----
+    # ---- frames ----
 
     def _exchange_prefaces(self) -> None:
         """Send our settings, and read the client's preface (RFC 9113 3.4)."""
-        settings = {_MAX_CONCURRENT_STREAMS: STREAMS, _MAX_FRAME_SIZE: FRAME_BYTES,
-                    _MAX_HEADER_LIST_SIZE: self._limits.header_bytes}
+        settings = {Setting.MAX_CONCURRENT_STREAMS: STREAMS, Setting.MAX_FRAME_SIZE: FRAME_BYTES,
+                    Setting.MAX_HEADER_LIST_SIZE: self._limits.header_bytes}
         self._connection.transmit(
-            frame(_SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items())))
+            frame(FrameType.SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items())))
         self._writer.start()
         if self._reader.read(len(PREFACE)) != PREFACE:
-            raise Http2Error(PROTOCOL_ERROR, 'no preface of HTTP/2')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no preface of HTTP/2')
 
     def _read_frame(self) -> None:
         kind, flags, number = self._reader.next()
         if len(self._writer.pending) > 2 * FLOOD_BURST:
-            raise Http2Error(ENHANCE_YOUR_CALM, 'too many answers that are not read')
-        if not self._greeted and (kind != _SETTINGS or flags & _ACK):
-            raise Http2Error(PROTOCOL_ERROR, 'no SETTINGS after the preface')
-        if self._header.number and (kind != _CONTINUATION or number != self._header.number):
-            raise Http2Error(PROTOCOL_ERROR, 'a header block is interrupted')
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many answers that are not read')
+        if not self._has_settings and (kind != FrameType.SETTINGS or flags & _ACK):
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no SETTINGS after the preface')
+        if self._header.number and (kind != FrameType.CONTINUATION or number != self._header.number):
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a header block is interrupted')
         if kind < len(_FRAME_HANDLERS):
             try:
                 _FRAME_HANDLERS[kind](self, flags, number)
@@ -6485,10 +6882,10 @@ class Http2:
                 self._flood.spend()
                 log.debug('%s: stream %d: %s', self._connection.peer, number, error)
                 with self.lock:
-                    self._reset(number, error.code)
+                    self._exchanges.reset(number, error.code)
         else:
             self._flood.spend()  # RFC 9113 5.5: a type that nobody here knows is ignored
-        if self._reader.left and kind == _DATA:
+        if self._reader.left and kind == FrameType.DATA:
             with self.lock:
                 self._flow.acknowledge(self._reader.left)
         self._reader.skip()
@@ -6506,93 +6903,30 @@ class Http2:
             stream = self._streams.find(number)
             if not stream:
                 if not self._streams.was_reset(number):
-                    raise Http2Error(STREAM_CLOSED, 'content for a closed stream')
+                    raise Http2Error(ErrorCode.STREAM_CLOSED, 'content for a closed stream')
                 return
-            if stream.ended:
-                raise StreamError(STREAM_CLOSED, 'content after its end')
-            if not stream.receiving.receive(length):
-                raise StreamError(FLOW_CONTROL_ERROR, 'more content than its window')
+            if not stream.may_receive:
+                raise StreamError(ErrorCode.STREAM_CLOSED, 'content after its end')
+            if not stream.receiving.consume(length):
+                raise StreamError(ErrorCode.FLOW_CONTROL_ERROR, 'more content than its window')
             stream.padded = stream.padded or bool(flags & _PADDED)
-            if stream.lacking is not None:
-                stream.lacking -= size
-                if stream.lacking < 0:
-                    raise StreamError(PROTOCOL_ERROR, 'more content than announced')
+            if stream.remaining is not None:
+                stream.remaining -= size
+                if stream.remaining < 0:
+                    raise StreamError(ErrorCode.PROTOCOL_ERROR, 'more content than announced')
             stream.receiving.acknowledge(length - size)
-        self._receive(stream, size)
-        if flags & _END_STREAM:
-            self._end_content(stream)
-
-    def _receive(self, stream: Stream, size: int) -> None:
-        """Pass on the next `size` bytes of content."""
         if size > SMALL_BYTES:
             self._connection.unpin(True)
-        self._reader.on_content = functools.partial(self._note_progress, stream)
-        try:
-            self._receive_pieces(stream, size)
-        finally:
-            self._reader.on_content = None
-
-    def _receive_pieces(self, stream: Stream, size: int) -> None:
-        while size:
-            with self.lock:
-                if stream.answering or stream.lost:
-                    return
-                view = stream.offer()
-            if view is None:
-                data = bytearray(size)
-                self._reader.read_into(memoryview(data))
-                with self.lock:
-                    if stream.answering or stream.lost:
-                        self._flow.acknowledge(size)
-                    else:
-                        stream.keep(data)
-                return
-            count = 0
-            try:
-                self._reader.read_into(view[:size])
-                count = min(len(view), size)
-            finally:
-                with self.lock:
-                    stream.filled(count)
-            size -= count
-
-    def _note_progress(self, stream: Stream, count: int) -> None:
-        """Some bytes of a stream's content have come, be it of half a frame."""
-        with self.lock:
-            stream.passed += count
-            if stream.blocked < math.inf:
-                stream.blocked = self._connection.clock()
-
-    def _end_content(self, stream: Stream) -> None:
-        if stream.lacking:
-            raise StreamError(PROTOCOL_ERROR, 'less content than announced')
-        with self.lock:
-            stream.ended = True
-            if stream.answered and not stream.rest and stream.number in self._streams.open:
-                self._drop(stream, False)
-            stream.notify()
+        stream.receive(self._reader, size)
+        if flags & _END_STREAM:
+            self._exchanges.end_content(stream)
 
     def _on_headers(self, flags: int, number: int) -> None:
         """RFC 9113 6.2."""
-        block = self._reader.payload(flags)
-        depends_on_itself = False
-        if flags & _PRIORITIZED:
-            if len(block) < 5:
-                raise Http2Error(FRAME_SIZE_ERROR, 'HEADERS without its priority')
-            depends_on_itself = int.from_bytes(block[:4], 'big') & 0x7fffffff == number
-            block = block[5:]
-        if not number & 1:
-            raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream that no client opens')
+        self._header.begin(number, flags, self._reader.payload(flags))
         with self.lock:
-            if number <= self._streams.last and not self._streams.find(number):
-                # RFC 9113 5.1.1: lower ones that were left out can never be opened.
-                if not self._streams.is_known(number):
-                    raise Http2Error(PROTOCOL_ERROR, 'HEADERS of a stream before the last')
-                if not self._streams.was_reset(number):
-                    raise Http2Error(STREAM_CLOSED, 'HEADERS of a closed stream')
-            self._streams.last = max(number, self._streams.last)
-            self._header.begin(number, flags, block, depends_on_itself)
-            if flags & _END_HEADERS == 0:
+            self._streams.begin_headers(number)
+            if not flags & _END_HEADERS:
                 self._header_deadline = self._connection.clock() + self._limits.header_seconds
         if flags & _END_HEADERS:
             self._end_headers()
@@ -6600,156 +6934,104 @@ class Http2:
     def _on_continuation(self, flags: int, number: int) -> None:
         """RFC 9113 6.10."""
         if not self._header.number:
-            raise Http2Error(PROTOCOL_ERROR, 'CONTINUATION of nothing')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'CONTINUATION of nothing')
         if self._reader.left < CONTROL_BYTES // 16 and not flags & _END_HEADERS:
             self._flood.spend()
-        self._header.block += self._reader.payload()
-        if len(self._header.block) > self._limits.header_bytes + 4 * CONTROL_BYTES:
-            raise Http2Error(ENHANCE_YOUR_CALM, 'a header block without end')
+        self._header.extend(self._reader.payload(), self._limits.header_bytes + 4 * CONTROL_BYTES)
         if flags & _END_HEADERS:
             self._end_headers()
 
     def _end_headers(self) -> None:
-        """A header block is whole: a request's, or the trailers after its content."""
+        """A header block is complete: a request's, or the trailers after its content."""
         header, self._header = self._header, HeaderBlock()
         number = header.number
         with self.lock:
             self._header_deadline = math.inf
-            self._idle_since = self._connection.clock()
+            self._exchanges.idle_since = self._connection.clock()
             stream = self._streams.open.get(number)
-        fields, whole = self._decoder.decode(header.block, self._limits.header_bytes)
-        ended = bool(header.flags & _END_STREAM)
+        fields, complete = self._decoder.decode(header.block, self._limits.header_bytes)
         if stream:
-            if stream.ended:
-                raise StreamError(STREAM_CLOSED, 'HEADERS after the end')
-            if not ended:
-                raise StreamError(PROTOCOL_ERROR, 'trailers that are not the end')
+            if not stream.may_receive:
+                raise StreamError(ErrorCode.STREAM_CLOSED, 'HEADERS after the end')
+            if not header.ends_stream:
+                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'trailers that are not the end')
             for name, value in fields:  # RFC 9113 8.1
                 check_field(name, value)
-            self._end_content(stream)
+            self._exchanges.end_content(stream)
         elif self._streams.was_reset(number) is None:
-            if header.depends_on_itself:  # RFC 7540 5.3.1
-                raise StreamError(PROTOCOL_ERROR, 'a stream depends on itself')
-            self._open(number, fields, whole, ended)
-
-    def _open(self, number: int, fields: List[Tuple[str, str]], whole: bool, ended: bool) -> None:
-        """Begin to answer a request."""
-        method, target, headers = (request_of(fields) if whole else
-                                   (dict(fields).get(':method', '-'), '', {}))
-        length = int(headers['content-length']) if 'content-length' in headers else None
-        if ended and length:
-            raise StreamError(PROTOCOL_ERROR, 'less content than announced')
-        if not self._streams.open:
-            self._connection.unpin(False)
-        with self.lock:
-            if self._leaving:  # RFC 9113 6.8: it has crossed our GOAWAY
-                self._streams.close(number, True)
-                return
-            self._opened = number
-            if self._running >= 2 * STREAMS or self._streams.is_full():  # RFC 9113 5.1.2
-                raise StreamError(REFUSED_STREAM, 'too many requests at once')
-            if self._threads.is_greedy(self._connection.peer):
-                self._turn_away(number, ended)
-                return
-            stream = Stream(self._flow, number, 0 if ended else length)
-            stream.wait_for(self._limits.read_seconds, self._limits.read_extension)
-            stream.ended = ended
-            expected = headers.get('expect', '')
-            stream.invites = bool(expected) and not ended
-            request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
-            refusal = None
-            if not whole:  # RFC 9113 10.5.1
-                refusal = HttpError(431, f'the header is longer than {self._limits.header_bytes} bytes')
-            elif expected and expected.lower() != '100-continue':
-                refusal = HttpError(417, 'the only expectation is 100-continue')
-            self._submit(functools.partial(self._serve, stream, request, refusal))
-            self._streams.open[number] = stream
-            self._running += 1
-
-    def _turn_away(self, number: int, ended: bool) -> None:
-        """Answer 503 without a thread; with the lock."""
-        peer = self._connection.peer
-        self._connection.note(REQUESTS_PER_ADDRESS, peer)
-        self._writer.queue(_HEADERS, _END_HEADERS | _END_STREAM, number, encode_headers([
-            (':status', '503'), ('date', http_date(int(time.time()))), ('retry-after', '10')]))
-        if ended:
-            self._streams.close(number, False)
-        else:
-            self._reset(number, NO_ERROR)
-        self._api.finish(Request('-', '', 'HTTP/2.0', {}, _NO_BODY, peer), 503, 0)
+            if header.depends_on_itself:
+                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
+            if not self._streams.open:
+                self._connection.unpin(False)
+            self._exchanges.open(number, fields, complete, header.ends_stream)
 
     def _on_priority(self, flags: int, number: int) -> None:
         """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
         self._flood.spend()
         if not number:
-            raise Http2Error(PROTOCOL_ERROR, 'PRIORITY of no stream')
-        payload = self._reader.payload(size=5)
-        if int.from_bytes(payload[:4], 'big') & 0x7fffffff == number:  # RFC 7540 5.3.1
-            raise Http2Error(PROTOCOL_ERROR, 'a stream depends on itself')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PRIORITY of no stream')
+        if depends_on_itself(number, self._reader.payload(size=5)):
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
 
     def _on_rst_stream(self, flags: int, number: int) -> None:
         """RFC 9113 6.4."""
         self._flood.spend()
         self._reader.payload(size=4)
-        with self.lock:
-            stream = self._streams.find(number)
-            if stream:
-                stream.lose('the client has cancelled the request')
-                self._drop(stream, False)
+        self._exchanges.cancel(number)
 
     def _on_settings(self, flags: int, number: int) -> None:
         """RFC 9113 6.5."""
-        if self._greeted:
+        if self._has_settings:
             self._flood.spend()
-        self._greeted = True
+        self._has_settings = True
         if number:
-            raise Http2Error(PROTOCOL_ERROR, 'SETTINGS of a stream')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'SETTINGS of a stream')
         payload = self._reader.payload()
         if len(payload) % _SETTING.size or (flags & _ACK and payload):
-            raise Http2Error(FRAME_SIZE_ERROR, 'SETTINGS of a wrong size')
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'SETTINGS of a wrong size')
         if flags & _ACK:
             return
         with self.lock:
             for setting, value in dict(_SETTING.iter_unpack(payload)).items():
-                self._set(setting, value)
-            self._writer.queue(_SETTINGS, _ACK, 0)
+                self._apply(setting, value)
+            self._writer.queue(FrameType.SETTINGS, _ACK, 0)
 
-    def _set(self, setting: int, value: int) -> None:
-        """Heed one of the client's settings (RFC 9113 6.5.2); the others bind a sender of what is
+    def _apply(self, setting: int, value: int) -> None:
+        """Apply one of the client's settings (RFC 9113 6.5.2); the others bind a sender of what is
         never sent here."""
-        if setting == _ENABLE_PUSH and value > 1:
-            raise Http2Error(PROTOCOL_ERROR, 'ENABLE_PUSH is neither 0 nor 1')
-        if setting == _MAX_FRAME_SIZE:
+        if setting == Setting.ENABLE_PUSH and value > 1:
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'ENABLE_PUSH is neither 0 nor 1')
+        if setting == Setting.MAX_FRAME_SIZE:
             if not _DEFAULT_FRAME_BYTES <= value < 1 << 24:
-                raise Http2Error(PROTOCOL_ERROR, 'MAX_FRAME_SIZE out of bounds')
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'MAX_FRAME_SIZE out of bounds')
             self._writer.frame_bytes = value
-        if setting == _INITIAL_WINDOW_SIZE:
+        if setting == Setting.INITIAL_WINDOW_SIZE:
             self._flow.set_initial(value)
 
     def _on_push_promise(self, flags: int, number: int) -> None:
-        raise Http2Error(PROTOCOL_ERROR, 'PUSH_PROMISE from a client')  # RFC 9113 8.4
+        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PUSH_PROMISE from a client')  # RFC 9113 8.4
 
     def _on_ping(self, flags: int, number: int) -> None:
         """RFC 9113 6.7."""
         self._flood.spend()
         if number:
-            raise Http2Error(PROTOCOL_ERROR, 'PING of a stream')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PING of a stream')
         payload = self._reader.payload(size=8)
         if not flags & _ACK:
             with self.lock:
-                self._writer.queue(_PING, _ACK, 0, payload)
+                self._writer.queue(FrameType.PING, _ACK, 0, payload)
 
     def _on_goaway(self, flags: int, number: int) -> None:
         """RFC 9113 6.8: the client will open no more streams, and says so by its silence."""
         self._flood.spend()
         if number:
-            raise Http2Error(PROTOCOL_ERROR, 'GOAWAY of a stream')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'GOAWAY of a stream')
         if self._reader.left < 8:
-            raise Http2Error(FRAME_SIZE_ERROR, 'GOAWAY of a wrong size')
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'GOAWAY of a wrong size')
 
     def _on_window_update(self, flags: int, number: int) -> None:
         """RFC 9113 6.9."""
-        increment = int.from_bytes(self._reader.payload(size=4), 'big') & _LARGEST_WINDOW
+        increment = int.from_bytes(self._reader.payload(size=4), 'big') & LARGEST_WINDOW
         with self.lock:
             is_return = increment and self._flow.is_return(increment, number > 0)
         if not is_return:
@@ -6757,147 +7039,38 @@ class Http2:
         with self.lock:
             stream = self._streams.find(number) if number else None
             if not increment:
-                raise (StreamError if number else Http2Error)(PROTOCOL_ERROR, 'WINDOW_UPDATE of nothing')
+                raise (StreamError if number else Http2Error)(ErrorCode.PROTOCOL_ERROR,
+                                                              'WINDOW_UPDATE of nothing')
             if stream or not number:
                 self._flow.on_window_update(increment, stream)
 
-    # ---- requests ----
-
-    def _submit(self, job: Callable[[], None]) -> None:
-        """Have a thread answer a request; with the lock.  Raises StreamError if there is none."""
-        peer = self._connection.peer
-        if not self._threads.take(peer):
-            self._connection.note(REQUESTS, peer)
-            raise StreamError(REFUSED_STREAM, 'too many requests on all connections')  # RFC 9113 8.7
-        try:
-            self._threads.submit(job)
-        except RuntimeError as error:
-            self._threads.give_back(peer)
-            raise StreamError(REFUSED_STREAM, str(error)) from None
-
-    def _serve(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
-        """Answer one request."""
-        unpin(stream.length is None or stream.length > SMALL_BYTES)
-        sent = -1
-        try:
-            if stream.lost:
-                raise Gone(stream.lost)
-            response = self._api.refuse(refusal) if refusal else self._api.handle(request)
-            try:
-                sent = 0
-                self._answer(stream, request, response)
-            finally:
-                response.close()
-        except Gone as gone:
-            log.debug('%s: %s', self._connection.peer, gone)
-        finally:
-            if sent < 0:
-                self._api.finish(request, CLIENT_GONE, 0)
-            with self.lock:
-                stream.answering = stream.answered = True
-                if not stream.lost:
-                    self._flood.refill()
-                stream.forget()
-                self._flow.close_window(stream)
-                if not stream.rest:
-                    self._on_answered(stream)
-                self._threads.give_back(self._connection.peer)
-                self._running -= 1
-                self._writer.settled.notify_all()
-
-    def _on_answered(self, stream: Stream) -> None:
-        """All of an answer has been sent, or its stream is lost; with the lock.  What the client
-        still sends is read if it is little."""
-        stream.blocked = math.inf
-        if not stream.answered or stream.number not in self._streams.open:
-            return
-        if stream.ended:
-            self._drop(stream, False)
-        elif stream.lacking is not None and stream.lacking > stream.receiving.available:
-            self._reset(stream.number, NO_ERROR)  # RFC 9113 8.1: complete, the rest is not wanted
-        else:
-            stream.wait_for(LINGER_SECONDS)
-
-    def _reset(self, number: int, code: int) -> None:
-        """Send RST_STREAM; with the lock."""
-        self._writer.queue(_RST_STREAM, 0, number, struct.pack('>I', code))
-        stream = self._streams.open.get(number)
-        if stream:
-            stream.lose('the stream was reset')
-            self._drop(stream, True)
-        else:
-            self._streams.close(number, True)
-
-    def _drop(self, stream: Stream, by_us: bool) -> None:
-        """Forget a stream; with the lock.  What still comes for one that we have reset is no fault
-        of the client's (RFC 9113 5.1)."""
-        self._streams.close(stream.number, by_us)
-        self._flow.forget(stream)
-        self._idle_since = self._connection.clock()
-        if self._leaving and not self._streams.open:
-            self._connection.end_input()
-
-    def _answer(self, stream: Stream, request: Request, response: Response) -> None:
-        with self.lock:
-            stream.answering = True
-            stream.forget()  # nobody reads content after there is an answer
-            self._flow.close_window(stream)
-            stream.wait_for(self._limits.write_seconds, self._limits.write_extension)
-        sent = [0]
-        try:
-            stream.answer(request.method, response, sent)
-        except Gone:
-            raise
-        except Exception as error:  # a file that cannot be read; or a fault of ours
-            log.error('%s: an answer is broken off: %s', self._connection.peer, error)
-            log.debug('where it happened:', exc_info=True)
-            with self.lock:
-                if stream.number in self._streams.open:
-                    self._reset(stream.number, INTERNAL_ERROR)
-        finally:
-            self._api.finish(request, response.status, sent[0])
-
     # ---- the end ----
 
-    def _leave(self, code: int, reason: str) -> None:
+    def _fail(self, code: ErrorCode, reason: str) -> None:
         """Send GOAWAY after an error (RFC 9113 5.4.1)."""
-        log.log(logging.DEBUG if self._greeted else NOTICE, '%s: %s (HTTP/2 error %d)',
+        log.log(logging.DEBUG if self._has_settings else NOTICE, '%s: %s (HTTP/2 error %d)',
                 self._connection.peer, reason, code)
         with self.lock:
             self._send_goaway(code, reason)
 
     def _shut_down(self) -> None:
         """Take no more requests, and end when there are none; with the lock."""
-        if self._over:
+        if self.lingers:
             return
-        if not self._leaving:
-            self._send_goaway(NO_ERROR, '')
+        if not self._exchanges.closing:
+            self._send_goaway(ErrorCode.NO_ERROR, '')
         if not self._streams.open:
             self._connection.end_input()
 
-    def _send_goaway(self, code: int, reason: str) -> None:
+    def _send_goaway(self, code: ErrorCode, reason: str) -> None:
         """RFC 9113 6.8: streams above the last are not served, and the last never rises."""
-        if not self._leaving:
-            self._leaving, self._last_served = True, self._opened
-        self._writer.queue(_GOAWAY, 0, 0, struct.pack('>II', self._last_served, code)
+        if not self._exchanges.closing:
+            self._exchanges.closing, self._last_served = True, self._exchanges.last_opened
+        self._writer.queue(FrameType.GOAWAY, 0, 0, struct.pack('>II', self._last_served, code)
                            + reason.encode())
 
-    def _drain(self, reason: str, failed: bool) -> None:
-        """No more comes: end what waits for more, and wait for the rest."""
-        with self.lock:
-            self._flow.closed = True
-            for stream in self._streams.open.values():
-                if failed or not stream.ended:
-                    stream.lose(reason)
-                stream.notify()
-            while self._running or (self._writer.pending and not self._writer.dead):
-                if not self._writer.settled.wait(LINGER_SECONDS if failed else None):
-                    self._connection.cut()  # whoever sends gets no further
-            self._over = True
-        self._writer.finish()
 
-
-_FRAME_HANDLERS = (
+_FRAME_HANDLERS = (     # by FrameType
     Http2._on_data, Http2._on_headers, Http2._on_priority, Http2._on_rst_stream, Http2._on_settings,
     Http2._on_push_promise, Http2._on_ping, Http2._on_goaway, Http2._on_window_update,
     Http2._on_continuation)
@@ -6994,7 +7167,7 @@ def block_signals(numbers: Iterable[int]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
-def _note_signal(number: int, frame: Optional[FrameType]) -> None:
+def _note_signal(number: int, frame: Optional[CallFrame]) -> None:
     """A signal has come; its number is in the wake-up pair already."""
 
 
@@ -7462,7 +7635,7 @@ class Connections:
         self.threads = self.make_threads(1)
         self._api = api
         self._limits = limits
-        self._bandwidth = bandwidth
+        self.bandwidth = bandwidth
         self._certificates = certificates
         self._on_last_end = on_last_end
         self._served: Set[Connection] = set()
@@ -7513,7 +7686,7 @@ class Connections:
 
     def serve(self, transport: Transport, peer: Peer, ticket: Ticket) -> None:
         """Serve an admitted connection by way of a transport, to its end."""
-        connection = Connection(transport, peer, self._limits, self._bandwidth,
+        connection = Connection(transport, peer, self._limits, self.bandwidth,
                                 lambda limit, peer: self._api.metrics.note_limited(limit, peer.name))
         with self._lock:
             self._served.add(connection)
@@ -7599,7 +7772,6 @@ class Server:
         self.stats = StatsLog(api.metrics, stats_seconds)
         self.listeners: List[Any] = []
         self.stops = 0                  # stop signals seen; the second skips the grace period
-        self._bandwidth = bandwidth
         self._certificates = certificates
         self._counters = api.metrics.counters
         self._processes = 1             # that serve the listeners
@@ -7728,8 +7900,9 @@ class Server:
 
     def toggle_bandwidth(self) -> None:
         """SIGUSR2: lift the limit of --bwlimit, or put it in force again."""
-        if self._bandwidth:
-            lifted = self._bandwidth.toggle()
+        bandwidth = self.connections.bandwidth
+        if bandwidth:
+            lifted = bandwidth.toggle()
             log.log(NOTICE, 'the limit of --bwlimit is %s', 'lifted' if lifted else 'in force again')
 
 
