@@ -7945,11 +7945,6 @@ STEADY_SECONDS = 60                 # after which a process counts as one that r
 KILL_SECONDS = STOP_SECONDS + 5     # for a process to stop
 
 
-def default_workers() -> int:
-    """Processes that serve where nothing is said: more gain little, and each needs memory."""
-    return min(len(CORES), 4) if hasattr(os, 'fork') else 1
-
-
 class Worker:
     """A process that serves, as its parent sees it: `control` takes the numbers of signals."""
 
@@ -8214,14 +8209,184 @@ def start_log(level: int, path: str, as_json: bool = False) -> None:
 
 
 # ==== Options ====================================================================================
-# The command line and the environment, to values that make sense together.
+# The command line and the environment, to values that make sense together.  Each option is described
+# once, in OPTIONS.
 
-# What the program is to do: that is for whoever starts it to say.
-_NEVER_FROM_ENVIRONMENT = ('--stdio', '--scrub', '--add-user', '--remove-user')
+
+class Option:
+    """An option with a value; a bool may go without one, which means true.
+
+    `parse` makes a value of text and raises ValueError.  `default` is text, too; where it is empty a
+    bool is false, and anything else empty or None.  `shown` is the default in --help, if the text is
+    not to stand there.  `requires` are options without which it makes no sense.  Over `stdio` it may
+    be refused, from the `environment` not be read.  `repeated` makes a list of the values, and of the
+    words in the environment's variable, or of its lines where a value may have spaces.
+    """
+
+    def __init__(self, group: str, name: str, parse: Callable[[str], Any], text: str, metavar: str = '', *,
+                 default: str = '', shown: Optional[str] = None, requires: Tuple[str, ...] = (),
+                 repeated: bool = False, stdio: bool = True, environment: bool = True) -> None:
+        self.group = group
+        self.name = name
+        self.dest = name[2:].replace('-', '_')
+        self.variable = f'RESTIC_SERVE_{self.dest.upper()}' if environment else ''
+        self.metavar = metavar
+        self.requires = requires
+        self.repeated = repeated
+        self.stdio = stdio
+        self._parse = parse
+        self.is_flag = parse is parse_bool
+        if text != argparse.SUPPRESS and (default or shown) and shown != '':
+            text += f' (default: {shown})' if shown else f' (default {default})'
+        self.help = text
+        self.default: Any = (self.read(default) if default else [] if repeated else False if self.is_flag
+                             else '' if parse is str else None)
+
+    def read(self, text: str) -> Any:
+        """The value of the environment's variable.  Raises ValueError."""
+        if not self.repeated:
+            return self._parse(text)
+        return [self._parse(part) for part in (
+            text.splitlines() if self._parse is parse_header else text.split())]
+
+    def value(self, word: str) -> Any:
+        """The value of a word of the command line."""
+        try:
+            return self._parse(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    def is_set(self, options: argparse.Namespace) -> bool:
+        """Whether it has another value than its default."""
+        return bool(getattr(options, self.dest) != self.default)
+
+
+def default_workers() -> int:
+    """Processes that serve where nothing is said: more gain little, and each needs memory."""
+    return min(len(CORES), 4) if hasattr(os, 'fork') else 1
+
+
+OPTIONS = (
+    Option('serving', '--addr', parse_address, 'where to listen: 1.2.3.4:8000, [::1]:8080, localhost:0 for a '
+           'free port, :8080 for every address, unix:///path/to/socket or /path/to/socket; http:// or '
+           'tls:// before it says what is spoken there; may be repeated', 'ADDRESS',
+           default='127.0.0.1:8080', repeated=True),
+    Option('serving', '--stdio', parse_bool, 'speak HTTP/2 over standard input and output, for restic -o '
+           'rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; there is no --addr', environment=False),
+    Option('serving', '--b2-hard-delete', parse_bool, argparse.SUPPRESS),   # restic says so to rclone
+    Option('serving', '--baseurl', parse_baseurl, 'prefix of every URL, behind a proxy', 'PATH', default='/',
+           shown=''),
+    Option('serving', '--cache-objects', parse_bool, "accepted for rclone's sake: nothing is cached here "
+           'that could go stale', default='true', shown=''),
+    Option('serving', '--allow-origin', parse_origin, 'web origin whose scripts may use the server (CORS), '
+           'or * for any', 'ORIGIN', stdio=False),
+    Option('serving', '--response-header', parse_header, 'header to add to every answer; may be repeated',
+           "'NAME: VALUE'", repeated=True),
+    Option('serving', '--workers', parse_count, 'processes that serve', 'NUMBER',
+           default=str(default_workers()), shown='the cores that this process may use, at most 4; 1 where '
+           'the system has no fork'),
+
+    Option('TLS', '--cert', str, 'certificate, and those of its issuers after it (PEM); every TCP address '
+           'speaks TLS then, but those that begin with http://', 'FILE', requires=('--key',), stdio=False),
+    Option('TLS', '--key', str, 'private key of the certificate (PEM)', 'FILE', requires=('--cert',),
+           stdio=False),
+    Option('TLS', '--client-ca', str, 'let in only clients with a certificate that this authority has signed '
+           '(PEM)', 'FILE', requires=('--cert',), stdio=False),
+    Option('TLS', '--min-tls-version', parse_tls_version, 'lowest version: tls1.0, tls1.1, tls1.2 or tls1.3',
+           'VERSION', shown='what the TLS library allows', requires=('--cert',), stdio=False),
+
+    Option('who may enter', '--htpasswd', str, 'file of users and their passwords, as htpasswd writes it; it '
+           'is read again when it changes', 'FILE', stdio=False),
+    Option('who may enter', '--user', parse_user, 'the one user, in place of a file', 'NAME',
+           requires=('--pass',), stdio=False),
+    Option('who may enter', '--pass', str, "that user's password; RESTIC_SERVE_PASS keeps it off the list of "
+           'processes', 'PASSWORD', requires=('--user',), stdio=False),
+    Option('who may enter', '--salt', str, 'salt of the hash under which it is kept in memory', 'TEXT',
+           default='dlPL2MqE'),
+    Option('who may enter', '--realm', parse_realm, 'what clients show when they ask for a password', 'TEXT',
+           default='restic_serve'),
+    Option('who may enter', '--user-from-header', parse_token, 'header in which a proxy on this host, or one '
+           'of --trust-proxy, says who the user is', 'NAME', stdio=False),
+    Option('who may enter', '--trust-proxy', parse_network, 'address or network of a proxy on another host, '
+           'which may name the user and has no limit of its own; may be repeated', 'ADDRESS[/BITS]',
+           repeated=True, stdio=False),
+    Option('who may enter', '--socket-auth', parse_bool, 'ask for the password over unix sockets, too; else '
+           'whoever may connect to one is let in', stdio=False),
+
+    Option('what they may do', '--append-only', parse_bool, 'nothing that was stored can be deleted or '
+           'changed, except locks'),
+    Option('what they may do', '--private-repos', parse_bool, 'users may enter only repositories whose path '
+           'begins with /<user>/', stdio=False),
+    Option('what they may do', '--admin', parse_user, 'user whom --append-only and --private-repos do not '
+           'bind; may be repeated', 'NAME', repeated=True, stdio=False),
+
+    Option('storing', '--group-accessible', parse_bool, 'new directories and files can be read and written '
+           'by the group (0770 and 0660 in place of 0700 and 0600)'),
+    Option('storing', '--no-verify-upload', parse_bool, 'do not compare the SHA-256 of an upload with its '
+           'name: for very weak machines, at the price of that safety'),
+
+    Option('limits', '--bwlimit', parse_timetable, 'bytes a second that all connections together may '
+           'send:receive, such as 10M or 10M:1M, or a timetable of them, "08:00,512k Sat-10:00,off"; SIGUSR2 '
+           'lifts it and puts it in force again', 'BANDWIDTH', default='off'),
+    Option('limits', '--max-size', parse_quota, 'bytes that all repositories together may hold, such as '
+           '500G; an upload that would pass it is answered 507', 'SIZE', default='0', shown='0, no limit'),
+    Option('limits', '--max-size-per-user', parse_quota, 'bytes that the repositories below each /<user>/ '
+           'may hold, with --private-repos', 'SIZE', default='0', shown='0, no limit',
+           requires=('--private-repos',), stdio=False),
+    Option('limits', '--max-connections', parse_count, 'connections at a time; one more is answered 503',
+           'NUMBER', default='1024'),
+    Option('limits', '--max-connections-per-address', parse_count, 'of these, connections of one IPv4 '
+           'address or IPv6 /64 network, and requests of HTTP/2 at a time; one more is answered 503; this '
+           'host, unix sockets and --trust-proxy are not bound so', 'NUMBER',
+           shown='a quarter of --max-connections, or 8 if that is more'),
+    Option('limits', '--max-header-bytes', parse_count, 'longest header of a request, its first line '
+           'included', 'BYTES', default='4096'),
+    Option('limits', '--server-read-timeout', parse_duration, 'longest time for a whole upload, not counting '
+           'what --bwlimit holds back; 0 is no limit', 'DURATION',
+           shown='1h0m0s, and a second more for each KiB that passes'),
+    Option('limits', '--server-write-timeout', parse_duration, 'longest time for a whole download, likewise',
+           'DURATION'),
+    Option('limits', '--stall-timeout', parse_duration, 'end an upload or a download of which no byte has '
+           'passed for so long; 0 is no limit', 'DURATION', default='1m0s'),
+
+    Option('logging', '--quiet', parse_bool, 'log errors only; also -q'),
+    Option('logging', '--log-file', str, 'write the log to the end of FILE, not to stderr; SIGHUP opens it '
+           'anew', 'FILE'),
+    Option('logging', '--log-format', parse_log_format, 'text, or json for an object a line', 'FORMAT',
+           default='text'),
+
+    Option('watching', '--status', parse_bool, 'show browsers a page of all repositories: last snapshot, '
+           'size, locks, last scrub', default='true'),
+    Option('watching', '--stale-after', parse_duration, 'mark repositories on it without a snapshot for so '
+           'long', 'DURATION', default='48h'),
+    Option('watching', '--prometheus', parse_bool, 'show metrics at /metrics; where there are users, to '
+           'administrators and the user metrics', stdio=False),
+    Option('watching', '--prometheus-no-auth', parse_bool, 'show them to anyone', requires=('--prometheus',),
+           stdio=False),
+    Option('watching', '--usage-interval', parse_duration, 'how old a count of what is stored may become, '
+           'for the page, the metrics and the limits; in between it is kept current by what passes through',
+           'DURATION', default='1h'),
+    Option('watching', '--stats', parse_duration, 'with -v, log what was done at this interval, if anything '
+           'was; SIGUSR1 logs it at once; 0 is off', 'DURATION', default='1m'),
+
+    Option('other jobs', '--scrub', parse_bool, 'read every object of every repository in DIR, and list '
+           'those whose content does not match their name, and files that do not belong there; needs no '
+           'password, and may run beside a server; status 1 if anything is damaged', environment=False),
+    Option('other jobs', '--scrub-age', parse_duration, 'skip what was found sound in this time, such as 30d',
+           'DURATION', default='0', shown='0, skip nothing'),
+    Option('other jobs', '--add-user', parse_user, 'add a user to the file of --htpasswd, or change the '
+           'password, which is asked for or read from standard input', 'NAME', requires=('--htpasswd',),
+           environment=False),
+    Option('other jobs', '--remove-user', parse_user, 'remove a user from the file of --htpasswd', 'NAME',
+           requires=('--htpasswd',), environment=False),
+    Option('other jobs', '--bcrypt-cost', parse_cost, 'rounds of the new password, as a power of two: '
+           '4 to 31', 'NUMBER', shown='10, or 5 where Python has to compute them'),
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """Options whose defaults may come from the environment.  Errors are one line and status 2."""
+    """The command line, in the groups of --help; defaults may come from the `environment`.  Errors are
+    one line and exit status 2."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__(
@@ -8235,46 +8400,42 @@ class Parser(argparse.ArgumentParser):
                    'spaces between several addresses; with --stdio none does. Sizes are written 100B, '
                    '512k, 10M or 1.5G, times 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
-        self._variables: Set[str] = set()
-        self._flags: Set[str] = set()           # options that may go without a value
         self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
+        self.add_argument('words', nargs='*', help=argparse.SUPPRESS)
+        groups = {title: self.add_argument_group(title)
+                  for title in dict.fromkeys(option.group for option in OPTIONS)}
+        groups['logging'].add_argument(
+            '-v', '--verbose', action='count', default=self._verbosity(), help='log each request, in the '
+            'Combined Log Format; -vv logs what helps to find faults')
+        groups['logging'].add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
+                                       help=argparse.SUPPRESS)
+        for option in OPTIONS:
+            self._add_option(groups[option.group], option)
+        groups['other jobs'].add_argument('--version', action='version',
+                                          version=f'restic_serve {__version__}')
+        groups['other jobs'].add_argument('-h', '--help', action='help', help='this text')
 
-    def option(self, group: Any, name: str, parse: Callable[[str], Any], default: Any, text: str,
-               metavar: str = '', repeated: bool = False) -> None:
-        """Add an option with a value; a bool may go without, which means true.  `repeated` makes a
-        list of the values, and of the words in the environment's variable, or of its lines where
-        a value may have spaces."""
-        def value(word: str) -> Any:
+    def _add_option(self, group: Any, option: Option) -> None:
+        default, text = option.default, self._environment.get(option.variable)
+        if text:
             try:
-                return parse(word)
+                default = option.read(text)
             except ValueError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        dest = name[2:].replace('-', '_')
-        variable = f'RESTIC_SERVE_{dest.upper()}'
-        words = None
-        if name not in _NEVER_FROM_ENVIRONMENT:
-            self._variables.add(variable)
-            words = self._environment.get(variable)
-        if words:
-            try:
-                parts = words.splitlines() if parse is parse_header else words.split()
-                default = [parse(part) for part in parts] if repeated else parse(words)
-            except ValueError as error:
-                self.error(f'{variable}: {error}')
-        if parse is parse_bool:
-            self._flags.add(name)
-        if repeated:
-            self._lists[dest] = default
-            group.add_argument(name, type=value, action='append', help=text, metavar=metavar)
+                self.error(f'{option.variable}: {error}')
+        if option.repeated:
+            self._lists[option.dest] = default
+            group.add_argument(option.name, type=option.value, action='append', help=option.help,
+                               metavar=option.metavar)
         else:
-            group.add_argument(name, type=value, default=default, help=text, metavar=metavar)
+            group.add_argument(option.name, type=option.value, default=default, help=option.help,
+                               metavar=option.metavar)
 
     def parse(self, words: List[str]) -> argparse.Namespace:
         """The options that `words` set.  Exits after an error, --help and --version."""
+        flags = {option.name for option in OPTIONS if option.is_flag}
         end = words.index('--') if '--' in words else len(words)
         # A bool takes a value only after '=', or it would swallow DIR.
-        options = self.parse_intermixed_args([f'{word}=true' if word in self._flags else word
+        options = self.parse_intermixed_args([f'{word}=true' if word in flags else word
                                               for word in words[:end]])
         options.words += words[end + 1:]
         for name, default in self._lists.items():
@@ -8282,9 +8443,8 @@ class Parser(argparse.ArgumentParser):
                 setattr(options, name, default)
         return options
 
-    def verbosity(self) -> int:
+    def _verbosity(self) -> int:
         """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
-        self._variables.add('RESTIC_SERVE_VERBOSE')
         text = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
         if not re.fullmatch('[0-9]|true|false', text):
             self.error(f'RESTIC_SERVE_VERBOSE: {text!r} is no level; write 1 for -v, 2 for -vv')
@@ -8292,8 +8452,9 @@ class Parser(argparse.ArgumentParser):
 
     def unknown_variables(self) -> List[str]:
         """Variables of the environment that look like options and are none."""
+        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
         return sorted(name for name in self._environment
-                      if name.startswith('RESTIC_SERVE_') and name not in self._variables
+                      if name.startswith('RESTIC_SERVE_') and name not in known
                       and not name.startswith('RESTIC_SERVE_TEST_'))
 
     def error(self, message: str) -> NoReturn:
@@ -8314,156 +8475,6 @@ def says_stdio(words: List[str]) -> bool:
     return any(word.partition('=')[0] == '--stdio' for word in words[:end])
 
 
-def make_parser(environment: Mapping[str, str]) -> Parser:
-    """The command line of the server, in the groups of --help."""
-    parser = Parser(environment)
-    parser.add_argument('words', nargs='*', help=argparse.SUPPRESS)
-    add = parser.option
-
-    serving = parser.add_argument_group('serving')
-    add(serving, '--addr', parse_address, [parse_address('127.0.0.1:8080')], 'where to listen: '
-        '1.2.3.4:8000, [::1]:8080, localhost:0 for a free port, :8080 for every address, '
-        'unix:///path/to/socket or /path/to/socket; http:// or tls:// before it says what is '
-        'spoken there; may be repeated (default 127.0.0.1:8080)', 'ADDRESS', repeated=True)
-    add(serving, '--stdio', parse_bool, False, 'speak HTTP/2 over standard input and output, for '
-        'restic -o rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; there is no --addr')
-    add(serving, '--b2-hard-delete', parse_bool, False, argparse.SUPPRESS)  # restic says so
-    add(serving, '--baseurl', parse_baseurl, '', 'prefix of every URL, behind a proxy', 'PATH')
-    add(serving, '--cache-objects', parse_bool, True, "accepted for rclone's sake: nothing is cached "
-        'here that could go stale')
-    add(serving, '--allow-origin', parse_origin, None, 'web origin whose scripts may use the server '
-        '(CORS), or * for any', 'ORIGIN')
-    add(serving, '--response-header', parse_header, [], 'header to add to every answer; may be '
-        'repeated', "'NAME: VALUE'", repeated=True)
-
-    add(serving, '--workers', parse_count, default_workers(), 'processes that serve (default: the '
-        'cores that this process may use, at most 4; 1 where the system has no fork)', 'NUMBER')
-
-    tls = parser.add_argument_group('TLS')
-    add(tls, '--cert', str, '', 'certificate, and those of its issuers after it (PEM); every TCP '
-        'address speaks TLS then, but those that begin with http://', 'FILE')
-    add(tls, '--key', str, '', 'private key of the certificate (PEM)', 'FILE')
-    add(tls, '--client-ca', str, '', 'let in only clients with a certificate that this authority '
-        'has signed (PEM)', 'FILE')
-    add(tls, '--min-tls-version', parse_tls_version, None, 'lowest version: tls1.0, tls1.1, tls1.2 '
-        'or tls1.3 (default: what the TLS library allows)', 'VERSION')
-
-    _add_accounts(parser)
-
-    storing = parser.add_argument_group('storing')
-    add(storing, '--group-accessible', parse_bool, False, 'new directories and files can be read '
-        'and written by the group (0770 and 0660 in place of 0700 and 0600)')
-    add(storing, '--no-verify-upload', parse_bool, False, 'do not compare the SHA-256 of an '
-        'upload with its name: for very weak machines, at the price of that safety')
-
-    _add_limits(parser)
-    _add_watching(parser)
-
-    other = parser.add_argument_group('other jobs')
-    add(other, '--scrub', parse_bool, False, 'read every object of every repository in DIR, and list '
-        'those whose content does not match their name, and files that do not belong there; needs '
-        'no password, and may run beside a server; status 1 if anything is damaged')
-    add(other, '--scrub-age', parse_duration, 0.0, 'skip what was found sound in this time, such as '
-        '30d (default 0: skip nothing)', 'DURATION')
-    add(other, '--add-user', parse_user, None, 'add a user to the file of --htpasswd, or change '
-        'the password, which is asked for or read from standard input', 'NAME')
-    add(other, '--remove-user', parse_user, None, 'remove a user from the file of --htpasswd',
-        'NAME')
-    add(other, '--bcrypt-cost', parse_cost, None, 'rounds of the new password, as a power of two: '
-        '4 to 31 (default 10, or 5 where Python has to compute them)', 'NUMBER')
-    other.add_argument('--version', action='version', version=f'restic_serve {__version__}')
-    other.add_argument('-h', '--help', action='help', help='this text')
-    return parser
-
-
-def _add_limits(parser: Parser) -> None:
-    """The options of how much may pass, and how much may be stored."""
-    add = parser.option
-    limits = parser.add_argument_group('limits')
-    add(limits, '--bwlimit', parse_timetable, parse_timetable('off'), 'bytes a second that all '
-        'connections together may send:receive, such as 10M or 10M:1M, or a timetable of them, '
-        '"08:00,512k Sat-10:00,off"; SIGUSR2 lifts it and puts it in force again (default off)',
-        'BANDWIDTH')
-    add(limits, '--max-size', parse_quota, 0, 'bytes that all repositories together may hold, such '
-        'as 500G; an upload that would pass it is answered 507 (default 0: no limit)', 'SIZE')
-    add(limits, '--max-size-per-user', parse_quota, 0, 'bytes that the repositories below each '
-        '/<user>/ may hold, with --private-repos (default 0: no limit)', 'SIZE')
-    add(limits, '--max-connections', parse_count, 1024, 'connections at a time; one more is '
-        'answered 503 (default 1024)', 'NUMBER')
-    add(limits, '--max-connections-per-address', parse_count, None, 'of these, connections of one IPv4 '
-        'address or IPv6 /64 network, and requests of HTTP/2 at a time; one more is answered 503; this '
-        'host, unix sockets and --trust-proxy are not bound so (default: a quarter of '
-        '--max-connections, or 8 if that is more)', 'NUMBER')
-    add(limits, '--max-header-bytes', parse_count, 4096, 'longest header of a request, its first '
-        'line included (default 4096)', 'BYTES')
-    add(limits, '--server-read-timeout', parse_duration, None, 'longest time for a whole upload, not '
-        'counting what --bwlimit holds back (default 1h0m0s, and a second more for each KiB that '
-        'passes; 0 is no limit)', 'DURATION')
-    add(limits, '--server-write-timeout', parse_duration, None, 'longest time for a whole download, '
-        'likewise', 'DURATION')
-    add(limits, '--stall-timeout', parse_duration, 60.0, 'end an upload or a download of which no byte '
-        'has passed for so long (default 1m; 0 is no limit)', 'DURATION')
-
-
-def _add_watching(parser: Parser) -> None:
-    """The options of what is said, to people and to programs."""
-    add = parser.option
-    logs = parser.add_argument_group('logging')
-    logs.add_argument('-v', '--verbose', action='count', default=parser.verbosity(),
-                      help='log each request, in the Combined Log Format; -vv logs what helps '
-                           'to find faults')
-    add(logs, '--quiet', parse_bool, False, 'log errors only; also -q')
-    logs.add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
-                      help=argparse.SUPPRESS)
-    add(logs, '--log-file', str, '', 'write the log to the end of FILE, not to stderr; SIGHUP opens '
-        'it anew', 'FILE')
-    add(logs, '--log-format', parse_log_format, 'text', 'text, or json for an object a line '
-        '(default text)', 'FORMAT')
-
-    watching = parser.add_argument_group('watching')
-    add(watching, '--status', parse_bool, True, 'show browsers a page of all repositories: last '
-        'snapshot, size, locks, last scrub (default true)')
-    add(watching, '--stale-after', parse_duration, 48 * 3600.0, 'mark repositories on it without a '
-        'snapshot for so long (default 48h)', 'DURATION')
-    add(watching, '--prometheus', parse_bool, False, 'show metrics at /metrics; where there are users, '
-        'to administrators and the user metrics')
-    add(watching, '--prometheus-no-auth', parse_bool, False, 'show them to anyone')
-    add(watching, '--usage-interval', parse_duration, 3600.0, 'how old a count of what is stored may '
-        'become, for the page, the metrics and the limits; in between it is kept current by what '
-        'passes through (default 1h)', 'DURATION')
-    add(watching, '--stats', parse_duration, 60.0, 'with -v, log what was done at this interval, if '
-        'anything was; SIGUSR1 logs it at once (default 1m; 0 is off)', 'DURATION')
-
-
-def _add_accounts(parser: Parser) -> None:
-    """The options of who may enter and what they may do there."""
-    add = parser.option
-    entry = parser.add_argument_group('who may enter')
-    add(entry, '--htpasswd', str, '', 'file of users and their passwords, as htpasswd writes it; '
-        'it is read again when it changes', 'FILE')
-    add(entry, '--user', parse_user, None, 'the one user, in place of a file', 'NAME')
-    add(entry, '--pass', str, '', "that user's password; RESTIC_SERVE_PASS keeps it off the list of "
-        'processes', 'PASSWORD')
-    add(entry, '--salt', str, 'dlPL2MqE', 'salt of the hash under which it is kept in memory', 'TEXT')
-    add(entry, '--realm', parse_realm, 'restic_serve', 'what clients show when they ask for a '
-        'password (default restic_serve)', 'TEXT')
-    add(entry, '--user-from-header', parse_token, None, 'header in which a proxy on this host, or '
-        'one of --trust-proxy, says who the user is', 'NAME')
-    add(entry, '--trust-proxy', parse_network, [], 'address or network of a proxy on another host, which '
-        'may name the user and has no limit of its own; may be repeated', 'ADDRESS[/BITS]',
-        repeated=True)
-    add(entry, '--socket-auth', parse_bool, False, 'ask for the password over unix sockets, too; '
-        'else whoever may connect to one is let in')
-
-    rights = parser.add_argument_group('what they may do')
-    add(rights, '--append-only', parse_bool, False, 'nothing that was stored can be deleted or '
-        'changed, except locks')
-    add(rights, '--private-repos', parse_bool, False, 'users may enter only repositories whose '
-        'path begins with /<user>/')
-    add(rights, '--admin', parse_user, [], 'user whom --append-only and --private-repos do not '
-        'bind; may be repeated', 'NAME', repeated=True)
-
-
 def find_directory(parser: Parser, words: List[str]) -> str:
     """DIR among the words that are no options; `serve restic` before it are rclone's."""
     if words[:2] == ['serve', 'restic']:
@@ -8476,23 +8487,25 @@ def find_directory(parser: Parser, words: List[str]) -> str:
     return words[0]
 
 
+def check_requirements(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse options that lack others, with one line and exit status 2."""
+    by_name = {option.name: option for option in OPTIONS}
+    for option in OPTIONS:
+        for name in option.requires:
+            if option.is_set(options) and not by_name[name].is_set(options):
+                parser.error(f'{option.name} requires {name}')
+
+
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what makes no sense together, with one line and exit status 2."""
     if options.stdio:
         check_stdio(parser, options)
         return
-    if bool(options.cert) != bool(options.key):
-        given, missing = ('--cert', '--key') if options.cert else ('--key', '--cert')
-        parser.error(f'{given}: TLS needs {missing} too')
-    for name in ('client_ca', 'min_tls_version'):
-        if getattr(options, name) and not options.cert:
-            parser.error(f'--{name.replace("_", "-")}: TLS needs --cert and --key too')
+    check_requirements(parser, options)
     sources = [name for name in ('htpasswd', 'user', 'user_from_header') if getattr(options, name)]
     if len(sources) > 1:
         names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
         parser.error(f'{names} both say who the users are; one of them alone can')
-    if bool(options.user) != bool(getattr(options, 'pass')):
-        parser.error('--user and --pass need each other')
     for name in ('private_repos', 'admin'):
         # Over a unix socket the user is the login name, and inherited sockets may be unix.
         if (getattr(options, name) and not sources and not options.client_ca
@@ -8500,26 +8513,20 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
                 and any(not address.path for address in options.addr)):
             parser.error(f'--{name.replace("_", "-")}: nothing says who the users are; add '
                          '--htpasswd, --user, --client-ca or --user-from-header')
-    if options.max_size_per_user and not options.private_repos:
-        parser.error('--max-size-per-user needs --private-repos too')
-    if options.prometheus_no_auth and not options.prometheus:
-        parser.error('--prometheus-no-auth needs --prometheus too')
     if options.workers > 1 and not hasattr(os, 'fork'):
         parser.error('--workers: this system has no fork; 1 is all there can be')
     if options.socket_auth and options.user_from_header:
         parser.error('--socket-auth and --user-from-header: over a unix socket the proxy says who the '
                      'user is')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
-        parser.error('--addr: tls:// needs --cert and --key too')
+        parser.error('--addr: tls:// requires --cert and --key')
 
 
 def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what --stdio cannot do."""
-    for name in ('cert', 'key', 'client_ca', 'min_tls_version', 'htpasswd', 'user', 'pass',
-                 'user_from_header', 'trust_proxy', 'socket_auth', 'private_repos', 'admin',
-                 'allow_origin', 'max_size_per_user', 'prometheus', 'prometheus_no_auth'):
-        if getattr(options, name):
-            parser.error(f'--{name.replace("_", "-")}: over --stdio there are no users, certificates, '
+    for option in OPTIONS:
+        if not option.stdio and option.is_set(options):
+            parser.error(f'{option.name}: over --stdio there are no users, certificates, '
                          'browsers or metrics; whoever starts the program may do all but what '
                          '--append-only forbids')
     if options.scrub:
@@ -8650,8 +8657,7 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
     """Do --add-user or --remove-user; the exit status."""
-    if not options.htpasswd:
-        parser.error('--add-user and --remove-user need --htpasswd too')
+    check_requirements(parser, options)
     user, entry = options.remove_user, ''
     if options.add_user:
         user = options.add_user
@@ -8690,7 +8696,7 @@ def main(words: Optional[List[str]] = None) -> int:
     for number in _STOP_SIGNALS:  # nothing runs yet that would have to finish
         signal.signal(number, lambda number, frame: sys.exit(0))
     words = sys.argv[1:] if words is None else words
-    parser = make_parser({} if says_stdio(words) else os.environ)
+    parser = Parser({} if says_stdio(words) else os.environ)
     options = parser.parse(words)
     if options.add_user or options.remove_user:
         try:

@@ -2273,14 +2273,14 @@ class SourcesTest(TestCase):
                       ['--prometheus-no-auth'], ['--stats', 'x'], ['--stale-after', '1x']):
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
                     self.assertRaises(SystemExit, msg=words) as caught:
-                parser = restic_serve.make_parser({})
+                parser = restic_serve.Parser({})
                 restic_serve.check_options(parser, parser.parse([*words, 'dir']))
             self.assertEqual((caught.exception.code, error.getvalue().count('\n')), (2, 1), words)
         for words in (['--private-repos', '--addr', '/socket'], ['--private-repos', '--htpasswd', 'f'],
                       ['--private-repos', '--user-from-header', 'X'],
                       ['--private-repos', '--htpasswd', 'f', '--max-size-per-user', '1G'],
                       ['--private-repos', '--client-ca', 'x', '--cert', 'y', '--key', 'z']):
-            parser = restic_serve.make_parser({})
+            parser = restic_serve.Parser({})
             restic_serve.check_options(parser, parser.parse([*words, 'dir']))
 
 
@@ -5549,7 +5549,7 @@ class LoopTest(unittest.TestCase):
         self.addCleanup(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
         self.addCleanup(signal.set_wakeup_fd, -1)
         restic_serve.block_signals([signal.SIGUSR1])
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other tests may have left threads
         self.loop.handlers[signal.SIGUSR1] = lambda: self.heard.append('signal')
         self.loop.catch([signal.SIGUSR1])
         self.run_until('signal')
@@ -5900,7 +5900,7 @@ class LoginTest(ListenerTestCase):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             server = self.start(*addresses)
-            parser = restic_serve.make_parser({})
+            parser = restic_serve.Parser({})
             self.log.clear()
             restic_serve.announce(server, 'dir', parser.parse([*words, 'dir']))
             said = [line for line in self.log if not line.startswith(('serving', 'try it'))]
@@ -6443,7 +6443,7 @@ class TlsOptionsTest(unittest.TestCase):
         for words, text in ((['--cert', 'x'], '--key'), (['--key', 'x'], '--cert'),
                             (['--client-ca', 'x'], '--cert'), (['--addr', 'tls://:1'], '--cert'),
                             (['--min-tls-version', 'tls1.2'], '--cert')):
-            parser = restic_serve.make_parser({})
+            parser = restic_serve.Parser({})
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
                     self.assertRaises(SystemExit) as caught:
                 restic_serve.check_options(parser, parser.parse([*words, 'dir']))
@@ -6452,11 +6452,61 @@ class TlsOptionsTest(unittest.TestCase):
             self.assertEqual(error.getvalue().count('\n'), 1)
 
     def test_a_python_without_tls_says_so(self):
-        parser = restic_serve.make_parser({})
+        parser = restic_serve.Parser({})
         options = parser.parse(['--cert', 'x', '--key', 'y', 'dir'])
         with mock.patch.dict(sys.modules, {'ssl': None}), \
                 self.assertRaisesRegex(OSError, '--cert: this Python has no TLS'):
             restic_serve.make_server(options, Store('/nonexistent'))
+
+
+# ---- Options ----
+
+class OptionTest(unittest.TestCase):
+    """One description of an option, and what follows from it."""
+
+    def make(self, parse=restic_serve.parse_duration, **more):
+        return restic_serve.Option('group', '--some-time', parse, 'text', **more)
+
+    def test_the_default_is_read_like_a_value_and_shown(self):
+        for option, default, text in (
+                (self.make(default='2m'), 120, 'text (default 2m)'), (self.make(), None, 'text'),
+                (self.make(default='2m', shown=''), 120, 'text'),
+                (self.make(shown='as you like'), None, 'text (default: as you like)'),
+                (self.make(repeated=True), [], 'text'), (self.make(restic_serve.parse_bool), False, 'text'),
+                (self.make(str), '', 'text'), (self.make(repeated=True, default='1m'), [60],
+                                               'text (default 1m)')):
+            self.assertEqual((option.default, option.help), (default, text))
+
+    def test_names_follow_from_the_name(self):
+        option = self.make()
+        self.assertEqual((option.dest, option.variable), ('some_time', 'RESTIC_SERVE_SOME_TIME'))
+        self.assertEqual(self.make(environment=False).variable, '')
+
+    def test_several_values_in_a_variable_are_words_or_lines(self):
+        self.assertEqual(self.make(repeated=True).read('1m 2m'), [60, 120])
+        self.assertEqual(self.make(restic_serve.parse_header, repeated=True).read('A: b c\nD: e'),
+                         [('A', 'b c'), ('D', 'e')])
+
+    def test_it_is_set_where_it_differs_from_its_default(self):
+        option = self.make(default='1m')
+        self.assertFalse(option.is_set(argparse.Namespace(some_time=60)))
+        self.assertTrue(option.is_set(argparse.Namespace(some_time=0)))
+
+    def test_whatever_lacks_what_it_requires_is_refused(self):
+        names = {option.name for option in restic_serve.OPTIONS}
+        samples = {'--max-size-per-user': '1G', '--cert': 'f', '--key': 'f', '--client-ca': 'f',
+                   '--min-tls-version': 'tls1.2', '--user': 'a', '--pass': 'p', '--add-user': 'a',
+                   '--remove-user': 'a', '--prometheus-no-auth': 'true'}
+        for option in restic_serve.OPTIONS:
+            self.assertLessEqual(set(option.requires), names)
+            if option.requires:
+                parser = restic_serve.Parser({})
+                options = parser.parse([f'{option.name}={samples[option.name]}', 'dir'])
+                with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
+                        self.assertRaises(SystemExit) as caught:
+                    restic_serve.check_requirements(parser, options)
+                self.assertEqual((caught.exception.code, error.getvalue()),
+                                 (2, f'restic_serve: {option.name} requires {option.requires[0]}\n'))
 
 
 # ---- Command line ----
@@ -6789,7 +6839,7 @@ class CommandLineTest(TestCase):
         return server
 
     def parse(self, *words, **environment):
-        return restic_serve.make_parser(environment).parse(list(words))
+        return restic_serve.Parser(environment).parse(list(words))
 
     def test_it_says_where_it_serves_and_what_to_type(self):
         server = self.serve(self.root)
@@ -6854,7 +6904,7 @@ class CommandLineTest(TestCase):
         for words in (['serve', 'restic', '--append-only', 'dir'], ['serve', 'restic', 'dir'],
                       ['--addr', ':1', 'serve', 'restic', '-v', 'dir'], ['--', 'dir'],
                       ['-vq', 'serve', '--append-only', 'restic', 'dir']):
-            parser = restic_serve.make_parser({})
+            parser = restic_serve.Parser({})
             self.assertEqual(restic_serve.find_directory(parser, parser.parse(words).words), 'dir')
         self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir']).words), '-dir')
 
@@ -6880,8 +6930,8 @@ class CommandLineTest(TestCase):
         status, output, error = self.run_it('--help')
         self.assertEqual((status, error), (0, ''))
         options = set(re.findall(r'-{1,2}[a-z-]+', output))
-        for action in restic_serve.make_parser({})._actions:
-            self.assertTrue(action.help == argparse.SUPPRESS or options & set(action.option_strings), action)
+        for option in restic_serve.OPTIONS:
+            self.assertEqual(option.name in options, option.help != argparse.SUPPRESS, option.name)
         self.assertEqual(self.run_it('--version'), (0, f'restic_serve {restic_serve.__version__}\n', ''))
 
     def test_serving_to_all_without_authentication_is_a_warning(self):
@@ -8931,11 +8981,19 @@ class SharedFileSystemTest(ResticTestCase):
 
 
 class ReadmeTest(unittest.TestCase):
-    def test_every_option_is_in_the_readme(self):
+    def test_every_option_is_in_the_readme_with_its_default(self):
         text = README.read_text(encoding='utf-8')
-        for action in restic_serve.make_parser({})._actions:
-            for option in action.option_strings:
-                self.assertIn(f'`{option}', text)
+        for option in ('-v', '--verbose', '-q', '--version', '-h', '--help'):
+            self.assertIn(f'`{option}', text)
+        table = [line.split(' | ') for line in text.splitlines() if line.startswith('| `-')]
+        rows = {name: row for row in table for name in re.findall(r'`(--[a-z0-9-]+)', row[0])}
+        for option in restic_serve.OPTIONS:
+            self.assertIn(option.name, rows)
+            name, _, default = rows[option.name]
+            self.assertIn(f'`{option.name} {option.metavar}`' if option.metavar else f'`{option.name}`', name)
+            said = re.search(r'\(default:? (.*)\)$', option.help)
+            if said:
+                self.assertIn(said[1], default.replace('`', ''))
 
     def test_the_fail2ban_filter_in_the_readme_finds_failures_and_nothing_else(self):
         text = README.read_text(encoding='utf-8')
