@@ -752,13 +752,12 @@ def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntr
         yield entries
 
 
-def _objects(folder: Folder, sizes: bool, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
-    """Names and, if `sizes`, lengths of the objects in a folder, their names beginning with
-    `prefix`.  A million of them are listed so: each step more for every entry counts."""
+def object_batches(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
+    """The objects in a folder, their names beginning with `prefix`, and these names, LISTED_AT_ONCE at a
+    time at the most.  A million of them are listed so: each step more for every entry counts."""
     is_name = _NAME.fullmatch
     are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
-    fd = folder.fd
-    with _scan(folder.path, fd) as entries:
+    with _scan(folder.path, folder.fd) as entries:
         while True:
             some = list(itertools.islice(entries, LISTED_AT_ONCE))
             if not some:
@@ -769,21 +768,25 @@ def _objects(folder: Folder, sizes: bool, prefix: str = '') -> Iterator[Tuple[Li
                 some = [entry for entry in some
                         if is_name(entry.name) and entry.name.startswith(prefix)]
                 names = [entry.name for entry in some]
-            if not sizes:
-                yield names, []
-                continue
-            try:
-                # Faster than entry.stat().st_size by a tenth.
-                lengths = ([os.stat(name, dir_fd=fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
-                           if fd is not None else
-                           [entry.stat(follow_symlinks=False).st_size for entry in some])
-            except FileNotFoundError:  # one was deleted since the directory was read
-                names, lengths = [], []
-                for entry in some:
-                    with contextlib.suppress(FileNotFoundError):
-                        lengths.append(entry.stat(follow_symlinks=False).st_size)
-                        names.append(entry.name)
-            yield names, lengths
+            yield some, names
+
+
+def names_and_sizes(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
+    """Names and lengths of the objects in a folder, as object_batches() finds them."""
+    fd = folder.fd
+    for entries, names in object_batches(folder, prefix):
+        try:
+            # Faster than entry.stat().st_size by a tenth.
+            sizes = ([os.stat(name, dir_fd=fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
+                     if fd is not None else
+                     [entry.stat(follow_symlinks=False).st_size for entry in entries])
+        except FileNotFoundError:  # one was deleted since the directory was read
+            names, sizes = [], []
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append(entry.stat(follow_symlinks=False).st_size)
+                    names.append(entry.name)
+        yield names, sizes
 
 
 def _digest(fd: int) -> str:
@@ -899,6 +902,19 @@ class Location:
             return self.repository or '/'
         name = '' if self.kind == 'config' else f'/{self.name}'
         return f'{self.repository}/{self.kind}{name}'
+
+
+# A folder that is, or may hold, a repository: its path below the root, the folder itself with its
+# entries, which are open until the next one, and whether it is one.
+WalkedFolder = collections.namedtuple('WalkedFolder', ['path', 'folder', 'entries', 'is_repository'])
+
+
+def _shows_repository(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry makes its folder a repository."""
+    try:
+        return (entry.name == 'config' and entry.is_file()) or (entry.name in KINDS and entry.is_dir())
+    except OSError:  # whoever reads it will see
+        return True
 
 
 class Folders:
@@ -1303,25 +1319,25 @@ class Store:
     def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
         """Names and, if `sizes`, lengths in bytes of the objects of one kind, many at a time, in the
         order of the directory, which is read on the way: an OSError may come at any time."""
-        try:
-            folder = self.folders.open(location.folder, by_descriptor=True)
-        except (FileNotFoundError, NotADirectoryError):
-            if os.path.lexists(self.root + location.folder):
-                raise
-            return
-        with folder:
+        with self._open_below(location.folder) as folder:
             if location.kind != 'data':
-                yield from _objects(folder, sizes)
+                yield from self._batches(folder, sizes)
                 return
             with _scan(folder.path, folder.fd) as entries:
                 for entry in entries:
                     if _SUBDIRECTORY.fullmatch(entry.name):
-                        with self._sub_folder(location, entry.name) as below:
-                            yield from _objects(below, sizes, entry.name)
+                        with self._open_below(f'{location.folder}/{entry.name}') as below:
+                            yield from self._batches(below, sizes, entry.name)
 
-    def _sub_folder(self, location: Location, name: str) -> Folder:
-        """One of the folders that hold a repository's pack files; without entries if it is missing."""
-        path = f'{location.folder}/{name}'
+    @staticmethod
+    def _batches(folder: Folder, sizes: bool, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
+        if sizes:
+            return names_and_sizes(folder, prefix)
+        return ((names, []) for _, names in object_batches(folder, prefix))
+
+    def _open_below(self, path: str) -> Folder:
+        """A folder below the root whose entries are to be read; one without entries if it is missing.
+        Raises OSError."""
         try:
             return self.folders.open(path, by_descriptor=True)
         except (FileNotFoundError, NotADirectoryError):
@@ -1332,29 +1348,18 @@ class Store:
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
         """A folder below the root and its entries, none if it is missing.  Raises OSError."""
-        try:
-            folder = self.folders.open(path, by_descriptor=True)
-        except (FileNotFoundError, NotADirectoryError):
-            if os.path.lexists(self.root + path):
-                raise
-            yield Folder(self.root + path), iter(())
-            return
-        with folder, _scan(folder.path, folder.fd) as entries:
+        with self._open_below(path) as folder, _scan(folder.path or os.sep, folder.fd) as entries:
             yield folder, entries
 
     def object_entries(self, path: str, prefix: str = ''
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
         """The objects in a folder below the root, their names beginning with `prefix`, and what stat(2)
         says of them.  Raises OSError."""
-        with self.scan(path) as (_, entries):
-            for entry in entries:
-                if (_NAME.fullmatch(entry.name) and entry.name.startswith(prefix)
-                        and entry.is_file(follow_symlinks=False)):
-                    try:
-                        status = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:  # deleted since the directory was read
-                        continue
-                    yield entry, status
+        with self._open_below(path) as folder:
+            for entries, _ in object_batches(folder, prefix):
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
+                        yield entry, entry.stat(follow_symlinks=False)
 
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
@@ -1365,26 +1370,24 @@ class Store:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
-    def walk(self, unreadable: List[str]) -> Iterator[Tuple[str, bool]]:
-        """All folders that are, or may hold, repositories, and whether each is one: it has a config or
-        the folder of a kind.  What cannot be read is logged and its path added to `unreadable`;
-        links are not followed, as they are not served if they lead out."""
+    def walk(self, on_error: Callable[[str, OSError], None]) -> Iterator[WalkedFolder]:
+        """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is
+        told of those that cannot be read; links are not followed, as they are not served if they lead
+        out."""
         paths = ['']
         while paths:
             path = paths.pop()
             try:
-                with _scan(self.root + path or os.sep) as entries:
-                    folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+                with self.scan(path) as (folder, found):
+                    entries = sorted(found, key=operator.attrgetter('name'))
+                    yield WalkedFolder(path, folder, entries, any(map(_shows_repository, entries)))
+                    below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)
+                             and entry.name not in KINDS and (path or entry.name != HIDDEN)]
             except OSError as error:
-                log.log(logging.DEBUG if path == LOST_AND_FOUND else logging.WARNING,
-                        'what is below %s is not known: %s', path or '/', error)
-                unreadable.append(path)
+                on_error(path, error)
                 continue
-            yield path, (not folders.isdisjoint(KINDS)
-                         or os.path.isfile(f'{self.root}{path}/config'))
             if path.count('/') < DEEPEST:
-                paths += [f'{path}/{name}' for name in folders.difference(KINDS)
-                          if path or name != HIDDEN]
+                paths += [f'{path}/{name}' for name in reversed(below)]
 
     def object_folders(self, repository: str) -> Iterator[Tuple[str, str]]:
         """The folders that hold a repository's objects: their kind and path below the root."""
@@ -1964,7 +1967,7 @@ class Scrub:
         """Check everything, on all cores; how many objects are damaged.  Raises OSError if the
         directory cannot be read."""
         from concurrent.futures import ThreadPoolExecutor
-        folders = list(self._find(''))
+        folders = list(self._find())
         for folder, _ in folders:
             with contextlib.suppress(OSError):  # it will be reported when it is read
                 self._total += sum(size for _, size in self._objects(folder))
@@ -1983,37 +1986,30 @@ class Scrub:
         self._show(last=True)
         return self.damaged
 
-    def _find(self, path: str) -> Iterator[Tuple[str, List[int]]]:
-        """The folders of objects below a folder, by their path in the directory, with the tally of
-        their repository.  Foreign and stray files are reported on the way.  Raises OSError if the
-        directory itself cannot be read."""
-        with contextlib.ExitStack() as stack:
-            try:
-                folder, found = stack.enter_context(self._store.scan(f'/{path}' if path else ''))
-                entries = sorted(found, key=lambda entry: entry.name)
-            except OSError as error:
-                if not path:
-                    raise
-                if f'/{path}' != LOST_AND_FOUND:
-                    self.report(f'{self._store.root}/{path}', f'unreadable: {error.strerror}')
-                return
-            is_repository = any(entry.name in ('config', *KINDS) for entry in entries)
+    def _find(self) -> Iterator[Tuple[str, List[int]]]:
+        """The folders of objects, by their path in the directory, with the tally of their repository.
+        Foreign and stray files are reported on the way.  Raises OSError if the directory itself cannot
+        be read."""
+        for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
             tally = [0, 0]
             if is_repository:
-                self._tallies[f'/{path}' if path else ''] = tally
+                self._tallies[path] = tally
             for entry in entries:
-                where = f'{path}/{entry.name}'.lstrip('/')
                 if is_repository and entry.name in KINDS and entry.is_dir():
-                    yield from self._find_objects(where, tally)
-                elif not entry.is_dir(follow_symlinks=False):
-                    if entry.name == 'config':
-                        self._check_config(folder, entry, tally)
-                    elif is_repository or entry.name.startswith(HIDDEN):
-                        self._foreign(folder, entry)
-                elif entry.name == HIDDEN and not path:
-                    self._find_strays(f'/{HIDDEN}')
-                elif where.count('/') < DEEPEST:
-                    yield from self._find(where)
+                    yield from self._find_objects(f'{path}/{entry.name}'[1:], tally)
+                elif entry.is_dir(follow_symlinks=False):
+                    if entry.name == HIDDEN and not path:
+                        self._find_strays(f'/{HIDDEN}')
+                elif entry.name == 'config':
+                    self._check_config(folder, entry, tally)
+                elif is_repository or entry.name.startswith(HIDDEN):
+                    self._foreign(folder, entry)
+
+    def _on_unreadable(self, path: str, error: OSError) -> None:
+        if not path:
+            raise error
+        if path != LOST_AND_FOUND:
+            self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
     def _find_objects(self, where: str, tally: List[int]) -> Iterator[Tuple[str, List[int]]]:
         """The folders of objects in the folder of a kind, which may be a link as for the server."""
@@ -2296,16 +2292,22 @@ class Census:
     def count(self) -> None:
         """Count everything.  What cannot be read is logged; what was known of it stays."""
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
+
+        def on_error(path: str, error: OSError) -> None:
+            log.log(logging.DEBUG if path == LOST_AND_FOUND else logging.WARNING,
+                    'what is below %s is not known: %s', path or '/', error)
+            unreadable.append(path)
+
         known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
         known.discard(OTHER)
         tally = _Tally(self._scopes, [key[1] for kind in ('baseline', 'delta')
                                       for key in self._counters.keys(kind)])
-        for path, is_repository in self._store.walk(unreadable):
-            known.discard(path)
-            if is_repository:
-                self._count(path, tally)
-            elif path:
-                tally.note(path, FOLDER_BYTES, 0)
+        for found in self._store.walk(on_error):
+            known.discard(found.path)
+            if found.is_repository:
+                self._count(found.path, tally)
+            elif found.path:
+                tally.note(found.path, FOLDER_BYTES, 0)
         gone = []   # type: List[str]
         for repository in known:
             if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):

@@ -674,7 +674,7 @@ class StoreTest(TestCase):
 
         entries = contextlib.nullcontext(iter([Deleted(), Kept()]))
         with mock.patch.object(restic_serve, '_scan', lambda folder, relative: entries):
-            self.assertEqual(list(restic_serve._objects(restic_serve.Folder('folder'), True)),
+            self.assertEqual(list(restic_serve.names_and_sizes(restic_serve.Folder('folder'))),
                              [([kept.name], [1])])
 
     def test_a_link_or_fifo_is_no_object(self):
@@ -1244,14 +1244,14 @@ class UsageTest(TestCase):
         for repository in ('/alice/x', '/bob'):
             self.save(100, repository)
         self.usage.census.count()
-        real = os.scandir
+        real = restic_serve._scan
 
-        def scandir(path):
-            if str(path).endswith('/alice'):
-                raise PermissionError(errno.EACCES, 'made by a test')
-            return real(path)
+        def scan(folder, fd=None):
+            if folder.endswith('/alice'):
+                raise PermissionError(errno.EACCES, 'Permission denied', folder)
+            return real(folder, fd)
 
-        with mock.patch.object(os, 'scandir', scandir):
+        with mock.patch.object(restic_serve, '_scan', scan):
             self.usage.census.count()
         found = self.usage.repositories()
         self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
@@ -1327,10 +1327,11 @@ class UsageTest(TestCase):
         path.mkdir(parents=True)
         self.usage.census.count()
         store = Store(os.sep)
-        with mock.patch.object(restic_serve, '_scan', side_effect=lambda folder: restic_serve.contextlib.
+        with mock.patch.object(restic_serve, '_scan', side_effect=lambda folder, fd: contextlib.
                                nullcontext(iter(()))) as scan:
-            self.assertEqual(list(store.walk([])), [('', False)])
-        scan.assert_called_once_with(os.sep)
+            self.assertEqual([(found.path, found.is_repository) for found in store.walk(self.fail)],
+                             [('', False)])
+        self.assertEqual(scan.call_args[0][0], os.sep)
 
     def test_repositories_behind_links_that_lead_out_are_neither_served_nor_counted(self):
         outside = self.folder / 'outside'
