@@ -77,6 +77,8 @@ if TYPE_CHECKING:
         Protocol, Set, Tuple, Union)
 
     Headers = List[Tuple[str, str]]
+    Sample = Tuple[Any, ...]                # of a metric: perhaps a suffix of its name, labels, value
+    Samples = Callable[[Any], Iterable[Sample]]     # of a metric, from Facts
     Key = Tuple[str, ...]                   # of a row of Counters
 
     class Body(Protocol):
@@ -3541,73 +3543,115 @@ class Metrics:
         """All metrics in the text format.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
-            return self._exposition()
+            facts = self._facts()
+            return ''.join(line for family in _FAMILIES for line in family.lines(facts))
 
-    def _exposition(self) -> str:
-        out = _Exposition()
-        blobs = [((('user', user), ('repo', repository_label(repository)), ('type', kind)), row)
-                 for (_, user, repository, kind), row in self.counters.find('blob').items()]
-        for at, (verb, done) in enumerate((('write', 'written'), ('read', 'read'), ('delete', 'deleted'))):
-            for number, (name, help_text) in enumerate((
-                    (f'rest_server_blob_{verb}_total', f'Total number of blobs {done}'),
-                    (f'rest_server_blob_{verb}_bytes_total', f'Total number of bytes of blobs {done}'))):
-                out.family(name, 'counter', help_text, ((labels, row[2 * at + number])
-                                                        for labels, row in blobs if row[2 * at]))
-        requests = self.counters.find('request')
-        out.family('restic_serve_requests_total', 'counter', 'Requests answered.', (
-            ((('method', method), ('status', status)), sum(numbers))
-            for (_, method, status), (_, *numbers) in requests.items()))
-        self._expose_durations(out, requests)
-        out.family('restic_serve_connections', 'gauge', 'Connections that are open.', [
-            ((), self.connections())])
-        out.family('restic_serve_limited_total', 'counter', 'Requests and connections that a limit ended '
-                   'or refused.', (((('limit', limit),), row[0]) for (_, limit), row
-                                   in self.counters.find('limited').items()))
-        out.family('restic_serve_start_time_seconds', 'gauge', 'When the server was started.', [
-            ((), int(self._begin))])
-        out.family('restic_serve_build_info', 'gauge', 'The version of the server.', [
-            ((('version', __version__), ('python', sys.version.partition(' ')[0])), 1)])
-        self._expose_repositories(out)
-        return ''.join(out.lines)
-
-    def _expose_durations(self, out: _Exposition, requests: Dict[Key, List[int]]) -> None:
-        name = 'restic_serve_request_duration_seconds'
-        out.begin(name, 'histogram', 'Time from the end of a request\'s header to the end of its answer.')
-        methods: Dict[str, List[int]] = {}
-        for (_, method, _), row in requests.items():
-            methods[method] = list(map(operator.add, methods.get(method, [0] * len(row)), row))
-        for method, (microseconds, *numbers) in methods.items():
-            total = 0
-            for number, bound in zip(numbers, (*map(str, SECONDS), '+Inf')):
-                total += number
-                out.sample(f'{name}_bucket', (('method', method), ('le', bound)), total)
-            out.sample(f'{name}_sum', (('method', method),), microseconds / 1e6)
-            out.sample(f'{name}_count', (('method', method),), total)
-
-    def _expose_repositories(self, out: _Exposition) -> None:
+    def _facts(self) -> Facts:
         repositories = self._usage.repositories()
-        held = {(('repo', repository_label(name)),): holdings for name, holdings in repositories.items()}
-        out.family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.', (
-            (repo, holdings.bytes) for repo, holdings in held.items()))
-        out.family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', (
-            ((*repo, ('type', kind)), number) for repo, holdings in held.items()
-            for kind, number in holdings.objects.items()))
-        out.family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge',
-                   'When the last snapshot came.', (
-                       (repo, holdings.last_snapshot) for repo, holdings in held.items()
-                       if holdings.last_snapshot))
-        scrubs = {(('repo', name[1:]),): result for name, result in last_scrubs(self._store).items()}
-        for place, (part, help_text) in enumerate((     # as in ScrubResult
-                ('timestamp_seconds', 'When --scrub last checked it.'),
-                ('checked_objects', 'Objects that the last --scrub read.'),
-                ('damaged_objects', 'Objects that the last --scrub found damaged.'))):
-            out.family(f'restic_serve_repository_scrub_{part}', 'gauge', help_text, (
-                (repo, result[place]) for repo, result in scrubs.items()))
-        quotas = self._usage.quotas(repositories)
-        for part, number, help_text in (('used', 0, 'Bytes held where a quota is in force.'),
-                                        ('limit', 1, 'Bytes that may be held there.')):
-            out.family(f'restic_serve_quota_{part}_bytes', 'gauge', help_text, (
-                ((('folder', area),), quota[number]) for area, quota in quotas.items()))
+        return Facts(self.counters.find('blob'), self.counters.find('request'), self.counters.find('limited'),
+                     self.connections(), self._begin, repositories, last_scrubs(self._store),
+                     self._usage.quotas(repositories))
+
+
+# What the metrics are made of: rows of Counters, and what is known of repositories and quotas by name.
+Facts = collections.namedtuple('Facts', [
+    'blobs', 'requests', 'limited', 'connections', 'begin', 'repositories', 'scrubs', 'quotas'])
+
+
+class Family:
+    """A metric: `samples` gives its labels and values, as Facts have them; what follows its name may
+    stand before them."""
+
+    def __init__(self, name: str, kind: str, help_text: str, samples: Samples) -> None:
+        self._name = name
+        self._head = f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n'
+        self._samples = samples
+
+    def lines(self, facts: Facts) -> Iterator[str]:
+        """Its lines in the text format; none if it has no samples."""
+        head = self._head
+        for *suffix, labels, value in self._samples(facts):
+            text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
+            yield f'{head}{"".join([self._name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
+            head = ''
+
+
+def _blobs(at: int) -> Samples:
+    """One number of the rows of blobs."""
+    return lambda facts: (
+        ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[at])
+        for (_, user, repository, kind), row in facts.blobs.items() if row[at & ~1])
+
+
+def _durations(facts: Facts) -> Iterator[Sample]:
+    """A histogram for each method."""
+    methods: Dict[str, List[int]] = {}
+    for (_, method, _), row in facts.requests.items():
+        methods[method] = list(map(operator.add, methods.get(method, [0] * len(row)), row))
+    for method, (microseconds, *counts) in methods.items():
+        for total, bound in zip(itertools.accumulate(counts), (*map(str, SECONDS), '+Inf')):
+            yield '_bucket', {'method': method, 'le': bound}, total
+        yield '_sum', {'method': method}, microseconds / 1e6
+        yield '_count', {'method': method}, sum(counts)
+
+
+def _repositories(value: Callable[[Holdings], float]) -> Samples:
+    """A number of each repository, where it is not 0."""
+    return lambda facts: (({'repo': repository_label(name)}, value(held))
+                          for name, held in facts.repositories.items() if value(held))
+
+
+def _scrubs(at: int) -> Samples:
+    """A part of each repository's ScrubResult."""
+    return lambda facts: (({'repo': repository_label(name)}, result[at])
+                          for name, result in facts.scrubs.items())
+
+
+def _quotas(at: int) -> Samples:
+    return lambda facts: (({'folder': scope}, quota[at]) for scope, quota in facts.quotas.items())
+
+
+_FAMILIES = (
+    # As rest-server has them
+    Family('rest_server_blob_write_total', 'counter', 'Total number of blobs written', _blobs(0)),
+    Family('rest_server_blob_write_bytes_total', 'counter', 'Total number of bytes of blobs written',
+           _blobs(1)),
+    Family('rest_server_blob_read_total', 'counter', 'Total number of blobs read', _blobs(2)),
+    Family('rest_server_blob_read_bytes_total', 'counter', 'Total number of bytes of blobs read', _blobs(3)),
+    Family('rest_server_blob_delete_total', 'counter', 'Total number of blobs deleted', _blobs(4)),
+    Family('rest_server_blob_delete_bytes_total', 'counter', 'Total number of bytes of blobs deleted',
+           _blobs(5)),
+
+    Family('restic_serve_requests_total', 'counter', 'Requests answered.', lambda facts: (
+        ({'method': method, 'status': status}, sum(row[1:]))
+        for (_, method, status), row in facts.requests.items())),
+    Family('restic_serve_request_duration_seconds', 'histogram',
+           "Time from the end of a request's header to the end of its answer.", _durations),
+    Family('restic_serve_connections', 'gauge', 'Connections that are open.', lambda facts: [
+        ({}, facts.connections)]),
+    Family('restic_serve_limited_total', 'counter', 'Requests and connections that a limit ended or refused.',
+           lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items())),
+    Family('restic_serve_start_time_seconds', 'gauge', 'When the server was started.', lambda facts: [
+        ({}, int(facts.begin))]),
+    Family('restic_serve_build_info', 'gauge', 'The version of the server.', lambda facts: [
+        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]),
+
+    Family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.', lambda facts: (
+        ({'repo': repository_label(name)}, held.bytes) for name, held in facts.repositories.items())),
+    Family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', lambda facts: (
+        ({'repo': repository_label(name), 'type': kind}, count)
+        for name, held in facts.repositories.items() for kind, count in held.objects.items())),
+    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge', 'When the last snapshot came.',
+           _repositories(operator.attrgetter('last_snapshot'))),
+    Family('restic_serve_repository_scrub_timestamp_seconds', 'gauge', 'When --scrub last checked it.',
+           _scrubs(0)),
+    Family('restic_serve_repository_scrub_checked_objects', 'gauge', 'Objects that the last --scrub read.',
+           _scrubs(1)),
+    Family('restic_serve_repository_scrub_damaged_objects', 'gauge',
+           'Objects that the last --scrub found damaged.', _scrubs(2)),
+    Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes held where a quota is in force.', _quotas(0)),
+    Family('restic_serve_quota_limit_bytes', 'gauge', 'Bytes that may be held there.', _quotas(1)),
+)
 
 
 def repository_label(name: str) -> str:
@@ -3619,30 +3663,6 @@ def _label(text: str) -> str:
     """The value of a label; nothing but backslash, quote and line feed is escaped."""
     text = text.encode('utf-8', 'backslashreplace').decode()
     return text.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
-
-
-class _Exposition:
-    """Lines of Prometheus's text format."""
-
-    def __init__(self) -> None:
-        self.lines: List[str] = []
-
-    def family(self, name: str, kind: str, help_text: str,
-               samples: Iterable[Tuple[Tuple[Tuple[str, str], ...], float]]) -> None:
-        """A metric and its samples; nothing if there are none."""
-        first = True
-        for labels, value in samples:
-            if first:
-                self.begin(name, kind, help_text)
-            first = False
-            self.sample(name, labels, value)
-
-    def begin(self, name: str, kind: str, help_text: str) -> None:
-        self.lines.append(f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n')
-
-    def sample(self, name: str, labels: Tuple[Tuple[str, str], ...], value: float) -> None:
-        text = ','.join(f'{label}="{_label(word)}"' for label, word in labels)
-        self.lines.append(f'{name}{{{text}}} {value}\n' if text else f'{name} {value}\n')
 
 
 # ==== Page =======================================================================================
