@@ -8,29 +8,29 @@ The chapters stand in the order in which each builds on those above it:
 
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
-    Files         folders that nobody can exchange, directories as lists, what is on the disk
+    Files         opening, listing and syncing files safely
     Store         repositories and objects as files; an object is whole or absent
-    Counters      what happens, counted by all processes that serve
-    Bandwidth     how many bytes a second may pass
-    Scrub         every object against its name, without a password
-    Usage         how much each repository holds, and may hold
-    Accounts      who asks: passwords, and what else names a user
-    Policy        what that user may do
-    Metrics       what was done, for Prometheus and for the log
-    Page          what is there, for a browser
+    Counters      statistics in memory that all processes of the server share
+    Bandwidth     the limit on bytes a second
+    Scrub         verifying every object against its name, without a password
+    Usage         how much each repository holds, and quotas
+    Accounts      authentication: passwords, certificates, proxies
+    Policy        authorization
+    Metrics       statistics for Prometheus and for the log
+    Page          the status page for browsers
     Api           routes and answers
     Transport     bytes over a socket, TLS, or standard input and output
-    Connection    a client's bytes, how long they are waited for, and how many clients there may be
+    Connection    one client: its time limits, its share of the bandwidth
     Http1         requests and answers on one connection of HTTP/1.1
     Hpack         the header compression of HTTP/2
-    Frames        HTTP/2 as it comes and goes
+    Frames        reading and writing the frames of HTTP/2
     Streams       one request of HTTP/2, its answer, and flow control
     Http2         requests and answers on one connection of HTTP/2
-    Loop          descriptors, signals and times that a process waits for
-    Listeners     the ways in: TCP, unix sockets, inherited sockets, TLS
-    Server        connections, their number and time limits, signals
-    Workers       several processes that serve
-    Logs          what is said to people and to programs
+    Loop          the event loop of each process: descriptors, signals, timers
+    Listeners     TCP, unix sockets, inherited sockets, TLS certificates
+    Server        admission of connections, their deadlines, start and stop
+    Workers       several processes that share the listeners
+    Logs          log formats and files
     Options       the command line and the environment
     Main          serving, and the other jobs; main()
 
@@ -66,7 +66,7 @@ import threading
 import time
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, before main() looks after it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program until main() handles it
 
 TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost each start 5 ms
 if TYPE_CHECKING:
@@ -103,15 +103,15 @@ __version__ = '0.1.0'
 NOTICE = 25  # rclone's level between INFO and WARNING: shown unless --quiet
 log = logging.getLogger('restic_serve')
 access_log = logging.getLogger('restic_serve.access')
-reload_log = logging.getLogger('restic_serve.reload')  # what several processes read; one says so
+reload_log = logging.getLogger('restic_serve.reload')  # enabled in one process of several
 
 # The processor's cores that this process may use.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
 
 
 # ==== Units ======================================================================================
-# Text from the command line or the environment to a value, and a few values to text.  A ValueError
-# carries one line that names the value and what would be right.
+# Parsing values of the command line and the environment, and formatting a few.  A ValueError carries one
+# line that names the value and says what would be right.
 
 _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0,
             'd': 86400.0, 'w': 7 * 86400.0, 'M': 30 * 86400.0, 'y': 365 * 86400.0}
@@ -123,9 +123,9 @@ def parse_duration(text: str) -> float:
     if re.fullmatch(r'\d+(?:\.\d*)?', text):
         return float(text)
     parts = _DURATION_PART.findall(text)
-    if not parts or ''.join(number + unit for number, unit in parts) != text:
+    if not parts or ''.join(count + unit for count, unit in parts) != text:
         raise ValueError(f'{text!r} is no duration; write 300ms, 10s, 1h0m0s or 2d')
-    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    return sum(float(count) * _SECONDS[unit] for count, unit in parts)
 
 
 _SIZE = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(?:(B?)|([KMGTPE])i?B?)', re.IGNORECASE)
@@ -143,27 +143,27 @@ def parse_size(text: str) -> int:
 
 
 def parse_quota(text: str) -> int:
-    """Bytes of a size as parse_size() has them, but without a suffix bytes, as in rest-server."""
+    """Bytes of a size as parse_size() has it, except that a bare number means bytes, as in rest-server."""
     return int(text) if re.fullmatch('[0-9]{1,18}', text) else parse_size(text)
 
 
 _DAYS = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
-_SLOT = re.compile(r'(?:([A-Za-z]+)-)?([01]?[0-9]|2[0-3]):([0-5][0-9]),(.+)')
+_ENTRY = re.compile(r'(?:([A-Za-z]+)-)?([01]?[0-9]|2[0-3]):([0-5][0-9]),(.+)')
 _WEEK = 7 * 24 * 60  # minutes
-# From `minute` of the week on, bytes a second that may be sent and received; 0 is no limit.
-Slot = collections.namedtuple('Slot', ['minute', 'sent', 'received'])
+# Limits from `minute` of the week on, in bytes a second sent and received; 0 is no limit.
+TimetableEntry = collections.namedtuple('TimetableEntry', ['minute', 'sent', 'received'])
 
 
-def parse_timetable(text: str) -> List[Slot]:
+def parse_timetable(text: str) -> List[TimetableEntry]:
     """Bandwidths in rclone's syntax: `10M`, `10M:1M` (sent:received), `off`, or a timetable such as
-    `08:00,512k 19:00,10M 23:00,off` or `Mon-00:00,512k;Sat-10:00,off`; a slot without a day is in
+    `08:00,512k 19:00,10M 23:00,off` or `Mon-00:00,512k;Sat-10:00,off`; an entry without a day is in
     force on all of them."""
-    slots = []
+    entries = []
     words = re.split('[ ;]+', text.strip(' ;'))
     for word in words:
-        match = _SLOT.fullmatch(word)
+        match = _ENTRY.fullmatch(word)
         day, hour, minute, pair = match.groups() if match else (None, '0', '0', word)
-        days = [number for number, name in enumerate(_DAYS)
+        days = [day_index for day_index, name in enumerate(_DAYS)
                 if not day or day.lower() in (name, name[:3])]
         try:
             rates = [0 if rate.lower() == 'off' else parse_size(rate) for rate in pair.split(':')]
@@ -172,9 +172,9 @@ def parse_timetable(text: str) -> List[Slot]:
         if not days or not 1 <= len(rates) <= 2 or (not match and len(words) > 1):
             raise ValueError(f'{word!r} is no bandwidth; write 10M, 512k, 10M:1M, off, or a timetable '
                              'such as "08:00,512k Sat-10:00,off"')
-        slots += [Slot((number * 24 + int(hour)) * 60 + int(minute), rates[0], rates[-1])
-                  for number in days]
-    return slots
+        entries += [TimetableEntry((day_index * 24 + int(hour)) * 60 + int(minute), rates[0], rates[-1])
+                  for day_index in days]
+    return entries
 
 
 def format_size(count: float) -> str:
@@ -198,7 +198,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_bool(text: str) -> bool:
-    """The truth of `true` or `false`, also spelt 1, yes, on, t, y and their opposites."""
+    """A bool written true or false, 1 or 0, yes or no, on or off, t or f, y or n."""
     word = text.lower()
     if word in ('true', '1', 'yes', 'on', 't', 'y'):
         return True
@@ -208,14 +208,14 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_count(text: str) -> int:
-    """A whole number from 1."""
+    """A positive whole number."""
     if not re.fullmatch(r'[0-9]{1,18}', text) or int(text) == 0:
         raise ValueError(f'{text!r} is no whole number from 1')
     return int(text)
 
 
-# Where to listen: TCP at `host` (none is every address) and `port`, or a unix socket at `path`.
-# `scheme` is `http`, `tls` or nothing, which means TLS if there are certificates.
+# Where to listen: TCP `port` of `host` (empty: every address), or a unix socket at `path`.  `scheme` is
+# `http`, `tls` or empty, which means TLS if there is a certificate.
 Address = collections.namedtuple('Address', ['scheme', 'host', 'port', 'path'])
 
 
@@ -233,7 +233,7 @@ def parse_address(text: str) -> Address:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an IP address is reached from this host alone."""
+    """Whether an IP address can be reached from this host only."""
     return host.startswith('127.') or host == '::1'
 
 
@@ -265,7 +265,7 @@ _USER = re.compile(r'(?!\.+$)[A-Za-z0-9@._-]{1,255}')
 
 
 def is_user(name: str) -> bool:
-    """Whether a name is one that can also be a folder: letters, digits and @ . _ - alone."""
+    """Whether a user name is valid, also as the name of a folder: letters, digits and @ . _ - only."""
     return bool(_USER.fullmatch(name))
 
 
@@ -277,14 +277,14 @@ def parse_user(text: str) -> str:
 
 
 def parse_cost(text: str) -> int:
-    """A cost of bcrypt."""
+    """A bcrypt cost, the logarithm of the rounds."""
     if not re.fullmatch('[0-9]{1,2}', text) or not 4 <= int(text) <= 31:
         raise ValueError(f'{text!r} is no cost of bcrypt; write 4 to 31')
     return int(text)
 
 
 def parse_realm(text: str) -> str:
-    """A realm, without what would need quoting."""
+    """A realm (RFC 7617 2), without characters that need quoting."""
     if not re.fullmatch(r'[ !#-\[\]-~]*', text):
         raise ValueError(f'{text!r} is no realm; use ASCII without quotes and backslashes')
     return text
@@ -305,7 +305,7 @@ def parse_log_format(text: str) -> str:
 
 
 def parse_network(text: str) -> Any:
-    """An IP address or a network of them."""
+    """An IP address or network."""
     import ipaddress
     try:
         return ipaddress.ip_network(text)
@@ -322,14 +322,14 @@ def parse_baseurl(text: str) -> str:
 
 
 # ==== Messages ===================================================================================
-# What passes between a wire and the Api, and the rules of RFC 9110 that hold on every wire.
+# Requests, responses and errors as the Api and both wires know them, and what RFC 9110 says of them.
 
 class Gone(Exception):
-    """The client is gone, or out of time: nothing can be said to it any more."""
+    """The client has disconnected or timed out; no answer can reach it."""
 
 
 class Stalled(Gone):
-    """The client takes no more bytes."""
+    """The client has stopped reading."""
 
 
 class HttpError(Exception):
@@ -342,10 +342,9 @@ class HttpError(Exception):
 
 
 class Peer:
-    """The other end of a connection: its `name` in logs, an IP address or `unix`, and the `user`
-    that its socket or its certificate shows, empty if neither does.  All of a `group` count as one
-    client where something is shared out; `certified` says that it has shown a certificate that we
-    asked for."""
+    """The other end of a connection: its `name` in logs (an IP address, or `unix`), and the `user` that
+    its socket or its certificate names, empty if neither does.  Peers of one `group` count as one
+    client in limits; one that is `certified` has presented a certificate."""
 
     __slots__ = ('name', 'user', 'unix', 'group', 'certified')
 
@@ -361,8 +360,8 @@ class Peer:
 
 
 class Request:
-    """One request, whatever wire it came by.  `path` is as sent, percent-encoded, without query;
-    `headers` have lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3)."""
+    """One request of either wire.  `path` is as sent, percent-encoded, without query; `headers` have
+    lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3)."""
 
     __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'user', 'begun',
                  'location')
@@ -377,12 +376,12 @@ class Request:
         self.peer = peer
         self.user = ''
         self.begun = time.monotonic()
-        self.location: Optional[Location] = None    # of an object that is there
+        self.location: Optional[Location] = None    # of the object that is being sent
 
 
 def address_group(name: str) -> str:
-    """The addresses that one client may have at will: an IPv4 address alone, or the /64 network of
-    an IPv6 address (RFC 6177 2)."""
+    """What counts as one client: a single IPv4 address, or the /64 network of an IPv6 address, since one
+    host may take any address in it (RFC 6177 2)."""
     if ':' in name:
         with contextlib.suppress(OSError):
             return socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
@@ -390,7 +389,7 @@ def address_group(name: str) -> str:
 
 
 def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
-    """pread(2) for systems without it; `fd` is one thread's own."""
+    """pread(2) for systems without it; only one thread may use `fd`."""
     os.lseek(fd, offset, os.SEEK_SET)
     return os.read(fd, length)
 
@@ -399,7 +398,7 @@ _read_at = getattr(os, 'pread', _seek_and_read)
 
 
 class FileSlice:
-    """`length` bytes of a file from `offset` on; `fd` is closed with it."""
+    """`length` bytes of the file `fd` from `offset` on.  It owns the descriptor."""
 
     __slots__ = ('fd', 'offset', 'length')
 
@@ -415,7 +414,7 @@ class FileSlice:
         return data
 
     def read_all(self) -> bytes:
-        """All that is left of the slice, which is done with then; OSError as read()."""
+        """The rest of the slice in one go; it must not be read again.  Raises OSError as read() does."""
         data = _read_at(self.fd, self.length, self.offset)
         if len(data) < self.length:  # a signal, or a network file system
             self.advance(len(data))
@@ -424,7 +423,7 @@ class FileSlice:
         return data
 
     def advance(self, count: int) -> None:
-        """Go on by the `count` bytes that were read or sent; OSError if there are none left."""
+        """Skip the `count` bytes that were read or sent; OSError where the file has ended."""
         if not count and self.length:
             raise OSError(errno.EIO, 'the file became shorter while it was being sent')
         self.offset += count
@@ -444,10 +443,8 @@ class FileSlice:
 
 
 class Response:
-    """An answer: its body is bytes, a FileSlice (its length is known), or an iterator of chunks.
-
-    An iterator may raise OSError: what was sent until then must not look complete.
-    """
+    """An answer.  Its body is bytes, a FileSlice, or an iterator of chunks whose length is not known.  An
+    iterator may raise OSError; what has been sent by then must not look complete."""
 
     __slots__ = ('status', 'headers', 'body')
 
@@ -458,7 +455,7 @@ class Response:
         self.body = body
 
     def close(self) -> None:
-        """Let go of the files behind the body."""
+        """Close the files behind the body."""
         if not isinstance(self.body, bytes):
             close = getattr(self.body, 'close', None)
             if close:
@@ -475,7 +472,7 @@ _BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,99})-([0-9]{1,99})?|-([0-9]{1,99}))
 
 
 def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
-    """Offset and length in bytes that a Range header asks of `size` bytes.
+    """Offset and length in bytes of the part of `size` bytes that a Range header selects.
 
     None where the header is to be ignored, as RFC 9110 14.2 allows: malformed, another unit,
     several ranges.  Raises HttpError 416 for a range past the end (RFC 9110 14.1.2, 15.5.17).
@@ -520,13 +517,13 @@ def log_access(request: Request, status: int, sent: int) -> None:
 
 
 def _for_log(text: str) -> str:
-    """What a client sent, so that it can neither end its quotes nor its line."""
+    """What a client sent, escaped so that it ends neither its quotes nor its line."""
     return re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text)
 
 
 def one_line(text: object) -> str:
-    """What is said to a person, on one line and as it is read, whatever was in it: control characters,
-    line separators and those that change the direction of writing are escaped."""
+    """A message as one line: control characters, line separators and those that change the direction of
+    writing are escaped."""
     words = str(text)
     if words.isprintable():
         return words
@@ -534,16 +531,16 @@ def one_line(text: object) -> str:
                    if not '\ud800' <= letter <= '\udfff' else f'\\u{ord(letter):04x}' for letter in words)
 
 
-TRANSFER_SECONDS = 3600      # for a whole upload or download, if nothing else is said,
-SLOWEST_RATE = 1024          # and a second more for each so many bytes that pass
+TRANSFER_SECONDS = 3600      # Default limit for a whole upload or download.
+SLOWEST_RATE = 1024          # Bytes that extend it by a second.
 
 
 class Limits:
-    """What a client may take: header section in bytes, and seconds for the header section, between
-    two requests, for receiving and sending a whole body, and without a byte of a body.
+    """Limits of a client: bytes of a header section, and seconds for the header section, between two
+    requests, for receiving and for sending a whole body, and without any progress (a stall).
 
-    Without `read_seconds` or `write_seconds` the time for a body is TRANSFER_SECONDS, and its
-    `extension`, in seconds for each byte that passes, leaves room for SLOWEST_RATE; 0 is no limit.
+    Where `read_seconds` or `write_seconds` is None the limit is TRANSFER_SECONDS, extended by
+    `extension` seconds for each byte that passes; 0 is no limit.
     """
 
     __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds',
@@ -566,19 +563,18 @@ class Limits:
         return seconds or math.inf, 0.0  # 0 is no limit, as in rclone
 
     def shortest(self) -> float:
-        """The shortest of the times."""
+        """The shortest of the times, in seconds."""
         return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds,
                    self.stall_seconds)
 
 
 # ==== Files ======================================================================================
-# What the standard library has no word for: folders that nobody can exchange for others, directories
-# as lists of objects, what is on the disk.  Errors are OSErrors; the Api owns the table that makes
-# them answers.
+# Opening folders so that no other user can redirect us, scanning folders of objects, and syncing.  All
+# errors are OSErrors; the Api has the table that turns them into answers.
 
-COPY_BYTES = 512 * 1024           # of content in memory at a time
-LISTED_AT_ONCE = 1024             # names of a list that are in memory
-LINKS_AT_MOST = 40                # on the way to a folder, as in Linux
+COPY_BYTES = 512 * 1024           # Buffer for content.
+LISTED_AT_ONCE = 1024             # Names read from a directory at a time.
+LINKS_AT_MOST = 40                # Symbolic links followed on the way to a folder, as in Linux.
 _NAME = re.compile('[0-9a-f]{64}')
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 # An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
@@ -592,9 +588,8 @@ _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a
 
 
 class Folder:
-    """A directory whose entries are reached by a descriptor, `fd`, or by `path` alone: where nobody
-    else can change what that leads to, and where the system has no openat(2).  A context manager that
-    closes the descriptor."""
+    """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
+    trusted or the system has no openat(2).  A context manager that closes the descriptor."""
 
     __slots__ = ('path', 'fd')
 
@@ -629,7 +624,7 @@ class Folder:
         os.unlink(self.at(name), dir_fd=self.fd)
 
     def duplicate(self) -> Folder:
-        """The same folder, which is closed by itself."""
+        """The same folder with a descriptor of its own."""
         return Folder(self.path, None if self.fd is None else os.dup(self.fd))
 
     def device(self) -> int:
@@ -637,23 +632,23 @@ class Folder:
         return os.stat(self.path if self.fd is None else self.fd).st_dev
 
     def sync(self) -> None:
-        """Have the entries on the disk."""
+        """Flush the entries to the disk."""
         sync_directory(self.path if self.fd is None else self.fd)
 
 
-def is_ours(path: str, links: int = LINKS_AT_MOST) -> bool:
-    """Whether nobody but root and this process's user can change what an absolute path leads to: every
-    folder and link on the way is one of theirs, and others may not write there."""
+def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
+    """Whether only root and this process's user can change what an absolute path leads to: they own each
+    folder and link on the way, and others may not write there."""
     parent, name = os.path.split(path)
     if not name:
         return True
-    if not links or not is_ours(parent, links):
+    if not links or not is_trusted(parent, links):
         return False
-    return is_ours_in(parent, name, links)[0]
+    return is_trusted_entry(parent, name, links)[0]
 
 
-def is_ours_in(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool, bool]:
-    """Whether is_ours() holds for an entry of a folder for which it holds; and whether it is a link."""
+def is_trusted_entry(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool, bool]:
+    """Whether an entry of a trusted folder is trusted, too; and whether it is a link."""
     ours, others_write = (0, os.geteuid()), False
     try:
         folder = os.stat(parent)
@@ -662,20 +657,21 @@ def is_ours_in(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool
             return False, False
         status = os.lstat(os.path.join(parent, name))
     except FileNotFoundError:
-        return not others_write, False  # only ours can make it
-    except OSError:  # it cannot be looked at: then it is opened step by step, or not at all
+        return not others_write, False  # only we can create it
+    except OSError:  # not searchable: it will be opened step by step, or not at all
         return False, False
     is_link = stat.S_ISLNK(status.st_mode)
     if (others_write or is_link) and status.st_uid not in ours:
         return False, is_link
-    if is_link:  # each step of where it leads, not only the end
-        return is_ours(os.path.join(parent, os.readlink(os.path.join(parent, name))), links - 1), True
+    if is_link:  # every step of its target counts
+        return is_trusted(os.path.join(parent, os.readlink(os.path.join(parent, name))), links - 1), True
     return True, False
 
 
 def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
-    """A descriptor of the folder at a path below the folder `top`, whatever others exchange on the way;
-    links of root and of this process's user are followed, wherever they lead.  Raises OSError."""
+    """A descriptor of the folder at a path below the folder `top`, opened step by step, so that others
+    cannot redirect it by exchanging a folder for a link.  Links that root or this process's user own
+    are followed wherever they lead.  Raises OSError."""
     names = [name for name in path.split('/') if name]
     if not names:
         return os.dup(top)
@@ -700,7 +696,7 @@ def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
 
 
 def _follow(fd: int, name: str, links: int) -> int:
-    """A descriptor of the folder to which an entry of the folder `fd` leads if it is a link."""
+    """A descriptor of the folder that a link in the folder `fd` leads to.  Raises OSError."""
     before = os.stat(name, dir_fd=fd, follow_symlinks=False)
     if not stat.S_ISLNK(before.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
@@ -720,8 +716,8 @@ def _follow(fd: int, name: str, links: int) -> int:
 
 
 def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
-    """A descriptor of a file that is to be read, and what fstat(2) says of it.  Raises OSError, also
-    where it is no regular file."""
+    """A descriptor for reading a regular file, and its status.  Raises OSError, also for anything
+    that is not a regular file."""
     fd = folder.open(name, _READ_FLAGS)
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -731,7 +727,7 @@ def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
 
 
 def stamp(path: str) -> Tuple[int, ...]:
-    """What changes when a file does; empty if there is none."""
+    """A fingerprint that changes when a file does; empty if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -741,8 +737,8 @@ def stamp(path: str) -> Tuple[int, ...]:
 
 @contextlib.contextmanager
 def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """The entries of a directory, open as `fd` perhaps, none if it is missing.  What cannot be read
-    is an OSError: it must not look empty."""
+    """The entries of a directory, by its descriptor if there is one; none if it is missing.  Raises
+    OSError if it cannot be read, which must not look empty."""
     with contextlib.ExitStack() as stack:
         try:
             entries = stack.enter_context(os.scandir(folder if fd is None else fd))
@@ -755,8 +751,8 @@ def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntr
 
 
 def object_batches(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
-    """The objects in a folder, their names beginning with `prefix`, and these names, LISTED_AT_ONCE at a
-    time at the most.  A million of them are listed so: each step more for every entry counts."""
+    """The objects in a folder whose names begin with `prefix`, as entries and as names, up to LISTED_AT_ONCE
+    at a time.  Lists of a million objects come from here: work per entry counts."""
     is_name = _NAME.fullmatch
     are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
     with _scan(folder.path, folder.fd) as entries:
@@ -774,7 +770,7 @@ def object_batches(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[os.D
 
 
 def names_and_sizes(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
-    """Names and lengths of the objects in a folder, as object_batches() finds them."""
+    """Names and sizes in bytes of the objects in a folder, in batches as object_batches() has them."""
     fd = folder.fd
     for entries, names in object_batches(folder, prefix):
         try:
@@ -801,7 +797,7 @@ def _digest(fd: int) -> str:
 
 
 def sync_file(fd: int) -> None:
-    """Have a file's content and length on the disk."""
+    """Flush a file's content and length to the disk."""
     if sys.platform == 'darwin':
         import fcntl
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
@@ -810,7 +806,7 @@ def sync_file(fd: int) -> None:
 
 
 def sync_directory(path: str | int) -> None:
-    """Have a directory's entries on the disk, where the system can; by its path or descriptor."""
+    """Flush a directory's entries to the disk, where the system can; by its path or descriptor."""
     if os.name == 'nt':
         return
     fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
@@ -825,8 +821,8 @@ def sync_directory(path: str | int) -> None:
 
 
 def lock_file(fd: int) -> Optional[bool]:
-    """Keep a file for oneself while it is open: False if another has it, None if there are no locks
-    here.  A lock ends with its process, however that ends."""
+    """Lock a file while it is open: False if another process holds the lock, None if this file system has
+    no locks.  The kernel releases it when the process ends."""
     try:
         import fcntl
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -842,7 +838,7 @@ _renaming = threading.Lock()
 
 @contextlib.contextmanager
 def _exclusive(folder: Folder) -> Iterator[None]:
-    """Keep out other threads, and other processes where directories can be locked."""
+    """Excludes other threads, and other processes where directories can be locked."""
     with _renaming, contextlib.ExitStack() as stack:
         try:
             import fcntl
@@ -855,37 +851,36 @@ def _exclusive(folder: Folder) -> Iterator[None]:
 
 
 # ==== Store ======================================================================================
-# Repositories and objects as files in restic's own local layout.  An object is whole or absent:
-# it is written where no listing shows it, checked, synced to the disk, and then linked to its
-# name.
+# Repositories and objects as files in restic's own local layout.  An object is whole or absent: it is
+# written where no list shows it, verified, synced to the disk, and then linked to its name, and the
+# folder is synced.
 #
-# A folder is opened by its path where nobody but root and the server's user can change what that
-# leads to; that is looked at once a second.  Elsewhere, such as where root serves a directory that a
-# user owns, each step of the path is opened by the descriptor of the one before.
+# A folder is opened by its path where only root and the server's user can change what the path leads
+# to, which is checked once a second.  Elsewhere, such as where root serves a directory that a user owns,
+# each folder on the way is opened through the descriptor of its parent.
 
 KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
-DEEPEST = 64                      # segments of a repository's path
-LONGEST = 255                     # bytes of a repository's path
-HIDDEN = '.restic_serve'          # the folder under DIR for what is no repository
-LOST_AND_FOUND = '/lost+found'    # at the top of a file system, for root alone
-SCRATCH_PREFIX = 'upload-'        # files in HIDDEN that a crash may leave behind, each locked by its writer
-FRESH_PREFIX = 'new-'             # and before they are locked
-SCRATCH_SECONDS = 3600            # after which one without a lock is a left-over
-SMALL_BYTES = 64 * 1024           # content up to this is read and sent in one go
-LOOK_SECONDS = 1.0                # between two looks at what may change
-KNOWN_FOLDERS = 4096              # that were looked at in the last second
-REMEMBERED = 1024                 # addresses that limits have ended something of
+DEEPEST = 64                      # Most segments of a repository's path.
+LONGEST = 255                     # Most bytes of a repository's path.
+HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
+LOST_AND_FOUND = '/lost+found'    # At the top of a file system; only root may read it.
+SCRATCH_PREFIX = 'upload-'        # Scratch file in HIDDEN, locked by its writer.
+FRESH_PREFIX = 'new-'             # Scratch file that is not locked yet.
+SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
+SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
+LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
+KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-# How an upload ended: objects that are new, bytes of the object before and after, folders that were made.
+# Result of an upload: new objects (0 or 1), bytes of the object before and after, folders created.
 Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
 
 class Location:
-    """Where a request points to: a repository (its kind is empty), a list (its name is empty) or
-    an object; `config` is an object without a name.  `repository` is `` or `/host1/...`, `folder`
-    the one below the store's that holds the object or is listed, `file` the object's name in it.  It
-    never changes: requests share it."""
+    """What a request's path names: a repository (its kind is empty), a list (its name is empty) or an
+    object; `config` is an object without a name.  `repository` is `` or `/host1/...`; `folder` is the
+    path below DIR of the folder that holds the object or is listed, `file` the object's name in it.
+    Immutable: requests share it."""
 
     __slots__ = ('repository', 'kind', 'name', 'is_object', 'folder', 'file')
 
@@ -906,13 +901,13 @@ class Location:
         return f'{self.repository}/{self.kind}{name}'
 
 
-# A folder that is, or may hold, a repository: its path below the root, the folder itself with its
-# entries, which are open until the next one, and whether it is one.
+# A folder that is, or may hold, a repository: its path below DIR, the folder and its entries, which stay
+# open until the next one, and whether it is a repository.
 WalkedFolder = collections.namedtuple('WalkedFolder', ['path', 'folder', 'entries', 'is_repository'])
 
 
 def _shows_repository(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry makes its folder a repository."""
+    """Whether a folder with this entry is a repository."""
     try:
         return (entry.name == 'config' and entry.is_file()) or (entry.name in KINDS and entry.is_dir())
     except OSError:  # whoever reads it will see
@@ -920,30 +915,29 @@ def _shows_repository(entry: os.DirEntry[str]) -> bool:
 
 
 class Folders:
-    """The folders below the directory `root`.  One whose path only root and this process's user can
-    change is opened by it, which is looked at once a second; others step by step, by descriptors.
-    `shared` makes what is created accessible to the group: 0770 in place of 0700."""
+    """The folders below the directory `root`.  Trusted ones are opened by path, others step by step; see
+    the chapter's opening.  With `shared` new ones are accessible to the group: 0770 instead of 0700."""
 
     def __init__(self, root: str, shared: bool) -> None:
         self.root = root
         self._shared = shared
         self._mode = 0o770 if shared else 0o700
         self._root_fd: Optional[int] = None
-        # Of a folder: until when it is known whether it is ours, and whether it is behind a link.
+        # By path: until when the check holds, whether the folder is trusted, and whether it is behind a link.
         self._known: Dict[str, Tuple[float, bool, bool]] = {}
-        self._has_proc = os.path.isdir('/proc/self/fd')     # which says where a link has led
+        self._has_proc = os.path.isdir('/proc/self/fd')     # shows the path of a descriptor
 
     def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
-        """A folder below the root, or the root itself, which may be missing unless it is opened
-        `by_descriptor`.  Raises OSError, PermissionError for a repository behind a link that leads
-        out of the directory."""
-        if self.is_ours(path):
+        """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be
+        missing only when it is used.  Raises OSError; PermissionError for a repository behind a link
+        that leads out of the directory."""
+        if self.is_trusted(path):
             where = self.root + path or os.sep
             return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
         return Folder(self.root + path, self._descend(path))
 
     def hidden(self, make: bool = True) -> Folder:
-        """The folder for scratch files with a name, made if it is missing; never one behind a link."""
+        """The folder for the server's own files, created if it is missing; never one behind a link."""
         with self.open('') as top:
             if not _HAS_DIR_FD:
                 self.make(f'/{HIDDEN}')
@@ -962,30 +956,31 @@ class Folders:
                 raise
 
     def missing(self, path: str) -> int:
-        """How many folders would have to be made for one below the root."""
+        """How many folders make() would create for a path."""
         missing = 0
         while path and not self.is_there(path):
             missing += 1
             path = path.rpartition('/')[0]
         return missing
 
-    def is_ours(self, path: str) -> bool:
-        """Whether a folder's path can be used as it is: nobody else changes what it leads to.  Raises
-        PermissionError for a repository behind a link that leads out of the directory."""
+    def is_trusted(self, path: str) -> bool:
+        """Whether a folder can be opened by its path.  Raises PermissionError for a repository behind a
+        link that leads out of the directory."""
         return self._look(path, time.monotonic())[1]
 
     def _look(self, path: str, now: float) -> Tuple[float, bool, bool]:
-        """What is known of a folder, from that of the one above it."""
+        """Check a folder, after its parent, unless that was done in the last second."""
         known = self._known.get(path, (0.0, True, False))
         if now < known[0]:
             return known
         above, _, name = path.rpartition('/')
         if not path:
-            ours, linked = not _HAS_DIR_FD or is_ours(self.root or os.sep), False
+            ours, linked = not _HAS_DIR_FD or is_trusted(self.root or os.sep), False
         else:
             _, ours, linked = self._look(above, now)
             if _HAS_DIR_FD:
-                ours, is_link = is_ours_in(self.root + above or os.sep, name) if ours else (False, False)
+                ours, is_link = (is_trusted_entry(self.root + above or os.sep, name) if ours
+                                 else (False, False))
             else:
                 is_link = os.path.islink(self.root + path)
             linked = linked or is_link
@@ -997,8 +992,8 @@ class Folders:
         return known
 
     def _check_links(self, path: str) -> None:
-        """Raises PermissionError for a repository that lies outside of the directory; the folders in it
-        may lead where they will."""
+        """Raises PermissionError for a repository outside the directory; the folders in a repository may be
+        links to anywhere."""
         kind = next((at for at, name in enumerate(path.split('/')) if name in KINDS), None)
         repository = '/'.join(path.split('/')[:kind])
         inside = os.path.join(os.path.realpath(self.root or os.sep), '')
@@ -1012,7 +1007,7 @@ class Folders:
 
     def hold_root(self) -> int:
         """A descriptor of the directory itself, from which others are opened.  Raises OSError if its
-        path leads by way of a link that others have made."""
+        path contains a link that another user owns."""
         if self._root_fd is None:
             top = os.open(os.sep, _FOLDER_FLAGS)
             try:
@@ -1022,7 +1017,7 @@ class Folders:
         return self._root_fd
 
     def _descend(self, path: str) -> int:
-        """A descriptor of a folder whose path others can change."""
+        """A descriptor of a folder whose path is not trusted."""
         root_fd = self.hold_root()
         try:
             return descend(root_fd, path, links=0)
@@ -1042,7 +1037,7 @@ class Folders:
             os.close(fd)
 
     def is_there(self, path: str) -> bool:
-        if self.is_ours(path):
+        if self.is_trusted(path):
             return os.path.isdir(self.root + path or os.sep)
         try:
             os.close(self._descend(path))
@@ -1051,7 +1046,7 @@ class Folders:
         return True
 
     def make(self, path: str) -> int:
-        """Make a folder below the root and those above it, if they are missing; how many were.  Each
+        """Create a folder below the root and its parents, where they are missing; how many were.  Each
         is synced into its parent."""
         if not path or self.is_there(path):
             return 0
@@ -1071,8 +1066,7 @@ class Folders:
         return made + 1
 
     def _share(self, parent: Folder, name: str) -> None:
-        """Give the group its rights, whatever the umask says; a set-group-ID bit that was inherited
-        stays."""
+        """Give the group its rights despite the umask; an inherited set-group-ID bit stays."""
         if not _HAS_DIR_FD:
             return
         fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
@@ -1082,7 +1076,7 @@ class Folders:
             os.close(fd)
 
     def make_root(self, path: str) -> None:
-        """Make the directory itself, or one above it, and those above that."""
+        """Create the directory itself, and its parents."""
         parent = os.path.dirname(path)
         if not os.path.isdir(parent):
             self.make_root(parent)
@@ -1097,17 +1091,17 @@ class Folders:
 
 
 class Scratch:
-    """The content of an upload before it has its name in `folder`.
+    """The content of an upload before it is published under its name in `folder`.
 
-    It has no name at all where the system knows O_TMPFILE, so that even a crash leaves nothing;
-    else one in the hidden folder under DIR, or in `folder` where that is another file system.
-    A context manager: whatever was not published is gone when it ends.
+    The file has no name where the system has O_TMPFILE, so that not even a crash leaves it behind;
+    elsewhere it has one in the hidden folder of DIR, or in `folder` if that is on another file system.
+    A context manager that removes the file unless it was published.
     """
 
     def __init__(self, store: Store, folder: Folder) -> None:
         self._store = store
-        self.home: Optional[Folder] = None  # where the file has its name, which is closed with it
-        self.name = ''                      # empty while it has none
+        self.home: Optional[Folder] = None  # the folder in which the file has its name
+        self.name = ''                      # empty while the file has none
         if store.nameless:
             try:
                 self.fd = folder.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
@@ -1145,7 +1139,7 @@ class Scratch:
             self.home.close()
 
     def receive(self, body: Body, hashed: bool) -> str:
-        """Write the whole body; its SHA-256 in hexadecimal, empty unless it is to be `hashed`."""
+        """Write the whole body; its SHA-256 in hexadecimal if it is to be `hashed`, else empty."""
         digest = hashlib.sha256()
         length = body.piece if body.length is None else min(body.length, body.piece)
         buffer = memoryview(bytearray(max(length, 1)))
@@ -1160,11 +1154,11 @@ class Scratch:
                 part = part[os.write(self.fd, part):]
 
     def digest(self) -> str:
-        """SHA-256 in hexadecimal of what has been written."""
+        """SHA-256 in hexadecimal of what was written."""
         return _digest(self.fd)
 
     def publish(self, folder: Folder, name: str) -> None:
-        """Give the content its name.  Raises FileExistsError rather than overwrite."""
+        """Link the content to its name.  Raises FileExistsError where the name is taken."""
         if not self.home:
             # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
             # link(2) without one); the path is absolute, so which descriptor it is means nothing.
@@ -1186,7 +1180,7 @@ class Scratch:
                 raise
 
     def can_be_named(self, folder: Folder) -> bool:
-        """Whether the system lets a file without a name have one."""
+        """Whether this file system can link a nameless file."""
         probe = f'{HIDDEN}-{os.urandom(8).hex()}'
         try:
             self.publish(folder, probe)
@@ -1197,7 +1191,7 @@ class Scratch:
         return True
 
     def replace(self, folder: Folder, name: str) -> None:
-        """Give the content its name in place of what has it now."""
+        """Give the content its name, replacing what is there."""
         if not self.home:
             lock_file(self.fd)
             home, named = self._store.folders.hidden(), f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
@@ -1219,11 +1213,11 @@ class Scratch:
         self.name = ''
 
     def _make_named(self, home: Folder, prefix: str) -> None:
-        """Make the file in a folder, which belongs to it then.  Under its lasting name it is locked:
-        a server that starts meanwhile does not take it for a left-over.  Where there are no locks it
-        keeps the first."""
-        number = os.urandom(8).hex()
-        fresh, name = f'{prefix}{FRESH_PREFIX}{number}', f'{prefix}{SCRATCH_PREFIX}{number}'
+        """Create the file in the folder `home`, which it owns from then on.  It is renamed when it is
+        locked, so that a server that starts meanwhile does not take it for abandoned; where there are
+        no locks it keeps its first name."""
+        suffix = os.urandom(8).hex()
+        fresh, name = f'{prefix}{FRESH_PREFIX}{suffix}', f'{prefix}{SCRATCH_PREFIX}{suffix}'
         try:
             fd = home.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY)
             try:
@@ -1246,12 +1240,12 @@ class Scratch:
             raise
 
     def _share(self) -> None:
-        """Give the group its rights, whatever the umask says."""
+        """Give the group its rights despite the umask."""
         if self._store.shared and hasattr(os, 'fchmod'):
             os.fchmod(self.fd, self._store.file_mode)
 
     def _move(self, home: Folder, folder: Folder) -> None:
-        """Copy the content into another folder."""
+        """Copy the content into another folder, on another file system."""
         import shutil
         old_fd, old_name = self.fd, self.name
         self._make_named(folder.duplicate(), f'{HIDDEN}-')
@@ -1279,8 +1273,8 @@ class Scratch:
 
 
 class Store:
-    """The directory `root`.  `verify` compares each upload's SHA-256 with its name; `shared` makes
-    what is created accessible to the group: 0770 and 0660 in place of 0700 and 0600."""
+    """The directory `root`.  With `verify` an upload's SHA-256 must be its name; with `shared` new
+    folders and files are accessible to the group: 0770 and 0660 instead of 0700 and 0600."""
 
     def __init__(self, root: str, *, verify: bool = True, shared: bool = False) -> None:
         self.root = os.path.abspath(root).rstrip(os.sep)
@@ -1292,12 +1286,12 @@ class Store:
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
     def prepare(self) -> None:
-        """Make the directory if it is missing, see that it can be written, remove what a crash
+        """Create the directory if it is missing, test that it can be written, and remove what a crash
         left behind.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
             self.folders.make_root(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
-        if not self.folders.is_ours(''):
+        if not self.folders.is_trusted(''):
             self.folders.hold_root()
         with self.folders.open('') as top:
             with Scratch(self, top) as scratch:
@@ -1308,19 +1302,18 @@ class Store:
         self._remove_left_overs()
 
     def open(self, location: Location) -> FileSlice:
-        """The whole of an object."""
+        """The whole content of an object.  Raises OSError."""
         with self.folders.open(location.folder) as folder:
             fd, status = open_plain(folder, location.file)
         return FileSlice(fd, 0, status.st_size)
 
     def create_repository(self, repository: str) -> int:
-        """Make the directories of a repository; those that exist stay as they are.  How many were
-        made."""
+        """Create the folders of a repository that are missing; how many there were."""
         return sum(self.folders.make(f'{repository}/{kind}') for kind in KINDS)
 
     def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
-        """Names and, if `sizes`, lengths in bytes of the objects of one kind, many at a time, in the
-        order of the directory, which is read on the way: an OSError may come at any time."""
+        """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
+        of the directory, which is read on the way: OSError may be raised at any time."""
         with self._open_below(location.folder) as folder:
             if location.kind != 'data':
                 yield from self._batches(folder, sizes)
@@ -1338,8 +1331,7 @@ class Store:
         return ((names, []) for _, names in object_batches(folder, prefix))
 
     def _open_below(self, path: str) -> Folder:
-        """A folder below the root whose entries are to be read; one without entries if it is missing.
-        Raises OSError."""
+        """A folder below the root, opened for scanning; a missing one has no entries.  Raises OSError."""
         try:
             return self.folders.open(path, by_descriptor=True)
         except (FileNotFoundError, NotADirectoryError):
@@ -1374,8 +1366,8 @@ class Store:
 
     def walk(self, on_error: Callable[[str, OSError], None]) -> Iterator[WalkedFolder]:
         """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is
-        told of those that cannot be read; links are not followed, as they are not served if they lead
-        out."""
+        called for those that cannot be read.  Links are not followed: what they lead to is either
+        below the root, too, or not served."""
         paths = ['']
         while paths:
             path = paths.pop()
@@ -1392,7 +1384,7 @@ class Store:
                 paths += [f'{path}/{name}' for name in reversed(below)]
 
     def object_folders(self, repository: str) -> Iterator[Tuple[str, str]]:
-        """The folders that hold a repository's objects: their kind and path below the root."""
+        """Kind and path below the root of each folder of objects in a repository."""
         for kind in KINDS:
             if kind != 'data':
                 yield kind, f'{repository}/{kind}'
@@ -1405,8 +1397,8 @@ class Store:
                 yield kind, f'{repository}/data'  # whoever reads it will see
 
     def now(self) -> float:
-        """Seconds since the epoch by the file system's clock, which may be another host's; by our
-        own if it cannot be asked."""
+        """Seconds since the epoch by the clock of the file system, which may be another host's; by our
+        own if no file can be created."""
         try:
             with self.folders.open('') as top, Scratch(self, top) as scratch:
                 return os.fstat(scratch.fd).st_ctime
@@ -1414,7 +1406,7 @@ class Store:
             return time.time()
 
     def delete(self, location: Location) -> Optional[int]:
-        """Remove an object; its bytes, None if there was none."""
+        """Remove an object; its size in bytes, None if there was none."""
         try:
             with self.folders.open(location.folder) as folder:
                 size = folder.stat(location.file).st_size
@@ -1424,16 +1416,16 @@ class Store:
         return size
 
     def save(self, location: Location, body: Body) -> Saved:
-        """Store an object, on the disk when this returns.
+        """Store an object; it is on the disk when this returns.
 
-        One that is there already is checked against the body, and replaced if it is damaged.
-        Raises HttpError 400 if the content does not match its name, 403 for another config.
+        One that exists is compared with the body, and replaced if it is damaged.  Raises HttpError 400
+        if the content does not match its name, 403 if there is another config, and OSError.
         """
         made = 0
         try:
             folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
-        except FileNotFoundError:  # as rclone makes them, when they are needed
+        except FileNotFoundError:  # like rclone, folders are created when they are needed
             made = self.folders.make(location.folder)
             folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
@@ -1455,15 +1447,15 @@ class Store:
                         raise HttpError(400, f'the content has the SHA-256 {digest}, '
                                              'not its name') from None
                     before = self.size(location) or 0
-                    if self._settle(location, folder, digest, scratch):
+                    if self._accept_existing(location, folder, digest, scratch):
                         saved = Saved(0, before, self.size(location) or 0, made)
                         break
             folder.sync()
         return saved
 
     def confirm(self, location: Location, body: Body) -> bool:
-        """Read an upload of an object that is there without storing it anew; false, and nothing is
-        read, if what is there is damaged or missing.  Raises HttpError as save() does."""
+        """Compare an upload with the object that exists, instead of storing it again; False, without
+        reading the upload, if that is damaged or missing.  Raises HttpError as save() does."""
         try:
             found = self._stored_digest(location)
         except (FileNotFoundError, NotADirectoryError):
@@ -1482,8 +1474,9 @@ class Store:
             raise HttpError(503, 'it was removed during its upload', [('Retry-After', '1')])
         return True
 
-    def _settle(self, location: Location, folder: Folder, digest: str, scratch: Scratch) -> bool:
-        """Whether what has the object's name is the content of `scratch` now; False if it is gone."""
+    def _accept_existing(self, location: Location, folder: Folder, digest: str, scratch: Scratch) -> bool:
+        """Compare the object that exists with the upload in `scratch`, which replaces it if it is damaged;
+        False if it has vanished.  Raises HttpError 403 for another config."""
         try:
             found = self._stored_digest(location)
         except FileNotFoundError:
@@ -1498,8 +1491,7 @@ class Store:
         return True
 
     def _stored_digest(self, location: Location) -> str:
-        """SHA-256 in hexadecimal of an object that is on the disk now, `unreadable` if it cannot be
-        read."""
+        """Sync an object; its SHA-256 in hexadecimal, or `unreadable` where the disk fails."""
         try:
             with self.open(location) as stored:
                 found = _digest(stored.fd)
@@ -1511,7 +1503,7 @@ class Store:
             return 'unreadable'
 
     def _scratch_in(self, folder: Folder) -> Scratch:
-        """A scratch file for an object in a folder, which is closed if there can be none."""
+        """A scratch file for an object in a folder; after an error the folder is closed."""
         try:
             return Scratch(self, folder)
         except BaseException:
@@ -1521,8 +1513,8 @@ class Store:
     # ---- the hidden folder ----
 
     def write_hidden(self, name: str, text: str) -> None:
-        """Replace a file in the hidden folder.  What root writes is given to the directory's owner.
-        Raises OSError."""
+        """Replace a file in the hidden folder.  Where root runs the server, the file belongs to the owner
+        of the directory.  Raises OSError."""
         scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
         with self.folders.hidden() as folder:
             fd = folder.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, self.file_mode)
@@ -1545,7 +1537,7 @@ class Store:
                 return file.read()
 
     def _remove_left_overs(self) -> None:
-        """Remove the scratch files of a server that died: those that nobody holds."""
+        """Remove the scratch files of servers that have died: those that no process has locked."""
         try:
             with self.folders.hidden(make=False) as folder:
                 with _scan(folder.path, folder.fd) as entries:
@@ -1565,7 +1557,7 @@ class Store:
 
 
 def is_left_over(folder: Folder, name: str, now: float) -> bool:
-    """Whether a scratch file's server has died; `now` is by the file system's clock.  Raises
+    """Whether a scratch file was abandoned; `now` is by the file system's clock.  Raises
     FileNotFoundError."""
     free = None
     if FRESH_PREFIX not in name:
@@ -1581,43 +1573,44 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
 
 
 # ==== Counters ===================================================================================
-# What happens, counted by all processes that serve.
+# Statistics in memory that all processes of the server share.
 #
-# Each process writes to a slot of shared memory that is its own, and reads all of them, so that none
-# waits for another.  A slot is a header, which is a generation, the length in words that is used, and
-# the epoch up to which it was cleaned; then rows, each its width, its key's bytes, numbers and key.
+# Theory of operation.  Each process writes to a slot of its own and reads all slots, so that no process
+# waits for another; within a process, `lock` guards them.  A slot is a header (a generation, the words in
+# use, the epoch of its last cleaning) and rows; a row is its width, the length of its key in bytes, its
+# numbers and its key.  Rows are only appended.
 #
-# Rows of repositories are bounded: those below one top-level folder may take a part of a slot, and
-# what finds no room is counted as OTHER.  They are freed when their repository is gone: bury() begins
-# an epoch, from which on nobody counts those rows any more, and each process takes them out of its
-# slot when it next writes.  It writes the slot anew then; a generation that is odd, or another one
-# afterwards, tells readers to look again.
+# Rows of repositories are bounded: those below one top-level folder may use a part of a slot, and what
+# does not fit is counted under OTHER.  They are freed when their repository is deleted: bury() starts an
+# epoch, in which readers ignore those rows, and each process drops them from its slot at its next write.
+# It rewrites the slot then; the generation is odd meanwhile and another one afterwards, by which readers
+# know that they have to read again.
 
-SLOT_BYTES = 32 << 20       # of addresses for one process's numbers; memory is taken as they come
-SPARE_BYTES = 2 << 20       # of them, for all but what is counted of each repository
-FOLDER_PART = 4             # of the rest, one such part for the repositories of a top-level folder
-OTHER = 'other'             # in place of a repository's path, which begins with a slash
-CONNECTIONS = ('connections',)  # the row of those that have a thread, and those that are served
-ADDRESSES = ('addresses',)      # the row of connections by a hash of their address
-ADDRESS_PLACES = 4096
-READ_TRIES = 200                # of a slot that is being written anew, a few milliseconds apart
-# Rows of what is there now: they end with the process that counted it.
-_PASSING = ('connections', 'addresses', 'reserved')
-# Where the repository stands in the keys of rows that are counted of each.
+SLOT_BYTES = 32 << 20       # Address space for a slot; memory is used as rows are added.
+SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a repository.
+FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
+OTHER = 'other'             # Key instead of a repository's path, which begins with a slash.
+CONNECTIONS = ('connections',)  # Row: connections admitted, connections served.
+ADDRESSES = ('addresses',)      # Row: connections by the hash of their address.
+ADDRESS_BUCKETS = 4096
+READ_TRIES = 200                # Attempts to read a slot that is being rewritten, 5 ms apart.
+# Gauges: zeroed when their process dies.
+_GAUGES = ('connections', 'addresses', 'reserved')
+# Position of the repository in the keys of rows that belong to one.
 _OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'blob': 2}
 _GENERATION, _USED, _CLEANED, _HEADER = range(4)
 
 
 class Counters:
-    """Rows of whole numbers under keys of words, in memory that processes share if it is made
-    before they part.  A reader may see one number of a row changed and the next not yet."""
+    """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
+    a row half updated."""
 
     def __init__(self, slots: int = 1) -> None:
         import mmap
         self._size = SLOT_BYTES // 8
         self._words = memoryview(mmap.mmap(-1, slots * SLOT_BYTES + mmap.PAGESIZE)).cast('q')
-        self._epoch = slots * self._size        # where the number of the epoch is
-        # Of each slot, as it was when it was last looked at: rows by kind, how far, and the generation.
+        self._epoch = slots * self._size        # index of the word that holds the epoch
+        # Of each slot at the last look: its rows by kind, how far it was read, its generation.
         self._rows: List[Dict[str, Dict[Key, memoryview]]] = [{} for _ in range(slots)]
         self._looked = [_HEADER for _ in range(slots)]
         self._seen = [0 for _ in range(slots)]
@@ -1625,39 +1618,39 @@ class Counters:
         self.join(0)
 
     def join(self, slot: int) -> None:
-        """From now on this process writes to `slot`, and goes on from what is there."""
+        """Write to `slot` from now on, and continue with the rows that are there."""
         self._own = slot
         self.lock = threading.Lock()
-        self._taken: Dict[str, int] = {}        # words of this slot by top-level folder
+        self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
         self.clear(slot)
         for rows in self._rows[slot].values():
             for key, row in rows.items():
                 self._take(key, len(row))
 
     def clear(self, slot: int) -> None:
-        """Forget what was passing in a slot whose process has died."""
+        """Zero the gauges in the slot of a process that has died."""
         begin = slot * self._size
         with self.lock:
             if self._words[begin + _GENERATION] & 1:  # it died while it wrote the slot anew
                 self._words[begin + _USED] = 0
                 self._words[begin + _GENERATION] += 1
             self._look(slot)
-            for kind in _PASSING:
+            for kind in _GAUGES:
                 for row in self._rows[slot].get(kind, {}).values():
                     row[:] = memoryview(bytearray(8 * len(row))).cast('q')
 
     # ---- writing ----
 
     def add(self, key: Key, *amounts: int) -> bool:
-        """Add to the numbers of this process's row; false if there is no room for a row of its own."""
+        """Add to the numbers of this process's row; False if they were counted elsewhere for lack of room."""
         with self.lock:
             row = self.row(key, len(amounts))
-            for place, amount in enumerate(amounts):
-                row[place] += amount
+            for position, amount in enumerate(amounts):
+                row[position] += amount
             return self.has_row(key)
 
     def put(self, key: Key, *values: int) -> bool:
-        """Set the numbers of this process's row, if there is room for one; whether there was."""
+        """Set the numbers of this process's row; False if there is no room for one."""
         with self.lock:
             row = self.row(key, len(values))
             if self.has_row(key):
@@ -1665,20 +1658,20 @@ class Counters:
             return self.has_row(key)
 
     def has_row(self, key: Key) -> bool:
-        """Whether this process has a row under just this key, for who holds `lock`."""
+        """Whether this process has a row of its own under a key; with `lock`."""
         return key in self._rows[self._own].get(key[0], {})
 
     def row(self, key: Key, width: int) -> memoryview:
-        """The numbers of this process's row, which is made if it is missing, for who holds `lock`;
-        without room that of OTHER, or ones that nobody reads."""
+        """The numbers of this process's row, which is added if it is missing; where there is no room that
+        of OTHER, or a dummy.  With `lock`."""
         if self._words[self._own * self._size + _CLEANED] != self._words[self._epoch]:
             self._clean()
         row = self._rows[self._own].get(key[0], {}).get(key)
         return row if row is not None else self._new_row(key, width)
 
     def bury(self, repositories: List[str]) -> None:
-        """Count the rows of repositories that are gone no more, and have all processes free them.  For
-        the one process that counts."""
+        """Drop the rows of deleted repositories, in all processes.  Only the process that runs the census
+        calls it."""
         with self.lock:
             for slot in range(len(self._rows)):
                 self._look(slot)
@@ -1700,9 +1693,9 @@ class Counters:
             if not self._full:
                 self._full = True
                 log.warning('there are too many repositories to count each: some are counted as "%s"', OTHER)
-            place = _OF_REPOSITORIES.get(key[0], 0)
-            if place and key[place] != OTHER:
-                return self.row((*key[:1], *[''] * (place - 1), OTHER, *key[place + 1:]), width)
+            position = _OF_REPOSITORIES.get(key[0], 0)
+            if position and key[position] != OTHER:
+                return self.row((*key[:1], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
             return memoryview(bytearray(8 * width)).cast('q')
         self._words[at], self._words[at + 1] = width, len(text)
         self._words[at + 2:at + 2 + width] = memoryview(bytes(8 * width)).cast('q')
@@ -1714,28 +1707,28 @@ class Counters:
         return row
 
     def _has_room(self, key: Key, words: int, end: int) -> bool:
-        place = _OF_REPOSITORIES.get(key[0], 0)
-        if not place or key[place] == OTHER:
+        position = _OF_REPOSITORIES.get(key[0], 0)
+        if not position or key[position] == OTHER:
             return end <= self._size
-        most = self._size - SPARE_BYTES // 8
-        return end <= most and self._taken.get(_top_level(key[place]), 0) + words <= most // FOLDER_PART
+        limit = self._size - SPARE_BYTES // 8
+        return end <= limit and self._taken.get(_top_level(key[position]), 0) + words <= limit // FOLDER_PART
 
     def _take(self, key: Key, width: int) -> None:
-        place = _OF_REPOSITORIES.get(key[0], 0)
-        if place:
-            top = _top_level(key[place])
+        position = _OF_REPOSITORIES.get(key[0], 0)
+        if position:
+            top = _top_level(key[position])
             words = 2 + width + -(-len('\0'.join(key).encode('utf-8', 'surrogateescape')) // 8)
             self._taken[top] = self._taken.get(top, 0) + words
 
     def _clean(self, done: Iterable[Key] = ()) -> None:
-        """Write this process's slot anew, without the rows of repositories that are gone and without
-        those that are `done` with."""
+        """Rewrite this process's slot without the rows of deleted repositories and without those in `done`,
+        which every process has read."""
         begin, done = self._own * self._size, set(done)
         for slot in range(len(self._rows)):
             self._look(slot)
         rows = [(key, row.tolist()) for rows in self._rows[self._own].values() for key, row in rows.items()
                 if key not in done and self._counts(self._own, key)]
-        rows.sort(key=lambda item: item[0][0] not in _OF_REPOSITORIES)  # which find their room again
+        rows.sort(key=lambda item: item[0][0] not in _OF_REPOSITORIES)  # bounded ones first
         self._words[begin + _GENERATION] += 1
         self._words[begin + _USED] = 0
         self._words[begin + _CLEANED] = self._words[self._epoch]
@@ -1750,24 +1743,24 @@ class Counters:
     # ---- reading ----
 
     def read(self, key: Key) -> List[List[int]]:
-        """The rows under a key, of as many processes as have one."""
+        """The rows under a key, one for each process that has one."""
         found: List[List[int]] = self._reading(lambda: [
             rows[key[0]][key].tolist() for slot, rows in enumerate(self._rows)
             if key in rows.get(key[0], {}) and self._counts(slot, key)])
         return found
 
     def total(self, key: Key, width: int) -> List[int]:
-        """The first `width` numbers under a key, added up over all processes."""
+        """The first `width` numbers under a key, summed over all processes."""
         return [sum(row[number] for row in self.read(key)) for number in range(width)]
 
-    def sum_at(self, key: Key, place: int) -> int:
+    def sum_at(self, key: Key, position: int) -> int:
         """One number of the rows under a key, added up over all processes."""
-        found: int = self._reading(lambda: sum(rows[key[0]][key][place] for rows in self._rows
+        found: int = self._reading(lambda: sum(rows[key[0]][key][position] for rows in self._rows
                                                if key in rows.get(key[0], {})))
         return found
 
     def keys(self, kind: str) -> Set[Key]:
-        """The keys of all rows that begin with the word `kind`."""
+        """The keys of all rows that begin with `kind`."""
         found: Set[Key] = self._reading(lambda: {
             key for slot, rows in enumerate(self._rows) for key in rows.get(kind, {})
             if self._counts(slot, key)})
@@ -1775,8 +1768,7 @@ class Counters:
 
     def find(self, kind: str, merge: Callable[[int, int], int] = operator.add
              ) -> Dict[Key, List[int]]:
-        """All rows whose keys begin with the word `kind`; those of several processes are merged,
-        two numbers at a time."""
+        """All rows whose keys begin with `kind`; those of several processes are merged number by number."""
         found: Dict[Key, List[int]] = {}
         for key, values in self._reading(lambda: [
                 (one, row.tolist()) for slot, rows in enumerate(self._rows)
@@ -1785,7 +1777,7 @@ class Counters:
         return found
 
     def _reading(self, read: Callable[[], Any]) -> Any:
-        """What a function makes of the rows; again if a slot was written anew meanwhile."""
+        """The result of a function that reads rows, called again if a slot was rewritten meanwhile."""
         for _ in range(READ_TRIES):
             with self.lock:
                 if all(self._look(slot) for slot in range(len(self._rows))):
@@ -1794,18 +1786,18 @@ class Counters:
                            for slot, seen in enumerate(self._seen)):
                         return result
             time.sleep(0.005)
-        return read()  # its process has died; what follows will see to it
+        return read()  # the process died while it rewrote its slot; its successor repairs it
 
     def _counts(self, slot: int, key: Key) -> bool:
-        """Whether a row is not one of a repository that was gone when the slot was last cleaned."""
-        place = _OF_REPOSITORIES.get(key[0], 0)
-        if not place or not self._words[self._epoch]:
+        """Whether a row belongs to no repository that was deleted since the slot was last cleaned."""
+        position = _OF_REPOSITORIES.get(key[0], 0)
+        if not position or not self._words[self._epoch]:
             return True
-        gone, cleaned = ('gone', key[place]), self._words[slot * self._size + _CLEANED]
+        gone, cleaned = ('gone', key[position]), self._words[slot * self._size + _CLEANED]
         return all(rows['gone'][gone][0] <= cleaned for rows in self._rows if gone in rows.get('gone', {}))
 
     def _look(self, slot: int) -> bool:
-        """Find the rows that have come since the last look; false if they are being written anew."""
+        """Find the rows added since the last look; False if the slot is being rewritten."""
         words, begin = self._words, slot * self._size
         generation = words[begin + _GENERATION]
         if generation & 1:
@@ -1830,27 +1822,26 @@ def _top_level(repository: str) -> str:
 
 
 # ==== Bandwidth ==================================================================================
-# How many bytes a second all connections together may send and receive.
+# The limit on the bytes a second that all connections together may send and receive.
 
-STEP_SECONDS = 0.02          # what one connection takes at a time: so smooth, and so fair, it is
-SMALLEST_STEP = 512          # bytes
+STEP_SECONDS = 0.02          # Worth of bytes that a connection passes at a time; makes it smooth and fair.
+SMALLEST_STEP = 512          # Bytes.
 
 
 class Bandwidth:
-    """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  Who comes
-    first passes first; nobody can save up.  It is one limit for all who share `counters`.
-    `clock` tells seconds that only grow, `today` the local time, and `sleep` waits: the system's
-    own, or a test's."""
+    """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  First come, first
+    served; time that was not used is lost.  Processes that share `counters` share the limit.  `clock`
+    is monotonic, `today` gives the local time."""
 
-    SENT, RECEIVED = 1, 2  # the fields of a Slot
+    SENT, RECEIVED = 1, 2  # the fields of a TimetableEntry
 
-    def __init__(self, timetable: List[Slot], counters: Optional[Counters] = None,
+    def __init__(self, timetable: List[TimetableEntry], counters: Optional[Counters] = None,
                  clock: Callable[[], float] = time.monotonic,
                  today: Callable[[], time.struct_time] = time.localtime,
                  sleep: Callable[[float], None] = time.sleep) -> None:
         self._timetable = timetable
         self._clock, self._today, self._sleep = clock, today, sleep
-        self._slot = timetable[0]
+        self._entry = timetable[0]
         self._next_look = -math.inf
         self._counters = counters or Counters()
         self._lock = threading.Lock()
@@ -1860,27 +1851,27 @@ class Bandwidth:
         self._counters.add(('bandwidth', 'toggled'), 1)
         return self._is_lifted()
 
-    def rate(self, way: int) -> int:
-        """Bytes a second that may pass now, 0 if there is no limit."""
+    def rate(self, direction: int) -> int:
+        """The limit in force, in bytes a second; 0 is none."""
         if self._clock() >= self._next_look:
             self._next_look = self._clock() + 1
             today = self._today()
             now = (today.tm_wday * 24 + today.tm_hour) * 60 + today.tm_min
-            # The slot that began last; before the week's first it is the last week's last.
-            self._slot = min(self._timetable, key=lambda slot: (now - slot.minute) % _WEEK)
-        return 0 if self._is_lifted() else int(self._slot[way])
+            # The entry that began last; before the first of the week it is the last of the week before.
+            self._entry = min(self._timetable, key=lambda entry: (now - entry.minute) % _WEEK)
+        return 0 if self._is_lifted() else int(self._entry[direction])
 
-    def step(self, way: int, count: int) -> int:
-        """How many of `count` bytes may pass in one go."""
-        rate = self.rate(way)
+    def step(self, direction: int, count: int) -> int:
+        """How many of `count` bytes may pass at a time."""
+        rate = self.rate(direction)
         return min(count, max(int(rate * STEP_SECONDS), SMALLEST_STEP)) if rate else count
 
-    def wait(self, way: int, count: int) -> None:
-        """Wait until it is the turn of `count` bytes."""
-        rate = self.rate(way)
+    def wait(self, direction: int, count: int) -> None:
+        """Wait until `count` bytes may pass."""
+        rate = self.rate(direction)
         if not rate:
             return
-        key = ('bandwidth', str(way))   # when, in nanoseconds, the next may pass
+        key = ('bandwidth', str(direction))     # when the next bytes may pass, in nanoseconds
         with self._lock:
             now = self._clock()
             begin = max(now, *(row[0] / 1e9 for row in self._counters.read(key)), 0)
@@ -1893,29 +1884,29 @@ class Bandwidth:
 
 
 # ==== Scrub ======================================================================================
-# Reads every object of every repository and compares its SHA-256 with its name.  It may run beside
-# a server: what is written or deleted meanwhile is no fault.
+# Reads every object of every repository and compares its SHA-256 with its name.  It may run beside a
+# server: what is written or deleted meanwhile is not reported.
 
-SCRUB_FILE = 'scrub.json'    # in HIDDEN: when each folder was last found sound, and the results
-SAVE_SECONDS = 300           # between two times that it is written
-# What restic and rest-server call a file that they are writing: an object's name and more.
+SCRUB_FILE = 'scrub.json'    # In HIDDEN: when each folder was last found sound, and the results.
+SAVE_SECONDS = 300           # Time between two writes of it.
+# Names of the temporary files of restic and rest-server.
 _SCRATCH_OF_OTHERS = re.compile(r'[0-9a-f]{64}(-tmp-|\.rest-server-temp).*')
-PROGRESS_SECONDS = 60        # between two lines of progress, where there is no terminal
-BAR_SECONDS = 0.2            # and between two changes of the bar on one
-BAR_WIDTH = 30               # characters
+PROGRESS_SECONDS = 60        # Time between two lines of progress without a terminal.
+BAR_SECONDS = 0.2            # Time between two updates of the bar on a terminal.
+BAR_WIDTH = 30               # Characters.
 
 
-# Of a repository: when it was last checked, objects read then, and those that were damaged.
+# Result for a repository: time of the check, objects read, objects damaged.
 ScrubResult = collections.namedtuple('ScrubResult', ['time', 'checked', 'damaged'])
 
 
 def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]:
-    """When each folder was last found to be sound, and the last result of each repository.
-    Raises OSError, and ValueError if the file is no good."""
+    """When each folder was last found sound, and the last result of each repository.  Raises OSError, and
+    ValueError if the file is malformed."""
     import json
     try:
         content = json.loads(store.read_hidden(SCRUB_FILE))
-        return ({str(folder): float(moment) for folder, moment in content['folders'].items()},
+        return ({str(folder): float(checked_at) for folder, checked_at in content['folders'].items()},
                 {str(repository): ScrubResult(float(result[0]), int(result[1]), int(result[2]))
                  for repository, result in content['repositories'].items()})
     except FileNotFoundError:
@@ -1966,8 +1957,8 @@ class Scrub:
         self._bar = False               # the last line of the stream is a bar
 
     def run(self) -> int:
-        """Check everything, on all cores; how many objects are damaged.  Raises OSError if the
-        directory cannot be read."""
+        """Check everything, on all cores; the number of damaged objects.  Raises OSError if the directory
+        cannot be read."""
         from concurrent.futures import ThreadPoolExecutor
         folders = list(self._find())
         for folder, _ in folders:
@@ -1989,9 +1980,9 @@ class Scrub:
         return self.damaged
 
     def _find(self) -> Iterator[Tuple[str, List[int]]]:
-        """The folders of objects, by their path in the directory, with the tally of their repository.
-        Foreign and stray files are reported on the way.  Raises OSError if the directory itself cannot
-        be read."""
+        """The folders of objects, by their path below DIR, with the tally of their repository: objects read
+        and damaged.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot be
+        read."""
         for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
             tally = [0, 0]
             if is_repository:
@@ -2014,7 +2005,7 @@ class Scrub:
             self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
     def _find_objects(self, where: str, tally: List[int]) -> Iterator[Tuple[str, List[int]]]:
-        """The folders of objects in the folder of a kind, which may be a link as for the server."""
+        """The folders of objects in the folder of a kind, which may be a link."""
         if not where.endswith('data'):
             yield where, tally
             return
@@ -2038,7 +2029,7 @@ class Scrub:
             self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
     def _foreign(self, folder: Folder, entry: os.DirEntry[str]) -> None:
-        """Report what is no object; an upload that may still be under way is none of it."""
+        """Report a file that is not an object, unless it may belong to an upload under way."""
         path = f'{folder.path}/{entry.name}'
         with contextlib.suppress(FileNotFoundError):
             if _SCRATCH_OF_OTHERS.fullmatch(entry.name):
@@ -2063,7 +2054,7 @@ class Scrub:
             self._damage(tally, path, f'unreadable: {error.strerror}')
 
     def _objects(self, folder: str) -> Iterator[Tuple[os.DirEntry[str], int]]:
-        """The objects of a folder that are to be read, and their sizes."""
+        """The objects of a folder that are to be checked, and their sizes."""
         sound = self._sound.get(folder, -math.inf)
         skip = sound if sound > self._after else -math.inf
         prefix = folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
@@ -2072,7 +2063,7 @@ class Scrub:
                 yield entry, status.st_size
 
     def _check_folder(self, folder: str, tally: List[int]) -> None:
-        moment, faults = time.time() + self._ahead, 0
+        checked_at, faults = time.time() + self._ahead, 0
         if self._stopped:
             return
         try:
@@ -2092,7 +2083,7 @@ class Scrub:
             if faults:
                 self._sound.pop(folder, None)
             elif self._sound.get(folder, -math.inf) <= self._after:
-                self._sound[folder] = moment
+                self._sound[folder] = checked_at
 
     def _check(self, folder: Folder, name: str, tally: List[int]) -> bool:
         """Whether an object is damaged."""
@@ -2135,7 +2126,7 @@ class Scrub:
     # ---- progress ----
 
     def report(self, path: str, reason: str) -> None:
-        """Report a fault, where the bar was."""
+        """Report a fault, on the line of the bar."""
         with self._lock:
             if self._bar:
                 self._write('\r\033[K')
@@ -2154,7 +2145,7 @@ class Scrub:
                 self._save()
 
     def _show(self, last: bool = False) -> None:
-        """Say how far it is, at what rate, and how long it will still take."""
+        """Show the progress, the rate and the time left."""
         seconds = max(time.monotonic() - self._begin, 0.001)
         part = min(self._bytes / self._total, 1.0) if self._total and not last else 1.0
         left = seconds / part - seconds if part else 0.0
@@ -2180,7 +2171,7 @@ class Scrub:
 
     def _save(self) -> None:
         import json
-        sound = {folder: round(moment, 3) for folder, moment in self._sound.items()
+        sound = {folder: round(checked_at, 3) for folder, checked_at in self._sound.items()
                  if os.path.isdir(f'{self._store.root}/{folder}')}
         try:
             self._store.write_hidden(SCRUB_FILE, json.dumps(
@@ -2190,52 +2181,63 @@ class Scrub:
 
 
 # ==== Usage ======================================================================================
-# How much each repository holds: counted in the background, kept current by what passes through,
-# and bounded by quotas.
+# How much each repository holds, and quotas.
 #
-# A repository holds   base + added - removed,     base being what the last count found, less what had
-#                                                  been added since the start and more what was removed;
-# a quota's scope      baseline + delta + reserved, likewise, and reserved for uploads under way.
-# What counts for a quota is what the disk is asked for: each object rounded up to whole blocks, and a
-# block for each folder.  What is shown are the objects' own bytes.
+# Theory of operation.  A census counts what is on the disk, in the background, when the last one is old
+# and somebody wants to know; between two of them the sums are kept current by what passes through this
+# server.  All are rows of Counters, in these kinds:
+#
+#     a repository holds    base + added - removed
+#     a quota's scope holds baseline + delta, and has reserved bytes for uploads under way
+#
+# `added`, `removed` and `delta` count from the start of the server.  A census that finds `held` bytes sets
+# base = held - added + removed, as they were when it began to count the repository; what is added while
+# it counts is later than its clock and left to `added`.  The census sums up the bases of a scope to its
+# baseline; `other` is what the delta has of repositories without rows of their own, or deleted ones.
+#
+# A quota charges what the disk has to give: objects rounded up to whole blocks, and a block for each
+# folder.  The page and the metrics show the objects' own bytes.
+#
+# An upload reserves its charge before it is read (_Reservation); when it is stored, the charge moves to
+# `delta`.  Processes check quotas without a common lock: each adds its reservation first and then looks
+# at the sum, so that two that take the last bytes at once both step back.
 
-DAYS = 90                    # of the past for which it is known how much was stored on each
-COUNTS_AT_MOST = 3           # of a repository from which objects are being deleted
-ROOM_SECONDS = 10            # that an upload waits for room which others have reserved
-CLOCK_SECONDS = 60           # longest time from the last write (mtime) to link(2) (ctime)
-WARNING_SECONDS = 10         # between two warnings of the same
-READY_SECONDS = 20           # that an upload waits for the first count
-SHOWN_SECONDS = 1.0          # for which what was computed to be shown is used again
-BLOCK_BYTES = 4096           # that an object takes, or a part of it,
-FOLDER_BYTES = 4096          # and a folder
+DAYS = 90                    # Days of history: how much was stored on each.
+COUNTS_AT_MOST = 3           # Counts of a repository from which objects are being deleted meanwhile.
+ROOM_SECONDS = 10            # Longest wait of an upload for bytes that others have reserved.
+CLOCK_SECONDS = 60           # Longest time from the last write (mtime) to link(2) (ctime).
+WARNING_SECONDS = 10         # Time between two warnings about a full quota.
+READY_SECONDS = 20           # Longest wait of an upload for the first census.
+SHOWN_SECONDS = 1.0          # Time for which computed holdings are used again.
+BLOCK_BYTES = 4096           # Unit of charge for an object.
+FOLDER_BYTES = 4096          # Charge for a folder.
 _DAY_SECONDS = 86400
 _COUNTED = (*KINDS, 'config')
 _BYTES, _CHARGED, _OBJECTS = range(3)
-_NOTHING = [0] * (_OBJECTS + len(_COUNTED))     # a row of bytes, bytes for quotas, objects of each kind
-LOCK_BYTES = 4096            # of a lock that needs no room: to read and to make room takes one
-LOCKS = 1024                 # in a quota's scope, while which a lock needs none
-# What a count found of a repository: such a row, the time of the last snapshot, when it was counted,
+_NOTHING = [0] * (_OBJECTS + len(_COUNTED))     # Row: bytes, bytes charged, objects of each kind.
+LOCK_BYTES = 4096            # Largest lock that needs no room: reading and making room require one.
+LOCKS = 1024                 # Locks in a quota's scope that need no room.
+# What a census found of a repository: such a row, the time of the last snapshot, the time of the count,
 # bytes and snapshots at that time, folders that could not be read, and bytes and snapshots by day.
 Count = collections.namedtuple('Count', [
     'held', 'last_snapshot', 'time', 'bytes', 'snapshots', 'unreadable', 'days', 'snapshot_days'])
 
-# What a repository holds: bytes, objects of each kind (and of `config`), the time of the last
-# snapshot (0 if there is none), and for each of the last DAYS days, today the last of them, the
-# bytes that were stored on it and are still there, and the snapshots; and how many of its folders
-# could not be read.
+# What a repository holds: bytes, objects of each kind (and of `config`), the time of the last snapshot
+# (0 if there is none), and for each of the last DAYS days, today being the last, the bytes stored on it
+# that are still there, and the snapshots; how many of its folders could not be read.
 Holdings = collections.namedtuple('Holdings', [
     'bytes', 'objects', 'last_snapshot', 'days', 'snapshots', 'unreadable'])
 
 
 def charge_of(size: int) -> int:
-    """Bytes for which an object counts in a quota."""
+    """Bytes that a quota is charged for an object."""
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
 class Census:
     """Counts what the repositories of a store hold, in the background, when somebody requests it and the
-    last count is `interval` seconds old; `scopes` tells the scopes of quotas that a repository lies in.
-    Any process requests a count, one of them makes it."""
+    last census is `interval` seconds old; `scopes` gives the quota scopes of a repository.  Any process
+    may request a census, one of them makes it."""
 
     def __init__(self, store: Store, counters: Counters, interval: float,
                  scopes: Callable[[str], List[str]]) -> None:
@@ -2248,7 +2250,7 @@ class Census:
         self._counting = False
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
-        """Wait until there has been a count, and a `fresh` one if it is time; whether there has."""
+        """Wait for the first census, or until it is `fresh`; whether it was in time."""
         end = time.monotonic() + seconds
         while self._is_old() if fresh else not self._counters.read(('counted',)):
             if time.monotonic() >= end:
@@ -2257,42 +2259,42 @@ class Census:
         return True
 
     def age(self) -> float:
-        """Seconds since the last count, infinite before the first."""
+        """Seconds since the last census, infinite before the first."""
         counted = self._counters.read(('counted',))
         return time.monotonic() - counted[0][0] / 1e9 if counted else math.inf
 
     def open(self) -> None:
-        """Make the pair of sockets by which a count is requested, before processes part."""
+        """Make the pair of sockets through which a census is requested, before processes are forked."""
         if not self.requests:
             self.requests, self._requester = socket.socketpair()
             for end in (self.requests, self._requester):
                 end.setblocking(False)
 
     def close(self) -> None:
-        """Count no more."""
+        """Close the pair of sockets: no census is made any more."""
         if self.requests and self._requester:
             self.requests.close()
             self._requester.close()
             self.requests = self._requester = None
 
     def request(self) -> None:
-        """Have everything counted anew if the last count is old; does not wait."""
+        """Request a census if the last one is old; does not wait for it."""
         if self._requester and self._is_old():
             with contextlib.suppress(OSError):
                 self._requester.send(b'.')
 
     def on_requested(self) -> None:
-        """Count in a thread of its own, if the last count is old.  For one process alone."""
+        """Make a census in a thread of its own if the last one is old.  For one process only."""
         try:
             if self.requests and self.requests.recv(4096) and self._is_old() and not self._counting:
                 self._counting = True
                 threading.Thread(target=self._count_all, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no thread is to be had
+        except (OSError, RuntimeError) as error:  # no thread could be started
             self._counting = False
             log.error('what is stored could not be counted: %s', error)
 
     def count(self) -> None:
-        """Count everything.  What cannot be read is logged; what was known of it stays."""
+        """Make a census.  What cannot be read is logged and keeps what was known of it."""
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
 
         def on_error(path: str, error: OSError) -> None:
@@ -2309,14 +2311,14 @@ class Census:
             if found.is_repository:
                 self._count(found.path, tally)
             elif found.path:
-                tally.note(found.path, FOLDER_BYTES, 0)
+                tally.add(found.path, FOLDER_BYTES, 0)
         gone = []   # type: List[str]
         for repository in known:
             if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
                 rows = self._counters.read(('base', repository))
                 base = _unpack(rows[0] if rows else None)._replace(unreadable=1)
                 self._counters.put(('base', repository), *_pack(base))
-                tally.note(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
+                tally.add(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
             else:
                 gone.append(repository)
                 self._forget(repository)
@@ -2332,7 +2334,7 @@ class Census:
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
 
     def _forget(self, repository: str) -> None:
-        """A repository is gone, and its rows will be: what a scope's delta has of it is left to `other`."""
+        """A repository was deleted and its rows will be dropped: move what `delta` has of it to `other`."""
         added, removed = (self._counters.total((kind, repository), len(_NOTHING))
                           for kind in ('added', 'removed'))
         charged, locks = (added[at] - removed[at] for at in (_CHARGED, _OBJECTS + KINDS.index('locks')))
@@ -2342,7 +2344,7 @@ class Census:
     def _count_all(self) -> None:
         try:
             self.count()
-        except Exception as error:  # a fault of ours must not end the counting for ever
+        except Exception as error:  # a bug must not end all further counting
             log.error('what is stored could not be counted: %s: %s', type(error).__name__, error)
             log.debug('where it happened:', exc_info=True)
         finally:
@@ -2352,13 +2354,12 @@ class Census:
         return self.age() >= self._interval
 
     def _count(self, repository: str, tally: _Tally) -> None:
-        """Count a repository.  What is added meanwhile is left to `added`.  If something is removed the
-        count is made again; after the last time it is assumed to be missing from the count, so that a
-        quota errs on the high side."""
+        """Count a repository.  If objects are removed meanwhile, it is counted again, a few times; the last
+        count is taken not to include them, so that the quota errs on the high side."""
         for _ in range(COUNTS_AT_MOST):
             before = self._store.now()
-            added, removed = (self._counters.total((way, repository), len(_NOTHING))
-                              for way in ('added', 'removed'))
+            added, removed = (self._counters.total((kind, repository), len(_NOTHING))
+                              for kind in ('added', 'removed'))
             found = self._measure(repository, before)
             if self._counters.total(('removed', repository), len(_NOTHING)) == removed:
                 break
@@ -2366,18 +2367,17 @@ class Census:
 
     def _set_base(self, repository: str, found: Count, tally: _Tally,
                   added: Optional[List[int]] = None) -> None:
-        """Note what a repository held at the start if it holds what was `found` now, or did when so
-        much had been `added`."""
+        """Set a repository's base from what was `found` when the row `added` was as given (default: now)."""
         if added is None:
             added = self._counters.total(('added', repository), len(_NOTHING))
         removed = self._counters.total(('removed', repository), len(_NOTHING))
         held: List[int] = [number - more + less for number, more, less in zip(found.held, added, removed)]
         if not self._counters.put(('base', repository), *_pack(found._replace(held=held))):
-            tally.note_other(found)
-        tally.note(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
+            tally.add_other(found)
+        tally.add(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
 
     def _measure(self, repository: str, before: float) -> Count:
-        """What a repository holds that was there `before` a time of the file system's clock."""
+        """What a repository holds that was stored `before` a time of the file system's clock."""
         now, held, last, unreadable = int(time.time()), list(_NOTHING), 0, 0
         days, snapshots, today = [0] * DAYS, [0] * DAYS, int(before) // _DAY_SECONDS
         pause = bool(self._counters.read(('counted',)))
@@ -2402,47 +2402,42 @@ class Census:
             try:
                 held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(folder)
                 for _, status in self._store.object_entries(folder, folder[-2:] if kind == 'data' else ''):
-                    # An upload since then; not what was copied, or has changed its owner.
+                    # Skip uploads since then, but not files that were copied, or changed their owner.
                     if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
                         continue
                     held[_BYTES] += status.st_size
                     held[_CHARGED] += charge_of(status.st_size)
                     held[_OBJECTS + KINDS.index(kind)] += 1
-                    moment = min(max(int(status.st_mtime), 0), int(before))
-                    day = DAYS - 1 - today + moment // _DAY_SECONDS
+                    stored_at = min(max(int(status.st_mtime), 0), int(before))
+                    day = DAYS - 1 - today + stored_at // _DAY_SECONDS
                     if day >= 0:
                         days[day] += status.st_size
                         snapshots[day] += kind == 'snapshots'
                     if kind == 'snapshots':
-                        last = max(last, moment)
+                        last = max(last, stored_at)
             except OSError as error:
                 unreadable += report(error)
-            if pause:  # leave half of the time to requests, but those that wait for the first count
+            if pause:  # leave half of the time to requests, unless they wait for the first census
                 time.sleep(time.monotonic() - begin)
         return Count(held, last, now, held[_BYTES], held[_OBJECTS + KINDS.index('snapshots')], unreadable,
                      days, snapshots)
 
 
 class Usage:
-    """What the repositories of a store hold.  All together may hold `most` bytes, and those below
-    each top-level folder `most_per_user`; 0 is no limit.  What is there is counted by a `census` if the
-    last count is `interval` seconds old.
+    """What the repositories of a store hold.  All together may hold `max_bytes`, and those below each
+    top-level folder `max_bytes_per_user`; 0 is no limit.  A `census` is made when the last one is
+    `interval` seconds old and somebody asks.  See the chapter's opening for the rows of Counters; the
+    row `snapshot` of a repository is the time of the last one that was uploaded."""
 
-    The rows that count: `added` and `removed` of a repository, since the start; `base`, what it
-    held at the start as the last count has it; `snapshot`, when one last came; of a quota's scope,
-    bytes and locks: `delta` since the start, `baseline` at the start, `other` those of delta in
-    repositories that have no rows of their own, or none any more; and `reserved` bytes.
-    """
-
-    def __init__(self, store: Store, counters: Counters, interval: float = 3600, most: int = 0,
-                 most_per_user: int = 0) -> None:
-        self.most = most
-        self.most_per_user = most_per_user
+    def __init__(self, store: Store, counters: Counters, interval: float = 3600, max_bytes: int = 0,
+                 max_bytes_per_user: int = 0) -> None:
+        self.max_bytes = max_bytes
+        self.max_bytes_per_user = max_bytes_per_user
         self.census = Census(store, counters, interval, self.scopes)
         self._store = store
         self._counters = counters
         self._next_warning = 0.0
-        self.turn = threading.Lock()    # of uploads that look for room
+        self.reserving = threading.Lock()   # one upload at a time
         self._showing = threading.Lock()    # of what follows
         self._shown_at = -math.inf
         self._names: List[str] = []
@@ -2451,23 +2446,22 @@ class Usage:
     # ---- what passes through ----
 
     def save(self, location: Location, body: Body) -> Tuple[int, int]:
-        """Store an object as Store.save() does; objects and bytes that were added.  Raises HttpError
-        507 where a quota leaves no room for it, before its content is read if that has a known
-        length."""
+        """Store an object as Store.save() does; the objects and bytes added.  Raises HttpError 507 where a
+        quota leaves no room, before the content is read if its length is known."""
         present = self._store.size(location) if self.scopes(location.repository) else None
         if present is not None and self._store.confirm(location, body):
-            return 0, 0     # an upload that is tried again needs no room
+            return 0, 0     # a retried upload needs no room
         with _Upload(self, self._counters, location, body, present) as content:
             saved = self._store.save(location, content)
             charge = charge_of(saved.after) - (0 if saved.objects else charge_of(saved.before))
-            self._note('added', location, saved.objects, saved.after - saved.before,
+            self._count_change('added', location, saved.objects, saved.after - saved.before,
                        charge + saved.folders * FOLDER_BYTES)
         if location.kind == 'snapshots' and saved.objects:
             self._counters.put(('snapshot', location.repository), int(time.time()))
         return saved.objects, saved.after - saved.before
 
     def create(self, location: Location) -> None:
-        """Make a repository as Store.create_repository() does.  Raises HttpError 507 as save() does."""
+        """Create a repository as Store.create_repository() does.  Raises HttpError 507 as save() does."""
         missing, repository = 0, location.repository
         if self.scopes(repository):
             missing = self._store.folders.missing(repository)
@@ -2475,61 +2469,61 @@ class Usage:
                 self._store.folders.missing(f'{repository}/{kind}') for kind in KINDS)
         with _Reservation(self, self._counters, location, missing * FOLDER_BYTES):
             made = self._store.create_repository(location.repository)
-            self._note('added', location, 0, 0, made * FOLDER_BYTES)
+            self._count_change('added', location, 0, 0, made * FOLDER_BYTES)
 
     def delete(self, location: Location) -> Optional[int]:
         """Remove an object as Store.delete() does."""
         size = self._store.delete(location)
         if size is not None:
-            self._note('removed', location, 1, size, charge_of(size))
+            self._count_change('removed', location, 1, size, charge_of(size))
         return size
 
     def charge(self, location: Location, size: int) -> int:
-        """Bytes for which an upload of `size` bytes counts, with the folders that it will make."""
+        """Bytes charged for an upload of `size` bytes, with the folders that it will create."""
         return charge_of(size) + self._store.folders.missing(location.folder) * FOLDER_BYTES
 
     def scopes(self, repository: str) -> List[str]:
-        """The scopes of quotas that a repository lies in: its top-level folder, and `` for all."""
-        if not (self.most or self.most_per_user):
+        """The quota scopes of a repository: its top-level folder, and `` for everything."""
+        if not (self.max_bytes or self.max_bytes_per_user):
             return []
         return [scope for scope in {_top_level(repository), ''}
-                if (self.most_per_user if scope else self.most)]
+                if (self.max_bytes_per_user if scope else self.max_bytes)]
 
     def quota(self, scope: str) -> Tuple[int, int, int]:
-        """Bytes that a scope holds, those that uploads under way have reserved, and its quota."""
-        # An upload that ends moves from reserved to delta: read in that order, it is never missed.
+        """Bytes that a scope holds, bytes reserved by uploads under way, and its limit."""
+        # An upload that ends moves from reserved to delta; reading in this order never misses it.
         reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
-        return baseline + delta, reserved, self.most_per_user if scope else self.most
+        return baseline + delta, reserved, self.max_bytes_per_user if scope else self.max_bytes
 
     def refuse(self, location: Location, count: int) -> NoReturn:
-        """Raises HttpError 507 for an upload of `count` bytes, and says so, but not for each of many."""
+        """Raises HttpError 507 for an upload of `count` bytes; logged once in WARNING_SECONDS."""
         now = time.monotonic()
         if now >= self._next_warning:
             self._next_warning = now + WARNING_SECONDS
-            held = ', '.join(f'{format_size(held)} of {format_size(most)} in /{scope}'
-                             for scope, (held, _, most) in ((scope, self.quota(scope))
+            held = ', '.join(f'{format_size(held)} of {format_size(limit)} in /{scope}'
+                             for scope, (held, _, limit) in ((scope, self.quota(scope))
                                                             for scope in self.scopes(location.repository)))
             log.warning('the quota leaves no room for %s more in %s: %s', format_size(count),
                         location.repository or '/', held)
         raise HttpError(507, 'the quota leaves no room')
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
-        """Of each scope that some repositories lie in: bytes it holds, and its quota."""
+        """Bytes held and the limit, by the scopes of some repositories."""
         scopes = {scope for repository in ('', *repositories) for scope in self.scopes(repository)}
         return {scope: self.quota(scope)[::2] for scope in sorted(scopes)}
 
     def is_free(self, location: Location, length: Optional[int]) -> bool:
-        """Whether an upload needs no room in a quota: who has none left must still be able to read
-        and to remove, and restic holds a lock for both."""
+        """Whether an upload is not charged: restic needs a lock to read and to delete, also where the
+        quota is full."""
         if location.kind != 'locks' or length is None or length > LOCK_BYTES:
             return False
         return all(sum(self._counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
                    for scope in self.scopes(location.repository)
                    ) and not self._store.folders.missing(location.folder)
 
-    def _note(self, direction: str, location: Location, objects: int, size: int, charge: int) -> None:
-        """Something was added or removed."""
+    def _count_change(self, direction: str, location: Location, objects: int, size: int, charge: int) -> None:
+        """Count what was added or removed."""
         counters = self._counters
         with counters.lock:
             row = counters.row((direction, location.repository), len(_NOTHING))
@@ -2548,8 +2542,8 @@ class Usage:
     # ---- what is there ----
 
     def names(self, below: str = '') -> List[str]:
-        """The repositories at a path and below it that may hold something, in order; OTHER stands for
-        those that are not counted each.  None before the first count."""
+        """The repositories at and below a path, in order; OTHER stands for those without rows of their
+        own.  None before the first census."""
         with self._showing:
             self._forget_shown()
             if not self._names and self.census.wait(0):
@@ -2562,8 +2556,8 @@ class Usage:
             return [name for name in at if f'{name}/'.startswith(f'{below}/')]
 
     def holdings(self, names: Iterable[str]) -> Dict[str, Holdings]:
-        """What repositories hold now; those that hold nothing are left out.  Each is computed once a
-        second at the most, by one thread at a time."""
+        """What repositories hold now; empty ones are left out.  Each is computed once in SHOWN_SECONDS at
+        the most, by one thread at a time."""
         found = {}
         with self._showing:
             self._forget_shown()
@@ -2576,7 +2570,7 @@ class Usage:
         return found
 
     def repositories(self) -> Dict[str, Holdings]:
-        """All repositories and what they hold now; none before the first count."""
+        """All repositories and what they hold now; none before the first census."""
         return self.holdings(self.names())
 
     def _forget_shown(self) -> None:
@@ -2600,7 +2594,7 @@ class Usage:
         days[-1] += max(size - base.bytes, 0)  # since the count, so today
         snapshots[-1] += max(objects['snapshots'] - base.snapshots, 0)
         excess = sum(days) - size
-        for day in range(DAYS - 1, -1, -1):  # what was removed since is taken for the latest
+        for day in range(DAYS - 1, -1, -1):  # assume that the latest was removed
             less = max(min(excess, days[day]), 0)
             days[day] -= less
             excess -= less
@@ -2608,21 +2602,20 @@ class Usage:
 
 
 class _Tally:
-    """What a count has found until now: by a quota's scope, charged bytes and locks; and in all
-    repositories that are counted as OTHER."""
+    """Sums of a census: bytes charged and locks by quota scope, and all repositories under OTHER."""
 
     def __init__(self, scopes_of: Callable[[str], List[str]], scopes: Iterable[str]) -> None:
         self._scopes_of = scopes_of
         self.held = {scope: [0, 0] for scope in scopes}
         self.other = _unpack(None)
 
-    def note(self, repository: str, charged: int, locks: int) -> None:
+    def add(self, repository: str, charged: int, locks: int) -> None:
         for scope in self._scopes_of(repository):
             held = self.held.setdefault(scope, [0, 0])
             held[0] += charged
             held[1] += locks
 
-    def note_other(self, found: Count) -> None:
+    def add_other(self, found: Count) -> None:
         old = self.other
         self.other = Count(
             *(list(map(operator.add, old.held, found.held)), max(old.last_snapshot, found.last_snapshot),
@@ -2636,7 +2629,7 @@ def _pack(count: Count) -> List[int]:
 
 
 def _unpack(row: Optional[List[int]]) -> Count:
-    """What _pack() made a row of; without one nothing was found, now."""
+    """The inverse of _pack(); without a row an empty Count of now."""
     if not row:
         return Count(_NOTHING, 0, int(time.time()), 0, 0, 0, [0] * DAYS, [0] * DAYS)
     rest = row[len(_NOTHING):]
@@ -2644,13 +2637,13 @@ def _unpack(row: Optional[List[int]]) -> Count:
 
 
 def _age_days(days: List[int], passed: int) -> List[int]:
-    """The numbers of the last DAYS days when so many more have passed."""
+    """The numbers of the last DAYS days, shifted by the days that have passed."""
     return [*days, *[0] * min(max(passed, 0), DAYS)][-DAYS:]
 
 
 class _Reservation:
-    """Room for `charge` bytes in the quotas, while this context lasts.  Raises HttpError 507 if there is
-    none, and 503 if that may change soon or is not known yet."""
+    """Reserves quota for `charge` bytes until the context ends.  Raises HttpError 507 if there is no room,
+    and 503 if there may be soon, or before the first census."""
 
     def __init__(self, usage: Usage, counters: Counters, location: Location, charge: int) -> None:
         self._usage = usage
@@ -2674,18 +2667,17 @@ class _Reservation:
             self._add(-self._taken)
 
     def take(self, charge: int) -> None:
-        """Reserve room for `charge` bytes in all.  While uploads under way have reserved what is left,
-        they are waited for: they may fail.  Two processes may also have stepped into each other's
-        way."""
+        """Raise the reservation to `charge` bytes.  Waits while other uploads have reserved what is left,
+        since they may fail, or another process has tried at the same time."""
         end, count = time.monotonic() + ROOM_SECONDS, charge - self._taken
         while count > 0:
-            with self._usage.turn:
+            with self._usage.reserving:
                 fits = self._add(count)
                 quotas = [self._usage.quota(scope) for scope in self._scopes]
-                if fits and all(held + reserved <= most for held, reserved, most in quotas):
+                if fits and all(held + reserved <= limit for held, reserved, limit in quotas):
                     return
                 self._add(-count)
-            if any(held + self._taken + count > most for held, _, most in quotas):
+            if any(held + self._taken + count > limit for held, _, limit in quotas):
                 self._usage.refuse(self._location, count)
             if time.monotonic() > end or not self._can_wait():
                 raise HttpError(503, 'other uploads hold the room that is left', [('Retry-After', '10')])
@@ -2695,7 +2687,7 @@ class _Reservation:
         return True
 
     def _add(self, count: int) -> bool:
-        """Change what is reserved; false if that cannot be counted."""
+        """Change what is reserved; False if Counters has no room to count it."""
         self._taken += count
         fits = True
         for scope in self._scopes:
@@ -2704,15 +2696,16 @@ class _Reservation:
 
 
 class _Upload(_Reservation):
-    """The content of an upload, all of which has its room before it is read; as much of it as has come
-    where its length is not known.  One that mends an object of `present` bytes needs what it adds."""
+    """The content of an upload, with a reservation for all of it, or for what has been read where its
+    length is not known.  One that replaces a damaged object of `present` bytes is charged the
+    difference."""
 
     def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body,
                  present: Optional[int]) -> None:
         self.length = body.length
         self.piece = body.piece
         self._body = body
-        self._come = 0
+        self._received = 0
         self._present = 0 if present is None else charge_of(present)
         super().__init__(usage, counters, location, 0)
         if self._scopes:
@@ -2727,8 +2720,8 @@ class _Upload(_Reservation):
     def readinto(self, view: memoryview) -> int:
         count = self._body.readinto(view)
         if self.length is None:
-            self._come += count
-            self.take(self._missing(self._come))
+            self._received += count
+            self.take(self._missing(self._received))
         return count
 
     def _missing(self, size: int) -> int:
@@ -2739,15 +2732,15 @@ class _Upload(_Reservation):
 
 
 # ==== Accounts ===================================================================================
-# Who asks: password schemes, the htpasswd file, the memory of verified passwords, and what a
-# connection itself says of its user.
+# Authentication: password schemes, the htpasswd file, verified passwords that are remembered, and users
+# named by certificates, proxies and unix sockets.
 
-SLOW_COST = 5               # of bcrypt where Python computes it
-FAST_COST = 10              # and where the C library does
-BCRYPT_BYTES = 72           # of a password; bcrypt ignores the rest
-PASSWORD_BYTES = 255        # longest password of the other schemes
-SLOW_SECONDS = 2.0          # longest hash that Python computes among the others
-WAITING_LOGINS = 8          # requests of one address that wait for their password to be hashed
+SLOW_COST = 5               # Cost of new bcrypt entries where Python computes bcrypt.
+FAST_COST = 10              # Cost of new bcrypt entries where the C library does.
+BCRYPT_BYTES = 72           # Bytes of a password that bcrypt uses; the rest is ignored.
+PASSWORD_BYTES = 255        # Longest password of the other schemes.
+SLOW_SECONDS = 2.0          # Slower hashes have a queue of their own.
+WAITING_LOGINS = 8          # Requests of one address that may wait for their password to be hashed.
 _ITOA64 = './0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
 _BCRYPT64 = './ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
 _BCRYPT = re.compile(r'\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$([./A-Za-z0-9]{22})([./A-Za-z0-9]{31})')
@@ -2758,8 +2751,8 @@ _SHA1 = re.compile(r'\{SHA\}[A-Za-z0-9+/]{27}=')
 
 
 def hash_cost(entry: str) -> int:
-    """How long a password takes to compare with an entry of an htpasswd file, roughly, in MD5
-    rounds; 0 if its scheme is unknown."""
+    """Cost of verifying a password against an entry of an htpasswd file, roughly in MD5 rounds; 0 for an
+    unknown scheme."""
     bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
     if bcrypt:
         return 1000 << int(bcrypt[1])
@@ -2769,13 +2762,13 @@ def hash_cost(entry: str) -> int:
 
 
 def scheme_of(entry: str) -> str:
-    """The scheme of an entry, such as `$6$`; the varieties of bcrypt are one."""
+    """The scheme of an entry, such as `$6$`; `$2` for all variants of bcrypt."""
     scheme = entry[:entry.find('$', 1) + 1]
     return '$2' if scheme.startswith('$2') else scheme
 
 
 def slowest_entries(entries: Iterable[str]) -> Dict[str, str]:
-    """Of each scheme the entry that takes longest to compare."""
+    """The slowest entry of each scheme."""
     found: Dict[str, str] = {}
     for entry in entries:
         scheme = scheme_of(entry)
@@ -2785,11 +2778,10 @@ def slowest_entries(entries: Iterable[str]) -> Dict[str, str]:
 
 
 def rest_of_cost(entry: str, slowest: str) -> List[str]:
-    """Entries that take as long to compare as `slowest` does, which has the same scheme, when `entry`
-    has been compared."""
-    bcrypt, most = _BCRYPT.fullmatch(entry), _BCRYPT.fullmatch(slowest)
-    if bcrypt and most:  # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
-        return [f'{slowest[:4]}{number:02d}{slowest[6:]}' for number in range(int(bcrypt[1]), int(most[1]))]
+    """Dummy entries that take as long to verify as `slowest`, of the same scheme, less what `entry` takes."""
+    bcrypt, target = _BCRYPT.fullmatch(entry), _BCRYPT.fullmatch(slowest)
+    if bcrypt and target:  # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
+        return [f'{slowest[:4]}{cost:02d}{slowest[6:]}' for cost in range(int(bcrypt[1]), int(target[1]))]
     sha2, rounds = _SHA2.fullmatch(slowest), hash_cost(slowest) - hash_cost(entry)
     if sha2 and rounds >= 1000:     # the fewest that there are
         return [f'${sha2[1]}$rounds={rounds}${sha2[3]}${sha2[4]}']
@@ -2797,9 +2789,9 @@ def rest_of_cost(entry: str, slowest: str) -> List[str]:
 
 
 def verify(password: bytes, entry: str) -> bool:
-    """Whether a password belongs to an entry: bcrypt, SHA-crypt, MD5-crypt (Apache's and the
-    original) or SHA-1.  By the C library where it knows the scheme, else in Python.  A password with
-    a NUL, or of more than PASSWORD_BYTES for a scheme that looks at all of it, never matches."""
+    """Whether a password matches an entry: bcrypt, SHA-crypt, MD5-crypt (Apache's and the original) or
+    SHA-1.  Uses the C library for schemes that it supports, else Python.  A password with a NUL never
+    matches, nor one longer than PASSWORD_BYTES, except for bcrypt."""
     import base64
     import hmac
     if b'\0' in password:
@@ -2817,19 +2809,18 @@ def verify(password: bytes, entry: str) -> bool:
 
 
 def crypt_in_c(password: bytes, entry: str) -> str:
-    """crypt(3) of the C library, for a scheme that it knows; one call at a time."""
+    """crypt(3) of the C library, for a scheme that it supports; not thread-safe."""
     return (_c_crypt()(password, entry.encode()) or b'').decode('latin-1')
 
 
 def is_in_c(entry: str) -> bool:
-    """Whether the C library computes an entry's scheme.  Then Python never does: it would take a
-    hundred times as long."""
+    """Whether the C library supports an entry's scheme.  Python takes a hundred times as long."""
     return _knows_scheme(_c_crypt(), entry[:entry.find('$', 1) + 1])
 
 
 @functools.lru_cache(maxsize=16)
 def _knows_scheme(function: Any, scheme: str) -> bool:
-    """Whether crypt(3) does the cheapest hash of a scheme."""
+    """Whether crypt(3) supports a scheme: try its cheapest hash."""
     if not function or scheme == '$apr1$':
         return False
     sample = {'$5$': '$5$rounds=1000$x$', '$6$': '$6$rounds=1000$x$', '$1$': '$1$x$'}.get(
@@ -2839,7 +2830,7 @@ def _knows_scheme(function: Any, scheme: str) -> bool:
 
 
 def seconds_in_python(entry: str) -> float:
-    """About how long Python computes an entry's scheme."""
+    """Estimated seconds to verify an entry in Python."""
     bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
     if bcrypt:
         return _sample_seconds('bcrypt') * (1 << int(bcrypt[1]) - 4)
@@ -2848,20 +2839,20 @@ def seconds_in_python(entry: str) -> float:
 
 @functools.lru_cache(maxsize=None)
 def _sample_seconds(scheme: str) -> float:
-    """How long the cheapest hash of a scheme takes in Python."""
+    """Measured seconds of the cheapest hash of a scheme in Python."""
     begin = time.perf_counter()
     crypt(b'x', f'$2b$04${53 * "."}' if scheme == 'bcrypt' else f'$6$rounds=1000$x${86 * "."}')
     return time.perf_counter() - begin
 
 
 def is_slow(entry: str) -> bool:
-    """Whether others should not wait while an entry is compared."""
+    """Whether verifying an entry takes so long that others must not wait for it."""
     return not is_in_c(entry) and seconds_in_python(entry) > SLOW_SECONDS
 
 
 @functools.lru_cache(maxsize=None)
 def _c_crypt() -> Any:
-    """The function crypt(3), or None.  Its result is static."""
+    """The function crypt(3), or None.  It returns a static buffer."""
     try:
         import ctypes
     except ImportError:
@@ -2876,7 +2867,7 @@ def _c_crypt() -> Any:
 
 
 def crypt(password: bytes, entry: str) -> str:
-    """What the entry would be if the password were its own; empty for an unknown scheme."""
+    """Hash a password with the scheme and salt of an entry; empty for an unknown scheme."""
     bcrypt, md5, sha2 = (form.fullmatch(entry) for form in (_BCRYPT, _MD5, _SHA2))
     if bcrypt:
         return bcrypt_crypt(password, entry[:29])
@@ -2886,7 +2877,7 @@ def crypt(password: bytes, entry: str) -> str:
 
 
 def md5_crypt(password: bytes, magic: str, salt_text: str) -> str:
-    """MD5-crypt as FreeBSD made it; `magic` is `$1$`, or `$apr1$` for Apache's variety."""
+    """MD5-crypt of FreeBSD; `magic` is `$1$`, or `$apr1$` for Apache's variant."""
     salt, size = salt_text.encode(), len(password)
     inner = hashlib.md5(password + salt + password).digest()
     first = password + magic.encode() + salt + (inner * (size // 16 + 1))[:size]
@@ -2929,7 +2920,7 @@ def sha2_crypt(password: bytes, number: str, rounds: Optional[str], salt_text: s
 
 def _stretch(algorithm: Callable[..., Any], digest: bytes, password: bytes, salt: bytes,
              rounds: int) -> bytes:
-    """The rounds that MD5-crypt and SHA-crypt have in common."""
+    """The rounds of MD5-crypt and SHA-crypt."""
     for number in range(rounds):
         odd = number & 1
         data = password if odd else digest
@@ -2962,7 +2953,7 @@ def bcrypt_crypt(password: bytes, setting: str) -> str:
     data = (password + b'\0')[:72]
     stream = (data * (72 // len(data) + 1))[:72]
     key = [int.from_bytes(stream[at:at + 4], 'big') for at in range(0, 72, 4)]
-    # The salt as a key, and no salt: what the rounds take turns in.
+    # The rounds alternate between the password and the salt as keys, both without salt.
     salt_key, nothing = (salt * 5)[:18], [0, 0, 0, 0]
     words = list(_digits_of_pi())
     _expand_key(words, key, salt)
@@ -2991,7 +2982,7 @@ def _expand_key(words: List[int], key: List[int], salt: List[int]) -> None:
 
 
 def _encipher(words: List[int], left: int, right: int) -> Tuple[int, int]:
-    """Blowfish of one block, two rounds at a time."""
+    """Blowfish encryption of one block; two rounds in each turn of the loop."""
     for number in range(0, 16, 2):
         left ^= words[number]
         right ^= words[number + 1] ^ (
@@ -3046,15 +3037,15 @@ class PasswordFile:
         self.entries = self._load()
         self.slowest = slowest_entries(self.entries.values())
 
-    def refresh(self, now: bool = False) -> None:
-        """Read the file again if it has changed.  The last good one stays in force while it cannot
-        be read."""
-        moment = time.monotonic()
-        if not now and moment < self._next_look:
+    def refresh(self, force: bool = False) -> None:
+        """Read the file again if it has changed, or anyway with `force`.  While it cannot be read, the
+        last users stay in force."""
+        now = time.monotonic()
+        if not force and now < self._next_look:
             return
-        self._next_look = moment + LOOK_SECONDS
+        self._next_look = now + LOOK_SECONDS
         found = stamp(self._path)
-        if found == self._stamp and not now:
+        if found == self._stamp and not force:
             return
         self._stamp = found
         try:
@@ -3092,7 +3083,7 @@ class PasswordFile:
 
 
 class Turn:
-    """A thread's turn in a FairQueue; whoever has `failed` rests afterwards."""
+    """A thread's turn in a FairQueue; `failed` is set by the thread."""
 
     __slots__ = ('failed',)
 
@@ -3101,15 +3092,15 @@ class Turn:
 
 
 class FairQueue:
-    """Lets one thread at a time do something that takes long.  The groups of addresses that wait
-    take turns; of one group at most WAITING_LOGINS threads wait.  A group that has failed rests as long
-    as its turn has taken, so that guesses leave half of the time to others."""
+    """Lets one thread at a time do something slow.  Groups of addresses take turns, and at most
+    WAITING_LOGINS threads of a group may wait.  After a failed turn the group pauses for as long as the
+    turn took, so that guessing leaves half of the time to others."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()   # of what follows
         self._busy = False
         self._resting: Set[str] = set()
-        # Of each group, in the order of their turns: locks that waiting threads try to acquire.
+        # By group, in the order of their turns: locks on which threads wait.
         self._waiting: Dict[str, collections.deque[threading.Lock]] = {}
 
     @contextlib.contextmanager
@@ -3126,7 +3117,7 @@ class FairQueue:
             else:
                 self._busy = True
         if gate:
-            gate.acquire()  # until it is our turn
+            gate.acquire()  # released by _give_turn()
         turn, begin = Turn(), time.monotonic()
         try:
             yield turn
@@ -3134,7 +3125,7 @@ class FairQueue:
             with self._lock:
                 if turn.failed:
                     self._resting.add(group)
-                if group in self._waiting:  # it goes to the end
+                if group in self._waiting:  # move it to the end
                     self._waiting[group] = self._waiting.pop(group)
                 self._busy = False
                 self._give_turn()
@@ -3145,7 +3136,7 @@ class FairQueue:
                 self._give_turn()
 
     def _give_turn(self) -> None:
-        """Let the first thread of the next group that does not rest go on, if nobody has the turn."""
+        """Wake the first thread of the next group that is not pausing, unless somebody has the turn."""
         group = next((group for group in self._waiting if group not in self._resting), None)
         if group is None or self._busy:
             return
@@ -3157,16 +3148,16 @@ class FairQueue:
 
 
 class Accounts:
-    """Who a request comes from.  Users come from one of: an htpasswd file, one `user` with a
-    `password` (kept as a hash with `salt`), or the header `user_header` of a proxy in `proxies` or
-    on this host; without them from the client's certificate if `certificates` name the users.  Over
-    a unix socket the user is the login name of the process there, unless `socket_auth` has it give
-    a password, too.  `realm` is what a client that asks for a password shows.
+    """Authenticates requests.  Users come from one of: an htpasswd file; a single `user` with `password`
+    (kept as a hash with `salt`); the header `user_header` of a proxy that is in `proxies` or on this
+    host.  Without these, `certificates` may name them.  Over a unix socket the user is the login name of
+    the client's process, unless `socket_auth` requires a password there, too.  `realm` is shown by
+    clients when they ask for a password.
 
-    A password that was verified is remembered by a keyed digest of the user, the password and the
-    entry it matched, so that it is valid for as long as the file has that entry: nothing has to be
-    forgotten, and a remembered password never waits for one that is being compared.  Processes share
-    what they remember by `counters`.
+    A verified password is remembered as a keyed digest of the user, the password and the entry that it
+    matched.  It holds as long as the file has that entry, so nothing has to be invalidated, and a
+    remembered login never waits for one that is being verified.  Processes share the digests through
+    `counters`.
     """
 
     def __init__(self, file: Optional[PasswordFile] = None, user: str = '', password: str = '',
@@ -3189,11 +3180,11 @@ class Accounts:
 
     @property
     def demanded(self) -> bool:
-        """Whether one has to log in, but over a unix socket."""
+        """Whether clients have to log in (but perhaps not over a unix socket)."""
         return bool(self._file or self._user or self._user_header or self._certificates)
 
     def identify(self, request: Request) -> str:
-        """The user behind a request, empty if nothing says.  Raises HttpError 401, 403 and 429."""
+        """The user of a request, empty if nothing names one.  Raises HttpError 401, 403 and 429."""
         peer = request.peer
         if self._user_header and (peer.unix or self.is_proxy(peer.name)):
             user = request.headers.get(self._user_header, '')
@@ -3214,9 +3205,9 @@ class Accounts:
         return ''
 
     def reload(self) -> None:
-        """Read again what may have changed."""
+        """Read the htpasswd file again."""
         if self._file:
-            self._file.refresh(now=True)
+            self._file.refresh(force=True)
 
     def _check_basic(self, request: Request) -> str:
         """The user of the Authorization header (RFC 7617)."""
@@ -3240,21 +3231,21 @@ class Accounts:
         return user
 
     def _parse_basic(self, header: str) -> Tuple[str, bytes]:
-        """Name and password of a header's value."""
+        """User and password of the header's value.  Raises HttpError 401."""
         import base64
         scheme, _, encoded = header.partition(' ')
         try:
             if scheme.lower() != 'basic':
                 raise ValueError
             name, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b':')
-            if not colon or b'\0' in password:  # crypt(3) would take the NUL for the end
+            if not colon or b'\0' in password:  # crypt(3) would end at the NUL
                 raise ValueError
             return name.decode(), password
         except ValueError:
             self._refuse('malformed credentials')
 
     def _is_remembered(self, file: PasswordFile, user: str, password: bytes) -> bool:
-        """Whether a password has been verified, here or by another process."""
+        """Whether a password has been verified, by this process or another."""
         entry = file.entries.get(user)
         if entry is None:
             return False
@@ -3267,8 +3258,8 @@ class Accounts:
         return False
 
     def _verify(self, file: PasswordFile, user: str, password: bytes, group: str) -> bool:
-        """Whether a password is the user's, by its hash.  Whoever fails takes as long as anybody who
-        does: as comparing it with the slowest entry of each scheme in the file."""
+        """Whether a password is the user's, by its hash.  Every failure takes the same time, that of the
+        slowest entry of each scheme in the file, so that it does not show which users exist."""
         entry, slowest = file.entries.get(user), dict(file.slowest)
         entries = []
         if entry is not None:
@@ -3278,7 +3269,7 @@ class Accounts:
             with (self._slow_queue if slow else self._queue).turn(group) as turn:
                 for one in some:
                     if one is entry and self._is_remembered(file, user, password):
-                        return True  # another request has come before
+                        return True  # another request has verified it meanwhile
                     if verify(password, one) and one is entry:
                         digest = self._digest(user, password, entry)
                         self._verified[user] = digest
@@ -3297,7 +3288,7 @@ class Accounts:
         return hashlib.sha256(self._salt + password).digest()
 
     def is_proxy(self, name: str) -> bool:
-        """Whether an address is a proxy's, which may say who its users are."""
+        """Whether an address belongs to a proxy, which may name users."""
         if is_loopback(name):
             return True
         if not self._proxies:
@@ -3311,9 +3302,9 @@ class Accounts:
 
 
 def change_password_file(path: str, user: str, entry: str) -> bool:
-    """Set a user's entry in an htpasswd file, or remove it if `entry` is empty; whether the user
-    was there.  Other lines, owner, group and mode stay, and the file changes all at once; through a
-    link its target does.  Raises OSError."""
+    """Set a user's entry in an htpasswd file, or remove it if `entry` is empty; whether the user existed.
+    Other lines, owner, group and mode stay.  The file, or the target of a link, is replaced
+    atomically.  Raises OSError."""
     import tempfile
     path, status = os.path.realpath(path), None
     lines: List[bytes] = []
@@ -3348,7 +3339,7 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
 
 
 def new_entry(password: bytes, cost: Optional[int] = None) -> str:
-    """A bcrypt entry for a password; the default cost depends on who computes it."""
+    """A bcrypt entry for a password; the default cost depends on what computes bcrypt here."""
     salt = _bcrypt_encode(os.urandom(16))
     if cost is None:
         cost = FAST_COST if is_in_c('$2y$') else SLOW_COST
@@ -3357,15 +3348,15 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
 
 
 # ==== Policy =====================================================================================
-# What a user may do.  Each rule stands here once, for every route and every wire.
+# Authorization.  Each rule stands here once, for every route and both wires.
 
-METRICS_USER = 'metrics'     # who may see the metrics, beside administrators
+METRICS_USER = 'metrics'     # May see the metrics, besides administrators.
 
 
 class Policy:
-    """`append_only`: nothing that was stored can be deleted, except locks.  `private`: a user may
-    enter only repositories below `/<user>/`.  Neither binds the users in `administrators`.  With
-    `metrics` the user of that name may see the metrics and nothing else."""
+    """`append_only`: only locks can be deleted.  `private`: users may access only repositories below
+    `/<user>/`.  Neither applies to `administrators`.  With `metrics` the user of that name may see the
+    metrics and nothing else."""
 
     def __init__(self, append_only: bool = False, private: bool = False,
                  administrators: Iterable[str] = (), metrics: bool = False) -> None:
@@ -3375,7 +3366,7 @@ class Policy:
         self._metrics = metrics
 
     def may_enter(self, user: str, repository: str) -> bool:
-        """Whether a repository, or what lies below it, is the user's to enter."""
+        """Whether a user may access a repository."""
         if user in self.administrators:
             return True
         if self._metrics and user == METRICS_USER:
@@ -3383,16 +3374,16 @@ class Policy:
         return not self.private or (bool(user) and f'{repository}/'.startswith(f'/{user}/'))
 
     def check_user(self, user: str) -> None:
-        """Raises HttpError 403 for one who may enter nothing at all."""
+        """Raises HttpError 403 for a user who may access no repository at all."""
         if self._metrics and user == METRICS_USER and user not in self.administrators:
             raise HttpError(403, f'the user {METRICS_USER} may see the metrics and nothing else')
 
     def may_see_metrics(self, user: str) -> bool:
-        """Whether one who is known may see what is said of all repositories."""
+        """Whether an authenticated user may see the metrics of all repositories."""
         return user == METRICS_USER or user in self.administrators
 
     def check(self, request: Request, location: Location) -> None:
-        """Raises HttpError 403 for what the request's user may not do."""
+        """Raises HttpError 403 if the request's user may not do that."""
         user = request.user
         if user in self.administrators:
             return
@@ -3406,10 +3397,10 @@ class Policy:
 
 
 # ==== Metrics ====================================================================================
-# What was done, and what is there, for Prometheus and for the log.
+# Statistics for Prometheus and for the log.
 # https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
 
-# The limits that end or refuse something, as the metrics and the log name them.
+# Limits that end or refuse something, as they are called in metrics and log.
 STALLED_UPLOAD = 'stalled uploads'
 STALLED_DOWNLOAD = 'stalled downloads'
 CONNECTIONS_IN_ALL = 'too many connections'
@@ -3417,37 +3408,38 @@ CONNECTIONS_PER_ADDRESS = 'too many connections from your address'
 REQUESTS = 'too many requests'
 REQUESTS_PER_ADDRESS = 'too many requests from your address'
 LOGINS = 'too many logins from your address'
-LIMITED_SECONDS = 60         # between two lines about the same limit
-LIMITED_ADDRESSES = 10       # addresses in such a line
+LIMITED_SECONDS = 60         # Time between two lines about the same limit.
+LIMITED_ADDRESSES = 10       # Addresses in such a line.
+REMEMBERED = 1024            # Addresses that are counted between two lines.
 
 METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Metrics:
-    """Counts requests, and tells what was counted.
+    """Counts requests, and reports what was counted.
 
-    The rows that count: `request`, by method and status: microseconds, and how many requests took so
-    long, by SECONDS; `blob`, by user, repository and type: blobs and bytes written, read and deleted,
+    Rows of Counters: `request`, by method and status: microseconds in all, and a histogram with the
+    bounds SECONDS; `blob`, by user, repository and type: blobs and bytes written, read and deleted,
     as rest-server counts them.
     """
 
-    WRITTEN, READ, DELETED = 0, 2, 4   # where in a row of `blob`
+    WRITTEN, READ, DELETED = 0, 2, 4   # positions in a row `blob`
 
     def __init__(self, counters: Counters, usage: Usage, store: Store) -> None:
         self.counters = counters
         self._usage = usage
         self._store = store
         self._begin = time.time()
-        self._reported = self._activity()   # and when, as the last line had it
+        self._reported = self._activity()   # as of the last line
         self._reported_at = time.monotonic()
         self._exposing = threading.Lock()
         self._lock = threading.Lock()       # of the two below
-        self._limited: Dict[str, collections.Counter[str]] = {}     # not told yet, by limit and address
-        self._told: Dict[str, float] = {}   # when a line last told of a limit
+        self._limited: Dict[str, collections.Counter[str]] = {}     # not logged yet, by limit and address
+        self._logged_at: Dict[str, float] = {}  # when a limit was last logged
 
     def count(self, request: Request, status: int, sent: int) -> None:
-        """A request was answered, with so many bytes of content."""
+        """Count a request that was answered with `sent` bytes of content."""
         method = request.method if request.method in METHODS else 'other'
         seconds = time.monotonic() - request.begun
         counters, location = self.counters, request.location
@@ -3459,7 +3451,7 @@ class Metrics:
                 self._count_blob(request, location, self.READ, sent)
 
     def count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
-        """A blob was written, read or deleted."""
+        """Count a blob that was WRITTEN, READ or DELETED."""
         with self.counters.lock:
             self._count_blob(request, location, what, size)
 
@@ -3473,45 +3465,45 @@ class Metrics:
         """Connections that are being served."""
         return self.counters.total(CONNECTIONS, 2)[1]
 
-    def note_limited(self, limit: str, address: str) -> None:
-        """A limit has ended or refused something; tell_limited() says so once a minute."""
+    def count_limited(self, limit: str, address: str) -> None:
+        """Count that a limit has ended or refused something; log_limited() reports it."""
         self.counters.add(('limited', limit), 1)
         with self._lock:
             of_limit = self._limited.setdefault(limit, collections.Counter())
             of_limit[address if len(of_limit) < REMEMBERED or address in of_limit else 'others'] += 1
 
-    def tell_limited(self, at_once: bool = False) -> float:
-        """Log what limits have ended or refused, at once and then once a minute at the most; seconds
-        until there is more to log."""
+    def log_limited(self, at_once: bool = False) -> float:
+        """Log what limits have ended or refused, each once in LIMITED_SECONDS; seconds until there is more
+        to log."""
         now, lines, wait = time.monotonic(), [], math.inf
         with self._lock:
             for limit in list(self._limited):
-                left = self._told.get(limit, -math.inf) + LIMITED_SECONDS - now
+                left = self._logged_at.get(limit, -math.inf) + LIMITED_SECONDS - now
                 if left <= 0 or at_once:
                     lines.append((limit, self._limited.pop(limit)))
-                    self._told[limit] = now
+                    self._logged_at[limit] = now
                 else:
                     wait = min(wait, left)
         for limit, by_address in lines:
-            most = by_address.most_common(LIMITED_ADDRESSES)
-            rest = len(by_address) - len(most)
+            listed = by_address.most_common(LIMITED_ADDRESSES)
+            rest = len(by_address) - len(listed)
             log.warning('%s: %d ended or refused, from %s', limit, sum(by_address.values()), ', '.join(
-                f'{address or "unix"} ({number})' for address, number in most)
+                f'{address or "unix"} ({count})' for address, count in listed)
                 + (f' and {rest} more' if rest else ''))
         return wait
 
     # ---- for the log ----
 
     def has_news(self) -> bool:
-        """Whether anything has been done that no line told of."""
+        """Whether anything happened since the last line."""
         return self._activity() != self._reported
 
     def begin_period(self) -> None:
-        """Nothing was done until now: the next line tells of what comes."""
+        """Begin the period of the next line now."""
         self._reported_at = time.monotonic()
 
     def line(self, final: bool = True) -> str:
-        """What was done since the last line; with `final` false the next line tells it again."""
+        """A summary since the last line.  Without `final` the next line includes it again."""
         activity, now = self._activity(), time.monotonic()
         seconds = max(now - self._reported_at, 0.001)
         requests, errors, received, received_bytes, sent, sent_bytes = (
@@ -3525,12 +3517,12 @@ class Metrics:
                 f'({requests / seconds:.1f}/s), {errors} errors; {connections} connections')
 
     def _activity(self) -> List[int]:
-        """Requests, errors among them, and objects and bytes received and sent."""
+        """Requests, errors among them, objects and bytes received, objects and bytes sent."""
         activity = [0] * 6
         for (_, _, status), (_, *numbers) in self.counters.find('request').items():
             number = sum(numbers)
             activity[0] += number
-            # A missing object is what restic asks for to know that it is missing.
+            # restic looks for objects that need not exist.
             activity[1] += number if int(status) >= 400 and status != '404' else 0
         for blob in self.counters.find('blob').values():
             for number in range(4):
@@ -3553,14 +3545,14 @@ class Metrics:
                      self._usage.quotas(repositories))
 
 
-# What the metrics are made of: rows of Counters, and what is known of repositories and quotas by name.
+# What the metrics are computed from: rows of Counters, and repositories, scrubs and quotas by name.
 Facts = collections.namedtuple('Facts', [
     'blobs', 'requests', 'limited', 'connections', 'begin', 'repositories', 'scrubs', 'quotas'])
 
 
 class Family:
-    """A metric: `samples` gives its labels and values, as Facts have them; what follows its name may
-    stand before them."""
+    """A metric.  `samples` yields labels and values from Facts, preceded by a suffix of the name where the
+    type has some."""
 
     def __init__(self, name: str, kind: str, help_text: str, samples: Samples) -> None:
         self._name = name
@@ -3577,7 +3569,7 @@ class Family:
 
 
 def _blobs(at: int) -> Samples:
-    """One number of the rows of blobs."""
+    """Samples of one number of the rows `blob`."""
     return lambda facts: (
         ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[at])
         for (_, user, repository, kind), row in facts.blobs.items() if row[at & ~1])
@@ -3596,13 +3588,13 @@ def _durations(facts: Facts) -> Iterator[Sample]:
 
 
 def _repositories(value: Callable[[Holdings], float]) -> Samples:
-    """A number of each repository, where it is not 0."""
+    """Samples of a number of each repository, unless it is 0."""
     return lambda facts: (({'repo': repository_label(name)}, value(held))
                           for name, held in facts.repositories.items() if value(held))
 
 
 def _scrubs(at: int) -> Samples:
-    """A part of each repository's ScrubResult."""
+    """Samples of one field of each repository's ScrubResult."""
     return lambda facts: (({'repo': repository_label(name)}, result[at])
                           for name, result in facts.scrubs.items())
 
@@ -3655,22 +3647,22 @@ _FAMILIES = (
 
 
 def repository_label(name: str) -> str:
-    """A repository's path as a label has it, without its first slash."""
+    """A repository's path without its first slash, as in rest-server's labels."""
     return name[1:] if name.startswith('/') else name
 
 
 def _label(text: str) -> str:
-    """The value of a label; nothing but backslash, quote and line feed is escaped."""
+    """The value of a label, with backslash, quote and line feed escaped."""
     text = text.encode('utf-8', 'backslashreplace').decode()
     return text.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
 
 
 # ==== Page =======================================================================================
-# What is there, for a browser: one page of HTML, with neither scripts nor anything from elsewhere.
+# The status page for browsers: one page of HTML, without scripts and without anything from elsewhere.
 
-COUNT_PATIENCE = 2           # seconds that a browser waits for the first count
-LOOK_AGAIN = 5               # and after which it looks again, if that was not enough
-_PLOT_HEIGHT = 24            # of a plot that is DAYS wide; below that is a tick for each snapshot
+COUNT_PATIENCE = 2           # Seconds that the page waits for a census.
+LOOK_AGAIN = 5               # Seconds until the browser reloads a page without one.
+_PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
 _STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#60646c;--line:#d9dce1;--fill:#cfe3f8;
 --mark:#1a66b8;--bad:#b3261e;--bad-back:#fdeceb}
@@ -3694,7 +3686,7 @@ tr.late td:first-child{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--b
 td small{display:block;color:var(--dim);font-size:.8rem}
 svg{display:block}
 svg.plot{width:11rem;height:2.4rem}
-.area{fill:var(--fill)}
+.scope{fill:var(--fill)}
 .curve{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .tick{stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
@@ -3716,8 +3708,7 @@ svg.plot{width:100%}}
 
 
 class Page:
-    """Renders what `usage` knows.  A repository without a snapshot for `stale_after` seconds is
-    marked."""
+    """Renders the repositories of `usage`.  One without a snapshot for `stale_after` seconds is overdue."""
 
     def __init__(self, store: Store, usage: Usage, stale_after: float = 48 * 3600) -> None:
         self._store = store
@@ -3726,7 +3717,7 @@ class Page:
         self._rendering = threading.Lock()
 
     def headers(self) -> Headers:
-        """What the page may do: show itself, and nothing else (CSP Level 3)."""
+        """Headers that let the page show itself and nothing else (CSP Level 3)."""
         import base64
         style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
         return [('Content-Type', 'text/html; charset=utf-8'), ('Cache-Control', 'no-store'),
@@ -3736,9 +3727,9 @@ class Page:
                 ('Vary', 'Accept')]
 
     def render(self, top: str, may_enter: Callable[[str], bool], own: str = '') -> str:
-        """The page of the repositories at a path and below it which `may_enter` allows; the quota
-        of the path `own` is shown even if it has none, and nothing outside it is looked at.  One
-        thread at a time computes a page."""
+        """The page of the repositories at and below the path `top` that `may_enter` allows.  With `own`
+        only what lies below that path is considered, and its quota is shown in any case.  One thread
+        at a time renders a page."""
         self._usage.census.request()
         fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
@@ -3748,17 +3739,18 @@ class Page:
         counted, now = self._usage.census.age() < math.inf, time.time()
         shown = self._usage.holdings(filter(may_enter, self._usage.names(
             own if f'{own}/'.startswith(f'{top}/') else top)))
-        late = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
+        overdue = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
         scrubs = last_scrubs(self._store)
-        rows = ''.join(self._row(name, held, name in late, scrubs.get(name), now) for name, held
-                       in sorted(shown.items(), key=lambda item: (item[0] not in late, item[0])))
-        quotas = ''.join(_quota(area, *quota) for area, quota in self._usage.quotas([*shown, own]).items()
-                         if may_enter(f'/{area}' if area else ''))
+        rows = ''.join(self._row(name, held, name in overdue, scrubs.get(name), now) for name, held
+                       in sorted(shown.items(), key=lambda item: (item[0] not in overdue, item[0])))
+        quotas = ''.join(_quota(scope, *quota) for scope, quota in self._usage.quotas([*shown, own]).items()
+                         if may_enter(f'/{scope}' if scope else ''))
         summary = f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
         if shown:
-            overdue = (f'{_bad(f"{len(late)} overdue")}: no snapshot for {_age(self._stale_after)}' if late
-                       else 'none overdue')
-            summary += f', {format_size(sum(held.bytes for held in shown.values()))}, {overdue}'
+            alarm = 'none overdue'
+            if overdue:
+                alarm = f'{_bad(f"{len(overdue)} overdue")}: no snapshot for {_age(self._stale_after)}'
+            summary += f', {format_size(sum(held.bytes for held in shown.values()))}, {alarm}'
         if not fresh:
             summary += f'; counted {_age(self._usage.census.age())} ago'
         parts = [
@@ -3776,32 +3768,32 @@ class Page:
             if shown else '', '</footer></body></html>\n']
         return ''.join(parts)
 
-    def _row(self, name: str, held: Holdings, late: bool, scrub: Optional[ScrubResult],
+    def _row(self, name: str, held: Holdings, overdue: bool, scrub: Optional[ScrubResult],
              now: float) -> str:
         """A repository's row."""
-        age, moment = 'none', ''
+        age, when = 'none', ''
         if held.last_snapshot:
             age = f'{_age(now - held.last_snapshot)} ago'
-            moment = _small(time.strftime('%Y-%m-%d %H:%M', time.localtime(held.last_snapshot)))
-        if late:
+            when = _small(time.strftime('%Y-%m-%d %H:%M', time.localtime(held.last_snapshot)))
+        if overdue:
             age = _bad(f'{age}, overdue')
         checked = '<span class="dim">never</span>'
         if scrub:
             checked = (_bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound') + _small(
                 f'{_age(now - scrub.time)} ago')
-        cells = (('Repository', 'name', _text(name or '/')), ('Last snapshot', 'age', age + moment),
+        cells = (('Repository', 'name', _text(name or '/')), ('Last snapshot', 'age', age + when),
                  ('Snapshots', 'n', f'{held.objects["snapshots"]:,}'),
                  ('Size', 'n', format_size(held.bytes) + (
                      _bad('not all can be read') if held.unreadable else '')),
                  ('In 30 days', 'n', f'+{format_size(sum(held.days[-30:]))}'),
                  (f'{DAYS} days', 'graph', _plot(held)), ('Locks', 'locks', self._locks(name, now)),
                  ('Last scrub', 'scrub', checked))
-        return (f'<tr{" class=late" if late else ""}>' + ''.join(
+        return (f'<tr{" class=late" if overdue else ""}>' + ''.join(
             f'<td class="{kind}" data-of="{of}">{content}</td>' for of, kind, content in cells)
             + '</tr>\n')
 
     def _locks(self, name: str, now: float) -> str:
-        """How many locks there are, and how old the oldest is."""
+        """The number of locks, and the age of the oldest."""
         try:
             times = [status.st_mtime for _, status in self._store.object_entries(f'{name}/locks')]
         except OSError:
@@ -3812,11 +3804,11 @@ class Page:
 
 
 def _age(seconds: float) -> str:
-    """An age, the more roughly the longer it is."""
+    """A rounded age, such as `3 days`."""
     for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2 * size:
             return f'{seconds // size:.0f} {unit}'
-    return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
+    return 'a when' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
 def _small(text: str) -> str:
@@ -3824,7 +3816,7 @@ def _small(text: str) -> str:
 
 
 def _bad(text: str) -> str:
-    """What asks for attention, not by its colour alone."""
+    """Text that needs attention, marked by more than its colour."""
     return f'<span class="bad">⚠ {text}</span>'
 
 
@@ -3833,11 +3825,11 @@ def _text(text: str) -> str:
     return html.escape(text.encode('utf-8', 'backslashreplace').decode())
 
 
-def _quota(area: str, held: int, most: int) -> str:
-    """A bar of how much of a quota is used."""
-    part = min(held / most, 1.0)
-    text = f'{format_size(held)} of {format_size(most)}'
-    return (f'<div class="quota"><span>{_text(f"/{area}/" if area else "All")}</span>'
+def _quota(scope: str, held: int, limit: int) -> str:
+    """A bar that shows how much of a quota is used."""
+    part = min(held / limit, 1.0)
+    text = f'{format_size(held)} of {format_size(limit)}'
+    return (f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
             '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
             '<rect class="room" width="100" height="1"/>'
             f'<rect class="{"used" if part < 0.9 else "over"}" width="{100 * part:.1f}" height="1"/></svg>'
@@ -3845,7 +3837,7 @@ def _quota(area: str, held: int, most: int) -> str:
 
 
 def _plot(held: Holdings) -> str:
-    """What was stored over the days, as a curve; the days with a snapshot, as ticks below it."""
+    """A curve of the bytes stored over the days, with a tick below it for each day with a snapshot."""
     size, heights = held.bytes - sum(held.days), []
     for added in held.days:
         size += added
@@ -3856,7 +3848,7 @@ def _plot(held: Holdings) -> str:
     return (f'<svg class="plot" viewBox="-1 -1 {DAYS + 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
             f'role="img"><title>{DAYS} days: from {format_size(held.bytes - sum(held.days))} to '
             f'{format_size(held.bytes)}, days with a snapshot: {active}</title>'
-            f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
+            f'<path class="scope" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
 
 
@@ -3867,16 +3859,17 @@ def _plot(held: Holdings) -> str:
 LIST_BYTES = 32 * 1024  # of a list that are sent at a time
 _VERSION_2 = 'application/vnd.x.restic.rest.v2'
 _VERSION_1 = 'application/vnd.x.restic.rest.v1'
-# What a browser asks before a script's request (the Fetch standard, CORS protocol).
+# Answer to a browser's preflight request (the Fetch standard, CORS protocol).
 _PREFLIGHT = (('Access-Control-Allow-Methods', 'GET, HEAD, POST, DELETE'),
               ('Access-Control-Allow-Headers', 'Authorization, Content-Type, Range'),
               ('Access-Control-Max-Age', '86400'))
-# restic takes 401, 403, 404, 416 and 507 as final, 404 to a list as an empty one, and tries 500
-# again for a quarter of an hour: final is what no waiting mends, and a missing object alone is 404.
+# restic does not retry 401, 403, 404, 416 and 507, takes a list's 404 for an empty list, and retries 500
+# for a quarter of an hour.  So: final statuses where waiting does not help, and 404 only for a missing
+# object.
 _STATUS_OF_ERRNO = {
     errno.ENAMETOOLONG: 400,
     errno.EACCES: 403, errno.EPERM: 403, errno.ENOTDIR: 403,
-    errno.EISDIR: 403, errno.ELOOP: 403, errno.ENXIO: 403,  # something else in an object's place
+    errno.EISDIR: 403, errno.ELOOP: 403, errno.ENXIO: 403,  # not a regular file
     errno.ENOSPC: 507, errno.EDQUOT: 507, errno.EFBIG: 507, errno.EROFS: 507,
     errno.EMFILE: 503, errno.ENFILE: 503,
 }
@@ -3887,9 +3880,9 @@ _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXI
 
 
 class Api:
-    """The protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
-    every answer; scripts of the web origin `allow_origin` may use the server.  `prometheus` shows
-    the metrics, to those who may enter or, `open`, to all; `page` is for browsers."""
+    """restic's REST protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
+    every answer; scripts of the web origin `allow_origin` may use the server.  `prometheus` is empty
+    (no metrics), `login` or `open`; `page` is shown to browsers."""
 
     def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
                  baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
@@ -3912,7 +3905,7 @@ class Api:
                 self._headers.append(('Vary', 'Origin'))
 
     def handle(self, request: Request) -> Response:
-        """The answer to a request, whatever happens; raises only Gone."""
+        """The answer to a request, also where it fails.  Raises only Gone."""
         try:
             self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
@@ -3923,11 +3916,11 @@ class Api:
             raise
         except HttpError as error:
             if error.status == 429:
-                self.metrics.note_limited(LOGINS, request.peer.name)
+                self.metrics.count_limited(LOGINS, request.peer.name)
             return self.refuse(error)
         except OSError as error:
             response = self.failure(request, error)
-        except Exception as error:  # a fault of ours must not end the connection's thread
+        except Exception as error:  # a bug must not end the connection
             log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
             log.debug('where it happened:', exc_info=True)
             response = text_response(500, 'internal error')
@@ -3936,25 +3929,25 @@ class Api:
         return response
 
     def finish(self, request: Request, status: int, sent: int) -> None:
-        """A request was answered, with so many bytes of content: it is counted and logged."""
+        """Count and log a request that was answered with `sent` bytes of content."""
         self.metrics.count(request, status, sent)
         log_access(request, status, sent)
 
     def refuse(self, error: HttpError) -> Response:
-        """The answer that an error stands for."""
+        """The answer for an error."""
         return text_response(error.status, str(error), [*error.headers, *self._headers])
 
     def failure(self, request: Request, error: OSError) -> Response:
-        """The answer where the file system failed."""
+        """The answer for an error of the file system."""
         status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
         if status != 400:
             log.error('%s %s: %s', request.method, request.path, error)
         return text_response(status, _REASON_OF_STATUS[status])
 
     def _check_origin(self, request: Request) -> None:
-        """Raises HttpError 403 for what a web page asks that may not use the server.  A browser says
-        who it is with every upload and delete, and with what it asks of another site (the Fetch
-        standard, 3.2); that Host is ours shows nothing, since names can be rebound."""
+        """Raises HttpError 403 for requests of web pages that may not use the server.  Browsers send Origin
+        with every upload and delete, and with every request to another site (the Fetch standard, 3.2).
+        A Host that is ours proves nothing: names can be rebound."""
         origin = request.headers.get('origin')
         if origin is not None and (not origin or self._allow_origin not in ('*', origin)):
             log.log(NOTICE, 'refused a web page of %s that used the browser of %s', origin[:100],
@@ -4017,11 +4010,11 @@ class Api:
             if error.errno in _NO_OBJECT:
                 raise HttpError(404, 'not found') from None
             raise
-        request.location = location
+        request.location = location     # it is counted as read when it was sent
         headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
         wanted = request.headers.get('range')
-        # RFC 9110 14.2: only GET has ranges.  13.1.5: no validator is ever given here, so that
-        # none in If-Range can match, and the range is ignored.
+        # RFC 9110 14.2: only GET has ranges.  13.1.5: answers have no validator here, so If-Range
+        # cannot match, and the range is ignored.
         status, size, part = 200, content.length, None
         if wanted and request.method == 'GET' and 'if-range' not in request.headers:
             try:
@@ -4035,7 +4028,7 @@ class Api:
             status = 206
         if content.length > SMALL_BYTES or request.method == 'HEAD':
             return Response(status, headers, content)
-        try:  # read now, an error can still be said
+        try:  # before the status is sent, so that an error has its own
             return Response(status, headers, content.read_all())
         finally:
             content.close()
@@ -4047,7 +4040,7 @@ class Api:
             return Response(200, headers, iter(()))
         objects = self.store.objects(location, sizes)
         chunks = json_list(objects, sizes)
-        first = next(chunks)  # an error of the first read still has an answer of its own
+        first = next(chunks)  # before the status is sent, so that an error has its own
         return Response(200, headers, _chain(first, chunks, objects))
 
     def _get_repository(self, request: Request, location: Location) -> Response:
@@ -4080,7 +4073,7 @@ _REPOSITORY_HANDLERS = {'POST': Api._create, 'GET': Api._get_repository,
 
 
 def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> Iterator[bytes]:
-    """The JSON array of a list in pieces: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`."""
+    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`."""
     parts: List[str] = []
     length, separator = 0, '['
     for names, lengths in objects:
@@ -4100,8 +4093,7 @@ def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> It
 
 
 def _chain(first: bytes, rest: Iterator[bytes], *sources: Any) -> Iterator[bytes]:
-    """A chunk and those that follow; at the end, whatever it is, generators let go of what they hold,
-    such as a directory."""
+    """A chunk and those that follow; at the end the generators are closed, and with them directories."""
     try:
         yield first
         yield from rest
@@ -4112,11 +4104,11 @@ def _chain(first: bytes, rest: Iterator[bytes], *sources: Any) -> Iterator[bytes
 
 @functools.lru_cache(maxsize=256)
 def parse_path(path: str) -> Location:
-    """What a request's path, without the base URL, stands for.
+    """The Location of a request's path, without the base URL.
 
-    Raises HttpError 400 for a path that no file system should see, 404 for one that is neither a
-    repository, a list nor an object.  A repository's path has no segment that is a kind or
-    `config`, so that none lies within another's objects.
+    Raises HttpError 400 for a path that must not reach the file system, 404 for one that cannot name a
+    repository, a list or an object.  No segment of a repository's path is a kind or `config`, so that
+    no repository lies among the objects of another.
     """
     if '%' in path:
         path = _decode_path(path)
@@ -4130,8 +4122,8 @@ def parse_path(path: str) -> Location:
 
 
 def _decode_path(path: str) -> str:
-    """The path that percent-encoding stands for (RFC 3986 2.1).  An encoded slash would be data
-    within a segment, which no file name can hold."""
+    """Decode percent-encoding (RFC 3986 2.1).  An encoded slash would be part of a segment, which no file
+    name can contain.  Raises HttpError 400."""
     from urllib.parse import unquote_to_bytes
     if re.search(r'%(?![0-9A-Fa-f]{2})|%2[fF]', path):
         raise HttpError(400, 'bad percent-encoding in the path')
@@ -4141,14 +4133,13 @@ def _decode_path(path: str) -> str:
         raise HttpError(400, 'the path is not UTF-8') from None
 
 
-# What no file system should be asked for: control characters, and what Windows takes as more
-# than a name.
+# Characters that no segment may contain: control characters, and what is special on Windows.
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
 
 
 @functools.lru_cache(maxsize=1024)
 def _check_repository(path: str) -> str:
-    """A repository's path, or HttpError."""
+    """A repository's path, if it is valid.  Raises HttpError 400 and 404."""
     if not path:
         return path
     segments = path.split('/')
@@ -4417,7 +4408,7 @@ class TlsTransport:
                     self.below.send(records)
                 view = view[RECORDS_BYTES:]
         if self._unsent.pending and not more:
-            self._answer()
+            self._flush_records()
 
     def send_parts(self, parts: List[bytes | memoryview]) -> None:
         self.send(b''.join(parts))
@@ -4458,9 +4449,9 @@ class TlsTransport:
             return result
         finally:
             if self._unsent.pending:
-                self._answer()
+                self._flush_records()
 
-    def _answer(self) -> None:
+    def _flush_records(self) -> None:
         """Send what the client's records called for, unless another thread is about to."""
         while self._unsent.pending and self._sending.acquire(blocking=False):
             try:
@@ -4585,28 +4576,28 @@ _core: Optional[int] = None
 
 
 class Shares:
-    """Places for `most`.  A group of addresses that has `most_each` is greedy, except the peers that
-    are `exempt`; whoever takes a place asks for that first."""
+    """Places for `limit` holders.  A group of addresses that has `limit_each` is greedy, except the peers
+    that are `exempt`; is_greedy() is asked before acquire()."""
 
-    def __init__(self, most: int, most_each: int, exempt: Callable[[str], bool]) -> None:
-        self._most = most
-        self._most_each = most_each
+    def __init__(self, limit: int, limit_each: int, exempt: Callable[[str], bool]) -> None:
+        self._limit = limit
+        self._limit_each = limit_each
         self._exempt = exempt
         self._lock = threading.Lock()
         self.taken = 0
         self.by_group: Dict[str, int] = {}
 
-    def take(self, peer: Peer) -> bool:
-        """Whether there was a place; give_back() follows."""
+    def acquire(self, peer: Peer) -> bool:
+        """Take a place, if there is one; release() follows."""
         with self._lock:
-            if self.taken >= self._most:
+            if self.taken >= self._limit:
                 return False
             self.taken += 1
             self.by_group[peer.group] = self.by_group.get(peer.group, 0) + 1
             return True
 
-    def give_back(self, peer: Peer) -> None:
-        """Let go of a place."""
+    def release(self, peer: Peer) -> None:
+        """Give a place back."""
         with self._lock:
             self.taken -= 1
             self.by_group[peer.group] -= 1
@@ -4614,8 +4605,8 @@ class Shares:
                 del self.by_group[peer.group]
 
     def is_greedy(self, peer: Peer) -> bool:
-        """Whether one more would be more than the peer's share."""
-        return (self.by_group.get(peer.group, 0) >= self._most_each
+        """Whether one more place would exceed the peer's share."""
+        return (self.by_group.get(peer.group, 0) >= self._limit_each
                 and not (peer.unix or self._exempt(peer.name)))
 
 
@@ -4637,10 +4628,10 @@ class Connection:
         self.wire: Optional[Http2] = None   # that looks after the time limits itself
         self._transport = transport
         self._bandwidth = bandwidth
-        self._held = 0.0                    # seconds that the bandwidth has held it back
-        self._held_since = 0.0              # when it began to, 0 if it does not
-        self._holders = 0                   # threads that wait: one may receive while another sends
-        self._holding = threading.Lock()    # of these three
+        self._throttled_seconds = 0.0                    # seconds that the bandwidth has held it back
+        self._throttled_since = 0.0              # when it began to, 0 if it does not
+        self._throttled_threads = 0                   # threads that wait: one may receive while another sends
+        self._throttling = threading.Lock()    # of these three
         self._deadline = self.clock() + limits.header_seconds
         self._extension = 0.0               # seconds of the deadline for each byte that passes
         self._passed = 0                    # bytes since wait_for()
@@ -4652,8 +4643,8 @@ class Connection:
     def clock(self) -> float:
         """Seconds that only grow, but stand still while the bandwidth holds the connection back."""
         if self._bandwidth:
-            with self._holding:
-                return (self._held_since or time.monotonic()) - self._held
+            with self._throttling:
+                return (self._throttled_since or time.monotonic()) - self._throttled_seconds
         return time.monotonic()
 
     def wait_for(self, what: int, seconds: float = math.inf) -> None:
@@ -4692,7 +4683,7 @@ class Connection:
             self.note(STALLED_UPLOAD, self.peer)
         self.expired = True
         if cut:
-            self.cut()
+            self.abort()
         else:
             self.end_input()
 
@@ -4738,7 +4729,7 @@ class Connection:
         self._blocked = math.inf
         self._passed += len(data)
         if self._bandwidth:
-            self._hold(self._bandwidth, Bandwidth.RECEIVED, len(data))
+            self._throttle(self._bandwidth, Bandwidth.RECEIVED, len(data))
         return data
 
     def receive_into(self, view: memoryview) -> int:
@@ -4753,7 +4744,7 @@ class Connection:
         self._blocked = math.inf
         self._passed += count
         if self._bandwidth:
-            self._hold(self._bandwidth, Bandwidth.RECEIVED, count)
+            self._throttle(self._bandwidth, Bandwidth.RECEIVED, count)
         return count
 
     def transmit(self, data: bytes | memoryview, more: bool = False) -> None:
@@ -4766,7 +4757,7 @@ class Connection:
             view = memoryview(data)
             while view:
                 part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
-                self._hold(self._bandwidth, Bandwidth.SENT, len(part))
+                self._throttle(self._bandwidth, Bandwidth.SENT, len(part))
                 self._transport.send(part, more)
                 self._passed += len(part)
                 view = view[len(part):]
@@ -4792,7 +4783,7 @@ class Connection:
             before = limit = content.length
             if self._bandwidth and direct:
                 limit = self._bandwidth.step(Bandwidth.SENT, limit)
-                self._hold(self._bandwidth, Bandwidth.SENT, limit)
+                self._throttle(self._bandwidth, Bandwidth.SENT, limit)
             if not direct:
                 self.transmit(content.read(self._transport.copy_bytes))
                 continue
@@ -4812,18 +4803,18 @@ class Connection:
             raise error
         raise Gone(f'sending: {error}') from None
 
-    def _hold(self, bandwidth: Bandwidth, direction: int, count: int) -> None:
+    def _throttle(self, bandwidth: Bandwidth, direction: int, count: int) -> None:
         """Wait until it is the turn of `count` bytes."""
-        with self._holding:
-            self._holders += 1
-            if self._holders == 1:
-                self._held_since = time.monotonic()
+        with self._throttling:
+            self._throttled_threads += 1
+            if self._throttled_threads == 1:
+                self._throttled_since = time.monotonic()
         bandwidth.wait(direction, count)
-        with self._holding:
-            self._holders -= 1
-            if not self._holders:
-                self._held += time.monotonic() - self._held_since
-                self._held_since = 0.0
+        with self._throttling:
+            self._throttled_threads -= 1
+            if not self._throttled_threads:
+                self._throttled_seconds += time.monotonic() - self._throttled_since
+                self._throttled_since = 0.0
 
     # ---- the end ----
 
@@ -4851,7 +4842,7 @@ class Connection:
         """The deadline while it lingers, for the wire."""
         return self._deadline
 
-    def break_off(self, error: OSError) -> NoReturn:
+    def abort_answer(self, error: OSError) -> NoReturn:
         """Reset the connection, so that what was sent does not look complete."""
         log.error('%s: an answer is broken off: %s', self.peer, error)
         self._transport.reset_at_close()
@@ -4872,11 +4863,11 @@ class Connection:
     def end_linger(self) -> None:
         """Wait no longer for a client that has been told all: what it has not read is still sent."""
         if self.waits == self.WRITING:  # close_notify
-            self.cut()
+            self.abort()
         else:
             self._transport.end_skipping()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """End the connection now, whatever its thread waits for."""
         self._transport.abort()
 
@@ -5290,7 +5281,7 @@ class Http1:
         try:
             self._connection.transmit_file(content)
         except OSError as error:
-            self._connection.break_off(error)
+            self._connection.abort_answer(error)
         finally:
             self._sent = length - content.length
 
@@ -5305,7 +5296,7 @@ class Http1:
                 waiting += b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
                 self._sent += len(chunk)
         except OSError as error:
-            self._connection.break_off(error)
+            self._connection.abort_answer(error)
         self._connection.transmit(waiting + b'0\r\n\r\n' if chunked else waiting)
 
 
@@ -5472,9 +5463,9 @@ class HeaderDecoder:
 
     def _integer(self, prefix: int) -> int:
         """An integer (RFC 7541 5.1), whose first octet has `prefix` bits of it."""
-        most = (1 << prefix) - 1
-        value = self._take(1)[0] & most
-        if value < most:
+        mask = (1 << prefix) - 1
+        value = self._take(1)[0] & mask
+        if value < mask:
             return value
         for shift in range(0, 28, 7):
             octet = self._take(1)[0]
@@ -5496,11 +5487,11 @@ def _field_bytes(field: Tuple[str, str]) -> int:
 
 def encode_integer(value: int, prefix: int, flags: int) -> bytes:
     """An integer (RFC 7541 5.1), the bits above its prefix those of `flags`."""
-    most = (1 << prefix) - 1
-    if value < most:
+    mask = (1 << prefix) - 1
+    if value < mask:
         return bytes([flags | value])
-    encoded = bytearray([flags | most])
-    value -= most
+    encoded = bytearray([flags | mask])
+    value -= mask
     while value >= 0x80:
         encoded.append(value & 0x7f | 0x80)
         value >>= 7
@@ -5576,18 +5567,18 @@ class StreamError(Http2Error):
     """An error of one stream (RFC 9113 5.4.2): `code` goes out with RST_STREAM."""
 
 
-def frame(kind: int, flags: int, number: int, payload: bytes = b'') -> bytes:
-    """A frame of the stream `number` (RFC 9113 4.1)."""
-    return _FRAME_HEAD.pack(len(payload) << 8 | kind, flags, number) + payload
+def frame(kind: int, flags: int, stream_id: int, payload: bytes = b'') -> bytes:
+    """A frame of the stream `stream_id` (RFC 9113 4.1)."""
+    return _FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream_id) + payload
 
 
-def header_frames(number: int, headers: Headers, flags: int = 0) -> bytes:
+def header_frames(stream_id: int, headers: Headers, flags: int = 0) -> bytes:
     """HEADERS of a stream, and CONTINUATION if they are long (RFC 9113 6.2 and 6.10)."""
     block = encode_headers(headers)
     parts = [block[at:at + _DEFAULT_FRAME_BYTES] for at in range(0, len(block), _DEFAULT_FRAME_BYTES)]
     return b''.join(
         frame(FrameType.CONTINUATION if place else FrameType.HEADERS,
-              (0 if place else flags) | (_END_HEADERS if place == len(parts) - 1 else 0), number, part)
+              (0 if place else flags) | (_END_HEADERS if place == len(parts) - 1 else 0), stream_id, part)
         for place, part in enumerate(parts))
 
 
@@ -5606,12 +5597,12 @@ class FrameReader:
 
     def next(self) -> Tuple[int, int, int]:
         """Type, flags and stream of the next frame.  Raises Http2Error if it is too long."""
-        length, flags, number = _FRAME_HEAD.unpack(self.read(_FRAME_HEAD.size))
+        length, flags, stream_id = _FRAME_HEAD.unpack(self.read(_FRAME_HEAD.size))
         self.left, kind = length >> 8, length & 0xff
         is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
         if self.left > (self._control_bytes if is_control else FRAME_BYTES):
             raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'a frame of type {kind} with {self.left} bytes')
-        return kind, flags, number & 0x7fffffff
+        return kind, flags, stream_id & 0x7fffffff
 
     def payload(self, flags: int = 0, size: Optional[int] = None) -> bytes:
         """The rest of the payload, without padding.  Raises Http2Error if it is not of `size`."""
@@ -5696,9 +5687,9 @@ class FrameWriter:
         except RuntimeError as error:
             raise Gone(str(error)) from None
 
-    def queue(self, kind: int, flags: int, number: int, payload: bytes = b'') -> None:
+    def queue(self, kind: int, flags: int, stream_id: int, payload: bytes = b'') -> None:
         """Have a frame sent soon; with the lock."""
-        self.append(frame(kind, flags, number, payload))
+        self.append(frame(kind, flags, stream_id, payload))
 
     def append(self, frames: bytes) -> None:
         """Have frames sent soon; with the lock."""
@@ -5706,13 +5697,14 @@ class FrameWriter:
         self.pending_bytes += len(frames)
         self._wanted.notify()
 
-    def content_frames(self, number: int, data: bytes | memoryview, last: bool) -> List[bytes | memoryview]:
+    def content_frames(self, stream_id: int, data: bytes | memoryview, last: bool
+                       ) -> List[bytes | memoryview]:
         """DATA frames of a stream, in pieces that are sent one after the other."""
         view, limit, parts = memoryview(data), self.frame_bytes, []  # type: memoryview, int, List[Any]
         for at in range(0, len(view), limit):
             part = view[at:at + limit]
             flags = _END_STREAM if last and at + limit >= len(view) else 0
-            parts += (_FRAME_HEAD.pack(len(part) << 8 | FrameType.DATA, flags, number), part)
+            parts += (_FRAME_HEAD.pack(len(part) << 8 | FrameType.DATA, flags, stream_id), part)
         return parts
 
     def write(self, parts: List[bytes | memoryview], stream: Optional[Stream] = None,
@@ -5756,7 +5748,7 @@ class FrameWriter:
             self._finished = True
             self._wanted.notify()
         if not self._writing.acquire(timeout=LINGER_SECONDS):
-            self._connection.cut()
+            self._connection.abort()
             self._writing.acquire()
         self._writing.release()
 
@@ -5893,10 +5885,9 @@ class ReceiveWindow(Window):
     def increment(self, limit: float = math.inf) -> int:
         """Bytes that a WINDOW_UPDATE is to add now, so that no more than `limit` are available; 0
         while they are too few for a frame."""
-        most = min(self._owed, limit - self.available)
-        if most <= 0 or most < min(self.size // 4, limit - self.available):
+        count = int(min(self._owed, limit - self.available))
+        if count <= 0 or count < min(self.size // 4, limit - self.available):
             return 0
-        count = int(most)
         self._owed -= count
         self.expand(count)
         return count
@@ -5937,7 +5928,7 @@ class FlowControl:
         self._send_update(self._receiving.increment(), 0)
         if stream and stream.may_receive:
             stream.receiving.acknowledge(count)
-            self._send_update(stream.receiving.increment(stream.limit()), stream.number)
+            self._send_update(stream.receiving.increment(stream.limit()), stream.id)
 
     def open_window(self, stream: Stream) -> None:
         """The content of a request is being read: let the client send it."""
@@ -5956,9 +5947,9 @@ class FlowControl:
             self._receiving.resize(self._receiving.size - stream.opened)
             stream.opened = 0
 
-    def _send_update(self, increment: int, number: int) -> None:
+    def _send_update(self, increment: int, stream_id: int) -> None:
         if increment:
-            self.writer.queue(FrameType.WINDOW_UPDATE, 0, number, struct.pack('>I', increment))
+            self.writer.queue(FrameType.WINDOW_UPDATE, 0, stream_id, struct.pack('>I', increment))
 
     # ---- content that leaves ----
 
@@ -6066,7 +6057,7 @@ class FlowControl:
         count = self._take(stream, len(stream.unsent))
         part, stream.unsent = stream.unsent[:count], stream.unsent[count:]
         stream.blocked = self.clock()
-        self.writer.append(b''.join(self.writer.content_frames(stream.number, part, not stream.unsent)))
+        self.writer.append(b''.join(self.writer.content_frames(stream.id, part, not stream.unsent)))
         if not stream.unsent:
             stream.end_sent()
             del self._waiting[stream]
@@ -6096,15 +6087,15 @@ class Stream:
     connection's, `length` the bytes of content announced, None if they are not.  Without content
     the request is `whole`."""
 
-    __slots__ = ('number', 'length', 'state', 'phase', 'aborted', 'remaining', 'padded', 'receiving',
+    __slots__ = ('id', 'length', 'state', 'phase', 'aborted', 'remaining', 'padded', 'receiving',
                  'opened', 'sending', 'unsent', 'deadline', 'extension', 'passed', 'blocked',
                  'expects_continue', 'buffered', '_buffer', '_view', '_filling', '_filled', '_changed',
                  '_flow', '_writer')
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
-    def __init__(self, flow: FlowControl, number: int, length: Optional[int], whole: bool = False) -> None:
-        self.number = number
+    def __init__(self, flow: FlowControl, stream_id: int, length: Optional[int], whole: bool = False) -> None:
+        self.id = stream_id
         self.length = 0 if whole else length
         self.state = StreamState.HALF_CLOSED_REMOTE if whole else StreamState.OPEN
         self.phase = Phase.RECEIVING
@@ -6184,7 +6175,7 @@ class Stream:
         """Content of the request, as Body has it."""
         if self.expects_continue:
             self.expects_continue = False   # RFC 9110 15.2.1
-            if not self._writer.write([header_frames(self.number, [(':status', '100')])], self):
+            if not self._writer.write([header_frames(self.id, [(':status', '100')])], self):
                 raise Gone(self.aborted)
         with self._writer.lock:
             self._flow.open_window(self)
@@ -6315,10 +6306,10 @@ class ResponseSender:
         elif isinstance(body, FileSlice):
             headers.append(('content-length', str(body.length)))
         if method == 'HEAD' or not body:
-            head = header_frames(self._stream.number, headers, _END_STREAM)
+            head = header_frames(self._stream.id, headers, _END_STREAM)
             self._write([head], last=True, wait=False)
             return
-        self._head = header_frames(self._stream.number, headers)
+        self._head = header_frames(self._stream.id, headers)
         if isinstance(body, bytes):
             self._send_short(body)
         elif isinstance(body, FileSlice):
@@ -6382,7 +6373,7 @@ class ResponseSender:
     def _send_content(self, data: bytes | memoryview, last: bool, wait: bool = True) -> None:
         """Send content for which there is room in the windows."""
         head, self._head = self._head, b''
-        frames = self._writer.content_frames(self._stream.number, data, last)
+        frames = self._writer.content_frames(self._stream.id, data, last)
         try:
             self._write([head, *frames], last, wait)
         except Gone:
@@ -6425,9 +6416,9 @@ class RequestThreads(Shares):
     """Places for the requests of HTTP/2 on all connections, and the threads that answer them.  Up to
     IDLE_THREADS wait for another request when they have answered one."""
 
-    def __init__(self, most: int, most_each: int, exempt: Callable[[str], bool]) -> None:
+    def __init__(self, limit: int, limit_each: int, exempt: Callable[[str], bool]) -> None:
         from queue import SimpleQueue
-        super().__init__(most, most_each, exempt)
+        super().__init__(limit, limit_each, exempt)
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._idle = 0                  # threads that wait for a job which nobody has put
         self._idle_lock = threading.Lock()
@@ -6487,23 +6478,23 @@ class FloodBudget:
 
 
 class HeaderBlock:
-    """A header block that may arrive in several frames (RFC 9113 4.3); `number` is that of its stream, 0
+    """A header block that may arrive in several frames (RFC 9113 4.3); `stream_id` is that of its stream, 0
     before the first frame."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.stream_id = 0
         self.ends_stream = False
         self.block = b''
         self.depends_on_itself = False
 
-    def begin(self, number: int, flags: int, payload: bytes) -> None:
+    def begin(self, stream_id: int, flags: int, payload: bytes) -> None:
         """HEADERS has arrived, with this payload but for its padding (RFC 9113 6.2).  Raises
         Http2Error."""
-        self.number, self.ends_stream = number, bool(flags & _END_STREAM)
+        self.stream_id, self.ends_stream = stream_id, bool(flags & _END_STREAM)
         if flags & _PRIORITIZED:
             if len(payload) < 5:
                 raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'HEADERS without its priority')
-            self.depends_on_itself = depends_on_itself(number, payload)
+            self.depends_on_itself = depends_on_itself(stream_id, payload)
             payload = payload[5:]
         self.block = payload
 
@@ -6514,9 +6505,9 @@ class HeaderBlock:
             raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'a header block without end')
 
 
-def depends_on_itself(number: int, priority: bytes) -> bool:
+def depends_on_itself(stream_id: int, priority: bytes) -> bool:
     """Whether a stream's priority names the stream itself, which is an error (RFC 7540 5.3.1)."""
-    return int.from_bytes(priority[:4], 'big') & 0x7fffffff == number
+    return int.from_bytes(priority[:4], 'big') & 0x7fffffff == stream_id
 
 
 class StreamRegistry:
@@ -6528,40 +6519,40 @@ class StreamRegistry:
         self.last = 0
         self._closed: Dict[int, bool] = {}  # and whether we have reset them
 
-    def find(self, number: int) -> Optional[Stream]:
+    def find(self, stream_id: int) -> Optional[Stream]:
         """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
-        if not number & 1 or number > self.last:
+        if not stream_id & 1 or stream_id > self.last:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a frame of a stream that was not opened')
-        stream = self.open.get(number)
+        stream = self.open.get(stream_id)
         return None if stream and stream.state is StreamState.CLOSED else stream
 
-    def begin_headers(self, number: int) -> None:
+    def begin_headers(self, stream_id: int) -> None:
         """HEADERS of a stream has arrived.  Raises Http2Error if there can be none (RFC 9113 5.1
         and 5.1.1)."""
-        if not number & 1:
+        if not stream_id & 1:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS of a stream that no client opens')
-        if number <= self.last and not self.find(number):
-            if number not in self._closed and number not in self.open:
+        if stream_id <= self.last and not self.find(stream_id):
+            if stream_id not in self._closed and stream_id not in self.open:
                 # Lower ones that were left out can never be opened.
                 raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS of a stream before the last')
-            if not self.was_reset(number):
+            if not self.was_reset(stream_id):
                 raise Http2Error(ErrorCode.STREAM_CLOSED, 'HEADERS of a closed stream')
-        self.last = max(number, self.last)
+        self.last = max(stream_id, self.last)
 
-    def was_reset(self, number: int) -> Optional[bool]:
+    def was_reset(self, stream_id: int) -> Optional[bool]:
         """Whether we have reset a stream, so that what still arrives for it is no fault of the client's;
         None if it is not known as closed."""
-        return self._closed.get(number)
+        return self._closed.get(stream_id)
 
     def is_full(self) -> bool:
         """Whether the client has as many as it may (RFC 9113 5.1.2)."""
         return len(self.open) >= STREAMS and sum(
             stream.state is not StreamState.CLOSED for stream in self.open.values()) >= STREAMS
 
-    def close(self, number: int, by_us: bool) -> None:
+    def close(self, stream_id: int, by_us: bool) -> None:
         """Know a stream as closed, for a while."""
-        self.open.pop(number, None)
-        self._closed[number] = by_us
+        self.open.pop(stream_id, None)
+        self._closed[stream_id] = by_us
         if len(self._closed) > 4 * STREAMS:
             del self._closed[next(iter(self._closed))]
 
@@ -6587,7 +6578,7 @@ class Exchanges:
 
     # ---- for the thread that reads frames ----
 
-    def open(self, number: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
+    def open(self, stream_id: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
         """Begin to answer a request whose header is `complete`, or was too long; without content it
         is `whole`.  Raises StreamError."""
         method, target, headers = (request_of(fields) if complete else
@@ -6597,15 +6588,15 @@ class Exchanges:
             raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
         with self._writer.lock:
             if self.closing:  # RFC 9113 6.8: it has crossed our GOAWAY
-                self.streams.close(number, True)
+                self.streams.close(stream_id, True)
                 return
-            self.last_opened = number
+            self.last_opened = stream_id
             if self.running >= 2 * STREAMS or self.streams.is_full():  # RFC 9113 5.1.2
                 raise StreamError(ErrorCode.REFUSED_STREAM, 'too many requests at once')
             if self._threads.is_greedy(self._connection.peer):
-                self._turn_away(number, whole)
+                self._turn_away(stream_id, whole)
                 return
-            stream = Stream(self.flow, number, length, whole)
+            stream = Stream(self.flow, stream_id, length, whole)
             stream.wait_for(self._limits.read_seconds, self._limits.read_extension)
             expected = headers.get('expect', '')
             stream.expects_continue = bool(expected) and not whole
@@ -6616,32 +6607,32 @@ class Exchanges:
             elif expected and expected.lower() != '100-continue':
                 refusal = HttpError(417, 'the only expectation is 100-continue')
             self._submit(functools.partial(self._serve, stream, request, refusal))
-            self.streams.open[number] = stream
+            self.streams.open[stream_id] = stream
             self.running += 1
 
     def _submit(self, job: Callable[[], None]) -> None:
         """Have a thread answer a request; with the lock.  Raises StreamError if there is none."""
         peer = self._connection.peer
-        if not self._threads.take(peer):
+        if not self._threads.acquire(peer):
             self._connection.note(REQUESTS, peer)
             # RFC 9113 8.7: the client may send it again.
             raise StreamError(ErrorCode.REFUSED_STREAM, 'too many requests on all connections')
         try:
             self._threads.submit(job)
         except RuntimeError as error:
-            self._threads.give_back(peer)
+            self._threads.release(peer)
             raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
 
-    def _turn_away(self, number: int, whole: bool) -> None:
+    def _turn_away(self, stream_id: int, whole: bool) -> None:
         """Answer 503 without a thread; with the lock."""
         peer = self._connection.peer
         self._connection.note(REQUESTS_PER_ADDRESS, peer)
-        self._writer.append(header_frames(number, [
+        self._writer.append(header_frames(stream_id, [
             (':status', '503'), ('date', http_date(int(time.time()))), ('retry-after', '10')], _END_STREAM))
         if whole:
-            self.streams.close(number, False)
+            self.streams.close(stream_id, False)
         else:
-            self.reset(number, ErrorCode.NO_ERROR)
+            self.reset(stream_id, ErrorCode.NO_ERROR)
         self._api.finish(Request('-', '', 'HTTP/2.0', {}, _NO_BODY, peer), 503, 0)
 
     def end_content(self, stream: Stream) -> None:
@@ -6650,31 +6641,31 @@ class Exchanges:
             raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
         with self._writer.lock:
             stream.end_received()
-            if stream.phase is Phase.ANSWERED and not stream.unsent and stream.number in self.streams.open:
+            if stream.phase is Phase.ANSWERED and not stream.unsent and stream.id in self.streams.open:
                 self._drop(stream, False)
 
-    def cancel(self, number: int) -> None:
+    def cancel(self, stream_id: int) -> None:
         """RST_STREAM has arrived.  Raises Http2Error."""
         with self._writer.lock:
-            stream = self.streams.find(number)
+            stream = self.streams.find(stream_id)
             if stream:
                 stream.abort('the client has cancelled the request')
                 self._drop(stream, False)
 
-    def reset(self, number: int, code: ErrorCode) -> None:
+    def reset(self, stream_id: int, code: ErrorCode) -> None:
         """Send RST_STREAM; with the lock."""
-        self._writer.queue(FrameType.RST_STREAM, 0, number, struct.pack('>I', code))
-        stream = self.streams.open.get(number)
+        self._writer.queue(FrameType.RST_STREAM, 0, stream_id, struct.pack('>I', code))
+        stream = self.streams.open.get(stream_id)
         if stream:
             stream.abort('the stream was reset')
             self._drop(stream, True)
         else:
-            self.streams.close(number, True)
+            self.streams.close(stream_id, True)
 
     def _drop(self, stream: Stream, by_us: bool) -> None:
         """Forget a stream; with the lock.  What still arrives for one that we have reset is no fault
         of the client's (RFC 9113 5.1)."""
-        self.streams.close(stream.number, by_us)
+        self.streams.close(stream.id, by_us)
         self.flow.forget(stream)
         self.idle_since = self._connection.clock()
         if self.closing and not self.streams.open:
@@ -6706,7 +6697,7 @@ class Exchanges:
                     self._flood.refill()
                 if not stream.unsent:
                     self._on_answered(stream)
-                self._threads.give_back(self._connection.peer)
+                self._threads.release(self._connection.peer)
                 self.running -= 1
                 self._writer.drained.notify_all()
 
@@ -6723,8 +6714,8 @@ class Exchanges:
             log.error('%s: an answer is broken off: %s', self._connection.peer, error)
             log.debug('where it happened:', exc_info=True)
             with self._writer.lock:
-                if stream.number in self.streams.open:
-                    self.reset(stream.number, ErrorCode.INTERNAL_ERROR)
+                if stream.id in self.streams.open:
+                    self.reset(stream.id, ErrorCode.INTERNAL_ERROR)
         finally:
             self._api.finish(request, response.status, sender.sent)
 
@@ -6738,12 +6729,12 @@ class Exchanges:
         """All of an answer has been sent, or its stream was aborted; with the lock.  What the client
         still sends is read if it is little."""
         stream.blocked = math.inf
-        if stream.phase is not Phase.ANSWERED or stream.number not in self.streams.open:
+        if stream.phase is not Phase.ANSWERED or stream.id not in self.streams.open:
             return
         if not stream.may_receive:
             self._drop(stream, False)
         elif stream.remaining is not None and stream.remaining > stream.receiving.available:
-            self.reset(stream.number, ErrorCode.NO_ERROR)  # RFC 9113 8.1: the rest is not wanted
+            self.reset(stream.id, ErrorCode.NO_ERROR)  # RFC 9113 8.1: the rest is not wanted
         else:
             stream.wait_for(LINGER_SECONDS)
 
@@ -6775,9 +6766,9 @@ class Exchanges:
             stream.wait_for(LINGER_SECONDS)
             stream.notify()
         elif stream.phase is Phase.ANSWERED and not stream.unsent:
-            self.reset(stream.number, ErrorCode.NO_ERROR)
+            self.reset(stream.id, ErrorCode.NO_ERROR)
         else:
-            self.reset(stream.number, ErrorCode.CANCEL)
+            self.reset(stream.id, ErrorCode.CANCEL)
 
     # ---- the end ----
 
@@ -6792,7 +6783,7 @@ class Exchanges:
                 stream.notify()
             while self.running or (self._writer.pending and not self._writer.dead):
                 if not self._writer.drained.wait(LINGER_SECONDS if failed else None):
-                    self._connection.cut()  # whoever sends gets no further
+                    self._connection.abort()  # whoever sends gets no further
 
 
 class Http2:
@@ -6872,7 +6863,7 @@ class Http2:
             if self.lingers:
                 self._connection.end_linger()
             elif now - self._writer.sending_since > self._limits.write_seconds:
-                self._connection.cut()
+                self._connection.abort()
             elif self._exchanges.expire(now) or self._header_deadline < now:
                 self._shut_down()
                 self._connection.end_input()
@@ -6890,21 +6881,21 @@ class Http2:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no preface of HTTP/2')
 
     def _read_frame(self) -> None:
-        kind, flags, number = self._reader.next()
+        kind, flags, stream_id = self._reader.next()
         if len(self._writer.pending) > 2 * FLOOD_BURST:
             raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many answers that are not read')
         if not self._has_settings and (kind != FrameType.SETTINGS or flags & _ACK):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no SETTINGS after the preface')
-        if self._header.number and (kind != FrameType.CONTINUATION or number != self._header.number):
+        if self._header.stream_id and (kind != FrameType.CONTINUATION or stream_id != self._header.stream_id):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a header block is interrupted')
         if kind < len(_FRAME_HANDLERS):
             try:
-                _FRAME_HANDLERS[kind](self, flags, number)
+                _FRAME_HANDLERS[kind](self, flags, stream_id)
             except StreamError as error:
                 self._flood.spend()
-                log.debug('%s: stream %d: %s', self._connection.peer, number, error)
+                log.debug('%s: stream %d: %s', self._connection.peer, stream_id, error)
                 with self.lock:
-                    self._exchanges.reset(number, error.code)
+                    self._exchanges.reset(stream_id, error.code)
         else:
             self._flood.spend()  # RFC 9113 5.5: a type that nobody here knows is ignored
         if self._reader.left and kind == FrameType.DATA:
@@ -6912,7 +6903,7 @@ class Http2:
                 self._flow.acknowledge(self._reader.left)
         self._reader.skip()
 
-    def _on_data(self, flags: int, number: int) -> None:
+    def _on_data(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.1."""
         length = self._reader.left
         padding = self._reader.padding(flags)
@@ -6922,9 +6913,9 @@ class Http2:
         with self.lock:
             self._flow.receive(length)
             self._flow.acknowledge(length - self._reader.left)  # the length of the padding
-            stream = self._streams.find(number)
+            stream = self._streams.find(stream_id)
             if not stream:
-                if not self._streams.was_reset(number):
+                if not self._streams.was_reset(stream_id):
                     raise Http2Error(ErrorCode.STREAM_CLOSED, 'content for a closed stream')
                 return
             if not stream.may_receive:
@@ -6943,19 +6934,19 @@ class Http2:
         if flags & _END_STREAM:
             self._exchanges.end_content(stream)
 
-    def _on_headers(self, flags: int, number: int) -> None:
+    def _on_headers(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.2."""
-        self._header.begin(number, flags, self._reader.payload(flags))
+        self._header.begin(stream_id, flags, self._reader.payload(flags))
         with self.lock:
-            self._streams.begin_headers(number)
+            self._streams.begin_headers(stream_id)
             if not flags & _END_HEADERS:
                 self._header_deadline = self._connection.clock() + self._limits.header_seconds
         if flags & _END_HEADERS:
             self._end_headers()
 
-    def _on_continuation(self, flags: int, number: int) -> None:
+    def _on_continuation(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.10."""
-        if not self._header.number:
+        if not self._header.stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'CONTINUATION of nothing')
         if self._reader.left < CONTROL_BYTES // 16 and not flags & _END_HEADERS:
             self._flood.spend()
@@ -6966,11 +6957,11 @@ class Http2:
     def _end_headers(self) -> None:
         """A header block is complete: a request's, or the trailers after its content."""
         header, self._header = self._header, HeaderBlock()
-        number = header.number
+        stream_id = header.stream_id
         with self.lock:
             self._header_deadline = math.inf
             self._exchanges.idle_since = self._connection.clock()
-            stream = self._streams.open.get(number)
+            stream = self._streams.open.get(stream_id)
         fields, complete = self._decoder.decode(header.block, self._limits.header_bytes)
         if stream:
             if not stream.may_receive:
@@ -6980,33 +6971,33 @@ class Http2:
             for name, value in fields:  # RFC 9113 8.1
                 check_field(name, value)
             self._exchanges.end_content(stream)
-        elif self._streams.was_reset(number) is None:
+        elif self._streams.was_reset(stream_id) is None:
             if header.depends_on_itself:
                 raise StreamError(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
             if not self._streams.open:
                 self._connection.unpin(False)
-            self._exchanges.open(number, fields, complete, header.ends_stream)
+            self._exchanges.open(stream_id, fields, complete, header.ends_stream)
 
-    def _on_priority(self, flags: int, number: int) -> None:
+    def _on_priority(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
         self._flood.spend()
-        if not number:
+        if not stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PRIORITY of no stream')
-        if depends_on_itself(number, self._reader.payload(size=5)):
+        if depends_on_itself(stream_id, self._reader.payload(size=5)):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
 
-    def _on_rst_stream(self, flags: int, number: int) -> None:
+    def _on_rst_stream(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.4."""
         self._flood.spend()
         self._reader.payload(size=4)
-        self._exchanges.cancel(number)
+        self._exchanges.cancel(stream_id)
 
-    def _on_settings(self, flags: int, number: int) -> None:
+    def _on_settings(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.5."""
         if self._has_settings:
             self._flood.spend()
         self._has_settings = True
-        if number:
+        if stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'SETTINGS of a stream')
         payload = self._reader.payload()
         if len(payload) % _SETTING.size or (flags & _ACK and payload):
@@ -7030,40 +7021,40 @@ class Http2:
         if setting == Setting.INITIAL_WINDOW_SIZE:
             self._flow.set_initial(value)
 
-    def _on_push_promise(self, flags: int, number: int) -> None:
+    def _on_push_promise(self, flags: int, stream_id: int) -> None:
         raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PUSH_PROMISE from a client')  # RFC 9113 8.4
 
-    def _on_ping(self, flags: int, number: int) -> None:
+    def _on_ping(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.7."""
         self._flood.spend()
-        if number:
+        if stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PING of a stream')
         payload = self._reader.payload(size=8)
         if not flags & _ACK:
             with self.lock:
                 self._writer.queue(FrameType.PING, _ACK, 0, payload)
 
-    def _on_goaway(self, flags: int, number: int) -> None:
+    def _on_goaway(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.8: the client will open no more streams, and says so by its silence."""
         self._flood.spend()
-        if number:
+        if stream_id:
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'GOAWAY of a stream')
         if self._reader.left < 8:
             raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'GOAWAY of a wrong size')
 
-    def _on_window_update(self, flags: int, number: int) -> None:
+    def _on_window_update(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.9."""
         increment = int.from_bytes(self._reader.payload(size=4), 'big') & LARGEST_WINDOW
         with self.lock:
-            is_return = increment and self._flow.is_return(increment, number > 0)
+            is_return = increment and self._flow.is_return(increment, stream_id > 0)
         if not is_return:
             self._flood.spend()
         with self.lock:
-            stream = self._streams.find(number) if number else None
+            stream = self._streams.find(stream_id) if stream_id else None
             if not increment:
-                raise (StreamError if number else Http2Error)(ErrorCode.PROTOCOL_ERROR,
+                raise (StreamError if stream_id else Http2Error)(ErrorCode.PROTOCOL_ERROR,
                                                               'WINDOW_UPDATE of nothing')
-            if stream or not number:
+            if stream or not stream_id:
                 self._flow.on_window_update(increment, stream)
 
     # ---- the end ----
@@ -7101,7 +7092,7 @@ _FRAME_HANDLERS = (     # by FrameType
 # ==== Loop =======================================================================================
 # What the main thread of a process waits for: descriptors, signals and times.
 #
-# Signals arrive as their numbers through a pair of sockets (signal.set_wakeup_fd), so that their
+# Signals arrive as their signums through a pair of sockets (signal.set_wakeup_fd), so that their
 # handlers run between two waits and never in the midst of anything.  Other threads wake the loop the
 # same way.  Before each wait every timer does what is due and says in how many seconds it wants to be
 # called again; if none does, the process sleeps until something happens.
@@ -7111,12 +7102,12 @@ _NO_SIGNAL = -1             # where the system has no such signal
 _RELOAD_SIGNAL: int = getattr(signal, 'SIGHUP', _NO_SIGNAL)
 _STATS_SIGNAL: int = getattr(signal, 'SIGUSR1', _NO_SIGNAL)
 _TOGGLE_SIGNAL: int = getattr(signal, 'SIGUSR2', _NO_SIGNAL)  # as in rclone
-_SIGNALS = tuple(number for number in (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SIGNAL, _TOGGLE_SIGNAL)
-                 if number != _NO_SIGNAL)
+_SIGNALS = tuple(signum for signum in (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SIGNAL, _TOGGLE_SIGNAL)
+                 if signum != _NO_SIGNAL)
 
 
 class Loop:
-    """Calls `handlers` of signals, by number, `timers`, and what is to be called when a descriptor can be
+    """Calls `handlers` of signals, by signum, `timers`, and what is to be called when a descriptor can be
     read.  One thread runs it; send() and wake() may be called by any."""
 
     def __init__(self) -> None:
@@ -7129,14 +7120,14 @@ class Loop:
         self._wake_writer.setblocking(False)
         self.watch(self._wake_reader, self._on_wake_up)
 
-    def catch(self, numbers: Iterable[int]) -> None:
+    def catch(self, signums: Iterable[int]) -> None:
         """Have signals handled from now on, those too that waited since block_signals().  In the main
         thread alone."""
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for number in numbers:
-            signal.signal(number, _note_signal)
+        for signum in signums:
+            signal.signal(signum, _note_signal)
         if hasattr(signal, 'pthread_sigmask'):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, *numbers})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, *signums})
 
     def watch(self, source: Any, on_readable: Callable[[], None]) -> None:
         """Have a function called whenever `source`, a descriptor or what has one, can be read."""
@@ -7154,17 +7145,17 @@ class Loop:
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
                 key.data()
 
-    def handle(self, numbers: bytes) -> None:
+    def handle(self, signums: bytes) -> None:
         """Call the handlers of signals."""
-        for number in numbers:
-            handler = self.handlers.get(number)
+        for signum in signums:
+            handler = self.handlers.get(signum)
             if handler:
                 handler()
 
-    def send(self, number: int) -> None:
+    def send(self, signum: int) -> None:
         """Do what a signal would do."""
         with contextlib.suppress(OSError):  # the loop has been closed, or much else is on its way
-            self._wake_writer.send(bytes([number]))
+            self._wake_writer.send(bytes([signum]))
 
     def wake(self) -> None:
         """End the wait that is going on."""
@@ -7177,20 +7168,20 @@ class Loop:
         self._wake_writer.close()
 
     def _on_wake_up(self) -> None:
-        numbers = b''
+        signums = b''
         with contextlib.suppress(BlockingIOError):
-            numbers = self._wake_reader.recv(4096)
-        self.handle(numbers)
+            signums = self._wake_reader.recv(4096)
+        self.handle(signums)
 
 
-def block_signals(numbers: Iterable[int]) -> None:
+def block_signals(signums: Iterable[int]) -> None:
     """Have signals wait, where the system can, until they are caught."""
     if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signums)
 
 
-def _note_signal(number: int, frame: Optional[CallFrame]) -> None:
-    """A signal has come; its number is in the wake-up pair already."""
+def _note_signal(signum: int, frame: Optional[CallFrame]) -> None:
+    """A signal has come; its signum is in the wake-up pair already."""
 
 
 class SystemdNotifier:
@@ -7591,13 +7582,13 @@ Ticket = collections.namedtuple('Ticket', ['group', 'refusal'])
 
 
 class Admission:
-    """Places for connections in all processes: `most` at a time, of which one group of addresses
-    takes `most_each` unless it is `exempt`; and TURNED_AWAY for those that are told so."""
+    """Places for connections in all processes: `limit` at a time, of which one group of addresses may
+    take `limit_each` unless it is `exempt`; and TURNED_AWAY for those that are told so."""
 
-    def __init__(self, counters: Counters, most: int, most_each: int,
+    def __init__(self, counters: Counters, limit: int, limit_each: int,
                  exempt: Callable[[str], bool]) -> None:
-        self.most = most
-        self.most_each = most_each
+        self.limit = limit
+        self.limit_each = limit_each
         self.exempt = exempt
         self._counters = counters
 
@@ -7606,15 +7597,15 @@ class Admission:
         group = '' if not host or self.exempt(host) else address_group(host)
         threads, served = self._counters.total(CONNECTIONS, 2)
         refusal = ''
-        if served >= self.most:
+        if served >= self.limit:
             refusal = CONNECTIONS_IN_ALL
-        elif group and self._of_group(group) >= self.most_each:
+        elif group and self._of_group(group) >= self.limit_each:
             refusal = CONNECTIONS_PER_ADDRESS
         if refusal and threads - served >= TURNED_AWAY:
             return None
         self._add(1, Ticket(group, refusal))
-        if (not refusal and served + NEAR_LIMIT >= self.most
-                and self._counters.total(CONNECTIONS, 2)[1] > self.most):
+        if (not refusal and served + NEAR_LIMIT >= self.limit
+                and self._counters.total(CONNECTIONS, 2)[1] > self.limit):
             # Two processes that take the last place at once both give it up.
             self._add(-1, Ticket(group, ''))
             refusal = CONNECTIONS_IN_ALL
@@ -7629,16 +7620,16 @@ class Admission:
         self._counters.add(CONNECTIONS, number, 0 if ticket.refusal else number)
         if ticket.group and not ticket.refusal:
             with self._counters.lock:
-                self._counters.row(ADDRESSES, ADDRESS_PLACES)[self._place(ticket.group)] += number
+                self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[self._bucket(ticket.group)] += number
 
     def _of_group(self, group: str) -> int:
-        return self._counters.sum_at(ADDRESSES, self._place(group))
+        return self._counters.sum_at(ADDRESSES, self._bucket(group))
 
     @staticmethod
-    def _place(group: str) -> int:
+    def _bucket(group: str) -> int:
         """Where a group is counted.  Processes hash alike, and nobody else knows how; two groups
         that meet have one share."""
-        return hash(group) % ADDRESS_PLACES
+        return hash(group) % ADDRESS_BUCKETS
 
 
 class Connections:
@@ -7668,8 +7659,8 @@ class Connections:
     def make_threads(self, processes: int) -> RequestThreads:
         """Threads for HTTP/2's requests in one of so many processes.  A client's are all in one."""
         admission = self.admission
-        return RequestThreads(max(admission.most // processes, min(16, admission.most)),
-                              admission.most_each, admission.exempt)
+        return RequestThreads(max(admission.limit // processes, min(16, admission.limit)),
+                              admission.limit_each, admission.exempt)
 
     @property
     def shared_files(self) -> bool:
@@ -7681,7 +7672,7 @@ class Connections:
         dismiss() follows."""
         ticket = self.admission.admit(host)
         if ticket is None or ticket.refusal:
-            self._api.metrics.note_limited(ticket.refusal if ticket else CONNECTIONS_IN_ALL, host)
+            self._api.metrics.count_limited(ticket.refusal if ticket else CONNECTIONS_IN_ALL, host)
         if ticket is not None:
             with self._lock:
                 self.active += 1
@@ -7709,7 +7700,7 @@ class Connections:
     def serve(self, transport: Transport, peer: Peer, ticket: Ticket) -> None:
         """Serve an admitted connection by way of a transport, to its end."""
         connection = Connection(transport, peer, self._limits, self.bandwidth,
-                                lambda limit, peer: self._api.metrics.note_limited(limit, peer.name))
+                                lambda limit, peer: self._api.metrics.count_limited(limit, peer.name))
         with self._lock:
             self._served.add(connection)
         if self.stopping:
@@ -7774,18 +7765,18 @@ class Connections:
         """End those that are left at once."""
         for connection in self.snapshot():
             log.warning('cut off %s: its request did not end in time', connection.peer)
-            connection.cut()
+            connection.abort()
 
 
 class Server:
-    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most `most`
-    connections are served at a time, and in each process a part of as many requests of HTTP/2;
+    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
+    `max_connections` are served at a time, and in each process a part of as many requests of HTTP/2;
     `per_address` of either are of one group of addresses, but for proxies and this host.  `bandwidth`
     is all of theirs.  What was done is logged every `stats_seconds`.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
-                 inherited: Iterable[Tuple[socket.socket, str]] = (), most: int = 1024,
+                 inherited: Iterable[Tuple[socket.socket, str]] = (), max_connections: int = 1024,
                  notifier: Optional[SystemdNotifier] = None, bandwidth: Optional[Bandwidth] = None,
                  stats_seconds: float = math.inf, per_address: Optional[int] = None) -> None:
         self.api = api
@@ -7798,15 +7789,16 @@ class Server:
         self._counters = api.metrics.counters
         self._processes = 1             # that serve the listeners
         self._counts = True             # what is stored, when the usage asks for it
-        self.connections = Connections(
-            api, limits, Admission(self._counters, most, per_address or default_share(most),
-                                   api.accounts.is_proxy),
-            bandwidth, certificates, lambda: self.loop.wake())
+        admission = Admission(self._counters, max_connections,
+                              per_address or default_share(max_connections), api.accounts.is_proxy)
+        self.connections = Connections(api, limits, admission, bandwidth, certificates,
+                                       lambda: self.loop.wake())
         self._listen(addresses, inherited)
         if self.listeners:
-            _allow_descriptors(4 * most + 256)  # a connection of HTTP/2 takes three, and its file one
+            # A connection of HTTP/2 takes three, and its file one.
+            _allow_descriptors(4 * max_connections + 256)
         api.usage.census.open()
-        if api.usage.most or api.usage.most_per_user:
+        if api.usage.max_bytes or api.usage.max_bytes_per_user:
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -7856,7 +7848,7 @@ class Server:
             loop.watch(listener, functools.partial(self._accept, listener))
         if census.requests and self._counts:
             loop.watch(census.requests, census.on_requested)
-        loop.timers += [self.connections.sweep, self.notifier.ping, self.api.metrics.tell_limited,
+        loop.timers += [self.connections.sweep, self.notifier.ping, self.api.metrics.log_limited,
                         lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
         self.notifier.notify('READY=1')
@@ -7882,7 +7874,7 @@ class Server:
         self.loop.timers = [connections.sweep, lambda: end - time.monotonic()]
         self.loop.run(lambda: self.stops > 1 or not connections.active or time.monotonic() >= end)
         connections.cut()
-        self.api.metrics.tell_limited(at_once=True)
+        self.api.metrics.log_limited(at_once=True)
         census.close()
         self.loop.close()
 
@@ -7934,7 +7926,7 @@ def default_share(connections: int) -> int:
     return max(connections // 4, min(8, connections))
 
 
-def settle_memory() -> None:
+def trim_memory() -> None:
     """Give back what compiling the program took, which the C library would keep, and have what is
     left stay in memory that forked processes share."""
     import gc
@@ -7968,7 +7960,7 @@ KILL_SECONDS = STOP_SECONDS + 5     # for a process to stop
 
 
 class Worker:
-    """A process that serves, as its parent sees it: `control` takes the numbers of signals."""
+    """A process that serves, as its parent sees it: `control` takes the signums of signals."""
 
     def __init__(self, slot: int, pid: int, control: socket.socket) -> None:
         self.slot = slot
@@ -7976,14 +7968,14 @@ class Worker:
         self.control = control
         self.begun = time.monotonic()
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, signum: int) -> None:
         """Pass a signal on."""
         with contextlib.suppress(OSError):  # it has just ended
-            self.control.send(bytes([number]))
+            self.control.send(bytes([signum]))
 
 
 def serve_as_worker(server: Server, slot: int, processes: int, control: socket.socket) -> None:
-    """Serve as one of so many processes, and count in `slot`.  Signals come as their numbers over
+    """Serve as one of so many processes, and count in `slot`.  Signals come as their signums over
     `control`; its end is that of the parent."""
     counters = server.api.metrics.counters
     counters.join(slot)
@@ -7993,12 +7985,12 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     server.become_worker(processes, counts=slot == 1)
 
     def on_control() -> None:
-        numbers = b''
+        signums = b''
         with contextlib.suppress(OSError):
-            numbers = control.recv(4096)
-        if not numbers:  # the parent is gone
+            signums = control.recv(4096)
+        if not signums:  # the parent is gone
             loop.unwatch(control)
-        loop.handle(numbers or bytes([signal.SIGTERM]))
+        loop.handle(signums or bytes([signal.SIGTERM]))
 
     def on_stop(stops: int) -> None:
         server.stops = max(server.stops, stops)     # the parent and the service manager say the same
@@ -8008,19 +8000,19 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     loop.handlers = {signal.SIGTERM: lambda: on_stop(1), signal.SIGINT: lambda: on_stop(2),
                      _RELOAD_SIGNAL: server.reload}
     loop.watch(control, on_control)
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     loop.catch([signal.SIGTERM])
     server.serve()
 
 
 class Workers:
-    """`number` processes that serve what `server` listens on.  This one forks them, passes signals
+    """`count` processes that serve what `server` listens on.  This one forks them, passes signals
     on, replaces those that die, and does nothing else: it has no threads."""
 
-    def __init__(self, server: Server, number: int) -> None:
+    def __init__(self, server: Server, count: int) -> None:
         self._server = server
-        self._number = number
+        self._count = count
         self._workers: Dict[int, Worker] = {}       # by process
         self._due: Dict[int, float] = {}            # when a slot's next process is to be started
         self._delays: Dict[int, float] = {}         # seconds that the last one of a slot waited
@@ -8031,12 +8023,12 @@ class Workers:
         """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
         server, loop = self._server, self._server.loop
         reload_log.disabled = True      # one of the workers says it
-        for number in _STOP_SIGNALS:
-            loop.handlers[number] = self._stop
+        for signum in _STOP_SIGNALS:
+            loop.handlers[signum] = self._stop
         loop.handlers[_RELOAD_SIGNAL] = self._reload
         loop.handlers[signal.SIGCHLD] = self._reap
         loop.catch((*_SIGNALS, signal.SIGCHLD))
-        for slot in range(1, self._number + 1):
+        for slot in range(1, self._count + 1):
             self._start(slot)
         server.notifier.notify('READY=1')
         loop.timers = [server.notifier.ping, lambda: server.stats.tick(True), self._start_due,
@@ -8147,7 +8139,7 @@ class Workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for end in (ours, *(worker.control for worker in self._workers.values())):
                 end.close()
-            serve_as_worker(self._server, slot, self._number, theirs)
+            serve_as_worker(self._server, slot, self._count, theirs)
             status = 0
         except BaseException as error:
             log.error('%s: %s', type(error).__name__, error)
@@ -8158,9 +8150,9 @@ class Workers:
 
     def _back_off(self, slot: int) -> None:
         """Start a process later, and the later the oftener it fails."""
-        first, following, most = RESTART_SECONDS
+        first, second, longest = RESTART_SECONDS
         last = self._delays.get(slot)
-        self._delays[slot] = first if last is None else min(max(2 * last, following), most)
+        self._delays[slot] = first if last is None else min(max(2 * last, second), longest)
         self._due[slot] = time.monotonic() + self._delays[slot]
 
 
@@ -8423,7 +8415,7 @@ class Parser(argparse.ArgumentParser):
                    '512k, 10M or 1.5G, times 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
         self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
-        self.add_argument('words', nargs='*', help=argparse.SUPPRESS)
+        self.add_argument('arguments', nargs='*', help=argparse.SUPPRESS)
         groups = {title: self.add_argument_group(title)
                   for title in dict.fromkeys(option.group for option in OPTIONS)}
         groups['logging'].add_argument(
@@ -8452,14 +8444,14 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(option.name, type=option.value, default=default, help=option.help,
                                metavar=option.metavar)
 
-    def parse(self, words: List[str]) -> argparse.Namespace:
-        """The options that `words` set.  Exits after an error, --help and --version."""
+    def parse(self, args: List[str]) -> argparse.Namespace:
+        """The options that `args` set.  Exits after an error, --help and --version."""
         flags = {option.name for option in OPTIONS if option.is_flag}
-        end = words.index('--') if '--' in words else len(words)
+        end = args.index('--') if '--' in args else len(args)
         # A bool takes a value only after '=', or it would swallow DIR.
         options = self.parse_intermixed_args([f'{word}=true' if word in flags else word
-                                              for word in words[:end]])
-        options.words += words[end + 1:]
+                                              for word in args[:end]])
+        options.arguments += args[end + 1:]
         for name, default in self._lists.items():
             if getattr(options, name) is None:
                 setattr(options, name, default)
@@ -8489,24 +8481,24 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30, width=100)
 
 
-def says_stdio(words: List[str]) -> bool:
+def says_stdio(args: List[str]) -> bool:
     """Whether a command line has --stdio.  Then the variables of the environment are no options: a
     client of ssh may set some (AcceptEnv in sshd_config(5)), and a forced command is to mean what
     it says."""
-    end = words.index('--') if '--' in words else len(words)
-    return any(word.partition('=')[0] == '--stdio' for word in words[:end])
+    end = args.index('--') if '--' in args else len(args)
+    return any(word.partition('=')[0] == '--stdio' for word in args[:end])
 
 
-def find_directory(parser: Parser, words: List[str]) -> str:
-    """DIR among the words that are no options; `serve restic` before it are rclone's."""
-    if words[:2] == ['serve', 'restic']:
-        words = words[2:]
-    if not words or not words[0]:
+def find_directory(parser: Parser, args: List[str]) -> str:
+    """DIR among the arguments that are no options; `serve restic` before it are rclone's."""
+    if args[:2] == ['serve', 'restic']:
+        args = args[2:]
+    if not args or not args[0]:
         parser.error('DIR is missing; write restic_serve.py /srv/backup')
-    if len(words) > 1:
-        parser.error(f'{words[1]!r} is a second DIR; an option that is on or off is written '
+    if len(args) > 1:
+        parser.error(f'{args[1]!r} is a second DIR; an option that is on or off is written '
                      '--append-only or --append-only=false')
-    return words[0]
+    return args[0]
 
 
 def check_requirements(parser: Parser, options: argparse.Namespace) -> None:
@@ -8662,10 +8654,10 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
     if not os.path.isdir(store.root or os.sep):
         raise FileNotFoundError(errno.ENOENT, 'no directory', store.root)
     for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
-        signal.signal(stop, lambda number, frame: sys.exit(1))
+        signal.signal(stop, lambda signum, frame: sys.exit(1))
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
-        signal.signal(_TOGGLE_SIGNAL, lambda number, frame: bandwidth.toggle() and None)
+        signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
 
     def report(path: str, reason: str) -> None:
         name = path.encode('utf-8', 'backslashreplace').decode()
@@ -8713,20 +8705,20 @@ def read_password(user: str) -> bytes:
     return password
 
 
-def main(words: Optional[List[str]] = None) -> int:
-    """Run the command line `words` (default: the program's own); the exit status."""
-    for number in _STOP_SIGNALS:  # nothing runs yet that would have to finish
-        signal.signal(number, lambda number, frame: sys.exit(0))
-    words = sys.argv[1:] if words is None else words
-    parser = Parser({} if says_stdio(words) else os.environ)
-    options = parser.parse(words)
+def main(args: Optional[List[str]] = None) -> int:
+    """Run the command line `args` (default: the program's own); the exit status."""
+    for signum in _STOP_SIGNALS:  # nothing runs yet that would have to finish
+        signal.signal(signum, lambda signum, frame: sys.exit(0))
+    args = sys.argv[1:] if args is None else args
+    parser = Parser({} if says_stdio(args) else os.environ)
+    options = parser.parse(args)
     if options.add_user or options.remove_user:
         try:
             return change_users(parser, options)
         except OSError as error:
             print(f'restic_serve: {error.filename}: {error.strerror}', file=sys.stderr)
             return 1
-    directory = find_directory(parser, options.words)
+    directory = find_directory(parser, options.arguments)
     check_options(parser, options)
     level = logging.ERROR if options.quiet else {0: NOTICE, 1: logging.INFO}.get(
         options.verbose, logging.DEBUG)
@@ -8751,7 +8743,7 @@ def main(words: Optional[List[str]] = None) -> int:
         print(f'restic_serve: {one_line(reason)}', file=sys.stderr)
         return 1
     announce(server, store.root, options)
-    settle_memory()
+    trim_memory()
     (Workers(server, options.workers) if options.workers > 1 else server).run()
     return 0
 

@@ -316,7 +316,7 @@ class StoreTest(TestCase):
         for nameless in (True, False):
             self.store.nameless = nameless
             with self.assertRaises(restic_serve.Gone):
-                self.save(b'x' * 1000, error=restic_serve.Gone('cut'), step=100)
+                self.save(b'x' * 1000, error=restic_serve.Gone('abort'), step=100)
             self.assertEqual(self.files(), [])
 
     def test_the_same_object_again_is_stored_once(self):
@@ -732,7 +732,7 @@ class ByDescriptorTest(StoreTest):
 
     def make_store(self, **options):
         store = Store(str(self.root), **options)
-        store.folders.is_ours = lambda path: False
+        store.folders.is_trusted = lambda path: False
         store.prepare()
         return store
 
@@ -778,7 +778,7 @@ class FoldersOfOthersTest(TestCase):
 
     def test_what_is_the_users_is_served(self):
         self.assertEqual(self.read(self.location), self.content)
-        self.assertFalse(self.store.folders.is_ours('/host/keys'))
+        self.assertFalse(self.store.folders.is_trusted('/host/keys'))
 
     def test_a_link_that_comes_within_the_second_leads_nowhere(self):
         for path, target in ((self.root / 'host', self.secret), (self.root / 'host' / 'keys',
@@ -849,7 +849,7 @@ class FoldersOfOthersTest(TestCase):
         (own / 'host').mkdir(parents=True)
         self.link(own / 'host' / 'keys', between / 'l' / 'keys', 0)
         store = Store(str(own))
-        self.assertFalse(restic_serve.is_ours(str(own / 'host' / 'keys')))
+        self.assertFalse(restic_serve.is_trusted(str(own / 'host' / 'keys')))
         with self.assertRaises(PermissionError):
             store.open(Location('/host', 'keys', self.location.name))
 
@@ -883,25 +883,25 @@ class FoldersOfOthersTest(TestCase):
     def test_whose_a_path_is(self):
         private = self.folder / 'private'
         (private / 'a' / 'b').mkdir(parents=True)
-        is_ours = restic_serve.is_ours
-        self.assertTrue(is_ours(str(private / 'a' / 'b')))
-        self.assertTrue(is_ours(str(private / 'a' / 'missing' / 'c')))
+        is_trusted = restic_serve.is_trusted
+        self.assertTrue(is_trusted(str(private / 'a' / 'b')))
+        self.assertTrue(is_trusted(str(private / 'a' / 'missing' / 'c')))
         for mode in (0o770, 0o757):
             (private / 'a').chmod(mode)
-            self.assertFalse(is_ours(str(private / 'a' / 'b')))
-            self.assertTrue(is_ours(str(private / 'a')))     # what is in it is theirs, not where it lies
+            self.assertFalse(is_trusted(str(private / 'a' / 'b')))
+            self.assertTrue(is_trusted(str(private / 'a')))     # what is in it is theirs, not where it lies
         (private / 'a').chmod(0o1777)
-        self.assertTrue(is_ours(str(private / 'a' / 'b')))
+        self.assertTrue(is_trusted(str(private / 'a' / 'b')))
         os.chown(private / 'a' / 'b', self.OTHER, -1)
-        self.assertFalse(is_ours(str(private / 'a' / 'b')))
+        self.assertFalse(is_trusted(str(private / 'a' / 'b')))
         (private / 'a').chmod(0o755)
         os.chown(private / 'a' / 'b', 0, -1)
         self.link(private / 'link', private / 'a' / 'b', 0)
-        self.assertTrue(is_ours(str(private / 'link')))
+        self.assertTrue(is_trusted(str(private / 'link')))
         self.link(private / 'link', private / 'a' / 'b')
-        self.assertFalse(is_ours(str(private / 'link')))
+        self.assertFalse(is_trusted(str(private / 'link')))
         self.link(private / 'loop', private / 'loop', 0)
-        self.assertFalse(is_ours(str(private / 'loop' / 'x')))
+        self.assertFalse(is_trusted(str(private / 'loop' / 'x')))
 
 
 # ---- Counters ----
@@ -1194,7 +1194,7 @@ class UsageTest(TestCase):
                 self.assertEqual(self.held(), (100, {'data': 1}))
 
     def test_without_end_of_deletions_a_count_errs_on_the_safe_side(self):
-        self.usage = self.make(most=1000)
+        self.usage = self.make(max_bytes=1000)
         self.usage.census.count()
         locations = [self.save(10, kind='locks') for _ in range(20)]
         real = Store.object_entries
@@ -1239,7 +1239,7 @@ class UsageTest(TestCase):
         self.assertIn('⚠ not all can be read', Page(self.store, self.usage).render('', lambda name: True))
 
     def test_what_cannot_be_read_any_more_stays_as_it_was(self):
-        self.usage = self.make(most=10_000)
+        self.usage = self.make(max_bytes=10_000)
         self.usage.census.count()
         for repository in ('/alice/x', '/bob'):
             self.save(100, repository)
@@ -1278,7 +1278,7 @@ class UsageTest(TestCase):
                          {'/alice': (100, 1), '/bob': (100, 0)})
 
     def test_a_full_quota_lets_locks_in_but_not_any_number(self):
-        usage = self.make(most=100)
+        usage = self.make(max_bytes=100)
         usage.census.count()
         usage.create(Location(''))
         with self.assertRaises(HttpError):
@@ -1305,7 +1305,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.repositories()['/host'].last_snapshot, 1000)
 
     def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
-        self.usage = self.make(most=10_000)
+        self.usage = self.make(max_bytes=10_000)
         for number in range(20):
             Store(str(self.root)).save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
                                        Bytes(b'%100d' % number))
@@ -1391,7 +1391,7 @@ class UsageTest(TestCase):
         self.assertEqual(len(counts), 2)
 
     def test_a_full_quota_is_answered_before_the_content_is_read(self):
-        for more in ({'most': 1000}, {'most_per_user': 1000}):
+        for more in ({'max_bytes': 1000}, {'max_bytes_per_user': 1000}):
             with self.subTest(**more):
                 shutil.rmtree(self.root / 'host', ignore_errors=True)
                 self.usage = self.make(**more)
@@ -1403,8 +1403,8 @@ class UsageTest(TestCase):
                 self.assertEqual(caught.exception.status, 507)
                 self.assertEqual(unread._file.tell(), 0)
                 self.assertEqual(self.log[-1], 'the quota leaves no room for 401 B more in /host: 600 B '
-                                 f'of 1.0 KiB in /{"" if "most" in more else "host"}')
-                self.assertEqual(self.usage.quota('' if 'most' in more else 'host'), (600, 0, 1000))
+                                 f'of 1.0 KiB in /{"" if "max_bytes" in more else "host"}')
+                self.assertEqual(self.usage.quota('' if 'max_bytes' in more else 'host'), (600, 0, 1000))
                 second = self.save(400)
                 # one that is there already needs no room
                 self.usage.save(second, Bytes(Path(path_of(self.store, second)).read_bytes()))
@@ -1412,7 +1412,7 @@ class UsageTest(TestCase):
                     self.save(1)
                 self.usage.delete(first)
                 self.save(600)
-                if 'most' not in more:
+                if 'max_bytes' not in more:
                     self.save(1000, '/other')
                     self.save(1000, '')
 
@@ -1439,7 +1439,7 @@ class UsageTest(TestCase):
     def test_uploads_at_once_do_not_slip_past_a_quota_together(self):
         for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
             shutil.rmtree(self.root / 'host', ignore_errors=True)
-            self.usage = self.make(most=4300)
+            self.usage = self.make(max_bytes=4300)
             self.usage.census.count()
             answers = self.upload_at_once(16, **more)
             stored = answers.count(200)
@@ -1449,12 +1449,12 @@ class UsageTest(TestCase):
             self.assertEqual(len(self.files(self.root / 'host')) if stored else 0, stored)
 
     def test_room_for_an_upload_that_failed_is_given_back(self):
-        self.usage = self.make(most=1000)
+        self.usage = self.make(max_bytes=1000)
         self.usage.census.count()
         with self.assertRaises(HttpError):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
         with self.assertRaises(restic_serve.Gone):
-            self.save(900, error=restic_serve.Gone('cut'))
+            self.save(900, error=restic_serve.Gone('abort'))
         with self.assertRaises(HttpError) as caught:
             self.save(1001, length=None, step=300)
         self.assertEqual(caught.exception.status, 507)
@@ -1462,7 +1462,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (1000, 0, 1000))
 
     def test_room_that_an_upload_under_way_holds_is_waited_for(self):
-        self.usage = self.make(most=1000)
+        self.usage = self.make(max_bytes=1000)
         self.usage.census.count()
         go_on = threading.Event()
 
@@ -1493,7 +1493,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (200, 0, 1000))
 
     def test_what_is_removed_during_its_upload_is_to_be_sent_again(self):
-        self.usage = self.make(most=1000)
+        self.usage = self.make(max_bytes=1000)
         self.usage.census.count()
         location = self.save(900)
         content = Path(path_of(self.store, location)).read_bytes()
@@ -1521,7 +1521,7 @@ class UsageTest(TestCase):
 
     def test_small_objects_and_folders_fill_a_quota_as_they_fill_the_disk(self):
         self.use_blocks()
-        self.usage = self.make(most=400 * 1024)
+        self.usage = self.make(max_bytes=400 * 1024)
         self.usage.census.count()
         self.usage.create(Location('/host'))
         self.assertEqual(self.usage.quota('')[0], 6 * 4096)     # itself, and five kinds
@@ -1537,7 +1537,7 @@ class UsageTest(TestCase):
 
     def test_repositories_that_are_made_fill_a_quota(self):
         self.use_blocks()
-        self.usage = self.make(most=1 << 20)
+        self.usage = self.make(max_bytes=1 << 20)
         self.usage.census.count()
         made = 0
         with self.assertRaises(HttpError) as caught:
@@ -1554,7 +1554,7 @@ class UsageTest(TestCase):
 
     def test_what_was_counted_and_what_passed_through_agree(self):
         self.use_blocks()
-        self.usage = self.make(most=1 << 40, most_per_user=1 << 40)
+        self.usage = self.make(max_bytes=1 << 40, max_bytes_per_user=1 << 40)
         self.usage.census.count()
         random.seed(7)
         kept = []
@@ -1574,7 +1574,7 @@ class UsageTest(TestCase):
 
     def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
         self.use_blocks()
-        usage = self.make(most=50_000)
+        usage = self.make(max_bytes=50_000)
         usage.census.count()
         for name in 'ab':
             usage.create(Location(f'/{name}'))
@@ -1593,7 +1593,7 @@ class UsageTest(TestCase):
         self.assertFalse((self.root / 'c').exists())
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
-        usage = self.make(most=1000)
+        usage = self.make(max_bytes=1000)
         usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
@@ -1613,7 +1613,7 @@ class UsageTest(TestCase):
 
     def test_an_upload_reserves_room_for_all_of_its_content(self):
         self.use_blocks()
-        usage = self.make(most=100 * 4096)
+        usage = self.make(max_bytes=100 * 4096)
         usage.census.count()
         usage.create(Location('/host'))
         reserved = []
@@ -1654,7 +1654,7 @@ class UsageTest(TestCase):
     def test_a_repository_that_is_gone_leaves_nothing_in_the_quotas(self):
         for delete in (False, True):
             with self.subTest(delete=delete):
-                usage = self.usage = self.make(most=4 << 20, most_per_user=4 << 20)
+                usage = self.usage = self.make(max_bytes=4 << 20, max_bytes_per_user=4 << 20)
                 location = Location('/old', 'data', named(bytes(3 << 20)))
                 if delete:  # it was there before the start
                     self.store.save(location, Bytes(bytes(3 << 20)))
@@ -1672,7 +1672,7 @@ class UsageTest(TestCase):
                 shutil.rmtree(self.root / 'new')
 
     def test_what_comes_through_a_link_is_counted_once(self):
-        usage = self.usage = self.make(most=1 << 30)
+        usage = self.usage = self.make(max_bytes=1 << 30)
         usage.census.count()
         self.save(100, '/real')
         (self.root / 'alias').symlink_to('real')
@@ -1683,7 +1683,7 @@ class UsageTest(TestCase):
                 path.stat().st_size for path in (self.root / 'real').rglob('*') if path.is_file()))
 
     def test_a_full_quota_lets_a_damaged_object_be_mended(self):
-        usage = self.usage = self.make(most=1000)
+        usage = self.usage = self.make(max_bytes=1000)
         usage.census.count()
         location = self.save(1000)
         content = Path(path_of(self.store, location)).read_bytes()
@@ -1707,7 +1707,7 @@ class UsageTest(TestCase):
             self.assertEqual(computed.call_count, 4)
 
     def test_what_replaces_a_damaged_object_is_counted(self):
-        self.usage = self.make(most=1000)
+        self.usage = self.make(max_bytes=1000)
         self.usage.census.count()
         location = self.save(700)
         path = Path(path_of(self.store, location))
@@ -1727,7 +1727,7 @@ class UsageTest(TestCase):
     def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
         with mock.patch.object(restic_serve, 'SLOT_BYTES', 4096), \
                 mock.patch.object(restic_serve, 'SPARE_BYTES', 2048):
-            self.usage = Usage(self.store, Counters(), most=1 << 30, most_per_user=1 << 20)
+            self.usage = Usage(self.store, Counters(), max_bytes=1 << 30, max_bytes_per_user=1 << 20)
             self.usage.census.count()
             stored = 0
             with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0):
@@ -1759,7 +1759,7 @@ class UsageTest(TestCase):
         self.assertTrue(self.usage.census.wait(PATIENCE))
 
     def test_before_the_first_count_an_upload_is_put_off(self):
-        self.usage = self.make(most=1000)
+        self.usage = self.make(max_bytes=1000)
         with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
             self.save(1)
         self.assertEqual((caught.exception.status, list(caught.exception.headers)),
@@ -2647,7 +2647,7 @@ class ApiTest(TestCase):
     def test_a_client_that_goes_away_leaves_nothing(self):
         with self.assertRaises(restic_serve.Gone):
             self.ask('POST', f'/host/data/{self.NAME}',
-                     Bytes(b'012', error=restic_serve.Gone('cut'), length=10))
+                     Bytes(b'012', error=restic_serve.Gone('abort'), length=10))
         self.assertEqual(self.files(), [])
 
 
@@ -4138,7 +4138,7 @@ class Http2Test(Http2TestCase):
         self.assertEqual(wire.answer()[0], 404)
 
     def test_one_connection_too_many_is_told_so(self):
-        self.server.connections.admission.most = 0
+        self.server.connections.admission.limit = 0
         wire = Http2Wire(self.port, preface=False)
         with wire:
             wire.send(restic_serve.PREFACE, settings())
@@ -4401,7 +4401,7 @@ class HeaderBlockTest(unittest.TestCase):
         block = restic_serve.HeaderBlock()
         block.begin(3, 0x1, b'ab')
         block.extend(b'cd', 4)
-        self.assertEqual((block.number, block.ends_stream, block.block), (3, True, b'abcd'))
+        self.assertEqual((block.stream_id, block.ends_stream, block.block), (3, True, b'abcd'))
         with self.assertRaises(restic_serve.Http2Error) as caught:
             block.extend(b'e', 4)
         self.assertEqual(caught.exception.code.name, 'ENHANCE_YOUR_CALM')
@@ -4608,23 +4608,23 @@ class StallTest(Http2TestCase):
     def test_what_comes_within_the_minute_is_told_when_it_is_over(self):
         with mock.patch.object(restic_serve, 'LIMITED_SECONDS', 0.3):
             for _ in range(2):
-                self.metrics.note_limited('y', '10.0.0.1')
+                self.metrics.count_limited('y', '10.0.0.1')
                 self.server.loop.wake()
                 self.wait_until(lambda: not self.metrics._limited, 'a line')    # though nobody is there
         self.assertEqual(len([line for line in self.log if line.startswith('y: 1 ended')]), 2)
 
     def test_a_limit_is_told_of_at_once_and_then_once_a_minute(self):
         for number in range(30):
-            self.metrics.note_limited('x', f'10.0.0.{number % 12}')
-        self.metrics.tell_limited()
+            self.metrics.count_limited('x', f'10.0.0.{number % 12}')
+        self.metrics.log_limited()
         told = [line for line in self.log if line.startswith('x: ')]
         self.assertRegex(told[-1], r'^x: \d+ ended or refused, from 10\.0\.0\.\d+ \(\d+\)')
         before = len(told)
-        self.metrics.note_limited('x', '10.0.0.1')
-        self.metrics.tell_limited()
+        self.metrics.count_limited('x', '10.0.0.1')
+        self.metrics.log_limited()
         self.assertEqual(len([line for line in self.log if line.startswith('x: ')]), before)
         with mock.patch.object(restic_serve, 'LIMITED_SECONDS', 0):
-            self.metrics.tell_limited()
+            self.metrics.log_limited()
         self.assertEqual(len([line for line in self.log if line.startswith('x: ')]), before + 1)
         text = self.metrics.exposition()
         self.assertIn('restic_serve_limited_total{limit="x"} 31\n', text)
@@ -4686,14 +4686,14 @@ class DeadlineTest(unittest.TestCase):
         def first(direction, count):
             self.now += 5
             bandwidth.wait = second
-            connection._hold(bandwidth, 2, 1)   # as another thread does meanwhile
+            connection._throttle(bandwidth, 2, 1)   # as another thread does meanwhile
             self.now += 5
 
         def second(direction, count):
             self.now += 5
 
         bandwidth.wait = first
-        connection._hold(bandwidth, 1, 1)
+        connection._throttle(bandwidth, 1, 1)
         self.assertEqual(connection.clock(), begin)
         self.now += 1
         self.assertEqual(connection.clock(), begin + 1)
@@ -4726,7 +4726,7 @@ class SharesTest(Http2TestCase):
         return server, server.listeners[0].server_address[1]
 
     def test_an_address_has_its_share_of_the_connections(self):
-        server, port = self.start(most=100, per_address=3)
+        server, port = self.start(max_connections=100, per_address=3)
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(3)]
             for wire in wires:
@@ -4768,13 +4768,13 @@ class SharesTest(Http2TestCase):
             self.assertFalse(admission.admit('10.0.0.1').refusal)
 
     def test_a_client_of_http_2_has_as_many_requests_however_many_processes_serve(self):
-        server, _ = self.start(most=16)
+        server, _ = self.start(max_connections=16)
         for processes in (1, 4):
             threads = server.connections.make_threads(processes)
-            self.assertEqual((threads._most, threads._most_each), (16, 8))
+            self.assertEqual((threads._limit, threads._limit_each), (16, 8))
 
     def test_an_address_has_its_share_of_the_threads_of_http_2(self):
-        server, port = self.start(most=8, per_address=2)
+        server, port = self.start(max_connections=8, per_address=2)
         go_on = threading.Event()
         self.addCleanup(go_on.set)
         with mock.patch.object(server.api, 'handle', side_effect=lambda request: go_on.wait(PATIENCE) and
@@ -5147,10 +5147,10 @@ class WatchedTestCase(Http2TestCase):
         counted_plainly(self)
         self.watch()
 
-    def watch(self, policy=None, accounts=None, prometheus='login', most=0, per_user=0, **more):
+    def watch(self, policy=None, accounts=None, prometheus='login', max_bytes=0, per_user=0, **more):
         """Another server, that shows what it knows."""
         counters = Counters()
-        self.usage = Usage(self.store, counters, most=most, most_per_user=per_user)
+        self.usage = Usage(self.store, counters, max_bytes=max_bytes, max_bytes_per_user=per_user)
         self.metrics = Metrics(counters, self.usage, self.store)
         self.server = self.serve(Api(
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
@@ -5226,7 +5226,7 @@ class MetricsTest(WatchedTestCase):
     def test_prometheus_takes_them(self):
         self.work(self.port)
         self.fill('/we"ird\\ü', 'data', 'snapshots')
-        self.watch(most=1 << 30, per_user=1 << 20)
+        self.watch(max_bytes=1 << 30, per_user=1 << 20)
         self.usage.census.wait(PATIENCE)
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
         self.work(self.port)
@@ -5265,7 +5265,7 @@ class MetricsTest(WatchedTestCase):
         (self.root / 'alice/x/data/00').mkdir(exist_ok=True)
         (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
         self.fill('', 'keys')
-        self.watch(most=10000, per_user=2000)
+        self.watch(max_bytes=10000, per_user=2000)
         self.usage.census.wait(PATIENCE)
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
         samples = self.scrape()
@@ -5378,7 +5378,7 @@ class QuotaTest(WatchedTestCase):
     """Quotas over the wires."""
 
     def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
-        self.watch(most=1000)
+        self.watch(max_bytes=1000)
         self.usage.census.wait(PATIENCE)
         wire = self.connect()
         self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=1001))[0], 507)
@@ -5413,7 +5413,7 @@ class PageTest(WatchedTestCase):
         self.fill('/fresh', 'data', 'snapshots', 'snapshots', 'locks', age=600)
         self.fill('/none', 'data')
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
-        self.watch(most=1000, per_user=800)
+        self.watch(max_bytes=1000, per_user=800)
         self.usage.census.wait(PATIENCE)
         text = self.look()[1]
         self.assertEqual(self.names(), ['/late', '/none', '/fresh'])
@@ -5464,7 +5464,7 @@ class PageTest(WatchedTestCase):
         accounts = self.folder / 'htpasswd'
         accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
         self.watch(Policy(private=True, administrators=['root']), Accounts(PasswordFile(str(accounts))),
-                   per_user=1000, most=5000)
+                   per_user=1000, max_bytes=5000)
         alice, root = basic('alice', 'alice'), basic('root', 'root')
         self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
         self.assertEqual(self.names('/', alice), ['/alice/x', '/alice/y'])
@@ -5823,7 +5823,7 @@ class UnixSocketTest(ListenerTestCase):
 
 class ConnectionLimitTest(ListenerTestCase):
     def test_one_more_is_answered_503_and_closed(self):
-        port = self.start('127.0.0.1:0', most=3).listeners[0].server_address[1]
+        port = self.start('127.0.0.1:0', max_connections=3).listeners[0].server_address[1]
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(3)]
             for wire in wires:
@@ -5840,7 +5840,7 @@ class ConnectionLimitTest(ListenerTestCase):
 
     def test_a_flood_is_dropped(self):
         with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
-            server = self.start('127.0.0.1:0', most=1)
+            server = self.start('127.0.0.1:0', max_connections=1)
             port = server.listeners[0].server_address[1]
             with contextlib.ExitStack() as stack:
                 first = stack.enter_context(Wire(port))
@@ -5861,7 +5861,7 @@ class ConnectionLimitTest(ListenerTestCase):
 
     def test_slow_clients_do_not_slow_the_others(self):
         """A thousand that drip; the figure is a bound, far above what is usual."""
-        server = self.start('127.0.0.1:0', most=1100)
+        server = self.start('127.0.0.1:0', max_connections=1100)
         port = server.listeners[0].server_address[1]
         with contextlib.ExitStack() as stack:
             slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
@@ -6128,7 +6128,7 @@ class TlsTest(ListenerTestCase):
 
     def test_one_connection_of_http_2_too_many_is_told_so(self):
         server = self.start('127.0.0.1:0', certificates=self.certificates())
-        server.connections.admission.most = 0
+        server.connections.admission.limit = 0
         context = self.ssl.create_default_context(cafile=str(self.authority.path))
         context.set_alpn_protocols(['h2'])
         sock = context.wrap_socket(socket.create_connection(server.listeners[0].server_address, PATIENCE),
@@ -6779,7 +6779,7 @@ class WorkersTest(TestCase):
 
         def wait(count):
             clock = Clock()
-            bandwidth = restic_serve.Bandwidth([restic_serve.Slot(0, 1000, 100)], counters,
+            bandwidth = restic_serve.Bandwidth([restic_serve.TimetableEntry(0, 1000, 100)], counters,
                                                lambda: clock.now, lambda: clock.day, clock.sleep)
             bandwidth.wait(bandwidth.SENT, count)
             clocks.append(clock.now)
@@ -6799,7 +6799,7 @@ class WorkersTest(TestCase):
         store = Store(str(self.root))
         store.prepare()
         counters = Counters(5)
-        usage = Usage(store, counters, most=50500)
+        usage = Usage(store, counters, max_bytes=50500)
         usage.census.count()
         children = []
         for slot in range(1, 5):
@@ -6899,15 +6899,15 @@ class CommandLineTest(TestCase):
                              (['dir', '--append-only'], True), (['--append-only=true', 'dir'], True),
                              (['dir'], False)):
             options = self.parse(*words)
-            self.assertEqual((options.append_only, options.words), (value, ['dir']), words)
+            self.assertEqual((options.append_only, options.arguments), (value, ['dir']), words)
 
     def test_the_words_of_rclone_before_the_directory_mean_nothing(self):
         for words in (['serve', 'restic', '--append-only', 'dir'], ['serve', 'restic', 'dir'],
                       ['--addr', ':1', 'serve', 'restic', '-v', 'dir'], ['--', 'dir'],
                       ['-vq', 'serve', '--append-only', 'restic', 'dir']):
             parser = restic_serve.Parser({})
-            self.assertEqual(restic_serve.find_directory(parser, parser.parse(words).words), 'dir')
-        self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir']).words), '-dir')
+            self.assertEqual(restic_serve.find_directory(parser, parser.parse(words).arguments), 'dir')
+        self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir']).arguments), '-dir')
 
     def test_every_option_may_come_from_the_environment(self):
         options = self.parse('dir', RESTIC_SERVE_APPEND_ONLY='true', RESTIC_SERVE_VERBOSE='2',
