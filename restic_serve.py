@@ -677,8 +677,8 @@ def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
         return os.dup(top)
     fd = top
     try:
-        for number, name in enumerate(names, 1):
-            flags = _FOLDER_FLAGS if number == len(names) else _STEP_FLAGS
+        for depth, name in enumerate(names, 1):
+            flags = _FOLDER_FLAGS if depth == len(names) else _STEP_FLAGS
             try:
                 below = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
             except OSError as error:
@@ -1631,7 +1631,7 @@ class Counters:
         """Zero the gauges in the slot of a process that has died."""
         begin = slot * self._size
         with self.lock:
-            if self._words[begin + _GENERATION] & 1:  # it died while it wrote the slot anew
+            if self._words[begin + _GENERATION] & 1:  # it died while it rewrote the slot
                 self._words[begin + _USED] = 0
                 self._words[begin + _GENERATION] += 1
             self._look(slot)
@@ -1751,10 +1751,10 @@ class Counters:
 
     def total(self, key: Key, width: int) -> List[int]:
         """The first `width` numbers under a key, summed over all processes."""
-        return [sum(row[number] for row in self.read(key)) for number in range(width)]
+        return [sum(row[i] for row in self.read(key)) for i in range(width)]
 
     def sum_at(self, key: Key, position: int) -> int:
-        """One number of the rows under a key, added up over all processes."""
+        """One number of the rows under a key, summed over all processes."""
         found: int = self._reading(lambda: sum(rows[key[0]][key][position] for rows in self._rows
                                                if key in rows.get(key[0], {})))
         return found
@@ -2163,7 +2163,7 @@ class Scrub:
             self._write(f'{text}\n')
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # whoever watched has gone
+        with contextlib.suppress(OSError):  # the reader has disconnected
             self._stream.write(text)
             self._stream.flush()
 
@@ -2327,7 +2327,7 @@ class Census:
             other = self._counters.total(('other', scope), 2)
             self._counters.put(('baseline', scope), charged - other[0], locks - other[1])
         added, removed = (self._counters.total((kind, OTHER), len(_NOTHING)) for kind in ('added', 'removed'))
-        held = [number - more + less for number, more, less in zip(tally.other.held, added, removed)]
+        held = [count - more + less for count, more, less in zip(tally.other.held, added, removed)]
         if any(held):
             self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
         self._counters.put(('counted',), int(time.monotonic() * 1e9))
@@ -2371,7 +2371,7 @@ class Census:
         if added is None:
             added = self._counters.total(('added', repository), len(_NOTHING))
         removed = self._counters.total(('removed', repository), len(_NOTHING))
-        held: List[int] = [number - more + less for number, more, less in zip(found.held, added, removed)]
+        held: List[int] = [count - more + less for count, more, less in zip(found.held, added, removed)]
         if not self._counters.put(('base', repository), *_pack(found._replace(held=held))):
             tally.add_other(found)
         tally.add(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
@@ -2889,12 +2889,12 @@ def md5_crypt(password: bytes, magic: str, salt_text: str) -> str:
     return f'{magic}{salt_text}${_encode64(digest, order)}'
 
 
-def sha2_crypt(password: bytes, number: str, rounds: Optional[str], salt_text: str) -> str:
-    """SHA-crypt, `number` 5 for SHA-256 and 6 for SHA-512.
+def sha2_crypt(password: bytes, scheme: str, rounds: Optional[str], salt_text: str) -> str:
+    """SHA-crypt; `scheme` is 5 for SHA-256 and 6 for SHA-512.
 
     https://www.akkadia.org/drepper/SHA-crypt.txt
     """
-    algorithm = hashlib.sha256 if number == '5' else hashlib.sha512
+    algorithm = hashlib.sha256 if scheme == '5' else hashlib.sha512
     salt, size = salt_text.encode(), len(password)
     width = algorithm().digest_size
     inner = algorithm(password + salt + password).digest()
@@ -2908,25 +2908,25 @@ def sha2_crypt(password: bytes, number: str, rounds: Optional[str], salt_text: s
     count = min(max(int(rounds or 5000), 1000), 999999999)
     digest = _stretch(algorithm, digest, p, s, count)
     # Bytes from three thirds of the digest, the thirds rotated from one group to the next.
-    third, turn = (10, 2) if number == '5' else (21, 1)
+    third, turn = (10, 2) if scheme == '5' else (21, 1)
     order: List[Tuple[int, ...]] = []
     for k in range(third):
         group = (k, k + third, k + 2 * third) * 2
         order.append(group[k * turn % 3:k * turn % 3 + 3])
-    order.append((31, 30) if number == '5' else (63,))
-    prefix = f'${number}$' + (f'rounds={rounds}$' if rounds else '')
+    order.append((31, 30) if scheme == '5' else (63,))
+    prefix = f'${scheme}$' + (f'rounds={rounds}$' if rounds else '')
     return f'{prefix}{salt_text}${_encode64(digest, order)}'
 
 
 def _stretch(algorithm: Callable[..., Any], digest: bytes, password: bytes, salt: bytes,
              rounds: int) -> bytes:
     """The rounds of MD5-crypt and SHA-crypt."""
-    for number in range(rounds):
-        odd = number & 1
+    for i in range(rounds):
+        odd = i & 1
         data = password if odd else digest
-        if number % 3:
+        if i % 3:
             data += salt
-        if number % 7:
+        if i % 7:
             data += password
         digest = algorithm(data + (digest if odd else password)).digest()
     return digest
@@ -2972,20 +2972,20 @@ def bcrypt_crypt(password: bytes, setting: str) -> str:
 
 def _expand_key(words: List[int], key: List[int], salt: List[int]) -> None:
     """Blowfish's key schedule with salt; `words` are its 18 subkeys and its four S-boxes."""
-    for number in range(18):
-        words[number] ^= key[number]
+    for i in range(18):
+        words[i] ^= key[i]
     left = right = 0
-    for number in range(0, 1042, 2):
-        turn = number & 2
+    for i in range(0, 1042, 2):
+        turn = i & 2
         left, right = _encipher(words, left ^ salt[turn], right ^ salt[turn + 1])
-        words[number], words[number + 1] = left, right
+        words[i], words[i + 1] = left, right
 
 
 def _encipher(words: List[int], left: int, right: int) -> Tuple[int, int]:
     """Blowfish encryption of one block; two rounds in each turn of the loop."""
-    for number in range(0, 16, 2):
-        left ^= words[number]
-        right ^= words[number + 1] ^ (
+    for i in range(0, 16, 2):
+        left ^= words[i]
+        right ^= words[i + 1] ^ (
             (words[18 + (left >> 24)] + words[274 + (left >> 16 & 255)]
              ^ words[530 + (left >> 8 & 255)]) + words[786 + (left & 255)] & 0xffffffff)
         left ^= ((words[18 + (right >> 24)] + words[274 + (right >> 16 & 255)]
@@ -3010,7 +3010,7 @@ def _digits_of_pi() -> Tuple[int, ...]:
 
     pi = 16 * arctan_of_inverse(5) - 4 * arctan_of_inverse(239)
     fraction = (pi & one - 1) >> 64
-    return tuple(fraction >> bits - 32 * number & 0xffffffff for number in range(1, 1043))
+    return tuple(fraction >> bits - 32 * i & 0xffffffff for i in range(1, 1043))
 
 
 def _bcrypt_encode(data: bytes) -> str:
@@ -3059,7 +3059,7 @@ class PasswordFile:
     def _load(self) -> Dict[str, str]:
         entries = {}
         with open(self._path, 'rb') as file:
-            for number, line in enumerate(file, 1):
+            for line_number, line in enumerate(file, 1):
                 text = line.decode('utf-8', 'replace').strip()
                 if not text or text.startswith('#'):
                     continue
@@ -3067,17 +3067,17 @@ class PasswordFile:
                 entry = rest.partition(':')[0]
                 if not is_user(user):
                     reload_log.error('%s, line %d: the name of a user may hold letters, digits and '
-                                     '@ . _ - alone', self._path, number)
+                                     '@ . _ - alone', self._path, line_number)
                 elif not hash_cost(entry):
                     reload_log.error('%s, line %d: unknown or unsafe password scheme; use bcrypt '
-                                     '(htpasswd -B)', self._path, number)
+                                     '(htpasswd -B)', self._path, line_number)
                 else:
                     entries[user] = entry
                     if is_slow(entry):
                         reload_log.warning(
                             '%s, line %d: the C library of this system does not know the scheme of '
                             "%s's password, and Python takes %.0f s for each login; use a lower cost "
-                            '(htpasswd -B -C %d)', self._path, number, user, seconds_in_python(entry),
+                            '(htpasswd -B -C %d)', self._path, line_number, user, seconds_in_python(entry),
                             SLOW_COST)
         return entries
 
@@ -3520,13 +3520,13 @@ class Metrics:
         """Requests, errors among them, objects and bytes received, objects and bytes sent."""
         activity = [0] * 6
         for (_, _, status), (_, *numbers) in self.counters.find('request').items():
-            number = sum(numbers)
-            activity[0] += number
+            count = sum(numbers)
+            activity[0] += count
             # restic looks for objects that need not exist.
-            activity[1] += number if int(status) >= 400 and status != '404' else 0
+            activity[1] += count if int(status) >= 400 and status != '404' else 0
         for blob in self.counters.find('blob').values():
-            for number in range(4):
-                activity[2 + number] += blob[number]
+            for i in range(4):
+                activity[2 + i] += blob[i]
         return activity
 
     # ---- for Prometheus ----
@@ -3843,8 +3843,8 @@ def _plot(held: Holdings) -> str:
         size += added
         heights.append(_PLOT_HEIGHT * (1 - size / max(held.bytes, 1)))
     curve = 'M' + 'L'.join(f'{day} {height:.1f}' for day, height in enumerate(heights))
-    ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day, number in enumerate(held.snapshots) if number)
-    active = sum(number > 0 for number in held.snapshots)
+    ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day, count in enumerate(held.snapshots) if count)
+    active = sum(count > 0 for count in held.snapshots)
     return (f'<svg class="plot" viewBox="-1 -1 {DAYS + 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
             f'role="img"><title>{DAYS} days: from {format_size(held.bytes - sum(held.days))} to '
             f'{format_size(held.bytes)}, days with a snapshot: {active}</title>'
@@ -4163,49 +4163,51 @@ def _check_repository(path: str) -> str:
 
 
 # ==== Transport ==================================================================================
-# Bytes over a socket, over TLS on a socket, and over pipes, by one set of methods:
+# Bytes over a socket, over TLS on a socket, and over pipes, with the same methods:
 #
-#     recv, recv_into   some bytes, none at the end of input; one thread at a time
-#     send, send_parts  all of the bytes; one thread at a time, which may be another
-#     send_file         some of a file by sendfile(2), where that can be
-#     share             from now on one thread receives while others send
-#     end_input         the thread that receives finds the end of input
-#     end_output        the client finds the end of our output
-#     skip_input        bytes that nobody wants, below TLS; end_skipping ends the wait for them
-#     reset_at_close    close() will break the connection off, so that nothing looks complete
-#     abort             both ends at once; the client finds a reset
-#     close             let go of descriptors
+#     recv, recv_into   receive some bytes, none at the end of input
+#     send, send_parts  send all of the bytes
+#     send_file         send some of a file by sendfile(2), where the transport can
+#     share             allow one thread to receive while another sends
+#     end_input         make the receiving thread see the end of input
+#     end_output        tell the client that no more will be sent
+#     skip_input        receive and discard, below TLS; end_skipping ends the wait for that
+#     reset_at_close    make close() reset the connection, so that an answer does not look complete
+#     abort             end input and output; the client sees a reset
+#     close             close the descriptors
 #
-# What fails is an OSError.  Stalled is raised where the client takes no byte for too long: the
-# kernel sees that (SO_SNDTIMEO in socket(7)), so that no timer is needed and no poll(2) a call.
+# Theory of operation.  Sockets block.  One thread at a time receives, and one at a time sends: the same
+# thread in HTTP/1.1, different ones in HTTP/2.  end_input(), end_skipping() and abort() are called by
+# other threads, the main one above all, and never wait.  A transport raises OSError for what the network
+# does, and Stalled where the client accepts no byte for too long, which the kernel notices (SO_SNDTIMEO
+# in socket(7)) without a timer or a poll(2) for each call.
 
-PIPE_BYTES = 1 << 20         # that a pipe is asked to hold: what Linux allows anyone
-PIPE_LINGER = 100            # milliseconds without input after which there will be no more
-_F_SETPIPE_SZ = 1031         # fcntl(2); the module names it from 3.10 on
-RECORDS_BYTES = 64 * 1024    # of TLS records in memory at a time; a connection keeps as much
-RECORD_OVERHEAD = 512        # bytes around the content of small ones
+PIPE_BYTES = 1 << 20         # Size requested for a pipe; Linux allows it to everybody.
+PIPE_LINGER = 100            # Milliseconds without input after which none is expected.
+_F_SETPIPE_SZ = 1031         # fcntl(2); in the module fcntl from Python 3.10 on.
+RECORDS_BYTES = 64 * 1024    # TLS records in memory at a time; each connection keeps this much.
+RECORD_OVERHEAD = 512        # Bytes that records add to small content.
 _MORE = getattr(socket, 'MSG_MORE', 0)
 _AT_ONCE = getattr(socket, 'MSG_DONTWAIT', 0)
 _CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
                       errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
-_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # from this file system, or to this socket
+_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # not with this file system or socket
 
 
 class Alarm:
-    """Wakes the thread that waits in wait() for a descriptor."""
+    """Wakes a thread that waits for a descriptor."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
 
     def ring(self) -> None:
-        """End every wait for input, now and from now on."""
+        """End this wait and all later ones."""
         with contextlib.suppress(OSError):
             self._writer.send(b'.')
 
     def wait(self, fd: int, timeout: Optional[int] = None) -> bool:
-        """Wait until a descriptor can be read; False if ring() came before, or `timeout`
-        milliseconds have gone."""
+        """Wait until a descriptor is readable; False after ring(), or `timeout` milliseconds."""
         if not hasattr(select, 'poll'):
             inputs: List[Any] = [fd, self._reader]
             return self._reader not in select.select(inputs, [], [])[0]
@@ -4221,21 +4223,21 @@ class Alarm:
 
 
 class SocketTransport:
-    """A socket that blocks.  Who sends waits `stall_seconds`, to once and a half of that, for the
-    client to take a byte."""
+    """A blocking socket.  Sending fails with Stalled when the client has accepted no byte for
+    `stall_seconds`, or up to half as long again."""
 
     alpn = ''
     sends_files = hasattr(os, 'sendfile')
-    file_bytes = 1 << 20        # of a file by one sendfile(2), after which progress is seen
-    copy_bytes = COPY_BYTES     # of a file in memory where sendfile(2) cannot be
+    file_bytes = 1 << 20        # sent by one sendfile(2), after which progress is noted
+    copy_bytes = COPY_BYTES     # read into memory at a time without sendfile(2)
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
         self._sock = sock
-        self._alarm: Optional[Alarm] = None     # once it is shared
+        self._alarm: Optional[Alarm] = None     # after share()
         self._closing = threading.Lock()
         if stall_seconds < math.inf and os.name == 'posix':
-            seconds = stall_seconds / 2     # twice without a byte is a stall
-            for form in ('@ll', '@qq'):  # the latter where 32-bit systems have times of 64
+            seconds = stall_seconds / 2     # two timeouts without a byte are a stall
+            for form in ('@ll', '@qq'):  # the second for 32-bit systems with 64-bit times
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(
                         form, int(seconds), int(seconds % 1 * 1e6)))
@@ -4268,8 +4270,8 @@ class SocketTransport:
             self.send(memoryview(b''.join(parts))[count:])
 
     def send_file(self, content: FileSlice, limit: int) -> bool:
-        """Send some of a slice, `limit` bytes at the most; False if that cannot be.  An OSError
-        that is not one of _CONNECTION_ERRORS is the file's."""
+        """Send some of a slice, `limit` bytes at the most; False if sendfile(2) does not work here.  An
+        OSError that is not in _CONNECTION_ERRORS is one of the file."""
         try:
             count = self._while_not_stalled(os.sendfile, self._sock.fileno(), content.fd, content.offset,
                                             min(content.length, limit, self.file_bytes))
@@ -4281,8 +4283,8 @@ class SocketTransport:
         return True
 
     def share(self) -> None:
-        """Not shutdown(2) ends the input from now on: what the client sends after that would be
-        answered by a reset, which destroys what it has not yet read."""
+        """From now on end_input() does without shutdown(2): after that Linux answers what the client
+        sends with a reset, which destroys what the client has not read yet."""
         self._alarm = Alarm()
 
     def end_input(self) -> None:
@@ -4303,7 +4305,7 @@ class SocketTransport:
 
     def reset_at_close(self) -> None:
         """Have close() reset the connection, so that what was sent does not look complete."""
-        with contextlib.suppress(OSError):  # a unix socket: there the missing end says it
+        with contextlib.suppress(OSError):  # unix sockets have no reset; there the end is missing
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
 
     def abort(self) -> None:
@@ -4317,7 +4319,7 @@ class SocketTransport:
                 self._alarm.close()
 
     def _shutdown(self, how: int) -> None:
-        # The lock: never the descriptor of another connection that came after this one.
+        # With the lock: after close() the descriptor may belong to another connection.
         with self._closing, contextlib.suppress(OSError):
             self._sock.shutdown(how)
 
@@ -4331,20 +4333,20 @@ class SocketTransport:
 
     @staticmethod
     def _while_not_stalled(function: Callable[..., int], *args: Any) -> int:
-        """How many bytes a system call has sent: at least one."""
+        """The bytes sent by a system call, at least one.  Raises Stalled."""
         try:
             return function(*args)
-        except BlockingIOError:  # SO_SNDTIMEO has passed without a byte
+        except BlockingIOError:  # SO_SNDTIMEO
             try:
                 return function(*args)
             except BlockingIOError:
-                raise Stalled('sending: the client takes nothing') from None
+                raise Stalled('sending: the client has stopped reading') from None
 
 
 class TlsTransport:
-    """The server's side of TLS on a socket, by way of memory: many records are sent or received by
-    one call to the system.  OpenSSL itself would take one to send each, and two to receive it.
-    `authority` is what the client's certificate is checked against."""
+    """The server's side of TLS on a socket, through memory BIOs, so that one system call sends or receives
+    many records; OpenSSL itself takes one for each, and two to receive it.  `authority` is the CA
+    file's content that the client's certificate was checked against."""
 
     sends_files = False
     copy_bytes = RECORDS_BYTES
@@ -4356,9 +4358,9 @@ class TlsTransport:
         self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
         self._wants_input = ssl.SSLWantReadError
-        self._ended = False                 # close_notify has come
-        self._lock = threading.Lock()       # OpenSSL takes one call at a time
-        self._sending = threading.Lock()    # records leave in their order
+        self._ended = False                 # close_notify was received
+        self._lock = threading.Lock()       # of the OpenSSL objects
+        self._sending = threading.Lock()    # keeps records in order
         self.share = below.share
         self.end_input = below.end_input
         self.skip_input = below.skip_input
@@ -4369,12 +4371,12 @@ class TlsTransport:
 
     @property
     def alpn(self) -> str:
-        """The protocol that the handshake has settled on (RFC 7301)."""
+        """The protocol that was negotiated (RFC 7301)."""
         return self._tls.selected_alpn_protocol() or ''
 
     def shake_hands(self) -> Tuple[bool, str]:
-        """Whether the client has shown a certificate, and the common name in it, which may be empty.
-        Raises OSError."""
+        """Do the handshake; whether the client has presented a certificate, and its common name, which
+        may be empty.  Raises OSError."""
         if self._call(SMALL_BYTES, self._tls.do_handshake) == 0:
             raise ConnectionAbortedError(errno.ECONNABORTED, 'the client went during the handshake')
         certificate: Any = self._tls.getpeercert() or {}
@@ -4387,7 +4389,7 @@ class TlsTransport:
         return data
 
     def recv_into(self, view: memoryview) -> int:
-        """Fill as much of `view` as came at once: a read gives one record at the most."""
+        """Receive at least one record, and as many more as have arrived."""
         total: int = self._call(len(view), self._tls.read, len(view), view)
         while total < len(view) and self._received.pending and not self._ended:
             part = view[total:]
@@ -4419,13 +4421,13 @@ class TlsTransport:
     def end_output(self) -> None:
         """Send close_notify (RFC 8446 6.1), and end the connection below."""
         with self._sending:
-            with self._lock, contextlib.suppress(OSError):  # the client's has not come
+            with self._lock, contextlib.suppress(OSError):  # the client's has not arrived
                 self._tls.unwrap()
             self._send_records()
         self.below.end_output()
 
     def _call(self, limit: int, function: Callable[..., Any], *args: Any) -> Any:
-        """What OpenSSL does with as much input as it needs; 0 at the end of input."""
+        """Call OpenSSL, and give it input as long as it wants more; 0 at the end of input."""
         while not self._ended:
             if self._received.pending or self._tls.pending():
                 with contextlib.suppress(self._wants_input):
@@ -4440,11 +4442,11 @@ class TlsTransport:
         return 0
 
     def _read(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What OpenSSL makes of input that has come."""
+        """Call OpenSSL once, and send what it wants sent."""
         try:
             with self._lock:
                 result = function(*args)
-            # Nothing is what a read gives after close_notify, and a handshake always.
+            # A read returns b'' or 0 after close_notify; a handshake returns None.
             self._ended = not result and result is not None
             return result
         finally:
@@ -4452,7 +4454,7 @@ class TlsTransport:
                 self._flush_records()
 
     def _flush_records(self) -> None:
-        """Send what the client's records called for, unless another thread is about to."""
+        """Send records that OpenSSL made in answer to input, unless another thread will."""
         while self._unsent.pending and self._sending.acquire(blocking=False):
             try:
                 self._send_records()
@@ -4466,8 +4468,7 @@ class TlsTransport:
 
 
 class PipeTransport:
-    """Standard input and output, to a client that speaks HTTP/2.  A pipe has neither a time limit nor
-    a reset."""
+    """Standard input and output, to a client that speaks HTTP/2.  Pipes have neither timeouts nor resets."""
 
     alpn = 'h2'
     sends_files = False
@@ -4508,7 +4509,7 @@ class PipeTransport:
         self._alarm.ring()
 
     def end_output(self) -> None:
-        self._timeout = PIPE_LINGER  # some wait for the process's end before they end our input
+        self._timeout = PIPE_LINGER  # some clients end our input only after the process has ended
         if stat.S_ISSOCK(os.fstat(1).st_mode):
             with socket.socket(fileno=os.dup(1)) as both:
                 both.shutdown(socket.SHUT_WR)
@@ -4519,14 +4520,14 @@ class PipeTransport:
     end_skipping = end_input
 
     def reset_at_close(self) -> None:
-        """The client sees that the process ends."""
+        """Not possible; the client sees how the process ends."""
 
     def abort(self) -> None:
-        """End the process: who writes to a pipe cannot be woken."""
+        """End the process: a thread that writes to a pipe cannot be woken."""
         os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
-        """The process ends soon."""
+        """Left to the end of the process."""
 
 
 if TYPE_CHECKING:
@@ -4534,30 +4535,41 @@ if TYPE_CHECKING:
 
 
 # ==== Connection =================================================================================
-# A client's bytes, and how long they are waited for.  Whatever happens to the client is Gone; an
-# OSError that comes out of here is one of a file.
+# One client: its bytes, its deadlines, its share of the bandwidth.
 #
-# A connection's own thread waits in the kernel without a timer.  The server's main thread asks each
-# connection twice a second for its next deadline, and calls expire() where that has passed: a thread
-# that receives is woken by the end of input and can still answer, one that sends is cut off.  A
-# transfer has three limits: its time in all (--server-read-timeout, --server-write-timeout), the
-# time in which a byte must pass (--stall-timeout), and what --bwlimit lets through, which counts
-# for neither of the two: a connection's clock stands still while it is held back.
+# Theory of operation.  A connection's thread waits in the kernel without a timer; whatever happens to the
+# client is raised as Gone, so that an OSError from here is one of a file.  The main thread asks each
+# connection twice a second for its next_deadline() and calls expire() when that has passed.  A transfer
+# has three limits: its whole time (--server-read-timeout, --server-write-timeout), the time without a
+# byte (--stall-timeout) and --bwlimit, whose delays count for neither: the connection's clock() stands
+# still meanwhile.  In HTTP/2 the wire has the deadlines of its streams and is asked for them.
+#
+# How a connection ends, which lets the last answer reach a client that is still sending:
+#
+#     the thread is told          by the client's end of input, by a request or an answer that says close,
+#                                 by expire() or stop(), which end the input
+#     the thread answers          what it can still answer: 408 if time was over while it received
+#     linger()                    ends the output, then discards input until the client ends it, too; else
+#                                 the kernel would send a reset, which destroys the answer on its way
+#     close()
+#
+# abort() skips all of that: for a thread that is stuck in sending, for an answer that cannot be completed,
+# and when the grace period of the server's stop is over.
 
-LINGER_BYTES = 64 << 20      # of unwanted input that is read so that the last answer arrives
-LINGER_SECONDS = 5           # and as long nothing may come,
-LINGER_MOST_SECONDS = 60     # and so long at the most
-_UNWANTED = memoryview(bytearray(64 * 1024))    # where all connections put what nobody reads
-# Without an interpreter lock, or without a way to ask, there is nothing to pin.
+LINGER_BYTES = 64 << 20      # Most unwanted input that is discarded.
+LINGER_SECONDS = 5           # Longest time without any of it.
+LINGER_MOST_SECONDS = 60     # Longest time in all.
+_UNWANTED = memoryview(bytearray(64 * 1024))    # shared buffer for input that is discarded
+# Without an interpreter lock, or where that is not known, pinning does not help.
 _MAY_PIN = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
 
 
 def unpin(unpinned: bool) -> None:
-    """Let this thread run on any core, or on the one that pin_process() has given this process.
+    """Let this thread run on any core, or only on that of this process (see pin_process()).
 
-    Threads that take turns on the interpreter lock wake each other many times in a small request.
-    On one core that is nearly free; across cores it costs half of the requests a second.  What
-    works for long without the lock is not pinned: transfers, and hashing them.
+    Threads that share the interpreter lock wake each other many times in a small request.  On one core
+    that is nearly free; across cores it halves the requests a second.  Threads that work for long
+    without the lock are not pinned: transfers, and hashing.
     """
     if _core is not None:
         with contextlib.suppress(OSError):
@@ -4565,8 +4577,8 @@ def unpin(unpinned: bool) -> None:
 
 
 def pin_process(slot: int) -> None:
-    """Give this process's threads a core that they share; processes in turn take another.  One process
-    alone is not pinned: a busy program on that core would take two thirds of its requests."""
+    """Give this process's threads a core to share; each worker takes another.  A single process is not
+    pinned: a busy program on its core would cost it two thirds of its requests."""
     global _core
     if _MAY_PIN:
         _core = CORES[slot % len(CORES)]
@@ -4611,45 +4623,44 @@ class Shares:
 
 
 class Connection:
-    """A client's bytes by way of a `transport`, what is waited for, and until when.  `note` is told
-    of a limit that ended something."""
+    """A client behind a `transport`: what its thread waits for, and until when.  `on_limit` is called with
+    a limit that ended something."""
 
     IDLE, READING, WRITING = range(3)
 
     def __init__(self, transport: Transport, peer: Peer, limits: Limits,
                  bandwidth: Optional[Bandwidth] = None,
-                 note: Callable[[str, Peer], None] = lambda limit, peer: None) -> None:
+                 on_limit: Callable[[str, Peer], None] = lambda limit, peer: None) -> None:
         self.peer = peer
         self.limits = limits
-        self.note = note
+        self.on_limit = on_limit
         self.waits = self.IDLE
         self.expired = False
         self.stopping = False
-        self.wire: Optional[Http2] = None   # that looks after the time limits itself
+        self.wire: Optional[Http2] = None   # has deadlines of its own
         self._transport = transport
         self._bandwidth = bandwidth
-        self._throttled_seconds = 0.0                    # seconds that the bandwidth has held it back
-        self._throttled_since = 0.0              # when it began to, 0 if it does not
-        self._throttled_threads = 0                   # threads that wait: one may receive while another sends
-        self._throttling = threading.Lock()    # of these three
+        self._throttled_seconds = 0.0       # spent waiting for the bandwidth
+        self._throttled_since = 0.0         # start of the wait that is going on, or 0
+        self._throttled_threads = 0         # in that wait: one may receive while another sends
+        self._throttling = threading.Lock()     # of these three
         self._deadline = self.clock() + limits.header_seconds
-        self._extension = 0.0               # seconds of the deadline for each byte that passes
+        self._extension = 0.0               # seconds that each byte adds to the deadline
         self._passed = 0                    # bytes since wait_for()
-        self._blocked = math.inf            # since when bytes have been waited for
-        self._unpinned: Optional[bool] = None   # not known before it is asked for
+        self._blocked = math.inf            # when the receive that is going on began
+        self._unpinned: Optional[bool] = None   # None before the first unpin()
 
     # ---- time ----
 
     def clock(self) -> float:
-        """Seconds that only grow, but stand still while the bandwidth holds the connection back."""
+        """A monotonic clock in seconds that stands still while the connection waits for the bandwidth."""
         if self._bandwidth:
             with self._throttling:
                 return (self._throttled_since or time.monotonic()) - self._throttled_seconds
         return time.monotonic()
 
     def wait_for(self, what: int, seconds: float = math.inf) -> None:
-        """What is waited for from now on, and how long: for READING and WRITING as the limits have
-        it."""
+        """Set what the thread waits for, and the deadline: by the limits for READING and WRITING."""
         self._extension = 0.0
         if what == self.READING:
             seconds, self._extension = self.limits.read_seconds, self.limits.read_extension
@@ -4659,7 +4670,7 @@ class Connection:
         self._deadline = self.clock() + seconds
 
     def wait_no_longer(self, seconds: float) -> None:
-        """Let the deadline be no later than in so many seconds."""
+        """Move the deadline to `seconds` from now, unless it is earlier."""
         self._deadline = min(self._deadline, self.clock() + seconds)
 
     def next_deadline(self) -> float:
@@ -4673,14 +4684,14 @@ class Connection:
         return self._blocked + self.limits.stall_seconds
 
     def expire(self) -> None:
-        """Wake the thread: time is over.  One that reads finds the end of input and can still say
-        so to the client; one that writes, or was woken before, is cut off."""
+        """The deadline has passed: wake the thread.  One that receives sees the end of input and can
+        still answer; one that sends, or was woken before, is aborted."""
         if self.wire:
             self.wire.expire()
             return
         cut = self.expired or self.waits == self.WRITING
         if self.waits == self.READING and not cut and self._stalls_at() < self.clock():
-            self.note(STALLED_UPLOAD, self.peer)
+            self.on_limit(STALLED_UPLOAD, self.peer)
         self.expired = True
         if cut:
             self.abort()
@@ -4690,7 +4701,7 @@ class Connection:
     # ---- bytes ----
 
     def shake_hands(self) -> None:
-        """Begin TLS, where it is spoken.  Raises Gone."""
+        """Do the handshake of TLS, if it is spoken.  Raises Gone."""
         if isinstance(self._transport, TlsTransport):
             try:
                 self.peer.certified, self.peer.user = self._transport.shake_hands()
@@ -4698,26 +4709,26 @@ class Connection:
                 raise Gone(f'TLS: {error}') from None
 
     def speaks_http2(self) -> bool:
-        """Whether the handshake has settled on HTTP/2 (RFC 9113 3.3)."""
+        """Whether HTTP/2 was negotiated by TLS (RFC 9113 3.3), or is all that the transport carries."""
         return self._transport.alpn == 'h2'
 
     def is_of(self, authority: bytes) -> bool:
-        """Whether it was let in, by TLS, while this authority was in force."""
+        """Whether its client certificate was checked against this authority."""
         return not isinstance(self._transport, TlsTransport) or self._transport.authority == authority
 
     def share(self, wire: Http2) -> None:
-        """From now on one thread receives while others send; `wire` ends what takes too long."""
+        """Let one thread receive while others send; `wire` has the deadlines from now on."""
         self._transport.share()
         self.wire = wire
 
     def unpin(self, unpinned: bool) -> None:
-        """Let this connection's thread run on any core, or not, as unpin() has it."""
+        """unpin() the connection's thread, or not, if that changes anything."""
         if unpinned != self._unpinned:
             self._unpinned = unpinned
             unpin(unpinned)
 
     def receive(self, limit: int) -> bytes:
-        """Some bytes, `limit` at the most; none at the end of input.  Raises Gone."""
+        """Up to `limit` bytes; none at the end of input.  Raises Gone."""
         if self._bandwidth:
             limit = self._bandwidth.step(Bandwidth.RECEIVED, limit)
         if self.waits == self.READING:
@@ -4733,7 +4744,7 @@ class Connection:
         return data
 
     def receive_into(self, view: memoryview) -> int:
-        """Fill `view` from its start; the bytes received, 0 at the end.  Raises Gone."""
+        """Receive into the start of `view`; the number of bytes, 0 at the end of input.  Raises Gone."""
         if self._bandwidth:
             view = view[:self._bandwidth.step(Bandwidth.RECEIVED, len(view))]
         self._blocked = self.clock()
@@ -4748,7 +4759,7 @@ class Connection:
         return count
 
     def transmit(self, data: bytes | memoryview, more: bool = False) -> None:
-        """Send all of `data`; `more` will follow at once, in the same packet.  Raises Gone."""
+        """Send all of `data`; with `more` it may wait for the next call.  Raises Gone."""
         try:
             if not self._bandwidth:
                 self._transport.send(data, more)
@@ -4765,7 +4776,7 @@ class Connection:
             self._give_up(error)
 
     def transmit_parts(self, parts: List[bytes | memoryview]) -> None:
-        """Send all of several pieces.  Raises Gone."""
+        """Send several pieces in one go.  Raises Gone."""
         if self._bandwidth:
             self.transmit(b''.join(parts))
             return
@@ -4775,8 +4786,8 @@ class Connection:
             self._give_up(error)
 
     def transmit_file(self, content: FileSlice) -> None:
-        """Send a slice without its bytes passing through Python, where the system can.  Raises
-        Gone, and OSError if the file cannot be read to the slice's end."""
+        """Send a slice, by sendfile(2) where the transport can.  Raises Gone, and OSError if the file
+        cannot be read to the slice's end."""
         self.unpin(True)
         direct = self._transport.sends_files
         while content.length:
@@ -4796,15 +4807,15 @@ class Connection:
             self._passed += before - content.length
 
     def _give_up(self, error: OSError | Stalled) -> NoReturn:
-        """Make Gone of what has happened while sending."""
+        """Raise an error of sending as Gone."""
         if isinstance(error, Stalled):
-            self.note(STALLED_DOWNLOAD, self.peer)
+            self.on_limit(STALLED_DOWNLOAD, self.peer)
             self._transport.reset_at_close()
             raise error
         raise Gone(f'sending: {error}') from None
 
     def _throttle(self, bandwidth: Bandwidth, direction: int, count: int) -> None:
-        """Wait until it is the turn of `count` bytes."""
+        """Wait until the bandwidth lets `count` bytes pass."""
         with self._throttling:
             self._throttled_threads += 1
             if self._throttled_threads == 1:
@@ -4819,9 +4830,8 @@ class Connection:
     # ---- the end ----
 
     def linger(self) -> None:
-        """RFC 9112 9.6: end so that the last answer arrives, even if the client still sends: the
-        kernel would answer unread input with a reset, which destroys it.  A client of HTTP/2 sends
-        what shows that it still reads."""
+        """End the output and discard input until the client ends it (RFC 9112 9.6).  Frames of an HTTP/2
+        client show that it still reads, and prolong the wait."""
         left, end = LINGER_BYTES, self.clock() + LINGER_MOST_SECONDS
         try:
             self.wait_for(self.WRITING)  # close_notify
@@ -4839,17 +4849,17 @@ class Connection:
             log.debug('%s: closing: %s', self.peer, error)
 
     def lingers_until(self) -> float:
-        """The deadline while it lingers, for the wire."""
+        """The deadline of linger(), for an HTTP/2 wire."""
         return self._deadline
 
     def abort_answer(self, error: OSError) -> NoReturn:
-        """Reset the connection, so that what was sent does not look complete."""
+        """Reset the connection, so that the answer does not look complete.  Raises Gone."""
         log.error('%s: an answer is broken off: %s', self.peer, error)
         self._transport.reset_at_close()
         raise Gone('the answer was broken off')
 
     def stop(self) -> None:
-        """End the connection, once the request that is under way has been answered."""
+        """End the connection after the request that is being served."""
         self.stopping = True
         if self.wire:
             self.wire.stop()
@@ -4857,18 +4867,18 @@ class Connection:
             self.end_input()
 
     def end_input(self) -> None:
-        """Let the thread that receives find the end of input."""
+        """Make the receiving thread see the end of input."""
         self._transport.end_input()
 
     def end_linger(self) -> None:
-        """Wait no longer for a client that has been told all: what it has not read is still sent."""
+        """End linger(); the kernel still sends what the client has not received."""
         if self.waits == self.WRITING:  # close_notify
             self.abort()
         else:
             self._transport.end_skipping()
 
     def abort(self) -> None:
-        """End the connection now, whatever its thread waits for."""
+        """End the connection at once, whatever its threads wait for."""
         self._transport.abort()
 
     def close(self) -> None:
@@ -4876,11 +4886,12 @@ class Connection:
 
 
 # ==== Http1 ======================================================================================
-# One HTTP/1.1 connection (RFC 9112).  Strict: what two readers could take in two ways is refused.
+# One HTTP/1.1 connection (RFC 9112).  Strict: a message that two parsers could read differently is
+# refused.
 
-RECEIVE_BYTES = 992          # of a header section at a time: the C library has as much at hand
-CLIENT_GONE = 499            # in the access log alone, as in nginx's: nobody was there to be told
-SKIP_BYTES = 64 * 1024       # of an unwanted body that is read so that the connection can go on
+RECEIVE_BYTES = 992          # Bytes received at a time for a header section; malloc() has such blocks ready.
+CLIENT_GONE = 499            # Status in the access log for a client that is gone, as in nginx.
+SKIP_BYTES = 64 * 1024       # Longest unwanted body that is read so that the connection can be kept.
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
@@ -4894,7 +4905,7 @@ _LENGTH = re.compile('[0-9]{1,18}')
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t -~\x80-\xff]*)?')
 _PREFACE_HEAD = 'PRI * HTTP/2.0\r\n'  # RFC 9113 3.4: how HTTP/2 begins with prior knowledge
 _NO_HTTP = re.compile(r'[^ \r]+ [^ \r/*:]+ (?!HTTP/)[^ \r]+\r\n')
-# What is wrong with a head that is not a request line and field lines.
+# The fault of a head that does not match: the first pattern that does.
 _FAULTS = (
     (re.compile(rf'{_TOKEN} [!-~]+ HTTP/(?!1\.)[0-9](\.[0-9])?\r\n'), 505, 'not HTTP/1.1'),
     (re.compile(rf'(?!{_TOKEN} [!-"$-~]+ HTTP/1\.[0-9]\r\n)'), 400, 'malformed request line'),
@@ -4907,8 +4918,8 @@ _FAULTS = (
 
 
 class Head:
-    """The head of a request: method, target, version and headers.  `plain` says that no header is
-    about the message itself or the connection."""
+    """The head of a request.  One that is `plain` has no header that concerns the framing or the
+    connection."""
 
     __slots__ = ('method', 'target', 'version', 'headers', 'plain')
 
@@ -4921,8 +4932,7 @@ class Head:
 
 
 def parse_head(text: str) -> Head:
-    """A request's head, which ends with CRLF, its empty line left out.  Raises HttpError
-    (RFC 9112 3 and 5)."""
+    """Parse a head, without the empty line at its end (RFC 9112 3 and 5).  Raises HttpError."""
     line = _REQUEST_LINE.match(text)
     if not line or not _FIELD_LINES.fullmatch(text, line.end()):
         _raise_fault(text)
@@ -4949,13 +4959,13 @@ def _raise_fault(head: str) -> NoReturn:
 
 
 def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
-    """Bytes of content that follow a head, None if it is chunked.  Raises HttpError
-    (RFC 9112 6.1 to 6.3)."""
+    """Bytes of the content of a message, None if it is chunked (RFC 9112 6.1 to 6.3).  Raises
+    HttpError."""
     coding = headers.get('transfer-encoding')
     announced = headers.get('content-length')
     if coding is not None:
-        # RFC 9112 6.1: both headers together are how requests are smuggled, and a message of
-        # HTTP/1.0 with a coding has faulty framing.
+        # RFC 9112 6.1: both headers together are an attempt at smuggling, and in HTTP/1.0 a coding
+        # means faulty framing.
         if announced is not None or version == 'HTTP/1.0':
             raise HttpError(400, 'Transfer-Encoding with Content-Length, or in HTTP/1.0')
         if coding.lower() != 'chunked':
@@ -4964,7 +4974,7 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
     if announced is None:
         return 0
     if not _LENGTH.fullmatch(announced):
-        # RFC 9110 8.6: the same number more than once may be taken as one.
+        # RFC 9110 8.6: the same number several times may be accepted.
         values = {value.strip(' \t') for value in announced.split(',')}
         announced = values.pop()
         if values or not _LENGTH.fullmatch(announced):
@@ -4973,7 +4983,7 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
 
 
 class _NoBody:
-    """The content of a request that has none."""
+    """The body of a request without content."""
 
     __slots__ = ()
     piece = COPY_BYTES
@@ -4988,7 +4998,7 @@ _NO_BODY = _NoBody()
 
 
 class _SizedBody:
-    """Content of a length that its head announced (RFC 9112 6.2)."""
+    """A body whose length its head has announced (RFC 9112 6.2)."""
 
     __slots__ = ('_connection', 'length', 'left')
 
@@ -5012,7 +5022,7 @@ class _SizedBody:
 
 
 class _ChunkedBody:
-    """Content in chunks (RFC 9112 7.1).  Chunk extensions and trailers mean nothing here."""
+    """A chunked body (RFC 9112 7.1).  Chunk extensions and trailers are ignored."""
 
     __slots__ = ('_connection', '_chunk', '_trailer_bytes', 'left')
 
@@ -5022,8 +5032,8 @@ class _ChunkedBody:
     def __init__(self, connection: Http1, trailer_bytes: int) -> None:
         self._connection = connection
         self._trailer_bytes = trailer_bytes
-        self._chunk = 0                 # bytes left of the current one
-        self.left: float = math.inf     # 0 when the last has been read
+        self._chunk = 0                 # bytes left of the current chunk
+        self.left: float = math.inf     # 0 after the last chunk
 
     def readinto(self, view: memoryview) -> int:
         if not self.left:
@@ -5059,23 +5069,23 @@ class _ChunkedBody:
 
 
 class Http1:
-    """One connection: requests are read, answered by `api`, and their responses sent."""
+    """One connection: reads requests, has `api` answer them, and sends the responses."""
 
     def __init__(self, connection: Connection, api: Api, limits: Limits) -> None:
         self._connection = connection
         self._api = api
         self._limits = limits
-        self._buffer = b''          # received, not yet read
-        self._plain = False         # the current request's head
+        self._buffer = b''          # received, not yet parsed
+        self._plain = False         # of the current request's head
         self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
         self._sent = 0              # bytes of the current answer's body
-        self._announce = False      # the client waits for 100 (Continue) before it sends content
-        self._first = True          # no request has come yet
+        self._expects_continue = False  # the client waits for 100 (Continue) before it sends content
+        self._first = True          # no request has been read yet
         self._preface = b''         # of HTTP/2
 
     def run(self) -> bytes:
-        """Serve the connection to its end, or until the client turns out to speak HTTP/2: then it
-        returns what has come of that.  Raises Gone."""
+        """Serve the connection to its end.  If the client turns out to speak HTTP/2, return at once what
+        was received of that.  Raises Gone."""
         connection = self._connection
         connection.unpin(False)
         while self._exchange():
@@ -5085,11 +5095,11 @@ class Http1:
         return self._preface
 
     def turn_away(self, reason: str) -> None:
-        """Say that there is no room for this connection.  Raises Gone."""
+        """Answer 503 to a connection beyond a limit.  Raises Gone."""
         self._refuse(HttpError(503, reason, [('Retry-After', '10')]))
 
     def _exchange(self) -> bool:
-        """One request and its answer; whether another may follow."""
+        """Serve one request; whether another may follow."""
         request, connection = None, self._connection
         try:
             text = self._read_head()
@@ -5128,7 +5138,7 @@ class Http1:
         return keep and (not self._body.left or self._skip_body())
 
     def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
-        """Answer what is no request, or not wholly, and end the connection."""
+        """Answer a malformed or incomplete request, and end the connection."""
         log.debug('%s: %s', self._connection.peer, error)
         request = request or Request('-', '', '', {}, _NO_BODY, self._connection.peer)
         self._send(request, self._api.refuse(error), keep=False)
@@ -5137,10 +5147,8 @@ class Http1:
     # ---- receiving ----
 
     def _read_head(self) -> str:
-        """The next head up to its empty line, or nothing if the client has gone between two.
-
-        RFC 9112 2.2: an empty line before it is skipped.  Raises HttpError 400, 408 and 431.
-        """
+        """The next head up to its empty line; empty if the client has disconnected between two requests.
+        Empty lines before it are skipped (RFC 9112 2.2).  Raises HttpError 400, 408 and 431."""
         limit, connection, begun = self._limits.header_bytes, self._connection, False
         buffer, self._buffer = self._buffer, b''
         while True:
@@ -5166,7 +5174,7 @@ class Http1:
                 connection.wait_no_longer(self._limits.header_seconds)
 
     def _open_body(self, request: Request) -> None:
-        """Give a request its body, still to be read.  Raises HttpError."""
+        """Give a request its body, which is still to be read.  Raises HttpError."""
         connection = self._connection
         length = body_length(request.headers, request.version)
         if length is None:
@@ -5175,28 +5183,28 @@ class Http1:
             self._body = _SizedBody(self, length) if length else _NO_BODY
         request.body = self._body
         connection.unpin(length is None or length > SMALL_BYTES)
-        # RFC 9110 10.1.1: 100 is never sent to HTTP/1.0, and not where there is no content.
+        # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
         expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
             raise HttpError(417, 'the only expectation is 100-continue')
-        self._announce = expected is not None and length != 0
+        self._expects_continue = expected is not None and length != 0
 
     def read_content(self, view: memoryview) -> int:
-        """Fill `view` from its start with what follows the head; at least one byte."""
+        """Read content into the start of `view`; at least one byte."""
         if self._buffer:
-            self._announce = False
+            self._expects_continue = False
             count = min(len(view), len(self._buffer))
             view[:count] = self._buffer[:count]
             self._buffer = self._buffer[count:]
             return count
-        self._invite()
+        self._send_continue()
         count = self._connection.receive_into(view)
         if not count:
             self._raise_cut_short('content')
         return count
 
     def read_line(self, limit: int) -> bytes:
-        """The next line of a chunked body, without its CRLF, `limit` bytes at the most."""
+        """The next line of a chunked body, up to `limit` bytes, without its CRLF."""
         while True:
             end = self._buffer.find(b'\n', 0, limit + 2)
             if end > 0 and self._buffer[end - 1] == 13:
@@ -5205,16 +5213,16 @@ class Http1:
                 return line
             if end >= 0 or len(self._buffer) >= limit + 2:
                 raise HttpError(400, 'malformed line in a chunked body')
-            self._invite()
+            self._send_continue()
             data = self._connection.receive(RECEIVE_BYTES)
             if not data:
                 self._raise_cut_short('content')
             self._buffer += data
 
-    def _invite(self) -> None:
-        """Ask for the content that the client holds back (RFC 9110 15.2.1)."""
-        if self._announce:
-            self._announce = False
+    def _send_continue(self) -> None:
+        """Send 100 (Continue), if the client waits for it (RFC 9110 15.2.1)."""
+        if self._expects_continue:
+            self._expects_continue = False
             self._connection.transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
 
     def _raise_cut_short(self, what: str) -> NoReturn:
@@ -5225,14 +5233,14 @@ class Http1:
     # ---- sending ----
 
     def _may_keep(self, request: Request) -> bool:
-        """Whether the connection can go on after this request (RFC 9112 9.3)."""
+        """Whether the connection persists after this request (RFC 9112 9.3)."""
         if self._connection.stopping or self._connection.expired:
             return False
         if self._plain:
             return True
-        # Content that was not read is skipped if it is little and surely on its way.
+        # A rest of the content is skipped if it is short and the client is sending it.
         left = self._body.left
-        if left and (left > SKIP_BYTES or self._announce):
+        if left and (left > SKIP_BYTES or self._expects_continue):
             return False
         options = request.headers.get('connection')
         if options is None:
@@ -5241,7 +5249,7 @@ class Http1:
         return 'close' not in tokens and (request.version == 'HTTP/1.1' or 'keep-alive' in tokens)
 
     def _skip_body(self) -> bool:
-        """Read what is left of a short body that nobody wanted."""
+        """Discard the rest of a short body; whether it was complete."""
         self._connection.wait_for(Connection.READING)
         self._connection.wait_no_longer(LINGER_SECONDS)
         try:
@@ -5252,9 +5260,9 @@ class Http1:
         return True
 
     def _send(self, request: Request, response: Response, keep: bool) -> bool:
-        """Send an answer; whether the connection can go on after it."""
+        """Send an answer; whether the connection persists."""
         body = response.body
-        # RFC 9112 6.3: what has no announced length ends with the connection in HTTP/1.0.
+        # RFC 9112 6.3: in HTTP/1.0 a body of unknown length ends with the connection.
         keep = keep and (request.version != 'HTTP/1.0' or isinstance(body, (bytes, FileSlice)))
         head = _response_head(response, body, request.version, keep)
         connection = self._connection
@@ -5286,7 +5294,7 @@ class Http1:
             self._sent = length - content.length
 
     def _send_stream(self, head: bytes, chunks: Iterator[bytes], chunked: bool) -> None:
-        """Send chunks as they come, one behind, so that a short list leaves in one packet."""
+        """Send chunks as they are made, one behind, so that a short list fits into one packet."""
         waiting = head
         try:
             for chunk in chunks:
@@ -5302,7 +5310,7 @@ class Http1:
 
 def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,
                    keep: bool) -> bytes:
-    """Status line and header section of an answer (RFC 9112 4 and 6) whose body is `body`."""
+    """Status line and header section of an answer (RFC 9112 4 and 6)."""
     fields = ''.join([f'{name}: {value}\r\n' for name, value in response.headers])
     if isinstance(body, bytes):
         fields += f'Content-Length: {len(body)}\r\n'
@@ -5324,11 +5332,11 @@ def _status_and_date(status: int, now: int) -> str:
 
 
 # ==== Hpack ======================================================================================
-# The header compression of HTTP/2 (RFC 7541): bytes and fields alone, no frame and no stream.
+# Header compression for HTTP/2 (RFC 7541): from bytes to fields and back, without frames and streams.
 
-TABLE_BYTES = 4096           # of the dynamic table, the protocol's default (RFC 9113 6.5.2)
-FIELD_BYTES = 32             # what a field counts beside its name and value (RFC 7541 4.1)
-# Appendix A, name and value; the first has the index 1.
+TABLE_BYTES = 4096           # Size of the dynamic table, the protocol's default (RFC 9113 6.5.2).
+FIELD_BYTES = 32             # Overhead of a field in that size (RFC 7541 4.1).
+# Appendix A: name and value; the first has the index 1.
 _STATIC_NAMES = (
     ':authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|'
     ':status 200|:status 204|:status 206|:status 304|:status 400|:status 404|:status 500|'
@@ -5352,13 +5360,13 @@ _CODE_LENGTHS = (
 
 
 class HpackError(Exception):
-    """A header block that cannot be decoded: the connection is of no more use (RFC 9113 4.3)."""
+    """A header block that cannot be decoded, which ends the connection (RFC 9113 4.3)."""
 
 
 @functools.lru_cache(maxsize=None)
 def _huffman_codes() -> Tuple[Dict[Tuple[int, int], int], List[Tuple[int, int]]]:
-    """The octet of each length and code, and for the next 8 bits the octet and its code's length,
-    which is 0 for longer codes."""
+    """The octet of each code, by length and bits; and a table of 256 for the next 8 bits: octet and length
+    of the code that they begin with, or length 0 if that is longer."""
     octets = {}
     code = length = 0
     for bits, octet in sorted((ord(letter) - 60, octet)
@@ -5375,7 +5383,7 @@ def _huffman_codes() -> Tuple[Dict[Tuple[int, int], int], List[Tuple[int, int]]]
 
 
 def decode_huffman(data: bytes) -> bytes:
-    """What a Huffman-coded string stands for (RFC 7541 5.2).  Raises HpackError."""
+    """Decode a Huffman-coded string (RFC 7541 5.2).  Raises HpackError."""
     octets, short = _huffman_codes()
     padded, at, end = data + b'\xff' * 5, 0, 8 * len(data)
     found = bytearray()
@@ -5405,14 +5413,14 @@ class HeaderDecoder:
 
     def __init__(self) -> None:
         self._entries: collections.deque[Tuple[str, str]] = collections.deque()
-        self._bytes = 0                 # of the entries, as RFC 7541 4.1 counts them
-        self._most = TABLE_BYTES        # what the encoder has chosen
+        self._bytes = 0                 # size of the entries (RFC 7541 4.1)
+        self._limit = TABLE_BYTES       # chosen by the encoder
         self._block = b''
-        self._at = 0                    # the place in the block
+        self._at = 0                    # position in the block
 
     def decode(self, block: bytes, limit: int) -> Tuple[List[Tuple[str, str]], bool]:
-        """The fields of a header block, and whether they are all: those past `limit` bytes, as
-        RFC 9113 10.5.1 counts them, are left out.  Raises HpackError."""
+        """The fields of a header block, and whether these are all: fields beyond `limit` bytes (counted as
+        in RFC 9113 10.5.1) are left out.  Raises HpackError."""
         self._block, self._at = block, 0
         fields: List[Tuple[str, str]] = []
         begun = False
@@ -5422,7 +5430,7 @@ class HeaderDecoder:
                 size = self._integer(5)
                 if begun or size > TABLE_BYTES:  # RFC 7541 4.2 and 6.3
                     raise HpackError('a size of the table that is not allowed')
-                self._most = size
+                self._limit = size
                 self._evict()
                 continue
             begun = True
@@ -5443,7 +5451,7 @@ class HeaderDecoder:
 
     def _evict(self) -> None:
         """Drop the oldest entries until the others fit (RFC 7541 4.3 and 4.4)."""
-        while self._bytes > self._most:
+        while self._bytes > self._limit:
             self._bytes -= _field_bytes(self._entries.pop())
 
     def _field(self, index: int) -> Tuple[str, str]:
@@ -5500,8 +5508,8 @@ def encode_integer(value: int, prefix: int, flags: int) -> bytes:
 
 
 def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
-    """A header block with the static table alone: no state that two threads would share.  It says
-    so (RFC 7541 6.3), as it must to a client that has lowered the size of the table (4.2)."""
+    """A header block that uses only the static table, so that threads share no state.  It begins with a
+    table size of 0 (RFC 7541 6.3), as 4.2 requires after a client has lowered the size."""
     block = b'\x20'
     for name, value in fields:
         index = _INDEX_OF_FIELD.get((name, value))
@@ -5735,7 +5743,7 @@ class FrameWriter:
                 self._connection.transmit_parts([pending, *parts])
         except Gone:
             self.dead = True
-            self._connection.end_input()  # nothing that could still come can be answered
+            self._connection.end_input()  # no request can be answered any more
             raise
         finally:
             self.sending_since = math.inf
@@ -5852,12 +5860,12 @@ class Window:
         self.available = size   # may become negative (RFC 9113 6.9.2)
 
     def consume(self, count: int) -> bool:
-        """So many bytes were sent; whether they were allowed."""
+        """Use `count` bytes of the window; whether they were available."""
         self.available -= count
         return self.available >= 0
 
     def expand(self, count: int) -> bool:
-        """Allow so many bytes more; whether that is no more than a window can be."""
+        """Add `count` bytes; False if the window exceeds LARGEST_WINDOW."""
         self.available += count
         return self.available <= LARGEST_WINDOW
 
@@ -5874,7 +5882,7 @@ class ReceiveWindow(Window):
         self._owed = 0          # bytes that the client is still to be told of
 
     def acknowledge(self, count: int) -> None:
-        """So many bytes have left the memory."""
+        """Note that `count` bytes have been consumed from memory."""
         self._owed += count
 
     def resize(self, size: int) -> None:
@@ -5918,7 +5926,7 @@ class FlowControl:
     # ---- content that arrives ----
 
     def receive(self, count: int) -> None:
-        """So much content has arrived.  Raises Http2Error if it is too much."""
+        """Count content that has arrived.  Raises Http2Error if it exceeds the connection's window."""
         if not self._receiving.consume(count):
             raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, 'more content than the connection may send')
 
@@ -5988,8 +5996,8 @@ class FlowControl:
                 return
 
     def reserve(self, stream: Stream, count: int, wait: bool = True) -> int:
-        """How much of `count` bytes of content may be sent; waits until some may, without the lock
-        being held, or returns 0 where it is not to wait.  Raises Gone."""
+        """Reserve up to `count` bytes of the windows; how many.  Waits until some are available, or returns
+        0 without `wait`.  Call it without the lock.  Raises Gone."""
         with self.writer.lock:
             self._waiting[stream] = None
             try:
@@ -6015,8 +6023,8 @@ class FlowControl:
                 and self._take(stream, count) == count)
 
     def send_later(self, stream: Stream, content: bytes) -> bool:
-        """Have an answer's content sent when the windows let it, by whoever opens them, with the
-        lock; False if too much waits so already."""
+        """Have the content of an answer sent when the windows allow it, without a thread that waits; False
+        if UNSENT_BYTES are waiting already.  Call it with the lock."""
         waiting = sum(len(one.unsent) for one in self._waiting) + self.writer.pending_bytes
         if waiting + len(content) > UNSENT_BYTES:
             return False
@@ -6150,7 +6158,7 @@ class Stream:
     # ---- time ----
 
     def wait_for(self, seconds: float, extension: float = 0.0) -> None:
-        """Set the deadline: so many seconds from now, and so many more for each byte that passes."""
+        """Set the deadline, in seconds from now; each byte that passes extends it by `extension`."""
         self.deadline = self._flow.clock() + seconds
         self.extension, self.passed = extension, 0
 
@@ -6263,7 +6271,7 @@ class Stream:
         return view
 
     def filled(self, count: int) -> None:
-        """So much was put where offer() said."""
+        """`count` bytes were put where offer() said."""
         self._filling, self._filled = False, count
         self._flow.acknowledge(count, self)
         self.notify()
@@ -6420,7 +6428,7 @@ class RequestThreads(Shares):
         from queue import SimpleQueue
         super().__init__(limit, limit_each, exempt)
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle = 0                  # threads that wait for a job which nobody has put
+        self._idle = 0                  # threads that wait for a job and have been given none
         self._idle_lock = threading.Lock()
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -6443,7 +6451,7 @@ class RequestThreads(Shares):
                     if self._idle:
                         self._idle -= 1
                         return
-                continue  # a job has come in this moment
+                continue  # a job was put at this moment
             job()
             del job     # and the request with it
             with self._idle_lock:
@@ -6614,7 +6622,7 @@ class Exchanges:
         """Have a thread answer a request; with the lock.  Raises StreamError if there is none."""
         peer = self._connection.peer
         if not self._threads.acquire(peer):
-            self._connection.note(REQUESTS, peer)
+            self._connection.on_limit(REQUESTS, peer)
             # RFC 9113 8.7: the client may send it again.
             raise StreamError(ErrorCode.REFUSED_STREAM, 'too many requests on all connections')
         try:
@@ -6626,7 +6634,7 @@ class Exchanges:
     def _turn_away(self, stream_id: int, whole: bool) -> None:
         """Answer 503 without a thread; with the lock."""
         peer = self._connection.peer
-        self._connection.note(REQUESTS_PER_ADDRESS, peer)
+        self._connection.on_limit(REQUESTS_PER_ADDRESS, peer)
         self._writer.append(header_frames(stream_id, [
             (':status', '503'), ('date', http_date(int(time.time()))), ('retry-after', '10')], _END_STREAM))
         if whole:
@@ -6720,7 +6728,7 @@ class Exchanges:
             self._api.finish(request, response.status, sender.sent)
 
     def _begin_phase(self, stream: Stream, phase: Phase) -> None:
-        """Nobody reads the content any more."""
+        """Enter a phase in which no content is read any more."""
         stream.phase = phase
         stream.discard()
         self.flow.close_window(stream)
@@ -6759,7 +6767,7 @@ class Exchanges:
     def _expire_stream(self, stream: Stream, stalled: bool) -> None:
         """End a stream that takes too long; an upload is told so first."""
         if stalled and stream.phase is not Phase.TIMED_OUT:
-            self._connection.note(STALLED_UPLOAD if stream.phase is Phase.RECEIVING else STALLED_DOWNLOAD,
+            self._connection.on_limit(STALLED_UPLOAD if stream.phase is Phase.RECEIVING else STALLED_DOWNLOAD,
                                   self._connection.peer)
         if stream.phase is Phase.RECEIVING:
             stream.phase, stream.blocked = Phase.TIMED_OUT, math.inf
@@ -6783,7 +6791,7 @@ class Exchanges:
                 stream.notify()
             while self.running or (self._writer.pending and not self._writer.dead):
                 if not self._writer.drained.wait(LINGER_SECONDS if failed else None):
-                    self._connection.abort()  # whoever sends gets no further
+                    self._connection.abort()  # wakes request threads that are stuck in sending
 
 
 class Http2:
@@ -6836,7 +6844,7 @@ class Http2:
         return b''
 
     def turn_away(self, reason: str) -> None:
-        """Say that there is no room for this connection.  Raises Gone."""
+        """Refuse a connection beyond a limit, by GOAWAY.  Raises Gone."""
         self._connection.transmit(frame(FrameType.SETTINGS, 0, 0) + frame(
             FrameType.GOAWAY, 0, 0, struct.pack('>II', 0, ErrorCode.ENHANCE_YOUR_CALM) + reason.encode()))
         self._connection.linger()
@@ -6897,7 +6905,7 @@ class Http2:
                 with self.lock:
                     self._exchanges.reset(stream_id, error.code)
         else:
-            self._flood.spend()  # RFC 9113 5.5: a type that nobody here knows is ignored
+            self._flood.spend()  # RFC 9113 5.5: unknown types are ignored
         if self._reader.left and kind == FrameType.DATA:
             with self.lock:
                 self._flow.acknowledge(self._reader.left)
@@ -7090,12 +7098,12 @@ _FRAME_HANDLERS = (     # by FrameType
 
 
 # ==== Loop =======================================================================================
-# What the main thread of a process waits for: descriptors, signals and times.
+# The event loop of a process's main thread: descriptors, signals and timers.
 #
-# Signals arrive as their signums through a pair of sockets (signal.set_wakeup_fd), so that their
-# handlers run between two waits and never in the midst of anything.  Other threads wake the loop the
-# same way.  Before each wait every timer does what is due and says in how many seconds it wants to be
-# called again; if none does, the process sleeps until something happens.
+# Theory of operation.  A signal is written as its number to a pair of sockets (signal.set_wakeup_fd), so
+# that its handler runs between two waits and never in the midst of anything; other threads wake the loop
+# the same way.  Before each wait every timer is called: it does what is due and returns the seconds until
+# its next call.  Where all return infinity, the process sleeps until something happens.
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NO_SIGNAL = -1             # where the system has no such signal
@@ -7107,13 +7115,13 @@ _SIGNALS = tuple(signum for signum in (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SI
 
 
 class Loop:
-    """Calls `handlers` of signals, by signum, `timers`, and what is to be called when a descriptor can be
-    read.  One thread runs it; send() and wake() may be called by any."""
+    """Calls `handlers` of signals (by number), `timers`, and the callbacks of readable descriptors.  One
+    thread runs it; any thread may call send() and wake()."""
 
     def __init__(self) -> None:
         self.handlers: Dict[int, Callable[[], None]] = {}
         self.timers: List[Callable[[], float]] = []
-        # Few are watched, and poll(2) has no descriptor of its own that a forked process would share.
+        # Not epoll(7), whose descriptor a forked process would share; few descriptors are watched.
         self._selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
@@ -7121,8 +7129,8 @@ class Loop:
         self.watch(self._wake_reader, self._on_wake_up)
 
     def catch(self, signums: Iterable[int]) -> None:
-        """Have signals handled from now on, those too that waited since block_signals().  In the main
-        thread alone."""
+        """Handle signals from now on, also those that were blocked by block_signals().  For the main thread
+        only."""
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for signum in signums:
             signal.signal(signum, _note_signal)
@@ -7130,16 +7138,16 @@ class Loop:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, *signums})
 
     def watch(self, source: Any, on_readable: Callable[[], None]) -> None:
-        """Have a function called whenever `source`, a descriptor or what has one, can be read."""
+        """Call a function whenever `source`, a descriptor or an object with one, is readable."""
         self._selector.register(source, selectors.EVENT_READ, on_readable)
 
     def unwatch(self, source: Any) -> None:
-        """Watch a descriptor no more, if it was watched."""
+        """Stop watching a descriptor, if it is watched."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(source)
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Wait, and call what there is to call, until a condition holds."""
+        """Wait and call timers, handlers and callbacks until a condition holds."""
         while not until():
             wait = min([timer() for timer in self.timers], default=math.inf)
             for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
@@ -7153,8 +7161,8 @@ class Loop:
                 handler()
 
     def send(self, signum: int) -> None:
-        """Do what a signal would do."""
-        with contextlib.suppress(OSError):  # the loop has been closed, or much else is on its way
+        """Act as if a signal had arrived."""
+        with contextlib.suppress(OSError):  # the loop is closed, or has much to read already
             self._wake_writer.send(bytes([signum]))
 
     def wake(self) -> None:
@@ -7162,7 +7170,7 @@ class Loop:
         self.send(0)
 
     def close(self) -> None:
-        """Let go of all descriptors."""
+        """Close the pair of sockets."""
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
@@ -7175,18 +7183,17 @@ class Loop:
 
 
 def block_signals(signums: Iterable[int]) -> None:
-    """Have signals wait, where the system can, until they are caught."""
+    """Hold signals back, where the system can, until Loop.catch()."""
     if hasattr(signal, 'pthread_sigmask'):
         signal.pthread_sigmask(signal.SIG_BLOCK, signums)
 
 
 def _note_signal(signum: int, frame: Optional[CallFrame]) -> None:
-    """A signal has come; its signum is in the wake-up pair already."""
+    """Handle a signal in Python; its number has been written to the wake-up pair."""
 
 
 class SystemdNotifier:
-    """Tells the service manager how the service does, if it listens (sd_notify(3)); `ping` is the timer
-    of its watchdog, which wants to hear twice in the time that it allows."""
+    """Notifies the service manager, if there is one (sd_notify(3)); ping() is the timer of its watchdog."""
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
         path = environment.pop('NOTIFY_SOCKET', '')
@@ -7209,12 +7216,12 @@ class SystemdNotifier:
                 log.debug('the service manager does not listen: %s', error)
 
     def notify_reloading(self) -> None:
-        """Say that the configuration is being read; READY=1 follows."""
+        """Announce a reload; READY=1 ends it."""
         microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.notify('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
 
     def ping(self) -> float:
-        """Say that the service is alive, if it is time; seconds until it will be."""
+        """Send the watchdog's keep-alive if it is due, twice in its interval; seconds until the next one."""
         now = time.monotonic()
         if now >= self._next_ping:
             self._next_ping = now + self._ping_seconds
@@ -7223,20 +7230,20 @@ class SystemdNotifier:
 
 
 # ==== Listeners ==================================================================================
-# The ways in: TCP, unix sockets, sockets that the service manager hands over, and TLS.
+# TCP, unix sockets, sockets that the service manager hands over, and TLS certificates.
 
-BACKLOG = 1024              # connections that the system accepts ahead
-EXHAUSTED_SECONDS = 0.1     # before the next try where the system has no descriptor left
-RENEWAL_SECONDS = 0.2       # from a new certificate to its key, which are two files, before another try
+BACKLOG = 1024              # Connections that the kernel may queue.
+EXHAUSTED_SECONDS = 0.1     # Pause where the system has no descriptors left.
+RENEWAL_SECONDS = 0.2       # Time between the replacement of a certificate and that of its key.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Certificates:
-    """TLS from PEM files, which are read again when they change.
+    """TLS contexts from PEM files, which are read again when they change.
 
-    `client_ca` is who signs the clients' certificates, `minimum` the lowest version, `tls1.0` to
-    `tls1.3`; without one the TLS library's own policy holds.  `authority` is the content of the
-    client_ca that is in force.  Raises OSError, and ImportError where Python has no TLS.
+    `client_ca` is the CA that signs the clients' certificates, and `authority` the content of that
+    file.  `minimum` is the lowest version, `tls1.0` to `tls1.3`; without one the TLS library decides.
+    Raises OSError, and ImportError where Python has no TLS.
     """
 
     def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
@@ -7250,7 +7257,7 @@ class Certificates:
         self._context, self.authority = self._load()
 
     def wrap(self, below: SocketTransport) -> TlsTransport:
-        """The server's side of TLS on a connection; its handshake is still to be made."""
+        """The server's side of TLS on a connection, before its handshake."""
         self.refresh()
         return TlsTransport(below, self._context, self.authority)
 
@@ -7262,11 +7269,11 @@ class Certificates:
                 self.reload()
 
     def is_stale(self) -> bool:
-        """Whether it is time for another look at the files."""
+        """Whether it is time to look at the files again."""
         return time.monotonic() >= self._next_look
 
     def reload(self) -> None:
-        """Read the files again; if they are no good, the ones before stay in use."""
+        """Read the files again; if they cannot be used, the last ones stay in use."""
         with self._lock:
             for last_try in (False, False, True):
                 self._stamp = self._look()
@@ -7282,11 +7289,11 @@ class Certificates:
                         time.sleep(RENEWAL_SECONDS)
 
     def _look(self) -> List[Tuple[int, ...]]:
-        """What changes when one of the files does."""
+        """A fingerprint that changes when one of the files does."""
         return [stamp(path) for path in (self._cert, self._key, self._client_ca)]
 
     def _load(self) -> Tuple[ssl.SSLContext, bytes]:
-        """What the files hold, and the authority."""
+        """A context from the files, and the authority."""
         import ssl
         import warnings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -7298,16 +7305,16 @@ class Certificates:
                     'tls1.2': ssl.TLSVersion.TLSv1_2, 'tls1.3': ssl.TLSVersion.TLSv1_3,
                 }[self._minimum]
             if self._minimum in ('tls1.0', 'tls1.1'):
-                # Their SHA-1 signatures are below OpenSSL's security level 1.
+                # These versions sign with SHA-1, which OpenSSL's security level 1 forbids.
                 context.set_ciphers('DEFAULT:@SECLEVEL=0')
         if self._minimum not in ('tls1.0', 'tls1.1') and sys.version_info >= (3, 10):
-            # All ciphers are good ones: the client knows which its processor has instructions for.
+            # All ciphers are secure; the client knows which one its processor accelerates.
             context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-        # restic may choose among both, and is faster over several connections than over one:
-        # HTTP/2 takes 1.1 to 1.4 of its time, and 1.3 to 2.2 of our processor's.
+        # HTTP/1.1 first: restic is faster over several connections than over one of HTTP/2, which takes
+        # 1.1 to 1.4 times as long, and 1.3 to 2.2 times as much of our processor.
         context.set_alpn_protocols(['http/1.1', 'h2'])
         context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
-        context.load_cert_chain(self._cert, self._key, password='')  # an encrypted key: no prompt
+        context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
         authority = b''
         if self._client_ca:
             with open(self._client_ca, 'rb') as file:
@@ -7318,8 +7325,8 @@ class Certificates:
 
 
 def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
-    """Bind to a path that only the user may connect to, and the group if `shared` or if the umask
-    lets it.  A socket that no server answers any more is replaced.  Raises OSError."""
+    """Bind to a path to which only the user may connect, and the group if `shared` or if the umask allows
+    it.  A socket left behind by a dead server is replaced.  Raises OSError."""
     umask = os.umask(0o177)
     try:
         try:
@@ -7339,23 +7346,21 @@ def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
 
 
 def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socket.socket, str]]:
-    """The listening sockets that the service manager opened, and their names (sd_listen_fds(3)).
-
-    The variables that say so are removed: they are not for other processes.  Raises OSError.
-    """
+    """The listening sockets that the service manager has opened, and their names (sd_listen_fds(3)).  Removes
+    the variables, which are not for child processes.  Raises OSError."""
     values = [environment.pop(name, '') for name in ('LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES')]
     if values[0] != str(os.getpid()) or not values[1].isdecimal():
         return []
     names = values[2].split(':')
     found = []
-    for number in range(int(values[1])):
-        sock = socket.socket(fileno=3 + number)
+    for i in range(int(values[1])):
+        sock = socket.socket(fileno=3 + i)
         sock.set_inheritable(False)
         if (sock.type != socket.SOCK_STREAM
                 or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
             raise OSError(errno.EINVAL, 'the service manager handed over a socket that does not '
                                         'listen; write Accept=no and ListenStream= in its unit')
-        found.append((sock, names[number] if number < len(names) else ''))
+        found.append((sock, names[i] if i < len(names) else ''))
     return found
 
 
@@ -7366,8 +7371,8 @@ else:
 
 
 class Listener(_ThreadingHTTPServer):
-    """A listening socket, for `owner` to serve the connections; `inherited`, with the name
-    that the service manager gave it, if it listens already.  Raises OSError."""
+    """A listening socket whose connections `owner` serves.  An `inherited` one listens already, under the
+    `name` that the service manager has given it.  Raises OSError."""
 
     allow_reuse_address = os.name == 'posix'  # elsewhere it would allow two servers on a port
     request_queue_size = BACKLOG
@@ -7390,18 +7395,18 @@ class Listener(_ThreadingHTTPServer):
         else:
             self.address_family, where = resolve(address)
             super().__init__(where, BaseRequestHandler)
-        self.socket.setblocking(False)  # the client may be gone before it is accepted
+        self.socket.setblocking(False)  # the client may disconnect before accept()
         keep_alive(self.socket)
 
     def server_bind(self) -> None:
-        """Bind, without HTTPServer's look-up of the host's name, which can hang for seconds."""
+        """Bind, without HTTPServer's reverse lookup of the host's name, which can hang for seconds."""
         if self.address_family == _AF_UNIX:
             self._path = str(self.server_address)
             bind_unix(self.socket, self._path, self._owner.shared_files)
             self._inode = os.stat(self._path).st_ino
             return
         if self.address_family == socket.AF_INET6:
-            # `:8080` is IPv4 too; an address of IPv6 is itself alone.
+            # `:8080` accepts IPv4, too; an IPv6 address does not.
             both = self.server_address[0] == '::'
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
         from socketserver import TCPServer
@@ -7415,7 +7420,7 @@ class Listener(_ThreadingHTTPServer):
                 os.unlink(self._path)
 
     def leave_path(self) -> None:
-        """Leave it to another process to remove the socket's file."""
+        """Leave the removal of the socket's file to another process."""
         self._path = ''
 
     def get_request(self) -> Tuple[socket.socket, Any]:
@@ -7454,19 +7459,20 @@ class Listener(_ThreadingHTTPServer):
         self._owner.serve_socket(request, peer, self.tls, ticket)
 
     def shutdown_request(self, request: Any) -> None:
-        """serve_socket() has closed it, unless its thread could not start."""
+        """Close a socket whose thread could not be started; serve_socket() has closed the others."""
         request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if isinstance(client_address, tuple) and isinstance(client_address[-1], Ticket):
-            client_address = client_address[0]      # as process_request() has passed them on
+            client_address = client_address[0]      # process_request() has added the ticket
         log.error('a connection from %s failed: %s', host_of(client_address) or 'unix', sys.exc_info()[1])
         log.debug('where it happened:', exc_info=True)
 
 
 @functools.lru_cache(maxsize=None)
 def _listener_class() -> Any:
-    """Listener on its base.  Made when it is needed: http.server takes half of the start-up."""
+    """Listener with its base class, made when it is needed: importing http.server takes half of the time
+    of a start."""
     from http.server import ThreadingHTTPServer
     return type('Listener', (Listener, ThreadingHTTPServer), {})
 
@@ -7475,8 +7481,8 @@ _AF_UNIX = getattr(socket, 'AF_UNIX', None)
 
 
 def keep_alive(listening: socket.socket) -> None:
-    """Have the connections that are accepted here find out that the other end has gone, in two and a
-    half minutes as Go's servers do; they inherit it (tcp(7))."""
+    """Enable keep-alive probes, which notice a dead client after two and a half minutes, as in Go's servers;
+    accepted connections inherit them (tcp(7))."""
     if listening.family == _AF_UNIX:
         return
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -7494,24 +7500,24 @@ def host_of(address: Any) -> str:
 
 
 def find_peer(sock: socket.socket, address: Any) -> Peer:
-    """Who is at the other end.  Over a unix socket it is the user of the process there."""
+    """The peer of a connection; over a unix socket with the login name of its process."""
     if isinstance(address, tuple):
         return Peer(host_of(address))
     user = ''
     if hasattr(socket, 'SO_PEERCRED'):
         import pwd
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('iII'))
-        number = struct.unpack('iII', credentials)[1]   # unix(7), struct ucred
+        uid = struct.unpack('iII', credentials)[1]   # unix(7), struct ucred
         try:
-            user = pwd.getpwuid(number).pw_name
+            user = pwd.getpwuid(uid).pw_name
         except KeyError:
-            user = str(number)
+            user = str(uid)
     return Peer('unix', user, unix=True)
 
 
 def resolve(address: Address) -> Tuple[int, Any]:
-    """Family and address to bind to.  No host is every address, of IPv6 and IPv4 if there are both;
-    a name that has several gives the one of IPv4.  Raises OSError."""
+    """Family and address to bind to.  Without a host it is every address, of IPv6 and IPv4 where there are
+    both; for a name with several addresses it is that of IPv4.  Raises OSError."""
     if address.path:
         if _AF_UNIX is None:
             raise OSError(errno.EAFNOSUPPORT, 'this system has no unix sockets')
@@ -7537,33 +7543,33 @@ def _has_ipv6() -> bool:
 
 
 # ==== Server =====================================================================================
-# The connections of all listeners, their number and time limits, signals, and what the service
-# manager hears.  One loop in the main thread waits for new connections; each has a thread.
+# Admission of connections, their threads and deadlines, start, reload and stop.  The main thread accepts
+# connections in its Loop; each connection has a thread.
 
-SWEEP_SECONDS = 0.5         # between two looks at the deadlines of connections, at the most
-EXPIRED_AT_ONCE = 32        # connections that are woken because their time is over
-EXPIRED_SECONDS = 0.05      # until the next so many
-STOP_SECONDS = 10           # for requests under way when the server is told to stop
-TURNED_AWAY = 64            # connections above the limit that are told so at a time
-NEAR_LIMIT = 16             # connections below it, from where on processes look at each other's last ones
-YIELD_SECONDS = 0.001       # to another process that has fewer connections
+SWEEP_SECONDS = 0.5         # Longest time between two checks of the deadlines.
+EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
+EXPIRED_SECONDS = 0.05      # Time until the next ones.
+STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
+TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
+NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
+YIELD_SECONDS = 0.001       # Pause for another process that has fewer connections.
 
 
 class StatsLog:
-    """Logs every so many `seconds` what was done, if anything was."""
+    """Logs a summary every `seconds`, if anything has happened."""
 
     def __init__(self, metrics: Metrics, seconds: float) -> None:
         self._metrics = metrics
         self._seconds = seconds
-        self._next = math.inf       # when the next line may come, infinite while nothing happens
+        self._next = math.inf       # time of the next line, infinite while idle
 
     def stop(self) -> None:
-        """Leave it to another process."""
+        """Log nothing any more: another process does."""
         self._seconds = math.inf
 
     def tick(self, active: bool) -> float:
-        """Log what was done, if it is time; seconds until the next line, infinite where nothing was
-        done and nothing is `active`, so that an idle server sleeps."""
+        """Log a line if it is due; seconds until the next one.  Infinite where nothing has happened and no
+        connection is `active`, so that an idle server sleeps."""
         if self._seconds == math.inf or not (active or self._metrics.has_news()):
             self._next = math.inf
             return math.inf
@@ -7576,8 +7582,8 @@ class StatsLog:
         return self._next - now
 
 
-# A connection's place: the group of addresses whose share it is part of, empty for none, and why it is
-# turned away, empty if it is served.
+# A connection's place: the group of addresses whose share it counts for, empty for none, and the reason
+# why it is turned away, empty if it is served.
 Ticket = collections.namedtuple('Ticket', ['group', 'refusal'])
 
 
@@ -7606,7 +7612,7 @@ class Admission:
         self._add(1, Ticket(group, refusal))
         if (not refusal and served + NEAR_LIMIT >= self.limit
                 and self._counters.total(CONNECTIONS, 2)[1] > self.limit):
-            # Two processes that take the last place at once both give it up.
+            # Of two processes that take the last place at the same time neither keeps it.
             self._add(-1, Ticket(group, ''))
             refusal = CONNECTIONS_IN_ALL
             self._add(1, Ticket(group, refusal))
@@ -7616,19 +7622,19 @@ class Admission:
         """A connection has ended."""
         self._add(-1, ticket)
 
-    def _add(self, number: int, ticket: Ticket) -> None:
-        self._counters.add(CONNECTIONS, number, 0 if ticket.refusal else number)
+    def _add(self, count: int, ticket: Ticket) -> None:
+        self._counters.add(CONNECTIONS, count, 0 if ticket.refusal else count)
         if ticket.group and not ticket.refusal:
             with self._counters.lock:
-                self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[self._bucket(ticket.group)] += number
+                self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[self._bucket(ticket.group)] += count
 
     def _of_group(self, group: str) -> int:
         return self._counters.sum_at(ADDRESSES, self._bucket(group))
 
     @staticmethod
     def _bucket(group: str) -> int:
-        """Where a group is counted.  Processes hash alike, and nobody else knows how; two groups
-        that meet have one share."""
+        """The position where a group is counted.  Forked processes hash alike, with a seed that strangers
+        do not know; groups that collide share their limit."""
         return hash(group) % ADDRESS_BUCKETS
 
 
@@ -7642,7 +7648,7 @@ class Connections:
 
     def __init__(self, api: Api, limits: Limits, admission: Admission, bandwidth: Optional[Bandwidth],
                  certificates: Optional[Certificates], on_last_end: Callable[[], None]) -> None:
-        self.active = 0                 # connections admitted: their thread was started or will be
+        self.active = 0                 # connections admitted, whether or not their thread runs already
         self.stopping = False
         self.admission = admission
         self.threads = self.make_threads(1)
@@ -7657,7 +7663,7 @@ class Connections:
         self._next_sweep = 0.0
 
     def make_threads(self, processes: int) -> RequestThreads:
-        """Threads for HTTP/2's requests in one of so many processes.  A client's are all in one."""
+        """Request threads for one of several processes.  All requests of an HTTP/2 connection are in one."""
         admission = self.admission
         return RequestThreads(max(admission.limit // processes, min(16, admission.limit)),
                               admission.limit_each, admission.exempt)
@@ -7725,13 +7731,13 @@ class Connections:
             self.dismiss(ticket)
 
     def snapshot(self) -> List[Connection]:
-        """Those that have a thread now."""
+        """The connections whose threads run now."""
         with self._lock:
             return list(self._served)
 
     def sweep(self) -> float:
-        """Wake those whose time is over, if it is time to look; seconds until it will be, infinite
-        without connections.  A thousand threads that wake at once would hold up everyone else."""
+        """Expire connections whose deadline has passed, if a check is due; seconds until the next one,
+        infinite without connections.  A thousand threads that wake at once would block all others."""
         if not self.active:
             return math.inf
         now = time.monotonic()
@@ -7745,10 +7751,9 @@ class Connections:
         return self._next_sweep - now
 
     def _end_those_of_another_authority(self) -> None:
-        """End the connections of clients whose certificates another authority than the one in force
-        has signed."""
+        """End connections whose certificate was checked against an authority that was replaced."""
         if self._certificates and self._certificates.authority:
-            if self._certificates.is_stale():  # which may take a moment
+            if self._certificates.is_stale():  # reading the files may take a moment
                 threading.Thread(target=self._certificates.refresh, daemon=True).start()
             for connection in self.snapshot():
                 if not (connection.stopping or connection.is_of(self._certificates.authority)):
@@ -7756,13 +7761,13 @@ class Connections:
                     connection.stop()
 
     def stop(self) -> None:
-        """End the idle ones, and the others once their requests have been answered."""
+        """End idle connections now, and the others after the request that is being served."""
         self.stopping = True
         for connection in self.snapshot():
             connection.stop()
 
     def cut(self) -> None:
-        """End those that are left at once."""
+        """Abort the connections that are left."""
         for connection in self.snapshot():
             log.warning('cut off %s: its request did not end in time', connection.peer)
             connection.abort()
@@ -7826,7 +7831,7 @@ class Server:
             listener.server_close()
 
     def become_worker(self, processes: int, counts: bool) -> None:
-        """Be one of so many processes that serve the listeners; one of them counts what is stored."""
+        """Serve as one of several processes; the one that `counts` makes the censuses."""
         self._processes = processes
         self._counts = counts
         self.connections.threads = self.connections.make_threads(processes)
@@ -7921,14 +7926,13 @@ class Server:
 
 
 def default_share(connections: int) -> int:
-    """Connections that one group of addresses may have where nothing is said: a quarter, but a few
-    in any case, since restic has five."""
+    """Default of --max-connections-per-address: a quarter, but at least 8, since restic uses five."""
     return max(connections // 4, min(8, connections))
 
 
 def trim_memory() -> None:
-    """Give back what compiling the program took, which the C library would keep, and have what is
-    left stay in memory that forked processes share."""
+    """Return the memory that compiling the program has taken, which the C library would keep, and exempt the
+    rest from garbage collection, so that forked processes go on sharing it."""
     import gc
     gc.collect()
     gc.freeze()
@@ -7951,16 +7955,29 @@ def _allow_descriptors(count: int) -> None:
 
 
 # ==== Workers ====================================================================================
-# Several processes that serve the same listeners: Python runs one thread at a time in each.
+# Several processes that serve the same listeners, since Python runs one thread at a time in each.
+#
+# Theory of operation.  The parent opens the listeners, forks the workers and serves nothing itself; it has
+# no threads, so that it can fork at any time.  Workers share the listening sockets and the Counters, and
+# know nothing of each other.  Who tells whom:
+#
+#     service manager, administrator ──signals──▶ parent ──control socket, a byte a signal──▶ each worker
+#                                                    ◀──SIGCHLD when a worker has died──
+#     parent ──its end of the control socket closes when it dies──▶ workers stop
+#     any worker ──Census.request()──▶ the first worker, which makes the census
+#
+# SIGTERM and SIGINT stop: the first one lets requests under way finish, the second one does not.  The
+# parent handles SIGHUP (and has the workers do the same), SIGUSR1 and SIGUSR2.  Signals sent to a worker
+# itself are ignored, except SIGTERM.  A worker that dies is replaced, and its gauges are zeroed.
 
-RESTART_SECONDS = (0.0, 1.0, 30.0)  # until a process that died is replaced: first, next, at most
-ORDERLY_SECONDS = 0.5               # more, if somebody told it to stop
-STEADY_SECONDS = 60                 # after which a process counts as one that runs
-KILL_SECONDS = STOP_SECONDS + 5     # for a process to stop
+RESTART_SECONDS = (0.0, 1.0, 30.0)  # Delay before a dead worker is replaced: first, second, longest.
+ORDERLY_SECONDS = 0.5               # Additional delay if it has ended with status 0.
+STEADY_SECONDS = 60                 # Running time after which the delays begin anew.
+KILL_SECONDS = STOP_SECONDS + 5     # Time for a worker to stop before it is killed.
 
 
 class Worker:
-    """A process that serves, as its parent sees it: `control` takes the signums of signals."""
+    """A worker process, as its parent sees it; `control` is the socket for its signals."""
 
     def __init__(self, slot: int, pid: int, control: socket.socket) -> None:
         self.slot = slot
@@ -7969,14 +7986,14 @@ class Worker:
         self.begun = time.monotonic()
 
     def send_signal(self, signum: int) -> None:
-        """Pass a signal on."""
+        """Have the worker handle a signal."""
         with contextlib.suppress(OSError):  # it has just ended
             self.control.send(bytes([signum]))
 
 
 def serve_as_worker(server: Server, slot: int, processes: int, control: socket.socket) -> None:
-    """Serve as one of so many processes, and count in `slot`.  Signals come as their signums over
-    `control`; its end is that of the parent."""
+    """Serve as one of several processes, with `slot` of the Counters.  `control` delivers signals as their
+    numbers, and its end means that the parent has died."""
     counters = server.api.metrics.counters
     counters.join(slot)
     counters.add(CONNECTIONS, 0, 0)
@@ -7993,7 +8010,7 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
         loop.handle(signums or bytes([signal.SIGTERM]))
 
     def on_stop(stops: int) -> None:
-        server.stops = max(server.stops, stops)     # the parent and the service manager say the same
+        server.stops = max(server.stops, stops)     # the service manager may signal each process
 
     server.loop.close()     # the parent's
     loop = server.loop = Loop()
@@ -8007,22 +8024,21 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
 
 
 class Workers:
-    """`count` processes that serve what `server` listens on.  This one forks them, passes signals
-    on, replaces those that die, and does nothing else: it has no threads."""
+    """The parent of `count` worker processes that serve the listeners of `server`."""
 
     def __init__(self, server: Server, count: int) -> None:
         self._server = server
         self._count = count
         self._workers: Dict[int, Worker] = {}       # by process
-        self._due: Dict[int, float] = {}            # when a slot's next process is to be started
-        self._delays: Dict[int, float] = {}         # seconds that the last one of a slot waited
+        self._due: Dict[int, float] = {}            # by slot, when the next process is to be started
+        self._delays: Dict[int, float] = {}         # by slot, the last delay in seconds
         self._stopping = False
-        self._kill_at = math.inf                    # when those are killed that do not stop
+        self._kill_at = math.inf                    # when workers that do not stop are killed
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
         server, loop = self._server, self._server.loop
-        reload_log.disabled = True      # one of the workers says it
+        reload_log.disabled = True      # the first worker logs it
         for signum in _STOP_SIGNALS:
             loop.handlers[signum] = self._stop
         loop.handlers[_RELOAD_SIGNAL] = self._reload
@@ -8041,14 +8057,14 @@ class Workers:
     # ---- timers ----
 
     def _start_due(self) -> float:
-        """Start those that are due in place of others; seconds until the next is."""
+        """Start the workers that are due; seconds until the next one is."""
         now = time.monotonic()
         for slot in [slot for slot, due in self._due.items() if now >= due]:
             self._start(slot)
         return min(self._due.values(), default=math.inf) - now
 
     def _kill_late(self) -> float:
-        """Kill those that do not stop, if it is time; seconds until it will be."""
+        """Kill workers that do not stop, if it is time; seconds until it will be."""
         now = time.monotonic()
         if now >= self._kill_at:
             self._kill_at = math.inf
@@ -8065,8 +8081,8 @@ class Workers:
             worker.send_signal(_RELOAD_SIGNAL)
 
     def _stop(self) -> None:
-        """Accept no more, and tell the workers: the first time SIGTERM, and then SIGINT, which ends
-        their wait for running requests."""
+        """Accept no more, and stop the workers: by SIGTERM the first time, then by SIGINT, which ends
+        their grace period."""
         for worker in self._workers.values():
             worker.send_signal(signal.SIGINT if self._stopping else signal.SIGTERM)
         if not self._stopping:
@@ -8077,7 +8093,7 @@ class Workers:
             self._server.close_listeners()
 
     def _reap(self) -> None:
-        """See which processes have ended, and plan for others to take their places."""
+        """Collect workers that have ended, and plan their successors."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -8088,7 +8104,7 @@ class Workers:
             worker = self._workers.pop(pid, None)
             if worker:
                 worker.control.close()
-                self._server.api.metrics.counters.clear(worker.slot)    # its connections are gone
+                self._server.api.metrics.counters.clear(worker.slot)    # its connections have ended
                 if not self._stopping:
                     self._plan_successor(worker, status)
 
@@ -8101,15 +8117,15 @@ class Workers:
                    else f'has failed with status {os.WEXITSTATUS(status)}')
             log.error('worker %d (process %d) %s; another takes its place%s', worker.slot, worker.pid, how,
                       f' in {self._delays[worker.slot]:.0f} s' if self._delays[worker.slot] else '')
-        else:  # it was told to stop, and so may we be
+        else:  # somebody has stopped it, and may be about to stop us
             self._due[worker.slot] += ORDERLY_SECONDS
 
     # ---- processes ----
 
     def _start(self, slot: int) -> None:
-        """Fork a process that serves and counts in `slot`."""
+        """Fork a worker for `slot`."""
         self._due.pop(slot, None)
-        # A signal that came to the new process now would be taken for one to this.
+        # Until the new process has its own handlers, signals would be written to our wake-up pair.
         block_signals(_SIGNALS)
         try:
             ours, theirs = socket.socketpair()
@@ -8132,7 +8148,7 @@ class Workers:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _be_worker(self, slot: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
-        """What the new process does."""
+        """Run the new process to its end."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -8146,10 +8162,10 @@ class Workers:
             log.debug('where it happened:', exc_info=True)
         finally:
             logging.shutdown()
-            os._exit(status)  # without what the parent has to do at its end
+            os._exit(status)  # skip the parent's clean-up
 
     def _back_off(self, slot: int) -> None:
-        """Start a process later, and the later the oftener it fails."""
+        """Plan to start a worker later, with longer delays the more often it fails."""
         first, second, longest = RESTART_SECONDS
         last = self._delays.get(slot)
         self._delays[slot] = first if last is None else min(max(2 * last, second), longest)
@@ -8157,14 +8173,14 @@ class Workers:
 
 
 # ==== Logs =======================================================================================
-# What is said to people and to programs, and where.
+# Log formats and log files.
 
 _DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
 
 
 class LogFormatter(logging.Formatter):
-    """rclone's log lines; those of the access log are bare, for the programs that read them.  A message
-    is one line whatever a client has put into it."""
+    """rclone's log lines; those of the access log have no prefix, for programs that read them.  A message is
+    always one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         if record.name == access_log.name:
@@ -8177,12 +8193,12 @@ class LogFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line; those of the access log have their parts as members, too."""
+    """A JSON object for each line; those of the access log have their fields as members, too."""
 
     def format(self, record: logging.LogRecord) -> str:
         import json
-        moment = time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(record.created))
-        entry: Dict[str, Any] = {'time': moment, 'level': record.levelname, 'message': record.getMessage()}
+        when = time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(record.created))
+        entry: Dict[str, Any] = {'time': when, 'level': record.levelname, 'message': record.getMessage()}
         if record.name == access_log.name and isinstance(record.args, tuple):
             client, user, _, request, status, sent, referer, agent = record.args
             entry.update(client=str(client), user=user, request=request, status=status,
@@ -8193,9 +8209,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """The end of a file, which others may not read if it is made here.  After close(), which
-    logrotate's SIGHUP does, the next line opens it anew; where that fails, or the disk is full, lines
-    are lost and the service goes on."""
+    """Appends to a file, which is created unreadable for others.  After close(), which SIGHUP causes for
+    logrotate, the next line opens it again; if that fails, or the disk is full, lines are lost and the
+    service goes on."""
 
     def _open(self) -> Any:
         return open(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, 0o640),
@@ -8211,7 +8227,7 @@ class LogFile(logging.FileHandler):
 
 
 def start_log(level: int, path: str, as_json: bool = False) -> None:
-    """Send logs to stderr, or to the end of the file `path`.  Raises OSError."""
+    """Log to stderr, or to the end of the file `path`.  Raises OSError."""
     logging.addLevelName(NOTICE, 'NOTICE')
     logging.raiseExceptions = False  # a full disk for the log must not stop the service
     handler = LogFile(path) if path else logging.StreamHandler()
@@ -8223,8 +8239,7 @@ def start_log(level: int, path: str, as_json: bool = False) -> None:
 
 
 # ==== Options ====================================================================================
-# The command line and the environment, to values that make sense together.  Each option is described
-# once, in OPTIONS.
+# The command line and the environment.  Each option is described once, in OPTIONS.
 
 
 class Option:
@@ -8276,7 +8291,7 @@ class Option:
 
 
 def default_workers() -> int:
-    """Processes that serve where nothing is said: more gain little, and each needs memory."""
+    """Default of --workers: more than four gain little, and each takes memory."""
     return min(len(CORES), 4) if hasattr(os, 'fork') else 1
 
 
@@ -8465,7 +8480,7 @@ class Parser(argparse.ArgumentParser):
         return int(text) if text.isdigit() else int(text == 'true')
 
     def unknown_variables(self) -> List[str]:
-        """Variables of the environment that look like options and are none."""
+        """Variables of the environment that look like options but are not."""
         known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
         return sorted(name for name in self._environment
                       if name.startswith('RESTIC_SERVE_') and name not in known
@@ -8482,15 +8497,14 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def says_stdio(args: List[str]) -> bool:
-    """Whether a command line has --stdio.  Then the variables of the environment are no options: a
-    client of ssh may set some (AcceptEnv in sshd_config(5)), and a forced command is to mean what
-    it says."""
+    """Whether a command line has --stdio.  Then the environment is ignored: ssh clients may set variables
+    (AcceptEnv in sshd_config(5)), and a forced command must mean what it says."""
     end = args.index('--') if '--' in args else len(args)
     return any(word.partition('=')[0] == '--stdio' for word in args[:end])
 
 
 def find_directory(parser: Parser, args: List[str]) -> str:
-    """DIR among the arguments that are no options; `serve restic` before it are rclone's."""
+    """DIR among the positional arguments; `serve restic` before it is for rclone's sake."""
     if args[:2] == ['serve', 'restic']:
         args = args[2:]
     if not args or not args[0]:
@@ -8502,7 +8516,7 @@ def find_directory(parser: Parser, args: List[str]) -> str:
 
 
 def check_requirements(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse options that lack others, with one line and exit status 2."""
+    """Refuse options without those that they require, with one line and exit status 2."""
     by_name = {option.name: option for option in OPTIONS}
     for option in OPTIONS:
         for name in option.requires:
@@ -8511,7 +8525,7 @@ def check_requirements(parser: Parser, options: argparse.Namespace) -> None:
 
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse what makes no sense together, with one line and exit status 2."""
+    """Refuse combinations that make no sense, with one line and exit status 2."""
     if options.stdio:
         check_stdio(parser, options)
         return
@@ -8555,11 +8569,11 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
 
 
 # ==== Main =======================================================================================
-# What the options ask for: serving, and the other jobs.
+# Serving, and the other jobs.
 
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
-    """Log where the server can be reached, and by whom."""
+    """Log the addresses of the server, and warn where they are open to anyone."""
     has_passwords = bool(options.htpasswd or options.user)
     for listener in server.listeners:
         where = listener.server_address
@@ -8589,7 +8603,7 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
 
 
 def make_server(options: argparse.Namespace, store: Store) -> Server:
-    """The server that the options describe.  Raises OSError, with a line for people."""
+    """The server that the options describe.  Raises OSError with a message for the user."""
     certificates = None
     if options.cert:
         try:
@@ -8617,7 +8631,7 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None) -> Api:
-    """The answers that the options describe."""
+    """The Api that the options describe."""
     usage = Usage(store, counters, options.usage_interval, options.max_size, options.max_size_per_user)
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
@@ -8626,13 +8640,13 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
-    """The limit of --bwlimit, None if there never is one."""
+    """The limit of --bwlimit, None if there is none at any time."""
     limited = any(slot.sent or slot.received for slot in options.bwlimit)
     return Bandwidth(options.bwlimit, counters) if limited else None
 
 
 def stats_seconds(options: argparse.Namespace) -> float:
-    """The interval of --stats, infinite if there are to be none."""
+    """The interval of --stats, infinite for none."""
     return float(options.stats) if options.stats and log.isEnabledFor(logging.INFO) else math.inf
 
 
@@ -8707,7 +8721,7 @@ def read_password(user: str) -> bytes:
 
 def main(args: Optional[List[str]] = None) -> int:
     """Run the command line `args` (default: the program's own); the exit status."""
-    for signum in _STOP_SIGNALS:  # nothing runs yet that would have to finish
+    for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
         signal.signal(signum, lambda signum, frame: sys.exit(0))
     args = sys.argv[1:] if args is None else args
     parser = Parser({} if says_stdio(args) else os.environ)
@@ -8732,7 +8746,7 @@ def main(args: Optional[List[str]] = None) -> int:
                       shared=options.group_accessible)
         if options.scrub:
             return scrub(options, store)
-        block_signals(_SIGNALS)  # they wait until the server heeds them
+        block_signals(_SIGNALS)  # until the loop catches them
         store.prepare()
         if options.stdio:
             serve_stdio(options, store)
@@ -8749,16 +8763,16 @@ def main(args: Optional[List[str]] = None) -> int:
 
 
 def run() -> NoReturn:
-    """The program, also for zipapp, which does not pass main's status on."""
+    """Entry point, also for zipapp, which ignores the result of main()."""
     sys.exit(main())
 
 
 class _Start(Exception):
-    """The script has been read; what reading it took can go."""
+    """Ends the script, so that the memory of its syntax tree is freed."""
 
 
 if __name__ == '__main__':
-    # While a script runs, the interpreter keeps the syntax tree of it, 16 MiB here.  An exception
-    # ends that, and this hook comes next; run() exits.
+    # While a script runs, the interpreter keeps its syntax tree, 16 MiB here.  An exception ends that, and
+    # the hook for it goes on.
     sys.excepthook = lambda *error: run()
     raise _Start

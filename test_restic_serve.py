@@ -8764,7 +8764,7 @@ class AtOnceTest(TestCase):
 
 
 class DeathTest(ResticTestCase):
-    """A server that dies at any moment takes nothing with it that it had answered for."""
+    """A server that dies at any moment has stopped reading with it that it had answered for."""
 
     find_restic = staticmethod(lambda: peer('restic'))
 
