@@ -237,16 +237,31 @@ def is_loopback(host: str) -> bool:
     return host.startswith('127.') or host == '::1'
 
 
-def parse_tls_version(text: str) -> str:
-    """`tls1.0`, `tls1.1`, `tls1.2` or `tls1.3`."""
-    if text not in ('tls1.0', 'tls1.1', 'tls1.2', 'tls1.3'):
-        raise ValueError(f'{text!r} is no version; write tls1.0, tls1.1, tls1.2 or tls1.3')
-    return text
+def text_like(pattern: str, fault: str) -> Callable[[str], str]:
+    """A parser that takes text which a pattern matches as a whole; `fault` says what is wrong otherwise."""
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f'{text!r} {fault}')
+        return text
+
+    return parse
+
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"     # RFC 9110 5.6.2
+
+parse_tls_version = text_like(r'tls1\.[0-3]', 'is no version; write tls1.0, tls1.1, tls1.2 or tls1.3')
+# RFC 6454 7
+parse_origin = text_like(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', 'is no origin; write '
+                         'https://example.org')
+# Without characters that need quoting (RFC 7617 2)
+parse_realm = text_like(r'[ !#-\[\]-~]*', 'is no realm; use ASCII without quotes and backslashes')
+parse_header_name = text_like(_TOKEN, 'is no name of a header; write X-Forwarded-User')
+parse_log_format = text_like('text|json', 'is no format; write text or json')
 
 
 def parse_header(text: str) -> Tuple[str, str]:
     """Name and value of a response header, `Name: value`."""
-    match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([!-~](?:[ -~]*[!-~])?)", text)
+    match = re.fullmatch(rf'({_TOKEN}):[ \t]*([!-~](?:[ -~]*[!-~])?)', text)
     if not match:
         raise ValueError(f'{text!r} is no header; write "Name: value"')
     if match[1].lower() in ('connection', 'content-length', 'date', 'transfer-encoding'):
@@ -254,14 +269,8 @@ def parse_header(text: str) -> Tuple[str, str]:
     return match[1], match[2]
 
 
-def parse_origin(text: str) -> str:
-    """An origin (RFC 6454 7): `https://example.org`, or `*` for any."""
-    if not re.fullmatch(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', text):
-        raise ValueError(f'{text!r} is no origin; write https://example.org')
-    return text
-
-
 _USER = re.compile(r'(?!\.+$)[A-Za-z0-9@._-]{1,255}')
+parse_user = text_like(_USER.pattern, 'is no user; a name has letters, digits and @ . _ - alone')
 
 
 def is_user(name: str) -> bool:
@@ -269,39 +278,11 @@ def is_user(name: str) -> bool:
     return bool(_USER.fullmatch(name))
 
 
-def parse_user(text: str) -> str:
-    """The name of a user."""
-    if not is_user(text):
-        raise ValueError(f'{text!r} is no user; a name has letters, digits and @ . _ - alone')
-    return text
-
-
 def parse_cost(text: str) -> int:
     """A bcrypt cost, the logarithm of the rounds."""
     if not re.fullmatch('[0-9]{1,2}', text) or not 4 <= int(text) <= 31:
         raise ValueError(f'{text!r} is no cost of bcrypt; write 4 to 31')
     return int(text)
-
-
-def parse_realm(text: str) -> str:
-    """A realm (RFC 7617 2), without characters that need quoting."""
-    if not re.fullmatch(r'[ !#-\[\]-~]*', text):
-        raise ValueError(f'{text!r} is no realm; use ASCII without quotes and backslashes')
-    return text
-
-
-def parse_token(text: str) -> str:
-    """The name of a header."""
-    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", text):
-        raise ValueError(f'{text!r} is no name of a header; write X-Forwarded-User')
-    return text
-
-
-def parse_log_format(text: str) -> str:
-    """`text` or `json`."""
-    if text not in ('text', 'json'):
-        raise ValueError(f'{text!r} is no format; write text or json')
-    return text
 
 
 def parse_network(text: str) -> Any:
@@ -4893,7 +4874,6 @@ RECEIVE_BYTES = 992          # Bytes received at a time for a header section; ma
 CLIENT_GONE = 499            # Status in the access log for a client that is gone, as in nginx.
 SKIP_BYTES = 64 * 1024       # Longest unwanted body that is read so that the connection can be kept.
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
 _REQUEST_LINE = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n')
 _BARE_LF = re.compile(rb'(?<!\r)\n')
@@ -8334,8 +8314,8 @@ OPTIONS = (
            default='dlPL2MqE'),
     Option('who may enter', '--realm', parse_realm, 'what clients show when they ask for a password', 'TEXT',
            default='restic_serve'),
-    Option('who may enter', '--user-from-header', parse_token, 'header in which a proxy on this host, or one '
-           'of --trust-proxy, says who the user is', 'NAME', stdio=False),
+    Option('who may enter', '--user-from-header', parse_header_name, 'header in which a proxy on this host, '
+           'or one of --trust-proxy, says who the user is', 'NAME', stdio=False),
     Option('who may enter', '--trust-proxy', parse_network, 'address or network of a proxy on another host, '
            'which may name the user and has no limit of its own; may be repeated', 'ADDRESS[/BITS]',
            repeated=True, stdio=False),

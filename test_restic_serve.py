@@ -1,8 +1,13 @@
 """The promises of restic_serve, each a test.  Run them with `python3 -m unittest`.
 
-They need nothing but Python.  Those that drive another program are skipped where it is missing, or
+They require nothing but Python.  Tests that drive another program are skipped where it is missing, or
 fail there if RESTIC_SERVE_TEST_ALL=1.  RESTIC_SERVE_TEST_PEERS names a folder with further restic,
-rclone and rest-server programs.  RESTIC_SERVE_TEST_LONG=1 adds those that take minutes.
+rclone and rest-server programs.  RESTIC_SERVE_TEST_LONG=1 adds the tests that take minutes.  What was
+left out is said at the end.
+
+First stand the tools: what a test may use, clients made of bytes, and programs to start.  Then come the
+module's chapters in their order, each with the tests of its pure parts first; then restic itself, other
+clients and proxies, faults that are made on purpose (disk, wire, malice, death), and the README.
 """
 from __future__ import annotations
 
@@ -52,6 +57,8 @@ PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
 
 
+# ---- Tools -----------------------------------------------------------------------------------------
+
 def program(name, folder=''):
     """The path of a program; skips the test without it, or fails it where all must run."""
     path = shutil.which(name, path=folder or f'{os.environ.get("PATH", os.defpath)}:/usr/sbin')
@@ -84,11 +91,45 @@ def path_of(store, location):
     return f'{store.root}{location.folder}/{location.file}'
 
 
+def sha(password):
+    """An entry that costs nothing to compare."""
+    return '{SHA}' + base64.b64encode(hashlib.sha1(password.encode()).digest()).decode()
+
+
+def basic(user, password):
+    """A header with credentials."""
+    token = base64.b64encode(f'{user}:{password}'.encode()).decode()
+    return f'Authorization: Basic {token}'
+
+
+def select_readable(sock, seconds):
+    import select
+    return select.select([sock], [], [], seconds)[0]
+
+
 def counted_plainly(test):
     """Have quotas count an object's bytes and nothing else, and what is shown be computed each time."""
     patch = mock.patch.multiple(restic_serve, BLOCK_BYTES=1, FOLDER_BYTES=0, SHOWN_SECONDS=0)
     patch.start()
     test.addCleanup(patch.stop)
+
+
+class Clock:
+    """A clock that a test holds: it goes on when somebody sleeps."""
+
+    def __init__(self, *today):
+        hour, minute, weekday = today or (0, 0, 6)
+        self.now = 1000.0
+        self.day = time.struct_time((2026, 11, 22, hour, minute, 0, weekday, 0, 0))
+        self._lock = threading.Lock()
+
+    def bandwidth(self, text):
+        return restic_serve.Bandwidth(restic_serve.parse_timetable(text), clock=lambda: self.now,
+                                      today=lambda: self.day, sleep=self.sleep)
+
+    def sleep(self, seconds):
+        with self._lock:
+            self.now += seconds
 
 
 class Bytes:
@@ -148,7 +189,464 @@ class TestCase(unittest.TestCase):
         return server
 
 
-# ---- Units ----
+# ---- Wires: clients made of bytes ------------------------------------------------------------------
+
+class Wire:
+    """A client's end of a connection, byte by byte."""
+
+    def __init__(self, port):
+        self.sock = socket.create_connection(('127.0.0.1', port), PATIENCE)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.file = self.sock.makefile('rb')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        self.sock.close()
+
+    def send(self, *parts):
+        for part in parts:
+            self.sock.sendall(part if isinstance(part, bytes) else part.encode('latin-1'))
+
+    def answer(self, head_only=False):
+        """Status, headers and content of the next answer; None at the end of the connection."""
+        line = self.file.readline()
+        if not line:
+            return None
+        status = int(line.split()[1])
+        headers = {}
+        for line in iter(self.file.readline, b'\r\n'):
+            name, _, value = line.decode('latin-1').partition(':')
+            headers[name.lower()] = value.strip()
+        if head_only or status == 100:
+            return status, headers, b''
+        if 'content-length' in headers:
+            return status, headers, self.file.read(int(headers['content-length']))
+        if headers.get('transfer-encoding') != 'chunked':
+            return status, headers, self.file.read()
+        content = b''
+        while True:
+            size = int(self.file.readline(), 16)
+            content += self.file.read(size)
+            if self.file.readline() != b'\r\n':
+                raise AssertionError('a chunk without its end')
+            if not size:
+                return status, headers, content
+
+    def ask(self, *parts, **more):
+        self.send(*parts)
+        return self.answer(**more)
+
+    def is_closed(self):
+        """Whether the server ends the connection, and says nothing more."""
+        try:
+            return self.file.read() == b''
+        except ConnectionResetError:
+            return True
+
+
+def post(path, content, *fields, length=None):
+    """A request that uploads, as bytes."""
+    head = [f'POST {path} HTTP/1.1', 'Host: x',
+            f'Content-Length: {len(content) if length is None else length}', *fields]
+    return '\r\n'.join(head).encode() + b'\r\n\r\n' + content
+
+
+def get(path, *fields, method='GET'):
+    return '\r\n'.join([f'{method} {path} HTTP/1.1', 'Host: x', *fields, '', '']).encode()
+
+
+class Pieces:
+    """A connection on which pieces of bytes arrive, and then the end of input."""
+
+    expired = False
+
+    def __init__(self, *pieces):
+        self.pieces = [piece for piece in pieces if piece]
+        self.sent = b''
+
+    def receive(self, limit):
+        if not self.pieces:
+            return b''
+        piece = self.pieces.pop(0)
+        if len(piece) > limit:
+            self.pieces.insert(0, piece[limit:])
+        return piece[:limit]
+
+    def receive_into(self, view):
+        piece = self.receive(len(view))
+        view[:len(piece)] = piece
+        return len(piece)
+
+    def transmit(self, data, more=False):
+        self.sent += data
+
+
+class WireTestCase(TestCase):
+    """A test against a server in a thread of its own."""
+
+    limits = {}
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.policy = Policy(False)
+        self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
+        self.port = self.server.listeners[0].server_address[1]
+
+    def connect(self):
+        wire = Wire(self.port)
+        self.addCleanup(wire.__exit__)
+        return wire
+
+    def ask(self, *parts, **more):
+        """The answer to a request on a connection of its own."""
+        with Wire(self.port) as wire:
+            return wire.ask(*parts, **more)
+
+    def put(self, content, kind='data', repository=''):
+        """Store an object beneath the server; its path."""
+        name = named(content)
+        self.store.save(Location(repository, kind, name), Bytes(content))
+        return f'{repository}/{kind}/{name}'
+
+    def wait_for_room(self, port):
+        """Until one more connection is admitted."""
+        def has_room():
+            with Wire(port) as wire:
+                return wire.ask(get('/config'))[0] == 404
+        self.wait_until(has_room, 'room')
+
+
+(DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE,
+ CONTINUATION) = range(10)
+END_STREAM = ACK = 1
+END_HEADERS, PADDED, PRIORITIZED = 4, 8, 32
+frame = restic_serve.frame
+
+
+def fields(method='GET', path='/', *more, **pseudo):
+    """A request's header block, for a table of any size; `more` fields follow the pseudo-header
+    fields."""
+    block = {'method': method, 'scheme': 'http', 'path': path, 'authority': 'x', **pseudo}
+    return restic_serve.encode_headers(
+        [(f':{name}', value) for name, value in block.items() if value is not None] + list(more))[1:]
+
+
+def headers(number, block=None, flags=END_HEADERS | END_STREAM):
+    return frame(HEADERS, flags, number, fields() if block is None else block)
+
+
+def settings(*pairs):
+    return frame(SETTINGS, 0, 0, b''.join(struct.pack('>HI', *pair) for pair in pairs))
+
+
+def word(value):
+    return struct.pack('>I', value)
+
+
+class Http2Wire(Wire):
+    """A client's end of a connection of HTTP/2, frame by frame; content is counted, and granted
+    again if `grants`."""
+
+    def __init__(self, port=0, sock=None, preface=True, grants=True, initial=65535):
+        if sock:
+            self.sock, self.file = sock, sock.makefile('rb')
+        else:
+            super().__init__(port)
+        self.decoder = restic_serve.HeaderDecoder()
+        self.grants = grants
+        self.settings = {}
+        self.window = 65535     # content that may still be sent
+        self.windows = {}       # and on each stream
+        self.unread = []        # frames that came while content was sent
+        if preface:
+            self.send(restic_serve.PREFACE, settings((4, initial)))
+            while self.next()[0] != SETTINGS or not self.settings:
+                pass
+            self.send(frame(SETTINGS, ACK, 0))
+
+    def next(self):
+        """Type, flags, stream and payload of the next frame; None at a clean end."""
+        return self.unread.pop(0) if self.unread else self._read_frame()
+
+    def _read_frame(self):
+        head = self.file.read(9)
+        if not head:
+            return None
+        length, flags, number = struct.unpack('>IBI', head)
+        kind, payload = length & 255, self.file.read(length >> 8)
+        if len(payload) != length >> 8:
+            raise AssertionError('a frame is cut short')
+        if kind == SETTINGS and not flags & ACK:
+            self.settings = dict(struct.iter_unpack('>HI', payload))
+        if kind == WINDOW_UPDATE and number:
+            self.windows[number] = self.windows.get(number, 65535) + int.from_bytes(payload, 'big')
+        elif kind == WINDOW_UPDATE:
+            self.window += int.from_bytes(payload, 'big')
+        if kind == DATA and payload and self.grants:
+            self.send(frame(WINDOW_UPDATE, 0, 0, word(len(payload))))
+            if not flags & END_STREAM:
+                self.send(frame(WINDOW_UPDATE, 0, number, word(len(payload))))
+        return kind, flags, number, payload
+
+    def until(self, *kinds, number=None):
+        """The next frame of one of these types, or None."""
+        while True:
+            got = self.next()
+            if not got or (got[0] in kinds and number in (None, got[2])):
+                return got
+
+    def answer(self, number=1):
+        """Status, headers and content of the answer on a stream, or the code of its RST_STREAM."""
+        fields, content, ended = {}, b'', False
+        while not ended:
+            got = self.until(HEADERS, DATA, RST_STREAM, GOAWAY)
+            if got is None or got[0] == GOAWAY:
+                raise AssertionError(f'instead of an answer: {got}')
+            kind, flags, where, payload = got
+            if kind == HEADERS:
+                decoded = dict(self.decoder.decode(payload, 1 << 20)[0])
+            if where != number:
+                continue
+            ended = kind != RST_STREAM and flags & END_STREAM
+            if kind == RST_STREAM:
+                return int.from_bytes(payload, 'big')
+            if kind == HEADERS:
+                fields = decoded
+                if fields[':status'] == '100':
+                    return 100, fields, b''
+            else:
+                content += payload
+        return int(fields[':status']), fields, content
+
+    def upload(self, number, path, content, *more, step=16384):
+        """Send a whole upload, as the windows let it."""
+        self.send(headers(number, fields('POST', path, *more), END_HEADERS))
+        self.send_content(number, content, step=step)
+
+    def send_content(self, number, content, last=True, step=16384):
+        """Send content when the windows let it; the rest of it not if it has been answered."""
+        for at in range(0, len(content), step):
+            part = content[at:at + step]
+            while len(part) > min(self.window, self.windows.get(number, 65535)):
+                got = self._read_frame()
+                if got is None:
+                    raise AssertionError('the end of the connection')
+                self.unread.append(got)
+                if got[0] in (HEADERS, RST_STREAM) and got[2] == number:
+                    return
+            self.window -= len(part)
+            self.windows[number] = self.windows.get(number, 65535) - len(part)
+            self.send(frame(DATA, END_STREAM if last and at + step >= len(content) else 0, number, part))
+
+    def send(self, *parts):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer is still read
+            super().send(*parts)
+
+
+class Http2TestCase(WireTestCase):
+    def http2(self, **more):
+        wire = Http2Wire(self.port, **more)
+        self.addCleanup(wire.__exit__)
+        return wire
+
+
+class ListenerTestCase(WireTestCase):
+    """A test with servers beside the one of each test."""
+
+    def start(self, *addresses, **more):
+        """Another server of the same directory, in a thread."""
+        return self.serve(self.server.api, self.server.limits,
+                          map(restic_serve.parse_address, addresses), **more)
+
+    def ask_unix(self, path, request=None):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.connect(str(path))
+            sock.sendall(request or get('/config'))
+            return int(sock.recv(65536).split()[1])
+
+
+class WatchedTestCase(Http2TestCase):
+    """A server whose page and metrics are looked at."""
+
+    def setUp(self):
+        super().setUp()
+        counted_plainly(self)
+        self.watch()
+
+    def watch(self, policy=None, accounts=None, prometheus='login', max_bytes=0, per_user=0, **more):
+        """Another server, that shows what it knows."""
+        counters = Counters()
+        self.usage = Usage(self.store, counters, max_bytes=max_bytes, max_bytes_per_user=per_user)
+        self.metrics = Metrics(counters, self.usage, self.store)
+        self.server = self.serve(Api(
+            self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
+            prometheus=prometheus, page=Page(self.store, self.usage, 3600), **more))
+        self.port = self.server.listeners[0].server_address[1]
+
+    def fill(self, repository, *kinds, age=0):
+        """Store objects beneath the server."""
+        Store(str(self.root)).create_repository(repository)
+        for kind in kinds:
+            name = self.put(os.urandom(100), kind, repository).rpartition('/')[2]
+            path = path_of(self.store, Location(repository, kind, name))
+            os.utime(path, (time.time() - age, time.time() - age))
+
+    def scrape(self, *fields):
+        """The samples by their names with labels."""
+        status, head, content = self.ask(get('/metrics', *fields))
+        self.assertEqual(status, 200)
+        self.assertEqual(head['content-type'], 'text/plain; version=0.0.4; charset=utf-8')
+        return dict(line.rpartition(' ')[::2] for line in content.decode().splitlines()
+                    if not line.startswith('#'))
+
+
+def normalized(text):
+    """The samples of rest-server's metrics, whatever the order of their labels."""
+    return {(name, tuple(sorted(labels.split(',')))): float(value) for name, labels, value in re.findall(
+        r'^(rest_server_blob_\w+)\{(.*)\} (\S+)$', text, re.MULTILINE)}
+
+
+class Authority:
+    """Certificates for tests, made by openssl."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.openssl = program('openssl')
+        self.number = 0
+        self.run('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
+                 '-days', '2', '-subj', '/CN=test authority',
+                 '-addext', 'keyUsage=critical,keyCertSign,cRLSign', '-keyout', folder / 'ca.key', '-out',
+                 folder / 'ca.pem')
+        self.path = folder / 'ca.pem'
+
+    def run(self, *words):
+        return subprocess.run([self.openssl, *map(str, words)], check=True, capture_output=True,
+                              text=True, cwd=self.folder, stdin=subprocess.DEVNULL).stdout
+
+    def issue(self, name, subject='localhost'):
+        """Write NAME.pem, NAME.key and, for clients, NAME.both; the serial number."""
+        self.number += 1
+        request, extensions = self.folder / f'{name}.csr', self.folder / 'extensions'
+        extensions.write_text('subjectAltName=DNS:localhost,IP:127.0.0.1\n'
+                              'subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n')
+        key = self.folder / f'{name}.key.new'
+        self.run('req', '-new', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
+                 '-subj', f'/CN={subject}', '-keyout', key, '-out', request)
+        cert = self.folder / f'{name}.pem.new'
+        self.run('x509', '-req', '-in', request, '-CA', self.path, '-CAkey', self.folder / 'ca.key',
+                 '-set_serial', self.number, '-days', '2', '-extfile', extensions, '-out', cert)
+        (self.folder / f'{name}.both').write_text(cert.read_text() + key.read_text())
+        key.replace(self.folder / f'{name}.key')
+        cert.replace(self.folder / f'{name}.pem')
+        return self.number
+
+    def words(self, name):
+        return '--cert', self.folder / f'{name}.pem', '--key', self.folder / f'{name}.key'
+
+
+# ---- Programs --------------------------------------------------------------------------------------
+
+class Program:
+    """The server as a process of its own.  `url` is what it says of itself."""
+
+    def __init__(self, *words, wait=True, before=(), **environment):
+        self.lines = []
+        self.process = subprocess.Popen(
+            [*before, sys.executable, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
+        self.url = ''
+        self._reader = None
+        if wait:
+            for line in self.process.stderr:
+                self.lines.append(line.rstrip('\n'))
+                match = re.search(r'restic -r rest:(\S+) init', line)
+                if match:
+                    self.url = match[1]
+                    break
+            self._reader = threading.Thread(target=self._read)
+            self._reader.start()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip('\n'))
+
+    @property
+    def port(self):
+        return int(re.search(r':(\d+)', self.url)[1])
+
+    def stop(self, number=signal.SIGTERM):
+        """Its exit status after a signal."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self._reader:
+            self._reader.join()
+        self.process.stderr.close()
+
+
+def clean_environment():
+    return {name: value for name, value in os.environ.items() if not name.startswith('RESTIC_')}
+
+
+class Stdio:
+    """The server over pipes, or over one socket for both, as a process of its own."""
+
+    def __init__(self, *words, socketed=False, **environment):
+        ours, theirs = socket.socketpair() if socketed else (None, subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, MODULE, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
+            stderr=subprocess.PIPE, env={**clean_environment(), **environment})
+        self._socket = ours
+        if socketed:
+            theirs.close()
+            ours.settimeout(PATIENCE)
+        self.wire = Http2Wire(sock=ours or self)
+
+    def makefile(self, mode):
+        return self.process.stdout
+
+    def sendall(self, data):
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def close(self):
+        if self._socket:
+            self._socket.shutdown(socket.SHUT_WR)
+        else:
+            self.process.stdin.close()
+
+    def finish(self):
+        """Exit status, and what it has logged."""
+        with self.process.stderr as log:
+            text = log.read().decode()
+        return self.process.wait(PATIENCE), text
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.process.stderr, self._socket):
+            if file:
+                file.close()
+        self.wire.file.close()
+
+
+# ---- Units -----------------------------------------------------------------------------------------
 
 class UnitsTest(unittest.TestCase):
     def test_durations_are_written_as_in_rclone(self):
@@ -203,7 +701,7 @@ class UnitsTest(unittest.TestCase):
             self.assertNotIn('\n', str(caught.exception))
 
 
-# ---- Messages ----
+# ---- Messages --------------------------------------------------------------------------------------
 
 class OneLineTest(unittest.TestCase):
     def test_what_is_said_is_one_line_that_reads_as_it_is_written(self):
@@ -258,7 +756,55 @@ class RangeTest(unittest.TestCase):
             self.assertEqual(list(caught.exception.headers), [('Content-Range', 'bytes */10')])
 
 
-# ---- Store ----
+class AccessLogTest(WireTestCase):
+    def setUp(self):
+        super().setUp()
+        self.lines = []
+        handler = logging.Handler()
+        handler.emit = lambda record: self.lines.append(record.getMessage())
+        restic_serve.access_log.addHandler(handler)
+        restic_serve.access_log.setLevel(logging.INFO)
+        self.addCleanup(restic_serve.access_log.setLevel, logging.NOTSET)
+        self.addCleanup(restic_serve.access_log.removeHandler, handler)
+
+    COMBINED = (r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
+                r'"%s" %d %s "%s" "%s"$')
+
+    def check(self, *parts):
+        self.wait_until(lambda: self.lines, 'a line')
+        self.assertRegex(self.lines.pop(0), self.COMBINED % parts)
+
+    def test_a_line_a_request_in_the_combined_log_format(self):
+        path = self.put(b'content')
+        self.ask(get(path, 'User-Agent: restic/0.19'))
+        self.check(f'GET {path} HTTP/1\\.1', 200, '7', '-', 'restic/0.19')
+        self.ask(get('/config?a=b', 'Referer: http://x/'))
+        self.check(r'GET /config\?a=b HTTP/1\.1', 404, r'\d+', 'http://x/', '-')
+        large = self.put(bytes(1 << 20))
+        self.ask(get(large))
+        self.check(f'GET {large} HTTP/1\\.1', 200, str(1 << 20), '-', '-')
+        self.ask(get(large, method='HEAD'), head_only=True)
+        self.check(f'HEAD {large} HTTP/1\\.1', 200, '-', '-', '-')
+        self.ask(get('/data/', 'Accept: ' + V2))
+        self.check('GET /data/ HTTP/1\\.1', 200, r'\d{3}', '-', '-')
+
+    def test_no_client_can_forge_a_line(self):
+        self.ask(get('/"x\\', 'User-Agent: a" \\\xe9'))
+        self.check(r'GET /\\x22x\\x5c HTTP/1\.1', 404, r'\d+', '-', r'a\\x22 \\x5c\\xc3\\xa9')
+        self.ask(b'rubbish "\r\n\r\n')
+        self.check('-', 400, r'\d+', '-', '-')
+        self.ask(get('/config', 'Expect: wonders'))
+        self.check('GET /config HTTP/1\\.1', 417, r'\d+', '-', '-')
+
+    def test_an_upload_whose_client_goes_has_its_line(self):
+        with Wire(self.port) as wire:
+            wire.send(post('/config', b'1', length=10))
+            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
+
+
+# ---- Store -----------------------------------------------------------------------------------------
 
 class StoreTest(TestCase):
     def setUp(self):
@@ -904,7 +1450,7 @@ class FoldersOfOthersTest(TestCase):
         self.assertFalse(is_trusted(str(private / 'loop' / 'x')))
 
 
-# ---- Counters ----
+# ---- Counters --------------------------------------------------------------------------------------
 
 class CountersTest(TestCase):
     def in_another_process(self, work):
@@ -1074,7 +1620,377 @@ class CountersTest(TestCase):
         self.assertEqual(counters.find('added'), {('added', '/a'): [2]})
 
 
-# ---- Usage ----
+# ---- Bandwidth -------------------------------------------------------------------------------------
+
+class BandwidthTest(unittest.TestCase):
+    SENT, RECEIVED = restic_serve.Bandwidth.SENT, restic_serve.Bandwidth.RECEIVED
+
+    def test_each_row_of_a_timetable_at_its_time(self):
+        daily, weekly = '08:00,512k 19:00,10M;23:00,off', 'Mon-08:00,1M;friday-18:00,off Sun-20:30,2M:1M'
+        for text, (hour, minute, weekday), sent, received in (
+                ('10M', (12, 0, 3), 10 << 20, 10 << 20), ('10M:1M', (12, 0, 3), 10 << 20, 1 << 20),
+                ('off', (12, 0, 3), 0, 0), ('0', (12, 0, 3), 0, 0), ('off:100B', (12, 0, 3), 0, 100),
+                ('666', (12, 0, 3), 666 << 10, 666 << 10), ('1.5Mi', (0, 0, 0), 3 << 19, 3 << 19),
+                (daily, (8, 0, 0), 512 << 10, 512 << 10), (daily, (18, 59, 4), 512 << 10, 512 << 10),
+                (daily, (19, 0, 6), 10 << 20, 10 << 20), (daily, (23, 30, 6), 0, 0),
+                (daily, (7, 59, 0), 0, 0),
+                (weekly, (8, 0, 0), 1 << 20, 1 << 20), (weekly, (17, 59, 4), 1 << 20, 1 << 20),
+                (weekly, (18, 0, 4), 0, 0), (weekly, (20, 29, 6), 0, 0),
+                (weekly, (20, 30, 6), 2 << 20, 1 << 20), (weekly, (7, 59, 0), 2 << 20, 1 << 20)):
+            bandwidth = Clock(hour, minute, weekday).bandwidth(text)
+            self.assertEqual((bandwidth.rate(self.SENT), bandwidth.rate(self.RECEIVED)), (sent, received),
+                             (text, hour, minute, weekday))
+
+    def test_what_is_no_bandwidth(self):
+        for text in ('', 'x', '10X', '10M:', '1:2:3', '24:00,1M', '10:60,1M', '10:20,', 'Foo-10:20,1M',
+                     'M-10:20,1M', '10M 20M', '10M;10:20,1M', '-1', '10:20,1M,2M'):
+            with self.assertRaises(ValueError, msg=text) as caught:
+                restic_serve.parse_timetable(text)
+            self.assertIn('10M:1M, off', str(caught.exception))
+
+    def test_a_number_that_no_disk_holds_is_one_line(self):
+        for parse in (restic_serve.parse_size, restic_serve.parse_quota):
+            with self.assertRaises(ValueError) as caught:
+                parse('9' * 400 + 'M')
+            self.assertIn('more than any disk holds', str(caught.exception))
+
+    def test_off_is_off_in_any_case(self):
+        self.assertEqual({slot[1:] for slot in restic_serve.parse_timetable('12:00,OFF Sat-13:00,Off')},
+                         {(0, 0)})
+
+    def test_the_next_slot_comes_into_force_by_itself(self):
+        clock = Clock(18, 59, 0)
+        bandwidth = clock.bandwidth('08:00,1k 19:00,off')
+        self.assertEqual(bandwidth.rate(self.SENT), 1024)
+        clock.day = Clock(19, 0, 0).day
+        clock.now += 1
+        self.assertEqual(bandwidth.rate(self.SENT), 0)
+
+    def test_the_rate_is_right_and_smooth_and_nobody_can_save_up(self):
+        clock = Clock()
+        bandwidth = clock.bandwidth('1M')
+        clock.now += 3600
+        begin, passed = clock.now, []
+        for _ in range(500):
+            count = bandwidth.step(self.SENT, 1 << 20)
+            bandwidth.wait(self.SENT, count)
+            passed.append((clock.now - begin, count))
+        seconds, total = passed[-1][0], sum(count for _, count in passed)
+        self.assertAlmostEqual(total / seconds / (1 << 20), 1, delta=0.05)
+        for tenth in range(90):
+            part = sum(count for moment, count in passed if tenth <= moment * 10 < tenth + 1)
+            self.assertAlmostEqual(part / (1 << 20) * 10, 1, delta=0.25)
+
+    def test_the_two_ways_do_not_share(self):
+        clock = Clock()
+        bandwidth = clock.bandwidth('1k:2k')
+        for way in (self.SENT, self.RECEIVED) * 3:
+            bandwidth.wait(way, 1024)
+        self.assertAlmostEqual(clock.now, 1002)
+
+    def test_a_limit_that_is_lifted_is_none(self):
+        clock = Clock()
+        bandwidth = clock.bandwidth('1k')
+        self.assertTrue(bandwidth.toggle())
+        self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (9999, 0))
+        self.assertFalse(bandwidth.toggle())
+        self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (512, 1024))
+
+
+# ---- Scrub -----------------------------------------------------------------------------------------
+
+class ScrubTest(TestCase):
+    """Every object is read, and whatever is wrong is said."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.root.mkdir()
+        self.paths = {}
+        for repository in ('', '/host', '/deep/below/x'):
+            self.store.create_repository(repository)
+            for kind in ('data', 'index', 'keys'):
+                content = os.urandom(3000)
+                location = Location(repository, kind, named(content))
+                self.store.save(location, Bytes(content))
+                self.paths[repository, kind] = Path(path_of(self.store, location))
+            Path(f'{self.root}{repository}/config').write_bytes(b'x')
+
+    def scrub(self, age=0, bandwidth=None):
+        """What is reported, by path, and how many objects were read and are damaged."""
+        found = {}
+        job = restic_serve.Scrub(self.store, age, bandwidth, found.__setitem__, io.StringIO())
+        damaged = job.run()
+        self.assertEqual(damaged, len([reason for reason in found.values()
+                                       if not reason.startswith(('foreign', 'stray'))]))
+        found = {os.path.relpath(path, self.root): reason for path, reason in found.items()}
+        return found, job.checked, damaged
+
+    def relative(self, *key):
+        return str(self.paths[key].relative_to(self.root))
+
+    def test_what_is_sound_is_read_and_silent(self):
+        self.assertEqual(self.scrub(), ({}, 9, 0))
+
+    def test_a_result_that_cannot_be_read_is_none_and_is_read_when_it_can(self):
+        self.scrub()
+        path = self.root / '.restic_serve/scrub.json'
+        good = path.read_text()
+        for text in ('{"folders": {}, "repositories": {"": [Infinity, 1, 1e999]}}', '[' * 100000, '\0'):
+            path.write_text(text)
+            self.assertEqual(restic_serve.last_scrubs(self.store), {})
+        path.write_text(good)
+        with mock.patch('builtins.open', side_effect=PermissionError(errno.EACCES, 'x')):
+            self.assertEqual(restic_serve.last_scrubs(self.store), {})
+        self.assertEqual(len(restic_serve.last_scrubs(self.store)), 3)
+
+    def test_root_follows_no_link_where_it_writes(self):
+        target = self.folder / 'target'
+        target.mkdir()
+        shutil.rmtree(self.root / '.restic_serve', ignore_errors=True)
+        (self.root / '.restic_serve').symlink_to(target)
+        self.scrub()
+        self.assertEqual(list(target.iterdir()), [])
+        self.assertIn('will not be known', self.log[-1])
+
+    @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'for root')
+    def test_what_root_writes_is_given_to_the_owner_of_the_directory(self):
+        os.chown(self.root, 1234, 1235)
+        store = Store(str(self.root), shared=True)
+        restic_serve.Scrub(store, 0, None, lambda *fault: None, io.StringIO()).run()
+        for path, mode in (('.restic_serve', 0o770), ('.restic_serve/scrub.json', 0o660)):
+            status = (self.root / path).stat()
+            self.assertEqual((status.st_uid, status.st_gid), (1234, 1235))
+            self.assertEqual(stat.S_IMODE(status.st_mode), mode)
+
+    def test_the_last_result_of_each_repository_is_remembered(self):
+        self.assertEqual(restic_serve.last_scrubs(self.store), {})
+        os.truncate(self.paths['/host', 'keys'], 10)
+        with mock.patch.object(time, 'time', return_value=time.time() + 60):
+            now = int(time.time())
+            self.scrub()
+        self.assertEqual(restic_serve.last_scrubs(self.store), {
+            '': (now, 3, 0), '/host': (now, 3, 1), '/deep/below/x': (now, 3, 0)})
+        shutil.rmtree(self.root / 'deep')
+        with mock.patch.object(time, 'time', return_value=time.time() + 120):
+            self.scrub(age=3600)  # what is sound is not read again, and stays so
+            now = int(time.time())
+        self.assertEqual({name: result[::2] for name, result in restic_serve.last_scrubs(self.store).items()},
+                         {'': (now, 0), '/host': (now, 1)})
+
+    def test_damage_of_every_kind_is_found(self):
+        self.paths['', 'data'].write_bytes(b'other')
+        os.truncate(self.paths['/host', 'keys'], 10)
+        (self.root / 'deep/below/x/config').write_bytes(b'')
+        found, checked, damaged = self.scrub()
+        self.assertEqual((checked, damaged), (9, 3))
+        self.assertEqual(found.pop('deep/below/x/config'), 'empty')
+        self.assertEqual(found.pop(self.relative('', 'data')), f'damaged: its SHA-256 is {named(b"other")}')
+        self.assertTrue(found.pop(self.relative('/host', 'keys')).startswith('damaged: '))
+        self.assertEqual(found, {})
+
+    def test_an_object_that_cannot_be_read_is_damaged(self):
+        real = os.open
+
+        def fail(path, *more, **words):
+            if os.path.basename(path) == self.paths['/host', 'data'].name:
+                raise OSError(errno.EIO, 'Input/output error')
+            return real(path, *more, **words)
+
+        with mock.patch.object(os, 'open', fail):
+            found, _, damaged = self.scrub()
+        reason = 'unreadable: Input/output error'
+        self.assertEqual((found, damaged), ({self.relative('/host', 'data'): reason}, 1))
+
+    def test_foreign_and_stray_files_are_no_damage(self):
+        wrong = self.root / 'host/data/00' / ('ff' * 32)
+        for path in (wrong, *map(self.root.joinpath, (
+                'host/data/x', 'host/index/notes.txt', 'host/y', 'host/keys/folder/z',
+                '.restic_serve/upload-old', '.restic_serve/upload-young',
+                'host/data/00/.restic_serve-upload-old'))):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b'x')
+        with open(self.root / '.restic_serve/upload-young', 'rb') as young:
+            self.assertTrue(restic_serve.lock_file(young.fileno()))  # an upload under way
+            found, _, damaged = self.scrub()
+        self.assertEqual(damaged, 0)
+        self.assertEqual({path: reason.partition(':')[0] for path, reason in found.items()}, {
+            f'host/data/00/{wrong.name}': 'foreign', 'host/data/x': 'foreign',
+            'host/index/notes.txt': 'foreign', 'host/y': 'foreign', 'host/keys/folder': 'foreign',
+            '.restic_serve/upload-old': 'stray',
+            'host/data/00/.restic_serve-upload-old': 'stray'})
+
+    def test_what_cannot_be_read_is_said_and_the_rest_is_read(self):
+        for name in ('lost+found', '.restic_serve'):
+            (self.root / name).mkdir(exist_ok=True)
+        real = restic_serve._scan
+
+        def scan(folder, fd=None):
+            if folder.endswith(('/deep', '/lost+found', '/host/data', '/.restic_serve')):
+                raise PermissionError(errno.EACCES, 'made by a test')
+            return real(folder, fd)
+
+        with mock.patch.object(restic_serve, '_scan', scan):
+            found = {}
+            job = restic_serve.Scrub(self.store, 0, None, found.__setitem__, io.StringIO())
+            self.assertEqual(job.run(), 1)
+        self.assertEqual(sorted(os.path.relpath(path, self.root) for path in found),
+                         ['.restic_serve', 'deep', 'host/data'])
+        self.assertEqual(job.checked, 5)
+        self.assertEqual(restic_serve.last_scrubs(self.store)['/host'].damaged, 1)
+
+    def test_a_folder_of_objects_may_be_a_link_as_it_may_for_the_server(self):
+        (self.root / 'host/data').rename(self.folder / 'elsewhere')
+        (self.root / 'host/data').symlink_to(self.folder / 'elsewhere')
+        self.assertEqual(self.scrub(), ({}, 9, 0))
+        self.paths['/host', 'data'].write_bytes(b'damaged')
+        self.assertEqual(list(self.scrub()[0]), [self.relative('/host', 'data')])
+
+    def test_nobody_who_watches_is_no_damage(self):
+        stream = io.StringIO()
+        stream.write = mock.Mock(side_effect=BrokenPipeError)
+        with mock.patch.object(restic_serve, 'PROGRESS_SECONDS', 0):
+            self.assertEqual(restic_serve.Scrub(self.store, 0, None, self.fail, stream).run(), 0)
+
+    def test_a_deep_tree_is_no_repository_below_its_limit(self):
+        path = self.root
+        for _ in range(150):
+            path /= 'x'
+        path.mkdir(parents=True)
+        self.assertEqual(self.scrub(), ({}, 9, 0))
+
+    def test_uploads_of_other_programs_are_left_alone_for_an_hour(self):
+        (self.root / 'host/data/00').mkdir(exist_ok=True)
+        names = [f'{"0" * 64}{suffix}' for suffix in ('-tmp-123', '.rest-server-temp456')]
+        for name in names:
+            (self.root / 'host/data/00' / name).touch()
+        self.assertEqual(self.scrub()[0], {})
+        for name in names:
+            os.utime(self.root / 'host/data/00' / name, (1, 1))
+        self.assertEqual({reason.partition(':')[0] for reason in self.scrub()[0].values()}, {'stray'})
+
+    def test_links_and_folders_with_the_names_of_uploads_are_no_damage(self):
+        (self.root / '.restic_serve').mkdir(exist_ok=True)
+        (self.root / '.restic_serve/upload-folder').mkdir()
+        (self.root / 'host/data/00').mkdir(exist_ok=True)
+        (self.root / 'host/data/00/upload-link').symlink_to('nowhere')
+        found, checked, damaged = self.scrub()
+        self.assertEqual((checked, damaged), (9, 0))
+
+    def test_what_was_found_sound_is_remembered_on_the_way(self):
+        saved = []
+        with mock.patch.object(restic_serve, 'SAVE_SECONDS', 0), \
+                mock.patch.object(restic_serve.Scrub, '_save', lambda job: saved.append(job.checked)):
+            self.scrub()
+        self.assertGreater(len(saved), 2)
+
+    def test_what_was_sound_lately_is_skipped_but_for_what_is_new_or_was_damaged(self):
+        self.paths['/host', 'data'].write_bytes(b'other')
+        self.assertEqual(self.scrub()[1:], (9, 1))
+        for path in self.paths.values():  # written before that
+            os.utime(path, (1, 1))
+        with mock.patch.object(time, 'time', return_value=time.time() + 60):
+            found, checked, damaged = self.scrub(age=3600)
+        self.assertEqual((checked, damaged), (9, 1))  # their ctime is new
+        with mock.patch.object(time, 'time', return_value=time.time() + 120):
+            content = os.urandom(100)
+            self.assertEqual(self.scrub(age=30)[1:], (9, 1))
+        with mock.patch.object(time, 'time', return_value=time.time() + 180):
+            self.assertEqual(self.scrub(age=3600)[1:], (1, 1))  # the damaged one
+            self.store.save(Location('/host', 'index', named(content)), Bytes(content))
+            path = f'{self.root}/host/index/{named(content)}'
+            os.utime(path, (time.time() + 200, time.time() + 200))
+            self.assertEqual(self.scrub(age=3600)[1:], (2, 1))
+        with mock.patch.object(time, 'time', return_value=time.time() + 9000):
+            self.assertEqual(self.scrub(age=3600)[1:], (10, 1))
+
+    def test_a_memory_that_is_no_json_is_forgotten(self):
+        (self.root / '.restic_serve').mkdir(exist_ok=True)
+        for text in ('', '[]', '{"folders": {"data/00": "x"}, "repositories": {}}', '{"folders": {}}',
+                     '{"folders": {}, "repositories": {"/host": [1]}}', 'x'):
+            (self.root / '.restic_serve/scrub.json').write_text(text)
+            self.assertEqual(self.scrub(age=3600)[1:], (9, 0))
+            (self.root / '.restic_serve/scrub.json').unlink()
+
+    def test_an_object_that_is_deleted_meanwhile_is_no_fault(self):
+        real = restic_serve.Scrub._check
+
+        def check(job, folder, name, tally):
+            folder.unlink(name)
+            return real(job, folder, name, tally)
+
+        with mock.patch.object(restic_serve.Scrub, '_check', check):
+            self.assertEqual(self.scrub(), ({}, 0, 0))
+
+    def test_bandwidth_is_limited(self):
+        clock = Clock()
+        begin = clock.now
+        self.scrub(bandwidth=clock.bandwidth('10k'))
+        self.assertAlmostEqual((clock.now - begin) * 10 * 1024 / (9 * 3000), 1, delta=0.1)
+
+    def test_the_command(self):
+        def run(*words):
+            done = subprocess.run([sys.executable, MODULE, '--scrub', *words], capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, env=clean_environment(), timeout=PATIENCE)
+            return done.returncode, done.stdout, done.stderr
+
+        status, output, error = run(self.root)
+        self.assertEqual((status, output), (0, ''))
+        self.assertRegex(error, r'^100% of 0\.00 GiB, \d+ MiB/s, 0 min left, 9 objects read, 0 damaged\n$')
+        self.paths['', 'data'].write_bytes(b'other')
+        self.assertEqual(run('--quiet', self.root), (1, f'{self.paths["", "data"]}: damaged: its SHA-256 is '
+                                                     f'{named(b"other")}\n', ''))
+        status, output, error = run(self.folder / 'none')
+        self.assertEqual((status, output, error.count('\n')), (1, '', 1), error)
+        self.assertFalse((self.folder / 'none').exists())
+
+    def test_a_bar_on_a_terminal(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest('this system has no terminals')
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stderr=theirs, check=True,
+                       stdin=subprocess.DEVNULL, env=clean_environment())
+        os.close(theirs)
+        text = os.read(ours, 10000).decode()
+        self.assertIn(f'\r[{"#" * restic_serve.BAR_WIDTH}] 100% of ', text)
+
+    def test_a_bar_fits_its_terminal_and_a_fault_takes_its_place(self):
+        stream = io.StringIO()
+        stream.isatty = lambda: True
+        stream.fileno = lambda: 99
+        self.paths['', 'data'].write_bytes(b'x')
+        with mock.patch.object(restic_serve, 'BAR_SECONDS', 0), \
+                mock.patch.object(os, 'get_terminal_size', return_value=os.terminal_size((40, 20))):
+            restic_serve.Scrub(self.store, 0, None, lambda *fault: stream.write('FAULT'), stream).run()
+        for bar in re.findall(r'\r([^\r\x1b]+)\x1b', stream.getvalue()):
+            self.assertLess(len(bar), 40)
+        self.assertRegex(stream.getvalue(), r'(^|\r\x1b\[K)FAULT')
+
+    @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'this system has no SIGHUP')
+    def test_a_scrub_that_is_hung_up_remembers_what_it_found(self):
+        self.paths['', 'data'].write_bytes(b'x')
+        job = subprocess.Popen([sys.executable, MODULE, '--scrub', '--bwlimit', '1k', str(self.root)],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=clean_environment())
+        with job, job.stdout:
+            self.assertIn(b'damaged', job.stdout.readline())
+            job.send_signal(signal.SIGHUP)
+            self.assertEqual(job.wait(PATIENCE), 1)
+        self.assertTrue((self.root / '.restic_serve/scrub.json').exists())
+
+    def test_a_name_that_is_no_text_is_said_all_the_same(self):
+        with open(os.fsencode(self.root) + b'/host/index/caf\xe9', 'wb'):
+            pass
+        done = subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL,
+                              env={**clean_environment(), 'PYTHONIOENCODING': 'utf-8'})
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(rb'caf\udce9: foreign', done.stdout)
+
+
+# ---- Usage -----------------------------------------------------------------------------------------
 
 class UsageTest(TestCase):
     def setUp(self):
@@ -1768,7 +2684,27 @@ class UsageTest(TestCase):
         self.save(1)
 
 
-# ---- Accounts ----
+class QuotaTest(WatchedTestCase):
+    """Quotas over the wires."""
+
+    def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
+        self.watch(max_bytes=1000)
+        self.usage.census.wait(PATIENCE)
+        wire = self.connect()
+        self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=1001))[0], 507)
+        self.assertTrue(wire.is_closed())
+        second = self.http2()
+        second.send(headers(1, fields('POST', '/config', ('content-length', '1001')), END_HEADERS))
+        self.assertEqual(second.answer(1)[0], 507)
+        content = b'x' * 1000
+        self.assertEqual(self.ask(post(f'/data/{named(content)}', content))[0], 200)
+        self.assertEqual(self.ask(post(f'/data/{named(content)}', content))[0], 200)
+        self.assertEqual(self.ask(post('/config', b'x'))[0], 507)
+        self.ask(get(f'/data/{named(content)}', method='DELETE'))
+        self.assertEqual(self.ask(post('/config', b'x'))[0], 200)
+
+
+# ---- Accounts --------------------------------------------------------------------------------------
 
 class PasswordSchemeTest(unittest.TestCase):
     """Public test vectors, and the C library's word, where there is one."""
@@ -1865,17 +2801,6 @@ class PasswordSchemeTest(unittest.TestCase):
                             else contextlib.nullcontext():
                         self.assertTrue(restic_serve.verify(password.encode(), entry), entry)
                         self.assertFalse(restic_serve.verify(b'other', entry), entry)
-
-
-def sha(password):
-    """An entry that costs nothing to compare."""
-    return '{SHA}' + base64.b64encode(hashlib.sha1(password.encode()).digest()).decode()
-
-
-def basic(user, password):
-    """A header with credentials."""
-    token = base64.b64encode(f'{user}:{password}'.encode()).decode()
-    return f'Authorization: Basic {token}'
 
 
 class PasswordFileTest(TestCase):
@@ -2285,6 +3210,64 @@ class SourcesTest(TestCase):
             restic_serve.check_options(parser, parser.parse([*words, 'dir']))
 
 
+class LoginTest(ListenerTestCase):
+    """Users over real connections."""
+
+    def test_what_lets_in_more_than_it_seems_is_said_at_the_start(self):
+        path = str(self.folder / 'socket')
+        password, header = ['--user', 'a', '--pass', 'b'], ['--user-from-header', 'X-User']
+        sockets = 'no password is asked for over the unix socket'
+        programs = 'every program on this host can name itself any user by the header X-User'
+        for addresses, words, expected in (
+                ([path], password, [sockets]), ([path], [*password, '--socket-auth'], []), ([path], [], []),
+                (['127.0.0.1:0'], header, [programs]), (['localhost:0'], header, [programs]),
+                ([path], header, []), (['127.0.0.1:0'], password, []), (['127.0.0.1:0'], [], []),
+                ([':0'], [], ['there is no authentication']), ([':0'], password, []),
+                # Certificates say nothing of who comes without TLS.
+                (['http://:0'], ['--client-ca', 'x', '--cert', 'x', '--key', 'x'],
+                 ['there is no authentication'])):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            server = self.start(*addresses)
+            parser = restic_serve.Parser({})
+            self.log.clear()
+            restic_serve.announce(server, 'dir', parser.parse([*words, 'dir']))
+            said = [line for line in self.log if not line.startswith(('serving', 'try it'))]
+            self.assertEqual(len(said), len(expected), (words, said))
+            for line, text in zip(said, expected):
+                self.assertIn(text, line)
+
+    def test_a_password_over_http(self):
+        self.server.api.accounts = Accounts(user='alice', password='secret', realm='here')
+        wire = self.connect()
+        status, headers, _ = wire.ask(get('/config'))
+        self.assertEqual((status, headers['www-authenticate']),
+                         (401, 'Basic realm="here", charset="UTF-8"'))
+        self.assertEqual(wire.ask(get('/config', basic('alice', 'wrong')))[0], 401)
+        self.assertEqual(wire.ask(get('/config', basic('alice', 'secret')))[0], 404)
+        self.assertEqual(wire.ask(get('/../config'))[0], 401)
+
+    def test_no_content_is_asked_of_who_may_not_enter(self):
+        self.server.api.accounts = Accounts(user='alice', password='secret')
+        wire = self.connect()
+        self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=9))[0], 401)
+        self.assertTrue(wire.is_closed())
+
+    def test_over_a_unix_socket_the_user_is_the_login_name(self):
+        import getpass
+        import pwd
+        name = pwd.getpwuid(os.getuid()).pw_name
+        self.assertTrue(name, getpass.getuser())
+        self.policy.private = True
+        self.start(str(self.folder / 'socket'))
+        create = f'POST /{name}/?create=true HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n'.encode()
+        self.assertEqual(self.ask_unix(self.folder / 'socket', create), 200)
+        self.assertEqual(self.ask_unix(self.folder / 'socket', get('/other/config')), 403)
+        self.assertEqual(self.ask(get(f'/{name}/config'))[0], 403)  # over TCP nobody is anybody
+
+
+# ---- Policy ----------------------------------------------------------------------------------------
+
 class RightsTest(TestCase):
     """Every right: who may do what with which path."""
 
@@ -2357,7 +3340,336 @@ class RightsTest(TestCase):
                 policy.check(request, Location(repository, 'config'))
 
 
-# ---- Api ----
+# ---- Metrics ---------------------------------------------------------------------------------------
+
+class MetricsTest(WatchedTestCase):
+    def work(self, port):
+        """Requests that rest-server counts."""
+        with Wire(port) as wire:
+            self.assertEqual(wire.ask(post('/a/b/?create=true', b''))[0], 200)
+            contents = {kind: kind.encode() * 100 for kind in restic_serve.KINDS}
+            wire.ask(post('/a/b/config', b'config'))
+            for kind, content in contents.items():
+                path = f'/a/b/{kind}/{named(content)}'
+                self.assertEqual(wire.ask(post(path, content))[0], 200)
+                self.assertEqual(wire.ask(get(path))[0], 200)
+                self.assertEqual(wire.ask(get(path, 'Range: bytes=1-10'))[0], 206)
+                self.assertEqual(wire.ask(get(path, method='HEAD'), head_only=True)[0], 200)
+                wire.ask(get(f'/a/b/{kind}/'))
+                wire.ask(get(f'/a/b/{kind}/{"0" * 64}'))
+            for kind in ('locks', 'data'):
+                path = f'/a/b/{kind}/{named(contents[kind])}'
+                self.assertEqual(wire.ask(get(path, method='DELETE'))[0], 200)
+                wire.ask(get(path, method='DELETE'))
+            wire.ask(get('/a/b/config'))
+
+    def test_names_labels_and_numbers_are_those_of_rest_server(self):
+        self.work(self.port)
+        ours = normalized(self.ask(get('/metrics'))[2].decode())
+        self.assertEqual(ours['rest_server_blob_read_bytes_total',
+                              ('repo="a/b"', 'type="keys"', 'user=""')], 410)
+        rest_server = peer('rest-server')
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            port = sock.getsockname()[1]
+        process = subprocess.Popen(
+            [rest_server, '--no-auth', '--prometheus', '--path', str(self.folder / 'theirs'),
+             '--listen', f'127.0.0.1:{port}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
+            self.work(port)
+            with Wire(port) as wire:
+                theirs = normalized(wire.ask(get('/metrics'))[2].decode())
+        finally:
+            process.kill()
+            process.wait()
+        self.assertEqual(ours, theirs)
+
+    def test_prometheus_takes_them(self):
+        self.work(self.port)
+        self.fill('/we"ird\\ü', 'data', 'snapshots')
+        self.watch(max_bytes=1 << 30, per_user=1 << 20)
+        self.usage.census.wait(PATIENCE)
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.work(self.port)
+        content = self.ask(get('/metrics'))[2]
+        self.assertIn('repo="we\\"ird\\\\ü"', content.decode())
+        done = subprocess.run([program('promtool'), 'check', 'metrics'], input=content,
+                              capture_output=True, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b''))
+
+    def test_requests_are_counted_by_method_and_status_on_both_wires(self):
+        self.ask(get('/config'))
+        self.ask(b'BREW / HTTP/1.1\r\nHost: x\r\n\r\n')
+        self.ask(b'rubbish / HTTP/1.1\r\n\r\n')
+        wire = self.http2()
+        wire.send(headers(1, fields('GET', '/config')))
+        self.assertEqual(wire.answer(1)[0], 404)
+        samples = {}
+
+        def is_counted():
+            samples.update(self.scrape())
+            return (samples.get('restic_serve_requests_total{method="GET",status="404"}') == '2'
+                    and samples['restic_serve_connections'] == '2')  # others may be about to end
+
+        self.wait_until(is_counted, 'the second request, and its connection and ours alone')
+        self.assertEqual(samples['restic_serve_requests_total{method="other",status="501"}'], '1')
+        self.assertEqual(samples['restic_serve_requests_total{method="other",status="400"}'], '1')
+        name = 'restic_serve_request_duration_seconds'
+        self.assertEqual(samples[f'{name}_count{{method="other"}}'], '2')
+        self.assertEqual(samples[f'{name}_bucket{{method="other",le="+Inf"}}'], '2')
+        self.assertLess(float(samples[f'{name}_sum{{method="other"}}']), PATIENCE)
+        bounds = [int(value) for key, value in samples.items() if f'{name}_bucket{{method="other"' in key]
+        self.assertEqual(bounds, sorted(bounds))
+
+    def test_repositories_their_scrubs_and_quotas(self):
+        self.fill('/alice/x', 'data', 'data', 'snapshots', age=500)
+        (self.root / 'alice/x/data/00').mkdir(exist_ok=True)
+        (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
+        self.fill('', 'keys')
+        self.watch(max_bytes=10000, per_user=2000)
+        self.usage.census.wait(PATIENCE)
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        samples = self.scrape()
+        rules = README.read_text(encoding='utf-8').partition('```yaml\n')[2].partition('```')[0]
+        for name in re.findall(r'restic_serve_\w+', rules):
+            self.assertIn(f'{name}{{', ''.join(samples))
+        begin = 'restic_serve_repository_'
+        self.assertEqual(samples[f'{begin}bytes{{repo="alice/x"}}'], '307')
+        self.assertEqual(samples[f'{begin}objects{{repo="alice/x",type="data"}}'], '3')
+        self.assertEqual(samples[f'{begin}objects{{repo="",type="keys"}}'], '1')
+        moment = int(samples[f'{begin}last_snapshot_timestamp_seconds{{repo="alice/x"}}'])
+        self.assertAlmostEqual(moment, time.time() - 500, delta=60)
+        self.assertNotIn(f'{begin}last_snapshot_timestamp_seconds{{repo=""}}', samples)
+        self.assertEqual(samples[f'{begin}scrub_damaged_objects{{repo="alice/x"}}'], '1')
+        self.assertEqual(samples[f'{begin}scrub_checked_objects{{repo="alice/x"}}'], '4')
+        self.assertAlmostEqual(float(samples[f'{begin}scrub_timestamp_seconds{{repo=""}}']), time.time(),
+                               delta=60)
+        self.assertEqual({key: value for key, value in samples.items() if 'quota' in key}, {
+            'restic_serve_quota_used_bytes{folder=""}': '407',
+            'restic_serve_quota_limit_bytes{folder=""}': '10000',
+            'restic_serve_quota_used_bytes{folder="alice"}': '307',
+            'restic_serve_quota_limit_bytes{folder="alice"}': '2000'})
+
+    def test_a_scrape_does_not_wait_for_the_count(self):
+        begun, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        with mock.patch.object(restic_serve.Census, 'count',
+                               lambda census: begun.set() or go_on.wait(PATIENCE)):
+            begin = time.monotonic()
+            samples = self.scrape()
+            self.assertLess(time.monotonic() - begin, PATIENCE / 3)
+            self.assertNotIn('restic_serve_repository_bytes', ''.join(samples))
+            self.assertTrue(begun.wait(PATIENCE))
+            go_on.set()
+
+    def test_who_may_see_them(self):
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'metrics', 'alice')))
+        file = PasswordFile(str(accounts))
+        free, bound = Policy(), Policy(append_only=True)
+        private, admin = Policy(private=True), Policy(private=True, administrators=['root'])
+        for policy, prometheus, login, allowed in (
+                (free, 'login', True, 'metrics'), (bound, 'login', True, 'metrics'),
+                (private, 'login', True, 'metrics'), (admin, 'login', True, 'root metrics'),
+                (Policy(administrators=['root']), 'login', True, 'root metrics'),
+                (admin, 'open', True, 'root metrics alice wrong'),
+                (free, 'login', False, 'root metrics alice wrong'), (free, '', False, '')):
+            self.watch(policy, Accounts(file) if login else None, prometheus)
+            for user in ('root', 'metrics', 'alice', 'wrong'):
+                status = self.ask(get('/metrics', basic(user, user)))[0]
+                expected = (200 if user in allowed.split() else 404 if not prometheus
+                            else 401 if user == 'wrong' else 403)
+                self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
+
+    def test_their_user_may_see_nothing_else(self):
+        content = b'x'
+        path = f'/data/{named(content)}'
+        for administrators, status in (((), 403), (('metrics',), 404)):
+            policy = Policy(administrators=administrators, metrics=True)
+            self.watch(policy, Accounts(user='metrics', password='m'))
+            login = basic('metrics', 'm')
+            self.assertEqual(self.ask(get('/metrics', login))[0], 200)
+            for request in (get('/config', login), get(path, login, method='DELETE'),
+                            get(path, login, method='HEAD'), get('/', login)):
+                got = self.ask(request, head_only=True)[0]
+                self.assertEqual(got == 403, status == 403, request)
+            self.assertEqual(self.ask(post(path, content, login))[0], 403 if status == 403 else 200)
+            page = self.ask(get('/', login, 'Accept: text/html'))[0]
+            self.assertEqual(page, 403 if status == 403 else 200)
+
+    def test_a_certificate_without_a_name_does_not_see_them(self):
+        self.watch(Policy(), Accounts(certificates=True))
+        with mock.patch.object(restic_serve, 'find_peer') as find_peer:
+            for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
+                find_peer.return_value = Peer('1.2.3.4', name)
+                find_peer.return_value.certified = True
+                self.assertEqual(self.ask(get('/metrics'))[0], status, name)
+
+    def test_they_lie_below_the_base_url(self):
+        self.watch(baseurl='/backup')
+        self.assertEqual(self.ask(get('/backup/metrics'))[0], 200)
+        self.assertEqual(self.ask(get('/metrics'))[0], 404)
+
+    def test_the_line_in_the_log(self):
+        self.assertFalse(self.metrics.has_news())
+        content = b'x' * 5000
+        path = f'/data/{named(content)}'
+        self.ask(post(path, content))
+        self.ask(get(path))
+        self.ask(get('/config'))
+        self.ask(get('/../config'))
+        self.wait_until(lambda: self.metrics._activity()[0] == 4, 'the four requests')
+        line = (r'in \d+ s: sent 4\.9 KiB in 1 objects \([\d.]+ [KM]?i?B/s\), received 4\.9 KiB in 1 objects '
+                r'\([\d.]+ [KM]?i?B/s\), 4 requests \([\d.]+/s\), 1 errors; \d connections')
+        self.assertRegex(self.metrics.line(final=False), f'^{line}$')
+        self.assertTrue(self.metrics.has_news())
+        self.assertRegex(self.metrics.line(), f'^{line}$')
+        self.assertFalse(self.metrics.has_news())
+        self.assertIn('0 requests', self.metrics.line())
+
+    def test_a_rate_is_that_of_the_time_in_which_something_was_done(self):
+        self.metrics.begin_period()
+        with mock.patch.object(time, 'monotonic', return_value=time.monotonic() + 3600):
+            self.metrics.begin_period()
+            self.assertIn('in 0 s: ', self.metrics.line())
+
+
+# ---- Page ------------------------------------------------------------------------------------------
+
+class PageTest(WatchedTestCase):
+    HTML = 'Accept: text/html,application/xhtml+xml'
+
+    def look(self, path='/', *fields):
+        status, head, content = self.ask(get(path, self.HTML, *fields))
+        self.assertEqual(status, 200)
+        return head, content.decode()
+
+    def names(self, *args):
+        """The repositories on the page, in their order."""
+        import html
+        return [html.unescape(name) for name in
+                re.findall(r'<td class="name"[^>]*>([^<]*)</td>', self.look(*args)[1])]
+
+    def test_what_it_shows(self):
+        self.fill('/late', 'data', 'snapshots', age=2 * 86400 + 100)
+        self.fill('/fresh', 'data', 'snapshots', 'snapshots', 'locks', age=600)
+        self.fill('/none', 'data')
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.watch(max_bytes=1000, per_user=800)
+        self.usage.census.wait(PATIENCE)
+        text = self.look()[1]
+        self.assertEqual(self.names(), ['/late', '/none', '/fresh'])
+        rows = dict(zip(self.names(), re.findall(r'<tr.*?</tr>', text.partition('<tbody>')[2], re.DOTALL)))
+        self.assertIn('⚠ 2 days ago, overdue', rows['/late'])
+        self.assertIn('⚠ none, overdue', rows['/none'])
+        self.assertIn('10 minutes ago', rows['/fresh'])
+        self.assertNotIn('overdue', rows['/fresh'])
+        self.assertIn('data-of="Snapshots">2<', rows['/fresh'])
+        self.assertIn('data-of="Size">400 B<', rows['/fresh'])
+        self.assertIn('data-of="Locks">1<small>oldest 10 minutes', rows['/fresh'])
+        self.assertIn('data-of="Last scrub">sound<', rows['/fresh'])
+        self.assertIn('days with a snapshot: 1<', rows['/fresh'])
+        self.assertIn('3 repositories, 700 B, ', text)
+        self.assertIn('2 overdue', text)
+        self.assertIn('700 B of 1000 B', text.replace('1.0 KiB', '1000 B'))
+        self.assertIn('<span>/fresh/</span>', text)
+
+    def test_it_is_one_page_without_scripts_that_refers_to_nothing_and_may_do_nothing(self):
+        self.fill('/<script>alert(1)</script>"\'', 'data', 'snapshots')
+        head, text = self.look()
+        style = re.search('<style>(.*)</style>', text, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+        self.assertEqual(head['content-security-policy'], f"default-src 'none'; style-src 'sha256-{digest}'; "
+                         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        self.assertEqual((head['x-content-type-options'], head['referrer-policy'], head['cache-control']),
+                         ('nosniff', 'no-referrer', 'no-store'))
+        self.assertEqual(head['content-type'], 'text/html; charset=utf-8')
+        self.assertNotRegex(text, r'<script|<link|<img|<a |<form|\bhref|\bsrc=|\burl\(|@import|style=|'
+                            r'\bon\w+=|://')
+        self.assertEqual(self.names(), ['/<script>alert(1)</script>"\''])
+        size = len(self.ask(get('/', self.HTML))[2])
+        self.assertEqual(self.ask(get('/', self.HTML, method='HEAD'), head_only=True)[1]['content-length'],
+                         str(size))
+
+    def test_it_is_for_browsers_alone(self):
+        for fields in ((), ('Accept: */*',), (f'Accept: {V2}',)):
+            self.assertEqual(self.ask(get('/', *fields))[0], 404)
+        self.assertEqual(self.ask(get('/config', self.HTML))[0], 404)
+        self.assertEqual(self.ask(get('/data/', self.HTML))[1]['content-type'],
+                         'application/vnd.x.restic.rest.v1')
+        self.server.api._page = None
+        self.assertEqual(self.ask(get('/', self.HTML))[0], 404)
+
+    def test_users_see_what_they_may_enter(self):
+        for name in ('/alice/x', '/alice/y', '/alicia', '/bob', ''):
+            self.fill(name, 'snapshots')
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
+        self.watch(Policy(private=True, administrators=['root']), Accounts(PasswordFile(str(accounts))),
+                   per_user=1000, max_bytes=5000)
+        alice, root = basic('alice', 'alice'), basic('root', 'root')
+        self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
+        self.assertEqual(self.names('/', alice), ['/alice/x', '/alice/y'])
+        self.assertIn('/alice/</span>', self.look('/', alice)[1])
+        self.assertNotRegex(self.look('/', alice)[1], '/bob|>All<')
+        self.assertIn('>All<', self.look('/', root)[1])
+        self.assertEqual(self.names('/alice/y', alice), ['/alice/y'])
+        self.assertEqual(self.ask(get('/bob/', self.HTML, alice))[0], 403)
+        self.assertEqual(self.names('/', root), ['/', '/alice/x', '/alice/y', '/alicia', '/bob'])
+        self.assertEqual(self.names('/alice/', root), ['/alice/x', '/alice/y'])
+        self.assertEqual(self.names('/', basic('carol', 'carol')), [])
+
+    def test_the_quota_of_a_user_is_shown_on_every_page_of_theirs(self):
+        self.fill('/alice/x', 'snapshots')
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('alice', 'bob')))
+        self.watch(Policy(private=True), Accounts(PasswordFile(str(accounts))), per_user=1000)
+        for path, user in (('/', 'alice'), ('/alice/x/', 'alice'), ('/', 'bob')):
+            self.assertIn(f'/{user}/</span>', self.look(path, basic(user, user))[1])
+
+    def test_a_count_that_is_old_is_waited_for_or_its_age_is_said(self):
+        self.usage = None
+        self.fill('/host', 'snapshots')
+        self.watch()
+        self.look()
+        self.wait_until(lambda: self.names() == ['/host'], 'the count')
+        self.usage.census._interval = 0.001
+        self.fill('/other', 'snapshots')
+        self.assertEqual(self.names(), ['/host', '/other'])
+        with mock.patch.object(restic_serve.Census, 'count', lambda usage: None), \
+                mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.01):
+            self.assertRegex(self.look()[1], '; counted .+ ago')
+
+    def test_before_the_first_count_it_looks_again(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        with mock.patch.object(restic_serve.Census, 'count', lambda usage: go_on.wait(PATIENCE)), \
+                mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.05):
+            text = self.look()[1]
+            self.assertIn('<meta http-equiv="refresh" content="5">', text)
+            self.assertIn('being counted', text)
+            go_on.set()
+
+    def test_with_nothing_to_show(self):
+        text = self.look()[1]
+        self.assertIn('0 repositories', text)
+        self.assertNotIn('<table', text)
+        self.assertNotIn('http-equiv', text)
+
+    @long
+    def test_a_real_browser_takes_its_style(self):
+        self.fill('/laptop', 'data', 'snapshots')
+        picture = self.folder / 'page.png'
+        done = subprocess.run(
+            [program('chromium'), '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
+             f'--user-data-dir={self.folder}/chromium', f'--screenshot={picture}',
+             f'http://127.0.0.1:{self.port}/'], capture_output=True, text=True, timeout=4 * PATIENCE)
+        self.assertTrue(picture.stat().st_size, done.stderr)
+        self.assertNotIn('Content Security Policy', done.stderr)
+
+
+# ---- Api -------------------------------------------------------------------------------------------
 
 class ApiTest(TestCase):
     """The table of routes and answers, without a wire."""
@@ -2651,7 +3963,359 @@ class ApiTest(TestCase):
         self.assertEqual(self.files(), [])
 
 
-# ---- Http1 ----
+# ---- Transport -------------------------------------------------------------------------------------
+
+class RecordsTest(TestCase):
+    """TLS between a socket and a client that is not there: its records are made in memory."""
+
+    def setUp(self):
+        super().setUp()
+        try:
+            import ssl
+        except ImportError:
+            self.skipTest('this Python has no ssl')
+        authority = Authority(self.folder)
+        authority.issue('server')
+        self.wants_input = ssl.SSLWantReadError
+        certificates = restic_serve.Certificates(*(
+            str(self.folder / f'server.{what}') for what in ('pem', 'key')))
+        ours, self.theirs = socket.socketpair()
+        ours.settimeout(PATIENCE)
+        self.addCleanup(ours.close)
+        self.addCleanup(self.theirs.close)
+        self.sock = ours
+        self.tls = certificates.wrap(restic_serve.SocketTransport(ours))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.to_us, self.from_us = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = context.wrap_bio(self.from_us, self.to_us)
+        shaking = threading.Thread(target=self.tls.shake_hands)
+        shaking.start()
+        while True:
+            with contextlib.suppress(self.wants_input):
+                self.client.do_handshake()
+                break
+            self.theirs.sendall(self.to_us.read())
+            self.from_us.write(self.theirs.recv(1 << 16))
+        self.theirs.sendall(self.to_us.read())
+        shaking.join(PATIENCE)
+
+    def fill(self):
+        """Have no room for what is sent to the client."""
+        self.sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.sock.send(bytes(1 << 16))
+        self.sock.settimeout(None)
+
+    def test_many_records_are_one_read(self):
+        content = os.urandom(40_000)
+        self.client.write(content)
+        self.theirs.sendall(self.to_us.read())
+        view = memoryview(bytearray(50_000))
+        self.assertEqual(self.tls.recv_into(view), 40_000)
+        self.assertEqual(view[:40_000], content)
+
+    def test_a_small_read_leaves_the_rest(self):
+        content = os.urandom(40_000)
+        self.client.write(content)
+        self.theirs.sendall(self.to_us.read())
+        received = b''
+        while len(received) < len(content):
+            received += self.tls.recv(1000)
+        self.assertEqual(received, content)
+
+    def test_close_notify_that_comes_with_content_is_the_end(self):
+        self.client.write(b'content')
+        with contextlib.suppress(OSError):
+            self.client.unwrap()
+        self.theirs.sendall(self.to_us.read())
+        view = memoryview(bytearray(50_000))
+        self.assertEqual(self.tls.recv_into(view), 7)
+        self.assertEqual(self.tls.recv_into(view), 0)
+        self.assertEqual(self.tls.recv(10), b'')
+
+    def test_a_client_that_asks_and_does_not_read_is_given_up(self):
+        with self.tls._sending:  # another thread sends, to a client that does not read
+            self.tls._unsent.write(bytes(restic_serve.RECORDS_BYTES + 1))
+            self.client.write(b'content')
+            self.theirs.sendall(self.to_us.read())
+            with self.assertRaises(ConnectionAbortedError):
+                self.tls.recv(10)
+
+    def test_what_more_will_follow_waits_for_it(self):
+        self.tls.send(b'head', more=True)
+        self.assertTrue(self.tls._unsent.pending)
+        self.tls.send(b'body')
+        received = b''
+        while len(received) < 8:
+            try:
+                received += self.client.read(100)
+            except self.wants_input:
+                self.from_us.write(self.theirs.recv(1 << 16))
+        self.assertEqual(received, b'headbody')
+
+    def test_a_client_that_never_takes_the_end_is_cut_off(self):
+        for wire in (None, mock.Mock()):
+            self.fill()
+            connection = restic_serve.Connection(self.tls, Peer('x'), Limits())
+            connection.wire = wire
+            lingering = threading.Thread(target=connection.linger, daemon=True)
+            lingering.start()
+            self.wait_until(lambda connection=connection: connection.waits == connection.WRITING, 'it')
+            if wire:
+                connection.end_linger()
+            else:
+                connection.expire()
+            lingering.join(PATIENCE)
+            self.assertFalse(lingering.is_alive())
+            self.setUp()
+
+
+# ---- Connection ------------------------------------------------------------------------------------
+
+class DeadlineTest(unittest.TestCase):
+    """When time is over, by a clock of the test's own."""
+
+    def setUp(self):
+        self.now = 1000.0
+        patch = mock.patch.object(restic_serve.time, 'monotonic', lambda: self.now)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def connection(self, bandwidth=None, **limits):
+        transport = mock.Mock()
+        transport.recv_into.side_effect = len
+        return restic_serve.Connection(transport, Peer('x'), Limits(**limits), bandwidth)
+
+    def test_the_default_hour_grows_with_what_passes(self):
+        for what, pass_bytes in ((1, lambda one, count: one.receive_into(bytes(count))),
+                                 (2, lambda one, count: one.transmit(bytes(count)))):
+            connection = self.connection()
+            connection.wait_for(what)
+            self.assertEqual(connection.next_deadline(), 1000 + 3600)
+            pass_bytes(connection, 128 * 1024)
+            self.assertEqual(connection.next_deadline(), 1000 + 3600 + 128)
+
+    def test_a_time_that_was_set_is_total(self):
+        connection = self.connection(read_seconds=20, write_seconds=0)
+        connection.wait_for(connection.READING)
+        connection.receive_into(bytes(128 * 1024))
+        self.assertEqual(connection.next_deadline(), 1020)
+        connection.wait_for(connection.WRITING)
+        self.assertEqual(connection.next_deadline(), float('inf'))
+
+    def test_what_the_bandwidth_holds_back_counts_for_nothing(self):
+        def wait(direction, count):
+            self.now += 50
+            during.append(connection.next_deadline() - connection.clock())
+
+        during = []
+        bandwidth = mock.Mock(step=lambda direction, count: count, wait=wait)
+        connection = self.connection(bandwidth, read_seconds=20, write_seconds=20, stall_seconds=5)
+        for what, pass_bytes in ((connection.READING, lambda: connection.receive_into(bytes(1000))),
+                                 (connection.WRITING, lambda: connection.transmit(bytes(1000)))):
+            connection.wait_for(what)
+            for _ in range(3):
+                pass_bytes()
+                self.now += 1
+            self.assertEqual(connection.next_deadline() - connection.clock(), 17)
+        self.assertEqual(during, [20, 19, 18] * 2)
+
+    def test_a_clock_stands_still_while_any_of_two_threads_is_held_back(self):
+        bandwidth = mock.Mock(step=lambda direction, count: count)
+        connection = self.connection(bandwidth)
+        begin = connection.clock()
+
+        def first(direction, count):
+            self.now += 5
+            bandwidth.wait = second
+            connection._throttle(bandwidth, 2, 1)   # as another thread does meanwhile
+            self.now += 5
+
+        def second(direction, count):
+            self.now += 5
+
+        bandwidth.wait = first
+        connection._throttle(bandwidth, 1, 1)
+        self.assertEqual(connection.clock(), begin)
+        self.now += 1
+        self.assertEqual(connection.clock(), begin + 1)
+
+    def test_an_upload_in_small_chunks_makes_progress(self):
+        connection = self.connection()
+        connection.wait_for(connection.READING)
+        connection._transport.recv.side_effect = bytes
+        connection.receive(1024)
+        self.assertEqual(connection.next_deadline(), 1000 + 3600 + 1)
+
+    def test_an_upload_stalls_where_its_bytes_are_waited_for(self):
+        connection = self.connection(stall_seconds=60)
+        connection.wait_for(connection.READING)
+        self.now += 100     # of the disk's
+        self.assertEqual(connection.next_deadline(), 1000 + 3600)
+        connection._transport.recv_into.side_effect = lambda view: deadlines.append(
+            connection.next_deadline()) or len(view)
+        deadlines = []
+        connection.receive_into(bytes(10))
+        self.assertEqual(deadlines, [1160])
+
+
+class PinTest(unittest.TestCase):
+    def test_a_thread_is_unpinned_for_a_transfer_alone(self):
+        asked = []
+        with mock.patch.object(restic_serve, 'unpin', asked.append):
+            connection = restic_serve.Connection(mock.Mock(), Peer('x'), Limits())
+            for unpinned in (False, False, True, True, False):
+                connection.unpin(unpinned)
+        self.assertEqual(asked, [False, True, False])
+
+    def test_one_process_alone_is_not_pinned(self):
+        with mock.patch.object(os, 'sched_setaffinity', create=True) as pin, \
+                mock.patch.multiple(restic_serve, _MAY_PIN=True, CORES=[3, 5], _core=None):
+            restic_serve.unpin(False)
+            pin.assert_not_called()
+            for slot, core in ((1, 5), (2, 3)):
+                restic_serve.pin_process(slot)
+                restic_serve.unpin(False)
+                pin.assert_called_with(0, [core])
+                restic_serve.unpin(True)
+                pin.assert_called_with(0, [3, 5])
+
+
+class TimeLimitTest(WireTestCase):
+    limits = {'header_seconds': 0.2, 'idle_seconds': 0.4, 'read_seconds': 0.4, 'write_seconds': 0.4}
+
+    def test_the_time_for_an_answer_begins_with_the_end_of_the_head(self):
+        self.server.limits.read_seconds = float('inf')
+        ended = threading.Event()
+        self.addCleanup(ended.set)
+
+        def handle(request):
+            ended.wait(PATIENCE)
+            return restic_serve.Response(200, [])
+
+        with mock.patch.object(self.server.api, 'handle', handle), Wire(self.port) as wire:
+            wire.send(get('/config'))
+            with contextlib.suppress(ConnectionError):
+                self.assertIsNone(wire.answer())
+            self.assertFalse(ended.is_set())
+            ended.set()
+
+    def test_a_silent_client_is_dropped(self):
+        self.assertTrue(self.connect().is_closed())
+
+    def test_a_slow_header_is_408(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask('GET /config HTTP/1.1\r\nHost')[0], 408)
+        self.assertTrue(wire.is_closed())
+
+    def test_a_header_that_drips_is_408_all_the_same(self):
+        wire = self.connect()
+        begin = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - begin < PATIENCE:
+                wire.send('GET /config HTTP/1.1\r\nHost: x\r\nX: ' if time.monotonic() - begin < 0.05
+                          else 'x')
+                if select_readable(wire.sock, 0.02):
+                    break
+        self.assertEqual(wire.answer()[0], 408)
+        self.assertGreaterEqual(time.monotonic() - begin, 0.2)
+
+    def test_an_idle_connection_is_closed_without_a_word(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertTrue(wire.is_closed())
+
+    def test_a_slow_upload_is_408_and_leaves_nothing(self):
+        wire = self.connect()
+        self.assertEqual(wire.ask(post('/config', b'1', length=10))[0], 408)
+        self.assertTrue(wire.is_closed())
+        self.assertEqual(self.files(), [])
+
+    def test_a_client_that_does_not_read_is_cut_off(self):
+        path = self.put(bytes(64 << 20))
+        wire = self.connect()
+        wire.send(get(path))
+        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+        with self.assertRaises((AssertionError, ConnectionResetError)):
+            self.assertEqual(len(wire.answer()[2]), 64 << 20)
+
+    def test_a_list_for_http_1_0_that_is_cut_off_does_not_look_complete(self):
+        def objects(location, sizes):
+            for number in range(1_000_000):
+                yield [f'{number:064x}'], [1]
+
+        with mock.patch.object(self.store, 'objects', objects):
+            wire = self.connect()
+            wire.send('GET /data/ HTTP/1.0\r\n\r\n')
+            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+            with self.assertRaises(ConnectionResetError):
+                wire.answer()
+
+    def test_no_thread_or_descriptor_is_left(self):
+        def held():
+            """Threads, and what descriptors are of: other tests' may end meanwhile."""
+            found = set(threading.enumerate())
+            for path in Path('/proc/self/fd').glob('*'):
+                with contextlib.suppress(FileNotFoundError):
+                    found.add(os.readlink(path))
+            return found
+
+        path = self.put(bytes(8 << 20))
+        before = held()
+        for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
+            with Wire(self.port) as wire:
+                wire.send(request)
+                self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+                self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+        self.wait_until(lambda: held() <= before, 'the end of threads and descriptors')
+
+
+class BandwidthOfConnectionsTest(Http2TestCase):
+    """Whatever passes is counted: both wires, both ways, small and large."""
+
+    def setUp(self):
+        super().setUp()
+        self.content = os.urandom(300_000)
+        self.path = self.put(self.content)
+        self.clock = Clock()
+        self.server.connections.bandwidth = self.clock.bandwidth('100k:10k')
+
+    def check(self, rate, transfer):
+        begin = self.clock.now
+        transfer()
+        self.assertAlmostEqual((self.clock.now - begin) * rate * 1024 / len(self.content), 1, delta=0.1)
+
+    def test_http_1(self):
+        wire = self.connect()
+        self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
+        self.check(10, lambda: self.assertEqual(wire.ask(post(self.path, self.content))[0], 200))
+        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EINVAL, 'no')):
+            self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
+        begin = self.clock.now
+        self.assertTrue(self.server.connections.bandwidth.toggle())
+        self.assertEqual(wire.ask(get(self.path))[2], self.content)
+        self.assertEqual(self.clock.now, begin)
+
+    def test_http_2(self):
+        wire = self.http2()
+
+        def download():
+            wire.send(headers(1, fields('GET', self.path)))
+            self.assertEqual(wire.answer()[2], self.content)
+
+        def upload():
+            wire.upload(3, self.path, self.content)
+            self.assertEqual(wire.answer(3)[0], 200)
+
+        self.check(100, download)
+        self.check(10, upload)
+
+
+# ---- Http1 -----------------------------------------------------------------------------------------
 
 class HeadTest(unittest.TestCase):
     """The parser of heads, from strings alone."""
@@ -2742,108 +4406,54 @@ class HeadTest(unittest.TestCase):
             self.assertEqual(caught.exception.status, status, headers)
 
 
-class Wire:
-    """A client's end of a connection, byte by byte."""
+class ContentTest(unittest.TestCase):
+    """Framing and reading of content, without a connection (RFC 9112 6 and 7)."""
 
-    def __init__(self, port):
-        self.sock = socket.create_connection(('127.0.0.1', port), PATIENCE)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.file = self.sock.makefile('rb')
+    def test_the_length_of_a_body(self):
+        for headers_of, version, length in (
+                ({}, '1.1', 0), ({'content-length': '5'}, '1.1', 5), ({'content-length': '5, 5'}, '1.1', 5),
+                ({'content-length': '0'}, '1.0', 0), ({'transfer-encoding': 'Chunked'}, '1.1', None),
+                ({'content-length': '5, 6'}, '1.1', 400), ({'content-length': '-1'}, '1.1', 400),
+                ({'content-length': '+1'}, '1.1', 400), ({'content-length': ''}, '1.1', 400),
+                ({'content-length': '1' * 19}, '1.1', 400), ({'transfer-encoding': 'gzip'}, '1.1', 501),
+                ({'transfer-encoding': 'chunked', 'content-length': '5'}, '1.1', 400),
+                ({'transfer-encoding': 'chunked'}, '1.0', 400)):
+            try:
+                found = restic_serve.body_length(headers_of, f'HTTP/{version}')
+            except HttpError as error:
+                found = error.status
+            self.assertEqual(found, length, headers_of)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-        self.sock.close()
-
-    def send(self, *parts):
-        for part in parts:
-            self.sock.sendall(part if isinstance(part, bytes) else part.encode('latin-1'))
-
-    def answer(self, head_only=False):
-        """Status, headers and content of the next answer; None at the end of the connection."""
-        line = self.file.readline()
-        if not line:
-            return None
-        status = int(line.split()[1])
-        headers = {}
-        for line in iter(self.file.readline, b'\r\n'):
-            name, _, value = line.decode('latin-1').partition(':')
-            headers[name.lower()] = value.strip()
-        if head_only or status == 100:
-            return status, headers, b''
-        if 'content-length' in headers:
-            return status, headers, self.file.read(int(headers['content-length']))
-        if headers.get('transfer-encoding') != 'chunked':
-            return status, headers, self.file.read()
-        content = b''
-        while True:
-            size = int(self.file.readline(), 16)
-            content += self.file.read(size)
-            if self.file.readline() != b'\r\n':
-                raise AssertionError('a chunk without its end')
-            if not size:
-                return status, headers, content
-
-    def ask(self, *parts, **more):
-        self.send(*parts)
-        return self.answer(**more)
-
-    def is_closed(self):
-        """Whether the server ends the connection, and says nothing more."""
+    def read(self, make, *pieces, step=4):
+        """All of a body that arrives in pieces, or the status of its error; and what follows it."""
+        http1 = restic_serve.Http1(Pieces(*pieces), mock.Mock(), Limits(header_bytes=100))
+        body, found, view = make(http1), b'', memoryview(bytearray(step))
         try:
-            return self.file.read() == b''
-        except ConnectionResetError:
-            return True
+            for count in iter(lambda: body.readinto(view), 0):
+                found += bytes(view[:count])
+        except HttpError as error:
+            return error.status
+        self.assertEqual(body.left, 0)
+        return found, http1._buffer
 
+    def test_a_body_of_known_length(self):
+        for pieces in ((b'0123456789rest',), (b'01', b'234567', b'89'), (b'0',) * 10):
+            content = b''.join(pieces)[:10]
+            found = self.read(lambda http1: restic_serve._SizedBody(http1, 10), *pieces)
+            self.assertEqual(found[0], content)
+        self.assertEqual(self.read(lambda http1: restic_serve._SizedBody(http1, 10), b'012'), 400)
 
-class WireTestCase(TestCase):
-    """A test against a server in a thread of its own."""
+    def test_a_chunked_body(self):
+        def read(*pieces):
+            return self.read(lambda http1: restic_serve._ChunkedBody(http1, 100), *pieces)
 
-    limits = {}
-
-    def setUp(self):
-        super().setUp()
-        self.store = Store(str(self.root))
-        self.store.prepare()
-        self.policy = Policy(False)
-        self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
-        self.port = self.server.listeners[0].server_address[1]
-
-    def connect(self):
-        wire = Wire(self.port)
-        self.addCleanup(wire.__exit__)
-        return wire
-
-    def ask(self, *parts, **more):
-        """The answer to a request on a connection of its own."""
-        with Wire(self.port) as wire:
-            return wire.ask(*parts, **more)
-
-    def put(self, content, kind='data', repository=''):
-        """Store an object beneath the server; its path."""
-        name = named(content)
-        self.store.save(Location(repository, kind, name), Bytes(content))
-        return f'{repository}/{kind}/{name}'
-
-    def wait_for_room(self, port):
-        """Until one more connection is admitted."""
-        def has_room():
-            with Wire(port) as wire:
-                return wire.ask(get('/config'))[0] == 404
-        self.wait_until(has_room, 'room')
-
-
-def post(path, content, *fields, length=None):
-    """A request that uploads, as bytes."""
-    head = [f'POST {path} HTTP/1.1', 'Host: x',
-            f'Content-Length: {len(content) if length is None else length}', *fields]
-    return '\r\n'.join(head).encode() + b'\r\n\r\n' + content
-
-
-def get(path, *fields, method='GET'):
-    return '\r\n'.join([f'{method} {path} HTTP/1.1', 'Host: x', *fields, '', '']).encode()
+        chunked = b'3\r\nabc\r\n0a;x=y\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n'
+        self.assertEqual(read(chunked + b'GET /'), (b'abc0123456789', b'GET /'))
+        self.assertEqual(read(*(chunked[at:at + 1] for at in range(len(chunked)))), (b'abc0123456789', b''))
+        for bad in (b'x\r\n', b'-1\r\n', b'0x1\r\na\r\n', b'1\na\r\n', b'1\r\nab\r\n', b'1\r\na', b'',
+                    b'\r\n', b'0\r\nbad trailer\r\n\r\n', b'1' * 16 + b'\r\n', b'1\r\na\n0\r\n\r\n'):
+            self.assertEqual(read(bad), 400, bad)
+        self.assertEqual(read(b'0\r\n' + b'X: y\r\n' * 50), 431)
 
 
 class Http1Test(WireTestCase):
@@ -3143,6 +4753,8 @@ class Http1Test(WireTestCase):
         self.assertEqual([len(wire.answer()[2]) for wire in wires], [100_000] * 100)
 
 
+# ---- Hpack -----------------------------------------------------------------------------------------
+
 class HpackTest(unittest.TestCase):
     """RFC 7541's own examples, its appendix C, and what must not be decoded."""
 
@@ -3239,141 +4851,7 @@ class HpackTest(unittest.TestCase):
         self.assertEqual((len(fields), whole, len(more)), (1, False, 1))
 
 
-# ---- HTTP/2 ----
-
-(DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE,
- CONTINUATION) = range(10)
-END_STREAM = ACK = 1
-END_HEADERS, PADDED, PRIORITIZED = 4, 8, 32
-frame = restic_serve.frame
-
-
-def fields(method='GET', path='/', *more, **pseudo):
-    """A request's header block, for a table of any size; `more` fields follow the pseudo-header
-    fields."""
-    block = {'method': method, 'scheme': 'http', 'path': path, 'authority': 'x', **pseudo}
-    return restic_serve.encode_headers(
-        [(f':{name}', value) for name, value in block.items() if value is not None] + list(more))[1:]
-
-
-def headers(number, block=None, flags=END_HEADERS | END_STREAM):
-    return frame(HEADERS, flags, number, fields() if block is None else block)
-
-
-def settings(*pairs):
-    return frame(SETTINGS, 0, 0, b''.join(struct.pack('>HI', *pair) for pair in pairs))
-
-
-def word(value):
-    return struct.pack('>I', value)
-
-
-class Http2Wire(Wire):
-    """A client's end of a connection of HTTP/2, frame by frame; content is counted, and granted
-    again if `grants`."""
-
-    def __init__(self, port=0, sock=None, preface=True, grants=True, initial=65535):
-        if sock:
-            self.sock, self.file = sock, sock.makefile('rb')
-        else:
-            super().__init__(port)
-        self.decoder = restic_serve.HeaderDecoder()
-        self.grants = grants
-        self.settings = {}
-        self.window = 65535     # content that may still be sent
-        self.windows = {}       # and on each stream
-        self.unread = []        # frames that came while content was sent
-        if preface:
-            self.send(restic_serve.PREFACE, settings((4, initial)))
-            while self.next()[0] != SETTINGS or not self.settings:
-                pass
-            self.send(frame(SETTINGS, ACK, 0))
-
-    def next(self):
-        """Type, flags, stream and payload of the next frame; None at a clean end."""
-        return self.unread.pop(0) if self.unread else self._read_frame()
-
-    def _read_frame(self):
-        head = self.file.read(9)
-        if not head:
-            return None
-        length, flags, number = struct.unpack('>IBI', head)
-        kind, payload = length & 255, self.file.read(length >> 8)
-        if len(payload) != length >> 8:
-            raise AssertionError('a frame is cut short')
-        if kind == SETTINGS and not flags & ACK:
-            self.settings = dict(struct.iter_unpack('>HI', payload))
-        if kind == WINDOW_UPDATE and number:
-            self.windows[number] = self.windows.get(number, 65535) + int.from_bytes(payload, 'big')
-        elif kind == WINDOW_UPDATE:
-            self.window += int.from_bytes(payload, 'big')
-        if kind == DATA and payload and self.grants:
-            self.send(frame(WINDOW_UPDATE, 0, 0, word(len(payload))))
-            if not flags & END_STREAM:
-                self.send(frame(WINDOW_UPDATE, 0, number, word(len(payload))))
-        return kind, flags, number, payload
-
-    def until(self, *kinds, number=None):
-        """The next frame of one of these types, or None."""
-        while True:
-            got = self.next()
-            if not got or (got[0] in kinds and number in (None, got[2])):
-                return got
-
-    def answer(self, number=1):
-        """Status, headers and content of the answer on a stream, or the code of its RST_STREAM."""
-        fields, content, ended = {}, b'', False
-        while not ended:
-            got = self.until(HEADERS, DATA, RST_STREAM, GOAWAY)
-            if got is None or got[0] == GOAWAY:
-                raise AssertionError(f'instead of an answer: {got}')
-            kind, flags, where, payload = got
-            if kind == HEADERS:
-                decoded = dict(self.decoder.decode(payload, 1 << 20)[0])
-            if where != number:
-                continue
-            ended = kind != RST_STREAM and flags & END_STREAM
-            if kind == RST_STREAM:
-                return int.from_bytes(payload, 'big')
-            if kind == HEADERS:
-                fields = decoded
-                if fields[':status'] == '100':
-                    return 100, fields, b''
-            else:
-                content += payload
-        return int(fields[':status']), fields, content
-
-    def upload(self, number, path, content, *more, step=16384):
-        """Send a whole upload, as the windows let it."""
-        self.send(headers(number, fields('POST', path, *more), END_HEADERS))
-        self.send_content(number, content, step=step)
-
-    def send_content(self, number, content, last=True, step=16384):
-        """Send content when the windows let it; the rest of it not if it has been answered."""
-        for at in range(0, len(content), step):
-            part = content[at:at + step]
-            while len(part) > min(self.window, self.windows.get(number, 65535)):
-                got = self._read_frame()
-                if got is None:
-                    raise AssertionError('the end of the connection')
-                self.unread.append(got)
-                if got[0] in (HEADERS, RST_STREAM) and got[2] == number:
-                    return
-            self.window -= len(part)
-            self.windows[number] = self.windows.get(number, 65535) - len(part)
-            self.send(frame(DATA, END_STREAM if last and at + step >= len(content) else 0, number, part))
-
-    def send(self, *parts):
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer is still read
-            super().send(*parts)
-
-
-class Http2TestCase(WireTestCase):
-    def http2(self, **more):
-        wire = Http2Wire(self.port, **more)
-        self.addCleanup(wire.__exit__)
-        return wire
-
+# ---- Frames ----------------------------------------------------------------------------------------
 
 TEST = frame(DATA, END_STREAM, 1, b'test')
 POST = headers(1, fields('POST'), END_HEADERS)
@@ -3381,6 +4859,80 @@ OPEN = headers(1, flags=END_HEADERS)
 CANCELLED = frame(RST_STREAM, 0, 1, word(8))
 TOP = (1 << 31) - 1
 LONG = ('x-long', 'x' * 3500)
+
+
+class FramesTest(unittest.TestCase):
+    """Reading and making frames, without a connection (RFC 9113 4 and 6)."""
+
+    def reader(self, *pieces, received=b'', header_bytes=4096):
+        return restic_serve.FrameReader(Pieces(*pieces), received, header_bytes)
+
+    def code_of(self, function, *args, **more):
+        with self.assertRaises(restic_serve.Http2Error) as caught:
+            function(*args, **more)
+        return caught.exception.code.name
+
+    def test_frames_may_arrive_in_any_pieces(self):
+        sent = frame(PING, ACK, 0, b'12345678') + frame(HEADERS, END_HEADERS, 0x80000005, b'abc')
+        for size in (1, 2, 9, 10, len(sent)):
+            reader = self.reader(*(sent[at:at + size] for at in range(3, len(sent), size)),
+                                 received=sent[:3])
+            self.assertEqual(reader.next(), (PING, ACK, 0))
+            self.assertEqual(reader.payload(size=8), b'12345678')
+            self.assertEqual(reader.next(), (HEADERS, END_HEADERS, 5))     # without the reserved bit
+            self.assertEqual(reader.payload(), b'abc')
+            self.assertRaises(EOFError, reader.next)
+
+    def test_padding_is_taken_off(self):
+        for payload, content in ((b'\x00abc', b'abc'), (b'\x02abcxx', b'abc'), (b'\x05xxxxx', b'')):
+            reader = self.reader(frame(HEADERS, PADDED, 1, payload))
+            reader.next()
+            self.assertEqual(reader.payload(PADDED), content)
+            reader.skip()
+            self.assertEqual(reader.left, 0)
+        for payload, code in ((b'', 'FRAME_SIZE_ERROR'), (b'\x03ab', 'PROTOCOL_ERROR')):
+            reader = self.reader(frame(HEADERS, PADDED, 1, payload))
+            reader.next()
+            self.assertEqual(self.code_of(reader.payload, PADDED), code)
+
+    def test_lengths_that_are_wrong(self):
+        for kind, size in ((DATA, restic_serve.FRAME_BYTES), (HEADERS, restic_serve.CONTROL_BYTES),
+                           (0x20, restic_serve.FRAME_BYTES)):
+            reader = self.reader(frame(kind, 0, 1, bytes(size)))
+            self.assertEqual(reader.next()[0], kind)
+            self.assertEqual(self.code_of(self.reader(frame(kind, 0, 1, bytes(size + 1))).next),
+                             'FRAME_SIZE_ERROR')
+        reader = self.reader(frame(PING, 0, 0, b'1234567'))
+        reader.next()
+        self.assertEqual(self.code_of(reader.payload, size=8), 'FRAME_SIZE_ERROR')
+        reader = self.reader(frame(HEADERS, 0, 1, bytes(20_000)), header_bytes=20_000)
+        self.assertEqual(reader.next()[0], HEADERS)
+
+    def test_content_is_read_into_a_buffer_and_told_of(self):
+        reader, told, view = self.reader(b'def', b'ghi', received=frame(DATA, 0, 1, b'abcdefghi')[:12]), [], \
+            memoryview(bytearray(9))
+        reader.next()
+        reader.on_content = told.append
+        reader.read_into(view)
+        self.assertEqual((bytes(view), told, reader.left), (b'abcdefghi', [3, 3, 3], 0))
+
+    def test_content_is_cut_to_the_frames_that_the_client_takes(self):
+        writer = restic_serve.FrameWriter(mock.Mock(), threading.Lock())
+        writer.frame_bytes = 4
+        self.assertEqual(b''.join(writer.content_frames(3, b'0123456789', True)),
+                         frame(DATA, 0, 3, b'0123') + frame(DATA, 0, 3, b'4567')
+                         + frame(DATA, END_STREAM, 3, b'89'))
+        self.assertEqual(b''.join(writer.content_frames(3, b'0123', False)), frame(DATA, 0, 3, b'0123'))
+
+    def test_long_headers_go_on_in_continuation(self):
+        sent = restic_serve.header_frames(7, [('x', 'y' * 20_000)], END_STREAM)
+        reader = self.reader(sent)
+        self.assertEqual(reader.next(), (HEADERS, END_STREAM, 7))
+        block = reader.payload()
+        self.assertEqual(reader.next(), (CONTINUATION, END_HEADERS, 7))
+        block += reader.payload()
+        self.assertEqual(restic_serve.HeaderDecoder().decode(block, 1 << 20),
+                         ([('x', 'y' * 20_000)], True))
 
 
 class Http2FramesTest(Http2TestCase):
@@ -3631,217 +5183,302 @@ class Http2FramesTest(Http2TestCase):
                 ended.add(number)
 
 
-class Http2AbuseTest(Http2TestCase):
-    def check(self, *parts, times=1, code=11):
-        """So many times these frames end the connection."""
-        wire = self.http2(grants=False)
+# ---- Streams ---------------------------------------------------------------------------------------
 
-        def flood():
-            with contextlib.suppress(OSError):
-                for _ in range(times):
-                    wire.sock.sendall(b''.join(parts))
+class RequestOfTest(unittest.TestCase):
+    """From fields to a request (RFC 9113 8.1.1, 8.2 and 8.3)."""
 
-        thread = threading.Thread(target=flood)
-        thread.start()
-        got = wire.until(GOAWAY)
-        self.assertEqual(int.from_bytes(got[3][4:8], 'big'), code, got)
-        while wire.next():
-            pass
-        wire.__exit__()
-        thread.join()
-        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
+    GET = ((':method', 'GET'), (':scheme', 'http'), (':path', '/x'), (':authority', 'host'))
+
+    def test_a_request(self):
+        self.assertEqual(restic_serve.request_of([*self.GET, ('accept', 'a'), ('accept', 'b')]),
+                         ('GET', '/x', {'accept': 'a, b'}))
+        self.assertEqual(restic_serve.request_of([(':method', 'CONNECT'), (':authority', 'host')]),
+                         ('CONNECT', '/', {}))
+
+    def test_malformed_ones(self):
+        for at, field in enumerate(self.GET[:3]):
+            self.refuse(*self.GET[:at], *self.GET[at + 1:])         # one is missing
+            self.refuse(*self.GET, field)                           # or stands twice
+        for fields_of in ((('accept', 'a'), (':method', 'GET')), ((':status', '200'),), (('Accept', 'a'),),
+                          (('connection', 'close'),), (('te', 'gzip'),), (('a b', 'c'),), (('a', 'b\r\n'),),
+                          (('a', ' b'),), (('content-length', 'x'),), (('content-length', '-1'),),
+                          (('host', 'other'),)):
+            self.refuse(*self.GET, *fields_of)
+        for name, value in ((':path', ''), (':path', 'x'), (':path', '/a b'), (':path', '/#'),
+                            (':method', 'G T'), (':scheme', ''), (':authority', 'a b')):
+            self.refuse(*((one, value if one == name else old) for one, old in self.GET))
+        restic_serve.request_of([*self.GET, ('te', 'trailers'), ('host', 'host'), ('x', '')])
+
+    def refuse(self, *fields_of):
+        with self.assertRaises(restic_serve.StreamError, msg=fields_of) as caught:
+            restic_serve.request_of(list(fields_of))
+        self.assertEqual(caught.exception.code.name, 'PROTOCOL_ERROR')
+
+
+class WindowTest(unittest.TestCase):
+    """Flow control without a connection (RFC 9113 5.2)."""
+
+    def make_flow(self, streams=0):
+        self.queued = []
+        writer = mock.Mock(lock=threading.Lock(), frame_bytes=1 << 14, pending_bytes=0)
+        writer.queue.side_effect = lambda kind, flags, number, payload: self.queued.append(
+            (number, int.from_bytes(payload, 'big')))
+        self.sent = []
+        registry = {}
+        flow = restic_serve.FlowControl(writer, registry, self.sent.append, time.monotonic)
+        for number in range(1, 2 * streams, 2):
+            registry[number] = restic_serve.Stream(flow, number, None)
+            registry[number]._changed = mock.Mock()
+            flow._waiting[registry[number]] = None
+        return flow, list(registry.values())
+
+    def test_a_receive_window_grows_by_what_was_acknowledged(self):
+        window = restic_serve.ReceiveWindow(1000)
+        self.assertTrue(window.consume(1000))
+        window.acknowledge(249)
+        self.assertEqual(window.increment(), 0)     # too little for a frame
+        window.acknowledge(1)
+        self.assertEqual((window.increment(), window.available), (250, 250))
+        self.assertFalse(window.consume(251))
+
+    def test_a_receive_window_that_closes_withholds_what_comes_back(self):
+        window = restic_serve.ReceiveWindow(1000)
+        window.resize(5000)
+        self.assertEqual(window.increment(), 4000)
+        window.consume(5000)
+        window.resize(1000)
+        window.acknowledge(4000)
+        self.assertEqual(window.increment(), 0)
+        window.acknowledge(1000)
+        self.assertEqual((window.increment(), window.available), (1000, 1000))
+
+    def test_a_receive_window_never_allows_more_than_is_to_come(self):
+        window = restic_serve.ReceiveWindow(1000)
+        window.resize(10_000)
+        self.assertEqual(window.increment(limit=1200), 200)
+        self.assertEqual(window.increment(limit=1200), 0)
+        self.assertEqual(window.increment(), 8800)
+
+    def test_an_update_of_the_connection_wakes_one_thread_that_can_send(self):
+        flow, streams = self.make_flow(100)
+        flow.sending.available = 0
+        for stream in streams[:40]:
+            stream.sending.available = 0
+        flow.on_window_update(13)
+        notified = [stream for stream in streams if stream._changed.notify_all.called]
+        self.assertEqual(notified, [streams[40]])
+
+    def test_who_has_taken_its_part_wakes_the_next(self):
+        flow, streams = self.make_flow(3)
+        self.assertEqual(flow.reserve(streams[0], 1000), 1000)
+        self.assertTrue(streams[1]._changed.notify_all.called)
+        self.assertFalse(streams[2]._changed.notify_all.called)
+
+    def test_a_return_of_what_was_sent_is_told_from_other_updates(self):
+        flow, (stream,) = self.make_flow(1)
+        self.assertEqual(flow.reserve(stream, 1000), 1000)
+        for of_stream in (False, True):
+            for increment, expected in ((1, True), (500, True), (499, True), (1, False), (1000, False)):
+                self.assertEqual(flow.is_return(increment, of_stream), expected)
+
+    def test_short_answers_wait_without_a_thread_up_to_a_bound(self):
+        flow, (stream, other) = self.make_flow(2)
+        flow.writer.content_frames.return_value = []
+        flow.sending.available = 10
+        content = bytes(restic_serve.UNSENT_BYTES)
+        with flow.writer.lock:
+            self.assertFalse(flow.send_later(stream, content + b'x'))
+            self.assertTrue(flow.send_later(stream, content))
+            self.assertFalse(flow.send_later(other, b'12345678901'))
+            flow.on_window_update(1 << 30)
+            self.assertEqual(self.sent, [])     # the stream's own window
+            flow.on_window_update(1 << 30, stream)
+            self.assertEqual(self.sent, [stream])
+            self.assertEqual(stream.sending.available + len(content), (1 << 30) + 65535)
+
+
+class StreamTest(unittest.TestCase):
+    """A stream without a connection: its states (RFC 9113 5.1) and its content."""
 
     def setUp(self):
-        super().setUp()
-        self.threads = threading.active_count()
+        self.clock = Clock()
+        writer = mock.Mock(lock=threading.Lock(), pending_bytes=0)
+        self.streams = {}
+        self.flow = restic_serve.FlowControl(writer, self.streams, mock.Mock(), lambda: self.clock.now)
 
-    def test_continuation_floods(self):
-        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1) * 3000)
-        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b') * 3000)
-        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b' * 2000) * 20)
+    def open(self, length=None, **more):
+        stream = self.streams[1] = restic_serve.Stream(self.flow, 1, length, **more)
+        return stream
 
-    def test_rapid_resets(self):
-        self.check(*[headers(number) + frame(RST_STREAM, 0, number, word(8))
-                     for number in range(1, 5000, 2)])
+    def test_the_table_of_states(self):
+        steps = {'received': restic_serve.Stream.end_received, 'sent': restic_serve.Stream.end_sent,
+                 'reset': lambda stream: stream.abort('reset')}
+        for events, state, may_receive in (
+                ('', 'OPEN', True), ('received', 'HALF_CLOSED_REMOTE', False),
+                ('sent', 'HALF_CLOSED_LOCAL', True), ('received sent', 'CLOSED', False),
+                ('sent received', 'CLOSED', False), ('sent sent', 'HALF_CLOSED_LOCAL', True),
+                ('reset', 'CLOSED', False), ('received reset', 'CLOSED', False),
+                ('reset sent', 'CLOSED', False), ('reset received', 'CLOSED', False)):
+            stream = self.open()
+            for event in events.split():
+                steps[event](stream)
+            self.assertEqual((stream.state.name, stream.may_receive), (state, may_receive), events)
+            self.assertEqual(bool(stream.aborted), 'reset' in events)
+        self.assertEqual(self.open(whole=True).state.name, 'HALF_CLOSED_REMOTE')
 
-    def test_floods_of_frames_that_must_be_answered(self):
-        self.check(frame(PING, 0, 0, bytes(8)), times=5000)
-        self.check(settings(), times=5000)
-
-    def test_floods_of_frames_that_say_nothing(self):
-        self.check(POST, frame(DATA, 0, 1) * 5000)
-        self.check(frame(PRIORITY, 0, 5, bytes(5)), times=5000)
-        self.check(headers(1), frame(WINDOW_UPDATE, 0, 1, word(1)) * 5000)
-        self.check(frame(0x77, 0, 0), times=5000)
-
-    def test_content_past_the_windows(self):
-        held = threading.Event()
-        self.addCleanup(held.set)
-        with mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
-                               restic_serve.text_response(200, '')):
-            wire = self.http2()
-            wire.send(POST, frame(DATA, 0, 1, bytes(65535)), frame(DATA, 0, 1, b'x'))
-            self.assertEqual(wire.until(GOAWAY)[3][4:8], word(3))
-            held.set()
-
-    def test_content_past_the_window_of_a_stream(self):
-        wire = self.http2()
-        wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4))
-        while wire.window < 1 << 20:    # those of the connection are open
-            wire.next()
-        # This one's are not, since it is not read.
-        held = threading.Event()
-        self.addCleanup(held.set)
-        with mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
-                               restic_serve.text_response(200, '')):
-            wire.send(headers(3, fields('POST', '/'), 4), frame(DATA, 0, 3, bytes(65535)),
-                      frame(DATA, 0, 3, b'x'))
-            self.assertEqual(wire.until(RST_STREAM)[2:], (3, word(3)))
-            held.set()
-
-    def test_nothing_is_granted_before_it_is_known_who_asks(self):
-        """Uploads with a wrong password, and none whose password waits for its turn, get no window."""
-        self.server.api.accounts = Accounts(user='alice', password='right')
-        wire = self.http2()
-        content = os.urandom(3 << 20)
-        login = ('authorization', basic('alice', 'wrong').partition(': ')[2])
-        for number in range(1, 40, 2):
-            wire.send(headers(number, fields('POST', f'/data/{named(content)}', login), 4))
-            self.assertEqual(wire.answer(number)[0], 401)
-        wire.send(frame(PING, 0, 0, bytes(8)))
-        wire.until(PING)
-        self.assertEqual((wire.settings.get(4, 65535), wire.window, wire.windows), (65535, 65535, {}))
-        login = ('authorization', basic('alice', 'right').partition(': ')[2])
-        wire.upload(101, f'/data/{named(content)}', content, login)
-        self.assertEqual(wire.answer(101)[0], 200)
-
-    def test_uploads_that_are_cancelled_take_nothing_with_them(self):
-        wire = self.http2()
-        for number in range(1, 400, 2):
-            wire.send(headers(number, fields('POST', f'/data/{"0" * 64}'), 4),
-                      frame(RST_STREAM, 0, number, word(8)))
-        content = os.urandom(3 << 20)
-        wire.upload(1001, f'/data/{named(content)}', content)
-        self.assertEqual(wire.answer(1001)[0], 200)
-        http2 = self.server.connections.snapshot()[0].wire
-        self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW
-                        and not http2._streams.open, 'the windows to close')
-        self.assertEqual(http2._flow._receiving.size, 65535)
-
-    def test_the_windows_close_again(self):
-        wire = self.http2()
-        for number in range(1, 40, 2):
-            content = os.urandom(1 << 20)
-            wire.upload(number, f'/data/{named(content)}', content)
-            self.assertEqual(wire.answer(number)[0], 200)
-            self.assertLess(wire.window, 2 * restic_serve.READ_WINDOW)
-        contents = {number: os.urandom(100_000) for number in range(101, 121, 2)}
-        for number, content in contents.items():  # more than there is room for
-            wire.send(headers(number, fields('POST', f'/data/{named(content)}'), 4))
-        wire.send(frame(PING, 0, 0, bytes(8)))
-        wire.until(PING)
-        self.assertLessEqual(wire.window, restic_serve.CONNECTION_WINDOW + 2 * 65535)
-        for number, content in contents.items():
-            wire.send_content(number, content)
-            self.assertEqual(wire.answer(number)[0], 200)
-
-    def test_header_bombs_are_431_and_cost_no_memory(self):
-        wire = self.http2()
-        wire.send(headers(1, fields() + b'\x40\x01a\x7f\xa1\x1e' + b'x' * 4000 + b'\xbe' * 10000))
-        status, _, content = wire.answer()
-        self.assertEqual((status, content), (431, b'the header is longer than 4096 bytes\n'))
-        for number, block, expected in ((3, b'\x82\x86\x84\xbe', 431), (5, fields(), 404)):
-            wire.send(headers(number, block))  # the table is what the client thinks
-            self.assertEqual(wire.answer(number)[0], expected)
-
-    def test_what_is_ignored_after_a_reset_costs_the_windows_nothing(self):
-        wire = self.http2()
-        for number in range(1, 200, 2):
-            wire.send(headers(number, fields('POST', '/', ('content-length', '1')), 4))
-            while wire.window < 30_000:
-                wire.next()
-            wire.window -= 30_000
-            wire.send(frame(DATA, 0, number, bytes(30_000)))
-        wire.send(headers(201))
-        self.assertEqual(wire.answer(201)[0], 404)
-
-    def test_content_that_comes_after_its_answer_costs_the_windows_nothing(self):
-        wire = self.http2(grants=False)
-        content = frame(DATA, 1, 1, bytes(40_000))
-        for number in range(1, 161, 2):
-            while wire.window < 40_000:
-                wire.next()
-            wire.window -= 40_000
-            wire.send(headers(number, fields('POST', '/nothing', ('content-length', '40000')), 4),
-                      frame(DATA, 1, number, bytes(40_000))[:-20_000])
-            self.assertEqual(wire.answer(number)[0], 400)
-            wire.send(content[-20_000:])
-        wire.send(frame(PING, 0, 0, bytes(8)))
-        wire.until(PING)
-        self.assertGreaterEqual(wire.window, 65535 * 3 // 4)
-
-    def test_a_reset_in_the_middle_of_a_frame_ends_nothing_else(self):
-        begun, held = threading.Event(), threading.Event()
-        self.addCleanup(held.set)
-        self.server.connections.sweep_seconds = 0.01
-        with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.1), mock.patch.object(
-                Api, 'handle', side_effect=lambda request: held.wait() and
-                restic_serve.text_response(200, 'x')), mock.patch.object(
-                restic_serve.Stream, 'offer', side_effect=begun.set):
-            wire = self.http2(grants=False)
-            content = frame(DATA, 1, 1, bytes(1000))
-            wire.send(headers(1, fields('POST'), 4), content[:-5])
-            self.assertTrue(begun.wait(PATIENCE))
-            held.set()
-            self.assertEqual(wire.answer()[0], 200)
-            self.assertEqual(wire.until(RST_STREAM)[3], word(0))
-            wire.send(content[-5:], headers(3))
-            self.assertEqual(wire.answer(3)[0], 200)
-
-    def test_without_another_thread_a_request_is_refused_and_the_connection_goes_on(self):
-        wire = self.http2(initial=0)
-        wire.send(frame(PING, 0, 0, bytes(8)))
-        wire.until(PING)
-        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start")):
-            wire.send(headers(1))
-            self.assertEqual(wire.until(RST_STREAM)[3], word(7))
-        wire.send(settings((4, 100)), headers(3))
-        self.assertEqual(wire.answer(3)[0], 404)
-
-    def test_the_content_of_a_request_that_was_answered_is_not_kept(self):
-        wire = self.http2(initial=0)
-        wire.send(headers(1, fields('POST', '/nothing'), 4))
-        wire.until(HEADERS)
-        with mock.patch.object(restic_serve.Stream, 'buffer', side_effect=AssertionError('buffered')):
-            wire.send(frame(DATA, 1, 1, bytes(60_000)), frame(PING, 0, 0, bytes(8)))
-            wire.until(PING)
-
-    def test_a_reset_download_gives_the_window_back_once(self):
-        path = self.put(os.urandom(1 << 20))
-        wire = self.http2(grants=False)
-        total = 0
-        for number in range(1, 20, 2):
-            wire.send(headers(number, fields('GET', path)))
-            total += len(wire.until(DATA)[3])
-            wire.send(frame(RST_STREAM, 0, number, word(8)), frame(PING, 0, 0, bytes(8)))
-            while True:
-                kind, _, _, payload = wire.until(DATA, PING)
-                if kind == PING:
-                    break
-                total += len(payload)
-            self.assertLessEqual(total, 65535)
-            if total > 60_000:
+    def test_content_that_came_early_is_read_in_order(self):
+        stream = self.open()
+        for part in (b'ab', b'cde', b'f' * 2000):
+            stream.buffer(part)
+        stream.end_received()
+        view, found = memoryview(bytearray(4)), b''
+        while True:
+            count = stream.readinto(view)
+            if not count:
                 break
-            wire.send(frame(WINDOW_UPDATE, 0, 0, word(1)))
-            total -= 1
+            found += bytes(view[:count])
+        self.assertEqual(found, b'abcde' + b'f' * 2000)
+        self.assertEqual(stream.buffered, 0)
 
-    def test_a_client_that_does_not_read_is_cut_off(self):
-        self.server.limits.write_seconds = 0.5
-        self.server.connections.sweep_seconds = 0.05
-        path = self.put(bytes(8 << 20))
-        wire = self.http2(grants=False, initial=TOP)
-        wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
-        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
+    def test_content_goes_straight_to_who_waits(self):
+        stream, view = self.open(), bytearray(10)
+        counts = []
+        thread = threading.Thread(target=lambda: counts.append(stream.readinto(memoryview(view))))
+        thread.start()
+        offered = None
+        while offered is None:
+            with self.flow.writer.lock:
+                offered = stream.offer()
+        self.assertTrue(stream.half_received)
+        offered[:3] = b'abc'
+        with self.flow.writer.lock:
+            stream.filled(3)
+        thread.join(PATIENCE)
+        self.assertEqual((counts, bytes(view[:3]), stream.half_received), ([3], b'abc', False))
+
+    def test_who_waits_hears_of_the_end(self):
+        for end, expected in ((lambda stream: stream.abort('reset'), restic_serve.Gone),
+                              (lambda stream: setattr(stream, 'phase', restic_serve.Phase.TIMED_OUT),
+                               HttpError), (restic_serve.Stream.end_received, None)):
+            stream = self.open()
+            end(stream)
+            if expected:
+                self.assertRaises(expected, stream.readinto, memoryview(bytearray(1)))
+            else:
+                self.assertEqual(stream.readinto(memoryview(bytearray(1))), 0)
+
+    def test_deadlines(self):
+        stream = self.open()
+        self.assertEqual(stream.next_deadline(60), math.inf)
+        stream.wait_for(100, extension=0.5)
+        self.assertEqual(stream.next_deadline(60), self.clock.now + 100)
+        stream.passed = 10
+        self.assertEqual(stream.next_deadline(60), self.clock.now + 105)
+        stream.blocked = self.clock.now
+        self.assertEqual(stream.next_deadline(60), self.clock.now + 60)
+
+
+# ---- Http2 -----------------------------------------------------------------------------------------
+
+class FloodBudgetTest(unittest.TestCase):
+    def test_so_many_at_once_and_more_with_time_and_with_answers(self):
+        now = [1000.0]
+        budget = restic_serve.FloodBudget(lambda: now[0])
+
+        def spend(number):
+            for _ in range(number):
+                budget.spend()
+
+        spend(restic_serve.FLOOD_BURST)
+        with self.assertRaises(restic_serve.Http2Error) as caught:
+            budget.spend()
+        self.assertEqual(caught.exception.code, 11)     # ENHANCE_YOUR_CALM
+        now[0] += 1
+        spend(restic_serve.FLOOD_REFILL_SECOND - 1)     # one was spent beyond
+        for _ in range(10):
+            budget.refill()
+        spend(10 * restic_serve.FLOOD_REFILL_ANSWER)
+        with self.assertRaises(restic_serve.Http2Error):
+            budget.spend()
+        now[0] += 1000      # nobody saves up more than that
+        spend(restic_serve.FLOOD_BURST)
+        with self.assertRaises(restic_serve.Http2Error):
+            budget.spend()
+
+
+class HeaderBlockTest(unittest.TestCase):
+    """HEADERS and CONTINUATION without a connection (RFC 9113 6.2 and 6.10)."""
+
+    def test_parts_become_one_block(self):
+        block = restic_serve.HeaderBlock()
+        block.begin(3, 0x1, b'ab')
+        block.extend(b'cd', 4)
+        self.assertEqual((block.stream_id, block.ends_stream, block.block), (3, True, b'abcd'))
+        with self.assertRaises(restic_serve.Http2Error) as caught:
+            block.extend(b'e', 4)
+        self.assertEqual(caught.exception.code.name, 'ENHANCE_YOUR_CALM')
+
+    def test_a_priority_is_taken_off(self):
+        for priority, itself in ((b'\0\0\0\1\x10', False), (b'\0\0\0\3\x10', True),
+                                 (b'\x80\0\0\3\x10', True)):
+            block = restic_serve.HeaderBlock()
+            block.begin(3, 0x20, priority + b'ab')
+            self.assertEqual((block.block, block.depends_on_itself), (b'ab', itself))
+        with self.assertRaises(restic_serve.Http2Error) as caught:
+            restic_serve.HeaderBlock().begin(3, 0x20, b'abcd')
+        self.assertEqual(caught.exception.code.name, 'FRAME_SIZE_ERROR')
+
+
+class StreamRegistryTest(unittest.TestCase):
+    """Which streams a frame may name (RFC 9113 5.1 and 5.1.1)."""
+
+    def setUp(self):
+        self.registry = restic_serve.StreamRegistry()
+
+    def code_of(self, function, number):
+        """The code of the error that a frame of a stream is."""
+        with self.assertRaises(restic_serve.Http2Error) as caught:
+            function(number)
+        return caught.exception.code.name
+
+    def test_frames_of_open_and_closed_streams(self):
+        for number in (0, 2, 1):    # not opened, or not a client's to open
+            self.assertEqual(self.code_of(self.registry.find, number), 'PROTOCOL_ERROR')
+        self.registry.begin_headers(5)
+        stream = self.registry.open[5] = mock.Mock(state=restic_serve.StreamState.OPEN)
+        self.assertIs(self.registry.find(5), stream)
+        stream.state = restic_serve.StreamState.CLOSED
+        self.assertIsNone(self.registry.find(5))
+        self.assertIsNone(self.registry.find(3))
+        self.assertIsNone(self.registry.was_reset(5))
+        self.registry.close(5, True)
+        self.registry.close(3, False)
+        self.assertEqual([self.registry.was_reset(number) for number in (5, 3, 1)], [True, False, None])
+        self.assertEqual(self.registry.open, {})
+        for number in range(7, 7 + 10 * restic_serve.STREAMS, 2):
+            self.registry.close(number, True)
+        self.assertIsNone(self.registry.was_reset(5))
+
+    def test_headers_of_streams(self):
+        self.assertEqual(self.code_of(self.registry.begin_headers, 2), 'PROTOCOL_ERROR')
+        self.registry.begin_headers(5)
+        self.registry.open[5] = mock.Mock(state=restic_serve.StreamState.OPEN)
+        self.registry.begin_headers(5)      # trailers
+        self.assertEqual(self.code_of(self.registry.begin_headers, 3), 'PROTOCOL_ERROR')  # was left out
+        self.registry.close(5, False)
+        self.assertEqual(self.code_of(self.registry.begin_headers, 5), 'STREAM_CLOSED')
+        self.registry.begin_headers(7)
+        self.registry.close(7, True)        # what has crossed our RST_STREAM is no fault
+        self.registry.begin_headers(7)
+        self.assertEqual(self.registry.last, 7)
+
+    def test_what_is_over_for_the_client_takes_no_place(self):
+        self.registry.open.update({number: mock.Mock(state=restic_serve.StreamState.OPEN)
+                                   for number in range(restic_serve.STREAMS)})
+        self.assertTrue(self.registry.is_full())
+        self.registry.open[0].state = restic_serve.StreamState.CLOSED
+        self.assertFalse(self.registry.is_full())
 
 
 class Http2Test(Http2TestCase):
@@ -4154,267 +5791,250 @@ class Http2Test(Http2TestCase):
         self.assertRegex(logs.output[0], r'"GET /data/ HTTP/2\.0" 200 2 "-" "x"$')
 
 
-class WindowTest(unittest.TestCase):
-    """Flow control without a connection (RFC 9113 5.2)."""
+class Http2AbuseTest(Http2TestCase):
+    def check(self, *parts, times=1, code=11):
+        """So many times these frames end the connection."""
+        wire = self.http2(grants=False)
 
-    def make_flow(self, streams=0):
-        self.queued = []
-        writer = mock.Mock(lock=threading.Lock(), frame_bytes=1 << 14, pending_bytes=0)
-        writer.queue.side_effect = lambda kind, flags, number, payload: self.queued.append(
-            (number, int.from_bytes(payload, 'big')))
-        self.sent = []
-        registry = {}
-        flow = restic_serve.FlowControl(writer, registry, self.sent.append, time.monotonic)
-        for number in range(1, 2 * streams, 2):
-            registry[number] = restic_serve.Stream(flow, number, None)
-            registry[number]._changed = mock.Mock()
-            flow._waiting[registry[number]] = None
-        return flow, list(registry.values())
+        def flood():
+            with contextlib.suppress(OSError):
+                for _ in range(times):
+                    wire.sock.sendall(b''.join(parts))
 
-    def test_a_receive_window_grows_by_what_was_acknowledged(self):
-        window = restic_serve.ReceiveWindow(1000)
-        self.assertTrue(window.consume(1000))
-        window.acknowledge(249)
-        self.assertEqual(window.increment(), 0)     # too little for a frame
-        window.acknowledge(1)
-        self.assertEqual((window.increment(), window.available), (250, 250))
-        self.assertFalse(window.consume(251))
-
-    def test_a_receive_window_that_closes_withholds_what_comes_back(self):
-        window = restic_serve.ReceiveWindow(1000)
-        window.resize(5000)
-        self.assertEqual(window.increment(), 4000)
-        window.consume(5000)
-        window.resize(1000)
-        window.acknowledge(4000)
-        self.assertEqual(window.increment(), 0)
-        window.acknowledge(1000)
-        self.assertEqual((window.increment(), window.available), (1000, 1000))
-
-    def test_a_receive_window_never_allows_more_than_is_to_come(self):
-        window = restic_serve.ReceiveWindow(1000)
-        window.resize(10_000)
-        self.assertEqual(window.increment(limit=1200), 200)
-        self.assertEqual(window.increment(limit=1200), 0)
-        self.assertEqual(window.increment(), 8800)
-
-    def test_an_update_of_the_connection_wakes_one_thread_that_can_send(self):
-        flow, streams = self.make_flow(100)
-        flow.sending.available = 0
-        for stream in streams[:40]:
-            stream.sending.available = 0
-        flow.on_window_update(13)
-        notified = [stream for stream in streams if stream._changed.notify_all.called]
-        self.assertEqual(notified, [streams[40]])
-
-    def test_who_has_taken_its_part_wakes_the_next(self):
-        flow, streams = self.make_flow(3)
-        self.assertEqual(flow.reserve(streams[0], 1000), 1000)
-        self.assertTrue(streams[1]._changed.notify_all.called)
-        self.assertFalse(streams[2]._changed.notify_all.called)
-
-    def test_a_return_of_what_was_sent_is_told_from_other_updates(self):
-        flow, (stream,) = self.make_flow(1)
-        self.assertEqual(flow.reserve(stream, 1000), 1000)
-        for of_stream in (False, True):
-            for increment, expected in ((1, True), (500, True), (499, True), (1, False), (1000, False)):
-                self.assertEqual(flow.is_return(increment, of_stream), expected)
-
-    def test_short_answers_wait_without_a_thread_up_to_a_bound(self):
-        flow, (stream, other) = self.make_flow(2)
-        flow.writer.content_frames.return_value = []
-        flow.sending.available = 10
-        content = bytes(restic_serve.UNSENT_BYTES)
-        with flow.writer.lock:
-            self.assertFalse(flow.send_later(stream, content + b'x'))
-            self.assertTrue(flow.send_later(stream, content))
-            self.assertFalse(flow.send_later(other, b'12345678901'))
-            flow.on_window_update(1 << 30)
-            self.assertEqual(self.sent, [])     # the stream's own window
-            flow.on_window_update(1 << 30, stream)
-            self.assertEqual(self.sent, [stream])
-            self.assertEqual(stream.sending.available + len(content), (1 << 30) + 65535)
-
-
-class FloodBudgetTest(unittest.TestCase):
-    def test_so_many_at_once_and_more_with_time_and_with_answers(self):
-        now = [1000.0]
-        budget = restic_serve.FloodBudget(lambda: now[0])
-
-        def spend(number):
-            for _ in range(number):
-                budget.spend()
-
-        spend(restic_serve.FLOOD_BURST)
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            budget.spend()
-        self.assertEqual(caught.exception.code, 11)     # ENHANCE_YOUR_CALM
-        now[0] += 1
-        spend(restic_serve.FLOOD_REFILL_SECOND - 1)     # one was spent beyond
-        for _ in range(10):
-            budget.refill()
-        spend(10 * restic_serve.FLOOD_REFILL_ANSWER)
-        with self.assertRaises(restic_serve.Http2Error):
-            budget.spend()
-        now[0] += 1000      # nobody saves up more than that
-        spend(restic_serve.FLOOD_BURST)
-        with self.assertRaises(restic_serve.Http2Error):
-            budget.spend()
-
-
-class StreamRegistryTest(unittest.TestCase):
-    """Which streams a frame may name (RFC 9113 5.1 and 5.1.1)."""
-
-    def setUp(self):
-        self.registry = restic_serve.StreamRegistry()
-
-    def code_of(self, function, number):
-        """The code of the error that a frame of a stream is."""
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            function(number)
-        return caught.exception.code.name
-
-    def test_frames_of_open_and_closed_streams(self):
-        for number in (0, 2, 1):    # not opened, or not a client's to open
-            self.assertEqual(self.code_of(self.registry.find, number), 'PROTOCOL_ERROR')
-        self.registry.begin_headers(5)
-        stream = self.registry.open[5] = mock.Mock(state=restic_serve.StreamState.OPEN)
-        self.assertIs(self.registry.find(5), stream)
-        stream.state = restic_serve.StreamState.CLOSED
-        self.assertIsNone(self.registry.find(5))
-        self.assertIsNone(self.registry.find(3))
-        self.assertIsNone(self.registry.was_reset(5))
-        self.registry.close(5, True)
-        self.registry.close(3, False)
-        self.assertEqual([self.registry.was_reset(number) for number in (5, 3, 1)], [True, False, None])
-        self.assertEqual(self.registry.open, {})
-        for number in range(7, 7 + 10 * restic_serve.STREAMS, 2):
-            self.registry.close(number, True)
-        self.assertIsNone(self.registry.was_reset(5))
-
-    def test_headers_of_streams(self):
-        self.assertEqual(self.code_of(self.registry.begin_headers, 2), 'PROTOCOL_ERROR')
-        self.registry.begin_headers(5)
-        self.registry.open[5] = mock.Mock(state=restic_serve.StreamState.OPEN)
-        self.registry.begin_headers(5)      # trailers
-        self.assertEqual(self.code_of(self.registry.begin_headers, 3), 'PROTOCOL_ERROR')  # was left out
-        self.registry.close(5, False)
-        self.assertEqual(self.code_of(self.registry.begin_headers, 5), 'STREAM_CLOSED')
-        self.registry.begin_headers(7)
-        self.registry.close(7, True)        # what has crossed our RST_STREAM is no fault
-        self.registry.begin_headers(7)
-        self.assertEqual(self.registry.last, 7)
-
-    def test_what_is_over_for_the_client_takes_no_place(self):
-        self.registry.open.update({number: mock.Mock(state=restic_serve.StreamState.OPEN)
-                                   for number in range(restic_serve.STREAMS)})
-        self.assertTrue(self.registry.is_full())
-        self.registry.open[0].state = restic_serve.StreamState.CLOSED
-        self.assertFalse(self.registry.is_full())
-
-
-class StreamTest(unittest.TestCase):
-    """A stream without a connection: its states (RFC 9113 5.1) and its content."""
-
-    def setUp(self):
-        self.clock = Clock()
-        writer = mock.Mock(lock=threading.Lock(), pending_bytes=0)
-        self.streams = {}
-        self.flow = restic_serve.FlowControl(writer, self.streams, mock.Mock(), lambda: self.clock.now)
-
-    def open(self, length=None, **more):
-        stream = self.streams[1] = restic_serve.Stream(self.flow, 1, length, **more)
-        return stream
-
-    def test_the_table_of_states(self):
-        steps = {'received': restic_serve.Stream.end_received, 'sent': restic_serve.Stream.end_sent,
-                 'reset': lambda stream: stream.abort('reset')}
-        for events, state, may_receive in (
-                ('', 'OPEN', True), ('received', 'HALF_CLOSED_REMOTE', False),
-                ('sent', 'HALF_CLOSED_LOCAL', True), ('received sent', 'CLOSED', False),
-                ('sent received', 'CLOSED', False), ('sent sent', 'HALF_CLOSED_LOCAL', True),
-                ('reset', 'CLOSED', False), ('received reset', 'CLOSED', False),
-                ('reset sent', 'CLOSED', False), ('reset received', 'CLOSED', False)):
-            stream = self.open()
-            for event in events.split():
-                steps[event](stream)
-            self.assertEqual((stream.state.name, stream.may_receive), (state, may_receive), events)
-            self.assertEqual(bool(stream.aborted), 'reset' in events)
-        self.assertEqual(self.open(whole=True).state.name, 'HALF_CLOSED_REMOTE')
-
-    def test_content_that_came_early_is_read_in_order(self):
-        stream = self.open()
-        for part in (b'ab', b'cde', b'f' * 2000):
-            stream.buffer(part)
-        stream.end_received()
-        view, found = memoryview(bytearray(4)), b''
-        while True:
-            count = stream.readinto(view)
-            if not count:
-                break
-            found += bytes(view[:count])
-        self.assertEqual(found, b'abcde' + b'f' * 2000)
-        self.assertEqual(stream.buffered, 0)
-
-    def test_content_goes_straight_to_who_waits(self):
-        stream, view = self.open(), bytearray(10)
-        counts = []
-        thread = threading.Thread(target=lambda: counts.append(stream.readinto(memoryview(view))))
+        thread = threading.Thread(target=flood)
         thread.start()
-        offered = None
-        while offered is None:
-            with self.flow.writer.lock:
-                offered = stream.offer()
-        self.assertTrue(stream.half_received)
-        offered[:3] = b'abc'
-        with self.flow.writer.lock:
-            stream.filled(3)
-        thread.join(PATIENCE)
-        self.assertEqual((counts, bytes(view[:3]), stream.half_received), ([3], b'abc', False))
+        got = wire.until(GOAWAY)
+        self.assertEqual(int.from_bytes(got[3][4:8], 'big'), code, got)
+        while wire.next():
+            pass
+        wire.__exit__()
+        thread.join()
+        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
 
-    def test_who_waits_hears_of_the_end(self):
-        for end, expected in ((lambda stream: stream.abort('reset'), restic_serve.Gone),
-                              (lambda stream: setattr(stream, 'phase', restic_serve.Phase.TIMED_OUT),
-                               HttpError), (restic_serve.Stream.end_received, None)):
-            stream = self.open()
-            end(stream)
-            if expected:
-                self.assertRaises(expected, stream.readinto, memoryview(bytearray(1)))
-            else:
-                self.assertEqual(stream.readinto(memoryview(bytearray(1))), 0)
+    def setUp(self):
+        super().setUp()
+        self.threads = threading.active_count()
 
-    def test_deadlines(self):
-        stream = self.open()
-        self.assertEqual(stream.next_deadline(60), math.inf)
-        stream.wait_for(100, extension=0.5)
-        self.assertEqual(stream.next_deadline(60), self.clock.now + 100)
-        stream.passed = 10
-        self.assertEqual(stream.next_deadline(60), self.clock.now + 105)
-        stream.blocked = self.clock.now
-        self.assertEqual(stream.next_deadline(60), self.clock.now + 60)
+    def test_continuation_floods(self):
+        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1) * 3000)
+        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b') * 3000)
+        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b' * 2000) * 20)
+
+    def test_rapid_resets(self):
+        self.check(*[headers(number) + frame(RST_STREAM, 0, number, word(8))
+                     for number in range(1, 5000, 2)])
+
+    def test_floods_of_frames_that_must_be_answered(self):
+        self.check(frame(PING, 0, 0, bytes(8)), times=5000)
+        self.check(settings(), times=5000)
+
+    def test_floods_of_frames_that_say_nothing(self):
+        self.check(POST, frame(DATA, 0, 1) * 5000)
+        self.check(frame(PRIORITY, 0, 5, bytes(5)), times=5000)
+        self.check(headers(1), frame(WINDOW_UPDATE, 0, 1, word(1)) * 5000)
+        self.check(frame(0x77, 0, 0), times=5000)
+
+    def test_content_past_the_windows(self):
+        held = threading.Event()
+        self.addCleanup(held.set)
+        with mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
+                               restic_serve.text_response(200, '')):
+            wire = self.http2()
+            wire.send(POST, frame(DATA, 0, 1, bytes(65535)), frame(DATA, 0, 1, b'x'))
+            self.assertEqual(wire.until(GOAWAY)[3][4:8], word(3))
+            held.set()
+
+    def test_content_past_the_window_of_a_stream(self):
+        wire = self.http2()
+        wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4))
+        while wire.window < 1 << 20:    # those of the connection are open
+            wire.next()
+        # This one's are not, since it is not read.
+        held = threading.Event()
+        self.addCleanup(held.set)
+        with mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
+                               restic_serve.text_response(200, '')):
+            wire.send(headers(3, fields('POST', '/'), 4), frame(DATA, 0, 3, bytes(65535)),
+                      frame(DATA, 0, 3, b'x'))
+            self.assertEqual(wire.until(RST_STREAM)[2:], (3, word(3)))
+            held.set()
+
+    def test_nothing_is_granted_before_it_is_known_who_asks(self):
+        """Uploads with a wrong password, and none whose password waits for its turn, get no window."""
+        self.server.api.accounts = Accounts(user='alice', password='right')
+        wire = self.http2()
+        content = os.urandom(3 << 20)
+        login = ('authorization', basic('alice', 'wrong').partition(': ')[2])
+        for number in range(1, 40, 2):
+            wire.send(headers(number, fields('POST', f'/data/{named(content)}', login), 4))
+            self.assertEqual(wire.answer(number)[0], 401)
+        wire.send(frame(PING, 0, 0, bytes(8)))
+        wire.until(PING)
+        self.assertEqual((wire.settings.get(4, 65535), wire.window, wire.windows), (65535, 65535, {}))
+        login = ('authorization', basic('alice', 'right').partition(': ')[2])
+        wire.upload(101, f'/data/{named(content)}', content, login)
+        self.assertEqual(wire.answer(101)[0], 200)
+
+    def test_uploads_that_are_cancelled_take_nothing_with_them(self):
+        wire = self.http2()
+        for number in range(1, 400, 2):
+            wire.send(headers(number, fields('POST', f'/data/{"0" * 64}'), 4),
+                      frame(RST_STREAM, 0, number, word(8)))
+        content = os.urandom(3 << 20)
+        wire.upload(1001, f'/data/{named(content)}', content)
+        self.assertEqual(wire.answer(1001)[0], 200)
+        http2 = self.server.connections.snapshot()[0].wire
+        self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW
+                        and not http2._streams.open, 'the windows to close')
+        self.assertEqual(http2._flow._receiving.size, 65535)
+
+    def test_the_windows_close_again(self):
+        wire = self.http2()
+        for number in range(1, 40, 2):
+            content = os.urandom(1 << 20)
+            wire.upload(number, f'/data/{named(content)}', content)
+            self.assertEqual(wire.answer(number)[0], 200)
+            self.assertLess(wire.window, 2 * restic_serve.READ_WINDOW)
+        contents = {number: os.urandom(100_000) for number in range(101, 121, 2)}
+        for number, content in contents.items():  # more than there is room for
+            wire.send(headers(number, fields('POST', f'/data/{named(content)}'), 4))
+        wire.send(frame(PING, 0, 0, bytes(8)))
+        wire.until(PING)
+        self.assertLessEqual(wire.window, restic_serve.CONNECTION_WINDOW + 2 * 65535)
+        for number, content in contents.items():
+            wire.send_content(number, content)
+            self.assertEqual(wire.answer(number)[0], 200)
+
+    def test_header_bombs_are_431_and_cost_no_memory(self):
+        wire = self.http2()
+        wire.send(headers(1, fields() + b'\x40\x01a\x7f\xa1\x1e' + b'x' * 4000 + b'\xbe' * 10000))
+        status, _, content = wire.answer()
+        self.assertEqual((status, content), (431, b'the header is longer than 4096 bytes\n'))
+        for number, block, expected in ((3, b'\x82\x86\x84\xbe', 431), (5, fields(), 404)):
+            wire.send(headers(number, block))  # the table is what the client thinks
+            self.assertEqual(wire.answer(number)[0], expected)
+
+    def test_what_is_ignored_after_a_reset_costs_the_windows_nothing(self):
+        wire = self.http2()
+        for number in range(1, 200, 2):
+            wire.send(headers(number, fields('POST', '/', ('content-length', '1')), 4))
+            while wire.window < 30_000:
+                wire.next()
+            wire.window -= 30_000
+            wire.send(frame(DATA, 0, number, bytes(30_000)))
+        wire.send(headers(201))
+        self.assertEqual(wire.answer(201)[0], 404)
+
+    def test_content_that_comes_after_its_answer_costs_the_windows_nothing(self):
+        wire = self.http2(grants=False)
+        content = frame(DATA, 1, 1, bytes(40_000))
+        for number in range(1, 161, 2):
+            while wire.window < 40_000:
+                wire.next()
+            wire.window -= 40_000
+            wire.send(headers(number, fields('POST', '/nothing', ('content-length', '40000')), 4),
+                      frame(DATA, 1, number, bytes(40_000))[:-20_000])
+            self.assertEqual(wire.answer(number)[0], 400)
+            wire.send(content[-20_000:])
+        wire.send(frame(PING, 0, 0, bytes(8)))
+        wire.until(PING)
+        self.assertGreaterEqual(wire.window, 65535 * 3 // 4)
+
+    def test_a_reset_in_the_middle_of_a_frame_ends_nothing_else(self):
+        begun, held = threading.Event(), threading.Event()
+        self.addCleanup(held.set)
+        self.server.connections.sweep_seconds = 0.01
+        with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.1), mock.patch.object(
+                Api, 'handle', side_effect=lambda request: held.wait() and
+                restic_serve.text_response(200, 'x')), mock.patch.object(
+                restic_serve.Stream, 'offer', side_effect=begun.set):
+            wire = self.http2(grants=False)
+            content = frame(DATA, 1, 1, bytes(1000))
+            wire.send(headers(1, fields('POST'), 4), content[:-5])
+            self.assertTrue(begun.wait(PATIENCE))
+            held.set()
+            self.assertEqual(wire.answer()[0], 200)
+            self.assertEqual(wire.until(RST_STREAM)[3], word(0))
+            wire.send(content[-5:], headers(3))
+            self.assertEqual(wire.answer(3)[0], 200)
+
+    def test_without_another_thread_a_request_is_refused_and_the_connection_goes_on(self):
+        wire = self.http2(initial=0)
+        wire.send(frame(PING, 0, 0, bytes(8)))
+        wire.until(PING)
+        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start")):
+            wire.send(headers(1))
+            self.assertEqual(wire.until(RST_STREAM)[3], word(7))
+        wire.send(settings((4, 100)), headers(3))
+        self.assertEqual(wire.answer(3)[0], 404)
+
+    def test_the_content_of_a_request_that_was_answered_is_not_kept(self):
+        wire = self.http2(initial=0)
+        wire.send(headers(1, fields('POST', '/nothing'), 4))
+        wire.until(HEADERS)
+        with mock.patch.object(restic_serve.Stream, 'buffer', side_effect=AssertionError('buffered')):
+            wire.send(frame(DATA, 1, 1, bytes(60_000)), frame(PING, 0, 0, bytes(8)))
+            wire.until(PING)
+
+    def test_a_reset_download_gives_the_window_back_once(self):
+        path = self.put(os.urandom(1 << 20))
+        wire = self.http2(grants=False)
+        total = 0
+        for number in range(1, 20, 2):
+            wire.send(headers(number, fields('GET', path)))
+            total += len(wire.until(DATA)[3])
+            wire.send(frame(RST_STREAM, 0, number, word(8)), frame(PING, 0, 0, bytes(8)))
+            while True:
+                kind, _, _, payload = wire.until(DATA, PING)
+                if kind == PING:
+                    break
+                total += len(payload)
+            self.assertLessEqual(total, 65535)
+            if total > 60_000:
+                break
+            wire.send(frame(WINDOW_UPDATE, 0, 0, word(1)))
+            total -= 1
+
+    def test_a_client_that_does_not_read_is_cut_off(self):
+        self.server.limits.write_seconds = 0.5
+        self.server.connections.sweep_seconds = 0.05
+        path = self.put(bytes(8 << 20))
+        wire = self.http2(grants=False, initial=TOP)
+        wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
+        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
 
 
-class HeaderBlockTest(unittest.TestCase):
-    """HEADERS and CONTINUATION without a connection (RFC 9113 6.2 and 6.10)."""
+class Http2TimeLimitTest(Http2TestCase):
+    limits = {'header_seconds': 0.3, 'idle_seconds': 0.3, 'read_seconds': 0.3, 'write_seconds': 0.3}
 
-    def test_parts_become_one_block(self):
-        block = restic_serve.HeaderBlock()
-        block.begin(3, 0x1, b'ab')
-        block.extend(b'cd', 4)
-        self.assertEqual((block.stream_id, block.ends_stream, block.block), (3, True, b'abcd'))
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            block.extend(b'e', 4)
-        self.assertEqual(caught.exception.code.name, 'ENHANCE_YOUR_CALM')
+    def test_an_idle_connection_ends(self):
+        wire = self.http2()
+        self.assertEqual(wire.until(GOAWAY)[3], word(0) + word(0))
+        self.assertIsNone(wire.next())
 
-    def test_a_priority_is_taken_off(self):
-        for priority, itself in ((b'\0\0\0\1\x10', False), (b'\0\0\0\3\x10', True),
-                                 (b'\x80\0\0\3\x10', True)):
-            block = restic_serve.HeaderBlock()
-            block.begin(3, 0x20, priority + b'ab')
-            self.assertEqual((block.block, block.depends_on_itself), (b'ab', itself))
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            restic_serve.HeaderBlock().begin(3, 0x20, b'abcd')
-        self.assertEqual(caught.exception.code.name, 'FRAME_SIZE_ERROR')
+    def test_a_header_that_does_not_end(self):
+        wire = self.http2()
+        wire.send(headers(1, b'', 1))
+        self.assertIsNotNone(wire.until(GOAWAY))
+
+    def test_a_client_without_a_preface(self):
+        with Wire(self.port) as wire:
+            wire.send('PRI * HTTP/2.0\r\n\r\n')
+            self.assertIn(b'\0\0\x08\x07', wire.file.read())
+
+    def test_a_slow_upload_is_408(self):
+        wire = self.http2()
+        wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4), frame(DATA, 0, 1, b'x'))
+        self.assertEqual(wire.answer()[0], 408)
+        self.assertEqual(self.files(), [])
+
+    def test_a_download_that_is_not_read_is_reset(self):
+        path = self.put(os.urandom(1 << 20))
+        wire = self.http2(grants=False)
+        wire.send(headers(1, fields('GET', path)))
+        self.assertEqual(wire.until(RST_STREAM)[3], word(8))
+        wire.send(frame(WINDOW_UPDATE, 0, 0, word(1000)), headers(3))
+        self.assertEqual(wire.answer(3)[0], 404)
 
 
 class StallTest(Http2TestCase):
@@ -4630,903 +6250,7 @@ class StallTest(Http2TestCase):
         self.assertIn('restic_serve_limited_total{limit="x"} 31\n', text)
 
 
-class DeadlineTest(unittest.TestCase):
-    """When time is over, by a clock of the test's own."""
-
-    def setUp(self):
-        self.now = 1000.0
-        patch = mock.patch.object(restic_serve.time, 'monotonic', lambda: self.now)
-        patch.start()
-        self.addCleanup(patch.stop)
-
-    def connection(self, bandwidth=None, **limits):
-        transport = mock.Mock()
-        transport.recv_into.side_effect = len
-        return restic_serve.Connection(transport, Peer('x'), Limits(**limits), bandwidth)
-
-    def test_the_default_hour_grows_with_what_passes(self):
-        for what, pass_bytes in ((1, lambda one, count: one.receive_into(bytes(count))),
-                                 (2, lambda one, count: one.transmit(bytes(count)))):
-            connection = self.connection()
-            connection.wait_for(what)
-            self.assertEqual(connection.next_deadline(), 1000 + 3600)
-            pass_bytes(connection, 128 * 1024)
-            self.assertEqual(connection.next_deadline(), 1000 + 3600 + 128)
-
-    def test_a_time_that_was_set_is_total(self):
-        connection = self.connection(read_seconds=20, write_seconds=0)
-        connection.wait_for(connection.READING)
-        connection.receive_into(bytes(128 * 1024))
-        self.assertEqual(connection.next_deadline(), 1020)
-        connection.wait_for(connection.WRITING)
-        self.assertEqual(connection.next_deadline(), float('inf'))
-
-    def test_what_the_bandwidth_holds_back_counts_for_nothing(self):
-        def wait(direction, count):
-            self.now += 50
-            during.append(connection.next_deadline() - connection.clock())
-
-        during = []
-        bandwidth = mock.Mock(step=lambda direction, count: count, wait=wait)
-        connection = self.connection(bandwidth, read_seconds=20, write_seconds=20, stall_seconds=5)
-        for what, pass_bytes in ((connection.READING, lambda: connection.receive_into(bytes(1000))),
-                                 (connection.WRITING, lambda: connection.transmit(bytes(1000)))):
-            connection.wait_for(what)
-            for _ in range(3):
-                pass_bytes()
-                self.now += 1
-            self.assertEqual(connection.next_deadline() - connection.clock(), 17)
-        self.assertEqual(during, [20, 19, 18] * 2)
-
-    def test_a_clock_stands_still_while_any_of_two_threads_is_held_back(self):
-        bandwidth = mock.Mock(step=lambda direction, count: count)
-        connection = self.connection(bandwidth)
-        begin = connection.clock()
-
-        def first(direction, count):
-            self.now += 5
-            bandwidth.wait = second
-            connection._throttle(bandwidth, 2, 1)   # as another thread does meanwhile
-            self.now += 5
-
-        def second(direction, count):
-            self.now += 5
-
-        bandwidth.wait = first
-        connection._throttle(bandwidth, 1, 1)
-        self.assertEqual(connection.clock(), begin)
-        self.now += 1
-        self.assertEqual(connection.clock(), begin + 1)
-
-    def test_an_upload_in_small_chunks_makes_progress(self):
-        connection = self.connection()
-        connection.wait_for(connection.READING)
-        connection._transport.recv.side_effect = bytes
-        connection.receive(1024)
-        self.assertEqual(connection.next_deadline(), 1000 + 3600 + 1)
-
-    def test_an_upload_stalls_where_its_bytes_are_waited_for(self):
-        connection = self.connection(stall_seconds=60)
-        connection.wait_for(connection.READING)
-        self.now += 100     # of the disk's
-        self.assertEqual(connection.next_deadline(), 1000 + 3600)
-        connection._transport.recv_into.side_effect = lambda view: deadlines.append(
-            connection.next_deadline()) or len(view)
-        deadlines = []
-        connection.receive_into(bytes(10))
-        self.assertEqual(deadlines, [1160])
-
-
-class SharesTest(Http2TestCase):
-    """One address has a part of the places, and no more."""
-
-    def start(self, **more):
-        server = self.serve(self.server.api, Limits(), **more)
-        server.connections.admission.exempt = server.connections.threads._exempt = lambda name: False
-        return server, server.listeners[0].server_address[1]
-
-    def test_an_address_has_its_share_of_the_connections(self):
-        server, port = self.start(max_connections=100, per_address=3)
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
-            for wire in wires:
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-            more = stack.enter_context(Wire(port))
-            status, _, content = more.ask(get('/config'))
-            self.assertEqual((status, content), (503, b'too many connections from your address\n'))
-            self.assertEqual(server.connections.admission.admit('10.0.0.1').refusal, '')
-            server.connections.admission.exempt = lambda name: True
-            self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
-            server.connections.admission.exempt = lambda name: False
-            wires[0].__exit__()
-            self.wait_for_room(port)
-
-    def test_shares_hold_over_all_processes(self):
-        counters = Counters(3)
-        admission = restic_serve.Admission(counters, 100, 4, lambda name: False)
-        tickets = []
-        for slot in (1, 2, 1, 2):
-            counters._own = slot
-            tickets.append(admission.admit('2001:db8::1'))
-        self.assertEqual([ticket.refusal for ticket in tickets], [''] * 4)
-        self.assertTrue(admission.admit('2001:db8::2').refusal)     # of the same /64 network
-        self.assertFalse(admission.admit('2001:db8:0:1::1').refusal)
-        counters.clear(1)   # a worker has died, and with it its connections
-        counters._own = 2
-        self.assertFalse(admission.admit('2001:db8::2').refusal)
-
-    def test_those_that_are_turned_away_keep_no_places(self):
-        with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
-            counters = Counters()
-            admission = restic_serve.Admission(counters, 100, 2, lambda name: False)
-            got = [admission.admit('10.0.0.1') for _ in range(10)]
-            self.assertEqual([ticket and bool(ticket.refusal) for ticket in got],
-                             [False, False, True, True] + [None] * 6)
-            self.assertFalse(admission.admit('10.0.0.2').refusal)
-            for ticket in got[:4]:
-                admission.leave(ticket)
-            self.assertFalse(admission.admit('10.0.0.1').refusal)
-
-    def test_a_client_of_http_2_has_as_many_requests_however_many_processes_serve(self):
-        server, _ = self.start(max_connections=16)
-        for processes in (1, 4):
-            threads = server.connections.make_threads(processes)
-            self.assertEqual((threads._limit, threads._limit_each), (16, 8))
-
-    def test_an_address_has_its_share_of_the_threads_of_http_2(self):
-        server, port = self.start(max_connections=8, per_address=2)
-        go_on = threading.Event()
-        self.addCleanup(go_on.set)
-        with mock.patch.object(server.api, 'handle', side_effect=lambda request: go_on.wait(PATIENCE) and
-                               restic_serve.text_response(200, 'x')), Http2Wire(port) as wire:
-            wire.send(headers(1), headers(3))
-            self.wait_until(lambda: server.connections.threads.taken == 2, 'two threads')
-            wire.send(headers(5), headers(7, fields('POST', '/'), 4))
-            status, fields_of, _ = wire.answer(5)
-            self.assertEqual((status, fields_of['retry-after']), (503, '10'))
-            self.assertEqual(wire.answer(7)[0], 503)
-            go_on.set()
-            self.assertEqual({wire.until(DATA)[2] for _ in range(2)}, {1, 3})
-            self.wait_until(lambda: not server.connections.threads.taken, 'the threads')
-            wire.send(headers(9))
-            self.assertEqual(wire.answer(9)[0], 200)
-            self.wait_until(lambda: server.connections.threads.by_group == {}, 'the last place')
-
-    def test_the_share_is_a_quarter_but_enough_for_restic(self):
-        for connections, share in ((1024, 256), (100, 25), (16, 8), (5, 5), (1, 1)):
-            self.assertEqual(restic_serve.default_share(connections), share)
-
-    def test_who_is_not_bound(self):
-        accounts = Accounts(user_header='X', proxies=[restic_serve.parse_network('10.0.0.0/8')])
-        shares = restic_serve.Shares(10, 0, accounts.is_proxy)
-        for peer, bound in ((Peer('127.0.0.1'), False), (Peer('::1'), False), (Peer('10.1.2.3'), False),
-                            (Peer('unix', unix=True), False), (Peer('11.1.2.3'), True)):
-            self.assertEqual(shares.is_greedy(peer), bound, peer.name)
-
-
-class Http2TimeLimitTest(Http2TestCase):
-    limits = {'header_seconds': 0.3, 'idle_seconds': 0.3, 'read_seconds': 0.3, 'write_seconds': 0.3}
-
-    def test_an_idle_connection_ends(self):
-        wire = self.http2()
-        self.assertEqual(wire.until(GOAWAY)[3], word(0) + word(0))
-        self.assertIsNone(wire.next())
-
-    def test_a_header_that_does_not_end(self):
-        wire = self.http2()
-        wire.send(headers(1, b'', 1))
-        self.assertIsNotNone(wire.until(GOAWAY))
-
-    def test_a_client_without_a_preface(self):
-        with Wire(self.port) as wire:
-            wire.send('PRI * HTTP/2.0\r\n\r\n')
-            self.assertIn(b'\0\0\x08\x07', wire.file.read())
-
-    def test_a_slow_upload_is_408(self):
-        wire = self.http2()
-        wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4), frame(DATA, 0, 1, b'x'))
-        self.assertEqual(wire.answer()[0], 408)
-        self.assertEqual(self.files(), [])
-
-    def test_a_download_that_is_not_read_is_reset(self):
-        path = self.put(os.urandom(1 << 20))
-        wire = self.http2(grants=False)
-        wire.send(headers(1, fields('GET', path)))
-        self.assertEqual(wire.until(RST_STREAM)[3], word(8))
-        wire.send(frame(WINDOW_UPDATE, 0, 0, word(1000)), headers(3))
-        self.assertEqual(wire.answer(3)[0], 404)
-
-
-class Clock:
-    """A clock that a test holds: it goes on when somebody sleeps."""
-
-    def __init__(self, *today):
-        hour, minute, weekday = today or (0, 0, 6)
-        self.now = 1000.0
-        self.day = time.struct_time((2026, 11, 22, hour, minute, 0, weekday, 0, 0))
-        self._lock = threading.Lock()
-
-    def bandwidth(self, text):
-        return restic_serve.Bandwidth(restic_serve.parse_timetable(text), clock=lambda: self.now,
-                                      today=lambda: self.day, sleep=self.sleep)
-
-    def sleep(self, seconds):
-        with self._lock:
-            self.now += seconds
-
-
-class BandwidthTest(unittest.TestCase):
-    SENT, RECEIVED = restic_serve.Bandwidth.SENT, restic_serve.Bandwidth.RECEIVED
-
-    def test_each_row_of_a_timetable_at_its_time(self):
-        daily, weekly = '08:00,512k 19:00,10M;23:00,off', 'Mon-08:00,1M;friday-18:00,off Sun-20:30,2M:1M'
-        for text, (hour, minute, weekday), sent, received in (
-                ('10M', (12, 0, 3), 10 << 20, 10 << 20), ('10M:1M', (12, 0, 3), 10 << 20, 1 << 20),
-                ('off', (12, 0, 3), 0, 0), ('0', (12, 0, 3), 0, 0), ('off:100B', (12, 0, 3), 0, 100),
-                ('666', (12, 0, 3), 666 << 10, 666 << 10), ('1.5Mi', (0, 0, 0), 3 << 19, 3 << 19),
-                (daily, (8, 0, 0), 512 << 10, 512 << 10), (daily, (18, 59, 4), 512 << 10, 512 << 10),
-                (daily, (19, 0, 6), 10 << 20, 10 << 20), (daily, (23, 30, 6), 0, 0),
-                (daily, (7, 59, 0), 0, 0),
-                (weekly, (8, 0, 0), 1 << 20, 1 << 20), (weekly, (17, 59, 4), 1 << 20, 1 << 20),
-                (weekly, (18, 0, 4), 0, 0), (weekly, (20, 29, 6), 0, 0),
-                (weekly, (20, 30, 6), 2 << 20, 1 << 20), (weekly, (7, 59, 0), 2 << 20, 1 << 20)):
-            bandwidth = Clock(hour, minute, weekday).bandwidth(text)
-            self.assertEqual((bandwidth.rate(self.SENT), bandwidth.rate(self.RECEIVED)), (sent, received),
-                             (text, hour, minute, weekday))
-
-    def test_what_is_no_bandwidth(self):
-        for text in ('', 'x', '10X', '10M:', '1:2:3', '24:00,1M', '10:60,1M', '10:20,', 'Foo-10:20,1M',
-                     'M-10:20,1M', '10M 20M', '10M;10:20,1M', '-1', '10:20,1M,2M'):
-            with self.assertRaises(ValueError, msg=text) as caught:
-                restic_serve.parse_timetable(text)
-            self.assertIn('10M:1M, off', str(caught.exception))
-
-    def test_a_number_that_no_disk_holds_is_one_line(self):
-        for parse in (restic_serve.parse_size, restic_serve.parse_quota):
-            with self.assertRaises(ValueError) as caught:
-                parse('9' * 400 + 'M')
-            self.assertIn('more than any disk holds', str(caught.exception))
-
-    def test_off_is_off_in_any_case(self):
-        self.assertEqual({slot[1:] for slot in restic_serve.parse_timetable('12:00,OFF Sat-13:00,Off')},
-                         {(0, 0)})
-
-    def test_the_next_slot_comes_into_force_by_itself(self):
-        clock = Clock(18, 59, 0)
-        bandwidth = clock.bandwidth('08:00,1k 19:00,off')
-        self.assertEqual(bandwidth.rate(self.SENT), 1024)
-        clock.day = Clock(19, 0, 0).day
-        clock.now += 1
-        self.assertEqual(bandwidth.rate(self.SENT), 0)
-
-    def test_the_rate_is_right_and_smooth_and_nobody_can_save_up(self):
-        clock = Clock()
-        bandwidth = clock.bandwidth('1M')
-        clock.now += 3600
-        begin, passed = clock.now, []
-        for _ in range(500):
-            count = bandwidth.step(self.SENT, 1 << 20)
-            bandwidth.wait(self.SENT, count)
-            passed.append((clock.now - begin, count))
-        seconds, total = passed[-1][0], sum(count for _, count in passed)
-        self.assertAlmostEqual(total / seconds / (1 << 20), 1, delta=0.05)
-        for tenth in range(90):
-            part = sum(count for moment, count in passed if tenth <= moment * 10 < tenth + 1)
-            self.assertAlmostEqual(part / (1 << 20) * 10, 1, delta=0.25)
-
-    def test_the_two_ways_do_not_share(self):
-        clock = Clock()
-        bandwidth = clock.bandwidth('1k:2k')
-        for way in (self.SENT, self.RECEIVED) * 3:
-            bandwidth.wait(way, 1024)
-        self.assertAlmostEqual(clock.now, 1002)
-
-    def test_a_limit_that_is_lifted_is_none(self):
-        clock = Clock()
-        bandwidth = clock.bandwidth('1k')
-        self.assertTrue(bandwidth.toggle())
-        self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (9999, 0))
-        self.assertFalse(bandwidth.toggle())
-        self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (512, 1024))
-
-
-class PinTest(unittest.TestCase):
-    def test_a_thread_is_unpinned_for_a_transfer_alone(self):
-        asked = []
-        with mock.patch.object(restic_serve, 'unpin', asked.append):
-            connection = restic_serve.Connection(mock.Mock(), Peer('x'), Limits())
-            for unpinned in (False, False, True, True, False):
-                connection.unpin(unpinned)
-        self.assertEqual(asked, [False, True, False])
-
-    def test_one_process_alone_is_not_pinned(self):
-        with mock.patch.object(os, 'sched_setaffinity', create=True) as pin, \
-                mock.patch.multiple(restic_serve, _MAY_PIN=True, CORES=[3, 5], _core=None):
-            restic_serve.unpin(False)
-            pin.assert_not_called()
-            for slot, core in ((1, 5), (2, 3)):
-                restic_serve.pin_process(slot)
-                restic_serve.unpin(False)
-                pin.assert_called_with(0, [core])
-                restic_serve.unpin(True)
-                pin.assert_called_with(0, [3, 5])
-
-
-class BandwidthOfConnectionsTest(Http2TestCase):
-    """Whatever passes is counted: both wires, both ways, small and large."""
-
-    def setUp(self):
-        super().setUp()
-        self.content = os.urandom(300_000)
-        self.path = self.put(self.content)
-        self.clock = Clock()
-        self.server.connections.bandwidth = self.clock.bandwidth('100k:10k')
-
-    def check(self, rate, transfer):
-        begin = self.clock.now
-        transfer()
-        self.assertAlmostEqual((self.clock.now - begin) * rate * 1024 / len(self.content), 1, delta=0.1)
-
-    def test_http_1(self):
-        wire = self.connect()
-        self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
-        self.check(10, lambda: self.assertEqual(wire.ask(post(self.path, self.content))[0], 200))
-        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EINVAL, 'no')):
-            self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
-        begin = self.clock.now
-        self.assertTrue(self.server.connections.bandwidth.toggle())
-        self.assertEqual(wire.ask(get(self.path))[2], self.content)
-        self.assertEqual(self.clock.now, begin)
-
-    def test_http_2(self):
-        wire = self.http2()
-
-        def download():
-            wire.send(headers(1, fields('GET', self.path)))
-            self.assertEqual(wire.answer()[2], self.content)
-
-        def upload():
-            wire.upload(3, self.path, self.content)
-            self.assertEqual(wire.answer(3)[0], 200)
-
-        self.check(100, download)
-        self.check(10, upload)
-
-
-class AccessLogTest(WireTestCase):
-    def setUp(self):
-        super().setUp()
-        self.lines = []
-        handler = logging.Handler()
-        handler.emit = lambda record: self.lines.append(record.getMessage())
-        restic_serve.access_log.addHandler(handler)
-        restic_serve.access_log.setLevel(logging.INFO)
-        self.addCleanup(restic_serve.access_log.setLevel, logging.NOTSET)
-        self.addCleanup(restic_serve.access_log.removeHandler, handler)
-
-    COMBINED = (r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
-                r'"%s" %d %s "%s" "%s"$')
-
-    def check(self, *parts):
-        self.wait_until(lambda: self.lines, 'a line')
-        self.assertRegex(self.lines.pop(0), self.COMBINED % parts)
-
-    def test_a_line_a_request_in_the_combined_log_format(self):
-        path = self.put(b'content')
-        self.ask(get(path, 'User-Agent: restic/0.19'))
-        self.check(f'GET {path} HTTP/1\\.1', 200, '7', '-', 'restic/0.19')
-        self.ask(get('/config?a=b', 'Referer: http://x/'))
-        self.check(r'GET /config\?a=b HTTP/1\.1', 404, r'\d+', 'http://x/', '-')
-        large = self.put(bytes(1 << 20))
-        self.ask(get(large))
-        self.check(f'GET {large} HTTP/1\\.1', 200, str(1 << 20), '-', '-')
-        self.ask(get(large, method='HEAD'), head_only=True)
-        self.check(f'HEAD {large} HTTP/1\\.1', 200, '-', '-', '-')
-        self.ask(get('/data/', 'Accept: ' + V2))
-        self.check('GET /data/ HTTP/1\\.1', 200, r'\d{3}', '-', '-')
-
-    def test_no_client_can_forge_a_line(self):
-        self.ask(get('/"x\\', 'User-Agent: a" \\\xe9'))
-        self.check(r'GET /\\x22x\\x5c HTTP/1\.1', 404, r'\d+', '-', r'a\\x22 \\x5c\\xc3\\xa9')
-        self.ask(b'rubbish "\r\n\r\n')
-        self.check('-', 400, r'\d+', '-', '-')
-        self.ask(get('/config', 'Expect: wonders'))
-        self.check('GET /config HTTP/1\\.1', 417, r'\d+', '-', '-')
-
-    def test_an_upload_whose_client_goes_has_its_line(self):
-        with Wire(self.port) as wire:
-            wire.send(post('/config', b'1', length=10))
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
-        self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
-
-
-class TimeLimitTest(WireTestCase):
-    limits = {'header_seconds': 0.2, 'idle_seconds': 0.4, 'read_seconds': 0.4, 'write_seconds': 0.4}
-
-    def test_the_time_for_an_answer_begins_with_the_end_of_the_head(self):
-        self.server.limits.read_seconds = float('inf')
-        ended = threading.Event()
-        self.addCleanup(ended.set)
-
-        def handle(request):
-            ended.wait(PATIENCE)
-            return restic_serve.Response(200, [])
-
-        with mock.patch.object(self.server.api, 'handle', handle), Wire(self.port) as wire:
-            wire.send(get('/config'))
-            with contextlib.suppress(ConnectionError):
-                self.assertIsNone(wire.answer())
-            self.assertFalse(ended.is_set())
-            ended.set()
-
-    def test_a_silent_client_is_dropped(self):
-        self.assertTrue(self.connect().is_closed())
-
-    def test_a_slow_header_is_408(self):
-        wire = self.connect()
-        self.assertEqual(wire.ask('GET /config HTTP/1.1\r\nHost')[0], 408)
-        self.assertTrue(wire.is_closed())
-
-    def test_a_header_that_drips_is_408_all_the_same(self):
-        wire = self.connect()
-        begin = time.monotonic()
-        with contextlib.suppress(OSError):
-            while time.monotonic() - begin < PATIENCE:
-                wire.send('GET /config HTTP/1.1\r\nHost: x\r\nX: ' if time.monotonic() - begin < 0.05
-                          else 'x')
-                if select_readable(wire.sock, 0.02):
-                    break
-        self.assertEqual(wire.answer()[0], 408)
-        self.assertGreaterEqual(time.monotonic() - begin, 0.2)
-
-    def test_an_idle_connection_is_closed_without_a_word(self):
-        wire = self.connect()
-        self.assertEqual(wire.ask(get('/config'))[0], 404)
-        self.assertTrue(wire.is_closed())
-
-    def test_a_slow_upload_is_408_and_leaves_nothing(self):
-        wire = self.connect()
-        self.assertEqual(wire.ask(post('/config', b'1', length=10))[0], 408)
-        self.assertTrue(wire.is_closed())
-        self.assertEqual(self.files(), [])
-
-    def test_a_client_that_does_not_read_is_cut_off(self):
-        path = self.put(bytes(64 << 20))
-        wire = self.connect()
-        wire.send(get(path))
-        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
-        with self.assertRaises((AssertionError, ConnectionResetError)):
-            self.assertEqual(len(wire.answer()[2]), 64 << 20)
-
-    def test_a_list_for_http_1_0_that_is_cut_off_does_not_look_complete(self):
-        def objects(location, sizes):
-            for number in range(1_000_000):
-                yield [f'{number:064x}'], [1]
-
-        with mock.patch.object(self.store, 'objects', objects):
-            wire = self.connect()
-            wire.send('GET /data/ HTTP/1.0\r\n\r\n')
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
-            with self.assertRaises(ConnectionResetError):
-                wire.answer()
-
-    def test_no_thread_or_descriptor_is_left(self):
-        def held():
-            """Threads, and what descriptors are of: other tests' may end meanwhile."""
-            found = set(threading.enumerate())
-            for path in Path('/proc/self/fd').glob('*'):
-                with contextlib.suppress(FileNotFoundError):
-                    found.add(os.readlink(path))
-            return found
-
-        path = self.put(bytes(8 << 20))
-        before = held()
-        for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
-            with Wire(self.port) as wire:
-                wire.send(request)
-                self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-                self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
-        self.wait_until(lambda: held() <= before, 'the end of threads and descriptors')
-
-
-def select_readable(sock, seconds):
-    import select
-    return select.select([sock], [], [], seconds)[0]
-
-
-# ---- Metrics and page ----
-
-class WatchedTestCase(Http2TestCase):
-    """A server whose page and metrics are looked at."""
-
-    def setUp(self):
-        super().setUp()
-        counted_plainly(self)
-        self.watch()
-
-    def watch(self, policy=None, accounts=None, prometheus='login', max_bytes=0, per_user=0, **more):
-        """Another server, that shows what it knows."""
-        counters = Counters()
-        self.usage = Usage(self.store, counters, max_bytes=max_bytes, max_bytes_per_user=per_user)
-        self.metrics = Metrics(counters, self.usage, self.store)
-        self.server = self.serve(Api(
-            self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
-            prometheus=prometheus, page=Page(self.store, self.usage, 3600), **more))
-        self.port = self.server.listeners[0].server_address[1]
-
-    def fill(self, repository, *kinds, age=0):
-        """Store objects beneath the server."""
-        Store(str(self.root)).create_repository(repository)
-        for kind in kinds:
-            name = self.put(os.urandom(100), kind, repository).rpartition('/')[2]
-            path = path_of(self.store, Location(repository, kind, name))
-            os.utime(path, (time.time() - age, time.time() - age))
-
-    def scrape(self, *fields):
-        """The samples by their names with labels."""
-        status, head, content = self.ask(get('/metrics', *fields))
-        self.assertEqual(status, 200)
-        self.assertEqual(head['content-type'], 'text/plain; version=0.0.4; charset=utf-8')
-        return dict(line.rpartition(' ')[::2] for line in content.decode().splitlines()
-                    if not line.startswith('#'))
-
-
-def normalized(text):
-    """The samples of rest-server's metrics, whatever the order of their labels."""
-    return {(name, tuple(sorted(labels.split(',')))): float(value) for name, labels, value in re.findall(
-        r'^(rest_server_blob_\w+)\{(.*)\} (\S+)$', text, re.MULTILINE)}
-
-
-class MetricsTest(WatchedTestCase):
-    def work(self, port):
-        """Requests that rest-server counts."""
-        with Wire(port) as wire:
-            self.assertEqual(wire.ask(post('/a/b/?create=true', b''))[0], 200)
-            contents = {kind: kind.encode() * 100 for kind in restic_serve.KINDS}
-            wire.ask(post('/a/b/config', b'config'))
-            for kind, content in contents.items():
-                path = f'/a/b/{kind}/{named(content)}'
-                self.assertEqual(wire.ask(post(path, content))[0], 200)
-                self.assertEqual(wire.ask(get(path))[0], 200)
-                self.assertEqual(wire.ask(get(path, 'Range: bytes=1-10'))[0], 206)
-                self.assertEqual(wire.ask(get(path, method='HEAD'), head_only=True)[0], 200)
-                wire.ask(get(f'/a/b/{kind}/'))
-                wire.ask(get(f'/a/b/{kind}/{"0" * 64}'))
-            for kind in ('locks', 'data'):
-                path = f'/a/b/{kind}/{named(contents[kind])}'
-                self.assertEqual(wire.ask(get(path, method='DELETE'))[0], 200)
-                wire.ask(get(path, method='DELETE'))
-            wire.ask(get('/a/b/config'))
-
-    def test_names_labels_and_numbers_are_those_of_rest_server(self):
-        self.work(self.port)
-        ours = normalized(self.ask(get('/metrics'))[2].decode())
-        self.assertEqual(ours['rest_server_blob_read_bytes_total',
-                              ('repo="a/b"', 'type="keys"', 'user=""')], 410)
-        rest_server = peer('rest-server')
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [rest_server, '--no-auth', '--prometheus', '--path', str(self.folder / 'theirs'),
-             '--listen', f'127.0.0.1:{port}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
-            self.work(port)
-            with Wire(port) as wire:
-                theirs = normalized(wire.ask(get('/metrics'))[2].decode())
-        finally:
-            process.kill()
-            process.wait()
-        self.assertEqual(ours, theirs)
-
-    def test_prometheus_takes_them(self):
-        self.work(self.port)
-        self.fill('/we"ird\\ü', 'data', 'snapshots')
-        self.watch(max_bytes=1 << 30, per_user=1 << 20)
-        self.usage.census.wait(PATIENCE)
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
-        self.work(self.port)
-        content = self.ask(get('/metrics'))[2]
-        self.assertIn('repo="we\\"ird\\\\ü"', content.decode())
-        done = subprocess.run([program('promtool'), 'check', 'metrics'], input=content,
-                              capture_output=True, timeout=PATIENCE)
-        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, b''))
-
-    def test_requests_are_counted_by_method_and_status_on_both_wires(self):
-        self.ask(get('/config'))
-        self.ask(b'BREW / HTTP/1.1\r\nHost: x\r\n\r\n')
-        self.ask(b'rubbish / HTTP/1.1\r\n\r\n')
-        wire = self.http2()
-        wire.send(headers(1, fields('GET', '/config')))
-        self.assertEqual(wire.answer(1)[0], 404)
-        samples = {}
-
-        def is_counted():
-            samples.update(self.scrape())
-            return samples.get('restic_serve_requests_total{method="GET",status="404"}') == '2'
-
-        self.wait_until(is_counted, 'the second request')
-        self.assertEqual(samples['restic_serve_requests_total{method="other",status="501"}'], '1')
-        self.assertEqual(samples['restic_serve_requests_total{method="other",status="400"}'], '1')
-        name = 'restic_serve_request_duration_seconds'
-        self.assertEqual(samples[f'{name}_count{{method="other"}}'], '2')
-        self.assertEqual(samples[f'{name}_bucket{{method="other",le="+Inf"}}'], '2')
-        self.assertLess(float(samples[f'{name}_sum{{method="other"}}']), PATIENCE)
-        bounds = [int(value) for key, value in samples.items() if f'{name}_bucket{{method="other"' in key]
-        self.assertEqual(bounds, sorted(bounds))
-        self.assertEqual(samples['restic_serve_connections'], '2')
-
-    def test_repositories_their_scrubs_and_quotas(self):
-        self.fill('/alice/x', 'data', 'data', 'snapshots', age=500)
-        (self.root / 'alice/x/data/00').mkdir(exist_ok=True)
-        (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
-        self.fill('', 'keys')
-        self.watch(max_bytes=10000, per_user=2000)
-        self.usage.census.wait(PATIENCE)
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
-        samples = self.scrape()
-        rules = README.read_text(encoding='utf-8').partition('```yaml\n')[2].partition('```')[0]
-        for name in re.findall(r'restic_serve_\w+', rules):
-            self.assertIn(f'{name}{{', ''.join(samples))
-        begin = 'restic_serve_repository_'
-        self.assertEqual(samples[f'{begin}bytes{{repo="alice/x"}}'], '307')
-        self.assertEqual(samples[f'{begin}objects{{repo="alice/x",type="data"}}'], '3')
-        self.assertEqual(samples[f'{begin}objects{{repo="",type="keys"}}'], '1')
-        moment = int(samples[f'{begin}last_snapshot_timestamp_seconds{{repo="alice/x"}}'])
-        self.assertAlmostEqual(moment, time.time() - 500, delta=60)
-        self.assertNotIn(f'{begin}last_snapshot_timestamp_seconds{{repo=""}}', samples)
-        self.assertEqual(samples[f'{begin}scrub_damaged_objects{{repo="alice/x"}}'], '1')
-        self.assertEqual(samples[f'{begin}scrub_checked_objects{{repo="alice/x"}}'], '4')
-        self.assertAlmostEqual(float(samples[f'{begin}scrub_timestamp_seconds{{repo=""}}']), time.time(),
-                               delta=60)
-        self.assertEqual({key: value for key, value in samples.items() if 'quota' in key}, {
-            'restic_serve_quota_used_bytes{folder=""}': '407',
-            'restic_serve_quota_limit_bytes{folder=""}': '10000',
-            'restic_serve_quota_used_bytes{folder="alice"}': '307',
-            'restic_serve_quota_limit_bytes{folder="alice"}': '2000'})
-
-    def test_a_scrape_does_not_wait_for_the_count(self):
-        begun, go_on = threading.Event(), threading.Event()
-        self.addCleanup(go_on.set)
-        with mock.patch.object(restic_serve.Census, 'count',
-                               lambda census: begun.set() or go_on.wait(PATIENCE)):
-            begin = time.monotonic()
-            samples = self.scrape()
-            self.assertLess(time.monotonic() - begin, PATIENCE / 3)
-            self.assertNotIn('restic_serve_repository_bytes', ''.join(samples))
-            self.assertTrue(begun.wait(PATIENCE))
-            go_on.set()
-
-    def test_who_may_see_them(self):
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'metrics', 'alice')))
-        file = PasswordFile(str(accounts))
-        free, bound = Policy(), Policy(append_only=True)
-        private, admin = Policy(private=True), Policy(private=True, administrators=['root'])
-        for policy, prometheus, login, allowed in (
-                (free, 'login', True, 'metrics'), (bound, 'login', True, 'metrics'),
-                (private, 'login', True, 'metrics'), (admin, 'login', True, 'root metrics'),
-                (Policy(administrators=['root']), 'login', True, 'root metrics'),
-                (admin, 'open', True, 'root metrics alice wrong'),
-                (free, 'login', False, 'root metrics alice wrong'), (free, '', False, '')):
-            self.watch(policy, Accounts(file) if login else None, prometheus)
-            for user in ('root', 'metrics', 'alice', 'wrong'):
-                status = self.ask(get('/metrics', basic(user, user)))[0]
-                expected = (200 if user in allowed.split() else 404 if not prometheus
-                            else 401 if user == 'wrong' else 403)
-                self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
-
-    def test_their_user_may_see_nothing_else(self):
-        content = b'x'
-        path = f'/data/{named(content)}'
-        for administrators, status in (((), 403), (('metrics',), 404)):
-            policy = Policy(administrators=administrators, metrics=True)
-            self.watch(policy, Accounts(user='metrics', password='m'))
-            login = basic('metrics', 'm')
-            self.assertEqual(self.ask(get('/metrics', login))[0], 200)
-            for request in (get('/config', login), get(path, login, method='DELETE'),
-                            get(path, login, method='HEAD'), get('/', login)):
-                got = self.ask(request, head_only=True)[0]
-                self.assertEqual(got == 403, status == 403, request)
-            self.assertEqual(self.ask(post(path, content, login))[0], 403 if status == 403 else 200)
-            page = self.ask(get('/', login, 'Accept: text/html'))[0]
-            self.assertEqual(page, 403 if status == 403 else 200)
-
-    def test_a_certificate_without_a_name_does_not_see_them(self):
-        self.watch(Policy(), Accounts(certificates=True))
-        with mock.patch.object(restic_serve, 'find_peer') as find_peer:
-            for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
-                find_peer.return_value = Peer('1.2.3.4', name)
-                find_peer.return_value.certified = True
-                self.assertEqual(self.ask(get('/metrics'))[0], status, name)
-
-    def test_they_lie_below_the_base_url(self):
-        self.watch(baseurl='/backup')
-        self.assertEqual(self.ask(get('/backup/metrics'))[0], 200)
-        self.assertEqual(self.ask(get('/metrics'))[0], 404)
-
-    def test_the_line_in_the_log(self):
-        self.assertFalse(self.metrics.has_news())
-        content = b'x' * 5000
-        path = f'/data/{named(content)}'
-        self.ask(post(path, content))
-        self.ask(get(path))
-        self.ask(get('/config'))
-        self.ask(get('/../config'))
-        self.wait_until(lambda: self.metrics._activity()[0] == 4, 'the four requests')
-        line = (r'in \d+ s: sent 4\.9 KiB in 1 objects \([\d.]+ [KM]?i?B/s\), received 4\.9 KiB in 1 objects '
-                r'\([\d.]+ [KM]?i?B/s\), 4 requests \([\d.]+/s\), 1 errors; \d connections')
-        self.assertRegex(self.metrics.line(final=False), f'^{line}$')
-        self.assertTrue(self.metrics.has_news())
-        self.assertRegex(self.metrics.line(), f'^{line}$')
-        self.assertFalse(self.metrics.has_news())
-        self.assertIn('0 requests', self.metrics.line())
-
-
-    def test_a_rate_is_that_of_the_time_in_which_something_was_done(self):
-        self.metrics.begin_period()
-        with mock.patch.object(time, 'monotonic', return_value=time.monotonic() + 3600):
-            self.metrics.begin_period()
-            self.assertIn('in 0 s: ', self.metrics.line())
-
-
-class QuotaTest(WatchedTestCase):
-    """Quotas over the wires."""
-
-    def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
-        self.watch(max_bytes=1000)
-        self.usage.census.wait(PATIENCE)
-        wire = self.connect()
-        self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=1001))[0], 507)
-        self.assertTrue(wire.is_closed())
-        second = self.http2()
-        second.send(headers(1, fields('POST', '/config', ('content-length', '1001')), END_HEADERS))
-        self.assertEqual(second.answer(1)[0], 507)
-        content = b'x' * 1000
-        self.assertEqual(self.ask(post(f'/data/{named(content)}', content))[0], 200)
-        self.assertEqual(self.ask(post(f'/data/{named(content)}', content))[0], 200)
-        self.assertEqual(self.ask(post('/config', b'x'))[0], 507)
-        self.ask(get(f'/data/{named(content)}', method='DELETE'))
-        self.assertEqual(self.ask(post('/config', b'x'))[0], 200)
-
-
-class PageTest(WatchedTestCase):
-    HTML = 'Accept: text/html,application/xhtml+xml'
-
-    def look(self, path='/', *fields):
-        status, head, content = self.ask(get(path, self.HTML, *fields))
-        self.assertEqual(status, 200)
-        return head, content.decode()
-
-    def names(self, *args):
-        """The repositories on the page, in their order."""
-        import html
-        return [html.unescape(name) for name in
-                re.findall(r'<td class="name"[^>]*>([^<]*)</td>', self.look(*args)[1])]
-
-    def test_what_it_shows(self):
-        self.fill('/late', 'data', 'snapshots', age=2 * 86400 + 100)
-        self.fill('/fresh', 'data', 'snapshots', 'snapshots', 'locks', age=600)
-        self.fill('/none', 'data')
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
-        self.watch(max_bytes=1000, per_user=800)
-        self.usage.census.wait(PATIENCE)
-        text = self.look()[1]
-        self.assertEqual(self.names(), ['/late', '/none', '/fresh'])
-        rows = dict(zip(self.names(), re.findall(r'<tr.*?</tr>', text.partition('<tbody>')[2], re.DOTALL)))
-        self.assertIn('⚠ 2 days ago, overdue', rows['/late'])
-        self.assertIn('⚠ none, overdue', rows['/none'])
-        self.assertIn('10 minutes ago', rows['/fresh'])
-        self.assertNotIn('overdue', rows['/fresh'])
-        self.assertIn('data-of="Snapshots">2<', rows['/fresh'])
-        self.assertIn('data-of="Size">400 B<', rows['/fresh'])
-        self.assertIn('data-of="Locks">1<small>oldest 10 minutes', rows['/fresh'])
-        self.assertIn('data-of="Last scrub">sound<', rows['/fresh'])
-        self.assertIn('days with a snapshot: 1<', rows['/fresh'])
-        self.assertIn('3 repositories, 700 B, ', text)
-        self.assertIn('2 overdue', text)
-        self.assertIn('700 B of 1000 B', text.replace('1.0 KiB', '1000 B'))
-        self.assertIn('<span>/fresh/</span>', text)
-
-    def test_it_is_one_page_without_scripts_that_refers_to_nothing_and_may_do_nothing(self):
-        self.fill('/<script>alert(1)</script>"\'', 'data', 'snapshots')
-        head, text = self.look()
-        style = re.search('<style>(.*)</style>', text, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        self.assertEqual(head['content-security-policy'], f"default-src 'none'; style-src 'sha256-{digest}'; "
-                         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-        self.assertEqual((head['x-content-type-options'], head['referrer-policy'], head['cache-control']),
-                         ('nosniff', 'no-referrer', 'no-store'))
-        self.assertEqual(head['content-type'], 'text/html; charset=utf-8')
-        self.assertNotRegex(text, r'<script|<link|<img|<a |<form|\bhref|\bsrc=|\burl\(|@import|style=|'
-                            r'\bon\w+=|://')
-        self.assertEqual(self.names(), ['/<script>alert(1)</script>"\''])
-        size = len(self.ask(get('/', self.HTML))[2])
-        self.assertEqual(self.ask(get('/', self.HTML, method='HEAD'), head_only=True)[1]['content-length'],
-                         str(size))
-
-    def test_it_is_for_browsers_alone(self):
-        for fields in ((), ('Accept: */*',), (f'Accept: {V2}',)):
-            self.assertEqual(self.ask(get('/', *fields))[0], 404)
-        self.assertEqual(self.ask(get('/config', self.HTML))[0], 404)
-        self.assertEqual(self.ask(get('/data/', self.HTML))[1]['content-type'],
-                         'application/vnd.x.restic.rest.v1')
-        self.server.api._page = None
-        self.assertEqual(self.ask(get('/', self.HTML))[0], 404)
-
-    def test_users_see_what_they_may_enter(self):
-        for name in ('/alice/x', '/alice/y', '/alicia', '/bob', ''):
-            self.fill(name, 'snapshots')
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
-        self.watch(Policy(private=True, administrators=['root']), Accounts(PasswordFile(str(accounts))),
-                   per_user=1000, max_bytes=5000)
-        alice, root = basic('alice', 'alice'), basic('root', 'root')
-        self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
-        self.assertEqual(self.names('/', alice), ['/alice/x', '/alice/y'])
-        self.assertIn('/alice/</span>', self.look('/', alice)[1])
-        self.assertNotRegex(self.look('/', alice)[1], '/bob|>All<')
-        self.assertIn('>All<', self.look('/', root)[1])
-        self.assertEqual(self.names('/alice/y', alice), ['/alice/y'])
-        self.assertEqual(self.ask(get('/bob/', self.HTML, alice))[0], 403)
-        self.assertEqual(self.names('/', root), ['/', '/alice/x', '/alice/y', '/alicia', '/bob'])
-        self.assertEqual(self.names('/alice/', root), ['/alice/x', '/alice/y'])
-        self.assertEqual(self.names('/', basic('carol', 'carol')), [])
-
-    def test_the_quota_of_a_user_is_shown_on_every_page_of_theirs(self):
-        self.fill('/alice/x', 'snapshots')
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('alice', 'bob')))
-        self.watch(Policy(private=True), Accounts(PasswordFile(str(accounts))), per_user=1000)
-        for path, user in (('/', 'alice'), ('/alice/x/', 'alice'), ('/', 'bob')):
-            self.assertIn(f'/{user}/</span>', self.look(path, basic(user, user))[1])
-
-    def test_a_count_that_is_old_is_waited_for_or_its_age_is_said(self):
-        self.usage = None
-        self.fill('/host', 'snapshots')
-        self.watch()
-        self.look()
-        self.wait_until(lambda: self.names() == ['/host'], 'the count')
-        self.usage.census._interval = 0.001
-        self.fill('/other', 'snapshots')
-        self.assertEqual(self.names(), ['/host', '/other'])
-        with mock.patch.object(restic_serve.Census, 'count', lambda usage: None), \
-                mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.01):
-            self.assertRegex(self.look()[1], '; counted .+ ago')
-
-    def test_before_the_first_count_it_looks_again(self):
-        go_on = threading.Event()
-        self.addCleanup(go_on.set)
-        with mock.patch.object(restic_serve.Census, 'count', lambda usage: go_on.wait(PATIENCE)), \
-                mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.05):
-            text = self.look()[1]
-            self.assertIn('<meta http-equiv="refresh" content="5">', text)
-            self.assertIn('being counted', text)
-            go_on.set()
-
-    def test_with_nothing_to_show(self):
-        text = self.look()[1]
-        self.assertIn('0 repositories', text)
-        self.assertNotIn('<table', text)
-        self.assertNotIn('http-equiv', text)
-
-    @long
-    def test_a_real_browser_takes_its_style(self):
-        self.fill('/laptop', 'data', 'snapshots')
-        picture = self.folder / 'page.png'
-        done = subprocess.run(
-            [program('chromium'), '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
-             f'--user-data-dir={self.folder}/chromium', f'--screenshot={picture}',
-             f'http://127.0.0.1:{self.port}/'], capture_output=True, text=True, timeout=4 * PATIENCE)
-        self.assertTrue(picture.stat().st_size, done.stderr)
-        self.assertNotIn('Content Security Policy', done.stderr)
-
-
-# ---- Loop ----
+# ---- Loop ------------------------------------------------------------------------------------------
 
 class LoopTest(unittest.TestCase):
     """What the main thread waits for."""
@@ -5584,170 +6308,7 @@ class LoopTest(unittest.TestCase):
         self.assertEqual(waits, expected)
 
 
-class StatsLogTest(unittest.TestCase):
-    """When a line about what was done may come."""
-
-    def setUp(self):
-        self.clock = Clock()
-        self.metrics = mock.Mock(**{'has_news.return_value': False})
-        self.stats = restic_serve.StatsLog(self.metrics, 60)
-
-    def tick(self, active=False, after=0.0):
-        self.clock.now += after
-        with mock.patch.object(time, 'monotonic', lambda: self.clock.now):
-            return self.stats.tick(active)
-
-    def test_an_idle_server_sleeps(self):
-        self.assertEqual(self.tick(), math.inf)
-
-    def test_the_time_of_a_line_begins_with_what_is_done(self):
-        self.tick()
-        self.assertEqual(self.tick(active=True, after=1000), 60)
-        self.metrics.begin_period.assert_called_once()
-        self.metrics.has_news.return_value = True
-        self.assertEqual(self.tick(after=20), 40)
-        self.metrics.line.assert_not_called()
-        self.assertEqual(self.tick(after=40), 60)
-        self.metrics.line.assert_called_once()
-
-    def test_nothing_is_said_where_nothing_was_done(self):
-        self.tick(active=True)
-        self.assertEqual(self.tick(active=True, after=60), 60)
-        self.metrics.line.assert_not_called()
-
-    def test_workers_leave_it_to_their_parent(self):
-        self.stats.stop()
-        self.assertEqual(self.tick(active=True), math.inf)
-
-
-# ---- Server ----
-
-class ServerTest(WireTestCase):
-    def finish(self):
-        """Tell the server to stop; an event that is set when it has."""
-        done = threading.Event()
-        close = self.server.loop.close
-
-        def noted():
-            close()
-            done.set()
-
-        self.server.loop.close = noted
-        self.server.stop()
-        return done
-
-    def test_a_stop_drops_idle_connections(self):
-        fresh, used = self.connect(), self.connect()
-        used.ask(get('/config'))
-        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
-        done = self.finish()
-        self.assertTrue(fresh.is_closed())
-        self.assertTrue(used.is_closed())
-        self.assertTrue(done.wait(PATIENCE))
-
-    def test_a_stop_lets_a_running_request_finish(self):
-        content = b'0123456789'
-        wire = self.connect()
-        wire.send(post(f'/data/{named(content)}', content[:5], length=10))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
-        done = self.finish()
-        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
-        with self.assertRaises(OSError):
-            socket.create_connection(('127.0.0.1', self.port), 1).recv(1)
-        self.assertFalse(done.is_set())
-        status, headers, _ = wire.ask(content[5:])
-        self.assertEqual((status, headers['connection']), (200, 'close'))
-        wire.__exit__()
-        self.assertTrue(done.wait(PATIENCE))
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
-
-    def test_a_stop_does_not_wait_for_ever(self):
-        wire = self.connect()
-        wire.send(post('/config', b'', length=10))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
-        with mock.patch.object(restic_serve, 'STOP_SECONDS', 0.1):
-            self.assertTrue(self.finish().wait(PATIENCE))
-        self.assertTrue(wire.is_closed())
-        self.assertIn('cut off 127.0.0.1', self.log[-1])
-
-    def test_a_stop_does_not_wait_for_what_was_answered_or_only_begun(self):
-        answered, begun = self.connect(), self.connect()
-        self.assertEqual(answered.ask(get('/config', 'Connection: close'))[0], 404)
-        begun.send('GET /c')
-        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
-        self.assertTrue(self.finish().wait(PATIENCE))
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
-
-    def test_a_second_stop_ends_the_wait(self):
-        wire = self.connect()
-        wire.send(post('/config', b'', length=10))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
-        done = self.finish()
-        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
-        self.server.stop()
-        self.assertTrue(done.wait(PATIENCE))
-
-    def test_where_descriptors_are_used_up_the_server_goes_on_later(self):
-        listener = self.server.listeners[0]
-        real, failed = listener.socket, threading.Event()
-
-        class Exhausted:
-            def accept(self):
-                if failed.is_set():
-                    return real.accept()
-                failed.set()
-                raise OSError(errno.EMFILE, 'Too many open files')
-
-            def __getattr__(self, name):
-                return getattr(real, name)
-
-        listener.socket = Exhausted()
-        self.assertEqual(self.ask(get('/config'))[0], 404)
-        self.assertTrue(failed.is_set())
-        self.assertIn('Too many open files', self.log[-1])
-        listener.socket = real
-
-    def test_no_name_is_looked_up(self):
-        with mock.patch.object(socket, 'getfqdn', side_effect=AssertionError), \
-                mock.patch.object(socket, 'gethostbyaddr', side_effect=AssertionError):
-            server = Server(self.server.api, self.server.limits, [LOCAL])
-        server.stop()
-        server.serve()
-
-    def test_without_a_host_both_families_are_served(self):
-        server = Server(self.server.api, self.server.limits, [restic_serve.parse_address(':0')])
-        listener = server.listeners[0]
-        port = listener.server_address[1]
-        socket.create_connection(('127.0.0.1', port), PATIENCE).close()
-        if listener.address_family == socket.AF_INET6:
-            socket.create_connection(('::1', port), PATIENCE).close()
-        server.stop()
-        server.serve()
-
-    def test_names_of_peers(self):
-        find = restic_serve.find_peer
-        self.assertEqual(str(find(None, ('::ffff:1.2.3.4', 1, 0, 0))), '1.2.3.4')
-        self.assertEqual(str(find(None, ('::1', 1, 0, 0))), '::1')
-        self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
-        self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
-
-
-# ---- Listeners ----
-
-class ListenerTestCase(WireTestCase):
-    """A test with servers beside the one of each test."""
-
-    def start(self, *addresses, **more):
-        """Another server of the same directory, in a thread."""
-        return self.serve(self.server.api, self.server.limits,
-                          map(restic_serve.parse_address, addresses), **more)
-
-    def ask_unix(self, path, request=None):
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-            sock.connect(str(path))
-            sock.sendall(request or get('/config'))
-            return int(sock.recv(65536).split()[1])
-
+# ---- Listeners -------------------------------------------------------------------------------------
 
 class UnixSocketTest(ListenerTestCase):
     def setUp(self):
@@ -5819,263 +6380,6 @@ class UnixSocketTest(ListenerTestCase):
         self.assertEqual(self.ask_unix(self.path), 404)
         second.stop()
         self.wait_until(lambda: not self.path.exists(), 'the end of the socket')
-
-
-class ConnectionLimitTest(ListenerTestCase):
-    def test_one_more_is_answered_503_and_closed(self):
-        port = self.start('127.0.0.1:0', max_connections=3).listeners[0].server_address[1]
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
-            for wire in wires:
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-            more = stack.enter_context(Wire(port))
-            status, headers, _ = more.ask(get('/config'))
-            self.assertEqual((status, headers['connection']), (503, 'close'))
-            self.assertTrue(more.is_closed())
-            self.wait_until(lambda: self.log[-1] == 'too many connections: 1 ended or refused, from '
-                            '127.0.0.1 (1)', 'the log line')
-            self.assertEqual(wires[0].ask(get('/config'))[0], 404)
-            wires[0].__exit__()
-            self.wait_for_room(port)
-
-    def test_a_flood_is_dropped(self):
-        with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
-            server = self.start('127.0.0.1:0', max_connections=1)
-            port = server.listeners[0].server_address[1]
-            with contextlib.ExitStack() as stack:
-                first = stack.enter_context(Wire(port))
-                self.assertEqual(first.ask(get('/config'))[0], 404)
-                wires = [stack.enter_context(Wire(port)) for _ in range(30)]
-                self.assertTrue(all(wire.is_closed() or True for wire in wires))
-                self.assertLessEqual(server.connections.active, 3)
-                self.assertEqual(first.ask(get('/config'))[0], 404)
-        self.wait_until(lambda: server.connections.active == 0, 'the end of all')
-
-    def test_a_thread_that_does_not_start_is_no_connection(self):
-        server = self.start('127.0.0.1:0')
-        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
-                Wire(server.listeners[0].server_address[1]) as wire:
-            self.assertTrue(wire.is_closed())
-        self.assertEqual(server.connections.active, 0)
-        self.assertIn('no thread', self.log[-1])
-
-    def test_slow_clients_do_not_slow_the_others(self):
-        """A thousand that drip; the figure is a bound, far above what is usual."""
-        server = self.start('127.0.0.1:0', max_connections=1100)
-        port = server.listeners[0].server_address[1]
-        with contextlib.ExitStack() as stack:
-            slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
-            for wire in slow:
-                wire.send(b'G')
-            self.wait_until(lambda: server.connections.active == 1000, 'a thousand')
-            wire = stack.enter_context(Wire(port))
-            times = []
-            for number in range(200):
-                slow[number].send(b'E')
-                begin = time.perf_counter()
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-                times.append(time.perf_counter() - begin)
-            self.assertLess(sorted(times)[len(times) // 2], 0.1)
-            path = Path('/proc/self/status')
-            if path.exists():
-                resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
-                self.assertLess(resident, 200 * 1024)  # of the tests, the clients and the server
-
-
-class LoginTest(ListenerTestCase):
-    """Users over real connections."""
-
-    def test_what_lets_in_more_than_it_seems_is_said_at_the_start(self):
-        path = str(self.folder / 'socket')
-        password, header = ['--user', 'a', '--pass', 'b'], ['--user-from-header', 'X-User']
-        sockets = 'no password is asked for over the unix socket'
-        programs = 'every program on this host can name itself any user by the header X-User'
-        for addresses, words, expected in (
-                ([path], password, [sockets]), ([path], [*password, '--socket-auth'], []), ([path], [], []),
-                (['127.0.0.1:0'], header, [programs]), (['localhost:0'], header, [programs]),
-                ([path], header, []), (['127.0.0.1:0'], password, []), (['127.0.0.1:0'], [], []),
-                ([':0'], [], ['there is no authentication']), ([':0'], password, []),
-                # Certificates say nothing of who comes without TLS.
-                (['http://:0'], ['--client-ca', 'x', '--cert', 'x', '--key', 'x'],
-                 ['there is no authentication'])):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            server = self.start(*addresses)
-            parser = restic_serve.Parser({})
-            self.log.clear()
-            restic_serve.announce(server, 'dir', parser.parse([*words, 'dir']))
-            said = [line for line in self.log if not line.startswith(('serving', 'try it'))]
-            self.assertEqual(len(said), len(expected), (words, said))
-            for line, text in zip(said, expected):
-                self.assertIn(text, line)
-
-    def test_a_password_over_http(self):
-        self.server.api.accounts = Accounts(user='alice', password='secret', realm='here')
-        wire = self.connect()
-        status, headers, _ = wire.ask(get('/config'))
-        self.assertEqual((status, headers['www-authenticate']),
-                         (401, 'Basic realm="here", charset="UTF-8"'))
-        self.assertEqual(wire.ask(get('/config', basic('alice', 'wrong')))[0], 401)
-        self.assertEqual(wire.ask(get('/config', basic('alice', 'secret')))[0], 404)
-        self.assertEqual(wire.ask(get('/../config'))[0], 401)
-
-    def test_no_content_is_asked_of_who_may_not_enter(self):
-        self.server.api.accounts = Accounts(user='alice', password='secret')
-        wire = self.connect()
-        self.assertEqual(wire.ask(post('/config', b'', 'Expect: 100-continue', length=9))[0], 401)
-        self.assertTrue(wire.is_closed())
-
-    def test_over_a_unix_socket_the_user_is_the_login_name(self):
-        import getpass
-        import pwd
-        name = pwd.getpwuid(os.getuid()).pw_name
-        self.assertTrue(name, getpass.getuser())
-        self.policy.private = True
-        self.start(str(self.folder / 'socket'))
-        create = f'POST /{name}/?create=true HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n'.encode()
-        self.assertEqual(self.ask_unix(self.folder / 'socket', create), 200)
-        self.assertEqual(self.ask_unix(self.folder / 'socket', get('/other/config')), 403)
-        self.assertEqual(self.ask(get(f'/{name}/config'))[0], 403)  # over TCP nobody is anybody
-
-
-class ServiceManagerTest(TestCase):
-    """What systemd expects, from sockets and variables alone."""
-
-    def setUp(self):
-        super().setUp()
-        self.heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.addCleanup(self.heard.close)
-        self.heard.settimeout(PATIENCE)
-        self.heard.bind(str(self.folder / 'notify'))
-
-    def hear(self, start):
-        """The next word that begins so."""
-        while True:
-            word = self.heard.recv(4096).decode()
-            if word.startswith(start):
-                return word
-
-    def test_it_hears_of_start_reload_and_end(self):
-        with Program('--addr', '127.0.0.1:0', self.root,
-                     NOTIFY_SOCKET=str(self.folder / 'notify')) as server:
-            self.assertEqual(self.hear(''), 'READY=1')
-            server.process.send_signal(signal.SIGHUP)
-            self.assertRegex(self.hear('RELOADING'), r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
-            self.assertEqual(self.hear(''), 'READY=1')
-            self.assertEqual(server.stop(), 0)
-            self.assertEqual(self.hear(''), 'STOPPING=1')
-            self.heard.setblocking(False)
-            self.assertRaises(BlockingIOError, self.heard.recv, 1)
-
-    def test_the_watchdog_is_fed_without_any_request(self):
-        with Program('--addr', '127.0.0.1:0', self.root, WATCHDOG_USEC='200000',
-                     NOTIFY_SOCKET=str(self.folder / 'notify')):
-            begin = time.monotonic()
-            for _ in range(5):
-                self.hear('WATCHDOG=1')
-            self.assertLess(time.monotonic() - begin, PATIENCE)
-
-    def test_a_watchdog_of_another_process_is_not_fed(self):
-        notifier = restic_serve.SystemdNotifier(
-            {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '1', 'WATCHDOG_PID': '1'})
-        self.assertEqual(notifier.ping(), math.inf)
-
-    def test_the_watchdog_hears_twice_in_its_time(self):
-        notifier = restic_serve.SystemdNotifier(
-            {'NOTIFY_SOCKET': str(self.folder / 'notify'), 'WATCHDOG_USEC': '3000000'})
-        clock = Clock()
-        with mock.patch.object(time, 'monotonic', lambda: clock.now):
-            self.assertEqual(notifier.ping(), 1.5)
-            self.assertEqual(self.hear(''), 'WATCHDOG=1')
-            clock.now += 1
-            self.assertEqual(notifier.ping(), 0.5)
-            clock.now += 0.5
-            self.assertEqual(notifier.ping(), 1.5)
-            self.assertEqual(self.hear(''), 'WATCHDOG=1')
-
-    def test_variables_are_removed_after_use(self):
-        environment = {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '5', 'WATCHDOG_PID': str(os.getpid()),
-                       'LISTEN_PID': '1', 'LISTEN_FDS': '3', 'LISTEN_FDNAMES': 'a:b'}
-        restic_serve.SystemdNotifier(environment)
-        self.assertEqual(restic_serve.inherited_sockets(environment), [])
-        self.assertEqual(environment, {})
-
-    def test_sockets_of_systemd_are_served_and_not_the_addresses(self):
-        activate = program('systemd-socket-activate')
-        unix = self.folder / 'socket'
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [activate, '-l', f'127.0.0.1:{port}', '-l', str(unix), '--fdname=web:local',
-             sys.executable, MODULE, '--addr', '/nonexistent/socket', str(self.root)],
-            stderr=subprocess.PIPE, text=True, env=clean_environment())
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        for line in process.stderr:
-            if 'Listening on' in line and str(unix) in line:
-                break
-        with Wire(port) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-            sock.connect(str(unix))
-            sock.sendall(get('/config'))
-            self.assertEqual(sock.recv(65536).split()[1], b'404')
-        process.terminate()
-        text = process.stderr.read()
-        self.assertEqual(process.wait(PATIENCE), 0, text)
-        self.assertIn('(socket web)', text)
-        self.assertIn(f'http+unix://{unix}:/ (socket local)', text)
-
-    def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
-        code = ('import os, socket, sys\n'
-                'a, b = socket.socketpair()\n'
-                'os.dup2(a.fileno(), 3)\n'
-                'os.set_inheritable(3, True)\n'
-                'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")\n'
-                'os.execv(sys.executable, [sys.executable] + sys.argv[1:])\n')
-        done = subprocess.run([sys.executable, '-c', code, MODULE, str(self.root)], text=True,
-                              capture_output=True, env=clean_environment(), timeout=PATIENCE)
-        self.assertEqual(done.returncode, 1, done.stderr)
-        self.assertRegex(done.stderr.splitlines()[-1], '^restic_serve: .*does not listen')
-
-
-class Authority:
-    """Certificates for tests, made by openssl."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.openssl = program('openssl')
-        self.number = 0
-        self.run('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
-                 '-days', '2', '-subj', '/CN=test authority',
-                 '-addext', 'keyUsage=critical,keyCertSign,cRLSign', '-keyout', folder / 'ca.key', '-out',
-                 folder / 'ca.pem')
-        self.path = folder / 'ca.pem'
-
-    def run(self, *words):
-        return subprocess.run([self.openssl, *map(str, words)], check=True, capture_output=True,
-                              text=True, cwd=self.folder, stdin=subprocess.DEVNULL).stdout
-
-    def issue(self, name, subject='localhost'):
-        """Write NAME.pem, NAME.key and, for clients, NAME.both; the serial number."""
-        self.number += 1
-        request, extensions = self.folder / f'{name}.csr', self.folder / 'extensions'
-        extensions.write_text('subjectAltName=DNS:localhost,IP:127.0.0.1\n'
-                              'subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n')
-        key = self.folder / f'{name}.key.new'
-        self.run('req', '-new', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
-                 '-subj', f'/CN={subject}', '-keyout', key, '-out', request)
-        cert = self.folder / f'{name}.pem.new'
-        self.run('x509', '-req', '-in', request, '-CA', self.path, '-CAkey', self.folder / 'ca.key',
-                 '-set_serial', self.number, '-days', '2', '-extfile', extensions, '-out', cert)
-        (self.folder / f'{name}.both').write_text(cert.read_text() + key.read_text())
-        key.replace(self.folder / f'{name}.key')
-        cert.replace(self.folder / f'{name}.pem')
-        return self.number
-
-    def words(self, name):
-        return '--cert', self.folder / f'{name}.pem', '--key', self.folder / f'{name}.key'
 
 
 class TlsTest(ListenerTestCase):
@@ -6332,235 +6636,405 @@ class TlsTest(ListenerTestCase):
             self.wait_until(lambda: any('read the certificate' in line for line in server.lines), 'it')
 
 
-class RecordsTest(TestCase):
-    """TLS between a socket and a client that is not there: its records are made in memory."""
+# ---- Server ----------------------------------------------------------------------------------------
+
+class StatsLogTest(unittest.TestCase):
+    """When a line about what was done may come."""
+
+    def setUp(self):
+        self.clock = Clock()
+        self.metrics = mock.Mock(**{'has_news.return_value': False})
+        self.stats = restic_serve.StatsLog(self.metrics, 60)
+
+    def tick(self, active=False, after=0.0):
+        self.clock.now += after
+        with mock.patch.object(time, 'monotonic', lambda: self.clock.now):
+            return self.stats.tick(active)
+
+    def test_an_idle_server_sleeps(self):
+        self.assertEqual(self.tick(), math.inf)
+
+    def test_the_time_of_a_line_begins_with_what_is_done(self):
+        self.tick()
+        self.assertEqual(self.tick(active=True, after=1000), 60)
+        self.metrics.begin_period.assert_called_once()
+        self.metrics.has_news.return_value = True
+        self.assertEqual(self.tick(after=20), 40)
+        self.metrics.line.assert_not_called()
+        self.assertEqual(self.tick(after=40), 60)
+        self.metrics.line.assert_called_once()
+
+    def test_nothing_is_said_where_nothing_was_done(self):
+        self.tick(active=True)
+        self.assertEqual(self.tick(active=True, after=60), 60)
+        self.metrics.line.assert_not_called()
+
+    def test_workers_leave_it_to_their_parent(self):
+        self.stats.stop()
+        self.assertEqual(self.tick(active=True), math.inf)
+
+
+class SharesTest(Http2TestCase):
+    """One address has a part of the places, and no more."""
+
+    def start(self, **more):
+        server = self.serve(self.server.api, Limits(), **more)
+        server.connections.admission.exempt = server.connections.threads._exempt = lambda name: False
+        return server, server.listeners[0].server_address[1]
+
+    def test_an_address_has_its_share_of_the_connections(self):
+        server, port = self.start(max_connections=100, per_address=3)
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
+            for wire in wires:
+                self.assertEqual(wire.ask(get('/config'))[0], 404)
+            more = stack.enter_context(Wire(port))
+            status, _, content = more.ask(get('/config'))
+            self.assertEqual((status, content), (503, b'too many connections from your address\n'))
+            self.assertEqual(server.connections.admission.admit('10.0.0.1').refusal, '')
+            server.connections.admission.exempt = lambda name: True
+            self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
+            server.connections.admission.exempt = lambda name: False
+            wires[0].__exit__()
+            self.wait_for_room(port)
+
+    def test_shares_hold_over_all_processes(self):
+        counters = Counters(3)
+        admission = restic_serve.Admission(counters, 100, 4, lambda name: False)
+        tickets = []
+        for slot in (1, 2, 1, 2):
+            counters._own = slot
+            tickets.append(admission.admit('2001:db8::1'))
+        self.assertEqual([ticket.refusal for ticket in tickets], [''] * 4)
+        self.assertTrue(admission.admit('2001:db8::2').refusal)     # of the same /64 network
+        self.assertFalse(admission.admit('2001:db8:0:1::1').refusal)
+        counters.clear(1)   # a worker has died, and with it its connections
+        counters._own = 2
+        self.assertFalse(admission.admit('2001:db8::2').refusal)
+
+    def test_those_that_are_turned_away_keep_no_places(self):
+        with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
+            counters = Counters()
+            admission = restic_serve.Admission(counters, 100, 2, lambda name: False)
+            got = [admission.admit('10.0.0.1') for _ in range(10)]
+            self.assertEqual([ticket and bool(ticket.refusal) for ticket in got],
+                             [False, False, True, True] + [None] * 6)
+            self.assertFalse(admission.admit('10.0.0.2').refusal)
+            for ticket in got[:4]:
+                admission.leave(ticket)
+            self.assertFalse(admission.admit('10.0.0.1').refusal)
+
+    def test_a_client_of_http_2_has_as_many_requests_however_many_processes_serve(self):
+        server, _ = self.start(max_connections=16)
+        for processes in (1, 4):
+            threads = server.connections.make_threads(processes)
+            self.assertEqual((threads._limit, threads._limit_each), (16, 8))
+
+    def test_an_address_has_its_share_of_the_threads_of_http_2(self):
+        server, port = self.start(max_connections=8, per_address=2)
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        with mock.patch.object(server.api, 'handle', side_effect=lambda request: go_on.wait(PATIENCE) and
+                               restic_serve.text_response(200, 'x')), Http2Wire(port) as wire:
+            wire.send(headers(1), headers(3))
+            self.wait_until(lambda: server.connections.threads.taken == 2, 'two threads')
+            wire.send(headers(5), headers(7, fields('POST', '/'), 4))
+            status, fields_of, _ = wire.answer(5)
+            self.assertEqual((status, fields_of['retry-after']), (503, '10'))
+            self.assertEqual(wire.answer(7)[0], 503)
+            go_on.set()
+            self.assertEqual({wire.until(DATA)[2] for _ in range(2)}, {1, 3})
+            self.wait_until(lambda: not server.connections.threads.taken, 'the threads')
+            wire.send(headers(9))
+            self.assertEqual(wire.answer(9)[0], 200)
+            self.wait_until(lambda: server.connections.threads.by_group == {}, 'the last place')
+
+    def test_the_share_is_a_quarter_but_enough_for_restic(self):
+        for connections, share in ((1024, 256), (100, 25), (16, 8), (5, 5), (1, 1)):
+            self.assertEqual(restic_serve.default_share(connections), share)
+
+    def test_who_is_not_bound(self):
+        accounts = Accounts(user_header='X', proxies=[restic_serve.parse_network('10.0.0.0/8')])
+        shares = restic_serve.Shares(10, 0, accounts.is_proxy)
+        for peer, bound in ((Peer('127.0.0.1'), False), (Peer('::1'), False), (Peer('10.1.2.3'), False),
+                            (Peer('unix', unix=True), False), (Peer('11.1.2.3'), True)):
+            self.assertEqual(shares.is_greedy(peer), bound, peer.name)
+
+
+class ConnectionLimitTest(ListenerTestCase):
+    def test_one_more_is_answered_503_and_closed(self):
+        port = self.start('127.0.0.1:0', max_connections=3).listeners[0].server_address[1]
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
+            for wire in wires:
+                self.assertEqual(wire.ask(get('/config'))[0], 404)
+            more = stack.enter_context(Wire(port))
+            status, headers, _ = more.ask(get('/config'))
+            self.assertEqual((status, headers['connection']), (503, 'close'))
+            self.assertTrue(more.is_closed())
+            self.wait_until(lambda: self.log[-1] == 'too many connections: 1 ended or refused, from '
+                            '127.0.0.1 (1)', 'the log line')
+            self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+            wires[0].__exit__()
+            self.wait_for_room(port)
+
+    def test_a_flood_is_dropped(self):
+        with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
+            server = self.start('127.0.0.1:0', max_connections=1)
+            port = server.listeners[0].server_address[1]
+            with contextlib.ExitStack() as stack:
+                first = stack.enter_context(Wire(port))
+                self.assertEqual(first.ask(get('/config'))[0], 404)
+                wires = [stack.enter_context(Wire(port)) for _ in range(30)]
+                self.assertTrue(all(wire.is_closed() or True for wire in wires))
+                self.assertLessEqual(server.connections.active, 3)
+                self.assertEqual(first.ask(get('/config'))[0], 404)
+        self.wait_until(lambda: server.connections.active == 0, 'the end of all')
+
+    def test_a_thread_that_does_not_start_is_no_connection(self):
+        server = self.start('127.0.0.1:0')
+        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
+                Wire(server.listeners[0].server_address[1]) as wire:
+            self.assertTrue(wire.is_closed())
+        self.assertEqual(server.connections.active, 0)
+        self.assertIn('no thread', self.log[-1])
+
+    def test_slow_clients_do_not_slow_the_others(self):
+        """A thousand that drip; the figure is a bound, far above what is usual."""
+        server = self.start('127.0.0.1:0', max_connections=1100)
+        port = server.listeners[0].server_address[1]
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
+            for wire in slow:
+                wire.send(b'G')
+            self.wait_until(lambda: server.connections.active == 1000, 'a thousand')
+            wire = stack.enter_context(Wire(port))
+            times = []
+            for number in range(200):
+                slow[number].send(b'E')
+                begin = time.perf_counter()
+                self.assertEqual(wire.ask(get('/config'))[0], 404)
+                times.append(time.perf_counter() - begin)
+            self.assertLess(sorted(times)[len(times) // 2], 0.1)
+            path = Path('/proc/self/status')
+            if path.exists():
+                resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
+                self.assertLess(resident, 200 * 1024)  # of the tests, the clients and the server
+
+
+class ServerTest(WireTestCase):
+    def finish(self):
+        """Tell the server to stop; an event that is set when it has."""
+        done = threading.Event()
+        close = self.server.loop.close
+
+        def noted():
+            close()
+            done.set()
+
+        self.server.loop.close = noted
+        self.server.stop()
+        return done
+
+    def test_a_stop_drops_idle_connections(self):
+        fresh, used = self.connect(), self.connect()
+        used.ask(get('/config'))
+        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
+        done = self.finish()
+        self.assertTrue(fresh.is_closed())
+        self.assertTrue(used.is_closed())
+        self.assertTrue(done.wait(PATIENCE))
+
+    def test_a_stop_lets_a_running_request_finish(self):
+        content = b'0123456789'
+        wire = self.connect()
+        wire.send(post(f'/data/{named(content)}', content[:5], length=10))
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
+        done = self.finish()
+        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
+        with self.assertRaises(OSError):
+            socket.create_connection(('127.0.0.1', self.port), 1).recv(1)
+        self.assertFalse(done.is_set())
+        status, headers, _ = wire.ask(content[5:])
+        self.assertEqual((status, headers['connection']), (200, 'close'))
+        wire.__exit__()
+        self.assertTrue(done.wait(PATIENCE))
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+
+    def test_a_stop_does_not_wait_for_ever(self):
+        wire = self.connect()
+        wire.send(post('/config', b'', length=10))
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
+        with mock.patch.object(restic_serve, 'STOP_SECONDS', 0.1):
+            self.assertTrue(self.finish().wait(PATIENCE))
+        self.assertTrue(wire.is_closed())
+        self.assertIn('cut off 127.0.0.1', self.log[-1])
+
+    def test_a_stop_does_not_wait_for_what_was_answered_or_only_begun(self):
+        answered, begun = self.connect(), self.connect()
+        self.assertEqual(answered.ask(get('/config', 'Connection: close'))[0], 404)
+        begun.send('GET /c')
+        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
+        self.assertTrue(self.finish().wait(PATIENCE))
+        self.assertEqual(self.log, [f'made the directory {self.root}'])
+
+    def test_a_second_stop_ends_the_wait(self):
+        wire = self.connect()
+        wire.send(post('/config', b'', length=10))
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
+        done = self.finish()
+        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
+        self.server.stop()
+        self.assertTrue(done.wait(PATIENCE))
+
+    def test_where_descriptors_are_used_up_the_server_goes_on_later(self):
+        listener = self.server.listeners[0]
+        real, failed = listener.socket, threading.Event()
+
+        class Exhausted:
+            def accept(self):
+                if failed.is_set():
+                    return real.accept()
+                failed.set()
+                raise OSError(errno.EMFILE, 'Too many open files')
+
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+        listener.socket = Exhausted()
+        self.assertEqual(self.ask(get('/config'))[0], 404)
+        self.assertTrue(failed.is_set())
+        self.assertIn('Too many open files', self.log[-1])
+        listener.socket = real
+
+    def test_no_name_is_looked_up(self):
+        with mock.patch.object(socket, 'getfqdn', side_effect=AssertionError), \
+                mock.patch.object(socket, 'gethostbyaddr', side_effect=AssertionError):
+            server = Server(self.server.api, self.server.limits, [LOCAL])
+        server.stop()
+        server.serve()
+
+    def test_without_a_host_both_families_are_served(self):
+        server = Server(self.server.api, self.server.limits, [restic_serve.parse_address(':0')])
+        listener = server.listeners[0]
+        port = listener.server_address[1]
+        socket.create_connection(('127.0.0.1', port), PATIENCE).close()
+        if listener.address_family == socket.AF_INET6:
+            socket.create_connection(('::1', port), PATIENCE).close()
+        server.stop()
+        server.serve()
+
+    def test_names_of_peers(self):
+        find = restic_serve.find_peer
+        self.assertEqual(str(find(None, ('::ffff:1.2.3.4', 1, 0, 0))), '1.2.3.4')
+        self.assertEqual(str(find(None, ('::1', 1, 0, 0))), '::1')
+        self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
+        self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
+
+
+class ServiceManagerTest(TestCase):
+    """What systemd expects, from sockets and variables alone."""
 
     def setUp(self):
         super().setUp()
-        try:
-            import ssl
-        except ImportError:
-            self.skipTest('this Python has no ssl')
-        authority = Authority(self.folder)
-        authority.issue('server')
-        self.wants_input = ssl.SSLWantReadError
-        certificates = restic_serve.Certificates(*(
-            str(self.folder / f'server.{what}') for what in ('pem', 'key')))
-        ours, self.theirs = socket.socketpair()
-        ours.settimeout(PATIENCE)
-        self.addCleanup(ours.close)
-        self.addCleanup(self.theirs.close)
-        self.sock = ours
-        self.tls = certificates.wrap(restic_serve.SocketTransport(ours))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        self.to_us, self.from_us = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.client = context.wrap_bio(self.from_us, self.to_us)
-        shaking = threading.Thread(target=self.tls.shake_hands)
-        shaking.start()
+        self.heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.heard.close)
+        self.heard.settimeout(PATIENCE)
+        self.heard.bind(str(self.folder / 'notify'))
+
+    def hear(self, start):
+        """The next word that begins so."""
         while True:
-            with contextlib.suppress(self.wants_input):
-                self.client.do_handshake()
+            word = self.heard.recv(4096).decode()
+            if word.startswith(start):
+                return word
+
+    def test_it_hears_of_start_reload_and_end(self):
+        with Program('--addr', '127.0.0.1:0', self.root,
+                     NOTIFY_SOCKET=str(self.folder / 'notify')) as server:
+            self.assertEqual(self.hear(''), 'READY=1')
+            server.process.send_signal(signal.SIGHUP)
+            self.assertRegex(self.hear('RELOADING'), r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
+            self.assertEqual(self.hear(''), 'READY=1')
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(self.hear(''), 'STOPPING=1')
+            self.heard.setblocking(False)
+            self.assertRaises(BlockingIOError, self.heard.recv, 1)
+
+    def test_the_watchdog_is_fed_without_any_request(self):
+        with Program('--addr', '127.0.0.1:0', self.root, WATCHDOG_USEC='200000',
+                     NOTIFY_SOCKET=str(self.folder / 'notify')):
+            begin = time.monotonic()
+            for _ in range(5):
+                self.hear('WATCHDOG=1')
+            self.assertLess(time.monotonic() - begin, PATIENCE)
+
+    def test_a_watchdog_of_another_process_is_not_fed(self):
+        notifier = restic_serve.SystemdNotifier(
+            {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '1', 'WATCHDOG_PID': '1'})
+        self.assertEqual(notifier.ping(), math.inf)
+
+    def test_the_watchdog_hears_twice_in_its_time(self):
+        notifier = restic_serve.SystemdNotifier(
+            {'NOTIFY_SOCKET': str(self.folder / 'notify'), 'WATCHDOG_USEC': '3000000'})
+        clock = Clock()
+        with mock.patch.object(time, 'monotonic', lambda: clock.now):
+            self.assertEqual(notifier.ping(), 1.5)
+            self.assertEqual(self.hear(''), 'WATCHDOG=1')
+            clock.now += 1
+            self.assertEqual(notifier.ping(), 0.5)
+            clock.now += 0.5
+            self.assertEqual(notifier.ping(), 1.5)
+            self.assertEqual(self.hear(''), 'WATCHDOG=1')
+
+    def test_variables_are_removed_after_use(self):
+        environment = {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '5', 'WATCHDOG_PID': str(os.getpid()),
+                       'LISTEN_PID': '1', 'LISTEN_FDS': '3', 'LISTEN_FDNAMES': 'a:b'}
+        restic_serve.SystemdNotifier(environment)
+        self.assertEqual(restic_serve.inherited_sockets(environment), [])
+        self.assertEqual(environment, {})
+
+    def test_sockets_of_systemd_are_served_and_not_the_addresses(self):
+        activate = program('systemd-socket-activate')
+        unix = self.folder / 'socket'
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            port = sock.getsockname()[1]
+        process = subprocess.Popen(
+            [activate, '-l', f'127.0.0.1:{port}', '-l', str(unix), '--fdname=web:local',
+             sys.executable, MODULE, '--addr', '/nonexistent/socket', str(self.root)],
+            stderr=subprocess.PIPE, text=True, env=clean_environment())
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        for line in process.stderr:
+            if 'Listening on' in line and str(unix) in line:
                 break
-            self.theirs.sendall(self.to_us.read())
-            self.from_us.write(self.theirs.recv(1 << 16))
-        self.theirs.sendall(self.to_us.read())
-        shaking.join(PATIENCE)
+        with Wire(port) as wire:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.connect(str(unix))
+            sock.sendall(get('/config'))
+            self.assertEqual(sock.recv(65536).split()[1], b'404')
+        process.terminate()
+        text = process.stderr.read()
+        self.assertEqual(process.wait(PATIENCE), 0, text)
+        self.assertIn('(socket web)', text)
+        self.assertIn(f'http+unix://{unix}:/ (socket local)', text)
 
-    def fill(self):
-        """Have no room for what is sent to the client."""
-        self.sock.settimeout(0)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.sock.send(bytes(1 << 16))
-        self.sock.settimeout(None)
-
-    def test_many_records_are_one_read(self):
-        content = os.urandom(40_000)
-        self.client.write(content)
-        self.theirs.sendall(self.to_us.read())
-        view = memoryview(bytearray(50_000))
-        self.assertEqual(self.tls.recv_into(view), 40_000)
-        self.assertEqual(view[:40_000], content)
-
-    def test_a_small_read_leaves_the_rest(self):
-        content = os.urandom(40_000)
-        self.client.write(content)
-        self.theirs.sendall(self.to_us.read())
-        received = b''
-        while len(received) < len(content):
-            received += self.tls.recv(1000)
-        self.assertEqual(received, content)
-
-    def test_close_notify_that_comes_with_content_is_the_end(self):
-        self.client.write(b'content')
-        with contextlib.suppress(OSError):
-            self.client.unwrap()
-        self.theirs.sendall(self.to_us.read())
-        view = memoryview(bytearray(50_000))
-        self.assertEqual(self.tls.recv_into(view), 7)
-        self.assertEqual(self.tls.recv_into(view), 0)
-        self.assertEqual(self.tls.recv(10), b'')
-
-    def test_a_client_that_asks_and_does_not_read_is_given_up(self):
-        with self.tls._sending:  # another thread sends, to a client that does not read
-            self.tls._unsent.write(bytes(restic_serve.RECORDS_BYTES + 1))
-            self.client.write(b'content')
-            self.theirs.sendall(self.to_us.read())
-            with self.assertRaises(ConnectionAbortedError):
-                self.tls.recv(10)
-
-    def test_what_more_will_follow_waits_for_it(self):
-        self.tls.send(b'head', more=True)
-        self.assertTrue(self.tls._unsent.pending)
-        self.tls.send(b'body')
-        received = b''
-        while len(received) < 8:
-            try:
-                received += self.client.read(100)
-            except self.wants_input:
-                self.from_us.write(self.theirs.recv(1 << 16))
-        self.assertEqual(received, b'headbody')
-
-    def test_a_client_that_never_takes_the_end_is_cut_off(self):
-        for wire in (None, mock.Mock()):
-            self.fill()
-            connection = restic_serve.Connection(self.tls, Peer('x'), Limits())
-            connection.wire = wire
-            lingering = threading.Thread(target=connection.linger, daemon=True)
-            lingering.start()
-            self.wait_until(lambda connection=connection: connection.waits == connection.WRITING, 'it')
-            if wire:
-                connection.end_linger()
-            else:
-                connection.expire()
-            lingering.join(PATIENCE)
-            self.assertFalse(lingering.is_alive())
-            self.setUp()
+    def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
+        code = ('import os, socket, sys\n'
+                'a, b = socket.socketpair()\n'
+                'os.dup2(a.fileno(), 3)\n'
+                'os.set_inheritable(3, True)\n'
+                'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")\n'
+                'os.execv(sys.executable, [sys.executable] + sys.argv[1:])\n')
+        done = subprocess.run([sys.executable, '-c', code, MODULE, str(self.root)], text=True,
+                              capture_output=True, env=clean_environment(), timeout=PATIENCE)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertRegex(done.stderr.splitlines()[-1], '^restic_serve: .*does not listen')
 
 
-class TlsOptionsTest(unittest.TestCase):
-    def test_what_makes_no_sense_together_is_refused(self):
-        for words, text in ((['--cert', 'x'], '--key'), (['--key', 'x'], '--cert'),
-                            (['--client-ca', 'x'], '--cert'), (['--addr', 'tls://:1'], '--cert'),
-                            (['--min-tls-version', 'tls1.2'], '--cert')):
-            parser = restic_serve.Parser({})
-            with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
-                    self.assertRaises(SystemExit) as caught:
-                restic_serve.check_options(parser, parser.parse([*words, 'dir']))
-            self.assertEqual(caught.exception.code, 2)
-            self.assertIn(text, error.getvalue())
-            self.assertEqual(error.getvalue().count('\n'), 1)
-
-    def test_a_python_without_tls_says_so(self):
-        parser = restic_serve.Parser({})
-        options = parser.parse(['--cert', 'x', '--key', 'y', 'dir'])
-        with mock.patch.dict(sys.modules, {'ssl': None}), \
-                self.assertRaisesRegex(OSError, '--cert: this Python has no TLS'):
-            restic_serve.make_server(options, Store('/nonexistent'))
-
-
-# ---- Options ----
-
-class OptionTest(unittest.TestCase):
-    """One description of an option, and what follows from it."""
-
-    def make(self, parse=restic_serve.parse_duration, **more):
-        return restic_serve.Option('group', '--some-time', parse, 'text', **more)
-
-    def test_the_default_is_read_like_a_value_and_shown(self):
-        for option, default, text in (
-                (self.make(default='2m'), 120, 'text (default 2m)'), (self.make(), None, 'text'),
-                (self.make(default='2m', shown=''), 120, 'text'),
-                (self.make(shown='as you like'), None, 'text (default: as you like)'),
-                (self.make(repeated=True), [], 'text'), (self.make(restic_serve.parse_bool), False, 'text'),
-                (self.make(str), '', 'text'), (self.make(repeated=True, default='1m'), [60],
-                                               'text (default 1m)')):
-            self.assertEqual((option.default, option.help), (default, text))
-
-    def test_names_follow_from_the_name(self):
-        option = self.make()
-        self.assertEqual((option.dest, option.variable), ('some_time', 'RESTIC_SERVE_SOME_TIME'))
-        self.assertEqual(self.make(environment=False).variable, '')
-
-    def test_several_values_in_a_variable_are_words_or_lines(self):
-        self.assertEqual(self.make(repeated=True).read('1m 2m'), [60, 120])
-        self.assertEqual(self.make(restic_serve.parse_header, repeated=True).read('A: b c\nD: e'),
-                         [('A', 'b c'), ('D', 'e')])
-
-    def test_it_is_set_where_it_differs_from_its_default(self):
-        option = self.make(default='1m')
-        self.assertFalse(option.is_set(argparse.Namespace(some_time=60)))
-        self.assertTrue(option.is_set(argparse.Namespace(some_time=0)))
-
-    def test_whatever_lacks_what_it_requires_is_refused(self):
-        names = {option.name for option in restic_serve.OPTIONS}
-        samples = {'--max-size-per-user': '1G', '--cert': 'f', '--key': 'f', '--client-ca': 'f',
-                   '--min-tls-version': 'tls1.2', '--user': 'a', '--pass': 'p', '--add-user': 'a',
-                   '--remove-user': 'a', '--prometheus-no-auth': 'true'}
-        for option in restic_serve.OPTIONS:
-            self.assertLessEqual(set(option.requires), names)
-            if option.requires:
-                parser = restic_serve.Parser({})
-                options = parser.parse([f'{option.name}={samples[option.name]}', 'dir'])
-                with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
-                        self.assertRaises(SystemExit) as caught:
-                    restic_serve.check_requirements(parser, options)
-                self.assertEqual((caught.exception.code, error.getvalue()),
-                                 (2, f'restic_serve: {option.name} requires {option.requires[0]}\n'))
-
-
-# ---- Command line ----
-
-class Program:
-    """The server as a process of its own.  `url` is what it says of itself."""
-
-    def __init__(self, *words, wait=True, before=(), **environment):
-        self.lines = []
-        self.process = subprocess.Popen(
-            [*before, sys.executable, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
-            stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
-        self.url = ''
-        self._reader = None
-        if wait:
-            for line in self.process.stderr:
-                self.lines.append(line.rstrip('\n'))
-                match = re.search(r'restic -r rest:(\S+) init', line)
-                if match:
-                    self.url = match[1]
-                    break
-            self._reader = threading.Thread(target=self._read)
-            self._reader.start()
-
-    def _read(self):
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip('\n'))
-
-    @property
-    def port(self):
-        return int(re.search(r':(\d+)', self.url)[1])
-
-    def stop(self, number=signal.SIGTERM):
-        """Its exit status after a signal."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        if self._reader:
-            self._reader.join()
-        self.process.stderr.close()
-
-
-def clean_environment():
-    return {name: value for name, value in os.environ.items() if not name.startswith('RESTIC_')}
-
+# ---- Workers ---------------------------------------------------------------------------------------
 
 @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
 class WorkersTest(TestCase):
@@ -6824,6 +7298,79 @@ class WorkersTest(TestCase):
             self.assertEqual(restic_serve.default_workers(), 1)
         self.assertIn(restic_serve.default_workers(), range(1, 5))
 
+
+# ---- Options ---------------------------------------------------------------------------------------
+
+class OptionTest(unittest.TestCase):
+    """One description of an option, and what follows from it."""
+
+    def make(self, parse=restic_serve.parse_duration, **more):
+        return restic_serve.Option('group', '--some-time', parse, 'text', **more)
+
+    def test_the_default_is_read_like_a_value_and_shown(self):
+        for option, default, text in (
+                (self.make(default='2m'), 120, 'text (default 2m)'), (self.make(), None, 'text'),
+                (self.make(default='2m', shown=''), 120, 'text'),
+                (self.make(shown='as you like'), None, 'text (default: as you like)'),
+                (self.make(repeated=True), [], 'text'), (self.make(restic_serve.parse_bool), False, 'text'),
+                (self.make(str), '', 'text'), (self.make(repeated=True, default='1m'), [60],
+                                               'text (default 1m)')):
+            self.assertEqual((option.default, option.help), (default, text))
+
+    def test_names_follow_from_the_name(self):
+        option = self.make()
+        self.assertEqual((option.dest, option.variable), ('some_time', 'RESTIC_SERVE_SOME_TIME'))
+        self.assertEqual(self.make(environment=False).variable, '')
+
+    def test_several_values_in_a_variable_are_words_or_lines(self):
+        self.assertEqual(self.make(repeated=True).read('1m 2m'), [60, 120])
+        self.assertEqual(self.make(restic_serve.parse_header, repeated=True).read('A: b c\nD: e'),
+                         [('A', 'b c'), ('D', 'e')])
+
+    def test_it_is_set_where_it_differs_from_its_default(self):
+        option = self.make(default='1m')
+        self.assertFalse(option.is_set(argparse.Namespace(some_time=60)))
+        self.assertTrue(option.is_set(argparse.Namespace(some_time=0)))
+
+    def test_whatever_lacks_what_it_requires_is_refused(self):
+        names = {option.name for option in restic_serve.OPTIONS}
+        samples = {'--max-size-per-user': '1G', '--cert': 'f', '--key': 'f', '--client-ca': 'f',
+                   '--min-tls-version': 'tls1.2', '--user': 'a', '--pass': 'p', '--add-user': 'a',
+                   '--remove-user': 'a', '--prometheus-no-auth': 'true'}
+        for option in restic_serve.OPTIONS:
+            self.assertLessEqual(set(option.requires), names)
+            if option.requires:
+                parser = restic_serve.Parser({})
+                options = parser.parse([f'{option.name}={samples[option.name]}', 'dir'])
+                with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
+                        self.assertRaises(SystemExit) as caught:
+                    restic_serve.check_requirements(parser, options)
+                self.assertEqual((caught.exception.code, error.getvalue()),
+                                 (2, f'restic_serve: {option.name} requires {option.requires[0]}\n'))
+
+
+class TlsOptionsTest(unittest.TestCase):
+    def test_what_makes_no_sense_together_is_refused(self):
+        for words, text in ((['--cert', 'x'], '--key'), (['--key', 'x'], '--cert'),
+                            (['--client-ca', 'x'], '--cert'), (['--addr', 'tls://:1'], '--cert'),
+                            (['--min-tls-version', 'tls1.2'], '--cert')):
+            parser = restic_serve.Parser({})
+            with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
+                    self.assertRaises(SystemExit) as caught:
+                restic_serve.check_options(parser, parser.parse([*words, 'dir']))
+            self.assertEqual(caught.exception.code, 2)
+            self.assertIn(text, error.getvalue())
+            self.assertEqual(error.getvalue().count('\n'), 1)
+
+    def test_a_python_without_tls_says_so(self):
+        parser = restic_serve.Parser({})
+        options = parser.parse(['--cert', 'x', '--key', 'y', 'dir'])
+        with mock.patch.dict(sys.modules, {'ssl': None}), \
+                self.assertRaisesRegex(OSError, '--cert: this Python has no TLS'):
+            restic_serve.make_server(options, Store('/nonexistent'))
+
+
+# ---- Main ------------------------------------------------------------------------------------------
 
 class CommandLineTest(TestCase):
     def run_it(self, *words, **environment):
@@ -7161,51 +7708,6 @@ class CommandLineTest(TestCase):
             self.assertEqual(wire.ask(get(path, 'Range: bytes=1000-1999'))[2], content[1000:2000])
 
 
-class Stdio:
-    """The server over pipes, or over one socket for both, as a process of its own."""
-
-    def __init__(self, *words, socketed=False, **environment):
-        ours, theirs = socket.socketpair() if socketed else (None, subprocess.PIPE)
-        self.process = subprocess.Popen(
-            [sys.executable, MODULE, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
-            stderr=subprocess.PIPE, env={**clean_environment(), **environment})
-        self._socket = ours
-        if socketed:
-            theirs.close()
-            ours.settimeout(PATIENCE)
-        self.wire = Http2Wire(sock=ours or self)
-
-    def makefile(self, mode):
-        return self.process.stdout
-
-    def sendall(self, data):
-        self.process.stdin.write(data)
-        self.process.stdin.flush()
-
-    def close(self):
-        if self._socket:
-            self._socket.shutdown(socket.SHUT_WR)
-        else:
-            self.process.stdin.close()
-
-    def finish(self):
-        """Exit status, and what it has logged."""
-        with self.process.stderr as log:
-            text = log.read().decode()
-        return self.process.wait(PATIENCE), text
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.process.kill()
-        self.process.wait()
-        for file in (self.process.stdin, self.process.stdout, self.process.stderr, self._socket):
-            if file:
-                file.close()
-        self.wire.file.close()
-
-
 class StdioTest(TestCase):
     """HTTP/2 over standard input and output."""
 
@@ -7370,300 +7872,7 @@ class StdioTest(TestCase):
             self.assertNotIn(name, loaded)
 
 
-class ScrubTest(TestCase):
-    """Every object is read, and whatever is wrong is said."""
-
-    def setUp(self):
-        super().setUp()
-        self.store = Store(str(self.root))
-        self.root.mkdir()
-        self.paths = {}
-        for repository in ('', '/host', '/deep/below/x'):
-            self.store.create_repository(repository)
-            for kind in ('data', 'index', 'keys'):
-                content = os.urandom(3000)
-                location = Location(repository, kind, named(content))
-                self.store.save(location, Bytes(content))
-                self.paths[repository, kind] = Path(path_of(self.store, location))
-            Path(f'{self.root}{repository}/config').write_bytes(b'x')
-
-    def scrub(self, age=0, bandwidth=None):
-        """What is reported, by path, and how many objects were read and are damaged."""
-        found = {}
-        job = restic_serve.Scrub(self.store, age, bandwidth, found.__setitem__, io.StringIO())
-        damaged = job.run()
-        self.assertEqual(damaged, len([reason for reason in found.values()
-                                       if not reason.startswith(('foreign', 'stray'))]))
-        found = {os.path.relpath(path, self.root): reason for path, reason in found.items()}
-        return found, job.checked, damaged
-
-    def relative(self, *key):
-        return str(self.paths[key].relative_to(self.root))
-
-    def test_what_is_sound_is_read_and_silent(self):
-        self.assertEqual(self.scrub(), ({}, 9, 0))
-
-    def test_a_result_that_cannot_be_read_is_none_and_is_read_when_it_can(self):
-        self.scrub()
-        path = self.root / '.restic_serve/scrub.json'
-        good = path.read_text()
-        for text in ('{"folders": {}, "repositories": {"": [Infinity, 1, 1e999]}}', '[' * 100000, '\0'):
-            path.write_text(text)
-            self.assertEqual(restic_serve.last_scrubs(self.store), {})
-        path.write_text(good)
-        with mock.patch('builtins.open', side_effect=PermissionError(errno.EACCES, 'x')):
-            self.assertEqual(restic_serve.last_scrubs(self.store), {})
-        self.assertEqual(len(restic_serve.last_scrubs(self.store)), 3)
-
-    def test_root_follows_no_link_where_it_writes(self):
-        target = self.folder / 'target'
-        target.mkdir()
-        shutil.rmtree(self.root / '.restic_serve', ignore_errors=True)
-        (self.root / '.restic_serve').symlink_to(target)
-        self.scrub()
-        self.assertEqual(list(target.iterdir()), [])
-        self.assertIn('will not be known', self.log[-1])
-
-    @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'for root')
-    def test_what_root_writes_is_given_to_the_owner_of_the_directory(self):
-        os.chown(self.root, 1234, 1235)
-        store = Store(str(self.root), shared=True)
-        restic_serve.Scrub(store, 0, None, lambda *fault: None, io.StringIO()).run()
-        for path, mode in (('.restic_serve', 0o770), ('.restic_serve/scrub.json', 0o660)):
-            status = (self.root / path).stat()
-            self.assertEqual((status.st_uid, status.st_gid), (1234, 1235))
-            self.assertEqual(stat.S_IMODE(status.st_mode), mode)
-
-    def test_the_last_result_of_each_repository_is_remembered(self):
-        self.assertEqual(restic_serve.last_scrubs(self.store), {})
-        os.truncate(self.paths['/host', 'keys'], 10)
-        with mock.patch.object(time, 'time', return_value=time.time() + 60):
-            now = int(time.time())
-            self.scrub()
-        self.assertEqual(restic_serve.last_scrubs(self.store), {
-            '': (now, 3, 0), '/host': (now, 3, 1), '/deep/below/x': (now, 3, 0)})
-        shutil.rmtree(self.root / 'deep')
-        with mock.patch.object(time, 'time', return_value=time.time() + 120):
-            self.scrub(age=3600)  # what is sound is not read again, and stays so
-            now = int(time.time())
-        self.assertEqual({name: result[::2] for name, result in restic_serve.last_scrubs(self.store).items()},
-                         {'': (now, 0), '/host': (now, 1)})
-
-    def test_damage_of_every_kind_is_found(self):
-        self.paths['', 'data'].write_bytes(b'other')
-        os.truncate(self.paths['/host', 'keys'], 10)
-        (self.root / 'deep/below/x/config').write_bytes(b'')
-        found, checked, damaged = self.scrub()
-        self.assertEqual((checked, damaged), (9, 3))
-        self.assertEqual(found.pop('deep/below/x/config'), 'empty')
-        self.assertEqual(found.pop(self.relative('', 'data')), f'damaged: its SHA-256 is {named(b"other")}')
-        self.assertTrue(found.pop(self.relative('/host', 'keys')).startswith('damaged: '))
-        self.assertEqual(found, {})
-
-    def test_an_object_that_cannot_be_read_is_damaged(self):
-        real = os.open
-
-        def fail(path, *more, **words):
-            if os.path.basename(path) == self.paths['/host', 'data'].name:
-                raise OSError(errno.EIO, 'Input/output error')
-            return real(path, *more, **words)
-
-        with mock.patch.object(os, 'open', fail):
-            found, _, damaged = self.scrub()
-        reason = 'unreadable: Input/output error'
-        self.assertEqual((found, damaged), ({self.relative('/host', 'data'): reason}, 1))
-
-    def test_foreign_and_stray_files_are_no_damage(self):
-        wrong = self.root / 'host/data/00' / ('ff' * 32)
-        for path in (wrong, *map(self.root.joinpath, (
-                'host/data/x', 'host/index/notes.txt', 'host/y', 'host/keys/folder/z',
-                '.restic_serve/upload-old', '.restic_serve/upload-young',
-                'host/data/00/.restic_serve-upload-old'))):
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b'x')
-        with open(self.root / '.restic_serve/upload-young', 'rb') as young:
-            self.assertTrue(restic_serve.lock_file(young.fileno()))  # an upload under way
-            found, _, damaged = self.scrub()
-        self.assertEqual(damaged, 0)
-        self.assertEqual({path: reason.partition(':')[0] for path, reason in found.items()}, {
-            f'host/data/00/{wrong.name}': 'foreign', 'host/data/x': 'foreign',
-            'host/index/notes.txt': 'foreign', 'host/y': 'foreign', 'host/keys/folder': 'foreign',
-            '.restic_serve/upload-old': 'stray',
-            'host/data/00/.restic_serve-upload-old': 'stray'})
-
-    def test_what_cannot_be_read_is_said_and_the_rest_is_read(self):
-        for name in ('lost+found', '.restic_serve'):
-            (self.root / name).mkdir(exist_ok=True)
-        real = restic_serve._scan
-
-        def scan(folder, fd=None):
-            if folder.endswith(('/deep', '/lost+found', '/host/data', '/.restic_serve')):
-                raise PermissionError(errno.EACCES, 'made by a test')
-            return real(folder, fd)
-
-        with mock.patch.object(restic_serve, '_scan', scan):
-            found = {}
-            job = restic_serve.Scrub(self.store, 0, None, found.__setitem__, io.StringIO())
-            self.assertEqual(job.run(), 1)
-        self.assertEqual(sorted(os.path.relpath(path, self.root) for path in found),
-                         ['.restic_serve', 'deep', 'host/data'])
-        self.assertEqual(job.checked, 5)
-        self.assertEqual(restic_serve.last_scrubs(self.store)['/host'].damaged, 1)
-
-    def test_a_folder_of_objects_may_be_a_link_as_it_may_for_the_server(self):
-        (self.root / 'host/data').rename(self.folder / 'elsewhere')
-        (self.root / 'host/data').symlink_to(self.folder / 'elsewhere')
-        self.assertEqual(self.scrub(), ({}, 9, 0))
-        self.paths['/host', 'data'].write_bytes(b'damaged')
-        self.assertEqual(list(self.scrub()[0]), [self.relative('/host', 'data')])
-
-    def test_nobody_who_watches_is_no_damage(self):
-        stream = io.StringIO()
-        stream.write = mock.Mock(side_effect=BrokenPipeError)
-        with mock.patch.object(restic_serve, 'PROGRESS_SECONDS', 0):
-            self.assertEqual(restic_serve.Scrub(self.store, 0, None, self.fail, stream).run(), 0)
-
-    def test_a_deep_tree_is_no_repository_below_its_limit(self):
-        path = self.root
-        for _ in range(150):
-            path /= 'x'
-        path.mkdir(parents=True)
-        self.assertEqual(self.scrub(), ({}, 9, 0))
-
-    def test_uploads_of_other_programs_are_left_alone_for_an_hour(self):
-        (self.root / 'host/data/00').mkdir(exist_ok=True)
-        names = [f'{"0" * 64}{suffix}' for suffix in ('-tmp-123', '.rest-server-temp456')]
-        for name in names:
-            (self.root / 'host/data/00' / name).touch()
-        self.assertEqual(self.scrub()[0], {})
-        for name in names:
-            os.utime(self.root / 'host/data/00' / name, (1, 1))
-        self.assertEqual({reason.partition(':')[0] for reason in self.scrub()[0].values()}, {'stray'})
-
-    def test_links_and_folders_with_the_names_of_uploads_are_no_damage(self):
-        (self.root / '.restic_serve').mkdir(exist_ok=True)
-        (self.root / '.restic_serve/upload-folder').mkdir()
-        (self.root / 'host/data/00').mkdir(exist_ok=True)
-        (self.root / 'host/data/00/upload-link').symlink_to('nowhere')
-        found, checked, damaged = self.scrub()
-        self.assertEqual((checked, damaged), (9, 0))
-
-    def test_what_was_found_sound_is_remembered_on_the_way(self):
-        saved = []
-        with mock.patch.object(restic_serve, 'SAVE_SECONDS', 0), \
-                mock.patch.object(restic_serve.Scrub, '_save', lambda job: saved.append(job.checked)):
-            self.scrub()
-        self.assertGreater(len(saved), 2)
-
-    def test_what_was_sound_lately_is_skipped_but_for_what_is_new_or_was_damaged(self):
-        self.paths['/host', 'data'].write_bytes(b'other')
-        self.assertEqual(self.scrub()[1:], (9, 1))
-        for path in self.paths.values():  # written before that
-            os.utime(path, (1, 1))
-        with mock.patch.object(time, 'time', return_value=time.time() + 60):
-            found, checked, damaged = self.scrub(age=3600)
-        self.assertEqual((checked, damaged), (9, 1))  # their ctime is new
-        with mock.patch.object(time, 'time', return_value=time.time() + 120):
-            content = os.urandom(100)
-            self.assertEqual(self.scrub(age=30)[1:], (9, 1))
-        with mock.patch.object(time, 'time', return_value=time.time() + 180):
-            self.assertEqual(self.scrub(age=3600)[1:], (1, 1))  # the damaged one
-            self.store.save(Location('/host', 'index', named(content)), Bytes(content))
-            path = f'{self.root}/host/index/{named(content)}'
-            os.utime(path, (time.time() + 200, time.time() + 200))
-            self.assertEqual(self.scrub(age=3600)[1:], (2, 1))
-        with mock.patch.object(time, 'time', return_value=time.time() + 9000):
-            self.assertEqual(self.scrub(age=3600)[1:], (10, 1))
-
-    def test_a_memory_that_is_no_json_is_forgotten(self):
-        (self.root / '.restic_serve').mkdir(exist_ok=True)
-        for text in ('', '[]', '{"folders": {"data/00": "x"}, "repositories": {}}', '{"folders": {}}',
-                     '{"folders": {}, "repositories": {"/host": [1]}}', 'x'):
-            (self.root / '.restic_serve/scrub.json').write_text(text)
-            self.assertEqual(self.scrub(age=3600)[1:], (9, 0))
-            (self.root / '.restic_serve/scrub.json').unlink()
-
-    def test_an_object_that_is_deleted_meanwhile_is_no_fault(self):
-        real = restic_serve.Scrub._check
-
-        def check(job, folder, name, tally):
-            folder.unlink(name)
-            return real(job, folder, name, tally)
-
-        with mock.patch.object(restic_serve.Scrub, '_check', check):
-            self.assertEqual(self.scrub(), ({}, 0, 0))
-
-    def test_bandwidth_is_limited(self):
-        clock = Clock()
-        begin = clock.now
-        self.scrub(bandwidth=clock.bandwidth('10k'))
-        self.assertAlmostEqual((clock.now - begin) * 10 * 1024 / (9 * 3000), 1, delta=0.1)
-
-    def test_the_command(self):
-        def run(*words):
-            done = subprocess.run([sys.executable, MODULE, '--scrub', *words], capture_output=True, text=True,
-                                  stdin=subprocess.DEVNULL, env=clean_environment(), timeout=PATIENCE)
-            return done.returncode, done.stdout, done.stderr
-
-        status, output, error = run(self.root)
-        self.assertEqual((status, output), (0, ''))
-        self.assertRegex(error, r'^100% of 0\.00 GiB, \d+ MiB/s, 0 min left, 9 objects read, 0 damaged\n$')
-        self.paths['', 'data'].write_bytes(b'other')
-        self.assertEqual(run('--quiet', self.root), (1, f'{self.paths["", "data"]}: damaged: its SHA-256 is '
-                                                     f'{named(b"other")}\n', ''))
-        status, output, error = run(self.folder / 'none')
-        self.assertEqual((status, output, error.count('\n')), (1, '', 1), error)
-        self.assertFalse((self.folder / 'none').exists())
-
-    def test_a_bar_on_a_terminal(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest('this system has no terminals')
-        ours, theirs = pty.openpty()
-        self.addCleanup(os.close, ours)
-        subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stderr=theirs, check=True,
-                       stdin=subprocess.DEVNULL, env=clean_environment())
-        os.close(theirs)
-        text = os.read(ours, 10000).decode()
-        self.assertIn(f'\r[{"#" * restic_serve.BAR_WIDTH}] 100% of ', text)
-
-    def test_a_bar_fits_its_terminal_and_a_fault_takes_its_place(self):
-        stream = io.StringIO()
-        stream.isatty = lambda: True
-        stream.fileno = lambda: 99
-        self.paths['', 'data'].write_bytes(b'x')
-        with mock.patch.object(restic_serve, 'BAR_SECONDS', 0), \
-                mock.patch.object(os, 'get_terminal_size', return_value=os.terminal_size((40, 20))):
-            restic_serve.Scrub(self.store, 0, None, lambda *fault: stream.write('FAULT'), stream).run()
-        for bar in re.findall(r'\r([^\r\x1b]+)\x1b', stream.getvalue()):
-            self.assertLess(len(bar), 40)
-        self.assertRegex(stream.getvalue(), r'(^|\r\x1b\[K)FAULT')
-
-    @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'this system has no SIGHUP')
-    def test_a_scrub_that_is_hung_up_remembers_what_it_found(self):
-        self.paths['', 'data'].write_bytes(b'x')
-        job = subprocess.Popen([sys.executable, MODULE, '--scrub', '--bwlimit', '1k', str(self.root)],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=clean_environment())
-        with job, job.stdout:
-            self.assertIn(b'damaged', job.stdout.readline())
-            job.send_signal(signal.SIGHUP)
-            self.assertEqual(job.wait(PATIENCE), 1)
-        self.assertTrue((self.root / '.restic_serve/scrub.json').exists())
-
-    def test_a_name_that_is_no_text_is_said_all_the_same(self):
-        with open(os.fsencode(self.root) + b'/host/index/caf\xe9', 'wb'):
-            pass
-        done = subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL,
-                              env={**clean_environment(), 'PYTHONIOENCODING': 'utf-8'})
-        self.assertEqual(done.returncode, 0)
-        self.assertIn(rb'caf\udce9: foreign', done.stdout)
-
-
-# ---- real clients and servers ----
-
-
+# ---- restic ----------------------------------------------------------------------------------------
 
 class ResticTestCase(TestCase):
     """A test that drives restic against the server, in a process of its own."""
@@ -8038,7 +8247,146 @@ class OldResticStdioTest(StdioScenarios, ResticTestCase):
     pass
 
 
-# ---- faults ----
+# ---- Other clients and proxies ---------------------------------------------------------------------
+
+class Http2ClientsTest(TestCase):
+    """What programs that others have written make of HTTP/2."""
+
+    def setUp(self):
+        super().setUp()
+        self.content = os.urandom(3 << 20)
+        self.path = f'host/data/{named(self.content)}'
+        self.file = self.folder / 'file'
+        self.file.write_bytes(self.content)
+
+    def run_it(self, name, *words):
+        return subprocess.run([program(name), *map(str, words)], capture_output=True, check=True,
+                              timeout=PATIENCE).stdout
+
+    def check(self, url, version, *curl_words):
+        out = self.folder / 'out'
+
+        def curl(*words):
+            return self.run_it('curl', '-sS', '-w', '%{http_version} %{http_code}', '-o', out, *curl_words,
+                               *words).decode()
+
+        self.assertEqual(curl('-X', 'POST', f'{url}host/?create=true'), f'{version} 200')
+        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}{self.path}'), f'{version} 200')
+        self.assertEqual(curl(f'{url}{self.path}'), f'{version} 200')
+        self.assertEqual(out.read_bytes(), self.content)
+        self.assertEqual(curl('-r', '1000-1999', f'{url}{self.path}'), f'{version} 206')
+        self.assertEqual(out.read_bytes(), self.content[1000:2000])
+        self.assertEqual(curl('-I', f'{url}{self.path}'), f'{version} 200')
+        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}host/data/{"0" * 64}'), f'{version} 400')
+        self.assertEqual(self.run_it('nghttp', f'{url}{self.path}'), self.content)
+        load = self.run_it('h2load', '-n', '300', '-c', '3', '-m', '20', f'{url}{self.path}').decode()
+        self.assertIn('300 succeeded, 0 failed, 0 errored', load)
+        self.assertIn(f'{300 * len(self.content)}) data', load.replace(' data', ') data').replace('))', ')'))
+
+    def test_prior_knowledge(self):
+        with Program('--addr', '127.0.0.1:0', self.root) as server:
+            self.check(server.url, '2', '--http2-prior-knowledge')
+
+    def test_tls(self):
+        authority = Authority(self.folder)
+        authority.issue('server')
+        with Program('--addr', '127.0.0.1:0', *authority.words('server'), self.root) as server:
+            # Where both are offered it is the faster one; nghttp and h2load offer HTTP/2 alone.
+            self.check(server.url, '1.1', '--cacert', authority.path)
+
+
+class HaproxyTest(TestCase):
+    """Downloads through haproxy, which speaks HTTP/2 to the server: what Debian 12 has gives back the
+    windows in pieces of a few bytes."""
+
+    def test_downloads_are_whole(self):
+        haproxy = program('haproxy')
+        Store(str(self.root)).prepare()
+        content = os.urandom(12 << 20)
+        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            port = sock.getsockname()[1]
+        with Program('--addr', '127.0.0.1:0', self.root) as server:
+            (self.folder / 'haproxy.cfg').write_text(
+                'defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n'
+                f'frontend f\n bind 127.0.0.1:{port}\n default_backend b\n'
+                f'backend b\n server s 127.0.0.1:{server.port} proto h2\n')
+            with subprocess.Popen([haproxy, '-f', self.folder / 'haproxy.cfg'],
+                                  stderr=subprocess.DEVNULL) as proxy:
+                try:
+                    self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
+                    sound = []
+
+                    def download():
+                        for _ in range(6):
+                            with contextlib.suppress(OSError), Wire(port) as wire:
+                                sound.append(wire.ask(get(f'/data/{named(content)}'))[2] == content)
+
+                    threads = [threading.Thread(target=download) for _ in range(4)]
+                    for thread in threads:
+                        thread.start()
+                    for thread in threads:
+                        thread.join()
+                    self.assertEqual(sound, [True] * 24)
+                finally:
+                    proxy.terminate()
+
+
+class CurlTest(TestCase):
+    """What curl makes of the answers."""
+
+    def test_curl_over_tls_and_unix_sockets(self):
+        curl = program('curl')
+        authority = Authority(self.folder)
+        authority.issue('server')
+        authority.issue('client', 'alice')
+        unix = self.folder / 'socket'
+        with Program('--addr', unix, '--addr', 'tls://127.0.0.1:0', *authority.words('server'),
+                     '--client-ca', authority.path, '--allow-origin', 'https://example.org',
+                     self.root) as server:
+            self.wait_until(lambda: any('https' in line for line in server.lines), 'the address')
+            url = next(re.search(r'https:\S+/', line)[0] for line in server.lines if 'https' in line)
+
+            def run(*words):
+                done = subprocess.run([curl, '-s', '-w', '%{http_code}', '-o', '/dev/null',
+                                       *map(str, words)], capture_output=True, text=True)
+                return done.returncode, done.stdout[-3:]
+
+            client = ('--cacert', authority.path, '--cert', self.folder / 'client.both')
+            self.assertEqual(run('--unix-socket', unix, 'http://x/config'), (0, '404'))
+            self.assertEqual(run(*client, f'{url}config'), (0, '404'))
+            self.assertEqual(run(*client, '-X', 'OPTIONS', f'{url}config'), (0, '200'))
+            self.assertNotEqual(run('--cacert', authority.path, f'{url}config')[0], 0)
+            self.assertNotEqual(run('--cert', self.folder / 'client.both', f'{url}config')[0], 0)
+
+    def test_curl_uploads_and_downloads(self):
+        curl = program('curl')
+        content = os.urandom(3 << 20)
+        file = self.folder / 'file'
+        file.write_bytes(content)
+        with Program('--addr', '127.0.0.1:0', '--baseurl', 'backup', self.root) as server:
+            url = f'{server.url}host/data/{named(content)}'
+
+            def run(*words):
+                done = subprocess.run([curl, '-sS', '-w', '%{http_code}', '-o', self.folder / 'out',
+                                       *words], capture_output=True, text=True, check=True)
+                return int(done.stdout[-3:])
+
+            self.assertEqual(run('-X', 'POST', f'{server.url}host/?create=true'), 200)
+            self.assertEqual(run('-X', 'POST', '-T', file, url), 200)      # with Expect
+            self.assertEqual(run('-X', 'POST', '-T', file, '-H', 'Transfer-Encoding: chunked', url), 200)
+            self.assertEqual(run(url), 200)
+            self.assertEqual((self.folder / 'out').read_bytes(), content)
+            self.assertEqual(run('-r', '1000-1999', url), 206)
+            self.assertEqual((self.folder / 'out').read_bytes(), content[1000:2000])
+            self.assertEqual(run('-I', url), 200)
+            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}host/data/{"0" * 64}'), 400)
+            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}nothing'), 400)
+            self.assertEqual(run('--http1.0', url), 200)
+
+
+# ---- Faults ----------------------------------------------------------------------------------------
 
 FUZZED = 20_000 if os.environ.get('RESTIC_SERVE_TEST_LONG') == '1' else 500  # mutants on each wire
 
@@ -8981,6 +9329,8 @@ class SharedFileSystemTest(ResticTestCase):
         self.assertEqual(len(self.snapshots(self.mounts[1] / 'host')), 1)
 
 
+# ---- README ----------------------------------------------------------------------------------------
+
 class ReadmeTest(unittest.TestCase):
     def test_every_option_is_in_the_readme_with_its_default(self):
         text = README.read_text(encoding='utf-8')
@@ -9079,143 +9429,6 @@ class ReadmeTest(unittest.TestCase):
             done = subprocess.run([analyze, 'verify', *(f'{folder}/{name}' for name, _ in units)],
                                   capture_output=True, text=True)
             self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ''))
-
-
-class Http2ClientsTest(TestCase):
-    """What programs that others have written make of HTTP/2."""
-
-    def setUp(self):
-        super().setUp()
-        self.content = os.urandom(3 << 20)
-        self.path = f'host/data/{named(self.content)}'
-        self.file = self.folder / 'file'
-        self.file.write_bytes(self.content)
-
-    def run_it(self, name, *words):
-        return subprocess.run([program(name), *map(str, words)], capture_output=True, check=True,
-                              timeout=PATIENCE).stdout
-
-    def check(self, url, version, *curl_words):
-        out = self.folder / 'out'
-
-        def curl(*words):
-            return self.run_it('curl', '-sS', '-w', '%{http_version} %{http_code}', '-o', out, *curl_words,
-                               *words).decode()
-
-        self.assertEqual(curl('-X', 'POST', f'{url}host/?create=true'), f'{version} 200')
-        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}{self.path}'), f'{version} 200')
-        self.assertEqual(curl(f'{url}{self.path}'), f'{version} 200')
-        self.assertEqual(out.read_bytes(), self.content)
-        self.assertEqual(curl('-r', '1000-1999', f'{url}{self.path}'), f'{version} 206')
-        self.assertEqual(out.read_bytes(), self.content[1000:2000])
-        self.assertEqual(curl('-I', f'{url}{self.path}'), f'{version} 200')
-        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}host/data/{"0" * 64}'), f'{version} 400')
-        self.assertEqual(self.run_it('nghttp', f'{url}{self.path}'), self.content)
-        load = self.run_it('h2load', '-n', '300', '-c', '3', '-m', '20', f'{url}{self.path}').decode()
-        self.assertIn('300 succeeded, 0 failed, 0 errored', load)
-        self.assertIn(f'{300 * len(self.content)}) data', load.replace(' data', ') data').replace('))', ')'))
-
-    def test_prior_knowledge(self):
-        with Program('--addr', '127.0.0.1:0', self.root) as server:
-            self.check(server.url, '2', '--http2-prior-knowledge')
-
-    def test_tls(self):
-        authority = Authority(self.folder)
-        authority.issue('server')
-        with Program('--addr', '127.0.0.1:0', *authority.words('server'), self.root) as server:
-            # Where both are offered it is the faster one; nghttp and h2load offer HTTP/2 alone.
-            self.check(server.url, '1.1', '--cacert', authority.path)
-
-
-class HaproxyTest(TestCase):
-    """Downloads through haproxy, which speaks HTTP/2 to the server: what Debian 12 has gives back the
-    windows in pieces of a few bytes."""
-
-    def test_downloads_are_whole(self):
-        haproxy = program('haproxy')
-        Store(str(self.root)).prepare()
-        content = os.urandom(12 << 20)
-        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-        with Program('--addr', '127.0.0.1:0', self.root) as server:
-            (self.folder / 'haproxy.cfg').write_text(
-                'defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n'
-                f'frontend f\n bind 127.0.0.1:{port}\n default_backend b\n'
-                f'backend b\n server s 127.0.0.1:{server.port} proto h2\n')
-            with subprocess.Popen([haproxy, '-f', self.folder / 'haproxy.cfg'],
-                                  stderr=subprocess.DEVNULL) as proxy:
-                try:
-                    self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
-                    sound = []
-
-                    def download():
-                        for _ in range(6):
-                            with contextlib.suppress(OSError), Wire(port) as wire:
-                                sound.append(wire.ask(get(f'/data/{named(content)}'))[2] == content)
-
-                    threads = [threading.Thread(target=download) for _ in range(4)]
-                    for thread in threads:
-                        thread.start()
-                    for thread in threads:
-                        thread.join()
-                    self.assertEqual(sound, [True] * 24)
-                finally:
-                    proxy.terminate()
-
-
-class CurlTest(TestCase):
-    """What curl makes of the answers."""
-
-    def test_curl_over_tls_and_unix_sockets(self):
-        curl = program('curl')
-        authority = Authority(self.folder)
-        authority.issue('server')
-        authority.issue('client', 'alice')
-        unix = self.folder / 'socket'
-        with Program('--addr', unix, '--addr', 'tls://127.0.0.1:0', *authority.words('server'),
-                     '--client-ca', authority.path, '--allow-origin', 'https://example.org',
-                     self.root) as server:
-            self.wait_until(lambda: any('https' in line for line in server.lines), 'the address')
-            url = next(re.search(r'https:\S+/', line)[0] for line in server.lines if 'https' in line)
-
-            def run(*words):
-                done = subprocess.run([curl, '-s', '-w', '%{http_code}', '-o', '/dev/null',
-                                       *map(str, words)], capture_output=True, text=True)
-                return done.returncode, done.stdout[-3:]
-
-            client = ('--cacert', authority.path, '--cert', self.folder / 'client.both')
-            self.assertEqual(run('--unix-socket', unix, 'http://x/config'), (0, '404'))
-            self.assertEqual(run(*client, f'{url}config'), (0, '404'))
-            self.assertEqual(run(*client, '-X', 'OPTIONS', f'{url}config'), (0, '200'))
-            self.assertNotEqual(run('--cacert', authority.path, f'{url}config')[0], 0)
-            self.assertNotEqual(run('--cert', self.folder / 'client.both', f'{url}config')[0], 0)
-
-    def test_curl_uploads_and_downloads(self):
-        curl = program('curl')
-        content = os.urandom(3 << 20)
-        file = self.folder / 'file'
-        file.write_bytes(content)
-        with Program('--addr', '127.0.0.1:0', '--baseurl', 'backup', self.root) as server:
-            url = f'{server.url}host/data/{named(content)}'
-
-            def run(*words):
-                done = subprocess.run([curl, '-sS', '-w', '%{http_code}', '-o', self.folder / 'out',
-                                       *words], capture_output=True, text=True, check=True)
-                return int(done.stdout[-3:])
-
-            self.assertEqual(run('-X', 'POST', f'{server.url}host/?create=true'), 200)
-            self.assertEqual(run('-X', 'POST', '-T', file, url), 200)      # with Expect
-            self.assertEqual(run('-X', 'POST', '-T', file, '-H', 'Transfer-Encoding: chunked', url), 200)
-            self.assertEqual(run(url), 200)
-            self.assertEqual((self.folder / 'out').read_bytes(), content)
-            self.assertEqual(run('-r', '1000-1999', url), 206)
-            self.assertEqual((self.folder / 'out').read_bytes(), content[1000:2000])
-            self.assertEqual(run('-I', url), 200)
-            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}host/data/{"0" * 64}'), 400)
-            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}nothing'), 400)
-            self.assertEqual(run('--http1.0', url), 200)
 
 
 if __name__ == '__main__':
