@@ -1875,6 +1875,7 @@ _SCRATCH_OF_OTHERS = re.compile(r'[0-9a-f]{64}(-tmp-|\.rest-server-temp).*')
 PROGRESS_SECONDS = 60        # Time between two lines of progress without a terminal.
 BAR_SECONDS = 0.2            # Time between two updates of the bar on a terminal.
 BAR_WIDTH = 30               # Characters.
+COARSE_SECONDS = 2           # Resolution of the times of files (FAT); Linux has some milliseconds.
 
 
 # Result for a repository: time of the check, objects read, objects damaged.
@@ -2044,7 +2045,7 @@ class Scrub:
                 yield entry, status.st_size
 
     def _check_folder(self, folder: str, tally: List[int]) -> None:
-        checked_at, faults = time.time() + self._ahead, 0
+        checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
         if self._stopped:
             return
         try:

@@ -12,6 +12,7 @@ clients and proxies, faults that are made on purpose (disk, wire, malice, death)
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import bisect
 import collections
@@ -51,18 +52,42 @@ MODULE = restic_serve.__file__
 README = Path(MODULE).with_name('README.md')
 V2 = 'application/vnd.x.restic.rest.v2'
 LOCAL = restic_serve.parse_address('127.0.0.1:0')
-long = unittest.skipUnless(os.environ.get('RESTIC_SERVE_TEST_LONG') == '1',
-                           'RESTIC_SERVE_TEST_LONG is not set')
+LONG_TESTS = os.environ.get('RESTIC_SERVE_TEST_LONG') == '1'
 PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
 
 
 # ---- Tools -----------------------------------------------------------------------------------------
 
+left_out = {'long': set(), 'missing': set()}     # tests and programs
+
+
+def long(test):
+    """A decorator for tests that take many seconds."""
+    if not LONG_TESTS:
+        left_out['long'].add(test.__qualname__.partition('.')[0].replace('Scenarios', 'Test'))
+    return unittest.skipUnless(LONG_TESTS, 'RESTIC_SERVE_TEST_LONG is not set')(test)
+
+
+def setUpModule():
+    atexit.register(say_what_was_left_out)
+
+
+def say_what_was_left_out():
+    """What the tests that ran do not show, and how to run the rest."""
+    if left_out['long']:
+        print(f'Left out: tests that take minutes, of {", ".join(sorted(left_out["long"]))}. '
+              'RESTIC_SERVE_TEST_LONG=1 runs them.', file=sys.stderr)
+    if left_out['missing']:
+        print(f'Left out: tests that require {", ".join(sorted(left_out["missing"]))}. Install them; '
+              'RESTIC_SERVE_TEST_PEERS=FOLDER names a folder where to look, too.', file=sys.stderr)
+
+
 def program(name, folder=''):
     """The path of a program; skips the test without it, or fails it where all must run."""
     path = shutil.which(name, path=folder or f'{os.environ.get("PATH", os.defpath)}:/usr/sbin')
     if not path:
+        left_out['missing'].add(name)
         reason = f'{name} is not installed{f" in {folder}" if folder else ""}'
         if os.environ.get('RESTIC_SERVE_TEST_ALL') == '1':
             raise AssertionError(reason)
@@ -1884,11 +1909,19 @@ class ScrubTest(TestCase):
             self.scrub()
         self.assertGreater(len(saved), 2)
 
+    def test_what_changes_in_the_moment_of_the_check_is_read_again(self):
+        """Times of files are those of a coarse clock."""
+        for _ in range(2):
+            self.assertEqual(self.scrub(age=3600)[1], 9)
+
     def test_what_was_sound_lately_is_skipped_but_for_what_is_new_or_was_damaged(self):
         self.paths['/host', 'data'].write_bytes(b'other')
         self.assertEqual(self.scrub()[1:], (9, 1))
         for path in self.paths.values():  # written before that
             os.utime(path, (1, 1))
+        patch = mock.patch.object(Store, 'now', lambda store: time.time())
+        patch.start()
+        self.addCleanup(patch.stop)
         with mock.patch.object(time, 'time', return_value=time.time() + 60):
             found, checked, damaged = self.scrub(age=3600)
         self.assertEqual((checked, damaged), (9, 1))  # their ctime is new
@@ -6120,8 +6153,9 @@ class StallTest(Http2TestCase):
         path = self.put(bytes(64 << 20))
         wire = self.http2(grants=False, initial=TOP)
         wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
-        self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+        with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.3):
+            self.wait_for_end('stalled downloads')
+            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
 
     def test_who_goes_on_slowly_is_not_stalled(self):
         content = os.urandom(100)
@@ -7412,6 +7446,7 @@ class CommandLineTest(TestCase):
             self.assertEqual(server.stop(number), 0)
             self.assertFalse([line for line in server.lines if 'NOTICE' not in line])
 
+    @long
     def test_a_bad_value_is_one_line_and_status_2(self):
         for words, environment in (
                 ([], {}), (['--addr', 'nonsense', 'x'], {}), (['--unknown', 'x'], {}), (['a', 'b'], {}),
@@ -7842,6 +7877,7 @@ class StdioTest(TestCase):
             self.assertIn("restic -o rclone.program='ssh HOST restic_serve.py' -r rclone:DIR", done.stderr)
         os.close(theirs)
 
+    @long
     def test_options_that_would_be_void_are_refused(self):
         for words in (['--htpasswd', 'x'], ['--user', 'a', '--pass', 'b'], ['--cert', 'x', '--key', 'y'],
                       ['--client-ca', 'x'], ['--private-repos'], ['--admin', 'a'],
@@ -7999,6 +8035,7 @@ class WaysInTest(ResticTestCase):
 
     find_restic = staticmethod(lambda: peer('restic'))
 
+    @long
     def test_a_laptop_that_sleeps_in_mid_backup_ends_it_well(self):
         (self.source / 'much').write_bytes(os.urandom(60 << 20))
         server = self.serve('--stall-timeout', '1s', '--bwlimit', '20M')
@@ -8054,6 +8091,7 @@ class WaysInTest(ResticTestCase):
         self.assertLessEqual(statuses, {'200', '206', '404'})
         self.assertFalse([line for line in server.lines if ' ERROR' in line])
 
+    @long
     def test_users_with_repositories_of_their_own_and_an_administrator_who_prunes(self):
         file = self.folder / 'htpasswd'
         file.write_text(''.join(f'{user}:{restic_serve.new_entry(user.encode(), 5)}\n'
@@ -8080,6 +8118,7 @@ class WaysInTest(ResticTestCase):
         self.assertTrue(any("authentication failed for 'mallory' from 127.0.0.1" in line
                             for line in server.lines))
 
+    @long
     def test_a_backup_over_a_unix_socket(self):
         version = subprocess.run([self.restic_program, 'version'], capture_output=True, text=True).stdout
         if tuple(map(int, re.search(r'(\d+)\.(\d+)', version).groups())) < (0, 17):
@@ -8095,6 +8134,7 @@ class WaysInTest(ResticTestCase):
         self.check_restore(url)
 
 
+@long
 class OldResticTest(ResticScenarios, ResticTestCase):
     """The system's restic."""
 
@@ -8103,6 +8143,8 @@ class NewResticTest(ResticScenarios, ResticTestCase):
     """The restic among the peers."""
 
     find_restic = staticmethod(lambda: peer('restic'))
+    test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
+    test_append_only = long(ResticScenarios.test_append_only)
 
     def serve_peer(self, command):
         """The URL of another server's; `command` is made from an address."""
@@ -8133,11 +8175,13 @@ class NewResticTest(ResticScenarios, ResticTestCase):
             self.check_restore(first)
             shutil.rmtree(self.root / 'host')
 
+    @long
     def test_repositories_are_exchanged_with_rest_server(self):
         rest_server = peer('rest-server')
         self.check_exchange(lambda address: [rest_server, '--no-auth', '--listen', address, '--path',
                                              str(self.root)])
 
+    @long
     def test_repositories_are_exchanged_with_rclone(self):
         rclone = peer('rclone')
         self.root.mkdir()  # rclone caches what it listed: a lock that is gone must be gone for it too
@@ -8168,9 +8212,11 @@ class StdioScenarios(ResticScenarios):
 
 class NewResticStdioTest(StdioScenarios, ResticTestCase):
     find_restic = staticmethod(lambda: peer('restic'))
+    test_a_repository_from_init_to_prune = long(ResticScenarios.test_a_repository_from_init_to_prune)
     test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
     test_append_only = long(ResticScenarios.test_append_only)
 
+    @long
     def test_a_server_that_is_killed_is_told_and_leaves_a_sound_repository(self):
         self.serve()
         url = self.address(self)
@@ -8388,7 +8434,8 @@ class CurlTest(TestCase):
 
 # ---- Faults ----------------------------------------------------------------------------------------
 
-FUZZED = 20_000 if os.environ.get('RESTIC_SERVE_TEST_LONG') == '1' else 500  # mutants on each wire
+FUZZED = 20_000 if LONG_TESTS else 500  # mutants on each wire
+CUTS = 30 if LONG_TESTS else 8          # of a transfer on each wire
 
 
 class FaultsTestCase(Http2TestCase):
@@ -8618,7 +8665,7 @@ class WireFaultsTest(FaultsTestCase):
         path, before = f'/data/{named(content)}', self.resources()
         for wire in self.WIRES:
             request = self.request(wire, path, content)
-            for number in range(30):
+            for number in range(CUTS):
                 self.cut(wire, request[:chance.randrange(len(request))], reset=number % 2)
             self.assert_nothing_left(before)
             self.assertEqual(self.files(), [])
@@ -8629,7 +8676,7 @@ class WireFaultsTest(FaultsTestCase):
         content, chance = os.urandom(3 << 20), random.Random(2)
         path, before = self.put(content), self.resources()
         for wire in self.WIRES:
-            for number in range(30):
+            for number in range(CUTS):
                 client = Wire(self.port) if wire == 'HTTP/1.1' else Http2Wire(self.port)
                 with client:
                     client.send(get(path) if wire == 'HTTP/1.1' else headers(1, fields('GET', path)))
@@ -8668,6 +8715,7 @@ class WireFaultsTest(FaultsTestCase):
                 self.assertEqual(client.answer(), 1)  # PROTOCOL_ERROR
         self.assertEqual(self.files(), [])
 
+    @long
     def test_5000_connections_that_are_opened_and_dropped(self):
         before, lasting = self.resources(), Wire(self.port)
         self.addCleanup(lasting.__exit__)
@@ -8774,6 +8822,7 @@ class MaliceTest(FaultsTestCase):
             '/out?create=true', '/deep/out/x/y/z/?create=true', '/host/config', f'/host/keys/{name}',
             f'/host/data/{named(b"link")}')
 
+    @long
     def test_no_path_leads_out_of_the_directory(self):
         (self.root / 'deep').mkdir()
         for link in (self.root / 'out', self.root / 'deep/out'):
@@ -9111,6 +9160,7 @@ class AtOnceTest(TestCase):
                 self.assertGreater(undone, over, (what, begin, end))
 
 
+@long
 class DeathTest(ResticTestCase):
     """A server that dies at any moment has stopped reading with it that it had answered for."""
 
@@ -9332,6 +9382,18 @@ class SharedFileSystemTest(ResticTestCase):
 # ---- README ----------------------------------------------------------------------------------------
 
 class ReadmeTest(unittest.TestCase):
+    def test_the_tests_say_at_their_end_what_they_left_out(self):
+        def last_lines(**environment):
+            done = subprocess.run(
+                [sys.executable, '-m', 'unittest', 'test_restic_serve.OneLineTest'], text=True,
+                cwd=Path(MODULE).parent, capture_output=True, env=dict(clean_environment(), **environment))
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stderr.partition('OK')[2].strip()
+
+        self.assertRegex(last_lines(), r'^Left out: tests that take minutes, of .*\bOldResticTest\b.*\. '
+                                       r'RESTIC_SERVE_TEST_LONG=1 runs them\.$')
+        self.assertEqual(last_lines(RESTIC_SERVE_TEST_LONG='1'), '')
+
     def test_every_option_is_in_the_readme_with_its_default(self):
         text = README.read_text(encoding='utf-8')
         for option in ('-v', '--verbose', '-q', '--version', '-h', '--help'):
