@@ -10,6 +10,7 @@ The chapters stand in the order in which each builds on those above it:
     Messages      Request, Response and what else passes between a wire and the Api
     Files         opening, listing and syncing files safely
     Store         repositories and objects as files; an object is whole or absent
+    Past          what was deleted, and repositories as they were
     Counters      statistics in memory that all processes of the server share
     Bandwidth     the limit on bytes a second
     Scrub         verifying every object against its name, without a password
@@ -860,15 +861,16 @@ Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'
 class Location:
     """What a request's path names: a repository (its kind is empty), a list (its name is empty) or an
     object; `config` is an object without a name.  `repository` is `` or `/host1/...`; `folder` is the
-    path below DIR of the folder that holds the object or is listed, `file` the object's name in it.
-    Immutable: requests share it."""
+    path below DIR of the folder that holds the object or is listed, `file` the object's name in it;
+    `at` is the moment in the past that the path names, if it does.  Immutable: requests share it."""
 
-    __slots__ = ('repository', 'kind', 'name', 'is_object', 'folder', 'file')
+    __slots__ = ('repository', 'kind', 'name', 'at', 'is_object', 'folder', 'file')
 
-    def __init__(self, repository: str, kind: str = '', name: str = '') -> None:
+    def __init__(self, repository: str, kind: str = '', name: str = '', at: str = '') -> None:
         self.repository = repository
         self.kind = kind
         self.name = name
+        self.at = at
         self.is_object = bool(name) or kind == 'config'
         self.file = name
         self.folder = f'{repository}/{kind}/{name[:2]}' if name and kind == 'data' else f'{repository}/{kind}'
@@ -888,11 +890,8 @@ WalkedFolder = collections.namedtuple('WalkedFolder', ['path', 'folder', 'entrie
 
 
 def _shows_repository(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder with this entry is a repository."""
-    try:
-        return (entry.name == 'config' and entry.is_file()) or (entry.name in KINDS and entry.is_dir())
-    except OSError:  # whoever reads it will see
-        return True
+    """Whether a folder with this entry is taken for a repository, be it a damaged one."""
+    return entry.name == 'config' or entry.name in KINDS
 
 
 class Folders:
@@ -1263,6 +1262,7 @@ class Store:
         self.file_mode = 0o660 if shared else 0o600
         self.shared = shared
         self.folders = Folders(self.root, shared)
+        self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
@@ -1318,13 +1318,17 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             if os.path.lexists(self.root + path):
                 raise
-            return Folder(self.root + path)
+            return self._nothing
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
         """A folder below the root and its entries, none if it is missing.  Raises OSError."""
-        with self._open_below(path) as folder, _scan(folder.path or os.sep, folder.fd) as entries:
-            yield folder, entries
+        with self._open_below(path) as folder:
+            if folder is self._nothing:
+                yield folder, iter(())
+                return
+            with _scan(folder.path or os.sep, folder.fd) as entries:
+                yield folder, entries
 
     def object_entries(self, path: str, prefix: str = ''
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
@@ -1347,8 +1351,8 @@ class Store:
 
     def walk(self, on_error: Callable[[str, OSError], None]) -> Iterator[WalkedFolder]:
         """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is
-        called for those that cannot be read.  Links are not followed: what they lead to is either
-        below the root, too, or not served."""
+        called for those that cannot be read, perhaps after they were yielded.  It descends into no
+        links: what they lead to is either below the root, too, or not served."""
         paths = ['']
         while paths:
             path = paths.pop()
@@ -1357,7 +1361,7 @@ class Store:
                     entries = sorted(found, key=operator.attrgetter('name'))
                     yield WalkedFolder(path, folder, entries, any(map(_shows_repository, entries)))
                     below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)
-                             and entry.name not in KINDS and (path or entry.name != HIDDEN)]
+                             and entry.name not in (*KINDS, HIDDEN)]
             except OSError as error:
                 on_error(path, error)
                 continue
@@ -1466,6 +1470,9 @@ class Store:
             return True
         if location.kind == 'config':
             raise HttpError(403, 'there is another config already')
+        with contextlib.suppress(OSError):  # it was uploaded then, for the past
+            status = folder.stat(location.file)
+            os.utime(scratch.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         scratch.replace(folder, location.file)
         log.log(NOTICE, '%s was damaged (SHA-256 %s) and is replaced by a verified upload',
                 f'{folder.path}/{location.file}', found)
@@ -1553,6 +1560,473 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
     return free
 
 
+# ==== Past =======================================================================================
+# What was deleted is kept for a time (--keep-deleted), so that a repository can be read, or rolled back
+# to, as it was at any moment of that time.
+#
+# Theory of operation.  An object never changes: it exists from its upload, which is the time of its file
+# (mtime), to its deletion.  So a repository at a moment is what had been uploaded by then and had not been
+# deleted by then.  To delete is to rename, within the repository:
+#
+#     data/4f/4f53...   to   .restic_serve/deleted/data/4f/4f53....20261120T120000.123456Z
+#
+# The name has the time of deletion (UTC, to the microsecond) and the file keeps its time, so that a copy
+# of the directory has the same past.  No request can name `.restic_serve`.  A roll-back renames the file
+# back and leaves an empty mark, `4f53....<deletion>-<return>`: between the two the object did not exist.
+# `.restic_serve/deleted/since.<time>` says from when on all deletions of the repository were kept; a
+# server without --keep-deleted that deletes an object moves it on.
+#
+# Two servers may delete and purge in the same directory: every step is one rename(2) or unlink(2), and
+# whoever comes second finds nothing to do.
+
+DELETED = f'{HIDDEN}/deleted'     # Folder of a repository for what was deleted from it.
+AT = '.at'                        # Segment of a path before the moment at which a repository is read.
+PURGE_SECONDS = 3600              # Time between two purges.
+STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
+_SINCE = 'since.'
+_TIME_FORMAT = '%Y%m%dT%H%M%S'
+_DELETED_NAME = re.compile(r'([0-9a-f]{64}|config)\.([0-9]{8}T[0-9]{6}\.[0-9]{6}Z)(?:-([0-9TZ.]{23}))?')
+_MOMENT = re.compile(r'([0-9]{4}-[0-9]{2}-[0-9]{2})'
+                     r'(?:T([0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]{1,6})?)?)?(Z?)')
+
+# A name in a folder of deleted objects: the object's file name, when it was deleted and, for a mark, when
+# it came back (else empty), as text, which sorts by time.
+DeletedName = collections.namedtuple('DeletedName', ['file', 'deleted', 'returned'])
+
+
+def format_moment(moment: int) -> str:
+    """A time in microseconds since the epoch as names have it, such as `20261120T120000.123456Z`."""
+    seconds, microseconds = divmod(moment, 10 ** 6)
+    return f'{time.strftime(_TIME_FORMAT, time.gmtime(seconds))}.{microseconds:06}Z'
+
+
+def read_moment(text: str) -> int:
+    """The inverse of format_moment().  Raises ValueError."""
+    import calendar
+    seconds, _, microseconds = text.rstrip('Z').partition('.')
+    return calendar.timegm(time.strptime(seconds, _TIME_FORMAT)) * 10 ** 6 + int(microseconds)
+
+
+def parse_deleted_name(name: str) -> Optional[DeletedName]:
+    """What a name in a folder of deleted objects says, None if it is not one of ours."""
+    match = _DELETED_NAME.fullmatch(name)
+    return DeletedName(match[1], match[2], match[3] or '') if match else None
+
+
+def parse_moment(text: str, now: float) -> int:
+    """Microseconds since the epoch of a moment: `2026-11-20T12:00:00Z`, without Z in the local time zone,
+    without seconds, a date alone, or a duration before `now` such as `36h`.  Raises ValueError."""
+    match = _MOMENT.fullmatch(text)
+    try:
+        if not match:
+            if text.isdecimal() or not text.isascii():
+                raise ValueError
+            return int((now - parse_duration(text)) * 1e6)
+        date, clock, seconds, zone = match.groups()
+        whole, _, fraction = (seconds or ':00').partition('.')
+        parsed = time.strptime(f'{date} {clock or "00:00"}{whole}', '%Y-%m-%d %H:%M:%S')
+        if zone:
+            import calendar
+            moment = calendar.timegm(parsed)
+        else:
+            moment = int(time.mktime(parsed))
+        return moment * 10 ** 6 + int(fraction.ljust(6, '0'))
+    except (ValueError, OverflowError):
+        raise ValueError(f'{text!r} is no time; write 2026-11-20T12:00:00Z, 2026-11-20T12:00, 2026-11-20, '
+                         '36h or 2d') from None
+
+
+def moment_for_people(moment: int) -> str:
+    """A time as parse_moment() reads it, rounded up to seconds."""
+    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(-(-moment // 10 ** 6)))
+
+
+class Past:
+    """What was deleted from the repositories of a `store`; it is kept for `keep_seconds`, or nothing is if
+    that is 0.  Moments are microseconds since the epoch by `clock`."""
+
+    def __init__(self, store: Store, keep_seconds: float = 0, clock: Callable[[], float] = time.time) -> None:
+        self.keeps = keep_seconds > 0
+        self._store = store
+        self._keep = keep_seconds * 1e6
+        self._clock = clock
+
+    def now(self) -> int:
+        return int(self._clock() * 1e6)
+
+    # ---- deleting ----
+
+    def delete(self, location: Location) -> Optional[int]:
+        """Delete an object, which is kept unless it is a lock; its size in bytes, None if there was none.
+        The folders are on the disk when this returns.  Raises OSError."""
+        if not self.keeps_object(location):
+            size = self._store.delete(location)
+            if size is not None and location.kind != 'locks':
+                self._set_since(location.repository, format_moment(self.now()))
+            return size
+        try:
+            source = self._store.folders.open(location.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        with source:
+            try:
+                status = source.stat(location.file)
+            except FileNotFoundError:
+                return None
+            if not stat.S_ISREG(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, 'no regular file', source.at(location.file))
+            self.begin(location.repository)
+            moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
+            name = f'{location.file}.{format_moment(moment)}'
+            with self._open_or_make(deleted_folder(location)) as target:
+                try:
+                    move(source, location.file, target, name, self._store.file_mode)
+                except FileNotFoundError:  # another request was faster
+                    return None
+                target.sync()
+                source.sync()
+        return status.st_size
+
+    def keeps_object(self, location: Location) -> bool:
+        """Whether an object is kept when it is deleted."""
+        return self.keeps and location.kind != 'locks'
+
+    def begin(self, repository: str) -> None:
+        """Note that all deletions of a repository are kept from now on, unless that is so already."""
+        folder = f'{repository}/{DELETED}'
+        if self.keeps and self._since(repository) is None:
+            with self._open_or_make(folder) as opened:
+                os.close(opened.open(f'{_SINCE}{format_moment(self.now())}',
+                                     os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
+                opened.sync()
+
+    def _set_since(self, repository: str, moment: str) -> None:
+        """Nothing before a moment is known any more."""
+        with self._store.scan(f'{repository}/{DELETED}') as (folder, entries):
+            marks = sorted(entry.name for entry in entries if entry.name.startswith(_SINCE))
+            if marks and marks[-1] < f'{_SINCE}{moment}':
+                os.rename(folder.at(marks.pop()), folder.at(f'{_SINCE}{moment}'),
+                          src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+                for mark in marks:
+                    folder.unlink(mark)
+                folder.sync()
+
+    def _since(self, repository: str) -> Optional[int]:
+        """From when on all deletions of a repository were kept; None if that is not known."""
+        with self._store.scan(f'{repository}/{DELETED}') as (_, entries):
+            marks = [entry.name[len(_SINCE):] for entry in entries if entry.name.startswith(_SINCE)]
+        with contextlib.suppress(ValueError):
+            return read_moment(max(marks)) if marks else None
+        return None
+
+    def _open_or_make(self, path: str) -> Folder:
+        try:
+            return self._store.folders.open(path, by_descriptor=True)
+        except FileNotFoundError:
+            self._store.folders.make(path)
+            return self._store.folders.open(path, by_descriptor=True)
+
+    # ---- reading ----
+
+    def until(self, deleted: str) -> str:
+        """When an object that was deleted at a time, as names have it, is purged."""
+        return moment_for_people(int(read_moment(deleted) + self._keep))
+
+    def earliest(self, repository: str) -> int:
+        """The earliest moment at which a repository can be read: all that was deleted since is kept."""
+        since, now = self._since(repository), self.now()
+        return now if since is None else int(max(since, now - self._keep))
+
+    def view(self, location: Location) -> View:
+        """The repository of a location as it was at the location's moment.  Raises HttpError 400, 404 and
+        410."""
+        if not self.keeps:
+            raise HttpError(404, 'the past of repositories is not kept here (--keep-deleted)')
+        now = self.now()
+        try:
+            moment = parse_moment(location.at, now / 1e6)
+        except ValueError as error:
+            raise HttpError(400, str(error)) from None
+        if moment > now:
+            raise HttpError(400, f'{location.at} is still to come')
+        earliest = self.earliest(location.repository)
+        if moment < earliest:
+            raise HttpError(410, f'nothing is known of the time before {moment_for_people(earliest)}')
+        return View(self._store, moment)
+
+    # ---- purging ----
+
+    def kept(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str], DeletedName]]:
+        """The deleted objects of a repository, and the marks of those that came back.  Raises OSError."""
+        for kind in (*KINDS, 'config'):
+            paths = [f'{repository}/{DELETED}/{kind}']
+            if kind == 'data':
+                with self._store.scan(paths[0]) as (_, entries):
+                    paths = [f'{paths[0]}/{entry.name}' for entry in entries
+                             if _SUBDIRECTORY.fullmatch(entry.name)]
+            for path in paths:
+                with self._store.scan(path) as (folder, entries):
+                    for entry in entries:
+                        name = parse_deleted_name(entry.name)
+                        if name:
+                            yield folder, entry, name
+
+    def purge(self, repository: str) -> Iterator[int]:
+        """Remove what has been kept long enough; yields the size of each object.  Raises OSError."""
+        limit = format_moment(int(self.now() - self._keep))
+        for folder, entry, name in self.kept(repository):
+            if (name.returned or name.deleted) < limit:
+                self._set_since(repository, limit)  # also for who does not know how long it was kept
+                with contextlib.suppress(FileNotFoundError):  # another server is purging, too
+                    size = entry.stat(follow_symlinks=False).st_size
+                    folder.unlink(entry.name)
+                    if not name.returned:
+                        yield size
+
+
+def deleted_folder(location: Location) -> str:
+    """The path below DIR of the folder for an object that was deleted."""
+    part = f'/{location.name[:2]}' if location.kind == 'data' and location.name else ''
+    return f'{location.repository}/{DELETED}/{location.kind}{part}'
+
+
+def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) -> None:
+    """Rename a file into another folder; between file systems it is copied, with its time, and removed.
+    Raises OSError."""
+    try:
+        os.rename(source.at(name), target.at(new_name), src_dir_fd=source.fd, dst_dir_fd=target.fd)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+    fd, status = open_plain(source, name)
+    try:
+        copy = target.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
+        try:
+            lock_file(copy)
+            for part in iter(functools.partial(os.read, fd, COPY_BYTES), b''):
+                while part:
+                    part = part[os.write(copy, part):]
+            os.utime(copy if os.utime in os.supports_fd else target.at(scratch),
+                     ns=(status.st_atime_ns, status.st_mtime_ns))
+            sync_file(copy)
+        finally:
+            os.close(copy)
+        os.rename(target.at(scratch), target.at(new_name), src_dir_fd=target.fd, dst_dir_fd=target.fd)
+    finally:
+        os.close(fd)
+    target.sync()
+    source.unlink(name)
+
+
+class View:
+    """A store's repositories as they were at a `moment`, to read."""
+
+    def __init__(self, store: Store, moment: int) -> None:
+        self._store = store
+        self._nanoseconds = moment * 1000
+        self._text = format_moment(moment)
+
+    def open(self, location: Location) -> FileSlice:
+        """The whole content of an object, as Store.open() gives it."""
+        deleted = deleted_folder(location)
+        for _ in range(2):  # it may be deleted, or come back, between the two folders
+            names = self._history(deleted).get(location.file, [])
+            for path, file in ((location.folder, location.file),
+                               *((deleted, file) for file in self._files(names))):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
+                        self._store.folders.open(path) as folder:
+                    fd, status = open_plain(folder, file)
+                    if self._existed(status, names):
+                        return FileSlice(fd, 0, status.st_size)
+                    os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.file)
+
+    def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
+        """Names and sizes of the objects of one kind, as Store.objects() gives them."""
+        location = Location(location.repository, location.kind)
+        for present, deleted, prefix in self.folders(location):
+            found = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
+            yield list(found), list(found.values())
+
+    def folders(self, location: Location) -> Iterator[Tuple[str, str, str]]:
+        """The folders of a kind's objects, those of what was deleted from them, and how names begin."""
+        present, deleted = location.folder, deleted_folder(location)
+        if location.kind != 'data':
+            yield present, deleted, ''
+            return
+        parts: Set[str] = set()
+        for path in (present, deleted):
+            with self._store.scan(path) as (_, entries):
+                parts.update(entry.name for entry in entries if _SUBDIRECTORY.fullmatch(entry.name))
+        for part in sorted(parts):
+            yield f'{present}/{part}', f'{deleted}/{part}', part
+
+    def find(self, present: str, deleted: str, prefix: str) -> Iterator[Tuple[str, str, os.stat_result]]:
+        """The objects in a folder, and in that of what was deleted from it: name, name of the file if it
+        was deleted since, else empty, and status."""
+        # First what is present: an object that is deleted meanwhile is in both.
+        found = [(entry.name, status) for entry, status in self._store.object_entries(present, prefix)]
+        history = self._history(deleted)
+        for name, status in found:
+            if self._existed(status, history.get(name, ())):
+                yield name, '', status
+        if not history:
+            return
+        with self._store.scan(deleted) as (folder, _), self._store.scan(present) as (there, _):
+            for name, names in history.items():
+                for file in self._files(names):
+                    try:
+                        status = folder.stat(file)
+                    except FileNotFoundError:  # it has just come back, or was purged
+                        file = ''
+                        try:
+                            status = there.stat(name)
+                        except (FileNotFoundError, NotADirectoryError):
+                            continue
+                    if self._existed(status, names):
+                        yield name, file, status
+
+    def _history(self, path: str) -> Dict[str, List[DeletedName]]:
+        """By object, the names in a folder of deleted ones that matter at this moment."""
+        history: Dict[str, List[DeletedName]] = {}
+        with self._store.scan(path) as (_, entries):
+            for entry in entries:
+                name = parse_deleted_name(entry.name)
+                if name and max(name.deleted, name.returned) > self._text:
+                    history.setdefault(name.file, []).append(name)
+        return history
+
+    def _existed(self, status: os.stat_result, names: Iterable[DeletedName]) -> bool:
+        """Whether a file that has not been deleted before this moment had been uploaded by then, and was
+        not away at that time."""
+        return status.st_mtime_ns <= self._nanoseconds and not any(
+            name.returned and name.deleted <= self._text < name.returned
+            and status.st_mtime_ns < read_moment(name.deleted) * 1000 for name in names)
+
+    def _files(self, names: List[DeletedName]) -> List[str]:
+        """The files of an object that were deleted after this moment."""
+        return [f'{name.file}.{name.deleted}' for name in names
+                if not name.returned and name.deleted > self._text]
+
+
+class RollBack:
+    """Sets a repository back to what it was at a `moment`: what was deleted since comes back, and what was
+    uploaded since is deleted, and so kept.  Killed at any instant it leaves a sound repository, and can
+    be run again."""
+
+    # What others refer to comes back before them, and goes after them.
+    BACK = ('data', 'index', 'keys', 'config', 'snapshots')
+    ASIDE = ('snapshots', 'index', 'data', 'keys')
+    LOCKED_SECONDS = 1800       # Age at which restic takes a lock for stale.
+
+    def __init__(self, store: Store, past: Past, repository: str, moment: int) -> None:
+        self._store = store
+        self._past = past
+        self._repository = repository
+        self._view = View(store, moment)
+        self._touched: Set[str] = set()     # folders that are to be synced
+        # By kind: objects, and their bytes.
+        self.back: Dict[str, List[int]] = {}
+        self.aside: Dict[str, List[int]] = {}
+
+    def fresh_lock(self) -> Optional[float]:
+        """The time of the youngest lock, if restic would heed it.  Raises OSError."""
+        times = [status.st_mtime for _, status in self._store.object_entries(f'{self._repository}/locks')]
+        youngest = max(times, default=-math.inf)
+        return youngest if youngest > self._store.now() - self.LOCKED_SECONDS else None
+
+    def run(self, dry: bool = False) -> None:
+        """Do it, or with `dry` count only.  Raises OSError."""
+        for kind in self.BACK:
+            for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
+                for name, file, status in list(self._view.find(present, deleted, prefix)):
+                    if file and self._is_missing(kind, name):
+                        self._count(self.back, kind, status.st_size)
+                        if not dry:
+                            self._bring_back(kind, name, file)
+            self._sync()
+        for kind in self.ASIDE:
+            for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
+                wanted = {name for name, _, _ in self._view.find(present, deleted, prefix)}
+                for entry, status in list(self._store.object_entries(present, prefix)):
+                    if entry.name not in wanted:
+                        self._count(self.aside, kind, status.st_size)
+                        if not dry:
+                            self._past.delete(Location(self._repository, kind, entry.name))
+
+    def _is_missing(self, kind: str, name: str) -> bool:
+        """Whether an object is to come back.  What has its name has its content, too, but for config."""
+        return kind == 'config' or self._store.size(Location(self._repository, kind, name)) is None
+
+    def _bring_back(self, kind: str, name: str, file: str) -> None:
+        """Rename a deleted object to what it was, after a mark of when it was away."""
+        location = Location(self._repository, kind, '' if kind == 'config' else name)
+        path = deleted_folder(location)
+        self._store.folders.make(location.folder)
+        with self._store.folders.open(path, by_descriptor=True) as source, \
+                self._store.folders.open(location.folder, by_descriptor=True) as target:
+            now = self._past.now()
+            if kind == 'config':
+                self._keep_config(target, source, now)
+            mark = f'{file}-{format_moment(now)}'
+            os.close(source.open(mark, os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
+            source.sync()
+            move(source, file, target, location.file, self._store.file_mode)
+        self._touched.update((path, location.folder))
+
+    def _keep_config(self, target: Folder, deleted: Folder, now: int) -> None:
+        """Keep a config that is about to be replaced: there is one at every instant."""
+        scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+        try:
+            fd, status = open_plain(target, 'config')
+        except FileNotFoundError:
+            return
+        with open(fd, 'rb') as file:
+            copy = deleted.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY,
+                                self._store.file_mode)
+            with open(copy, 'wb') as kept:
+                kept.write(file.read())
+                kept.flush()
+                os.utime(copy if os.utime in os.supports_fd else deleted.at(scratch),
+                         ns=(status.st_atime_ns, status.st_mtime_ns))
+                sync_file(copy)
+        os.rename(deleted.at(scratch), deleted.at(f'config.{format_moment(now)}'),
+                  src_dir_fd=deleted.fd, dst_dir_fd=deleted.fd)
+
+    def _sync(self) -> None:
+        """Sync what was renamed, before anything that relies on it."""
+        for path in self._touched:
+            with self._store.folders.open(path, by_descriptor=True) as folder:
+                folder.sync()
+        self._touched.clear()
+
+    @staticmethod
+    def _count(counts: Dict[str, List[int]], kind: str, size: int) -> None:
+        count = counts.setdefault(kind, [0, 0])
+        count[0] += 1
+        count[1] += size
+
+    def __str__(self) -> str:
+        if not self.back and not self.aside:
+            return 'nothing to do'
+        return ', '.join(f'{text} {what}' for text, what in (
+            (_text_of_counts(self.back), 'back'), (_text_of_counts(self.aside), 'set aside')) if text)
+
+
+def _text_of_counts(counts: Dict[str, List[int]]) -> str:
+    """Such as `3 snapshots, 41 packs (612.0 MiB)`."""
+    words = {'snapshots': 'snapshot', 'index': 'index', 'keys': 'key', 'config': 'config', 'data': 'pack'}
+    parts = []
+    for kind, word in words.items():
+        if kind in counts:
+            count, size = counts[kind]
+            plural = '' if count == 1 else 'es' if word == 'index' else 's'
+            parts.append(f'{count} {word}{plural}' + (f' ({format_size(size)})' if kind == 'data' else ''))
+    return ', '.join(parts)
+
+
 # ==== Counters ===================================================================================
 # Statistics in memory that all processes of the server share.
 #
@@ -1578,7 +2052,7 @@ READ_TRIES = 200                # Attempts to read a slot that is being rewritte
 # Gauges: zeroed when their process dies.
 _GAUGES = ('connections', 'addresses', 'reserved')
 # Position of the repository in the keys of rows that belong to one.
-_OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'blob': 2}
+_OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
 _GENERATION, _USED, _CLEANED, _HEADER = range(4)
 
 
@@ -1954,6 +2428,8 @@ class Scrub:
                 except BaseException:
                     self._stopped = True
                     raise
+            for repository, tally in self._tallies.items():
+                self._check_deleted(repository, tally)
             self._results = {repository: ScrubResult(int(time.time()), *tally)
                              for repository, tally in self._tallies.items()}
         finally:
@@ -1973,8 +2449,8 @@ class Scrub:
                 if is_repository and entry.name in KINDS and entry.is_dir():
                     yield from self._find_objects(f'{path}/{entry.name}'[1:], tally)
                 elif entry.is_dir(follow_symlinks=False):
-                    if entry.name == HIDDEN and not path:
-                        self._find_strays(f'/{HIDDEN}')
+                    if entry.name == HIDDEN and (is_repository or not path):
+                        self._find_strays(f'{path}/{HIDDEN}')
                 elif entry.name == 'config':
                     self._check_config(folder, entry, tally)
                 elif is_repository or entry.name.startswith(HIDDEN):
@@ -2005,7 +2481,7 @@ class Scrub:
         try:
             with self._store.scan(path) as (folder, entries):
                 for entry in entries:
-                    if entry.name != SCRUB_FILE:
+                    if entry.name not in (SCRUB_FILE, os.path.basename(DELETED)):
                         self._foreign(folder, entry)
         except OSError as error:
             self.report(self._store.root + path, f'unreadable: {error.strerror}')
@@ -2067,8 +2543,29 @@ class Scrub:
             elif self._sound.get(folder, -math.inf) <= self._after:
                 self._sound[folder] = checked_at
 
-    def _check(self, folder: Folder, name: str, tally: List[int]) -> bool:
-        """Whether an object is damaged."""
+    def _check_deleted(self, repository: str, tally: List[int]) -> None:
+        """Check the deleted objects of a repository that are kept."""
+        checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
+        key = f'{repository}/{DELETED}'[1:]
+        sound = self._sound.get(key, -math.inf)
+        skip = sound if sound > self._after else -math.inf
+        try:
+            for folder, entry, name in Past(self._store).kept(repository):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if not name.returned and name.file != 'config' and status.st_ctime >= skip:
+                        faults += self._check(folder, entry.name, tally, name.file)
+        except OSError as error:
+            self._damage(tally, f'{self._store.root}/{key}', f'unreadable: {error.strerror}')
+            faults = 1
+        with self._lock:
+            if faults:
+                self._sound.pop(key, None)
+            elif sound <= self._after and os.path.isdir(f'{self._store.root}/{key}'):
+                self._sound[key] = checked_at
+
+    def _check(self, folder: Folder, name: str, tally: List[int], digest_expected: str = '') -> bool:
+        """Whether an object is damaged: its SHA-256 is to be its name, or as `digest_expected`."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
         path = f'{folder.path}/{name}'
         try:
@@ -2094,7 +2591,7 @@ class Scrub:
         with self._lock:
             self.checked += 1
             tally[0] += 1
-        if digest.hexdigest() == name:
+        if digest.hexdigest() == (digest_expected or name):
             return False
         self._damage(tally, path, f'damaged: its SHA-256 is {digest.hexdigest()}')
         return True
@@ -2189,14 +2686,18 @@ COUNTS_AT_MOST = 3           # Counts of a repository from which objects are bei
 ROOM_SECONDS = 10            # Longest wait of an upload for bytes that others have reserved.
 CLOCK_SECONDS = 60           # Longest time from the last write (mtime) to link(2) (ctime).
 WARNING_SECONDS = 10         # Time between two warnings about a full quota.
+MASS_DELETE_SECONDS = 60     # Time in which the deletion of most snapshots is worth a warning.
+MASS_DELETE_PAUSE = 3600     # Time between two such warnings about a repository.
 READY_SECONDS = 20           # Longest wait of an upload for the first census.
 SHOWN_SECONDS = 1.0          # Time for which computed holdings are used again.
 BLOCK_BYTES = 4096           # Unit of charge for an object.
 FOLDER_BYTES = 4096          # Charge for a folder.
 _DAY_SECONDS = 86400
 _COUNTED = (*KINDS, 'config')
-_BYTES, _CHARGED, _OBJECTS = range(3)
-_NOTHING = [0] * (_OBJECTS + len(_COUNTED))     # Row: bytes, bytes charged, objects of each kind.
+# A row of what is held: bytes, bytes charged, deleted objects that are kept, their bytes, those deleted in
+# the last day, objects of each kind.
+_BYTES, _CHARGED, _KEPT, _KEPT_BYTES, _DELETED_DAY, _OBJECTS = range(6)
+_NOTHING = [0] * (_OBJECTS + len(_COUNTED))
 LOCK_BYTES = 4096            # Largest lock that needs no room: reading and making room require one.
 LOCKS = 1024                 # Locks in a quota's scope that need no room.
 # What a census found of a repository: such a row, the time of the last snapshot, the time of the count,
@@ -2206,9 +2707,11 @@ Count = collections.namedtuple('Count', [
 
 # What a repository holds: bytes, objects of each kind (and of `config`), the time of the last snapshot
 # (0 if there is none), and for each of the last DAYS days, today being the last, the bytes stored on it
-# that are still there, and the snapshots; how many of its folders could not be read.
+# that are still there, and the snapshots; how many of its folders could not be read; deleted objects that
+# are kept, their bytes, and how many of them were deleted in the last day.
 Holdings = collections.namedtuple('Holdings', [
-    'bytes', 'objects', 'last_snapshot', 'days', 'snapshots', 'unreadable'])
+    'bytes', 'objects', 'last_snapshot', 'days', 'snapshots', 'unreadable', 'kept', 'kept_bytes',
+    'deleted'])
 
 
 def charge_of(size: int) -> int:
@@ -2222,11 +2725,12 @@ class Census:
     may request a census, one of them makes it."""
 
     def __init__(self, store: Store, counters: Counters, interval: float,
-                 scopes: Callable[[str], List[str]]) -> None:
+                 scopes: Callable[[str], List[str]], past: Past) -> None:
         self._store = store
         self._counters = counters
         self._interval = interval
         self._scopes = scopes
+        self._past = past
         self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
         self._requester: Optional[socket.socket] = None
         self._counting = False
@@ -2401,6 +2905,18 @@ class Census:
                 unreadable += report(error)
             if pause:  # leave half of the time to requests, unless they wait for the first census
                 time.sleep(time.monotonic() - begin)
+        yesterday, limit = (format_moment(int(when * 1e6)) for when in (before - _DAY_SECONDS, before))
+        try:
+            for _, entry, name in self._past.kept(repository):
+                if not name.returned and name.deleted <= limit:
+                    with contextlib.suppress(FileNotFoundError):
+                        size = entry.stat(follow_symlinks=False).st_size
+                        held[_KEPT] += 1
+                        held[_KEPT_BYTES] += size
+                        held[_DELETED_DAY] += name.deleted > yesterday
+                        held[_CHARGED] += charge_of(size)
+        except OSError as error:
+            unreadable += report(error)
         return Count(held, last, now, held[_BYTES], held[_OBJECTS + KINDS.index('snapshots')], unreadable,
                      days, snapshots)
 
@@ -2412,10 +2928,11 @@ class Usage:
     row `snapshot` of a repository is the time of the last one that was uploaded."""
 
     def __init__(self, store: Store, counters: Counters, interval: float = 3600, max_bytes: int = 0,
-                 max_bytes_per_user: int = 0) -> None:
+                 max_bytes_per_user: int = 0, past: Optional[Past] = None) -> None:
         self.max_bytes = max_bytes
         self.max_bytes_per_user = max_bytes_per_user
-        self.census = Census(store, counters, interval, self.scopes)
+        self.past = past or Past(store)
+        self.census = Census(store, counters, interval, self.scopes, self.past)
         self._store = store
         self._counters = counters
         self._next_warning = 0.0
@@ -2451,14 +2968,60 @@ class Usage:
                 self._store.folders.missing(f'{repository}/{kind}') for kind in KINDS)
         with _Reservation(self, self._counters, location, missing * FOLDER_BYTES):
             made = self._store.create_repository(location.repository)
+            self.past.begin(location.repository)
             self._count_change('added', location, 0, 0, made * FOLDER_BYTES)
 
     def delete(self, location: Location) -> Optional[int]:
-        """Remove an object as Store.delete() does."""
-        size = self._store.delete(location)
-        if size is not None:
+        """Delete an object as Past.delete() does."""
+        size = self.past.delete(location)
+        if size is not None and self.past.keeps_object(location):
+            self._count_change('removed', location, 1, size, 0)
+            self._count_kept('added', location.repository, size, 0)
+        elif size is not None:
             self._count_change('removed', location, 1, size, charge_of(size))
+        if size is not None and location.kind == 'snapshots':
+            self._note_forgotten(location.repository)
         return size
+
+    def _note_forgotten(self, repository: str) -> None:
+        """A snapshot was deleted: warn, once in an hour, if that are more than half of a repository's within
+        a minute."""
+        key, now = ('forgotten', repository), int(time.monotonic())
+        with self._counters.lock:
+            row = self._counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
+            if now - row[0] >= MASS_DELETE_SECONDS:
+                row[0], row[1] = now, 0
+            row[1] += 1
+        rows = self._counters.read(key)
+        deleted = sum(row[1] for row in rows if now - row[0] < MASS_DELETE_SECONDS)
+        if deleted < 2 or any(row[2] and now - row[2] < MASS_DELETE_PAUSE for row in rows):
+            return
+        left = sum(len(names) for names, _ in self._store.objects(Location(repository, 'snapshots'), False))
+        if deleted > left:
+            with self._counters.lock:
+                self._counters.row(key, 3)[2] = now
+            log.warning('%s: %d of %d snapshots were deleted within a minute%s', repository or '/', deleted,
+                        deleted + left, '; they are kept (--keep-deleted)' if self.past.keeps else '')
+
+    def purge(self, seconds: float = math.inf) -> None:
+        """Remove what was kept long enough from the past of all repositories, and begin that of new ones;
+        for `seconds` at the most, and gently.  For the one process that makes the censuses."""
+        end = time.monotonic() + seconds
+        for found in self._store.walk(lambda path, error: log.debug('%s is not purged: %s', path, error)):
+            if not found.is_repository:
+                continue
+            try:
+                self.past.begin(found.path)
+                begun = time.monotonic()
+                for size in self.past.purge(found.path):
+                    self._count_kept('removed', found.path, size, charge_of(size))
+                    now = time.monotonic()
+                    if now >= end:
+                        return
+                    time.sleep(min(now - begun, 1))     # leave half of the time to requests
+                    begun = time.monotonic()
+            except OSError as error:
+                log.error('what was deleted from %s is not purged: %s', found.path or '/', error)
 
     def charge(self, location: Location, size: int) -> int:
         """Bytes charged for an upload of `size` bytes, with the folders that it will create."""
@@ -2486,9 +3049,26 @@ class Usage:
             held = ', '.join(f'{format_size(held)} of {format_size(limit)} in /{scope}'
                              for scope, (held, _, limit) in ((scope, self.quota(scope))
                                                             for scope in self.scopes(location.repository)))
-            log.warning('the quota leaves no room for %s more in %s: %s', format_size(count),
-                        location.repository or '/', held)
+            log.warning('the quota leaves no room for %s more in %s: %s%s', format_size(count),
+                        location.repository or '/', held, self._text_of_kept(location.repository))
         raise HttpError(507, 'the quota leaves no room')
+
+    def _text_of_kept(self, repository: str) -> str:
+        """How much of what a repository's quota scope holds was deleted, and when the first of it goes."""
+        scopes = self.scopes(repository)
+        scope = next(filter(None, scopes), '')
+        kept, oldest = 0, ''
+        for name, held in self.holdings(self.names(f'/{scope}' if scope else '')).items():
+            if held.kept:
+                kept += held.kept_bytes
+                with contextlib.suppress(OSError):
+                    first = min((name.deleted for _, _, name in self.past.kept(name) if not name.returned),
+                                default='')
+                    oldest = min(filter(None, (oldest, first)), default='')
+        if not kept:
+            return ''
+        until = self.past.until(oldest) if oldest else ''
+        return f'; {format_size(kept)} of that was deleted and is kept, the oldest until {until}'
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
         """Bytes held and the limit, by the scopes of some repositories."""
@@ -2505,21 +3085,31 @@ class Usage:
                    ) and not self._store.folders.missing(location.folder)
 
     def _count_change(self, direction: str, location: Location, objects: int, size: int, charge: int) -> None:
-        """Count what was added or removed."""
+        """Count objects that were added or removed."""
+        amounts = {_BYTES: size, _CHARGED: charge}
+        if objects:
+            amounts[_OBJECTS + _COUNTED.index(location.kind)] = objects
+        self._add_to_row(direction, location.repository, amounts)
+
+    def _count_kept(self, direction: str, repository: str, size: int, charge: int) -> None:
+        """Count a deleted object that is kept from now on, or was purged."""
+        self._add_to_row(direction, repository, {
+            _KEPT: 1, _KEPT_BYTES: size, _CHARGED: charge, _DELETED_DAY: int(direction == 'added')})
+
+    def _add_to_row(self, direction: str, repository: str, amounts: Dict[int, int]) -> None:
+        """Add to the row `added` or `removed` of a repository, and to those of its quota scopes."""
         counters = self._counters
         with counters.lock:
-            row = counters.row((direction, location.repository), len(_NOTHING))
-            row[_BYTES] += size
-            row[_CHARGED] += charge
-            if objects:
-                row[_OBJECTS + _COUNTED.index(location.kind)] += objects
-            is_own = counters.has_row((direction, location.repository))
+            row = counters.row((direction, repository), len(_NOTHING))
+            for column, amount in amounts.items():
+                row[column] += amount
+            is_own = counters.has_row((direction, repository))
         sign = 1 if direction == 'added' else -1
-        locks = objects if location.kind == 'locks' else 0
-        for scope in self.scopes(location.repository):
-            counters.add(('delta', scope), sign * charge, sign * locks)
+        charge, locks = sign * amounts[_CHARGED], sign * amounts.get(_OBJECTS + KINDS.index('locks'), 0)
+        for scope in self.scopes(repository):
+            counters.add(('delta', scope), charge, locks)
             if not is_own:
-                counters.add(('other', scope), sign * charge, sign * locks)
+                counters.add(('other', scope), charge, locks)
 
     # ---- what is there ----
 
@@ -2564,8 +3154,9 @@ class Usage:
         rows = self._counters.read(('base', name))
         base, now = _unpack(rows[0] if rows else None), int(time.time())
         added, removed = (self._counters.total((kind, name), len(_NOTHING)) for kind in ('added', 'removed'))
-        size, _, *numbers = (known + more - less for known, more, less in zip(base.held, added, removed))
-        if not any(numbers) and not base.unreadable:
+        size, _, kept, kept_bytes, deleted, *numbers = (
+            known + more - less for known, more, less in zip(base.held, added, removed))
+        if not any(numbers) and not base.unreadable and not kept:
             return None
         objects = dict(zip(_COUNTED, numbers))
         last = max((row[0] for row in self._counters.read(('snapshot', name))), default=0)
@@ -2580,7 +3171,8 @@ class Usage:
             less = max(min(excess, days[day]), 0)
             days[day] -= less
             excess -= less
-        return Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots, base.unreadable)
+        return Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots, base.unreadable,
+                        kept, kept_bytes, deleted)
 
 
 class _Tally:
@@ -3617,6 +4209,16 @@ _FAMILIES = (
         for name, held in facts.repositories.items() for kind, count in held.objects.items())),
     Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge', 'When the last snapshot came.',
            _repositories(operator.attrgetter('last_snapshot'))),
+    Family('restic_serve_repository_deleted_kept_bytes', 'gauge', 'Bytes of deleted objects that are kept.',
+           lambda facts: (({'repo': repository_label(name)}, held.kept_bytes)
+                          for name, held in facts.repositories.items())),
+    Family('restic_serve_repository_deleted_kept_objects', 'gauge', 'Deleted objects that are kept.',
+           lambda facts: (({'repo': repository_label(name)}, held.kept)
+                          for name, held in facts.repositories.items())),
+    Family('restic_serve_repository_deleted_last_day_objects', 'gauge',
+           'Objects deleted in the last day that are kept.',
+           lambda facts: (({'repo': repository_label(name)}, held.deleted)
+                          for name, held in facts.repositories.items())),
     Family('restic_serve_repository_scrub_timestamp_seconds', 'gauge', 'When --scrub last checked it.',
            _scrubs(0)),
     Family('restic_serve_repository_scrub_checked_objects', 'gauge', 'Objects that the last --scrub read.',
@@ -3629,8 +4231,9 @@ _FAMILIES = (
 
 
 def repository_label(name: str) -> str:
-    """A repository's path without its first slash, as in rest-server's labels."""
-    return name[1:] if name.startswith('/') else name
+    """A repository's path without its first slash, as in rest-server's labels; OTHER has a slash, so that
+    no repository has its label."""
+    return f'/{name}' if name == OTHER else name[1:]
 
 
 def _label(text: str) -> str:
@@ -3668,7 +4271,7 @@ tr.late td:first-child{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--b
 td small{display:block;color:var(--dim);font-size:.8rem}
 svg{display:block}
 svg.plot{width:11rem;height:2.4rem}
-.scope{fill:var(--fill)}
+.area{fill:var(--fill)}
 .curve{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .tick{stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
@@ -3766,6 +4369,7 @@ class Page:
         cells = (('Repository', 'name', _text(name or '/')), ('Last snapshot', 'age', age + when),
                  ('Snapshots', 'n', f'{held.objects["snapshots"]:,}'),
                  ('Size', 'n', format_size(held.bytes) + (
+                     _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
                      _bad('not all can be read') if held.unreadable else '')),
                  ('In 30 days', 'n', f'+{format_size(sum(held.days[-30:]))}'),
                  (f'{DAYS} days', 'graph', _plot(held)), ('Locks', 'locks', self._locks(name, now)),
@@ -3790,7 +4394,7 @@ def _age(seconds: float) -> str:
     for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2 * size:
             return f'{seconds // size:.0f} {unit}'
-    return 'a when' if seconds < 2 else f'{seconds:.0f} seconds'
+    return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
 def _small(text: str) -> str:
@@ -3830,7 +4434,7 @@ def _plot(held: Holdings) -> str:
     return (f'<svg class="plot" viewBox="-1 -1 {DAYS + 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
             f'role="img"><title>{DAYS} days: from {format_size(held.bytes - sum(held.days))} to '
             f'{format_size(held.bytes)}, days with a snapshot: {active}</title>'
-            f'<path class="scope" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
+            f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
 
 
@@ -3864,12 +4468,13 @@ _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXI
 class Api:
     """restic's REST protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
     every answer; scripts of the web origin `allow_origin` may use the server.  `prometheus` is empty
-    (no metrics), `login` or `open`; `page` is shown to browsers."""
+    (no metrics), `login` or `open`; `page` is shown to browsers.  With `at` all repositories are those
+    of that moment."""
 
     def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
                  baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
                  usage: Optional[Usage] = None, metrics: Optional[Metrics] = None,
-                 prometheus: str = '', page: Optional[Page] = None) -> None:
+                 prometheus: str = '', page: Optional[Page] = None, at: str = '') -> None:
         counters = Counters()
         self.store = store
         self.policy = policy
@@ -3879,6 +4484,7 @@ class Api:
         self.metrics = metrics or Metrics(counters, self.usage, store)
         self._prometheus = prometheus
         self._page = page
+        self._at = at
         self._allow_origin = allow_origin
         self._headers = list(headers)
         if allow_origin:
@@ -3949,10 +4555,31 @@ class Api:
                 raise HttpError(404, 'not found')
             path = path[len(self.baseurl):] or '/'
         location = parse_path(path)
-        if (self._page and not location.kind and request.method in ('GET', 'HEAD')
+        if self._at and not location.at:
+            location = Location(location.repository, location.kind, location.name, self._at)
+        if (self._page and not location.kind and not location.at and request.method in ('GET', 'HEAD')
                 and 'text/html' in request.headers.get('accept', '')):
             return self._get_page(self._page, request, location)
         self.policy.check(request, location)
+        if location.at:
+            return self._route_past(request, location)
+        return self._dispatch(request, location)
+
+    def _route_past(self, request: Request, location: Location) -> Response:
+        """A request for a repository as it was: to read, but for locks, which are those of the present, so
+        that restic can hold one and a prune waits."""
+        view = self.usage.past.view(location)
+        location = Location(location.repository, location.kind, location.name)
+        if location.kind == 'locks':
+            return self._dispatch(request, location)
+        if request.method not in ('GET', 'HEAD'):
+            raise HttpError(403, 'the past is read-only')
+        if location.is_object:
+            return self._get_object(request, location, view)
+        return self._get_list(request, location, view) if location.kind else self._get_repository(
+            request, location)
+
+    def _dispatch(self, request: Request, location: Location) -> Response:
         handlers = (_OBJECT_HANDLERS if location.is_object
                     else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
         handler = handlers.get(request.method)
@@ -3985,9 +4612,9 @@ class Api:
     def _delete_repository(self, request: Request, location: Location) -> Response:
         raise HttpError(501, 'repositories are not deleted over the network')
 
-    def _get_object(self, request: Request, location: Location) -> Response:
+    def _get_object(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         try:
-            content = self.store.open(location)
+            content = (view or self.store).open(location)
         except OSError as error:
             if error.errno in _NO_OBJECT:
                 raise HttpError(404, 'not found') from None
@@ -4015,12 +4642,12 @@ class Api:
         finally:
             content.close()
 
-    def _get_list(self, request: Request, location: Location) -> Response:
+    def _get_list(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
-        objects = self.store.objects(location, sizes)
+        objects = (view or self.store).objects(location, sizes)
         chunks = json_list(objects, sizes)
         first = next(chunks)  # before the status is sent, so that an error has its own
         return Response(200, headers, _chain(first, chunks, objects))
@@ -4094,6 +4721,13 @@ def parse_path(path: str) -> Location:
     """
     if '%' in path:
         path = _decode_path(path)
+    before, mark, after = path.partition(f'/{AT}/')
+    if mark:
+        at, _, rest = after.partition('/')
+        location = parse_path(f'{before}/{rest}')
+        if not at or location.at:
+            raise HttpError(404, 'not found')
+        return Location(location.repository, location.kind, location.name, at)
     parent, _, name = path.rpartition('/')
     repository, slash, kind = parent.rpartition('/')
     if slash and kind in KINDS and (not name or _NAME.fullmatch(name)):
@@ -4119,6 +4753,9 @@ def _decode_path(path: str) -> str:
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
 
 
+_RESERVED = (*KINDS, 'config', HIDDEN, AT)  # no segment of a repository's path
+
+
 @functools.lru_cache(maxsize=1024)
 def _check_repository(path: str) -> str:
     """A repository's path, if it is valid.  Raises HttpError 400 and 404."""
@@ -4134,8 +4771,7 @@ def _check_repository(path: str) -> str:
         raise HttpError(400, f'the path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
         raise HttpError(400, f'the path is longer than {LONGEST} bytes')
-    if segments[0] == HIDDEN or any(segment in KINDS or segment == 'config'
-                                    for segment in segments):
+    if any(segment in _RESERVED for segment in segments):
         raise HttpError(404, 'not found')
     try:
         os.fsencode(path)
@@ -4535,8 +5171,8 @@ if TYPE_CHECKING:
 #                                 the kernel would send a reset, which destroys the answer on its way
 #     close()
 #
-# abort() skips all of that: for a thread that is stuck in sending, for an answer that cannot be completed,
-# and when the grace period of the server's stop is over.
+# abort() skips all of that: for a thread that is stuck in sending, and when the grace period of the
+# server's stop is over.  abort_answer() resets the connection after an answer that cannot be completed.
 
 LINGER_BYTES = 64 << 20      # Most unwanted input that is discarded.
 LINGER_SECONDS = 5           # Longest time without any of it.
@@ -5653,8 +6289,8 @@ class FrameReader:
 
 class FrameWriter:
     """Frames as they leave.  Frames that no request waits for (ACKs, window updates, resets) go out
-    through a flusher thread.  `lock` guards all that follows; `drained` is notified when the flusher
-    has nothing to send, or a request has ended."""
+    through a flusher thread.  `lock` guards what is pending; `drained` is notified when the flusher has
+    nothing to send, or a request has ended."""
 
     def __init__(self, connection: Connection, lock: threading.Lock) -> None:
         self.lock = lock
@@ -5774,12 +6410,14 @@ class FrameWriter:
 # The phase of its request:
 #
 #     RECEIVING ──▶ ANSWERING ──▶ ANSWERED      the request thread reads the content, sends the answer,
-#         └▶ TIMED_OUT ─┘                       and has left; the answer to late content is 408
+#         └▶ TIMED_OUT ─┘                       and has left; who reads on after a time-out answers 408
+#
+# (An aborted stream may leave out what comes between.)
 #
 # Content goes from the connection straight into the buffer of the request thread, if that waits for some
 # (offer() and filled()), and else is buffered, as much of it as the windows let the client send: 64 KiB
 # on a connection before anybody has looked who asks.  They open when the content is first read, which is
-# after login, rights and quota, and close when its request has been answered.
+# after login, rights and quota, and close when its answer begins.
 #
 # An answer's content waits in reserve() for the client's windows, with the request thread; what is short
 # is left to the flow control (send_later()), which sends it when a WINDOW_UPDATE arrives.
@@ -6077,7 +6715,7 @@ class Stream:
     the request is `whole`."""
 
     __slots__ = ('id', 'length', 'state', 'phase', 'aborted', 'remaining', 'padded', 'receiving',
-                 'opened', 'sending', 'unsent', 'deadline', 'extension', 'passed', 'blocked',
+                 'opened', 'sending', 'unsent', 'deadline', 'extension', 'passed', 'blocked', 'stalled',
                  'expects_continue', 'buffered', '_buffer', '_view', '_filling', '_filled', '_changed',
                  '_flow', '_writer')
 
@@ -6099,6 +6737,7 @@ class Stream:
         self.extension = 0.0            # seconds of the deadline for each byte that passes
         self.passed = 0                 # bytes since the deadline was set
         self.blocked = math.inf         # since when a byte has been waited for
+        self.stalled = False            # that took too long, which is counted once
         self.expects_continue = False   # the client waits for 100 (Continue)
         self.buffered = 0               # bytes in _buffer
         self._buffer: List[memoryview] = []     # content that arrived before it was asked for
@@ -6390,7 +7029,8 @@ class ResponseSender:
 #                                    end_input() ──▶ EOFError ────────────────────────────┤
 #     the client has gone        ──▶ EOFError, or Gone ───────────────────────────────────┤
 #                                                                                         ▼
-#     _drain(): aborts the streams that wait for more; requests that are whole are answered
+#     Exchanges.drain(): at the end of input the streams that wait for more are aborted, and requests that
+#     are whole are answered; after an error, or if the client has gone otherwise, all are aborted
 #          ──▶ FrameWriter.finish() ──▶ Connection.linger() ──▶ Connection.close()
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
@@ -6747,7 +7387,8 @@ class Exchanges:
 
     def _expire_stream(self, stream: Stream, stalled: bool) -> None:
         """End a stream that takes too long; an upload is told so first."""
-        if stalled and stream.phase is not Phase.TIMED_OUT:
+        if stalled and not stream.stalled:
+            stream.stalled = True
             self._connection.on_limit(STALLED_UPLOAD if stream.phase is Phase.RECEIVING else STALLED_DOWNLOAD,
                                   self._connection.peer)
         if stream.phase is Phase.RECEIVING:
@@ -6762,17 +7403,16 @@ class Exchanges:
     # ---- the end ----
 
     def drain(self, reason: str, failed: bool) -> None:
-        """No more frames will arrive: abort what waits for more, all that is under way if it has
-        `failed`, and wait for the rest."""
-        with self._writer.lock:
-            self.flow.closed = True
-            for stream in self.streams.open.values():
-                if failed or stream.may_receive:
-                    stream.abort(reason)
-                stream.notify()
-            while self.running or (self._writer.pending and not self._writer.dead):
-                if not self._writer.drained.wait(LINGER_SECONDS if failed else None):
-                    self._connection.abort()  # wakes request threads that are stuck in sending
+        """No more frames will arrive: abort what waits for more, or all that is under way if the
+        connection has `failed`, and wait for the rest.  With the lock, which is free meanwhile."""
+        self.flow.closed = True
+        for stream in self.streams.open.values():
+            if failed or stream.may_receive:
+                stream.abort(reason)
+            stream.notify()
+        while self.running or (self._writer.pending and not self._writer.dead):
+            if not self._writer.drained.wait(LINGER_SECONDS if failed else None):
+                self._connection.abort()  # wakes request threads that are stuck in sending
 
 
 class Http2:
@@ -6817,8 +7457,8 @@ class Http2:
         except Gone as gone:
             reason, self._writer.dead = str(gone), True
         finally:
-            self._exchanges.drain(reason, failed)
             with self.lock:
+                self._exchanges.drain(reason, failed)
                 self.lingers = True
             self._writer.finish()
         self._connection.linger()
@@ -7131,7 +7771,8 @@ class Loop:
         """Wait and call timers, handlers and callbacks until a condition holds."""
         while not until():
             wait = min([timer() for timer in self.timers], default=math.inf)
-            for key, _ in self._selector.select(max(wait, 0) if wait < math.inf else None):
+            # poll(2) waits for 24 days at the most.
+            for key, _ in self._selector.select(min(max(wait, 0), 86400) if wait < math.inf else None):
                 key.data()
 
     def handle(self, signums: bytes) -> None:
@@ -7559,7 +8200,7 @@ class StatsLog:
             if now >= self._next and self._metrics.has_news():
                 log.info('%s', self._metrics.line())
             self._metrics.begin_period()
-            self._next = now + self._seconds
+            self._next = now + self._seconds if active or self._metrics.has_news() else math.inf
         return self._next - now
 
 
@@ -7773,6 +8414,7 @@ class Server:
         self.stops = 0                  # stop signals seen; the second skips the grace period
         self._certificates = certificates
         self._counters = api.metrics.counters
+        self._next_purge = 0.0 if api.usage.past.keeps else math.inf
         self._processes = 1             # that serve the listeners
         self._counts = True             # what is stored, when the usage asks for it
         admission = Admission(self._counters, max_connections,
@@ -7834,6 +8476,7 @@ class Server:
             loop.watch(listener, functools.partial(self._accept, listener))
         if census.requests and self._counts:
             loop.watch(census.requests, census.on_requested)
+            loop.timers.append(self._purge)
         loop.timers += [self.connections.sweep, self.notifier.ping, self.api.metrics.log_limited,
                         lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
@@ -7848,6 +8491,14 @@ class Server:
                 row[0] for row in self._counters.read(CONNECTIONS)):
             time.sleep(YIELD_SECONDS)
         listener.handle_request()
+
+    def _purge(self) -> float:
+        """Purge what was kept long enough if it is due, in a thread; seconds until it will be."""
+        now = time.monotonic()
+        if now >= self._next_purge:
+            self._next_purge = now + PURGE_SECONDS
+            threading.Thread(target=self.api.usage.purge, daemon=True).start()
+        return self._next_purge - now
 
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
@@ -7983,9 +8634,12 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     server.become_worker(processes, counts=slot == 1)
 
     def on_control() -> None:
-        signums = b''
-        with contextlib.suppress(OSError):
+        try:
             signums = control.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            signums = b''
         if not signums:  # the parent is gone
             loop.unwatch(control)
         loop.handle(signums or bytes([signal.SIGTERM]))
@@ -7997,6 +8651,7 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     loop = server.loop = Loop()
     loop.handlers = {signal.SIGTERM: lambda: on_stop(1), signal.SIGINT: lambda: on_stop(2),
                      _RELOAD_SIGNAL: server.reload}
+    control.setblocking(False)
     loop.watch(control, on_control)
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -8332,6 +8987,9 @@ OPTIONS = (
 
     Option('storing', '--group-accessible', parse_bool, 'new directories and files can be read and written '
            'by the group (0770 and 0660 in place of 0700 and 0600)'),
+    Option('storing', '--keep-deleted', parse_duration, 'keep what is deleted for this time, such as 30d: '
+           'repositories can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back '
+           '(--roll-back)', 'DURATION', default='0', shown='0, keep nothing'),
     Option('storing', '--no-verify-upload', parse_bool, 'do not compare the SHA-256 of an upload with its '
            'name: for very weak machines, at the price of that safety'),
 
@@ -8384,6 +9042,14 @@ OPTIONS = (
            'password, and may run beside a server; status 1 if anything is damaged', environment=False),
     Option('other jobs', '--scrub-age', parse_duration, 'skip what was found sound in this time, such as 30d',
            'DURATION', default='0', shown='0, skip nothing'),
+    Option('other jobs', '--roll-back', str, 'set the repository at DIR, or all below it, back to what it '
+           'was at TIME: what was deleted since comes back, what came since is set aside (see --keep-deleted '
+           'for TIME); needs no password, and may run beside a server', 'TIME', environment=False,
+           stdio=False),
+    Option('other jobs', '--dry-run', parse_bool, 'with --roll-back, say only what it would do',
+           requires=('--roll-back',), environment=False),
+    Option('other jobs', '--force', parse_bool, 'with --roll-back, do not refuse where a lock is younger '
+           'than 30 minutes', requires=('--roll-back',), environment=False),
     Option('other jobs', '--add-user', parse_user, 'add a user to the file of --htpasswd, or change the '
            'password, which is asked for or read from standard input', 'NAME', requires=('--htpasswd',),
            environment=False),
@@ -8404,9 +9070,8 @@ class Parser(argparse.ArgumentParser):
             add_help=False, formatter_class=_HelpFormatter,
             description='Serve the directory DIR to restic: backups over HTTP, with nothing but '
                         'Python.',
-            epilog='Every option but --stdio, --scrub, --add-user and --remove-user may also come from the '
-                   'environment: --append-only as RESTIC_SERVE_APPEND_ONLY=true, --addr as '
-                   'RESTIC_SERVE_ADDR with '
+            epilog='Every option but --stdio and the other jobs may also come from the environment: '
+                   '--append-only as RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with '
                    'spaces between several addresses; with --stdio none does. Sizes are written 100B, '
                    '512k, 10M or 1.5G, times 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
@@ -8496,11 +9161,22 @@ def find_directory(parser: Parser, args: List[str]) -> str:
     return args[0]
 
 
-def check_requirements(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse options without those that they require, with one line and exit status 2."""
+def split_directory(parser: Parser, options: argparse.Namespace, directory: str) -> Tuple[str, str]:
+    """DIR, and the TIME of DIR/.at/TIME, with which --stdio serves repositories as they were."""
+    before, mark, at = directory.rstrip('/').partition(f'/{AT}/')
+    if not mark:
+        return directory, ''
+    if not options.stdio:
+        parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP TIME stands in the URL, '
+                     f'rest:http://HOST/PATH/{AT}/TIME/')
+    return before or '/', at
+
+
+def check_requirements(parser: Parser, options: argparse.Namespace, group: str = '') -> None:
+    """Refuse options (of a group) without those that they require, with one line and exit status 2."""
     by_name = {option.name: option for option in OPTIONS}
     for option in OPTIONS:
-        for name in option.requires:
+        for name in option.requires if option.group == (group or option.group) else ():
             if option.is_set(options) and not by_name[name].is_set(options):
                 parser.error(f'{option.name} requires {name}')
 
@@ -8611,13 +9287,14 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
 
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
-             accounts: Optional[Accounts] = None) -> Api:
+             accounts: Optional[Accounts] = None, at: str = '') -> Api:
     """The Api that the options describe."""
-    usage = Usage(store, counters, options.usage_interval, options.max_size, options.max_size_per_user)
+    usage = Usage(store, counters, options.usage_interval, options.max_size, options.max_size_per_user,
+                  Past(store, options.keep_deleted))
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
                options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
-               Page(store, usage, options.stale_after) if options.status else None)
+               Page(store, usage, options.stale_after) if options.status else None, at)
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -8631,10 +9308,10 @@ def stats_seconds(options: argparse.Namespace) -> float:
     return float(options.stats) if options.stats and log.isEnabledFor(logging.INFO) else math.inf
 
 
-def serve_stdio(options: argparse.Namespace, store: Store) -> None:
-    """Serve standard input and output until they end."""
+def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
+    """Serve standard input and output until they end; with `at` the repositories of that moment."""
     counters = Counters()
-    api = make_api(options, store, counters, Policy(options.append_only))
+    api = make_api(options, store, counters, Policy(options.append_only), at=at)
     limits = Limits(options.max_header_bytes, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout, options.stall_timeout)
     server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
@@ -8642,6 +9319,8 @@ def serve_stdio(options: argparse.Namespace, store: Store) -> None:
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     server.adopt(PipeTransport(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()
+    if api.usage.past.keeps:
+        api.usage.purge(STDIO_PURGE_SECONDS)
 
 
 def scrub(options: argparse.Namespace, store: Store) -> int:
@@ -8664,9 +9343,46 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
                          nothing if options.quiet else sys.stderr).run() > 0)
 
 
+def roll_back(options: argparse.Namespace, store: Store) -> int:
+    """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
+    back.  Raises OSError."""
+    past = Past(store, math.inf)
+    now = past.now()
+    moment = parse_moment(options.roll_back, now / 1e6)
+    if moment > now:
+        raise ValueError(f'{options.roll_back} is still to come')
+    jobs, failed = {}, False
+
+    def refuse(path: str, reason: object) -> None:
+        nonlocal failed
+        failed = True
+        name = path[1:] or os.path.basename(store.root)
+        print(f'restic_serve: {one_line(name)}: {one_line(reason)}', file=sys.stderr)
+
+    for found in store.walk(refuse):
+        if found.is_repository:
+            earliest, job = past.earliest(found.path), RollBack(store, past, found.path, moment)
+            lock = job.fresh_lock()
+            if moment < earliest:
+                refuse(found.path, f'nothing is known of the time before {moment_for_people(earliest)}')
+            elif lock and not options.force:
+                since = time.strftime('%H:%M:%S', time.localtime(lock))
+                refuse(found.path, f'somebody has held a lock since {since} '
+                                   f'({format_duration(now / 1e6 - lock)}); wait for it, or use --force')
+            jobs[found.path[1:] or os.path.basename(store.root)] = job
+    if not jobs:
+        print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
+    if failed or not jobs:
+        return 1
+    for name, job in jobs.items():
+        job.run(options.dry_run)
+        print(f'{one_line(name)}: {job}', flush=True)
+    return 0
+
+
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
     """Do --add-user or --remove-user; the exit status."""
-    check_requirements(parser, options)
+    check_requirements(parser, options, 'other jobs')
     user, entry = options.remove_user, ''
     if options.add_user:
         user = options.add_user
@@ -8713,7 +9429,7 @@ def main(args: Optional[List[str]] = None) -> int:
         except OSError as error:
             print(f'restic_serve: {error.filename}: {error.strerror}', file=sys.stderr)
             return 1
-    directory = find_directory(parser, options.arguments)
+    directory, at = split_directory(parser, options, find_directory(parser, options.arguments))
     check_options(parser, options)
     level = logging.ERROR if options.quiet else {0: NOTICE, 1: logging.INFO}.get(
         options.verbose, logging.DEBUG)
@@ -8727,12 +9443,16 @@ def main(args: Optional[List[str]] = None) -> int:
                       shared=options.group_accessible)
         if options.scrub:
             return scrub(options, store)
+        if options.roll_back:
+            return roll_back(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
         store.prepare()
         if options.stdio:
-            serve_stdio(options, store)
+            serve_stdio(options, store, at)
             return 0
         server = make_server(options, store)
+    except ValueError as error:
+        parser.error(f'--roll-back: {error}')
     except OSError as error:
         reason = f'{error.filename}: {error.strerror}' if error.filename else error
         print(f'restic_serve: {one_line(reason)}', file=sys.stderr)

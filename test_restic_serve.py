@@ -1475,6 +1475,518 @@ class FoldersOfOthersTest(TestCase):
         self.assertFalse(is_trusted(str(private / 'loop' / 'x')))
 
 
+# ---- Past ------------------------------------------------------------------------------------------
+
+class MomentTest(unittest.TestCase):
+    """Times as people write them, and as names have them."""
+
+    NOW = 1_795_000_000.0
+
+    def test_moments(self):
+        at = int(restic_serve.time.mktime((2026, 11, 20, 12, 0, 0, 0, 0, -1)))
+        for text, seconds in (
+                ('2026-11-20T12:00:00Z', 1795176000), ('2026-11-20T12:00Z', 1795176000),
+                ('2026-11-20Z', 1795132800), ('2026-11-20T12:00:00.25Z', 1795176000.25),
+                ('2026-11-20T12:00:00', at), ('2026-11-20T12:00', at), ('2026-11-20', at - 12 * 3600),
+                ('36h', self.NOW - 36 * 3600), ('2d', self.NOW - 2 * 86400),
+                ('1d12h', self.NOW - 1.5 * 86400)):
+            self.assertEqual(restic_serve.parse_moment(text, self.NOW), int(seconds * 1e6), text)
+        for text in ('', 'x', '10', '2026', '2026-13-01', '2026-11-20 12:00', '2026-11-20T25:00', '-2d',
+                     '2026-11-20T12:00:00+01:00', '2026-11-20T12Z', '٣d', '2026-11-20T12:00:60.5.5Z'):
+            with self.assertRaisesRegex(ValueError, 'is no time; write', msg=text):
+                restic_serve.parse_moment(text, self.NOW)
+
+    def test_names_sort_by_time_and_are_read_back(self):
+        moments = [0, 1, 999_999, 10 ** 6, 1_795_176_000_123_456, 4_000_000_000_000_000]
+        names = [restic_serve.format_moment(moment) for moment in moments]
+        self.assertEqual(names, sorted(names))
+        self.assertEqual(names[4], '20261120T120000.123456Z')
+        self.assertEqual(list(map(restic_serve.read_moment, names)), moments)
+
+    def test_names_of_what_was_deleted(self):
+        name, time_of = 'a' * 64, '20261120T120000.123456Z'
+        parse = restic_serve.parse_deleted_name
+        self.assertEqual(parse(f'{name}.{time_of}'), (name, time_of, ''))
+        self.assertEqual(parse(f'config.{time_of}-{time_of}'), ('config', time_of, time_of))
+        for bad in (name, f'{name}.x', f'x.{time_of}', f'{name}.{time_of}-', f'{name}.{time_of}x', time_of):
+            self.assertIsNone(parse(bad))
+
+
+class PastTestCase(TestCase):
+    """A store whose deleted objects are kept, on a clock that the test holds."""
+
+    KEEP = 1000
+
+    def setUp(self):
+        super().setUp()
+        self.now = 1_795_000_000.0
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.past = self.make_past()
+        for repository in ('', '/host'):
+            self.store.create_repository(repository)
+            self.past.begin(repository)
+        patch = mock.patch.object(Store, 'now', lambda store: self.now)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def make_past(self, keep=KEEP):
+        return restic_serve.Past(self.store, keep, lambda: self.now)
+
+    def upload(self, content, kind='data', repository='/host'):
+        location = Location(repository, kind, '' if kind == 'config' else named(content))
+        if self.store.save(location, Bytes(content)).objects:
+            os.utime(path_of(self.store, location), (self.now, self.now))
+        self.now += 1
+        return location
+
+    def delete(self, location, past=None):
+        size = (past or self.past).delete(location)
+        self.now += 1
+        return size
+
+    def view(self, moment, repository='/host'):
+        """What a repository had: the names of each kind."""
+        at = restic_serve.moment_for_people(int(moment * 1e6))
+        view = self.past.view(Location(repository, 'data', '', at))
+        found = {}
+        for kind in restic_serve.KINDS:
+            names = []
+            for some, _ in view.objects(Location(repository, kind), True):
+                names += some
+            self.assertEqual(len(set(names)), len(names))
+            if names:
+                found[kind] = sorted(names)
+            for name in names:
+                with view.open(Location(repository, kind, name)) as content:
+                    self.assertEqual(named(content.read_all()), name)
+        with contextlib.suppress(FileNotFoundError), view.open(Location(repository, 'config')) as content:
+            found['config'] = content.read_all()
+        return found
+
+    def roll_back(self, moment, repository='/host', **more):
+        job = restic_serve.RollBack(self.store, self.past, repository, int(moment * 1e6))
+        job.run(**more)
+        self.now += 1
+        return str(job)
+
+
+class PastTest(PastTestCase):
+    """What was deleted stays for a while."""
+
+    def test_what_is_deleted_is_moved_with_its_time_and_shown_no_more(self):
+        for repository in ('/host', ''):
+            for kind in ('data', 'index', 'keys', 'snapshots', 'config'):
+                location = self.upload(kind.encode(), kind, repository)
+                uploaded, deleted = self.now - 1, self.now
+                self.assertEqual(self.delete(location), len(kind))
+                self.assertIsNone(self.delete(location))
+                name = f'{location.file}.{restic_serve.format_moment(int(deleted * 1e6))}'
+                path = self.root / f'{repository[1:]}/.restic_serve/deleted/{kind}'.lstrip('/')
+                path = path / (name[:2] if kind == 'data' else '') / name
+                self.assertEqual((path.read_bytes(), path.stat().st_mtime), (kind.encode(), uploaded))
+                if kind != 'config':
+                    self.assertEqual(list(self.store.objects(Location(repository, kind), False)), [])
+            self.assertEqual(list(self.store.walk(self.fail))[0].path, '')
+
+    def test_locks_are_not_kept_nor_is_anything_without_the_option(self):
+        lock, pack = self.upload(b'lock', 'locks'), self.upload(b'pack')
+        self.delete(lock)
+        self.delete(pack, self.make_past(0))
+        self.assertEqual([path for path in self.files() if 'deleted' in path and 'since' not in path], [])
+
+    def test_a_moment_is_what_had_been_uploaded_and_not_deleted_by_then(self):
+        self.now += 1
+        pack, index = self.upload(b'pack'), self.upload(b'index', 'index')
+        begin = self.now
+        self.delete(pack)
+        again = self.now
+        self.assertEqual(self.upload(b'pack').name, pack.name)
+        self.delete(index)
+        self.assertEqual(self.view(begin - 3), {})
+        self.assertEqual(self.view(begin - 2), {'data': [pack.name]})
+        self.assertEqual(self.view(begin - 1), {'data': [pack.name], 'index': [index.name]})
+        self.assertEqual(self.view(begin), {'index': [index.name]})
+        self.assertEqual(self.view(again), {'data': [pack.name], 'index': [index.name]})
+        self.assertEqual(self.view(self.now), {'data': [pack.name]})
+
+    def test_a_mended_object_was_there_all_the_time(self):
+        pack = self.upload(b'pack')
+        Path(path_of(self.store, pack)).write_bytes(b'damaged')
+        os.utime(path_of(self.store, pack), (self.now - 1, self.now - 1))
+        self.now += 10
+        self.store.save(pack, Bytes(b'pack'))
+        self.assertEqual(self.view(self.now - 5), {'data': [pack.name]})
+
+    def test_a_moment_that_cannot_be_known(self):
+        def status(at, past=None):
+            with self.assertRaises(HttpError) as caught:
+                (past or self.past).view(Location('/host', 'data', '', at))
+            return caught.exception.status
+
+        begin = self.now
+        self.assertEqual(status('x'), 400)
+        self.assertEqual(status('2099-01-01'), 400)
+        self.assertEqual(status('1h'), 410)             # before it was kept
+        self.assertEqual(status('1s', self.make_past(0)), 404)
+        self.now += 10 * self.KEEP
+        self.past.view(Location('/host', 'data', '', f'{self.KEEP - 1}s'))
+        self.assertEqual(status(f'{self.KEEP + 1}s'), 410)
+        self.assertEqual(status('1s', self.make_past(100 * self.KEEP)) if self.now - begin < 1 else 0, 0)
+        self.assertIsNone(self.delete(Location('/host', 'data', 'a' * 64)))
+        self.assertEqual(self.past.earliest('/other'), int(self.now * 1e6))
+
+    def test_a_server_without_the_option_ends_what_is_known(self):
+        pack, other = self.upload(b'pack'), self.upload(b'other')
+        self.now += 10
+        self.delete(pack, self.make_past(0))
+        self.assertEqual(self.past.earliest('/host'), int((self.now - 1) * 1e6))
+        self.assertEqual(self.view(self.now), {'data': [other.name]})
+
+    def test_it_is_purged_when_its_time_has_passed(self):
+        locations = [self.upload(bytes([number])) for number in range(3)]
+        for location in locations:
+            self.delete(location)
+            self.now += 100
+        self.now += self.KEEP - 250
+        self.assertEqual(list(self.past.purge('/host')), [1])
+        self.assertEqual(len(list(self.past.kept('/host'))), 2)
+        self.assertEqual(self.make_past(math.inf).earliest('/host'), self.past.earliest('/host'))
+
+    def test_a_roll_back_brings_back_and_sets_aside(self):
+        kept = {kind: self.upload(b'kept ' + kind.encode(), kind)
+                for kind in ('data', 'index', 'keys', 'snapshots', 'config')}
+        moment = self.now
+        self.now += 1
+        before = self.view(moment)
+        for location in kept.values():
+            self.delete(location)
+        for kind in ('data', 'index', 'keys', 'snapshots', 'config'):
+            self.upload(b'new ' + kind.encode(), kind)
+        attacked = self.now
+        self.now += 1
+        after = self.view(attacked)
+        text = ('1 snapshot, 1 index, 1 key, 1 config, 1 pack (9 B) back, '
+                '1 snapshot, 1 index, 1 key, 1 pack (8 B) set aside')
+        self.assertEqual(self.roll_back(moment, dry=True), text)
+        self.assertEqual(self.view(self.now), after)
+        self.assertEqual(self.roll_back(moment), text)
+        self.assertEqual(self.view(self.now), before)
+        self.assertEqual((self.root / 'host/config').read_bytes(), b'kept config')
+        self.assertEqual(self.view(attacked), after)
+        self.assertEqual(self.roll_back(moment), 'nothing to do')
+        self.roll_back(attacked)        # a roll-back can be rolled back
+        self.assertEqual(self.view(self.now), after)
+        self.assertEqual((self.root / 'host/config').read_bytes(), b'new config')
+
+    def test_random_histories_against_a_model(self):
+        for seed in range(60 if LONG_TESTS else 12):
+            with self.subTest(seed=seed):
+                shutil.rmtree(self.root / 'host')
+                self.store.create_repository('/host')
+                self.past.begin('/host')
+                self.live(random.Random(seed))
+
+    def live(self, chance):
+        """Uploads, deletes, purges and roll-backs, and at each kept moment a look."""
+        begin, model = self.now, {}     # of each object, when it was there: pairs of begin and end
+        contents = [bytes([number]) * 3 for number in range(8)]
+
+        def then(moment):
+            names = sorted(name for name, spans in model.items()
+                           if any(first <= moment < end for first, end in spans))
+            return {'data': names} if names else {}
+
+        for _ in range(60):
+            action, content = chance.randrange(10), chance.choice(contents)
+            spans = model.setdefault(named(content), [])
+            is_there = bool(spans) and spans[-1][1] == math.inf
+            if action < 4:
+                if not is_there:
+                    spans.append((self.now, math.inf))
+                self.upload(content)
+            elif action < 8:
+                if is_there:
+                    spans[-1] = (spans[-1][0], self.now)
+                self.assertEqual(self.delete(Location('/host', 'data', named(content))),
+                                 3 if is_there else None)
+            elif action == 8:
+                self.now += chance.choice((0, 0, 400))
+                list(self.past.purge('/host'))
+            else:
+                moment = self.moment(chance, begin)
+                wanted, present = then(moment).get('data', []), then(self.now).get('data', [])
+                for name in set(wanted) - set(present):
+                    model[name].append((self.now, math.inf))
+                for name in set(present) - set(wanted):
+                    model[name][-1] = (model[name][-1][0], self.now)
+                self.roll_back(moment)
+            for moment in (self.now, max(begin, self.now - 1),
+                           *(self.moment(chance, begin) for _ in range(3))):
+                self.assertEqual(self.view(moment), then(moment), (moment - begin))
+
+    def moment(self, chance, begin):
+        return max(begin, self.now - self.KEEP + 1, self.now - chance.randrange(60))
+
+    def test_what_leads_to_another_file_system_is_copied(self):
+        pack = self.upload(b'pack')
+        uploaded = self.now - 1
+        real = os.rename
+
+        def rename(source, target, **more):
+            if os.path.basename(source) == pack.name:
+                raise OSError(errno.EXDEV, 'made by a test')
+            return real(source, target, **more)
+
+        with mock.patch.object(os, 'rename', rename):
+            self.delete(pack)
+        self.assertEqual(self.view(uploaded), {'data': [pack.name]})
+        self.assertEqual(list(self.store.objects(Location('/host', 'data'), False)), [])
+
+    def test_the_folders_are_on_the_disk_before_it_is_answered(self):
+        pack, synced = self.upload(b'pack'), []
+        self.delete(self.upload(b'other'))
+        with mock.patch.object(restic_serve.Folder, 'sync', lambda folder: synced.append(folder.path)):
+            self.delete(pack)
+        self.assertEqual({os.path.relpath(path, self.root / 'host') for path in synced[-2:]}, {
+            f'data/{pack.name[:2]}', f'.restic_serve/deleted/data/{pack.name[:2]}'})
+
+
+@unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
+class PastDeathTest(PastTestCase):
+    """A process that dies at any step of a delete, a purge or a roll-back."""
+
+    CALLS = ('rename', 'unlink', 'mkdir', 'open', 'fsync', 'utime')
+
+    def die_at_each_step(self, prepare, act, check):
+        """Have a process do something, and die before one call after the other; what `prepare` returns is
+        given to the others."""
+        for step in range(1000):
+            shutil.rmtree(self.root / 'host')
+            self.store.create_repository('/host')
+            self.past.begin('/host')
+            prepared = prepare()
+            pid = os.fork()
+            if not pid:
+                try:
+                    self.count_down(step)
+                    act(prepared)
+                finally:
+                    os._exit(0)
+            status = os.waitpid(pid, 0)[1]
+            check(prepared)
+            act(prepared)
+            self.now += 1
+            check(prepared, done=True)
+            if not status:
+                self.assertGreater(step, 3)
+                return
+        self.fail('it never ended')
+
+    def count_down(self, step):
+        left = [step]
+        for name in self.CALLS:
+            def call(real, *args, **more):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return real(*args, **more)
+            setattr(os, name, functools.partial(call, getattr(os, name)))
+
+    def test_in_a_delete(self):
+        def check(prepared, done=False):
+            pack, moment = prepared
+            self.assertEqual(self.view(moment), {'data': [pack.name]})
+            if done:
+                self.assertEqual(self.view(self.now), {})
+
+        def prepare():
+            pack = self.upload(b'pack')
+            self.now += 1
+            return pack, self.now - 1
+
+        self.die_at_each_step(prepare, lambda prepared: self.past.delete(prepared[0]), check)
+
+    def test_in_a_purge(self):
+        def prepare():
+            for number in range(3):
+                self.delete(self.upload(bytes([number])))
+            kept = self.upload(b'kept')
+            self.now += self.KEEP
+            other = self.upload(b'other')
+            moment = self.now
+            self.now += 1
+            self.delete(other)
+            return kept, other, moment
+
+        def check(prepared, done=False):
+            kept, other, moment = prepared
+            self.assertEqual(self.view(self.now), {'data': [kept.name]})
+            self.assertEqual(self.view(moment), {'data': sorted([kept.name, other.name])})
+            if done:
+                self.assertEqual(len(list(self.past.kept('/host'))), 1)
+
+        self.die_at_each_step(prepare, lambda prepared: list(self.past.purge('/host')), check)
+
+    def test_in_a_roll_back(self):
+        kinds = ('data', 'index', 'keys', 'snapshots', 'config')
+
+        def prepare():
+            old = [self.upload(b'old ' + kind.encode(), kind) for kind in kinds]
+            moment = self.now
+            self.now += 1
+            before = self.view(moment)
+            for location in old:
+                self.delete(location)
+            new = [self.upload(b'new ' + kind.encode(), kind) for kind in kinds]
+            attacked = self.now
+            self.now += 1
+            return moment, before, attacked, self.view(attacked), old, new
+
+        def check(prepared, done=False):
+            moment, before, attacked, after, old, new = prepared
+            self.assertEqual(self.view(moment), before)
+            self.assertEqual(self.view(attacked), after)
+            old, new = ([self.store.size(location) is not None for location in some] for some in (old, new))
+            if old[3]:      # a snapshot comes after all that it refers to
+                self.assertTrue(all(old))
+            if new[3]:      # and goes before it
+                self.assertTrue(all(new))
+            self.assertTrue(old[4])     # there is a config at any time
+            if done:
+                self.assertEqual(self.view(self.now), before)
+
+        self.die_at_each_step(prepare, lambda prepared: restic_serve.RollBack(
+            self.store, self.past, '/host', int(prepared[0] * 1e6)).run(), check)
+
+
+class PastApiTest(PastTestCase):
+    """The past over the wire."""
+
+    def setUp(self):
+        super().setUp()
+        self.usage = Usage(self.store, Counters(), past=self.past)
+        self.api = Api(self.store, Policy(), usage=self.usage)
+
+    def ask(self, method, path, body=b'', **headers):
+        """Status and content of an answer."""
+        response = self.api.handle(Request(method, path, 'HTTP/1.1', headers, Bytes(body), Peer('test')))
+        content = response.body
+        if isinstance(content, restic_serve.FileSlice):
+            content = content.read_all()
+        content = content if isinstance(content, bytes) else b''.join(content)
+        response.close()
+        return response.status, content
+
+    def test_it_is_read_by_any_request_and_written_by_none(self):
+        pack, lock = self.upload(b'0123456789'), self.upload(b'lock', 'locks')
+        self.upload(b'config', 'config')
+        moment = restic_serve.moment_for_people(int(self.now * 1e6))
+        self.now += 1
+        self.assertEqual(self.ask('DELETE', f'/host/data/{pack.name}')[0], 200)
+        self.now += 1
+        at = f'/host/.at/{moment}'
+        gone = f'/host/.at/{restic_serve.moment_for_people(int(self.now * 1e6))}'
+        for path, expected in ((f'{at}/data/{pack.name}', (200, b'0123456789')),
+                               (f'{gone}/data/{pack.name}', (404, b'not found\n')),
+                               (f'/host/data/{pack.name}', (404, b'not found\n')),
+                               (f'{at}/data/', (200, f'["{pack.name}"]'.encode())),
+                               (f'{gone}/data/', (200, b'[]')), (f'{at}/config', (200, b'config')),
+                               (f'{at}/locks/', (200, f'["{lock.name}"]'.encode())),
+                               (f'{at.replace(":", "%3A")}/config', (200, b'config')),
+                               (at, (404, b'not found\n')),
+                               (f'/host/.at/{moment}/.at/1d/config', (404, b'not found\n')),
+                               ('/host/.at/', (404, b'not found\n')), ('/host/.at', (404, b'not found\n'))):
+            self.assertEqual(self.ask('GET', path), expected, path)
+        self.assertEqual(self.ask('GET', f'{at}/data/{pack.name}', range='bytes=2-4'), (206, b'234'))
+        sizes = self.ask('GET', f'{at}/data/', accept=V2)[1]
+        self.assertEqual(json.loads(sizes), [{'name': pack.name, 'size': 10}])
+        for method, path in (('POST', f'data/{named(b"x")}'), ('DELETE', f'data/{pack.name}'),
+                             ('POST', 'config'), ('DELETE', 'config'), ('POST', '?create=true')):
+            self.assertEqual(self.ask(method, f'{at}/{path}', b'x'), (403, b'the past is read-only\n'), path)
+        self.assertEqual(self.ask('POST', f'{at}/locks/{named(b"mine")}', b'mine')[0], 200)
+        self.assertTrue((self.root / 'host/locks' / named(b'mine')).exists())
+        self.assertEqual(self.ask('DELETE', f'{at}/locks/{named(b"mine")}')[0], 200)
+        self.assertFalse((self.root / 'host/locks' / named(b'mine')).exists())
+
+    def test_a_moment_that_cannot_be_known_is_said(self):
+        for at, status, text in (('x', 400, "'x' is no time; write "), ('2099-01-01', 400, 'still to come'),
+                                 ('1h', 410, 'nothing is known of the time before 2026-11-18T')):
+            found = self.ask('GET', f'/host/.at/{at}/config')
+            self.assertEqual(found[0], status)
+            self.assertIn(text, found[1].decode())
+        self.api = Api(self.store, Policy())
+        status, content = self.ask('GET', '/host/.at/1h/config')
+        self.assertEqual((status, b'--keep-deleted' in content), (404, True))
+
+    def test_rights_are_those_of_the_repository(self):
+        self.api = Api(self.store, Policy(private=True), usage=self.usage)
+        self.assertEqual(self.ask('GET', '/host/.at/1s/config')[1], b'this is not your repository\n')
+
+    def test_what_is_kept_cannot_be_named(self):
+        pack = self.upload(b'pack')
+        self.delete(pack)
+        for path in self.files():
+            if 'deleted' in path:
+                self.assertEqual(self.ask('GET', f'/{path}')[0], 404, path)
+        self.assertEqual(self.ask('POST', '/host/.restic_serve/?create=true')[0], 404)
+
+    def test_what_is_kept_counts_for_quotas_until_it_is_purged(self):
+        counted_plainly(self)
+        self.usage = Usage(self.store, Counters(), interval=0, max_bytes=1000, past=self.past)
+        self.api = Api(self.store, Policy(), usage=self.usage)
+        self.usage.census.count()
+        for number in range(3):
+            content = bytes([number]) * 300
+            self.assertEqual(self.ask('POST', f'/host/data/{named(content)}', content)[0], 200)
+            os.utime(path_of(self.store, Location('/host', 'data', named(content))), (1, 1))
+            self.assertEqual(self.ask('DELETE', f'/host/data/{named(content)}')[0], 200)
+            self.now += 1
+        self.assertEqual(self.ask('POST', f'/host/data/{named(b"x")}', b'x' * 300)[0], 507)
+        self.assertRegex(self.log[-1], r'900 B of that was deleted and is kept, the oldest until 2026-11-18T')
+        for _ in range(2):  # as it is counted, and counted anew
+            held = self.usage.holdings(['/host'])['/host']
+            self.assertEqual((held.bytes, held.kept, held.kept_bytes, held.deleted), (0, 3, 900, 3))
+            self.assertEqual(self.usage.quota('')[0], 900)
+            self.usage.census.count()
+        page = Page(self.store, self.usage).render('', lambda name: True)
+        self.assertIn('and 900 B deleted', page)
+        exposed = Metrics(Counters(), self.usage, self.store).exposition()
+        self.assertIn('restic_serve_repository_deleted_kept_bytes{repo="host"} 900\n', exposed)
+        self.assertIn('restic_serve_repository_deleted_last_day_objects{repo="host"} 3\n', exposed)
+        self.now += 2 * self.KEEP
+        self.usage.purge()
+        self.assertEqual(self.usage.quota('')[0], 0)
+        self.usage.census.count()
+        self.assertEqual(self.usage.quota('')[0], 0)
+
+    def test_a_delete_of_most_snapshots_is_a_warning_once(self):
+        locations = [self.upload(bytes([number]), 'snapshots') for number in range(9)]
+        self.log.clear()
+        for location in locations:
+            self.assertEqual(self.ask('DELETE', f'/host/snapshots/{location.name}')[0], 200)
+        self.assertEqual(self.log, ['/host: 5 of 9 snapshots were deleted within a minute; they are kept '
+                                    '(--keep-deleted)'])
+
+    def test_a_scrub_reads_what_is_kept(self):
+        locations = [self.upload(bytes([number])) for number in range(2)]
+        for location in locations:
+            self.delete(location)
+        found = {}
+
+        def scrub(age=0):
+            found.clear()
+            job = restic_serve.Scrub(self.store, age, None, found.__setitem__, io.StringIO())
+            return job.run(), job.checked
+
+        with mock.patch.object(Store, 'now', lambda store: time.time()):
+            self.assertEqual((*scrub(), found), (0, 2, {}))
+            kept = next(path for path in self.root.rglob(f'{locations[0].name}.*'))
+            kept.write_bytes(b'damaged')
+            self.assertEqual(scrub(), (1, 2))
+        self.assertEqual(list(found), [str(kept)])
+
+
 # ---- Counters --------------------------------------------------------------------------------------
 
 class CountersTest(TestCase):
@@ -6332,6 +6844,12 @@ class LoopTest(unittest.TestCase):
             self.loop.run(lambda: next(turns))
             self.assertEqual(self.heard, [b'a', b'b'])
 
+    def test_it_waits_no_longer_than_poll_can(self):
+        self.loop.timers = [lambda: 30 * 86400.0]
+        self.loop.wake()
+        turns = iter((False, True))
+        self.loop.run(lambda: next(turns))
+
     def test_it_waits_for_the_first_timer_and_for_ever_without_any(self):
         waits, expected = [], [None, 2.0, 0, None]
         self.loop._selector.close()
@@ -6695,7 +7213,8 @@ class StatsLogTest(unittest.TestCase):
         self.metrics.has_news.return_value = True
         self.assertEqual(self.tick(after=20), 40)
         self.metrics.line.assert_not_called()
-        self.assertEqual(self.tick(after=40), 60)
+        self.metrics.has_news.side_effect = [True, True, False]     # when the line is out, no more
+        self.assertEqual(self.tick(after=40), math.inf)
         self.metrics.line.assert_called_once()
 
     def test_nothing_is_said_where_nothing_was_done(self):
@@ -7370,7 +7889,8 @@ class OptionTest(unittest.TestCase):
         names = {option.name for option in restic_serve.OPTIONS}
         samples = {'--max-size-per-user': '1G', '--cert': 'f', '--key': 'f', '--client-ca': 'f',
                    '--min-tls-version': 'tls1.2', '--user': 'a', '--pass': 'p', '--add-user': 'a',
-                   '--remove-user': 'a', '--prometheus-no-auth': 'true'}
+                   '--remove-user': 'a', '--prometheus-no-auth': 'true', '--dry-run': 'true',
+                   '--force': 'true'}
         for option in restic_serve.OPTIONS:
             self.assertLessEqual(set(option.requires), names)
             if option.requires:
@@ -8028,6 +8548,68 @@ class ResticScenarios:
         self.check_restore(url)
         refused = re.compile(r'append-only: (127\.0\.0\.1|stdio) may not delete (/host)?/snapshots/')
         self.assertTrue(any(refused.search(line) for line in server.lines), server.lines)
+
+
+    @long
+    def test_the_past_is_read_and_rolled_back_to(self):
+        server = self.serve('--keep-deleted', '30d')
+        url = self.address(server, 'host/')
+        self.restic(url, 'init')
+        sources = []
+        for _ in range(3):
+            (self.source / 'new').write_bytes(os.urandom(300_000))
+            self.restic(url, 'backup', self.source)
+            sources.append((self.source / 'new').read_bytes())
+        wanted = self.snapshots(url)
+        time.sleep(0.001)   # the clock of files is coarse
+        moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() + 1))
+        self.wait_until(lambda: time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()) > moment, 'that second')
+        # An attacker, or a wrong command
+        (self.folder / 'password').write_text('other')
+        self.restic(url, 'key', 'add', '--new-password-file', self.folder / 'password')
+        self.restic(url, 'backup', '--host', 'attacker', self.folder / 'password', password='other')
+        key = json.loads(self.restic(url, 'key', 'list', '--json', password='other')[1])
+        self.restic(url, 'key', 'remove', next(one['id'] for one in key if not one['current']),
+                    password='other')
+        self.restic(url, 'forget', '--prune', *(one['id'] for one in wanted), password='other')
+        damage = self.damage(server)
+        self.assertNotEqual(self.restic(url, 'snapshots', check=False)[0], 0)
+        # What was is still there to read
+        past = self.address(server, f'host/.at/{moment}/')
+        self.assertEqual([one['id'] for one in self.snapshots(past)], [one['id'] for one in wanted])
+        for one, content in zip(wanted, sources):
+            target = self.folder / 'old'
+            self.restic(past, 'restore', one['id'], '--target', target, '--include', self.source / 'new')
+            self.assertEqual(Path(f'{target}{self.source}/new').read_bytes(), content)
+            shutil.rmtree(target)
+        status, output = self.restic(past, 'backup', self.source, check=False)
+        self.assertNotEqual(status, 0)
+        self.assertIn('403', output)
+        # and to come back
+        text = self.roll_back(moment, '--dry-run')
+        self.assertRegex(text, r'^host: 3 snapshots, .*1 key, .*packs? \([^)]*\) back, '
+                               r'1 snapshot, .*set aside$')
+        self.assertEqual(self.roll_back(moment, '--force'), text)
+        self.assertEqual([one['id'] for one in self.snapshots(url)], [one['id'] for one in wanted])
+        self.restic(url, 'unlock', '--remove-all')
+        self.assert_sound(url)
+        self.check_restore(url)
+        self.assertNotEqual(self.restic(url, 'snapshots', check=False, password='other')[0], 0)
+        for path in damage:
+            self.assertFalse((self.root / 'host' / path).exists())
+
+    def damage(self, server):
+        """An index that was made up."""
+        content = os.urandom(1000)
+        path = self.root / 'host/index' / named(content)
+        path.write_bytes(content)
+        return [f'index/{path.name}']
+
+    def roll_back(self, moment, *words):
+        done = subprocess.run([sys.executable, MODULE, '--roll-back', moment, *words, self.root / 'host'],
+                              capture_output=True, text=True, env=clean_environment())
+        self.assertEqual((done.returncode, done.stderr), (0, ''), done)
+        return done.stdout.strip()
 
 
 class WaysInTest(ResticTestCase):
@@ -9427,7 +10009,7 @@ class ReadmeTest(unittest.TestCase):
             done = subprocess.run([program('promtool'), 'check', 'rules', path], text=True,
                                   capture_output=True)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertIn('4 rules found', done.stdout)
+        self.assertIn('5 rules found', done.stdout)
 
     def test_the_nginx_of_the_readme_lets_nobody_in_without_a_password(self):
         nginx = program('nginx')
