@@ -1649,6 +1649,7 @@ class Past:
         self.keeps = keep_seconds > 0
         self._store = store
         self._keep = keep_seconds * 1e6
+        self._without_past: Dict[str, float] = {}   # until when that is taken for granted
         self._clock = clock
 
     def now(self) -> int:
@@ -1662,7 +1663,7 @@ class Past:
         if not self.keeps_object(location):
             size = self._store.delete(location)
             if size is not None and location.kind != 'locks':
-                self._set_since(location.repository, format_moment(self.now()))
+                self._end_known(location.repository)
             return size
         try:
             source = self._store.folders.open(location.folder)
@@ -1699,6 +1700,17 @@ class Past:
                 os.close(opened.open(f'{_SINCE}{format_moment(self.now())}',
                                      os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
                 opened.sync()
+
+    def _end_known(self, repository: str) -> None:
+        """An object was deleted and is not kept.  Repositories without a past are remembered a while."""
+        now = time.monotonic()
+        if now >= self._without_past.get(repository, 0.0):
+            if self._since(repository) is not None:
+                self._set_since(repository, format_moment(self.now()))
+                return
+            if len(self._without_past) >= KNOWN_FOLDERS:
+                self._without_past.clear()
+            self._without_past[repository] = now + LOOK_SECONDS
 
     def _set_since(self, repository: str, moment: str) -> None:
         """Nothing before a moment is known any more."""
