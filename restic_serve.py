@@ -224,6 +224,8 @@ def parse_address(text: str) -> Address:
     """`1.2.3.4:8000`, `[::1]:8080`, `localhost:0`, `:8080`, each also after `http://` or `tls://`;
     `unix:///path/to/socket` or `/path/to/socket`."""
     scheme, mark, rest = text.rpartition('://')
+    if not mark and rest.startswith('unix:/'):  # as rest-server and others write it
+        scheme, rest = 'unix', rest[len('unix:'):]
     if scheme in ('', 'unix') and rest.startswith('/') and rest.strip('/'):
         return Address('', '', 0, rest)
     match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\[\]:/\s]*)):([0-9]{1,5})', rest)
@@ -457,10 +459,11 @@ def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
     """Offset and length in bytes of the part of `size` bytes that a Range header selects.
 
     None where the header is to be ignored, as RFC 9110 14.2 allows: malformed, another unit,
-    several ranges.  Raises HttpError 416 for a range past the end (RFC 9110 14.1.2, 15.5.17).
+    several ranges, or no bytes at all.  Raises HttpError 416 for a range past the end (RFC 9110
+    14.1.2, 15.5.17).
     """
     match = _BYTE_RANGE.fullmatch(value)
-    if not match:
+    if not match or not size:   # restic asks for all of an empty object so, and would fail on 416
         return None
     first, last, suffix = match.groups()
     if suffix is not None:
@@ -513,6 +516,7 @@ def one_line(text: object) -> str:
                    if not '\ud800' <= letter <= '\udfff' else f'\\u{ord(letter):04x}' for letter in words)
 
 
+HEADER_SLACK = 4096          # Bytes that a header section may exceed --max-header-bytes, as in Go's servers.
 TRANSFER_SECONDS = 3600      # Default limit for a whole upload or download.
 SLOWEST_RATE = 1024          # Bytes that extend it by a second.
 
@@ -850,6 +854,7 @@ SCRATCH_PREFIX = 'upload-'        # Scratch file in HIDDEN, locked by its writer
 FRESH_PREFIX = 'new-'             # Scratch file that is not locked yet.
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
+READ_ONLY = "the server's directory is read-only"
 LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
 KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
@@ -1254,11 +1259,16 @@ class Scratch:
 
 class Store:
     """The directory `root`.  With `verify` an upload's SHA-256 must be its name; with `shared` new
-    folders and files are accessible to the group: 0770 and 0660 instead of 0700 and 0600."""
+    folders and files are accessible to the group: 0770 and 0660 instead of 0700 and 0600; one that is
+    `read_only` refuses every change."""
 
-    def __init__(self, root: str, *, verify: bool = True, shared: bool = False) -> None:
+    def __init__(self, root: str, *, verify: bool = True, shared: bool = False, read_only: bool = False
+                 ) -> None:
         self.root = os.path.abspath(root).rstrip(os.sep)
         self.verify = verify
+        self.read_only = read_only
+        self._identity: Tuple[int, int] = (0, 0)    # device and inode of the directory
+        self._gone = False
         self.file_mode = 0o660 if shared else 0o600
         self.shared = shared
         self.folders = Folders(self.root, shared)
@@ -1266,21 +1276,61 @@ class Store:
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
-    def prepare(self) -> None:
-        """Create the directory if it is missing, test that it can be written, and remove what a crash
-        left behind.  Raises OSError."""
+    def prepare(self, must_exist: bool = False) -> None:
+        """Create the directory if it is missing, unless it `must_exist`, test whether it can be written,
+        and remove what a crash left behind.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
+            if must_exist or self.read_only:
+                raise FileNotFoundError(errno.ENOENT, 'no such directory; is its disk mounted?', self.root)
             self.folders.make_root(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
         if not self.folders.is_trusted(''):
             self.folders.hold_root()
-        with self.folders.open('') as top:
-            with Scratch(self, top) as scratch:
-                self.nameless = self.nameless and scratch.can_be_named(top)
-            if not self.nameless:
-                with Scratch(self, top):
-                    pass
+        self._identity = self._identify()
+        if self.read_only:
+            return
+        try:
+            with self.folders.open('') as top:
+                with Scratch(self, top) as scratch:
+                    self.nameless = self.nameless and scratch.can_be_named(top)
+                if not self.nameless:
+                    with Scratch(self, top):
+                        pass
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            self.read_only = True
+            log.warning('%s is on a read-only file system; it is served for reading only',
+                        self.root or os.sep)
+            return
         self._remove_left_overs()
+
+    def _identify(self) -> Tuple[int, int]:
+        status = os.stat(self.root or os.sep)
+        return status.st_dev, status.st_ino
+
+    def check_present(self) -> None:
+        """Raises HttpError 500 if the directory is not the one that was there at the start: its disk was
+        unmounted, and what is missing is not missing, and what is stored would be lost."""
+        try:
+            gone = self._identity not in ((0, 0), self._identify())
+        except OSError:
+            gone = True
+        if gone != self._gone:
+            self._gone = gone
+            if gone:
+                log.error('%s has gone, perhaps its disk was unmounted: nothing is stored or found until it '
+                          'is back', self.root)
+            else:
+                log.log(NOTICE, '%s is back', self.root)
+        if gone:
+            raise HttpError(500, "the server's directory has gone")
+
+    def check_writable(self) -> None:
+        """Raises HttpError 500 as check_present() does, and 507 for a directory that is read-only."""
+        self.check_present()
+        if self.read_only:
+            raise HttpError(507, READ_ONLY)
 
     def open(self, location: Location) -> FileSlice:
         """The whole content of an object.  Raises OSError."""
@@ -4542,7 +4592,7 @@ class Api:
         status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
         if status != 400:
             log.error('%s %s: %s', request.method, request.path, error)
-        return text_response(status, _REASON_OF_STATUS[status])
+        return text_response(status, READ_ONLY if error.errno == errno.EROFS else _REASON_OF_STATUS[status])
 
     def _check_origin(self, request: Request) -> None:
         """Raises HttpError 403 for requests of web pages that may not use the server.  Browsers send Origin
@@ -4606,16 +4656,19 @@ class Api:
     def _create(self, request: Request, location: Location) -> Response:
         if 'create=true' not in request.query.split('&'):
             raise HttpError(400, 'a repository is made by POST with ?create=true')
+        self.store.check_writable()
         self.usage.create(location)
         return Response(200, [])
 
     def _save(self, request: Request, location: Location) -> Response:
+        self.store.check_writable()
         objects, size = self.usage.save(location, request.body)
         if objects:
             self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
         return Response(200, [])
 
     def _delete(self, request: Request, location: Location) -> Response:
+        self.store.check_writable()
         size = self.usage.delete(location)
         if size is not None:
             self.metrics.count_blob(request, location, Metrics.DELETED, size)
@@ -4629,6 +4682,7 @@ class Api:
             content = (view or self.store).open(location)
         except OSError as error:
             if error.errno in _NO_OBJECT:
+                self.store.check_present()
                 raise HttpError(404, 'not found') from None
             raise
         request.location = location     # it is counted as read when it was sent
@@ -4659,6 +4713,7 @@ class Api:
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
+        self.store.check_present()
         objects = (view or self.store).objects(location, sizes)
         chunks = json_list(objects, sizes)
         first = next(chunks)  # before the status is sent, so that an error has its own
@@ -8999,6 +9054,9 @@ OPTIONS = (
 
     Option('storing', '--group-accessible', parse_bool, 'new directories and files can be read and written '
            'by the group (0770 and 0660 in place of 0700 and 0600)'),
+    Option('storing', '--must-exist', parse_bool, 'refuse to start where DIR is missing, such as where its '
+           'disk is not mounted, in place of making it'),
+    Option('storing', '--read-only', parse_bool, 'refuse every change, locks included (restic --no-lock)'),
     Option('storing', '--keep-deleted', parse_duration, 'keep what is deleted for this time, such as 30d: '
            'repositories can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back '
            '(--roll-back)', 'DURATION', default='0', shown='0, keep nothing'),
@@ -9020,7 +9078,7 @@ OPTIONS = (
            'host, unix sockets and --trust-proxy are not bound so', 'NUMBER',
            shown='a quarter of --max-connections, or 8 if that is more'),
     Option('limits', '--max-header-bytes', parse_count, 'longest header of a request, its first line '
-           'included', 'BYTES', default='4096'),
+           'included; as in rclone it may have 4096 more', 'BYTES', default='4096'),
     Option('limits', '--server-read-timeout', parse_duration, 'longest time for a whole upload, not counting '
            'what --bwlimit holds back; 0 is no limit', 'DURATION',
            shown='1h0m0s, and a second more for each KiB that passes'),
@@ -9288,7 +9346,7 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
                         options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
                         options.socket_auth, counters)
     policy = Policy(options.append_only, options.private_repos, options.admin, options.prometheus)
-    limits = Limits(header_bytes=options.max_header_bytes,
+    limits = Limits(header_bytes=options.max_header_bytes + HEADER_SLACK,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout,
                     stall_seconds=options.stall_timeout)
@@ -9324,7 +9382,7 @@ def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
     """Serve standard input and output until they end; with `at` the repositories of that moment."""
     counters = Counters()
     api = make_api(options, store, counters, Policy(options.append_only), at=at)
-    limits = Limits(options.max_header_bytes, math.inf, math.inf, options.server_read_timeout,
+    limits = Limits(options.max_header_bytes + HEADER_SLACK, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout, options.stall_timeout)
     server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
                     stats_seconds=stats_seconds(options))
@@ -9452,13 +9510,13 @@ def main(args: Optional[List[str]] = None) -> int:
         if options.allow_origin == '*':
             log.warning('--allow-origin: with * the scripts of every web site may use the server')
         store = Store(directory, verify=not options.no_verify_upload,
-                      shared=options.group_accessible)
+                      shared=options.group_accessible, read_only=options.read_only)
         if options.scrub:
             return scrub(options, store)
         if options.roll_back:
             return roll_back(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
-        store.prepare()
+        store.prepare(options.must_exist)
         if options.stdio:
             serve_stdio(options, store, at)
             return 0

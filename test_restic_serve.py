@@ -684,7 +684,8 @@ class UnitsTest(unittest.TestCase):
                 ('1.2.3.4:8000', ('', '1.2.3.4', 8000, '')), (':8080', ('', '', 8080, '')),
                 ('[::1]:8080', ('', '::1', 8080, '')), ('localhost:0', ('', 'localhost', 0, '')),
                 ('http://:80', ('http', '', 80, '')), ('tls://[::]:443', ('tls', '::', 443, '')),
-                ('unix:///run/socket', ('', '', 0, '/run/socket')), ('/a b', ('', '', 0, '/a b'))):
+                ('unix:///run/socket', ('', '', 0, '/run/socket')),
+                ('unix:/run/socket', ('', '', 0, '/run/socket')), ('/a b', ('', '', 0, '/a b'))):
             self.assertEqual(restic_serve.parse_address(text), address)
 
     def test_the_three_spellings_of_a_base_url_are_one(self):
@@ -779,6 +780,10 @@ class RangeTest(unittest.TestCase):
                 restic_serve.parse_range(value, 10)
             self.assertEqual(caught.exception.status, 416)
             self.assertEqual(list(caught.exception.headers), [('Content-Range', 'bytes */10')])
+
+    def test_of_nothing_there_are_no_parts(self):
+        for value in ('bytes=0-', 'bytes=5-', 'bytes=-1'):
+            self.assertIsNone(restic_serve.parse_range(value, 0))
 
 
 class AccessLogTest(WireTestCase):
@@ -1988,6 +1993,69 @@ class PastApiTest(PastTestCase):
 
 
 # ---- Counters --------------------------------------------------------------------------------------
+
+class DirectoryTest(TestCase):
+    """A directory that goes away, and one that is read-only."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.api = Api(self.store, Policy())
+        self.paths = [('POST', f'/host/data/{named(b"x")}', b'x'), ('POST', '/host/?create=true', b''),
+                      ('DELETE', f'/host/locks/{named(b"x")}', b'')]
+
+    def status(self, method, path, body=b''):
+        response = self.api.handle(Request(method, path, 'HTTP/1.1', {}, Bytes(body), Peer('test')))
+        response.close()
+        return response.status
+
+    def test_where_the_disk_was_unmounted_nothing_is_stored_and_nothing_is_missing(self):
+        reads = [('GET', '/host/config'), ('GET', '/host/data/'), ('HEAD', f'/host/data/{named(b"x")}')]
+        self.assertEqual([self.status(*one) for one in self.paths], [200, 200, 200])
+        self.root.rename(self.folder / 'disk')
+        for make in (lambda: None, self.root.mkdir):    # no mount point, and an empty one
+            make()
+            self.assertEqual([self.status(*one) for one in (*self.paths, *reads)], [500] * 6)
+        self.assertEqual(self.files(), [])
+        self.root.rmdir()
+        (self.folder / 'disk').rename(self.root)
+        self.assertEqual([self.status(*one) for one in (*self.paths, *reads)], [200, 200, 200, 404, 200, 200])
+        self.assertEqual(self.log, [
+            f'made the directory {self.root}', f'{self.root} has gone, perhaps its disk was unmounted: '
+            'nothing is stored or found until it is back', f'{self.root} is back'])
+
+    def test_a_read_only_file_system_is_served_for_reading(self):
+        self.status('POST', '/host/config', b'config')
+        self.log.clear()
+        self.store = Store(str(self.root))
+        with mock.patch.object(restic_serve.Scratch, '__init__', side_effect=OSError(errno.EROFS, 'x')):
+            self.store.prepare()
+        self.assertEqual(self.log, [f'{self.root} is on a read-only file system; it is served for reading '
+                                    'only'])
+        self.check_read_only()
+
+    def test_a_server_may_be_read_only_on_purpose(self):
+        self.status('POST', '/host/config', b'config')
+        self.store = Store(str(self.root), read_only=True)
+        self.store.prepare()
+        self.check_read_only()
+        with self.assertRaisesRegex(OSError, 'is its disk mounted'):
+            Store(str(self.root / 'missing'), read_only=True).prepare()
+
+    def check_read_only(self):
+        before = self.files()
+        self.api = Api(self.store, Policy())
+        self.assertEqual([self.status(*one) for one in self.paths], [507, 507, 507])
+        self.assertEqual(self.status('GET', '/host/config'), 200)
+        self.assertEqual(self.files(), before)
+
+    def test_a_directory_may_have_to_exist(self):
+        for must_exist in (True, False):
+            store = Store(str(self.root / 'missing'))
+            with self.assertRaises(OSError) if must_exist else contextlib.nullcontext():
+                store.prepare(must_exist)
+
 
 class CountersTest(TestCase):
     def in_another_process(self, work):
@@ -9077,12 +9145,13 @@ class DiskFaultsTest(FaultsTestCase):
         if done.returncode:
             self.skipTest(f'this machine mounts nothing: {done.stderr}')
         self.addCleanup(subprocess.run, ['umount', '-l', self.root], check=True)
+        self.store.prepare()    # else it would be a directory that has gone
 
-    def check_refused(self, wire, content, reason):
+    def check_refused(self, wire, content, reason, answer='no room to write'):
         """An upload is answered 507, leaves nothing, and is one line in the log."""
         path, before = f'/data/{named(content)}', self.files()
         self.log.clear()
-        self.assertEqual(self.exchange(wire, 'POST', path, content), (507, b'no room to write\n'))
+        self.assertEqual(self.exchange(wire, 'POST', path, content), (507, f'{answer}\n'.encode()))
         self.assertEqual(self.files(), before)
         self.assertEqual(len(self.faults()), 1, self.faults())
         self.assertIn(path, self.faults()[0])
@@ -9121,7 +9190,7 @@ class DiskFaultsTest(FaultsTestCase):
         path = self.put(b'content')
         subprocess.run(['mount', '-o', 'remount,ro', self.root], check=True)
         for wire in self.WIRES:
-            self.check_refused(wire, b'other', 'Read-only file system')
+            self.check_refused(wire, b'other', 'Read-only file system', restic_serve.READ_ONLY)
             self.assertEqual(self.exchange(wire, 'DELETE', path)[0], 507)
             self.assertEqual(self.exchange(wire, 'POST', '/new/?create=true')[0], 507)
             self.assertEqual(self.exchange(wire, 'GET', path), (200, b'content'))
