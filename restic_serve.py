@@ -348,7 +348,7 @@ class Request:
     lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3)."""
 
     __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'user', 'begun',
-                 'location')
+                 'location', 'is_probe')
 
     def __init__(self, method: str, target: str, version: str, headers: Dict[str, str],
                  body: Body, peer: Peer) -> None:
@@ -361,6 +361,7 @@ class Request:
         self.user = ''
         self.begun = time.monotonic()
         self.location: Optional[Location] = None    # of the object that is being sent
+        self.is_probe = False           # of a monitor, every few seconds
 
 
 def address_group(name: str) -> str:
@@ -490,7 +491,7 @@ def log_access(request: Request, status: int, sent: int) -> None:
 
     https://httpd.apache.org/docs/2.4/logs.html#combined
     """
-    if not access_log.isEnabledFor(logging.INFO):
+    if not access_log.isEnabledFor(logging.DEBUG if request.is_probe else logging.INFO):
         return
     query = f'?{request.query}' if request.query else ''
     access_log.info(
@@ -1257,6 +1258,117 @@ class Scratch:
         self.name = ''
 
 
+class HiddenFolder:
+    """The server's own files in HIDDEN; new ones have the permissions `mode`."""
+
+    def __init__(self, folders: Folders, mode: int) -> None:
+        self._folders = folders
+        self._mode = mode
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file in the hidden folder.  Where root runs the server, the file belongs to the owner
+        of the directory.  Raises OSError."""
+        scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+        with self._folders.hidden() as folder:
+            fd = folder.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, self._mode)
+            with open(fd, 'w', encoding='utf-8') as file:
+                lock_file(fd)
+                if folder.fd is not None:
+                    owner = os.stat(self._folders.root or os.sep)
+                    if os.geteuid() == 0:
+                        os.fchown(folder.fd, owner.st_uid, owner.st_gid)
+                        os.fchown(fd, owner.st_uid, owner.st_gid)
+                    os.fchmod(fd, self._mode)
+                file.write(text)
+            os.replace(folder.at(scratch), folder.at(name), src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+
+    def read(self, name: str) -> str:
+        """The text of a file in the hidden folder.  Raises OSError."""
+        with self._folders.hidden(make=False) as folder:
+            fd, _ = open_plain(folder, name)
+            with open(fd, encoding='utf-8') as file:
+                return file.read()
+
+    def remove_left_overs(self, now: Callable[[], float]) -> None:
+        """Remove the scratch files of servers that have died: those that no process has locked; `now` is the
+        file system's clock."""
+        try:
+            with self._folders.hidden(make=False) as folder:
+                with _scan(folder.path, folder.fd) as entries:
+                    names = [entry.name for entry in entries
+                             if entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX))]
+                moment = now() if names else 0.0
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):  # another server removes them, too
+                        if is_left_over(folder, name, moment):
+                            folder.unlink(name)
+                            log.info('removed %s/%s, left behind by an upload that was cut off',
+                                     folder.path, name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.error('what uploads left behind stays: %s', error)
+
+
+class Directory:
+    """The directory of a store, which may go away while the server runs; `probe` tries to write in it."""
+
+    def __init__(self, root: str, read_only: bool, probe: Callable[[], None]) -> None:
+        self.read_only = read_only
+        self._root = root
+        self._probe = probe
+        self._identity: Optional[Tuple[int, int]] = None    # device and inode
+        self._gone = False
+        self._fault = ''
+        self._next_probe = -math.inf
+
+    def identify(self) -> None:
+        """Remember which directory it is.  Raises OSError."""
+        self._identity = self._look()
+
+    def _look(self) -> Tuple[int, int]:
+        status = os.stat(self._root or os.sep)
+        return status.st_dev, status.st_ino
+
+    def check_present(self) -> None:
+        """Raises HttpError 500 if the directory is not the one that was there at the start: its disk was
+        unmounted, and what is missing is not missing, and what is stored would be lost."""
+        try:
+            gone = self._identity not in (None, self._look())
+        except OSError:
+            gone = True
+        if gone != self._gone:
+            self._gone = gone
+            if gone:
+                log.error('%s has gone, perhaps its disk was unmounted: nothing is stored or found until it '
+                          'is back', self._root)
+            else:
+                log.log(NOTICE, '%s is back', self._root)
+        if gone:
+            raise HttpError(500, "the server's directory has gone")
+
+    def check_writable(self) -> None:
+        """Raises HttpError 500 as check_present() does, and 507 for a directory that is read-only."""
+        self.check_present()
+        if self.read_only:
+            raise HttpError(507, READ_ONLY)
+
+    def find_fault(self) -> str:
+        """Why the directory cannot be served, empty if it can: it has gone or, unless it is read-only, no
+        file can be written.  That is tried once in LOOK_SECONDS."""
+        now = time.monotonic()
+        if now >= self._next_probe:
+            self._next_probe = now + LOOK_SECONDS
+            self._fault = 'the directory has gone'
+            with contextlib.suppress(HttpError, OSError):
+                self.check_present()
+                self._fault = 'the directory cannot be written'
+                if not self.read_only:
+                    self._probe()
+                self._fault = ''
+        return self._fault
+
+
 class Store:
     """The directory `root`.  With `verify` an upload's SHA-256 must be its name; with `shared` new
     folders and files are accessible to the group: 0770 and 0660 instead of 0700 and 0600; one that is
@@ -1266,12 +1378,11 @@ class Store:
                  ) -> None:
         self.root = os.path.abspath(root).rstrip(os.sep)
         self.verify = verify
-        self.read_only = read_only
-        self._identity: Tuple[int, int] = (0, 0)    # device and inode of the directory
-        self._gone = False
+        self.directory = Directory(self.root, read_only, self._probe)
         self.file_mode = 0o660 if shared else 0o600
         self.shared = shared
         self.folders = Folders(self.root, shared)
+        self.hidden = HiddenFolder(self.folders, self.file_mode)
         self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
@@ -1280,14 +1391,14 @@ class Store:
         """Create the directory if it is missing, unless it `must_exist`, test whether it can be written,
         and remove what a crash left behind.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
-            if must_exist or self.read_only:
+            if must_exist or self.directory.read_only:
                 raise FileNotFoundError(errno.ENOENT, 'no such directory; is its disk mounted?', self.root)
             self.folders.make_root(self.root)
             log.log(NOTICE, 'made the directory %s', self.root)
         if not self.folders.is_trusted(''):
             self.folders.hold_root()
-        self._identity = self._identify()
-        if self.read_only:
+        self.directory.identify()
+        if self.directory.read_only:
             return
         try:
             with self.folders.open('') as top:
@@ -1299,38 +1410,16 @@ class Store:
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            self.read_only = True
+            self.directory.read_only = True
             log.warning('%s is on a read-only file system; it is served for reading only',
                         self.root or os.sep)
             return
-        self._remove_left_overs()
+        self.hidden.remove_left_overs(self.now)
 
-    def _identify(self) -> Tuple[int, int]:
-        status = os.stat(self.root or os.sep)
-        return status.st_dev, status.st_ino
-
-    def check_present(self) -> None:
-        """Raises HttpError 500 if the directory is not the one that was there at the start: its disk was
-        unmounted, and what is missing is not missing, and what is stored would be lost."""
-        try:
-            gone = self._identity not in ((0, 0), self._identify())
-        except OSError:
-            gone = True
-        if gone != self._gone:
-            self._gone = gone
-            if gone:
-                log.error('%s has gone, perhaps its disk was unmounted: nothing is stored or found until it '
-                          'is back', self.root)
-            else:
-                log.log(NOTICE, '%s is back', self.root)
-        if gone:
-            raise HttpError(500, "the server's directory has gone")
-
-    def check_writable(self) -> None:
-        """Raises HttpError 500 as check_present() does, and 507 for a directory that is read-only."""
-        self.check_present()
-        if self.read_only:
-            raise HttpError(507, READ_ONLY)
+    def _probe(self) -> None:
+        """Write a file.  Raises OSError."""
+        with self.folders.open('') as top, Scratch(self, top) as scratch:
+            os.write(scratch.fd, b'ok')
 
     def open(self, location: Location) -> FileSlice:
         """The whole content of an object.  Raises OSError."""
@@ -1547,51 +1636,6 @@ class Store:
         except BaseException:
             folder.close()
             raise
-
-    # ---- the hidden folder ----
-
-    def write_hidden(self, name: str, text: str) -> None:
-        """Replace a file in the hidden folder.  Where root runs the server, the file belongs to the owner
-        of the directory.  Raises OSError."""
-        scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
-        with self.folders.hidden() as folder:
-            fd = folder.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, self.file_mode)
-            with open(fd, 'w', encoding='utf-8') as file:
-                lock_file(fd)
-                if folder.fd is not None:
-                    owner = os.stat(self.root or os.sep)
-                    if os.geteuid() == 0:
-                        os.fchown(folder.fd, owner.st_uid, owner.st_gid)
-                        os.fchown(fd, owner.st_uid, owner.st_gid)
-                    os.fchmod(fd, self.file_mode)
-                file.write(text)
-            os.replace(folder.at(scratch), folder.at(name), src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-
-    def read_hidden(self, name: str) -> str:
-        """The text of a file in the hidden folder.  Raises OSError."""
-        with self.folders.hidden(make=False) as folder:
-            fd, _ = open_plain(folder, name)
-            with open(fd, encoding='utf-8') as file:
-                return file.read()
-
-    def _remove_left_overs(self) -> None:
-        """Remove the scratch files of servers that have died: those that no process has locked."""
-        try:
-            with self.folders.hidden(make=False) as folder:
-                with _scan(folder.path, folder.fd) as entries:
-                    names = [entry.name for entry in entries
-                             if entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX))]
-                now = self.now() if names else 0.0
-                for name in names:
-                    with contextlib.suppress(FileNotFoundError):  # another server removes them, too
-                        if is_left_over(folder, name, now):
-                            folder.unlink(name)
-                            log.info('removed %s/%s, left behind by an upload that was cut off',
-                                     folder.path, name)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            log.error('what uploads left behind stays: %s', error)
 
 
 def is_left_over(folder: Folder, name: str, now: float) -> bool:
@@ -2423,7 +2467,7 @@ def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]
     ValueError if the file is malformed."""
     import json
     try:
-        content = json.loads(store.read_hidden(SCRUB_FILE))
+        content = json.loads(store.hidden.read(SCRUB_FILE))
         return ({str(folder): float(checked_at) for folder, checked_at in content['folders'].items()},
                 {str(repository): ScrubResult(float(result[0]), int(result[1]), int(result[2]))
                  for repository, result in content['repositories'].items()})
@@ -2715,7 +2759,7 @@ class Scrub:
         sound = {folder: round(checked_at, 3) for folder, checked_at in self._sound.items()
                  if os.path.isdir(f'{self._store.root}/{folder}')}
         try:
-            self._store.write_hidden(SCRUB_FILE, json.dumps(
+            self._store.hidden.write(SCRUB_FILE, json.dumps(
                 {'folders': sound, 'repositories': self._results}))
         except OSError as error:
             log.error('what was checked will not be known the next time: %s', error)
@@ -4609,6 +4653,8 @@ class Api:
         if (self._prometheus and request.method in ('GET', 'HEAD')
                 and path == f'{self.baseurl}/metrics'):
             return self._get_metrics(request)
+        if path == f'{self.baseurl}/health' and request.method in ('GET', 'HEAD'):
+            return self._get_health(request)
         request.user = self.accounts.identify(request)
         self.policy.check_user(request.user)
         if self.baseurl:
@@ -4656,19 +4702,19 @@ class Api:
     def _create(self, request: Request, location: Location) -> Response:
         if 'create=true' not in request.query.split('&'):
             raise HttpError(400, 'a repository is made by POST with ?create=true')
-        self.store.check_writable()
+        self.store.directory.check_writable()
         self.usage.create(location)
         return Response(200, [])
 
     def _save(self, request: Request, location: Location) -> Response:
-        self.store.check_writable()
+        self.store.directory.check_writable()
         objects, size = self.usage.save(location, request.body)
         if objects:
             self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
         return Response(200, [])
 
     def _delete(self, request: Request, location: Location) -> Response:
-        self.store.check_writable()
+        self.store.directory.check_writable()
         size = self.usage.delete(location)
         if size is not None:
             self.metrics.count_blob(request, location, Metrics.DELETED, size)
@@ -4682,7 +4728,7 @@ class Api:
             content = (view or self.store).open(location)
         except OSError as error:
             if error.errno in _NO_OBJECT:
-                self.store.check_present()
+                self.store.directory.check_present()
                 raise HttpError(404, 'not found') from None
             raise
         request.location = location     # it is counted as read when it was sent
@@ -4713,7 +4759,7 @@ class Api:
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
-        self.store.check_present()
+        self.store.directory.check_present()
         objects = (view or self.store).objects(location, sizes)
         chunks = json_list(objects, sizes)
         first = next(chunks)  # before the status is sent, so that an error has its own
@@ -4731,6 +4777,12 @@ class Api:
                 raise HttpError(403, f'metrics are for administrators and the user {METRICS_USER}')
         return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
                         self.metrics.exposition().encode())
+
+    def _get_health(self, request: Request) -> Response:
+        """For load balancers and monitors, without a login."""
+        request.is_probe = True
+        fault = self.store.directory.find_fault()
+        return text_response(503 if fault else 200, fault or 'ok')
 
     def _get_page(self, page: Page, request: Request, location: Location) -> Response:
         user, policy = request.user, self.policy

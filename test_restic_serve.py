@@ -1186,7 +1186,7 @@ class StoreTest(TestCase):
         self.store.prepare()
         self.assertIn('stays', self.log[-1])
         with mock.patch.object(os, 'unlink', side_effect=FileNotFoundError):  # another server was first
-            self.store._remove_left_overs()
+            self.store.hidden.remove_left_overs(self.store.now)
 
     def test_a_directory_that_cannot_be_written_is_refused(self):
         for nameless in (True, False):
@@ -1452,7 +1452,7 @@ class FoldersOfOthersTest(TestCase):
             with self.assertRaises(PermissionError):
                 self.store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
             with self.assertRaises(PermissionError):
-                self.store.write_hidden('scrub.json', 'x')
+                self.store.hidden.write('scrub.json', 'x')
             self.store.nameless = True
         self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
 
@@ -2049,6 +2049,35 @@ class DirectoryTest(TestCase):
         self.assertEqual([self.status(*one) for one in self.paths], [507, 507, 507])
         self.assertEqual(self.status('GET', '/host/config'), 200)
         self.assertEqual(self.files(), before)
+
+    def test_a_monitor_hears_how_it_is(self):
+        def health():
+            self.store.directory._next_probe = -math.inf
+            response = self.api.handle(Request('GET', '/health', 'HTTP/1.1', {}, Bytes(b''), Peer('test')))
+            return response.status, response.body
+
+        self.api = Api(self.store, Policy(), Accounts(user='alice', password='p'))
+        self.assertEqual(health(), (200, b'ok\n'))
+        self.assertEqual(self.files(), [])
+        failing = mock.patch.object(restic_serve.Scratch, '__init__', side_effect=OSError(errno.ENOSPC, 'x'))
+        with failing as probe:
+            self.assertEqual(health(), (503, b'the directory cannot be written\n'))
+            for _ in range(9):  # no stranger makes it write again and again
+                self.assertEqual(self.status('GET', '/health'), 503)
+            self.assertEqual(probe.call_count, 1)
+            self.store.directory.read_only = True
+            self.assertEqual(health(), (200, b'ok\n'))
+        self.root.rename(self.folder / 'disk')
+        self.assertEqual(health(), (503, b'the directory has gone\n'))
+        request = Request('GET', '/health', 'HTTP/1.1', {}, Bytes(b''), Peer('test'))
+        self.api.finish(request, self.api.handle(request).status, 0)
+        self.assertTrue(request.is_probe)
+        for level, logged in ((logging.INFO, 0), (logging.DEBUG, 1)):
+            restic_serve.access_log.setLevel(level)
+            self.addCleanup(restic_serve.access_log.setLevel, logging.NOTSET)
+            with mock.patch.object(restic_serve.access_log, 'info') as info:
+                self.api.finish(request, 503, 0)
+            self.assertEqual(info.call_count, logged)
 
     def test_a_directory_may_have_to_exist(self):
         for must_exist in (True, False):
