@@ -252,14 +252,21 @@ def text_like(pattern: str, fault: str) -> Callable[[str], str]:
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"     # RFC 9110 5.6.2
 
-parse_tls_version = text_like(r'tls1\.[0-3]', 'is no version; write tls1.0, tls1.1, tls1.2 or tls1.3')
 # RFC 6454 7
 parse_origin = text_like(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', 'is no origin; write '
                          'https://example.org')
 # Without characters that need quoting (RFC 7617 2)
 parse_realm = text_like(r'[ !#-\[\]-~]*', 'is no realm; use ASCII without quotes and backslashes')
 parse_header_name = text_like(_TOKEN, 'is no name of a header; write X-Forwarded-User')
+parse_log_level = text_like('DEBUG|INFO|NOTICE|ERROR', 'is no level; write DEBUG, INFO, NOTICE or ERROR')
 parse_log_format = text_like('text|json', 'is no format; write text or json')
+
+
+def parse_tls_version(text: str) -> str:
+    """`tls1.0` to `tls1.3` as in rclone, or `1.0` to `1.3` as in rest-server."""
+    if not re.fullmatch(r'(tls)?1\.[0-3]', text):
+        raise ValueError(f'{text!r} is no version; write tls1.0, tls1.1, tls1.2 or tls1.3')
+    return f'tls{text[-3:]}'
 
 
 def parse_header(text: str) -> Tuple[str, str]:
@@ -3739,18 +3746,21 @@ class PasswordFile:
     def _load(self) -> Dict[str, str]:
         entries = {}
         with open(self._path, 'rb') as file:
+            if file.read(2) in (b'\xff\xfe', b'\xfe\xff'):
+                raise OSError(errno.EINVAL, 'this is UTF-16; save it as UTF-8', self._path)
+            file.seek(0)
             for line_number, line in enumerate(file, 1):
-                text = line.decode('utf-8', 'replace').strip()
+                text = line.decode('utf-8-sig', 'replace').strip()
                 if not text or text.startswith('#'):
                     continue
                 user, _, rest = text.partition(':')
-                entry = rest.partition(':')[0]
+                entry = rest.partition(':')[0].strip()
                 if not is_user(user):
-                    reload_log.error('%s, line %d: the name of a user may hold letters, digits and '
-                                     '@ . _ - alone', self._path, line_number)
+                    reload_log.error('%s, line %d (%s): the name of a user may hold letters, digits and '
+                                     '@ . _ - alone', self._path, line_number, user[:64])
                 elif not hash_cost(entry):
-                    reload_log.error('%s, line %d: unknown or unsafe password scheme; use bcrypt '
-                                     '(htpasswd -B)', self._path, line_number)
+                    reload_log.error('%s, line %d (%s): unknown or unsafe password scheme; use bcrypt '
+                                     '(htpasswd -B)', self._path, line_number, user)
                 else:
                     entries[user] = entry
                     if is_slow(entry):
@@ -9079,6 +9089,8 @@ OPTIONS = (
     Option('TLS', '--min-tls-version', parse_tls_version, 'lowest version: tls1.0, tls1.1, tls1.2 or tls1.3',
            'VERSION', shown='what the TLS library allows', requires=('--cert',), stdio=False),
 
+    Option('who may enter', '--no-auth', parse_bool, 'say that no login is meant: anyone who reaches an '
+           'address is let in, without a warning', stdio=False),
     Option('who may enter', '--htpasswd', str, 'file of users and their passwords, as htpasswd writes it; it '
            'is read again when it changes', 'FILE', stdio=False),
     Option('who may enter', '--user', parse_user, 'the one user, in place of a file', 'NAME',
@@ -9140,6 +9152,8 @@ OPTIONS = (
            'passed for so long; 0 is no limit', 'DURATION', default='1m0s'),
 
     Option('logging', '--quiet', parse_bool, 'log errors only; also -q'),
+    Option('logging', '--log-level', parse_log_level, 'DEBUG (as -vv), INFO (as -v), NOTICE or ERROR (as -q)',
+           'LEVEL'),
     Option('logging', '--log-file', str, 'write the log to the end of FILE, not to stderr; SIGHUP opens it '
            'anew', 'FILE'),
     Option('logging', '--log-format', parse_log_format, 'text, or json for an object a line', 'FORMAT',
@@ -9247,16 +9261,49 @@ class Parser(argparse.ArgumentParser):
             self.error(f'RESTIC_SERVE_VERBOSE: {text!r} is no level; write 1 for -v, 2 for -vv')
         return int(text) if text.isdigit() else int(text == 'true')
 
-    def unknown_variables(self) -> List[str]:
-        """Variables of the environment that look like options but are not."""
+    @staticmethod
+    def _hint_at(name: str) -> str:
+        """What is meant by an option that does not exist here."""
+        import difflib
+        ours = _OF_REST_SERVER.get(name)
+        if ours:
+            return f'; use {ours}'
+        close = difflib.get_close_matches(name, [option.name for option in OPTIONS], 1)
+        return f'; did you mean {close[0]}?' if close else ''
+
+    def unknown_variables(self) -> Dict[str, str]:
+        """Variables of the environment that look like options but are not, and what to use instead, which
+        may be empty: ours, rclone's, and those of rest-server's container."""
         known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
-        return sorted(name for name in self._environment
-                      if name.startswith('RESTIC_SERVE_') and name not in known
-                      and not name.startswith('RESTIC_SERVE_TEST_'))
+        found = {name: '' for name in self._environment
+                 if name.startswith('RESTIC_SERVE_') and name not in known
+                 and not name.startswith('RESTIC_SERVE_TEST_')}
+        for variable in known:
+            theirs = variable.replace('RESTIC_SERVE_', 'RCLONE_')
+            if variable and theirs in self._environment:
+                found[theirs] = variable
+        found.update((theirs, ours) for theirs, ours in _VARIABLES_OF_REST_SERVER.items()
+                     if theirs in self._environment)
+        return found
 
     def error(self, message: str) -> NoReturn:
-        """One line on stderr, and exit status 2."""
+        """One line on stderr, and exit status 2.  An unknown option is answered by one of ours."""
+        unknown = re.match('unrecognized arguments: (--?[a-z][a-z-]*)', message)
+        if unknown:
+            message = f'{unknown[1]}: unknown option{self._hint_at(unknown[1])}'
         self.exit(2, f"restic_serve: {one_line(re.sub('^argument ', '', message))}\n")
+
+
+# What options and variables of rest-server and its container are called here.
+_VARIABLES_OF_REST_SERVER = {
+    'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'RESTIC_SERVE_HTPASSWD',
+    'OPTIONS': 'RESTIC_SERVE_… for each'}
+_OF_REST_SERVER = {
+    '--listen': '--addr', '--path': 'DIR as the last word', '--tls': '--cert and --key',
+    '--tls-cert': '--cert', '--tls-key': '--key', '--tls-min-ver': '--min-tls-version',
+    '--htpasswd-file': '--htpasswd',
+    '--group-accessible-repos': '--group-accessible', '--log': '--log-file and -v', '--debug': '-vv',
+    '--proxy-auth-username': '--user-from-header'}
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -9280,7 +9327,8 @@ def find_directory(parser: Parser, args: List[str]) -> str:
     if len(args) > 1:
         parser.error(f'{args[1]!r} is a second DIR; an option that is on or off is written '
                      '--append-only or --append-only=false')
-    return args[0]
+    local = args[0][len(':local:'):] if args[0].startswith(':local:') else ''    # as rclone has it
+    return local or args[0]
 
 
 def split_directory(parser: Parser, options: argparse.Namespace, directory: str) -> Tuple[str, str]:
@@ -9292,6 +9340,20 @@ def split_directory(parser: Parser, options: argparse.Namespace, directory: str)
         parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP TIME stands in the URL, '
                      f'rest:http://HOST/PATH/{AT}/TIME/')
     return before or '/', at
+
+
+def check_directory(parser: Parser, options: argparse.Namespace, directory: str) -> None:
+    """Refuse a DIR that is meant for another program, with one line and exit status 2."""
+    remote = re.match(r'([\w.+@-]{2,} *|):', directory)
+    if remote and not os.path.isdir(directory):
+        parser.error(f'{directory!r} is a remote of rclone; only local directories are served. Write '
+                     f'./{directory} for one of that name')
+    passwords = os.path.join(directory, '.htpasswd')
+    asks = (options.htpasswd or options.user or options.user_from_header or options.client_ca
+            or options.no_auth or options.stdio or options.scrub or options.roll_back)
+    if not asks and os.path.exists(passwords):
+        parser.error(f'{passwords}: rest-server asks for these passwords; add --htpasswd {passwords}, or '
+                     '--no-auth to let everybody in')
 
 
 def check_requirements(parser: Parser, options: argparse.Namespace, group: str = '') -> None:
@@ -9313,6 +9375,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
     if len(sources) > 1:
         names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
         parser.error(f'{names} both say who the users are; one of them alone can')
+    if options.no_auth and (sources or options.client_ca):
+        parser.error('--no-auth: users are asked for by another option')
     for name in ('private_repos', 'admin'):
         # Over a unix socket the user is the login name, and inherited sockets may be unix.
         if (getattr(options, name) and not sources and not options.client_ca
@@ -9366,7 +9430,7 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
             host, port = where[:2]
             is_open = not (has_passwords or options.user_from_header
                            or (options.client_ca and listener.tls))
-            if is_open and not is_loopback(host):
+            if is_open and not is_loopback(host) and not options.no_auth:
                 log.warning('anyone who reaches %s can read and write the backups in %s: there is '
                             'no authentication', host, root)
             if options.user_from_header and is_loopback(host):
@@ -9553,12 +9617,15 @@ def main(args: Optional[List[str]] = None) -> int:
             return 1
     directory, at = split_directory(parser, options, find_directory(parser, options.arguments))
     check_options(parser, options)
-    level = logging.ERROR if options.quiet else {0: NOTICE, 1: logging.INFO}.get(
-        options.verbose, logging.DEBUG)
+    check_directory(parser, options, directory)
+    level = {0: NOTICE, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
+    if options.quiet or options.log_level:
+        level = {'DEBUG': logging.DEBUG, 'INFO': logging.INFO, 'NOTICE': NOTICE}.get(
+            options.log_level, logging.ERROR)
     try:
         start_log(level, options.log_file, options.log_format == 'json')
-        for name in parser.unknown_variables():
-            log.warning('the environment has %s, which is no option', name)
+        for name, ours in sorted(parser.unknown_variables().items()):
+            log.warning('the environment has %s, which is no option%s', name, f'; use {ours}' if ours else '')
         if options.allow_origin == '*':
             log.warning('--allow-origin: with * the scripts of every web site may use the server')
         store = Store(directory, verify=not options.no_verify_upload,

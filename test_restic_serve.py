@@ -3470,11 +3470,23 @@ class PasswordFileTest(TestCase):
                          {'alice': sha('a'), 'bob': sha('b'), 'k.b-d_f@x': sha('c')})
         self.assertEqual(self.log, [])
 
+    def test_what_editors_and_people_add_is_no_part_of_it(self):
+        self.write(f'\ufeffalice: {sha("a")} \nbob:\t{sha("b")}\n')
+        self.assertEqual(PasswordFile(str(self.path)).entries, {'alice': sha('a'), 'bob': sha('b')})
+        self.assertEqual(self.log, [])
+        for encoding in ('utf-16', 'utf-16-be'):
+            self.path.write_bytes(f'\ufeffalice:{sha("a")}\n'.encode(encoding)[-2000:])
+            if encoding == 'utf-16':
+                self.path.write_text(f'alice:{sha("a")}\n', encoding='utf-16')
+            with self.assertRaisesRegex(OSError, 'this is UTF-16; save it as UTF-8'):
+                PasswordFile(str(self.path))
+
     def test_what_is_ignored_is_said_with_its_line_and_never_its_hash(self):
         self.write(b'alice:plain-text\n..:%b\na/b:%b\n\xff:%b\nm\xc3\xbcller:%b\nno colon\n' % (
             (sha('a').encode(),) * 4))
         self.assertEqual(PasswordFile(str(self.path)).entries, {})
         self.assertEqual([re.search(r'line (\d)', line)[1] for line in self.log], list('123456'))
+        self.assertIn('line 1 (alice): unknown or unsafe', self.log[0])
         self.assertNotIn('plain-text', ''.join(self.log))
         self.assertNotIn('{SHA}', ''.join(self.log))
 
@@ -8019,6 +8031,65 @@ class TlsOptionsTest(unittest.TestCase):
         with mock.patch.dict(sys.modules, {'ssl': None}), \
                 self.assertRaisesRegex(OSError, '--cert: this Python has no TLS'):
             restic_serve.make_server(options, Store('/nonexistent'))
+
+
+class OtherServersTest(TestCase):
+    """The command lines of people who come from rclone or rest-server."""
+
+    def refusal(self, *args, **environment):
+        """The line with which a command line is refused, empty if it is not."""
+        parser = restic_serve.Parser(environment)
+        with mock.patch.object(sys, 'stderr', io.StringIO()) as error:
+            try:
+                options = parser.parse(list(args))
+                directory = restic_serve.find_directory(parser, options.arguments)
+                restic_serve.check_options(parser, options)
+                restic_serve.check_directory(parser, options, directory)
+            except SystemExit as end:
+                self.assertEqual((end.code, error.getvalue().count('\n')), (2, 1))
+        return error.getvalue()
+
+    def test_a_remote_of_rclone_is_no_directory(self):
+        for name in ('b2:bucket', 'remote:', ':s3:bucket', 'my remote:x'.replace(' ', '-')):
+            self.assertIn(f'{name!r} is a remote of rclone', self.refusal(name))
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, Path(MODULE).parent)
+        Path('really:meant').mkdir()
+        for name in ('really:meant', './remote:x', '/srv/a:b', 'plain', ':local:/srv/backup'):
+            self.assertEqual(self.refusal(name), '')
+        parser = restic_serve.Parser({})
+        self.assertEqual(restic_serve.find_directory(parser, [':local:/srv/backup']), '/srv/backup')
+
+    def test_an_unknown_option_is_answered_by_one_of_ours(self):
+        for args, expected in (
+                (['--listen', ':8000'], '--listen: unknown option; use --addr\n'),
+                (['--tls-cert=x'], '--tls-cert: unknown option; use --cert\n'),
+                (['--append-onyl'], '--append-onyl: unknown option; did you mean --append-only?\n'),
+                (['--qqqqqqq'], '--qqqqqqq: unknown option\n')):
+            self.assertEqual(self.refusal(*args, 'dir'), f'restic_serve: {expected}')
+
+    def test_their_values_are_understood(self):
+        for args, name, value in ((['--min-tls-version', '1.2'], 'min_tls_version', 'tls1.2'),
+                                  (['--log-level', 'DEBUG'], 'log_level', 'DEBUG')):
+            self.assertEqual(getattr(restic_serve.Parser({}).parse([*args, 'dir']), name), value)
+        self.assertIn('write DEBUG, INFO, NOTICE or ERROR', self.refusal('--log-level', 'loud', 'dir'))
+
+    def test_passwords_that_rest_server_would_ask_for_are_not_passed_over(self):
+        self.root.mkdir()
+        self.assertEqual(self.refusal(str(self.root)), '')
+        passwords = self.root / '.htpasswd'
+        passwords.write_text(f'alice:{sha("x")}\n')
+        self.assertIn(f'add --htpasswd {passwords}, or --no-auth', self.refusal(str(self.root)))
+        for args in (['--no-auth'], ['--htpasswd', str(passwords)], ['--scrub']):
+            self.assertEqual(self.refusal(*args, str(self.root)), '')
+        self.assertIn('--no-auth', self.refusal('--no-auth', '--htpasswd', 'f', str(self.root)))
+
+    def test_their_variables_are_said_with_ours(self):
+        parser = restic_serve.Parser({'RCLONE_ADDR': ':1', 'RCLONE_CONFIG': 'x', 'OPTIONS': '--private-repos',
+                                      'DISABLE_AUTHENTICATION': '1', 'RESTIC_SERVE_ADR': 'x'})
+        self.assertEqual(parser.unknown_variables(), {
+            'RCLONE_ADDR': 'RESTIC_SERVE_ADDR', 'OPTIONS': 'RESTIC_SERVE_… for each',
+            'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'RESTIC_SERVE_ADR': ''})
 
 
 # ---- Main ------------------------------------------------------------------------------------------
