@@ -107,7 +107,10 @@ access_log = logging.getLogger('restic_serve.access')
 reload_log = logging.getLogger('restic_serve.reload')  # enabled in one process of several
 
 # The processor's cores that this process may use.
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
+try:
+    CORES = sorted(os.sched_getaffinity(0))
+except (AttributeError, OSError):
+    CORES = list(range(os.cpu_count() or 1))
 
 
 # ==== Units ======================================================================================
@@ -578,6 +581,10 @@ _FOLDER_FLAGS = os.O_RDONLY | _BINARY | getattr(os, 'O_DIRECTORY', 0)
 _STEP_FLAGS = getattr(os, 'O_PATH', os.O_RDONLY) | _BINARY | getattr(os, 'O_DIRECTORY', 0)
 _HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
                and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
+_CHMOD_ERRORS = (PermissionError, NotImplementedError)      # FAT, and mounts with an owner for all
+# Answers of file systems that cannot sync a directory (FUSE, SMB and others); EIO is none of them.
+_UNSYNCED_FOLDERS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP,
+                     errno.EOPNOTSUPP, errno.ENOSYS)
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
@@ -794,23 +801,28 @@ def sync_file(fd: int) -> None:
     """Flush a file's content and length to the disk."""
     if sys.platform == 'darwin':
         import fcntl
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
-    else:
-        os.fsync(fd)
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
+                raise   # exFAT and SMB do not know it
+    os.fsync(fd)
 
 
 def sync_directory(path: str | int) -> None:
     """Flush a directory's entries to the disk, where the system can; by its path or descriptor."""
     if os.name == 'nt':
         return
-    fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
+    fd = -1
     try:
+        fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+        if error.errno not in _UNSYNCED_FOLDERS:
             raise
     finally:
-        if not isinstance(path, int):
+        if fd >= 0 and not isinstance(path, int):
             os.close(fd)
 
 
@@ -857,7 +869,6 @@ KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # Most segments of a repository's path.
 LONGEST = 255                     # Most bytes of a repository's path.
 HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
-LOST_AND_FOUND = '/lost+found'    # At the top of a file system; only root may read it.
 SCRATCH_PREFIX = 'upload-'        # Scratch file in HIDDEN, locked by its writer.
 FRESH_PREFIX = 'new-'             # Scratch file that is not locked yet.
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
@@ -866,7 +877,10 @@ READ_ONLY = "the server's directory is read-only"
 LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
 KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
-_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+_NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
+                  errno.EINVAL)     # EACCES on Android
+# Folders in which file systems and NAS show their own snapshots and waste.
+_OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '#recycle', 'lost+found')
 # Result of an upload: new objects (0 or 1), bytes of the object before and after, folders created.
 Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
@@ -1064,7 +1078,8 @@ class Folders:
             return
         fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
         try:
-            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
+            with contextlib.suppress(*_CHMOD_ERRORS):
+                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
         finally:
             os.close(fd)
 
@@ -1164,10 +1179,11 @@ class Scratch:
         except FileExistsError:
             raise
         except OSError as error:
-            if error.errno == errno.EXDEV:  # a bind mount: the device's number is the same
+            if error.errno == errno.EXDEV and self.home.path != folder.path:
+                # A bind mount: the device's number is the same.
                 self._move(self.home, folder)
                 self.publish(folder, name)
-            elif error.errno in _NO_HARD_LINKS:
+            elif error.errno in (*_NO_HARD_LINKS, errno.EXDEV):
                 self._rename(self.home, folder, name)
             else:
                 raise
@@ -1235,7 +1251,8 @@ class Scratch:
     def _share(self) -> None:
         """Give the group its rights despite the umask."""
         if self._store.shared and hasattr(os, 'fchmod'):
-            os.fchmod(self.fd, self._store.file_mode)
+            with contextlib.suppress(*_CHMOD_ERRORS):
+                os.fchmod(self.fd, self._store.file_mode)
 
     def _move(self, home: Folder, folder: Folder) -> None:
         """Copy the content into another folder, on another file system."""
@@ -1507,7 +1524,7 @@ class Store:
                     entries = sorted(found, key=operator.attrgetter('name'))
                     yield WalkedFolder(path, folder, entries, any(map(_shows_repository, entries)))
                     below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)
-                             and entry.name not in (*KINDS, HIDDEN)]
+                             and entry.name not in (*KINDS, HIDDEN, *_OF_FILE_SYSTEMS)]
             except OSError as error:
                 on_error(path, error)
                 continue
@@ -2572,8 +2589,7 @@ class Scrub:
     def _on_unreadable(self, path: str, error: OSError) -> None:
         if not path:
             raise error
-        if path != LOST_AND_FOUND:
-            self.report(self._store.root + path, f'unreadable: {error.strerror}')
+        self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
     def _find_objects(self, where: str, tally: List[int]) -> Iterator[Tuple[str, List[int]]]:
         """The folders of objects in the folder of a kind, which may be a link."""
@@ -2715,6 +2731,11 @@ class Scrub:
             tally[1] += 1
         self.report(path, reason)
 
+    @property
+    def repositories(self) -> int:
+        """Repositories that were found."""
+        return len(self._tallies)
+
     # ---- progress ----
 
     def report(self, path: str, reason: str) -> None:
@@ -2741,8 +2762,8 @@ class Scrub:
         seconds = max(time.monotonic() - self._begin, 0.001)
         part = min(self._bytes / self._total, 1.0) if self._total and not last else 1.0
         left = seconds / part - seconds if part else 0.0
-        text = (f'{part:4.0%} of {self._total / 1024 ** 3:.2f} GiB, '
-                f'{self._bytes / seconds / 1024 ** 2:.0f} MiB/s, {left / 60:.0f} min left, '
+        text = (f'{part:4.0%} of {format_size(self._total)}, '
+                f'{format_size(self._bytes / seconds)}/s, {format_duration(left)} left, '
                 f'{self.checked} objects read, {self.damaged} damaged')
         if self._stream.isatty():
             done = int(part * BAR_WIDTH)
@@ -2897,8 +2918,7 @@ class Census:
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
 
         def on_error(path: str, error: OSError) -> None:
-            log.log(logging.DEBUG if path == LOST_AND_FOUND else logging.WARNING,
-                    'what is below %s is not known: %s', path or '/', error)
+            log.warning('what is below %s is not known: %s', path or '/', error)
             unreadable.append(path)
 
         known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
@@ -4569,13 +4589,13 @@ _PREFLIGHT = (('Access-Control-Allow-Methods', 'GET, HEAD, POST, DELETE'),
 # for a quarter of an hour.  So: final statuses where waiting does not help, and 404 only for a missing
 # object.
 _STATUS_OF_ERRNO = {
-    errno.ENAMETOOLONG: 400,
+    errno.ENAMETOOLONG: 400, errno.EINVAL: 400,     # such as a colon on exFAT
     errno.EACCES: 403, errno.EPERM: 403, errno.ENOTDIR: 403,
     errno.EISDIR: 403, errno.ELOOP: 403, errno.ENXIO: 403,  # not a regular file
     errno.ENOSPC: 507, errno.EDQUOT: 507, errno.EFBIG: 507, errno.EROFS: 507,
     errno.EMFILE: 503, errno.ENFILE: 503,
 }
-_REASON_OF_STATUS = {400: 'the path is too long', 403: 'the server may not access the file',
+_REASON_OF_STATUS = {400: 'the file system cannot have this name', 403: 'the server may not access the file',
                      500: 'the server could not access the file', 503: 'too many open files',
                      507: 'no room to write'}
 _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
@@ -5308,7 +5328,8 @@ LINGER_SECONDS = 5           # Longest time without any of it.
 LINGER_MOST_SECONDS = 60     # Longest time in all.
 _UNWANTED = memoryview(bytearray(64 * 1024))    # shared buffer for input that is discarded
 # Without an interpreter lock, or where that is not known, pinning does not help.
-_MAY_PIN = len(CORES) > 1 and getattr(sys, '_is_gil_enabled', lambda: True)()
+_MAY_PIN = (hasattr(os, 'sched_setaffinity') and len(CORES) > 1
+            and getattr(sys, '_is_gil_enabled', lambda: True)())
 
 
 def unpin(unpinned: bool) -> None:
@@ -9177,7 +9198,7 @@ OPTIONS = (
            'those whose content does not match their name, and files that do not belong there; needs no '
            'password, and may run beside a server; status 1 if anything is damaged', environment=False),
     Option('other jobs', '--scrub-age', parse_duration, 'skip what was found sound in this time, such as 30d',
-           'DURATION', default='0', shown='0, skip nothing'),
+           'DURATION', default='0', shown='0, skip nothing', requires=('--scrub',), environment=False),
     Option('other jobs', '--roll-back', str, 'set the repository at DIR, or all below it, back to what it '
            'was at TIME: what was deleted since comes back, what came since is set aside (see --keep-deleted '
            'for TIME); needs no password, and may run beside a server', 'TIME', environment=False,
@@ -9525,8 +9546,11 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
         sys.stdout.flush()
 
     with open(os.devnull, 'w') as nothing:
-        return int(Scrub(store, options.scrub_age, bandwidth, report,
-                         nothing if options.quiet else sys.stderr).run() > 0)
+        job = Scrub(store, options.scrub_age, bandwidth, report, nothing if options.quiet else sys.stderr)
+        damaged = job.run()
+    if not job.repositories:
+        print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
+    return int(damaged > 0 or not job.repositories)
 
 
 def roll_back(options: argparse.Namespace, store: Store) -> int:
@@ -9569,6 +9593,9 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
     """Do --add-user or --remove-user; the exit status."""
     check_requirements(parser, options, 'other jobs')
+    if options.arguments:
+        parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user have no DIR, only --htpasswd '
+                     'FILE')
     user, entry = options.remove_user, ''
     if options.add_user:
         user = options.add_user

@@ -974,8 +974,8 @@ class StoreTest(TestCase):
         before = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
         for nameless in (True, False):
             shared.nameless = nameless
-            with mock.patch.object(os, 'fchmod', side_effect=PermissionError(errno.EPERM, 'no')), \
-                    self.assertRaises(PermissionError):
+            with mock.patch.object(os, 'fchmod', side_effect=OSError(errno.EIO, 'no')), \
+                    self.assertRaises(OSError):
                 shared.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
         self.assertEqual(self.files(), [])
         if before:
@@ -1084,6 +1084,38 @@ class StoreTest(TestCase):
         hidden = self.root / restic_serve.HIDDEN
         return hidden.is_dir() and os.path.samestat(os.stat(hidden), os.fstat(dir_fd)) \
             if dir_fd is not None else f'{restic_serve.HIDDEN}/' in name
+
+    def test_a_file_system_on_which_every_link_crosses_devices(self):
+        self.store.nameless = False
+        with mock.patch.object(os, 'link', side_effect=OSError(errno.EXDEV, 'Invalid cross-device link')):
+            location = self.save(b'content')
+        self.assertEqual(self.path(location).read_bytes(), b'content')
+        self.assertEqual(len(self.files()), 1)
+
+    def test_a_file_system_that_cannot_sync_folders(self):
+        real = os.fsync
+        for number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EINVAL, errno.EIO):
+            def fsync(fd, number=number):
+                if stat.S_ISDIR(os.fstat(fd).st_mode):
+                    raise OSError(number, 'made by a test')
+                real(fd)
+
+            with mock.patch.object(os, 'fsync', fsync), \
+                    self.assertRaises(OSError) if number == errno.EIO else contextlib.nullcontext():
+                self.save(b'%d' % number)
+
+    def test_a_file_system_without_permissions(self):
+        store = Store(str(self.root), shared=True)
+        with mock.patch.object(os, 'fchmod', side_effect=PermissionError(errno.EPERM, 'made by a test')):
+            store.create_repository('/host')
+            self.assertEqual(store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x')).objects, 1)
+
+    def test_snapshots_of_a_file_system_are_no_repositories(self):
+        for name in ('.snapshots', '.zfs', '#snapshot', '@eaDir', '#recycle', 'lost+found', 'host',
+                     'host/.snapshot'):
+            (self.root / name / 'copy/data').mkdir(parents=True)
+        found = [walked.path for walked in self.store.walk(self.fail) if walked.is_repository]
+        self.assertEqual(found, ['/host/copy'])
 
     def test_a_bind_mount_is_crossed_by_a_copy(self):
         real = os.link
@@ -2578,7 +2610,12 @@ class ScrubTest(TestCase):
 
         status, output, error = run(self.root)
         self.assertEqual((status, output), (0, ''))
-        self.assertRegex(error, r'^100% of 0\.00 GiB, \d+ MiB/s, 0 min left, 9 objects read, 0 damaged\n$')
+        self.assertRegex(error, r'^100% of 26\.4 KiB, [\d.]+ [KMG]?i?B/s, 0 s left, 9 objects read, '
+                                r'0 damaged\n$')
+        (self.folder / 'empty').mkdir()
+        status, output, error = run('--quiet', self.folder / 'empty')
+        self.assertEqual((status, error), (1, f'restic_serve: there is no repository in {self.folder}/empty'
+                                              '\n'))
         self.paths['', 'data'].write_bytes(b'other')
         self.assertEqual(run('--quiet', self.root), (1, f'{self.paths["", "data"]}: damaged: its SHA-256 is '
                                                      f'{named(b"other")}\n', ''))
@@ -3474,10 +3511,8 @@ class PasswordFileTest(TestCase):
         self.write(f'\ufeffalice: {sha("a")} \nbob:\t{sha("b")}\n')
         self.assertEqual(PasswordFile(str(self.path)).entries, {'alice': sha('a'), 'bob': sha('b')})
         self.assertEqual(self.log, [])
-        for encoding in ('utf-16', 'utf-16-be'):
-            self.path.write_bytes(f'\ufeffalice:{sha("a")}\n'.encode(encoding)[-2000:])
-            if encoding == 'utf-16':
-                self.path.write_text(f'alice:{sha("a")}\n', encoding='utf-16')
+        for encoding in ('utf-16-le', 'utf-16-be'):
+            self.path.write_text(f'\ufeffalice:{sha("a")}\n', encoding=encoding)
             with self.assertRaisesRegex(OSError, 'this is UTF-16; save it as UTF-8'):
                 PasswordFile(str(self.path))
 
@@ -7999,7 +8034,7 @@ class OptionTest(unittest.TestCase):
         samples = {'--max-size-per-user': '1G', '--cert': 'f', '--key': 'f', '--client-ca': 'f',
                    '--min-tls-version': 'tls1.2', '--user': 'a', '--pass': 'p', '--add-user': 'a',
                    '--remove-user': 'a', '--prometheus-no-auth': 'true', '--dry-run': 'true',
-                   '--force': 'true'}
+                   '--force': 'true', '--scrub-age': '1d'}
         for option in restic_serve.OPTIONS:
             self.assertLessEqual(set(option.requires), names)
             if option.requires:
