@@ -1500,8 +1500,11 @@ class Store:
         with self._open_below(path) as folder:
             for entries, _ in object_batches(folder, prefix):
                 for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):  # deleted since the directory was read
-                        yield entry, entry.stat(follow_symlinks=False)
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:  # deleted since the directory was read
+                        continue
+                    yield entry, status
 
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
@@ -1997,11 +2000,12 @@ class View:
         """The objects in a folder, and in that of what was deleted from it: name, name of the file if it
         was deleted since, else empty, and status."""
         # First what is present: an object that is deleted meanwhile is in both.
-        found = [(entry.name, status) for entry, status in self._store.object_entries(present, prefix)]
+        found, latest = list(self._store.object_entries(present, prefix)), self._nanoseconds
         history = self._history(deleted)
-        for name, status in found:
-            if self._existed(status, history.get(name, ())):
-                yield name, '', status
+        for entry, status in found:
+            if status.st_mtime_ns <= latest and (
+                    entry.name not in history or self._existed(status, history[entry.name])):
+                yield entry.name, '', status
         if not history:
             return
         with self._store.scan(deleted) as (folder, _), self._store.scan(present) as (there, _):
