@@ -8671,6 +8671,23 @@ class ResticTestCase(TestCase):
     def snapshots(self, repository, **more):
         return json.loads(self.restic(repository, 'snapshots', '--json', **more)[1])
 
+    def moment(self):
+        """A time after all that has been done, and before what follows."""
+        def text(seconds=0):
+            return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() + seconds))
+
+        moment = text(1)
+        self.wait_until(lambda: text() > moment, 'the next second')
+        return moment
+
+    def roll_back(self, moment, *words, root=None):
+        """Roll back the repository `host`; what was said."""
+        done = subprocess.run(
+            [sys.executable, MODULE, '--roll-back', moment, *words, (root or self.root) / 'host'],
+            capture_output=True, text=True, env=clean_environment())
+        self.assertEqual((done.returncode, done.stderr), (0, ''), done)
+        return done.stdout.strip()
+
     def check_restore(self, repository):
         """What is restored is what was backed up."""
         target = self.folder / 'restored'
@@ -8752,7 +8769,6 @@ class ResticScenarios:
         refused = re.compile(r'append-only: (127\.0\.0\.1|stdio) may not delete (/host)?/snapshots/')
         self.assertTrue(any(refused.search(line) for line in server.lines), server.lines)
 
-
     @long
     def test_the_past_is_read_and_rolled_back_to(self):
         server = self.serve('--keep-deleted', '30d')
@@ -8764,9 +8780,7 @@ class ResticScenarios:
             self.restic(url, 'backup', self.source)
             sources.append((self.source / 'new').read_bytes())
         wanted = self.snapshots(url)
-        time.sleep(0.001)   # the clock of files is coarse
-        moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() + 1))
-        self.wait_until(lambda: time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()) > moment, 'that second')
+        moment = self.moment()
         # An attacker, or a wrong command
         (self.folder / 'password').write_text('other')
         self.restic(url, 'key', 'add', '--new-password-file', self.folder / 'password')
@@ -8807,12 +8821,6 @@ class ResticScenarios:
         path = self.root / 'host/index' / named(content)
         path.write_bytes(content)
         return [f'index/{path.name}']
-
-    def roll_back(self, moment, *words):
-        done = subprocess.run([sys.executable, MODULE, '--roll-back', moment, *words, self.root / 'host'],
-                              capture_output=True, text=True, env=clean_environment())
-        self.assertEqual((done.returncode, done.stderr), (0, ''), done)
-        return done.stdout.strip()
 
 
 class WaysInTest(ResticTestCase):
@@ -10128,7 +10136,7 @@ class SharedFileSystemTest(ResticTestCase):
             self.addCleanup(subprocess.run, ['umount', '-l', path])
 
     def test_a_backup_goes_on_while_a_server_and_a_brick_die(self):
-        servers = [self.serve(root=path) for path in self.mounts]
+        servers = [self.serve('--keep-deleted', '30d', root=path) for path in self.mounts]
         text = README.read_text(encoding='utf-8')
         configuration = re.search(r'```haproxy\n(.*?)```', text, re.DOTALL)[1]
         with socket.create_server(('127.0.0.1', 0)) as sock:
@@ -10162,7 +10170,14 @@ class SharedFileSystemTest(ResticTestCase):
         self.assertEqual(result[0], 0, result)
         self.assert_sound(url)
         self.check_restore(url)
-        self.assertEqual(len(self.snapshots(self.mounts[1] / 'host')), 1)
+        snapshot, = self.snapshots(self.mounts[1] / 'host')
+        moment = self.moment()
+        self.restic(url, 'forget', '--prune', snapshot['id'])
+        self.assertEqual(self.snapshots(url), [])
+        self.assertEqual(len(self.snapshots(f'{url}.at/{moment}/')), 1)
+        self.assertIn('1 snapshot', self.roll_back(moment, '--force', root=self.mounts[1]))
+        self.assert_sound(url)
+        self.check_restore(url)
 
 
 # ---- README ----------------------------------------------------------------------------------------
