@@ -8982,6 +8982,22 @@ class NewResticTest(ResticScenarios, ResticTestCase):
                                              '--addr', address, str(self.root)])
 
 
+class NewResticTlsTest(ResticTestCase):
+    """The past over TLS."""
+
+    find_restic = staticmethod(lambda: peer('restic'))
+    damage = ResticScenarios.damage
+    test_the_past_is_read_and_rolled_back_to = ResticScenarios.test_the_past_is_read_and_rolled_back_to
+
+    def serve(self, *words):
+        self.authority = Authority(self.folder)
+        self.authority.issue('server')
+        return super().serve(*self.authority.words('server'), *words)
+
+    def restic(self, repository, *words, **more):
+        return super().restic(repository, '--cacert', self.authority.path, *words, **more)
+
+
 class StdioScenarios(ResticScenarios):
     """The same without a port: restic starts the server."""
 
