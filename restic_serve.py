@@ -1705,8 +1705,11 @@ AT = '.at'                        # Segment of a path before the moment at which
 PURGE_SECONDS = 3600              # Time between two purges.
 STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
 _SINCE = 'since.'
+_MONTH_TO_SECOND = '(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]'
+_TIME_OF_NAME = rf'[0-9]{{4}}{_MONTH_TO_SECOND}\.[0-9]{{6}}Z'
+_SINCE_NAME = re.compile(rf'since\.{_TIME_OF_NAME}')
 _TIME_FORMAT = '%Y%m%dT%H%M%S'
-_DELETED_NAME = re.compile(r'([0-9a-f]{64}|config)\.([0-9]{8}T[0-9]{6}\.[0-9]{6}Z)(?:-([0-9TZ.]{23}))?')
+_DELETED_NAME = re.compile(rf'([0-9a-f]{{64}}|config)\.({_TIME_OF_NAME})(?:-({_TIME_OF_NAME}))?')
 _MOMENT = re.compile(r'([0-9]{4}-[0-9]{2}-[0-9]{2})'
                      r'(?:T([0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]{1,6})?)?)?(Z?)')
 
@@ -1717,7 +1720,7 @@ DeletedName = collections.namedtuple('DeletedName', ['file', 'deleted', 'returne
 
 def format_moment(moment: int) -> str:
     """A time in microseconds since the epoch as names have it, such as `20261120T120000.123456Z`."""
-    seconds, microseconds = divmod(moment, 10 ** 6)
+    seconds, microseconds = divmod(max(moment, 0), 10 ** 6)
     return f'{time.strftime(_TIME_FORMAT, time.gmtime(seconds))}.{microseconds:06}Z'
 
 
@@ -1725,7 +1728,9 @@ def read_moment(text: str) -> int:
     """The inverse of format_moment().  Raises ValueError."""
     import calendar
     seconds, _, microseconds = text.rstrip('Z').partition('.')
-    return calendar.timegm(time.strptime(seconds, _TIME_FORMAT)) * 10 ** 6 + int(microseconds)
+    parts = [int(part) for part in (seconds[:4], seconds[4:6], seconds[6:8], seconds[9:11], seconds[11:13],
+                                    seconds[13:])]
+    return calendar.timegm((*parts, 0, 0, 0)) * 10 ** 6 + int(microseconds)
 
 
 def parse_deleted_name(name: str) -> Optional[DeletedName]:
@@ -1742,7 +1747,7 @@ def parse_moment(text: str, now: float) -> int:
         if not match:
             if text.isdecimal() or not text.isascii():
                 raise ValueError
-            return int((now - parse_duration(text)) * 1e6)
+            return int(max(now - parse_duration(text), 0) * 1e6)
         date, clock, seconds, zone = match.groups()
         whole, _, fraction = (seconds or ':00').partition('.')
         parsed = time.strptime(f'{date} {clock or "00:00"}{whole}', '%Y-%m-%d %H:%M:%S')
@@ -1781,9 +1786,12 @@ class Past:
     def delete(self, location: Location) -> Optional[int]:
         """Delete an object, which is kept unless it is a lock; its size in bytes, None if there was none.
         The folders are on the disk when this returns.  Raises OSError."""
-        if not self.keeps_object(location):
+        if location.kind == 'locks':
+            return self._store.delete(location)
+        if not self.keeps:
+            self._end_known(location.repository)
             size = self._store.delete(location)
-            if size is not None and location.kind != 'locks':
+            if size is not None:
                 self._end_known(location.repository)
             return size
         try:
@@ -1836,21 +1844,20 @@ class Past:
     def _set_since(self, repository: str, moment: str) -> None:
         """Nothing before a moment is known any more."""
         with self._store.scan(f'{repository}/{DELETED}') as (folder, entries):
-            marks = sorted(entry.name for entry in entries if entry.name.startswith(_SINCE))
+            marks = sorted(entry.name for entry in entries if _SINCE_NAME.fullmatch(entry.name))
             if marks and marks[-1] < f'{_SINCE}{moment}':
-                os.rename(folder.at(marks.pop()), folder.at(f'{_SINCE}{moment}'),
-                          src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-                for mark in marks:
-                    folder.unlink(mark)
+                with contextlib.suppress(FileNotFoundError):    # another server moves it, too
+                    os.rename(folder.at(marks.pop()), folder.at(f'{_SINCE}{moment}'),
+                              src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+                    for mark in marks:
+                        folder.unlink(mark)
                 folder.sync()
 
     def _since(self, repository: str) -> Optional[int]:
         """From when on all deletions of a repository were kept; None if that is not known."""
         with self._store.scan(f'{repository}/{DELETED}') as (_, entries):
-            marks = [entry.name[len(_SINCE):] for entry in entries if entry.name.startswith(_SINCE)]
-        with contextlib.suppress(ValueError):
-            return read_moment(max(marks)) if marks else None
-        return None
+            marks = [entry.name[len(_SINCE):] for entry in entries if _SINCE_NAME.fullmatch(entry.name)]
+        return read_moment(max(marks)) if marks else None
 
     def _open_or_make(self, path: str) -> Folder:
         try:
@@ -1906,7 +1913,7 @@ class Past:
 
     def purge(self, repository: str) -> Iterator[int]:
         """Remove what has been kept long enough; yields the size of each object.  Raises OSError."""
-        limit = format_moment(int(self.now() - self._keep))
+        limit = format_moment(int(max(self.now() - self._keep, 0)))
         for folder, entry, name in self.kept(repository):
             if (name.returned or name.deleted) < limit:
                 self._set_since(repository, limit)  # also for who does not know how long it was kept
@@ -1937,16 +1944,20 @@ def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) ->
     try:
         copy = target.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
         try:
-            lock_file(copy)
-            for part in iter(functools.partial(os.read, fd, COPY_BYTES), b''):
-                while part:
-                    part = part[os.write(copy, part):]
-            os.utime(copy if os.utime in os.supports_fd else target.at(scratch),
-                     ns=(status.st_atime_ns, status.st_mtime_ns))
-            sync_file(copy)
-        finally:
-            os.close(copy)
-        os.rename(target.at(scratch), target.at(new_name), src_dir_fd=target.fd, dst_dir_fd=target.fd)
+            try:
+                lock_file(copy)
+                for part in iter(functools.partial(os.read, fd, COPY_BYTES), b''):
+                    while part:
+                        part = part[os.write(copy, part):]
+                os.utime(copy if os.utime in os.supports_fd else target.at(scratch),
+                         ns=(status.st_atime_ns, status.st_mtime_ns))
+                sync_file(copy)
+            finally:
+                os.close(copy)
+            os.rename(target.at(scratch), target.at(new_name), src_dir_fd=target.fd, dst_dir_fd=target.fd)
+        except BaseException:
+            target.unlink(scratch)
+            raise
     finally:
         os.close(fd)
     target.sync()
@@ -1965,7 +1976,7 @@ class View:
         """The whole content of an object, as Store.open() gives it."""
         deleted = deleted_folder(location)
         for _ in range(2):  # it may be deleted, or come back, between the two folders
-            names = self._history(deleted).get(location.file, [])
+            names = self._history(deleted, location.file).get(location.file, [])
             for path, file in ((location.folder, location.file),
                                *((deleted, file) for file in self._files(names))):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
@@ -2022,11 +2033,14 @@ class View:
                     if self._existed(status, names):
                         yield name, file, status
 
-    def _history(self, path: str) -> Dict[str, List[DeletedName]]:
-        """By object, the names in a folder of deleted ones that matter at this moment."""
+    def _history(self, path: str, file: str = '') -> Dict[str, List[DeletedName]]:
+        """By object (or of one, whose name is `file`), the names in a folder of deleted ones that matter at
+        this moment."""
         history: Dict[str, List[DeletedName]] = {}
         with self._store.scan(path) as (_, entries):
             for entry in entries:
+                if not entry.name.startswith(file):
+                    continue
                 name = parse_deleted_name(entry.name)
                 if name and max(name.deleted, name.returned) > self._text:
                     history.setdefault(name.file, []).append(name)
@@ -2059,21 +2073,42 @@ class RollBack:
         self._store = store
         self._past = past
         self._repository = repository
+        self._moment = moment
         self._view = View(store, moment)
         self._touched: Set[str] = set()     # folders that are to be synced
         # By kind: objects, and their bytes.
         self.back: Dict[str, List[int]] = {}
         self.aside: Dict[str, List[int]] = {}
 
-    def fresh_lock(self) -> Optional[float]:
-        """The time of the youngest lock, if restic would heed it.  Raises OSError."""
-        times = [status.st_mtime for _, status in self._store.object_entries(f'{self._repository}/locks')]
-        youngest = max(times, default=-math.inf)
-        return youngest if youngest > self._store.now() - self.LOCKED_SECONDS else None
+    def check_known(self) -> None:
+        """Raises ValueError where what was deleted since is not all there."""
+        earliest = self._past.earliest(self._repository)
+        if self._moment < earliest:
+            raise ValueError(f'nothing is known of the time before {moment_for_people(earliest)}')
 
-    def run(self, dry: bool = False) -> None:
-        """Do it, or with `dry` count only.  Raises OSError."""
+    def check_existed(self) -> None:
+        """Raises ValueError where there was no repository, or its files have lost their times."""
+        try:
+            self._view.open(Location(self._repository, 'config')).close()
+        except FileNotFoundError:
+            raise ValueError('there was no repository at that time, by the times of its files') from None
+
+    def check_locks(self) -> None:
+        """Raises ValueError where somebody holds a lock that restic would heed."""
+        times = [status.st_mtime for _, status in self._store.object_entries(f'{self._repository}/locks')]
+        now, youngest = self._store.now(), max(times, default=-math.inf)
+        if youngest > now - self.LOCKED_SECONDS:
+            since = time.strftime('%H:%M:%S', time.localtime(youngest))
+            raise ValueError(f'somebody has held a lock since {since} '
+                             f'({format_duration(max(now - youngest, 0))}); wait for it, or use --force')
+
+    def run(self, dry: bool = False, force: bool = False) -> None:
+        """Do it, or with `dry` count only.  Raises OSError, and ValueError where that has become impossible
+        on the way: what is there then is sound, and with what was deleted."""
+        begun = self._store.now()
         for kind in self.BACK:
+            if not dry:
+                self.check_known()  # a server may have purged meanwhile
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
                 for name, file, status in list(self._view.find(present, deleted, prefix)):
                     if file and self._is_missing(kind, name):
@@ -2083,16 +2118,25 @@ class RollBack:
             self._sync()
         for kind in self.ASIDE:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
+                if not (dry or force):
+                    self.check_locks()  # a backup may have begun meanwhile
                 wanted = {name for name, _, _ in self._view.find(present, deleted, prefix)}
                 for entry, status in list(self._store.object_entries(present, prefix)):
-                    if entry.name not in wanted:
+                    if entry.name not in wanted and status.st_mtime <= begun:
                         self._count(self.aside, kind, status.st_size)
                         if not dry:
                             self._past.delete(Location(self._repository, kind, entry.name))
 
     def _is_missing(self, kind: str, name: str) -> bool:
-        """Whether an object is to come back.  What has its name has its content, too, but for config."""
-        return kind == 'config' or self._store.size(Location(self._repository, kind, name)) is None
+        """Whether an object is to come back: it is not there, or what has its name is something else, such
+        as another config, a damaged object or, where uploads are not verified, anything."""
+        if kind == 'config':
+            return True
+        try:
+            with self._store.open(Location(self._repository, kind, name)) as content:
+                return _digest(content.fd) != name
+        except OSError:
+            return True
 
     def _bring_back(self, kind: str, name: str, file: str) -> None:
         """Rename a deleted object to what it was, after a mark of when it was away."""
@@ -2102,19 +2146,18 @@ class RollBack:
         with self._store.folders.open(path, by_descriptor=True) as source, \
                 self._store.folders.open(location.folder, by_descriptor=True) as target:
             now = self._past.now()
-            if kind == 'config':
-                self._keep_config(target, source, now)
+            self._keep_present(target, location.file, source, now)
             mark = f'{file}-{format_moment(now)}'
             os.close(source.open(mark, os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
             source.sync()
             move(source, file, target, location.file, self._store.file_mode)
         self._touched.update((path, location.folder))
 
-    def _keep_config(self, target: Folder, deleted: Folder, now: int) -> None:
-        """Keep a config that is about to be replaced: there is one at every instant."""
+    def _keep_present(self, target: Folder, name: str, deleted: Folder, now: int) -> None:
+        """Keep a copy of what is about to be replaced: its name is there at every instant."""
         scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
         try:
-            fd, status = open_plain(target, 'config')
+            fd, status = open_plain(target, name)
         except FileNotFoundError:
             return
         with open(fd, 'rb') as file:
@@ -2126,7 +2169,7 @@ class RollBack:
                 os.utime(copy if os.utime in os.supports_fd else deleted.at(scratch),
                          ns=(status.st_atime_ns, status.st_mtime_ns))
                 sync_file(copy)
-        os.rename(deleted.at(scratch), deleted.at(f'config.{format_moment(now)}'),
+        os.rename(deleted.at(scratch), deleted.at(f'{name}.{format_moment(now)}'),
                   src_dir_fd=deleted.fd, dst_dir_fd=deleted.fd)
 
     def _sync(self) -> None:
@@ -3074,6 +3117,7 @@ class Usage:
         self._counters = counters
         self._next_warning = 0.0
         self.reserving = threading.Lock()   # one upload at a time
+        self._purging = threading.Lock()
         self._showing = threading.Lock()    # of what follows
         self._shown_at = -math.inf
         self._names: List[str] = []
@@ -3144,6 +3188,14 @@ class Usage:
         """Remove what was kept long enough from the past of all repositories, and begin that of new ones;
         for `seconds` at the most, and gently.  For the one process that makes the censuses."""
         end = time.monotonic() + seconds
+        if not self._purging.acquire(blocking=False):
+            return  # the last one is still at it
+        try:
+            self._purge_until(end)
+        finally:
+            self._purging.release()
+
+    def _purge_until(self, end: float) -> None:
         for found in self._store.walk(lambda path, error: log.debug('%s is not purged: %s', path, error)):
             if not found.is_repository:
                 continue
@@ -4710,6 +4762,7 @@ class Api:
     def _route_past(self, request: Request, location: Location) -> Response:
         """A request for a repository as it was: to read, but for locks, which are those of the present, so
         that restic can hold one and a prune waits."""
+        self.store.directory.check_present()
         view = self.usage.past.view(location)
         location = Location(location.repository, location.kind, location.name)
         if location.kind == 'locks':
@@ -4872,12 +4925,14 @@ def parse_path(path: str) -> Location:
     repository, a list or an object.  No segment of a repository's path is a kind or `config`, so that
     no repository lies among the objects of another.
     """
-    if '%' in path:
-        path = _decode_path(path)
+    return _parse_decoded(_decode_path(path) if '%' in path else path)
+
+
+def _parse_decoded(path: str) -> Location:
     before, mark, after = path.partition(f'/{AT}/')
     if mark:
         at, _, rest = after.partition('/')
-        location = parse_path(f'{before}/{rest}')
+        location = _parse_decoded(f'{before}/{rest}')
         if not at or location.at:
             raise HttpError(404, 'not found')
         return Location(location.repository, location.kind, location.name, at)
@@ -4906,7 +4961,8 @@ def _decode_path(path: str) -> str:
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
 
 
-_RESERVED = (*KINDS, 'config', HIDDEN, AT)  # no segment of a repository's path
+# No segment of a repository's path, however a file system may spell it.
+_RESERVED = frozenset(name.casefold() for name in (*KINDS, 'config', HIDDEN, AT, *_OF_FILE_SYSTEMS))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4924,7 +4980,7 @@ def _check_repository(path: str) -> str:
         raise HttpError(400, f'the path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
         raise HttpError(400, f'the path is longer than {LONGEST} bytes')
-    if any(segment in _RESERVED for segment in segments):
+    if any(segment.rstrip('. ').casefold() in _RESERVED for segment in segments):
         raise HttpError(404, 'not found')
     try:
         os.fsencode(path)
@@ -8568,7 +8624,7 @@ class Server:
         self.stops = 0                  # stop signals seen; the second skips the grace period
         self._certificates = certificates
         self._counters = api.metrics.counters
-        self._next_purge = 0.0 if api.usage.past.keeps else math.inf
+        self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._processes = 1             # that serve the listeners
         self._counts = True             # what is stored, when the usage asks for it
         admission = Admission(self._counters, max_connections,
@@ -8651,7 +8707,10 @@ class Server:
         now = time.monotonic()
         if now >= self._next_purge:
             self._next_purge = now + PURGE_SECONDS
-            threading.Thread(target=self.api.usage.purge, daemon=True).start()
+            try:
+                threading.Thread(target=self.api.usage.purge, daemon=True).start()
+            except RuntimeError as error:
+                log.error('what was deleted is not purged: %s', error)
         return self._next_purge - now
 
     def _finish(self) -> None:
@@ -9209,8 +9268,9 @@ OPTIONS = (
            stdio=False),
     Option('other jobs', '--dry-run', parse_bool, 'with --roll-back, say only what it would do',
            requires=('--roll-back',), environment=False),
-    Option('other jobs', '--force', parse_bool, 'with --roll-back, do not refuse where a lock is younger '
-           'than 30 minutes', requires=('--roll-back',), environment=False),
+    Option('other jobs', '--force', parse_bool, 'with --roll-back, do not mind locks younger than 30 '
+           'minutes, and pass over repositories that cannot be set back', requires=('--roll-back',),
+           environment=False),
     Option('other jobs', '--add-user', parse_user, 'add a user to the file of --htpasswd, or change the '
            'password, which is asked for or read from standard input', 'NAME', requires=('--htpasswd',),
            environment=False),
@@ -9358,13 +9418,14 @@ def find_directory(parser: Parser, args: List[str]) -> str:
 
 def split_directory(parser: Parser, options: argparse.Namespace, directory: str) -> Tuple[str, str]:
     """DIR, and the TIME of DIR/.at/TIME, with which --stdio serves repositories as they were."""
-    before, mark, at = directory.rstrip('/').partition(f'/{AT}/')
+    before, mark, at = f'./{directory}'.rstrip('/').rpartition(f'/{AT}/')
     if not mark:
         return directory, ''
+    before = before[2:]
     if not options.stdio:
         parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP TIME stands in the URL, '
                      f'rest:http://HOST/PATH/{AT}/TIME/')
-    return before or '/', at
+    return before or ('/' if directory.startswith('/') else '.'), at
 
 
 def check_directory(parser: Parser, options: argparse.Namespace, directory: str) -> None:
@@ -9522,6 +9583,8 @@ def stats_seconds(options: argparse.Namespace) -> float:
 def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
     """Serve standard input and output until they end; with `at` the repositories of that moment."""
     counters = Counters()
+    if at:  # once for the whole session
+        at = moment_for_people(parse_moment(at, time.time()))
     api = make_api(options, store, counters, Policy(options.append_only), at=at)
     limits = Limits(options.max_header_bytes + HEADER_SLACK, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout, options.stall_timeout)
@@ -9530,7 +9593,7 @@ def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     server.adopt(PipeTransport(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()
-    if api.usage.past.keeps:
+    if api.usage.past.keeps and not (at or store.directory.read_only):
         api.usage.purge(STDIO_PURGE_SECONDS)
 
 
@@ -9575,23 +9638,26 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
     for found in store.walk(refuse):
         if found.is_repository:
-            earliest, job = past.earliest(found.path), RollBack(store, past, found.path, moment)
-            lock = job.fresh_lock()
-            if moment < earliest:
-                refuse(found.path, f'nothing is known of the time before {moment_for_people(earliest)}')
-            elif lock and not options.force:
-                since = time.strftime('%H:%M:%S', time.localtime(lock))
-                refuse(found.path, f'somebody has held a lock since {since} '
-                                   f'({format_duration(now / 1e6 - lock)}); wait for it, or use --force')
-            jobs[found.path[1:] or os.path.basename(store.root)] = job
-    if not jobs:
+            job = RollBack(store, past, found.path, moment)
+            try:
+                job.check_known()
+                job.check_existed()
+                if not options.force:
+                    job.check_locks()
+                jobs[found.path[1:] or os.path.basename(store.root)] = job
+            except ValueError as error:
+                refuse(found.path, error)
+    if not jobs and not failed:
         print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
-    if failed or not jobs:
+    if not jobs or (failed and not options.force):
         return 1
     for name, job in jobs.items():
-        job.run(options.dry_run)
-        print(f'{one_line(name)}: {job}', flush=True)
-    return 0
+        try:
+            job.run(options.dry_run, options.force)
+            print(f'{one_line(name)}: {job}', flush=True)
+        except ValueError as error:
+            refuse(f'/{name}', f'{job}, then it ended: {error}')
+    return int(failed)
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
@@ -9664,15 +9730,17 @@ def main(args: Optional[List[str]] = None) -> int:
         if options.scrub:
             return scrub(options, store)
         if options.roll_back:
+            if options.read_only:
+                parser.error('--roll-back and --read-only: what is read-only is not set back')
             return roll_back(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
-        store.prepare(options.must_exist)
+        store.prepare(options.must_exist or bool(at))
         if options.stdio:
             serve_stdio(options, store, at)
             return 0
         server = make_server(options, store)
     except ValueError as error:
-        parser.error(f'--roll-back: {error}')
+        parser.error(f'{"--roll-back" if options.roll_back else f"DIR/{AT}/TIME"}: {error}')
     except OSError as error:
         reason = f'{error.filename}: {error.strerror}' if error.filename else error
         print(f'restic_serve: {one_line(reason)}', file=sys.stderr)

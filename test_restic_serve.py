@@ -1716,6 +1716,60 @@ class PastTest(PastTestCase):
         self.assertEqual(self.view(self.now), after)
         self.assertEqual((self.root / 'host/config').read_bytes(), b'new config')
 
+    def test_what_has_the_name_of_an_object_is_looked_at_before_it_is_left(self):
+        """Where uploads are not verified an attacker may put anything under the name of a pack."""
+        pack = self.upload(b'pack')
+        moment = self.now
+        self.now += 1
+        self.delete(pack)
+        store = Store(str(self.root), verify=False)
+        store.save(pack, Bytes(b'garbage'))
+        self.assertEqual(self.roll_back(moment), '1 pack (4 B) back')
+        self.assertEqual(Path(path_of(self.store, pack)).read_bytes(), b'pack')
+
+    def test_what_comes_while_a_roll_back_goes_on_stays(self):
+        moment = self.now
+        self.now += 1
+        self.upload(b'new')
+        real = restic_serve.RollBack.check_locks
+        late = []
+
+        def check_locks(job):
+            if not late:
+                self.now += 10
+                late.append(self.upload(b'of a backup'))
+            real(job)
+
+        with mock.patch.object(restic_serve.RollBack, 'check_locks', check_locks):
+            self.assertEqual(self.roll_back(moment), '1 pack (3 B) set aside')
+        self.assertEqual(self.view(self.now), {'data': [late[0].name]})
+        self.upload(b'lock', 'locks')
+        with self.assertRaisesRegex(ValueError, 'somebody has held a lock since'):
+            self.roll_back(moment)
+        self.roll_back(moment, force=True)
+
+    def test_what_a_purge_has_taken_cannot_be_rolled_back_to(self):
+        pack = self.upload(b'pack')
+        moment = self.now
+        self.now += 1
+        self.delete(pack)
+        self.now += 2 * self.KEEP
+        list(self.past.purge('/host'))
+        with self.assertRaisesRegex(ValueError, 'nothing is known of the time before'):
+            self.roll_back(moment)
+
+    def test_a_very_long_time_purges_nothing(self):
+        self.delete(self.upload(b'pack'))
+        for keep in (2000 * 365 * 86400, 1e12):
+            self.assertEqual(list(self.make_past(keep).purge('/host')), [])
+
+    def test_a_name_of_others_is_no_mark(self):
+        since = self.past.earliest('/host')
+        self.now += 5
+        (self.root / 'host/.restic_serve/deleted/since.sync-conflict').touch()
+        self.past.begin('/host')
+        self.assertEqual(self.past.earliest('/host'), since)
+
     def test_random_histories_against_a_model(self):
         for seed in range(60 if LONG_TESTS else 12):
             with self.subTest(seed=seed):
@@ -1959,6 +2013,11 @@ class PastApiTest(PastTestCase):
     def test_rights_are_those_of_the_repository(self):
         self.api = Api(self.store, Policy(private=True), usage=self.usage)
         self.assertEqual(self.ask('GET', '/host/.at/1s/config')[1], b'this is not your repository\n')
+
+    def test_encoded_and_reserved_names(self):
+        self.assertEqual(restic_serve.parse_path('/x%2541/.at/2d/config').repository, '/x%41')
+        for name in ('.Restic_Serve', '.restic_serve.', 'DATA', '.AT', '.snapshots', '@eaDir', 'lost+found'):
+            self.assertEqual(self.ask('POST', f'/host/{name}/?create=true')[0], 404, name)
 
     def test_what_is_kept_cannot_be_named(self):
         pack = self.upload(b'pack')
