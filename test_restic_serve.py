@@ -204,6 +204,16 @@ class TestCase(unittest.TestCase):
         folder = folder or self.root
         return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
 
+    def open_terminal(self):
+        """Both ends of a terminal; the other one is to be closed by the test."""
+        try:
+            import pty
+        except ImportError:
+            self.skipTest('this system has no terminals')
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        return ours, theirs
+
     def serve(self, api, limits=None, addresses=(LOCAL,), **more):
         """A server in a thread of its own."""
         server = Server(api, limits or Limits(), list(addresses), **more)
@@ -2683,12 +2693,7 @@ class ScrubTest(TestCase):
         self.assertFalse((self.folder / 'none').exists())
 
     def test_a_bar_on_a_terminal(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest('this system has no terminals')
-        ours, theirs = pty.openpty()
-        self.addCleanup(os.close, ours)
+        ours, theirs = self.open_terminal()
         subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stderr=theirs, check=True,
                        stdin=subprocess.DEVNULL, env=clean_environment())
         os.close(theirs)
@@ -8645,12 +8650,7 @@ class StdioTest(TestCase):
             self.assertEqual(server.wire.answer(3)[0], 200)
 
     def test_a_terminal_is_refused_with_what_to_do(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest('this system has no terminals')
-        ours, theirs = pty.openpty()
-        self.addCleanup(os.close, ours)
+        ours, theirs = self.open_terminal()
         for stdin, stdout in ((theirs, subprocess.PIPE), (subprocess.DEVNULL, theirs)):
             done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], stdin=stdin,
                                   stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=PATIENCE,
