@@ -4677,6 +4677,9 @@ class Api:
         self._prometheus = prometheus
         self._page = page
         self._at = at
+        self._own_paths = {f'{baseurl}/health': self._get_health}   # they hide repositories of that name
+        if prometheus:
+            self._own_paths[f'{baseurl}/metrics'] = self._get_metrics
         self._allow_origin = allow_origin
         self._headers = list(headers)
         if allow_origin:
@@ -4736,11 +4739,8 @@ class Api:
 
     def _route(self, request: Request) -> Response:
         path = request.path
-        if (self._prometheus and request.method in ('GET', 'HEAD')
-                and path == f'{self.baseurl}/metrics'):
-            return self._get_metrics(request)
-        if path == f'{self.baseurl}/health' and request.method in ('GET', 'HEAD'):
-            return self._get_health(request)
+        if path in self._own_paths and request.method in ('GET', 'HEAD'):
+            return self._own_paths[path](request)
         request.user = self.accounts.identify(request)
         self.policy.check_user(request.user)
         if self.baseurl:

@@ -8998,6 +8998,14 @@ class NewResticTest(ResticScenarios, ResticTestCase):
     test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
     test_append_only = long(ResticScenarios.test_append_only)
 
+    test_a_repository_from_init_to_prune = long(ResticScenarios.test_a_repository_from_init_to_prune)
+
+    def test_a_first_backup(self):
+        url = self.address(self.serve(), 'host/')
+        self.restic(url, 'init')
+        self.restic(url, 'backup', self.source)
+        self.check_restore(url)
+
     def serve_peer(self, command):
         """The URL of another server's; `command` is made from an address."""
         with socket.create_server(('127.0.0.1', 0)) as sock:
