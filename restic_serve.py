@@ -326,6 +326,11 @@ class Stalled(Gone):
     """The client has stopped reading."""
 
 
+class HandshakeFailed(Gone):
+    """Client and server do not agree on TLS: no common version, an unknown authority, no certificate, or
+    HTTP without TLS."""
+
+
 class HttpError(Exception):
     """An answer other than success: its status, one line for the client, further headers."""
 
@@ -5170,6 +5175,11 @@ class SocketTransport:
                 raise Stalled('sending: the client has stopped reading') from None
 
 
+_ANSWER_TO_PLAIN_HTTP = (
+    b'HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 23\r\nConnection: close\r\n\r\n'
+    b'this port speaks HTTPS\n')
+
+
 class TlsTransport:
     """The server's side of TLS on a socket, through memory BIOs, so that one system call sends or receives
     many records; OpenSSL itself takes one for each, and two to receive it.  `authority` is the CA
@@ -5203,8 +5213,17 @@ class TlsTransport:
 
     def shake_hands(self) -> Tuple[bool, str]:
         """Do the handshake; whether the client has presented a certificate, and its common name, which
-        may be empty.  Raises OSError."""
-        if self._call(SMALL_BYTES, self._tls.do_handshake) == 0:
+        may be empty.  Raises OSError, and HandshakeFailed."""
+        import ssl
+        try:
+            done = self._call(SMALL_BYTES, self._tls.do_handshake)
+        except ssl.SSLError as error:
+            reason = (error.reason or str(error)).replace('_', ' ').lower()
+            if error.reason == 'HTTP_REQUEST':
+                reason = 'it speaks HTTP without TLS'
+                self.below.send(_ANSWER_TO_PLAIN_HTTP)
+            raise HandshakeFailed(f'TLS: {reason}') from None
+        if done == 0:
             raise ConnectionAbortedError(errno.ECONNABORTED, 'the client went during the handshake')
         certificate: Any = self._tls.getpeercert() or {}
         # RFC 5280 4.1.2.4: a name is a list of sets of attributes.
@@ -8493,6 +8512,7 @@ class Connections:
         self._lock = threading.Lock()   # of this and `active`
         self.sweep_seconds = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
         self._next_sweep = 0.0
+        self._next_word = 0.0           # when a failed handshake may be logged again
 
     def make_threads(self, processes: int) -> RequestThreads:
         """Request threads for one of several processes.  All requests of an HTTP/2 connection are in one."""
@@ -8555,12 +8575,21 @@ class Connections:
                 if preface:
                     Http2(connection, self._api, self.threads, preface).run()
         except Gone as gone:
-            log.debug('%s: %s', peer, gone)
+            level = NOTICE if isinstance(gone, HandshakeFailed) and self._may_tell() else logging.DEBUG
+            log.log(level, '%s: %s', peer, gone)
         finally:
             connection.close()
             with self._lock:
                 self._served.discard(connection)
             self.dismiss(ticket)
+
+    def _may_tell(self) -> bool:
+        """Whether a failed handshake may be logged: one in a second."""
+        now = time.monotonic()
+        if now < self._next_word:
+            return False
+        self._next_word = now + 1
+        return True
 
     def snapshot(self) -> List[Connection]:
         """The connections whose threads run now."""

@@ -7161,6 +7161,25 @@ class TlsTest(ListenerTestCase):
         server = self.start(*(addresses or ('127.0.0.1:0',)), certificates=self.certificates(**more))
         return server.listeners[0].server_address[1]
 
+    def test_http_without_tls_is_told_what_is_spoken(self):
+        port = self.start_tls()
+        self.log.clear()
+        for _ in range(3):
+            with Wire(port) as wire:
+                status, _, content = wire.ask(get('/config'))
+            self.assertEqual((status, content), (400, b'this port speaks HTTPS\n'))
+        self.wait_until(lambda: self.log, 'the line')
+        self.assertEqual(self.log[0], '127.0.0.1: TLS: it speaks HTTP without TLS')
+        self.assertLess(len(self.log), 3)   # one in a second
+
+    def test_a_handshake_that_fails_is_said_with_its_reason(self):
+        port = self.start_tls(client_ca=str(self.authority.path))
+        self.log.clear()
+        with contextlib.suppress(OSError), self.connect_tls(port) as wire:
+            wire.ask(get('/config'))
+        self.wait_until(lambda: self.log, 'the line')
+        self.assertIn('127.0.0.1: TLS: peer did not return a certificate', self.log[0])
+
     def connect_tls(self, port, client=None):
         context = self.ssl.create_default_context(cafile=str(self.authority.path))
         if client:
@@ -7243,13 +7262,6 @@ class TlsTest(ListenerTestCase):
         for wire in silent:
             wire.file.read()  # an alert perhaps, and the end
             wire.__exit__()
-
-    def test_plain_text_to_tls_is_a_debug_line_and_no_more(self):
-        port = self.start_tls()
-        with Wire(port) as wire:
-            wire.send(get('/config'))
-            wire.is_closed()
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
 
     def test_clients_without_a_good_certificate_get_no_answer(self):
         port = self.start_tls(client_ca=str(self.authority.path))
