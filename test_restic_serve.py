@@ -8925,6 +8925,7 @@ class WaysInTest(ResticTestCase):
         self.check_restore(repository)
         self.assert_sound(repository)
 
+    @long
     def test_a_backup_over_tls_with_a_client_certificate_while_the_certificate_is_renewed(self):
         authority = Authority(self.folder)
         authority.issue('server')
