@@ -7853,6 +7853,24 @@ class WorkersTest(TestCase):
         return sum(int(number) for number in re.findall(
             r'^restic_serve_requests_total\{.*"404"\} (\d+)', text, re.MULTILINE))
 
+    def test_they_interrupt_nobody_and_stay_what_the_administrator_chose(self):
+        if not hasattr(os, 'SCHED_BATCH'):
+            self.skipTest('this system has one kind of scheduling')
+        found = {}
+
+        def run(policy):  # each thread has its own
+            os.sched_setscheduler(0, policy, os.sched_param(0))
+            restic_serve.run_in_batches()
+            found[policy] = os.sched_getscheduler(0)
+
+        for policy in (os.SCHED_OTHER, os.SCHED_IDLE):
+            thread = threading.Thread(target=run, args=[policy])
+            thread.start()
+            thread.join()
+        self.assertEqual(found, {os.SCHED_OTHER: os.SCHED_BATCH, os.SCHED_IDLE: os.SCHED_IDLE})
+        server = self.serve()
+        self.assertEqual({os.sched_getscheduler(pid) for pid in self.children(server)}, {os.SCHED_BATCH})
+
     def test_they_share_connections_and_count_together(self):
         server = self.serve('--prometheus', workers=3)
         self.connect_all(server, 12)
@@ -8525,7 +8543,8 @@ class CommandLineTest(TestCase):
                 'for name in ("ssl", "_ssl", "ctypes", "crypt", "fcntl", "pwd"):\n'
                 '    sys.modules[name] = None\n'
                 'import os\n'
-                'for name in ("sendfile", "O_TMPFILE", "fork", "pread", "sched_getaffinity"):\n'
+                'for name in ("sendfile", "O_TMPFILE", "fork", "pread", "sched_getaffinity",\n'
+                '             "SCHED_BATCH"):\n'
                 '    if hasattr(os, name): delattr(os, name)\n'
                 'sys.argv[0] = "restic_serve.py"\n'
                 'import restic_serve; restic_serve.main()\n')
