@@ -1767,6 +1767,15 @@ def parse_moment(text: str, now: float) -> int:
                          '36h or 2d') from None
 
 
+def parse_past(text: str) -> int:
+    """A moment as parse_moment() reads it, which has passed.  Raises ValueError."""
+    now = time.time()
+    moment = parse_moment(text, now)
+    if moment > now * 1e6:
+        raise ValueError(f'{text} is still to come')
+    return moment
+
+
 def moment_for_people(moment: int) -> str:
     """A time as parse_moment() reads it, rounded up to seconds."""
     return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(-(-moment // 10 ** 6)))
@@ -2966,7 +2975,9 @@ class Census:
             log.error('what is stored could not be counted: %s', error)
 
     def count(self) -> None:
-        """Make a census.  What cannot be read is logged and keeps what was known of it."""
+        """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises HttpError if
+        the directory has gone: then nothing is deleted, it is missing."""
+        self._store.directory.check_present()
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
 
         def on_error(path: str, error: OSError) -> None:
@@ -2983,6 +2994,7 @@ class Census:
                 self._count(found.path, tally)
             elif found.path:
                 tally.add(found.path, FOLDER_BYTES, 0)
+        self._store.directory.check_present()
         gone = []   # type: List[str]
         for repository in known:
             if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
@@ -3015,6 +3027,8 @@ class Census:
     def _count_all(self) -> None:
         try:
             self.count()
+        except HttpError as error:  # that was logged when it went
+            log.debug('what is stored was not counted: %s', error)
         except Exception as error:  # a bug must not end all further counting
             log.error('what is stored could not be counted: %s: %s', type(error).__name__, error)
             log.debug('where it happened:', exc_info=True)
@@ -3201,6 +3215,7 @@ class Usage:
             self._purging.release()
 
     def _purge_until(self, end: float) -> None:
+        """Do what purge() says, until a time."""
         for found in self._store.walk(lambda path, error: log.debug('%s is not purged: %s', path, error)):
             if not found.is_repository:
                 continue
@@ -4768,7 +4783,11 @@ class Api:
         """A request for a repository as it was: to read, but for locks, which are those of the present, so
         that restic can hold one and a prune waits."""
         self.store.directory.check_present()
-        view = self.usage.past.view(location)
+        try:
+            view = self.usage.past.view(location)
+        except HttpError as error:  # restic shows the status alone
+            log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, location.at, error)
+            raise
         location = Location(location.repository, location.kind, location.name)
         if location.kind == 'locks':
             return self._dispatch(request, location)
@@ -4966,8 +4985,9 @@ def _decode_path(path: str) -> str:
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
 
 
-# No segment of a repository's path, however a file system may spell it.
-_RESERVED = frozenset(name.casefold() for name in (*KINDS, 'config', HIDDEN, AT, *_OF_FILE_SYSTEMS))
+# No segment of a repository's path; the server's own names in no spelling that a file system may take for
+# them, either.
+_RESERVED = frozenset((*KINDS, 'config', *_OF_FILE_SYSTEMS))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4985,7 +5005,7 @@ def _check_repository(path: str) -> str:
         raise HttpError(400, f'the path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
         raise HttpError(400, f'the path is longer than {LONGEST} bytes')
-    if any(segment.rstrip('. ').casefold() in _RESERVED for segment in segments):
+    if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
         raise HttpError(404, 'not found')
     try:
         os.fsencode(path)
@@ -9302,10 +9322,10 @@ OPTIONS = (
            'password, and may run beside a server; status 1 if anything is damaged', environment=False),
     Option('other jobs', '--scrub-age', parse_duration, 'skip what was found sound in this time, such as 30d',
            'DURATION', default='0', shown='0, skip nothing', requires=('--scrub',), environment=False),
-    Option('other jobs', '--roll-back', str, 'set the repository at DIR, or all below it, back to what it '
-           'was at TIME: what was deleted since comes back, what came since is set aside (see --keep-deleted '
-           'for TIME); needs no password, and may run beside a server', 'TIME', environment=False,
-           stdio=False),
+    Option('other jobs', '--roll-back', parse_past, 'set the repository at DIR, or all below it, back to '
+           'what it was at TIME: what was deleted since comes back, what came since is set aside (see '
+           '--keep-deleted for TIME); needs no password, and may run beside a server', 'TIME',
+           environment=False, stdio=False),
     Option('other jobs', '--dry-run', parse_bool, 'with --roll-back, say only what it would do',
            requires=('--roll-back',), environment=False),
     Option('other jobs', '--force', parse_bool, 'with --roll-back, do not mind locks younger than 30 '
@@ -9465,6 +9485,10 @@ def split_directory(parser: Parser, options: argparse.Namespace, directory: str)
     if not options.stdio:
         parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP TIME stands in the URL, '
                      f'rest:http://HOST/PATH/{AT}/TIME/')
+    try:  # once for the whole session
+        at = moment_for_people(parse_past(at))
+    except ValueError as error:
+        parser.error(f'{directory}: {error}')
     return before or ('/' if directory.startswith('/') else '.'), at
 
 
@@ -9476,7 +9500,7 @@ def check_directory(parser: Parser, options: argparse.Namespace, directory: str)
                      f'./{directory} for one of that name')
     passwords = os.path.join(directory, '.htpasswd')
     asks = (options.htpasswd or options.user or options.user_from_header or options.client_ca
-            or options.no_auth or options.stdio or options.scrub or options.roll_back)
+            or options.no_auth or options.stdio or options.scrub or options.roll_back is not None)
     if not asks and os.path.exists(passwords):
         parser.error(f'{passwords}: rest-server asks for these passwords; add --htpasswd {passwords}, or '
                      '--no-auth to let everybody in')
@@ -9623,8 +9647,6 @@ def stats_seconds(options: argparse.Namespace) -> float:
 def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
     """Serve standard input and output until they end; with `at` the repositories of that moment."""
     counters = Counters()
-    if at:  # once for the whole session
-        at = moment_for_people(parse_moment(at, time.time()))
     api = make_api(options, store, counters, Policy(options.append_only), at=at)
     limits = Limits(options.max_header_bytes + HEADER_SLACK, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout, options.stall_timeout)
@@ -9664,10 +9686,6 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
     """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
     back.  Raises OSError."""
     past = Past(store, math.inf)
-    now = past.now()
-    moment = parse_moment(options.roll_back, now / 1e6)
-    if moment > now:
-        raise ValueError(f'{options.roll_back} is still to come')
     jobs, failed = {}, False
 
     def refuse(path: str, reason: object) -> None:
@@ -9678,7 +9696,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
     for found in store.walk(refuse):
         if found.is_repository:
-            job = RollBack(store, past, found.path, moment)
+            job = RollBack(store, past, found.path, options.roll_back)
             try:
                 job.check_known()
                 job.check_existed()
@@ -9769,7 +9787,7 @@ def main(args: Optional[List[str]] = None) -> int:
                       shared=options.group_accessible, read_only=options.read_only)
         if options.scrub:
             return scrub(options, store)
-        if options.roll_back:
+        if options.roll_back is not None:
             if options.read_only:
                 parser.error('--roll-back and --read-only: what is read-only is not set back')
             return roll_back(options, store)
@@ -9780,8 +9798,6 @@ def main(args: Optional[List[str]] = None) -> int:
             serve_stdio(options, store, at)
             return 0
         server = make_server(options, store)
-    except ValueError as error:
-        parser.error(f'{"--roll-back" if options.roll_back else f"DIR/{AT}/TIME"}: {error}')
     except OSError as error:
         reason = f'{error.filename}: {error.strerror}' if error.filename else error
         print(f'restic_serve: {one_line(reason)}', file=sys.stderr)

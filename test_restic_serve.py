@@ -2024,6 +2024,7 @@ class PastApiTest(PastTestCase):
             found = self.ask('GET', f'/host/.at/{at}/config')
             self.assertEqual(found[0], status)
             self.assertIn(text, found[1].decode())
+            self.assertIn(text, self.log[-1])   # restic shows the status alone
         self.api = Api(self.store, Policy())
         status, content = self.ask('GET', '/host/.at/1h/config')
         self.assertEqual((status, b'--keep-deleted' in content), (404, True))
@@ -2034,8 +2035,10 @@ class PastApiTest(PastTestCase):
 
     def test_encoded_and_reserved_names(self):
         self.assertEqual(restic_serve.parse_path('/x%2541/.at/2d/config').repository, '/x%41')
-        for name in ('.Restic_Serve', '.restic_serve.', 'DATA', '.AT', '.snapshots', '@eaDir', 'lost+found'):
+        for name in ('.Restic_Serve', '.restic_serve.', '.AT', '.snapshots', '@eaDir', 'lost+found'):
             self.assertEqual(self.ask('POST', f'/host/{name}/?create=true')[0], 404, name)
+        for name in ('DATA', 'Config', 'My Snapshots'):     # which are names like any other
+            self.assertEqual(restic_serve.parse_path(f'/host/{name}/').repository, f'/host/{name}')
 
     def test_what_is_kept_cannot_be_named(self):
         pack = self.upload(b'pack')
@@ -2133,6 +2136,19 @@ class DirectoryTest(TestCase):
         self.assertEqual(self.log, [
             f'made the directory {self.root}', f'{self.root} has gone, perhaps its disk was unmounted: '
             'nothing is stored or found until it is back', f'{self.root} is back'])
+
+    def test_what_is_known_of_a_quota_outlives_a_disk_that_was_away(self):
+        usage = Usage(self.store, Counters(), interval=0, max_bytes=1 << 20)
+        usage.census.count()
+        usage.create(Location('/host'))
+        usage.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
+        usage.census.count()
+        held = usage.quota('')
+        self.root.rename(self.folder / 'disk')
+        self.root.mkdir()
+        self.assertRaises(HttpError, usage.census.count)
+        self.assertEqual(usage.quota(''), held)
+        self.assertEqual(usage.names(), ['/host'])
 
     def test_a_read_only_file_system_is_served_for_reading(self):
         self.status('POST', '/host/config', b'config')
@@ -8164,6 +8180,22 @@ class TlsOptionsTest(unittest.TestCase):
         with mock.patch.dict(sys.modules, {'ssl': None}), \
                 self.assertRaisesRegex(OSError, '--cert: this Python has no TLS'):
             restic_serve.make_server(options, Store('/nonexistent'))
+
+
+class PastOptionsTest(unittest.TestCase):
+    def test_a_time_that_is_none_is_refused_by_name(self):
+        self.assertEqual(restic_serve.Parser({}).parse(['--roll-back', '100y', 'dir']).roll_back, 0)
+        for args, text in ((['--roll-back', 'yesterday', 'dir'], "--roll-back: 'yesterday' is no time; "),
+                           (['--roll-back', '2099-01-01', 'dir'], '--roll-back: 2099-01-01 is still to come'),
+                           (['--stdio', 'dir/.at/x'], "dir/.at/x: 'x' is no time; write"),
+                           (['dir/.at/2d'], 'requires --stdio')):
+            parser = restic_serve.Parser({})
+            with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
+                    self.assertRaises(SystemExit) as caught:
+                options = parser.parse(args)
+                restic_serve.split_directory(parser, options, options.arguments[0])
+            self.assertEqual((caught.exception.code, error.getvalue().count('\n')), (2, 1))
+            self.assertIn(text, error.getvalue())
 
 
 class OtherServersTest(TestCase):
