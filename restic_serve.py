@@ -40,31 +40,37 @@ by the wire; Accounts and Policy stand at the Api's door.  The Api knows no sock
 directory.  The directory is the only state: any number of servers, and restic itself, may work on
 it at the same time.
 """
-from __future__ import annotations
+from __future__ import annotations  # Python 3.8 or newer is required
 
-import argparse
-import bisect
-import collections
-import contextlib
-import enum
-import errno
-import functools
-import hashlib
-import itertools
-import logging
-import math
-import operator
-import os
-import re
-import select
-import selectors
-import signal
-import socket
-import stat
-import struct
-import sys
-import threading
-import time
+__version__: str = '0.1.0'          # Python 3.8 or newer is required: older ones stop at one of these lines
+
+try:
+    import argparse
+    import bisect
+    import codecs
+    import collections
+    import contextlib
+    import enum
+    import errno
+    import functools
+    import hashlib
+    import itertools
+    import logging
+    import math
+    import operator
+    import os
+    import re
+    import select
+    import selectors
+    import signal
+    import socket
+    import stat
+    import struct
+    import sys
+    import threading
+    import time
+except ImportError as error:    # such as Debian's python3-minimal
+    raise SystemExit(f'restic_serve: this Python lacks {error.name}; install python3') from None
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program until main() handles it
@@ -98,8 +104,6 @@ if TYPE_CHECKING:
 
             Raises HttpError if the content is cut short or malformed, Gone if the client is.
             """
-
-__version__ = '0.1.0'
 
 NOTICE = 25  # rclone's level between INFO and WARNING: shown unless --quiet
 log = logging.getLogger('restic_serve')
@@ -173,7 +177,8 @@ def parse_timetable(text: str) -> List[TimetableEntry]:
             rates = [0 if rate.lower() == 'off' else parse_size(rate) for rate in pair.split(':')]
         except ValueError:
             rates = []
-        if not days or not 1 <= len(rates) <= 2 or (not match and len(words) > 1):
+        is_time = not match and re.fullmatch('[0-2][0-9]:[0-5][0-9]', word)
+        if not days or not 1 <= len(rates) <= 2 or (not match and len(words) > 1) or is_time:
             raise ValueError(f'{word!r} is no bandwidth; write 10M, 512k, 10M:1M, off, or a timetable '
                              'such as "08:00,512k Sat-10:00,off"')
         entries += [TimetableEntry((day_index * 24 + int(hour)) * 60 + int(minute), rates[0], rates[-1])
@@ -283,12 +288,32 @@ def parse_header(text: str) -> Tuple[str, str]:
 
 
 _USER = re.compile(r'(?!\.+$)[A-Za-z0-9@._-]{1,255}')
-parse_user = text_like(_USER.pattern, 'is no user; a name has letters, digits and @ . _ - alone')
+
+
+def parse_user(text: str) -> str:
+    """A user's name, in Unicode's form NFC."""
+    name = normalize_user(text)
+    if not is_user(name):
+        raise ValueError(f'{text!r} is no user; a name has letters, digits and @ . _ - alone')
+    return name
+
+
+def normalize_user(name: str) -> str:
+    """A name in Unicode's form NFC, so that letters with accents are the same from every keyboard."""
+    if name.isascii():
+        return name
+    import unicodedata
+    return unicodedata.normalize('NFC', name)
 
 
 def is_user(name: str) -> bool:
-    """Whether a user name is valid, also as the name of a folder: letters, digits and @ . _ - only."""
-    return bool(_USER.fullmatch(name))
+    """Whether a user name is valid, also as the name of a folder: letters and digits of any script, in the
+    form NFC, and @ . _ - only."""
+    if name.isascii():
+        return bool(_USER.fullmatch(name))
+    import unicodedata
+    return (len(name.encode('utf-8', 'replace')) <= 255 and normalize_user(name) == name
+            and all(letter in '@._-' or unicodedata.category(letter)[0] in 'LMN' for letter in name))
 
 
 def parse_cost(text: str) -> int:
@@ -360,10 +385,11 @@ class Peer:
 
 class Request:
     """One request of either wire.  `path` is as sent, percent-encoded, without query; `headers` have
-    lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3)."""
+    lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3).  `peer` is the other end of
+    the connection, `client` whom it forwards for if it is a proxy."""
 
-    __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'user', 'begun',
-                 'location', 'is_probe')
+    __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'client', 'user', 'begun',
+                 'location', 'is_probe', 'has_share')
 
     def __init__(self, method: str, target: str, version: str, headers: Dict[str, str],
                  body: Body, peer: Peer) -> None:
@@ -372,11 +398,12 @@ class Request:
         self.version = version
         self.headers = headers
         self.body = body
-        self.peer = peer
+        self.peer = self.client = peer
         self.user = ''
         self.begun = time.monotonic()
         self.location: Optional[Location] = None    # of the object that is being sent
         self.is_probe = False           # of a monitor, every few seconds
+        self.has_share = False          # counts against the client's share, behind a proxy
 
 
 def address_group(name: str) -> str:
@@ -386,6 +413,31 @@ def address_group(name: str) -> str:
         with contextlib.suppress(OSError):
             return socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
     return name
+
+
+_HOP = re.compile(r'\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)')
+_FORWARDED_FOR = re.compile(r'(?:[^;]*;)*[ \t]*for="?([^";]*)', re.IGNORECASE)
+
+
+def forwarded_addresses(headers: Dict[str, str]) -> List[str]:
+    """For whom proxies say that they forward, the last proxy's word first, up to the first that is no IP
+    address: by X-Forwarded-For, or by Forwarded (RFC 7239 4 and 6).  Empty if the two disagree, since the
+    client may have written the one that the proxy does not."""
+    import ipaddress
+    found = []
+    for name, pattern in (('x-forwarded-for', re.compile('(.*)')), ('forwarded', _FORWARDED_FOR)):
+        addresses: List[str] = []
+        for element in reversed(headers.get(name, '').split(',')):
+            value = pattern.match(element.strip(' \t'))
+            hop = _HOP.fullmatch(value[1].strip(' \t')) if value else None
+            try:
+                address = ipaddress.ip_address(hop[hop.lastindex or 0] if hop else '')
+            except ValueError:
+                break
+            addresses.append(str(getattr(address, 'ipv4_mapped', None) or address))
+        if name in headers:
+            found.append(addresses)
+    return found[0] if found and found[0][:1] == found[-1][:1] else []
 
 
 def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
@@ -510,7 +562,7 @@ def log_access(request: Request, status: int, sent: int) -> None:
         return
     query = f'?{request.query}' if request.query else ''
     access_log.info(
-        '%s - %s [%s] "%s" %d %s "%s" "%s"', request.peer, request.user or '-',
+        '%s - %s [%s] "%s" %d %s "%s" "%s"', request.client, request.user or '-',
         time.strftime('%d/%b/%Y:%H:%M:%S %z'),
         _for_log(f'{request.method} {request.path}{query} {request.version}'.rstrip()), status, sent or '-',
         _for_log(request.headers.get('referer', '-')),
@@ -590,6 +642,8 @@ _CHMOD_ERRORS = (PermissionError, NotImplementedError)      # FAT, and mounts wi
 # Answers of file systems that cannot sync a directory (FUSE, SMB and others); EIO is none of them.
 _UNSYNCED_FOLDERS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP,
                      errno.EOPNOTSUPP, errno.ENOSYS)
+# Answers of file systems that cannot sync a file at all.
+_UNSYNCED_FILES = (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP)
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
@@ -732,6 +786,42 @@ def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
     return fd, status
 
 
+def explain_denial(root: str, path: str, writes: bool) -> str:
+    """Whose file or folder on the way from `root` to a `path` below it cannot be read or, with `writes`,
+    changed, and what helps; empty if none is found."""
+    if os.name != 'posix':
+        return ''
+
+    def explain(step: str, rights: int) -> str:
+        if os.access(step, rights, effective_ids=os.access in os.supports_effective_ids):
+            return ''
+        server = user_name(os.geteuid())
+        return (f'{step} belongs to {user_name(os.stat(step).st_uid)}, and the server runs as {server}: '
+                f'chown -R {server} {root}, and run restic there as that user')
+
+    folder = root
+    for end in [*(at for at, letter in enumerate(path) if letter == '/'), len(path)]:
+        step = root + path[:end]
+        try:
+            is_folder = stat.S_ISDIR(os.stat(step).st_mode)
+        except OSError:
+            break
+        reason = explain(step, os.R_OK | os.X_OK if is_folder else os.R_OK)
+        if reason:
+            return reason
+        folder = step if is_folder else folder
+    return explain(folder, os.W_OK) if writes else ''
+
+
+def user_name(uid: int) -> str:
+    """The login name of a user, or the number where it has none."""
+    try:
+        import pwd
+        return pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return str(uid)
+
+
 def stamp(path: str) -> Tuple[int, ...]:
     """A fingerprint that changes when a file does; empty if there is none."""
     try:
@@ -802,17 +892,23 @@ def _digest(fd: int) -> str:
     return digest.hexdigest()
 
 
-def sync_file(fd: int) -> None:
-    """Flush a file's content and length to the disk."""
+def sync_file(fd: int) -> bool:
+    """Flush a file's content and length to the disk; False if this file system cannot."""
     if sys.platform == 'darwin':
         import fcntl
         try:
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
-            return
+            return True
         except OSError as error:
-            if error.errno not in (errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
+            if error.errno not in _UNSYNCED_FILES:
                 raise   # exFAT and SMB do not know it
-    os.fsync(fd)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _UNSYNCED_FILES:
+            raise
+        return False
+    return True
 
 
 def sync_directory(path: str | int) -> None:
@@ -885,7 +981,8 @@ _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL)     # EACCES on Android
 # Folders in which file systems and NAS show their own snapshots and waste.
-_OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '#recycle', 'lost+found')
+_OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '@eadir', '#recycle',
+                    'lost+found')
 # Result of an upload: new objects (0 or 1), bytes of the object before and after, folders created.
 Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
@@ -1142,7 +1239,8 @@ class Scratch:
 
     def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
                  trace: Optional[TracebackType]) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
         if self.home:
             try:
                 if self.name:
@@ -1193,22 +1291,10 @@ class Scratch:
             else:
                 raise
 
-    def can_be_named(self, folder: Folder) -> bool:
-        """Whether this file system can link a nameless file."""
-        probe = f'{HIDDEN}-{os.urandom(8).hex()}'
-        try:
-            self.publish(folder, probe)
-        except OSError as error:
-            log.debug('no nameless files in %s: %s', folder.path, error)
-            return False
-        folder.unlink(probe)
-        return True
-
     def replace(self, folder: Folder, name: str) -> None:
         """Give the content its name, replacing what is there."""
         if not self.home:
-            lock_file(self.fd)
-            home, named = self._store.folders.hidden(), f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+            home, named = self._store.folders.hidden(), f'{FRESH_PREFIX}{os.urandom(8).hex()}'
             try:
                 self.publish(home, named)
             except OSError as error:
@@ -1222,9 +1308,21 @@ class Scratch:
                     home.close()
                     raise
             self.home, self.name = home, named
+        self._close_before_rename(self.home)
         os.replace(self.home.at(self.name), folder.at(name), src_dir_fd=self.home.fd,
                    dst_dir_fd=folder.fd)
         self.name = ''
+
+    def _close_before_rename(self, home: Folder) -> None:
+        """Close the file, since some file systems do not rename one that is open (FAT, SMB).  Without its
+        lock a server that starts takes it for abandoned, unless it has the name of one that has no lock
+        yet."""
+        fresh = self.name.replace(SCRATCH_PREFIX, FRESH_PREFIX)
+        if fresh != self.name:
+            os.rename(home.at(self.name), home.at(fresh), src_dir_fd=home.fd, dst_dir_fd=home.fd)
+            self.name = fresh
+        os.close(self.fd)
+        self.fd = -1
 
     def _make_named(self, home: Folder, prefix: str) -> None:
         """Create the file in the folder `home`, which it owns from then on.  It is renamed when it is
@@ -1281,6 +1379,7 @@ class Scratch:
             try:
                 folder.stat(name)
             except FileNotFoundError:
+                self._close_before_rename(home)
                 os.rename(home.at(self.name), folder.at(name), src_dir_fd=home.fd, dst_dir_fd=folder.fd)
             else:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder.at(name))
@@ -1347,7 +1446,8 @@ class Directory:
         self._root = root
         self._probe = probe
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
-        self._gone = False
+        import mmap
+        self._gone = mmap.mmap(-1, 1)   # whether it has, for all processes, so that one of them says so
         self._fault = ''
         self._next_probe = -math.inf
 
@@ -1366,8 +1466,8 @@ class Directory:
             gone = self._identity not in (None, self._look())
         except OSError:
             gone = True
-        if gone != self._gone:
-            self._gone = gone
+        if gone != bool(self._gone[0]):
+            self._gone[0] = gone
             if gone:
                 log.error('%s has gone, perhaps its disk was unmounted: nothing is stored or found until it '
                           'is back', self._root)
@@ -1412,6 +1512,7 @@ class Store:
         self.shared = shared
         self.folders = Folders(self.root, shared)
         self.hidden = HiddenFolder(self.folders, self.file_mode)
+        self.ignores_case = False   # whether the file system does
         self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
@@ -1431,11 +1532,7 @@ class Store:
             return
         try:
             with self.folders.open('') as top:
-                with Scratch(self, top) as scratch:
-                    self.nameless = self.nameless and scratch.can_be_named(top)
-                if not self.nameless:
-                    with Scratch(self, top):
-                        pass
+                try_file_system(self, top)
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
@@ -1459,6 +1556,11 @@ class Store:
     def create_repository(self, repository: str) -> int:
         """Create the folders of a repository that are missing; how many there were."""
         return sum(self.folders.make(f'{repository}/{kind}') for kind in KINDS)
+
+    def has_repository(self, repository: str) -> bool:
+        """Whether there is a repository, be it one without a config.  Raises OSError."""
+        with self.scan(repository) as (_, entries):
+            return any(map(_shows_repository, entries))
 
     def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
@@ -1524,6 +1626,7 @@ class Store:
         """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is
         called for those that cannot be read, perhaps after they were yielded.  It descends into no
         links: what they lead to is either below the root, too, or not served."""
+        fold: Callable[[str], str] = str.lower if self.ignores_case else str
         paths = ['']
         while paths:
             path = paths.pop()
@@ -1531,8 +1634,8 @@ class Store:
                 with self.scan(path) as (folder, found):
                     entries = sorted(found, key=operator.attrgetter('name'))
                     yield WalkedFolder(path, folder, entries, any(map(_shows_repository, entries)))
-                    below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)
-                             and entry.name not in (*KINDS, HIDDEN, *_OF_FILE_SYSTEMS)]
+                    below = [fold(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)
+                             and fold(entry.name) not in (*KINDS, HIDDEN, *_OF_FILE_SYSTEMS)]
             except OSError as error:
                 on_error(path, error)
                 continue
@@ -1575,13 +1678,17 @@ class Store:
         """Store an object; it is on the disk when this returns.
 
         One that exists is compared with the body, and replaced if it is damaged.  Raises HttpError 400
-        if the content does not match its name, 403 if there is another config, and OSError.
+        if the content does not match its name, 403 if there is another config, 404 if there is no
+        repository, and OSError.
         """
         made = 0
+        if location.kind == 'config':
+            self._check_repository(location)
         try:
             folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
-        except FileNotFoundError:  # like rclone, folders are created when they are needed
+        except FileNotFoundError:
+            self._check_repository(location)
             made = self.folders.make(location.folder)
             folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
@@ -1608,6 +1715,11 @@ class Store:
                         break
             folder.sync()
         return saved
+
+    def _check_repository(self, location: Location) -> None:
+        """Raises HttpError 404 where there is no repository, which no upload makes: its disk may be away."""
+        if not self.has_repository(location.repository):
+            raise HttpError(404, 'no repository is here; make one first, by restic init')
 
     def confirm(self, location: Location, body: Body) -> bool:
         """Compare an upload with the object that exists, instead of storing it again; False, without
@@ -1668,6 +1780,38 @@ class Store:
         except BaseException:
             folder.close()
             raise
+
+
+def try_file_system(store: Store, top: Folder) -> None:
+    """Find out what the file system of a store can do, with files of our own.  Raises OSError if
+    none can be written."""
+    names = [f'{HIDDEN}-{os.urandom(8).hex()}{end}' for end in ('a', 'b')]
+    linked, renamed = names
+    if store.nameless:
+        try:
+            with Scratch(store, top) as scratch:
+                scratch.publish(top, linked)
+                os.rename(top.at(linked), top.at(renamed), src_dir_fd=top.fd, dst_dir_fd=top.fd)
+            top.stat(renamed)   # over SMB it is gone with its descriptor
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                raise
+            log.debug('no nameless files in %s: %s', top.path, error)
+            store.nameless = False
+    with Scratch(store, top) as scratch:
+        os.write(scratch.fd, b'ok')
+        if not sync_file(scratch.fd):
+            log.warning('the file system of %s cannot sync files: what was uploaded last may be lost '
+                        'when the power fails', store.root or os.sep)
+        where, name = (scratch.home, scratch.name) if scratch.home else (top, renamed)
+        with contextlib.suppress(FileNotFoundError):
+            where.stat(name.upper())
+            store.ignores_case = True
+            log.log(NOTICE, 'the file system of %s ignores case: users and paths are compared without it',
+                    store.root or os.sep)
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            top.unlink(name)
 
 
 def is_left_over(folder: Folder, name: str, now: float) -> bool:
@@ -2232,7 +2376,8 @@ def _text_of_counts(counts: Dict[str, List[int]]) -> str:
 # It rewrites the slot then; the generation is odd meanwhile and another one afterwards, by which readers
 # know that they have to read again.
 
-SLOT_BYTES = 32 << 20       # Address space for a slot; memory is used as rows are added.
+# Address space for a slot, of which memory is used as rows are added: 80,000 repositories.
+SLOT_BYTES = (128 if sys.maxsize > 1 << 32 else 32) << 20
 SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a repository.
 FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
 OTHER = 'other'             # Key instead of a repository's path, which begins with a slash.
@@ -2247,14 +2392,32 @@ _OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgott
 _GENERATION, _USED, _CLEANED, _HEADER = range(4)
 
 
+def shared_memory(length: int) -> memoryview:
+    """Words of memory, zero at first, that forked processes share: `length` bytes and a page.  Pages that
+    nobody touches take none.  Raises OSError."""
+    import mmap
+    length += mmap.PAGESIZE
+    if not sys.platform.startswith('linux') or not hasattr(mmap, 'MAP_SHARED'):
+        return memoryview(mmap.mmap(-1, length)).cast('q')
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0x4000)    # mmap(2)
+    return memoryview(mmap.mmap(-1, length, flags=flags)).cast('q')
+
+
 class Counters:
     """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
     a row half updated."""
 
     def __init__(self, slots: int = 1) -> None:
-        import mmap
-        self._size = SLOT_BYTES // 8
-        self._words = memoryview(mmap.mmap(-1, slots * SLOT_BYTES + mmap.PAGESIZE)).cast('q')
+        size = SLOT_BYTES
+        while True:
+            try:
+                self._words = shared_memory(slots * size)
+                break
+            except OSError:     # a system that promises no more than it has (vm.overcommit_memory)
+                if size <= 4 << 20:
+                    raise
+                size //= 2
+        self._size = size // 8
         self._epoch = slots * self._size        # index of the word that holds the epoch
         # Of each slot at the last look: its rows by kind, how far it was read, its generation.
         self._rows: List[Dict[str, Dict[Key, memoryview]]] = [{} for _ in range(slots)]
@@ -3061,6 +3224,21 @@ class Census:
             tally.add_other(found)
         tally.add(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
 
+    def _stored_before(self, before: float, folder: str, prefix: str) -> Iterator[os.stat_result]:
+        """What stat(2) says of the objects in a folder that were stored before a time of the file system's
+        clock.  Those of a time to come are older than that: the clock has been set back, or is not right
+        yet, as on a host without a battery for it."""
+        later = []
+        for _, status in self._store.object_entries(folder, prefix):
+            # Not files that were copied, or changed their owner.
+            if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
+                later.append(status)
+            else:
+                yield status
+        if later:
+            now = self._store.now()
+            yield from [status for status in later if status.st_ctime > now]
+
     def _measure(self, repository: str, before: float) -> Count:
         """What a repository holds that was stored `before` a time of the file system's clock."""
         now, held, last, unreadable = int(time.time()), list(_NOTHING), 0, 0
@@ -3086,10 +3264,7 @@ class Census:
             begin = time.monotonic()
             try:
                 held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(folder)
-                for _, status in self._store.object_entries(folder, folder[-2:] if kind == 'data' else ''):
-                    # Skip uploads since then, but not files that were copied, or changed their owner.
-                    if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
-                        continue
+                for status in self._stored_before(before, folder, folder[-2:] if kind == 'data' else ''):
                     held[_BYTES] += status.st_size
                     held[_CHARGED] += charge_of(status.st_size)
                     held[_OBJECTS + KINDS.index(kind)] += 1
@@ -3850,6 +4025,7 @@ class PasswordFile:
                 if not text or text.startswith('#'):
                     continue
                 user, _, rest = text.partition(':')
+                user = normalize_user(user)
                 entry = rest.partition(':')[0].strip()
                 if not is_user(user):
                     reload_log.error('%s, line %d (%s): the name of a user may hold letters, digits and '
@@ -3974,6 +4150,8 @@ class Accounts:
         peer = request.peer
         if self._user_header and (peer.unix or self.is_proxy(peer.name)):
             user = request.headers.get(self._user_header, '')
+            if not user.isascii():
+                user = normalize_user(user.encode('latin-1').decode('utf-8', 'replace'))
             if not is_user(user):
                 log.log(NOTICE, 'the proxy %s names no valid user', peer)
                 self._refuse('the proxy names no valid user')
@@ -3990,6 +4168,12 @@ class Accounts:
             self._refuse('the client certificate has no common name that is the name of a user')
         return ''
 
+    def users(self) -> Optional[List[str]]:
+        """The names of all users, None where another program knows them."""
+        if self._file:
+            return list(self._file.entries)
+        return [self._user] if self._user else None
+
     def reload(self) -> None:
         """Read the htpasswd file again."""
         if self._file:
@@ -4004,15 +4188,16 @@ class Accounts:
         if self._file:
             self._file.refresh()
             right = (self._is_remembered(self._file, user, password)
-                     or self._verify(self._file, user, password, request.peer.group))
+                     or self._verify(self._file, user, password, request.client.group))
         else:
             import hmac
             right_user = hmac.compare_digest(user.encode(), self._user.encode())
             right = hmac.compare_digest(self._salted(password), self._password) and right_user
         if not right:
             log.log(NOTICE, "authentication failed for '%s' from %s",
-                    re.sub(r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}',
-                           user[:64]), request.peer)
+                    user if is_user(user) else re.sub(
+                        r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:64]),
+                    request.client)
             self._refuse('wrong user or password')
         return user
 
@@ -4026,7 +4211,7 @@ class Accounts:
             name, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b':')
             if not colon or b'\0' in password:  # crypt(3) would end at the NUL
                 raise ValueError
-            return name.decode(), password
+            return normalize_user(name.decode()), password
         except ValueError:
             self._refuse('malformed credentials')
 
@@ -4075,13 +4260,25 @@ class Accounts:
 
     def is_proxy(self, name: str) -> bool:
         """Whether an address belongs to a proxy, which may name users."""
-        if is_loopback(name):
-            return True
-        if not self._proxies:
-            return False
+        return is_loopback(name) or (bool(self._proxies) and self._is_trusted(name))
+
+    def _is_trusted(self, name: str) -> bool:
         import ipaddress
         address = ipaddress.ip_address(name.partition('%')[0])
         return any(address in network for network in self._proxies)
+
+    def find_client(self, request: Request) -> None:
+        """Set a request's client: where trusted proxies are named, and one of them or a unix socket sends
+        it, the last address it is forwarded for that is none of theirs."""
+        if not self._proxies or not (request.peer.unix or self._is_trusted(request.peer.name)):
+            return
+        client = ''
+        for address in forwarded_addresses(request.headers):
+            client = address
+            if not self._is_trusted(address):
+                break
+        if client:
+            request.client = Peer(client)
 
     def _refuse(self, reason: str) -> NoReturn:
         raise HttpError(401, reason, [('WWW-Authenticate', self._challenge)])
@@ -4177,7 +4374,7 @@ class Policy:
             raise HttpError(403, 'this is not your repository')
         if (self.append_only and request.method == 'DELETE'
                 and location.is_object and location.kind != 'locks'):
-            who = f"'{user}' from {request.peer}" if user else request.peer
+            who = f"'{user}' from {request.client}" if user else request.client
             log.log(NOTICE, 'append-only: %s may not delete %s', who, location)
             raise HttpError(403, 'the server is append-only')
 
@@ -4655,6 +4852,7 @@ def _plot(held: Holdings) -> str:
 # https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
 
 LIST_BYTES = 32 * 1024  # of a list that are sent at a time
+LIST_SECONDS = 2.5      # after which less is sent; wires keep one piece back: it takes up to twice as long
 _VERSION_2 = 'application/vnd.x.restic.rest.v2'
 _VERSION_1 = 'application/vnd.x.restic.rest.v1'
 # Answer to a browser's preflight request (the Fetch standard, CORS protocol).
@@ -4694,6 +4892,7 @@ class Api:
         self.baseurl = baseurl
         self.usage = usage or Usage(store, counters)
         self.metrics = metrics or Metrics(counters, self.usage, store)
+        self.admission: Optional[Admission] = None  # has the shares of clients behind proxies
         self._prometheus = prometheus
         self._page = page
         self._at = at
@@ -4710,6 +4909,9 @@ class Api:
     def handle(self, request: Request) -> Response:
         """The answer to a request, also where it fails.  Raises only Gone."""
         try:
+            self.accounts.find_client(request)
+            if request.client is not request.peer:
+                self._take_share(request)
             self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
                 response = Response(200, list(_PREFLIGHT))
@@ -4719,7 +4921,7 @@ class Api:
             raise
         except HttpError as error:
             if error.status == 429:
-                self.metrics.count_limited(LOGINS, request.peer.name)
+                self.metrics.count_limited(LOGINS, request.client.name)
             return self.refuse(error)
         except OSError as error:
             response = self.failure(request, error)
@@ -4733,6 +4935,8 @@ class Api:
 
     def finish(self, request: Request, status: int, sent: int) -> None:
         """Count and log a request that was answered with `sent` bytes of content."""
+        if request.has_share and self.admission:
+            self.admission.count_request(request.client.name, -1)
         self.metrics.count(request, status, sent)
         log_access(request, status, sent)
 
@@ -4744,8 +4948,24 @@ class Api:
         """The answer for an error of the file system."""
         status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
         if status != 400:
-            log.error('%s %s: %s', request.method, request.path, error)
+            denial = ''
+            if error.errno in (errno.EACCES, errno.EPERM):
+                with contextlib.suppress(HttpError):
+                    location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
+                    path = f'{location.folder}/{location.file}' if location.is_object else location.folder
+                    denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
+            log.error('%s %s: %s%s', request.method, request.path, error, denial and f'; {denial}')
         return text_response(status, READ_ONLY if error.errno == errno.EROFS else _REASON_OF_STATUS[status])
+
+    def _take_share(self, request: Request) -> None:
+        """Count a request that a proxy forwards against the share of its client.  Raises HttpError 503
+        where that is used up."""
+        if not self.admission:
+            return
+        request.has_share = True
+        if self.admission.count_request(request.client.name, 1):
+            self.metrics.count_limited(REQUESTS_PER_ADDRESS, request.client.name)
+            raise HttpError(503, REQUESTS_PER_ADDRESS, [('Retry-After', '10')])
 
     def _check_origin(self, request: Request) -> None:
         """Raises HttpError 403 for requests of web pages that may not use the server.  Browsers send Origin
@@ -4754,21 +4974,29 @@ class Api:
         origin = request.headers.get('origin')
         if origin is not None and (not origin or self._allow_origin not in ('*', origin)):
             log.log(NOTICE, 'refused a web page of %s that used the browser of %s', origin[:100],
-                    request.peer)
+                    request.client)
             raise HttpError(403, 'web pages may not use this server (--allow-origin)')
 
     def _route(self, request: Request) -> Response:
         path = request.path
         if path in self._own_paths and request.method in ('GET', 'HEAD'):
             return self._own_paths[path](request)
-        request.user = self.accounts.identify(request)
+        request.user = self._identify(request)
         self.policy.check_user(request.user)
         if self.baseurl:
             if path != self.baseurl and not path.startswith(self.baseurl + '/'):
                 parse_path(path)
                 raise HttpError(404, 'not found')
             path = path[len(self.baseurl):] or '/'
-        location = parse_path(path)
+        creates = request.method == 'POST' and 'create=true' in request.query.split('&')
+        try:
+            location = parse_path(path, self.store.ignores_case)
+        except HttpError as error:
+            if creates and error.status == 404:
+                log.log(NOTICE, '%s: %s', path, RESERVED)
+            raise
+        if creates and location.kind:
+            log.log(NOTICE, '%s: %s', path, RESERVED)
         if self._at and not location.at:
             location = Location(location.repository, location.kind, location.name, self._at)
         if (self._page and not location.kind and not location.at and request.method in ('GET', 'HEAD')
@@ -4778,6 +5006,12 @@ class Api:
         if location.at:
             return self._route_past(request, location)
         return self._dispatch(request, location)
+
+    def _identify(self, request: Request) -> str:
+        """The user, as a path names him: in lower case where the file system ignores case.  Raises
+        HttpError as Accounts.identify() does."""
+        user = self.accounts.identify(request)
+        return user.lower() if self.store.ignores_case else user
 
     def _route_past(self, request: Request, location: Location) -> Response:
         """A request for a repository as it was: to read, but for locks, which are those of the present, so
@@ -4881,7 +5115,7 @@ class Api:
 
     def _get_metrics(self, request: Request) -> Response:
         if self._prometheus != 'open':
-            request.user = user = self.accounts.identify(request)
+            request.user = user = self._identify(request)
             free = not (self.accounts.demanded or self.policy.private or self.policy.administrators
                         or (user and not request.peer.unix))
             if not free and not self.policy.may_see_metrics(user):
@@ -4914,7 +5148,7 @@ _REPOSITORY_HANDLERS = {'POST': Api._create, 'GET': Api._get_repository,
 def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> Iterator[bytes]:
     """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`."""
     parts: List[str] = []
-    length, separator = 0, '['
+    length, separator, due = 0, '[', time.monotonic() + LIST_SECONDS
     for names, lengths in objects:
         if not names:
             continue
@@ -4923,10 +5157,10 @@ def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> It
                   if sizes else '"{}"'.format('","'.join(names)))
         separator = ','
         length += len(parts[-1])
-        if length >= LIST_BYTES:
+        if length >= LIST_BYTES or time.monotonic() >= due:
             yield ''.join(parts).encode()
             parts.clear()
-            length = 0
+            length, due = 0, time.monotonic() + LIST_SECONDS
     parts.append(']' if separator == ',' else '[]')
     yield ''.join(parts).encode()
 
@@ -4942,31 +5176,32 @@ def _chain(first: bytes, rest: Iterator[bytes], *sources: Any) -> Iterator[bytes
 
 
 @functools.lru_cache(maxsize=256)
-def parse_path(path: str) -> Location:
-    """The Location of a request's path, without the base URL.
+def parse_path(path: str, ignore_case: bool = False) -> Location:
+    """The Location of a request's path, without the base URL; with `ignore_case` the repository's path is
+    in lower case.
 
     Raises HttpError 400 for a path that must not reach the file system, 404 for one that cannot name a
     repository, a list or an object.  No segment of a repository's path is a kind or `config`, so that
     no repository lies among the objects of another.
     """
-    return _parse_decoded(_decode_path(path) if '%' in path else path)
+    return _parse_decoded(_decode_path(path) if '%' in path else path, ignore_case)
 
 
-def _parse_decoded(path: str) -> Location:
+def _parse_decoded(path: str, ignore_case: bool) -> Location:
     before, mark, after = path.partition(f'/{AT}/')
     if mark:
         at, _, rest = after.partition('/')
-        location = _parse_decoded(f'{before}/{rest}')
-        if not at or location.at:
+        if not at or f'/{AT}/' in f'{before}/{rest}':
             raise HttpError(404, 'not found')
+        location = _parse_decoded(f'{before}/{rest}', ignore_case)
         return Location(location.repository, location.kind, location.name, at)
     parent, _, name = path.rpartition('/')
     repository, slash, kind = parent.rpartition('/')
     if slash and kind in KINDS and (not name or _NAME.fullmatch(name)):
-        return Location(_check_repository(repository), kind, name)
+        return Location(_check_repository(repository, ignore_case), kind, name)
     if path.endswith('/config'):
-        return Location(_check_repository(path[:-len('/config')]), 'config')
-    return Location(_check_repository(path[:-1] if path.endswith('/') else path))
+        return Location(_check_repository(path[:-len('/config')], ignore_case), 'config')
+    return Location(_check_repository(path[:-1] if path.endswith('/') else path, ignore_case))
 
 
 def _decode_path(path: str) -> str:
@@ -4985,16 +5220,20 @@ def _decode_path(path: str) -> str:
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
 
 
+RESERVED = ('this cannot be a repository, since the names data, index, keys, locks, snapshots, config, .at, '
+            ".restic_serve and those of a file system's own folders are taken; choose another")
 # No segment of a repository's path; the server's own names in no spelling that a file system may take for
 # them, either.
 _RESERVED = frozenset((*KINDS, 'config', *_OF_FILE_SYSTEMS))
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_repository(path: str) -> str:
+def _check_repository(path: str, ignore_case: bool) -> str:
     """A repository's path, if it is valid.  Raises HttpError 400 and 404."""
     if not path:
         return path
+    if ignore_case:
+        path = path.lower()
     segments = path.split('/')
     if segments.pop(0):
         raise HttpError(400, 'the path does not begin with a slash')
@@ -5333,6 +5572,18 @@ class TlsTransport:
         self.below.send(data)
 
 
+def _read_into(fd: int, view: memoryview) -> int:
+    if hasattr(os, 'readv'):    # PyPy has none
+        return os.readv(fd, [view])
+    data = os.read(fd, len(view))
+    view[:len(data)] = data
+    return len(data)
+
+
+def _write_parts(fd: int, parts: List[bytes | memoryview]) -> int:
+    return os.writev(fd, parts) if hasattr(os, 'writev') else os.write(fd, b''.join(parts))
+
+
 class PipeTransport:
     """Standard input and output, to a client that speaks HTTP/2.  Pipes have neither timeouts nor resets."""
 
@@ -5353,7 +5604,7 @@ class PipeTransport:
         return os.read(0, limit) if self._alarm.wait(0, timeout=self._timeout) else b''
 
     def recv_into(self, view: memoryview) -> int:
-        return os.readv(0, [view]) if self._alarm.wait(0, timeout=self._timeout) else 0
+        return _read_into(0, view) if self._alarm.wait(0, timeout=self._timeout) else 0
 
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
         view = memoryview(data)
@@ -5361,7 +5612,7 @@ class PipeTransport:
             view = view[os.write(1, view):]
 
     def send_parts(self, parts: List[bytes | memoryview]) -> None:
-        count = os.writev(1, parts)
+        count = _write_parts(1, parts)
         if count < sum(map(len, parts)):
             self.send(memoryview(b''.join(parts))[count:])
 
@@ -5451,7 +5702,7 @@ def pin_process(slot: int) -> None:
         _core = CORES[slot % len(CORES)]
 
 
-_core: Optional[int] = None
+_core = None     # type: Optional[int]  # PyPy forbids another annotation of a global
 
 
 class Shares:
@@ -8185,14 +8436,48 @@ class Certificates:
         # 1.1 to 1.4 times as long, and 1.3 to 2.2 times as much of our processor.
         context.set_alpn_protocols(['http/1.1', 'h2'])
         context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
-        context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
+        _, key = self._read('--cert', self._cert), self._read('--key', self._key)
+        try:
+            context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
+        except ssl.SSLError as error:
+            if b'ENCRYPTED' in key:
+                raise OSError(f'--key: {self._key} is encrypted, and nobody is there to type the password; '
+                              'write the key without one (openssl pkey)') from None
+            if error.reason == 'KEY_VALUES_MISMATCH':
+                raise OSError(f'--key: {self._key} is not the key of {self._cert}') from None
+            raise OSError(f'--cert: {self._cert} with {self._key}: {error}') from None
         authority = b''
         if self._client_ca:
-            with open(self._client_ca, 'rb') as file:
-                authority = file.read()
+            authority = self._read('--client-ca', self._client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(self._client_ca)
+            try:
+                context.load_verify_locations(self._client_ca)
+            except ssl.SSLError:
+                raise OSError(f'--client-ca: {self._client_ca} has no certificate in PEM form') from None
         return context, authority
+
+    @staticmethod
+    def _read(option: str, path: str) -> bytes:
+        try:
+            with open(path, 'rb') as file:
+                return file.read()
+        except OSError as error:
+            raise OSError(f'{option}: {path}: {error.strerror}') from None
+
+    def warn(self) -> str:
+        """Log what is doubtful about the files; the first name of the certificate, which may be empty."""
+        with contextlib.suppress(OSError):
+            if os.name == 'posix' and os.stat(self._key).st_mode & stat.S_IROTH:
+                log.warning('--key: everybody on this host can read %s (chmod o-r)', self._key)
+        import ssl
+        try:  # the library's own reader, which has no public name
+            certificate: Dict[str, Any] = vars(ssl)['_ssl']._test_decode_cert(self._cert)
+            if ssl.cert_time_to_seconds(certificate['notAfter']) < time.time():
+                log.warning('--cert: %s has expired, on %s', self._cert, certificate['notAfter'])
+        except (AttributeError, KeyError, ValueError, ssl.SSLError):
+            return ''
+        names = [name for kind, name in certificate.get('subjectAltName', ()) if kind == 'DNS']
+        return str(names[0]) if names and '*' not in names[0] else ''
 
 
 def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
@@ -8375,14 +8660,9 @@ def find_peer(sock: socket.socket, address: Any) -> Peer:
     if isinstance(address, tuple):
         return Peer(host_of(address))
     user = ''
-    if hasattr(socket, 'SO_PEERCRED'):
-        import pwd
+    if sys.platform.startswith(('linux', 'android')):    # elsewhere the option has another layout
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('iII'))
-        uid = struct.unpack('iII', credentials)[1]   # unix(7), struct ucred
-        try:
-            user = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            user = str(uid)
+        user = user_name(struct.unpack('iII', credentials)[1])   # unix(7), struct ucred
     return Peer('unix', user, unix=True)
 
 
@@ -8421,6 +8701,7 @@ SWEEP_SECONDS = 0.5         # Longest time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
 EXPIRED_SECONDS = 0.05      # Time until the next ones.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
+STACK_BYTES = 512 * 1024    # Stack of a thread: a thousand connections fit into a 32-bit process.
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
 NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
 YIELD_SECONDS = 0.001       # Pause for another process that has fewer connections.
@@ -8492,6 +8773,16 @@ class Admission:
     def leave(self, ticket: Ticket) -> None:
         """A connection has ended."""
         self._add(-1, ticket)
+
+    def count_request(self, host: str, change: int) -> bool:
+        """A request has begun (1) or ended (-1) that a proxy forwards for an address; whether the address
+        has more than its share now."""
+        if self.exempt(host):
+            return False
+        bucket = self._bucket(address_group(host))
+        with self._counters.lock:
+            self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[bucket] += change
+        return self._counters.sum_at(ADDRESSES, bucket) > self.limit_each
 
     def _add(self, count: int, ticket: Ticket) -> None:
         self._counters.add(CONNECTIONS, count, 0 if ticket.refusal else count)
@@ -8671,13 +8962,14 @@ class Server:
         self.stats = StatsLog(api.metrics, stats_seconds)
         self.listeners: List[Any] = []
         self.stops = 0                  # stop signals seen; the second skips the grace period
-        self._certificates = certificates
+        self.certificates = certificates
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._processes = 1             # that serve the listeners
         self._counts = True             # what is stored, when the usage asks for it
         admission = Admission(self._counters, max_connections,
                               per_address or default_share(max_connections), api.accounts.is_proxy)
+        api.admission = admission
         self.connections = Connections(api, limits, admission, bandwidth, certificates,
                                        lambda: self.loop.wake())
         self._listen(addresses, inherited)
@@ -8705,7 +8997,7 @@ class Server:
             self.close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
         for listener in self.listeners:
-            listener.tls = listener.tls and self._certificates is not None
+            listener.tls = listener.tls and self.certificates is not None
 
     def close_listeners(self) -> None:
         """Accept no more."""
@@ -8800,8 +9092,8 @@ class Server:
     def reload(self) -> None:
         """SIGHUP: read again what may have changed."""
         self.notifier.notify_reloading()
-        if self._certificates:
-            self._certificates.reload()
+        if self.certificates:
+            self.certificates.reload()
         self.api.accounts.reload()
         for handler in log.handlers:
             handler.close()  # LogFile's
@@ -8824,12 +9116,31 @@ def default_share(connections: int) -> int:
     return max(connections // 4, min(8, connections))
 
 
+# Modules that requests over sockets may need, beyond those at the top; and those that some systems lack.
+_LATE_MODULES = ('base64', 'calendar', 'hmac', 'html', 'http.server', 'ipaddress', 'json', 'mmap', 'queue',
+                 'shutil', 'unicodedata', 'urllib.parse')
+_OPTIONAL_MODULES = ('ctypes', 'fcntl', 'pwd', 'resource')
+
+
+def import_modules() -> None:
+    """Import what requests may need, so that what this Python lacks is said at the start, and an upgrade of
+    Python takes nothing from a running server.  Raises ImportError."""
+    from importlib import import_module
+    for name in _LATE_MODULES:
+        import_module(name)
+    for name in _OPTIONAL_MODULES:
+        with contextlib.suppress(ImportError):
+            import_module(name)
+    for encoding in ('ascii', 'idna', 'latin-1', 'unicode_escape', 'utf-8', 'utf-8-sig'):
+        codecs.lookup(encoding)
+
+
 def trim_memory() -> None:
     """Return the memory that compiling the program has taken, which the C library would keep, and exempt the
     rest from garbage collection, so that forked processes go on sharing it."""
     import gc
     gc.collect()
-    gc.freeze()
+    getattr(gc, 'freeze', lambda: None)()   # PyPy has none
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):  # not every C library can
         import ctypes
         ctypes.CDLL(None).malloc_trim(0)
@@ -9247,9 +9558,10 @@ OPTIONS = (
            default='restic_serve'),
     Option('who may enter', '--user-from-header', parse_header_name, 'header in which a proxy on this host, '
            'or one of --trust-proxy, says who the user is', 'NAME', stdio=False),
-    Option('who may enter', '--trust-proxy', parse_network, 'address or network of a proxy on another host, '
-           'which may name the user and has no limit of its own; may be repeated', 'ADDRESS[/BITS]',
-           repeated=True, stdio=False),
+    Option('who may enter', '--trust-proxy', parse_network, 'address or network of a proxy, which '
+           'may name the user (--user-from-header) and the client (X-Forwarded-For, Forwarded), and has no '
+           'share of its own; with it proxies on unix sockets may name the client, too; may be repeated',
+           'ADDRESS[/BITS]', repeated=True, stdio=False),
     Option('who may enter', '--socket-auth', parse_bool, 'ask for the password over unix sockets, too; else '
            'whoever may connect to one is let in', stdio=False),
 
@@ -9357,6 +9669,7 @@ class Parser(argparse.ArgumentParser):
                    '512k, 10M or 1.5G, times 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
         self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
+        self.passed_over: List[str] = []    # options of rclone that mean nothing here
         self.add_argument('arguments', nargs='*', help=argparse.SUPPRESS)
         groups = {title: self.add_argument_group(title)
                   for title in dict.fromkeys(option.group for option in OPTIONS)}
@@ -9388,6 +9701,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, args: List[str]) -> argparse.Namespace:
         """The options that `args` set.  Exits after an error, --help and --version."""
+        args = self._pass_over(args)
         flags = {option.name for option in OPTIONS if option.is_flag}
         end = args.index('--') if '--' in args else len(args)
         # A bool takes a value only after '=', or it would swallow DIR.
@@ -9398,6 +9712,32 @@ class Parser(argparse.ArgumentParser):
             if getattr(options, name) is None:
                 setattr(options, name, default)
         return options
+
+    def _pass_over(self, args: List[str]) -> List[str]:
+        """`args` without rclone's options that mean nothing to a local directory, which scripts have."""
+        kept: List[str] = []
+        words = collections.deque(args)
+        while words:
+            word = words.popleft()
+            if word == '--':
+                return [*kept, word, *words]
+            if re.fullmatch('-[vqP]*P[vqP]*', word):     # --progress
+                self.passed_over.append('-P')
+                word = word.replace('P', '')
+                kept += [word] if word != '-' else []
+                continue
+            name, equals, _ = word.partition('=')
+            has_value = bool(_RCLONE_VALUE.fullmatch(name))
+            is_of_family = bool(_RCLONE_FAMILY.match(name)) and name != '--b2-hard-delete'  # restic says so
+            if not (has_value or is_of_family or _RCLONE_FLAG.fullmatch(name)):
+                kept.append(word)
+                continue
+            self.passed_over.append(name)
+            # An option of another storage system may have a value; DIR is none.
+            if words and not equals and (has_value or (
+                    is_of_family and not words[0].startswith('-') and not os.path.isdir(words[0]))):
+                words.popleft()
+        return kept
 
     def _verbosity(self) -> int:
         """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
@@ -9439,6 +9779,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"restic_serve: {one_line(re.sub('^argument ', '', message))}\n")
 
 
+# Options of rclone that mean nothing to a server of a local directory: without a value, with one, and those
+# of its other storage systems and of its remote control.
+_RCLONE_FLAG = re.compile(
+    '--(ask-password|auto-confirm|disable-http-keep-alives|disable-http2|disable-zip|error-on-no-transfer|'
+    'fast-list|human-readable|no-check-certificate|no-console|no-gzip-encoding|no-traverse|progress|'
+    'progress-terminal-title|rc|stats-one-line|stats-one-line-date|use-cookies|use-mmap|use-server-modtime)')
+_RCLONE_VALUE = re.compile(
+    '--(bind|buffer-size|ca-cert|cache-dir|checkers|client-cert|client-key|client-pass|color|config|'
+    'contimeout|cpuprofile|default-time|disable|dscp|dump|expect-continue-timeout|'
+    'fs-cache-expire-duration|fs-cache-expire-interval|header|header-download|header-upload|http-proxy|'
+    'kv-lock-time|low-level-retries|max-backlog|max-buffer-memory|max-stats-groups|memprofile|modify-window|'
+    'multi-thread-chunk-size|multi-thread-cutoff|multi-thread-streams|multi-thread-write-buffer-size|'
+    'password-command|retries|retries-sleep|stats-file-name-length|stats-log-level|'
+    'stats-one-line-date-format|stats-unit|streaming-upload-cutoff|temp-dir|timeout|tpslimit|'
+    'tpslimit-burst|transfers|user-agent)')
+_RCLONE_FAMILY = re.compile(
+    '--(alias|azureblob|azurefiles|b2|box|chunker|combine|compress|crypt|drive|dropbox|fichier|'
+    'filefabric|ftp|gcs|gphotos|hasher|hdfs|hidrive|http|iclouddrive|imagekit|internetarchive|jottacloud|'
+    'koofr|linkbox|mailru|mega|memory|netstorage|onedrive|oos|opendrive|pcloud|pikpak|pixeldrain|'
+    'premiumizeme|protondrive|putio|qingstor|quatrix|rc|s3|seafile|sftp|sharefile|sia|smb|storj|sugarsync|'
+    'swift|ulozto|union|uptobox|vfs|webdav|yandex|zoho)-')
 # What options and variables of rest-server and its container are called here.
 _VARIABLES_OF_REST_SERVER = {
     'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'RESTIC_SERVE_HTPASSWD',
@@ -9552,8 +9913,8 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
                          '--append-only forbids')
     if options.scrub:
         parser.error('--stdio and --scrub are two jobs; one at a time can be done')
-    if not hasattr(os, 'readv'):
-        parser.error('--stdio: this system has no readv; serve with --addr in place of it')
+    if os.name == 'nt':
+        parser.error('--stdio: this system cannot wait for pipes; serve with --addr in place of it')
     if sys.stdin is None or sys.stdout is None:
         parser.error('--stdio: standard input or output is closed')
     if os.isatty(0) or os.isatty(1):
@@ -9566,8 +9927,10 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
 
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
-    """Log the addresses of the server, and warn where they are open to anyone."""
+    """Log the addresses of the server and what is in force, and warn of what may not be meant."""
     has_passwords = bool(options.htpasswd or options.user)
+    certified = server.certificates.warn() if server.certificates else ''
+    user = next(iter(server.api.accounts.users() or ()), 'USER') if options.private_repos else ''
     for listener in server.listeners:
         where = listener.server_address
         if not isinstance(where, tuple):
@@ -9589,10 +9952,50 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
                             options.user_from_header, host)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
+            name = certified if certified and listener.tls else name
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
         log.log(NOTICE, 'serving %s on %s%s', root, url,
                 f' (socket {listener.name})' if listener.name else '')
-        log.log(NOTICE, 'try it: restic -r rest:%s init', url)
+        log.log(NOTICE, 'try it: restic -r rest:%s init', url + (f'{user}/' if user else ''))
+    log.log(NOTICE, 'in force: %s', in_force(server.api, options))
+    warn_of_users(server.api.accounts.users(), options)
+
+
+def in_force(api: Api, options: argparse.Namespace) -> str:
+    """What clients may do and how much, in a line."""
+    users = api.accounts.users()
+    if api.store.directory.read_only:
+        parts = ['read-only']
+    elif options.append_only:
+        parts = ['append-only' + (f' for all but {", ".join(options.admin)}' if options.admin else '')]
+    else:
+        parts = ['deletes are allowed']
+    if options.htpasswd:
+        parts.append(f'users: {len(users or ())} from {options.htpasswd}')
+    elif options.user:
+        parts.append(f'user: {options.user}')
+    elif options.user_from_header:
+        parts.append(f'users: by the header {options.user_from_header}')
+    else:
+        parts.append('users: by client certificates' if options.client_ca else 'no passwords')
+    if options.private_repos:
+        parts.append('repositories private')
+    if options.max_size:
+        parts.append(f'quota {format_size(options.max_size)}')
+    if options.max_size_per_user:
+        parts.append(f'quota {format_size(options.max_size_per_user)} a user')
+    if options.keep_deleted:
+        parts.append(f'deleted kept {format_duration(options.keep_deleted)}')
+    return '; '.join(parts)
+
+
+def warn_of_users(users: Optional[List[str]], options: argparse.Namespace) -> None:
+    """Warn where nobody can log in, or an administrator cannot."""
+    if users == []:
+        log.warning('%s has no users: nobody can log in (--add-user)', options.htpasswd)
+    for name in options.admin:
+        if users and name not in users:
+            log.warning('--admin: there is no user %s', name)
 
 
 def make_server(options: argparse.Namespace, store: Store) -> Server:
@@ -9604,14 +10007,13 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
                                         options.min_tls_version or '')
         except ImportError as error:
             raise OSError(f'--cert: this Python has no TLS: {error}') from None
-        except OSError as error:
-            raise OSError(f'--cert: {options.cert} with {options.key}: {error}') from None
     counters = Counters(options.workers + 1)
     accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
                         options.user or '', getattr(options, 'pass'), options.salt, options.realm,
                         options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
                         options.socket_auth, counters)
-    policy = Policy(options.append_only, options.private_repos, options.admin, options.prometheus)
+    administrators = [user.lower() if store.ignores_case else user for user in options.admin]
+    policy = Policy(options.append_only, options.private_repos, administrators, options.prometheus)
     limits = Limits(header_bytes=options.max_header_bytes + HEADER_SLACK,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout,
@@ -9779,6 +10181,9 @@ def main(args: Optional[List[str]] = None) -> int:
             options.log_level, logging.ERROR)
     try:
         start_log(level, options.log_file, options.log_format == 'json')
+        if parser.passed_over:
+            log.log(NOTICE, 'without effect here, since a local directory is served: %s',
+                    ' '.join(parser.passed_over))
         for name, ours in sorted(parser.unknown_variables().items()):
             log.warning('the environment has %s, which is no option%s', name, f'; use {ours}' if ours else '')
         if options.allow_origin == '*':
@@ -9793,11 +10198,18 @@ def main(args: Optional[List[str]] = None) -> int:
             return roll_back(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
         run_in_batches()
+        if not options.stdio:
+            import_modules()
+        with contextlib.suppress(ValueError, RuntimeError):     # where stacks have a size of their own
+            threading.stack_size(STACK_BYTES)
         store.prepare(options.must_exist or bool(at))
         if options.stdio:
             serve_stdio(options, store, at)
             return 0
         server = make_server(options, store)
+    except ImportError as error:
+        print(f'restic_serve: this Python lacks {error.name}; install python3', file=sys.stderr)
+        return 1
     except OSError as error:
         reason = f'{error.filename}: {error.strerror}' if error.filename else error
         print(f'restic_serve: {one_line(reason)}', file=sys.stderr)
@@ -9818,6 +10230,8 @@ class _Start(Exception):
 
 
 if __name__ == '__main__':
+    if sys.implementation.name != 'cpython':
+        run()
     # While a script runs, the interpreter keeps its syntax tree, 16 MiB here.  An exception ends that, and
     # the hook for it goes on.
     sys.excepthook = lambda *error: run()

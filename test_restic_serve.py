@@ -186,7 +186,10 @@ class Bytes:
 
 
 class TestCase(unittest.TestCase):
-    """A test with a folder of its own and an eye on the log."""
+    """A test with a folder of its own and an eye on the log.  Unless `repositories_are_made_first`, an
+    upload makes its repository, which spares most tests a step that has nothing to do with them."""
+
+    repositories_are_made_first = False
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
@@ -201,6 +204,14 @@ class TestCase(unittest.TestCase):
         restic_serve.log.propagate = False
         restic_serve.log.setLevel(logging.INFO)
         self.addCleanup(restic_serve.log.removeHandler, handler)
+        if not self.repositories_are_made_first:
+            patch = mock.patch.object(Store, 'has_repository', lambda store, repository: True)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def make_repository(self, path=''):
+        """The folders of a repository, or enough of them to be taken for one."""
+        (self.root / path / 'keys').mkdir(parents=True)
 
     def wait_until(self, condition, what):
         end = time.monotonic() + PATIENCE
@@ -599,10 +610,10 @@ class Authority:
 class Program:
     """The server as a process of its own.  `url` is what it says of itself."""
 
-    def __init__(self, *words, wait=True, before=(), **environment):
+    def __init__(self, *words, wait=True, before=(), python=sys.executable, **environment):
         self.lines = []
         self.process = subprocess.Popen(
-            [*before, sys.executable, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
+            [*before, python, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
             stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
         self.url = ''
         self._reader = None
@@ -649,10 +660,10 @@ def clean_environment():
 class Stdio:
     """The server over pipes, or over one socket for both, as a process of its own."""
 
-    def __init__(self, *words, socketed=False, **environment):
+    def __init__(self, *words, socketed=False, python=sys.executable, **environment):
         ours, theirs = socket.socketpair() if socketed else (None, subprocess.PIPE)
         self.process = subprocess.Popen(
-            [sys.executable, MODULE, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
+            [python, MODULE, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
             stderr=subprocess.PIPE, env={**clean_environment(), **environment})
         self._socket = ours
         if socketed:
@@ -804,6 +815,29 @@ class RangeTest(unittest.TestCase):
     def test_of_nothing_there_are_no_parts(self):
         for value in ('bytes=0-', 'bytes=5-', 'bytes=-1'):
             self.assertIsNone(restic_serve.parse_range(value, 0))
+
+
+class ForwardedTest(unittest.TestCase):
+    def test_addresses_are_read_from_the_last_proxy_s_word_on(self):
+        for value, expected in (
+                ('1.2.3.4', ['1.2.3.4']), ('1.2.3.4, 5.6.7.8', ['5.6.7.8', '1.2.3.4']),
+                ('1.2.3.4:99', ['1.2.3.4']), ('[2001:DB8::1]:99', ['2001:db8::1']),
+                ('2001:db8::1', ['2001:db8::1']), ('::ffff:1.2.3.4', ['1.2.3.4']),
+                ('1.2.3.4, rubbish, 5.6.7.8', ['5.6.7.8']), ('1.2.3.4,', []), ('', []), ('unknown', []),
+                ('1.2.3.400', []), ('1.2.3.4 5.6.7.8', [])):
+            self.assertEqual(restic_serve.forwarded_addresses({'x-forwarded-for': value}), expected, value)
+        for value, expected in (
+                ('for=1.2.3.4', ['1.2.3.4']), ('by=9.9.9.9; FOR="1.2.3.4:5";proto=http', ['1.2.3.4']),
+                ('for=1.2.3.4, for="[2001:db8::1]:47011"', ['2001:db8::1', '1.2.3.4']),
+                ('for=_hidden', []), ('for=1.2.3.4, for=unknown', []), ('by=1.2.3.4', []),
+                ('xfor=1.2.3.4', [])):
+            self.assertEqual(restic_serve.forwarded_addresses({'forwarded': value}), expected, value)
+
+    def test_where_two_headers_disagree_neither_is_believed(self):
+        both = {'x-forwarded-for': '1.2.3.4', 'forwarded': 'for=1.2.3.4'}
+        self.assertEqual(restic_serve.forwarded_addresses(both), ['1.2.3.4'])
+        self.assertEqual(restic_serve.forwarded_addresses({**both, 'forwarded': 'for=6.6.6.6'}), [])
+        self.assertEqual(restic_serve.forwarded_addresses({**both, 'forwarded': 'nonsense'}), [])
 
 
 class AccessLogTest(WireTestCase):
@@ -1353,6 +1387,176 @@ class StoreTest(TestCase):
         self.assertEqual(self.names('data'), {named(content): len(content)})
 
 
+class FileSystemsTest(TestCase):
+    """File systems that are not like most."""
+
+    repositories_are_made_first = True
+
+    def make_store(self):
+        store = Store(str(self.root))
+        store.prepare()
+        return store
+
+    def test_an_upload_makes_no_repository(self):
+        store = self.make_store()
+        self.log.clear()
+        (self.root / 'office').mkdir()
+        for location in (Location('/host', 'data', named(b'x')), Location('/host', 'config'),
+                         Location('/office', 'config'), Location('/office', 'keys', named(b'x')),
+                         Location('', 'locks', named(b'x'))):
+            with self.assertRaises(HttpError) as caught:
+                store.save(location, Bytes(b'x'))
+            self.assertEqual(caught.exception.status, 404, location)
+        self.assertEqual([path.name for path in self.root.rglob('*') if path.name != '.restic_serve'],
+                         ['office'])
+        store.create_repository('/host')
+        shutil.rmtree(self.root / 'host' / 'data')
+        for location in (Location('/host', 'config'), Location('/host', 'data', named(b'x'))):
+            self.assertEqual(store.save(location, Bytes(b'x')).objects, 1)
+
+    def test_files_that_cannot_be_synced_are_said_at_the_start(self):
+        fsync = os.fsync
+        for number in (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EIO):
+            def fail(fd, number=number):
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise OSError(number, 'made by a test')
+                fsync(fd)
+
+            self.log.clear()
+            with mock.patch.object(os, 'fsync', fail):
+                if number == errno.EIO:
+                    self.assertRaises(OSError, self.make_store)
+                    continue
+                store = self.make_store()
+                store.create_repository('/host')
+                store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
+            self.assertEqual(len([line for line in self.log if 'cannot sync files' in line]), 1)
+
+    def test_nameless_files_that_go_when_they_are_closed_are_not_used(self):
+        """As with the SMB file system of Linux."""
+        link, close, names = os.link, os.close, {}
+
+        def remember(source, name, **more):
+            link(source, name, **more)
+            if source.startswith('/proc/self/fd/'):
+                names[int(source.rpartition('/')[2])] = os.fstat(more['src_dir_fd']).st_ino
+
+        def close_and_remove(fd):
+            inode = names.pop(fd, None)
+            close(fd)
+            for path in self.root.rglob('*') if inode else ():
+                if path.exists() and path.stat().st_ino == inode:
+                    path.unlink()
+
+        with mock.patch.object(os, 'link', remember), mock.patch.object(os, 'close', close_and_remove):
+            store = self.make_store()
+            self.assertFalse(store.nameless)
+            store.create_repository('/host')
+            location = Location('/host', 'keys', named(b'x'))
+            Path(path_of(store, location)).write_bytes(b'damaged')
+            store.save(location, Bytes(b'x'))
+        self.assertEqual(Path(path_of(store, location)).read_bytes(), b'x')
+        self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
+
+    def test_no_file_is_open_when_it_is_renamed_to_its_name(self):
+        store = self.make_store()
+        store.create_repository('/host')
+        location = Location('/host', 'keys', named(b'x'))
+        target = Path(path_of(store, location))
+        renamed = []
+
+        def check(call):
+            def rename(old, new, **more):
+                if os.path.basename(new) == location.file:
+                    inode = os.stat(old, dir_fd=more.get('src_dir_fd')).st_ino
+                    for fd in os.listdir('/proc/self/fd'):
+                        with contextlib.suppress(OSError):
+                            self.assertNotEqual(os.fstat(int(fd)).st_ino, inode)
+                    renamed.append(new)
+                return call(old, new, **more)
+            return rename
+
+        with mock.patch.object(os, 'rename', check(os.rename)), \
+                mock.patch.object(os, 'replace', check(os.replace)):
+            for store.nameless in (True, False):
+                target.write_bytes(b'damaged')
+                store.save(location, Bytes(b'x'))
+                self.assertEqual(target.read_bytes(), b'x')
+            target.unlink()
+            with mock.patch.object(os, 'link', side_effect=PermissionError(errno.EPERM, 'made by a test')):
+                store.save(location, Bytes(b'x'))
+        self.assertEqual(len(renamed), 3)
+        self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
+
+    def ignoring_case(self):
+        """Patches what looks at names, as if the file system did not see their case."""
+        look = restic_serve.Folder.stat
+
+        def found(folder, name):
+            for other in os.listdir(folder.path):
+                if other.lower() == name.lower():
+                    name = other
+            return look(folder, name)
+        return mock.patch.object(restic_serve.Folder, 'stat', found)
+
+    def test_a_file_system_that_ignores_case_is_found_out(self):
+        self.assertFalse(self.make_store().ignores_case)
+        with self.ignoring_case():
+            for nameless in (True, False):
+                store = Store(str(self.root))
+                store.nameless = nameless
+                store.prepare()
+                self.assertTrue(store.ignores_case)
+        self.assertIn('ignores case', self.log[-1])
+        self.assertEqual(self.files(), [])
+
+    def test_there_users_and_paths_are_compared_without_it(self):
+        store = self.make_store()
+        store.ignores_case = True
+        accounts = Accounts(user='Alice', password='a')
+        api = Api(store, Policy(private=True), accounts)
+
+        def ask(method, path):
+            header = {'authorization': basic('Alice', 'a').partition(': ')[2]}
+            return api.handle(Request(method, path, 'HTTP/1.1', header, Bytes(b'x'), Peer('test'))).status
+
+        self.assertEqual(ask('POST', '/Alice/?create=true'), 200)
+        self.assertEqual(ask('POST', f'/aLICE/data/{named(b"x")}'), 200)
+        self.assertEqual(self.files(), [f'alice/data/{named(b"x")[:2]}/{named(b"x")}'])
+        for path in ('/alice/DATA/', '/ALICE/Keys/x', '/.RESTIC_SERVE/x', '/alice/.AT/1d/', '/alice/CONFIG/'):
+            self.assertEqual(ask('POST', f'{path}?create=true'), 404, path)
+        (self.root / 'Bob' / 'keys').mkdir(parents=True)
+        self.assertEqual([found.path for found in store.walk(self.fail) if found.is_repository],
+                         ['/alice'] if not (self.root / 'bob').exists() else ['/alice', '/bob'])
+        store.ignores_case = False
+        self.assertEqual(ask('GET', '/alice/data/'), 403)
+
+    def test_what_belongs_to_another_user_is_said_with_what_helps(self):
+        if os.name != 'posix':
+            self.skipTest('there are no owners')
+        (self.root / 'host' / 'data').mkdir(parents=True)
+        (self.root / 'host' / 'config').touch()
+        denied = set()
+        owner = restic_serve.user_name(os.geteuid())
+        with mock.patch.object(os, 'access', lambda path, rights, **more: not any(
+                path == str(self.root / name) and rights & bit for name, bit in denied)):
+            for name, bit, path, writes in (
+                    ('host', os.X_OK, '/host/config', False), ('host/config', os.R_OK, '/host/config', False),
+                    ('host/data', os.W_OK, '/host/data/aa/x', True), ('', os.R_OK, '/x', False)):
+                denied = {(name, bit)}
+                self.assertTrue(restic_serve.explain_denial(str(self.root), path, writes).startswith(
+                    f'{self.root / name} belongs to {owner}, and the server runs as {owner}: chown -R'))
+            denied = set()
+            self.assertEqual(restic_serve.explain_denial(str(self.root), '/host/config', True), '')
+        store = self.make_store()
+        self.log.clear()
+        with mock.patch.object(Store, 'open', side_effect=PermissionError(errno.EACCES, 'denied')), \
+                mock.patch.object(restic_serve, 'explain_denial', lambda *args: f'told {args}'):
+            Api(store, Policy()).handle(
+                Request('GET', '/host/config', 'HTTP/1.1', {}, Bytes(b''), Peer('test')))
+        self.assertIn(f"told ('{self.root}', '/host/config', False)", self.log[0])
+
+
 class ByDescriptorTest(StoreTest):
     """The store where others may change what a path leads to: all of StoreTest holds."""
 
@@ -1486,7 +1690,7 @@ class FoldersOfOthersTest(TestCase):
         above.chmod(0o711)
         self.folder.chmod(0o755)
         # What is imported when it is needed comes first: this Python may be for root alone.
-        code = ('import fcntl, os, sys; sys.path.insert(0, sys.argv[1]); import restic_serve;'
+        code = ('import fcntl, mmap, os, sys; sys.path.insert(0, sys.argv[1]); import restic_serve;'
                 'os.setgid(65534); os.setuid(65534); store = restic_serve.Store(sys.argv[2]);'
                 'store.prepare(); store.folders.hold_root()')
         done = subprocess.run([sys.executable, '-B', '-c', code, os.path.dirname(MODULE), above / 'srv'],
@@ -2258,6 +2462,32 @@ class CountersTest(TestCase):
         self.in_another_process(lambda: (counters.join(1), counters.add(('x', 'a'), 1)))
         self.assertEqual(counters.total(('connections',), 1), [0])
         self.assertEqual(counters.total(('x', 'a'), 1), [6])
+
+    def test_20_000_repositories_below_one_folder_and_80_000_in_all_have_rows(self):
+        counters = Counters()
+        row = len(restic_serve._pack(restic_serve.Count(
+            restic_serve._NOTHING, 0, 0, 0, 0, 0, [0] * restic_serve.DAYS, [0] * restic_serve.DAYS)))
+        for number in range(80_000):
+            path = f'/tenant{number % 4:03d}/host-{number:05d}'
+            self.assertTrue(counters.put(('base', path), *([0] * row)), number)
+
+    def test_less_memory_will_do_where_the_system_promises_no_more(self):
+        real = restic_serve.shared_memory
+
+        def shared_memory(length):
+            if length > 20 << 20:
+                raise OSError(errno.ENOMEM, 'made by a test')
+            return real(length)
+
+        with mock.patch.object(restic_serve, 'shared_memory', shared_memory):
+            counters = Counters(2)
+        counters.add(('x',), 1)
+        counters.join(1)
+        counters.add(('x',), 2)
+        self.assertEqual(counters.total(('x',), 1), [3])
+        with mock.patch.object(restic_serve, 'shared_memory', side_effect=OSError(errno.ENOMEM, 'none')), \
+                self.assertRaises(OSError):
+            Counters()
 
     def test_where_there_is_no_room_for_a_row_others_go_on(self):
         sizes = {'SLOT_BYTES': 4096, 'SPARE_BYTES': 1024}
@@ -3046,6 +3276,14 @@ class UsageTest(TestCase):
             self.assertEqual(self.held(), (150, {'data': 1, 'snapshots': 1}))
             self.assertIn('150 B', Page(self.store, self.usage).render('', lambda name: True))
 
+    def test_files_of_a_time_to_come_are_counted(self):
+        """The clock of a host without a battery is behind until the network sets it."""
+        self.usage.create(Location('/host'))
+        self.save(10_000)
+        with mock.patch.object(Store, 'now', return_value=time.time() - 86400):
+            self.usage.census.count()
+        self.assertEqual(self.held()[0], 10_000)
+
     def test_what_has_changed_its_owner_during_a_count_is_counted(self):
         path = path_of(self.store, self.save(100, kind='keys'))
         os.utime(path, (1, 1))
@@ -3605,7 +3843,7 @@ class PasswordFileTest(TestCase):
                 PasswordFile(str(self.path))
 
     def test_what_is_ignored_is_said_with_its_line_and_never_its_hash(self):
-        self.write(b'alice:plain-text\n..:%b\na/b:%b\n\xff:%b\nm\xc3\xbcller:%b\nno colon\n' % (
+        self.write(b'alice:plain-text\n..:%b\na/b:%b\n\xff:%b\nm\xe2\x80\x8bller:%b\nno colon\n' % (
             (sha('a').encode(),) * 4))
         self.assertEqual(PasswordFile(str(self.path)).entries, {})
         self.assertEqual([re.search(r'line (\d)', line)[1] for line in self.log], list('123456'))
@@ -3965,6 +4203,41 @@ class SourcesTest(TestCase):
         self.assertEqual(self.identify(accounts, Peer('10.1.2.3'), x_user='alice'), 'alice')
         self.assertEqual(self.identify(accounts, Peer('11.1.2.3'), x_user='alice'), 403)
 
+    def test_names_of_any_script_in_one_form(self):
+        for name in ('m\u00fcller', 'mu\u0308ller'):
+            self.assertEqual(restic_serve.parse_user(name), 'm\u00fcller')
+            accounts = Accounts(user_header='X-User')
+            header = name.encode().decode('latin-1')
+            self.assertEqual(self.identify(accounts, Peer('127.0.0.1'), x_user=header), 'm\u00fcller')
+            token = base64.b64encode(f'{name}:a'.encode()).decode()
+            self.assertEqual(self.identify(Accounts(user='m\u00fcller', password='a'), Peer('1.2.3.4'),
+                                           authorization=f'Basic {token}'), 'm\u00fcller')
+        for name in ('Ελένη', 'иван', '田中', 'देवी', 'ali.ö@x'):
+            self.assertTrue(restic_serve.is_user(name), name)
+        for name in ('mu\u0308ller', 'a\u200bb', 'a\u202eb', 'a b', 'a/ö', 'ö:b', '.', '\udcff',
+                     'ö' * 128):
+            self.assertFalse(restic_serve.is_user(name), name)
+        self.assertEqual(self.identify(Accounts(user_header='X-User'), Peer('::1'), x_user='\xff'), 401)
+
+    def client(self, proxies, peer, **headers):
+        accounts = Accounts(proxies=[restic_serve.parse_network(proxy) for proxy in proxies])
+        headers = {name.replace('_', '-'): value for name, value in headers.items()}
+        request = Request('GET', '/', 'HTTP/1.1', headers, Bytes(b''), peer)
+        accounts.find_client(request)
+        return str(request.client)
+
+    def test_a_trusted_proxy_says_who_the_client_is(self):
+        proxies, proxy = ['10.0.0.0/8', '2001:db8::/32'], Peer('10.0.0.1')
+        self.assertEqual(self.client(proxies, proxy, x_forwarded_for='6.6.6.6, 1.2.3.4'), '1.2.3.4')
+        self.assertEqual(self.client(proxies, proxy, x_forwarded_for='1.2.3.4, 10.0.0.2'), '1.2.3.4')
+        self.assertEqual(self.client(proxies, proxy, forwarded='for="[2001:db8::1]:5", for=10.1.1.1'),
+                         '2001:db8::1')
+        self.assertEqual(self.client(proxies, Peer('unix', unix=True), x_forwarded_for='1.2.3.4'), '1.2.3.4')
+        for peer, header in ((proxy, ''), (proxy, 'rubbish'), (Peer('11.0.0.1'), '1.2.3.4'),
+                             (Peer('127.0.0.1'), '1.2.3.4')):
+            self.assertEqual(self.client(proxies, peer, x_forwarded_for=header), peer.name)
+        self.assertEqual(self.client([], Peer('127.0.0.1'), x_forwarded_for='1.2.3.4'), '127.0.0.1')
+
     def test_combinations_that_make_no_sense_are_refused(self):
         for words in (['--htpasswd', 'f', '--user', 'a', '--pass', 'p'], ['--user', 'a'], ['--pass', 'p'],
                       ['--user', 'a', '--pass', 'p', '--user-from-header', 'X'], ['--private-repos'],
@@ -4009,7 +4282,7 @@ class LoginTest(ListenerTestCase):
             parser = restic_serve.Parser({})
             self.log.clear()
             restic_serve.announce(server, 'dir', parser.parse([*words, 'dir']))
-            said = [line for line in self.log if not line.startswith(('serving', 'try it'))]
+            said = [line for line in self.log if not line.startswith(('serving', 'try it', 'in force'))]
             self.assertEqual(len(said), len(expected), (words, said))
             for line, text in zip(said, expected):
                 self.assertIn(text, line)
@@ -4687,6 +4960,24 @@ class ApiTest(TestCase):
             headers = self.ask('OPTIONS', '/data/', origin=origin)[1]
             self.assertIn('DELETE', headers['Access-Control-Allow-Methods'])
             self.assertIn('Authorization', headers['Access-Control-Allow-Headers'])
+
+    def test_a_repository_at_a_reserved_name_is_explained(self):
+        for path in ('/data/', '/host/keys/', '/host/keys/x/', '/lost+found/', '/.restic_serve/x/'):
+            self.log.clear()
+            self.assertIn(self.ask('POST', f'{path}?create=true')[0], (404, 405))
+            self.assertEqual(len(self.log), 1, self.log)
+            self.assertIn(f'{path}: this cannot be a repository, since the names data', self.log[0])
+
+    def test_of_the_past_of_the_past_there_is_none_however_often_it_is_asked_for(self):
+        for count in (1, 2, 300, 3000):
+            self.assertEqual(self.ask('GET', '/.at/1d' * count + '/config')[0], 404)
+
+    def test_what_there_is_of_a_list_is_sent_after_a_while(self):
+        batches = iter([([named(b'x')], [1])] * 3)
+        with mock.patch.object(restic_serve, 'LIST_SECONDS', 0):
+            self.assertEqual(len(list(restic_serve.json_list(batches, True))), 4)
+        batches = iter([([named(b'x')], [1])] * 3)
+        self.assertEqual(len(list(restic_serve.json_list(batches, True))), 1)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
         name = named(b'x')
@@ -7554,6 +7845,48 @@ class SharesTest(Http2TestCase):
             self.assertEqual(shares.is_greedy(peer), bound, peer.name)
 
 
+class ForwardedClientsTest(ListenerTestCase):
+    """Clients behind a proxy that is trusted."""
+
+    def setUp(self):
+        super().setUp()
+        store = Store(str(self.root))
+        store.prepare()
+        self.api = Api(store, Policy(), Accounts(
+            user='alice', password='secret', proxies=[restic_serve.parse_network('127.0.0.1')]))
+
+    def test_they_stand_in_the_logs(self):
+        server = self.serve(self.api)
+        with mock.patch.object(restic_serve.access_log, 'info') as info, \
+                mock.patch.object(restic_serve.access_log, 'isEnabledFor', return_value=True), \
+                Wire(server.listeners[0].server_port) as wire:
+            status = wire.ask(get('/config', 'X-Forwarded-For: 6.6.6.6, 1.2.3.4', basic('alice', 'no')))[0]
+            self.assertEqual(status, 401)
+            self.wait_until(lambda: info.called, 'a line in the access log')
+        self.assertIn("authentication failed for 'alice' from 1.2.3.4", self.log)
+        self.assertEqual(str(info.call_args[0][1]), '1.2.3.4')
+
+    def test_each_has_a_share_of_its_own(self):
+        server = self.serve(self.api, max_connections=100, per_address=2)
+        (self.root / 'keys').mkdir()
+        port, credentials = server.listeners[0].server_port, basic('alice', 'secret')
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(port)) for _ in range(5)]
+            for number, wire in enumerate(wires[:4]):
+                content = os.urandom(1000)
+                wire.send(post(f'/keys/{named(content)}', b'', credentials, 'Expect: 100-continue',
+                               f'X-Forwarded-For: 1.2.3.{number // 2}', length=1000))
+                self.assertEqual(wire.answer()[0], 100)
+            ask = get('/keys/', credentials, 'X-Forwarded-For: 1.2.3.0')
+            status, headers, body = wires[4].ask(ask)
+            self.assertEqual((status, headers['retry-after'], body), (
+                503, '10', b'too many requests from your address\n'))
+            self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
+            wires[0].sock.shutdown(socket.SHUT_RDWR)
+            self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
+        self.wait_until(lambda: not self.api.admission._of_group('1.2.3.1'), 'the end of all shares')
+
+
 class ConnectionLimitTest(ListenerTestCase):
     def test_one_more_is_answered_503_and_closed(self):
         port = self.start('127.0.0.1:0', max_connections=3).listeners[0].server_address[1]
@@ -7920,6 +8253,7 @@ class WorkersTest(TestCase):
         self.assertEqual(server.stop(), 0)
 
     def test_all_of_them_finish_what_they_are_doing_even_if_each_is_told_to_stop(self):
+        self.make_repository()
         server = self.serve()
         contents = [os.urandom(5000) for _ in range(6)]
         wires = [self.connect(server) for _ in contents]
@@ -7989,6 +8323,7 @@ class WorkersTest(TestCase):
         self.assertNotIn('ERROR', ' '.join(server.lines))
 
     def test_a_second_signal_ends_the_wait(self):
+        self.make_repository()
         server = self.serve()
         wires = [self.connect(server) for _ in range(4)]
         for wire in wires:
@@ -8003,6 +8338,7 @@ class WorkersTest(TestCase):
 
     def test_when_the_parent_is_killed_they_stop_and_another_server_can_begin(self):
         path = self.folder / 'socket'
+        self.make_repository()
         server = self.serve('--addr', path)
         wire = self.connect(server)
         content = os.urandom(5000)
@@ -8174,6 +8510,48 @@ class TlsOptionsTest(unittest.TestCase):
             self.assertIn(text, error.getvalue())
             self.assertEqual(error.getvalue().count('\n'), 1)
 
+    def test_what_is_wrong_with_a_file_is_said_of_its_option(self):
+        folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
+        self.addCleanup(folder.cleanup)
+        authority = Authority(Path(folder.name))
+        authority.issue('one')
+        authority.issue('two')
+        files = {name: str(authority.folder / name) for name in (
+            'one.pem', 'one.key', 'two.key', 'ca.pem', 'locked.key', 'rubbish', 'missing')}
+        authority.run('pkcs8', '-topk8', '-in', files['one.key'], '-out', files['locked.key'],
+                      '-passout', 'pass:x')
+        Path(files['rubbish']).write_text('rubbish\n')
+        for cert, key, client_ca, said in (
+                ('one.pem', 'locked.key', '', '--key: {locked.key} is encrypted'),
+                ('one.pem', 'two.key', '', '--key: {two.key} is not the key of {one.pem}'),
+                ('one.pem', 'missing', '', '--key: {missing}: No such file'),
+                ('missing', 'one.key', '', '--cert: {missing}: No such file'),
+                ('rubbish', 'one.key', '', '--cert: {rubbish} with {one.key}'),
+                ('one.pem', 'one.key', 'rubbish', '--client-ca: {rubbish} has no certificate in PEM form'),
+                ('one.pem', 'one.key', 'missing', '--client-ca: {missing}: No such file')):
+            with self.assertRaises(OSError) as caught:
+                restic_serve.Certificates(files[cert], files[key], files.get(client_ca, ''))
+            said = re.sub('{(.*?)}', lambda match: files[match[1]], said)
+            self.assertTrue(str(caught.exception).startswith(said), caught.exception)
+
+    def test_what_is_doubtful_about_a_certificate_is_said(self):
+        folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
+        self.addCleanup(folder.cleanup)
+        authority = Authority(Path(folder.name))
+        authority.issue('one')
+        cert, key = (str(authority.folder / f'one.{end}') for end in ('pem', 'key'))
+        certificates = restic_serve.Certificates(cert, key)
+        os.chmod(key, 0o640)
+        with mock.patch.object(restic_serve.log, 'warning') as warning:
+            self.assertEqual(certificates.warn(), 'localhost')
+            self.assertFalse(warning.called)
+            os.chmod(key, 0o644)
+            with mock.patch.object(time, 'time', return_value=time.time() + 3 * 86400):
+                certificates.warn()
+        said = [call[0][0] % call[0][1:] for call in warning.call_args_list]
+        self.assertEqual(said[0], f'--key: everybody on this host can read {key} (chmod o-r)')
+        self.assertTrue(said[1].startswith(f'--cert: {cert} has expired, on '))
+
     def test_a_python_without_tls_says_so(self):
         parser = restic_serve.Parser({})
         options = parser.parse(['--cert', 'x', '--key', 'y', 'dir'])
@@ -8232,6 +8610,29 @@ class OtherServersTest(TestCase):
                 (['--append-onyl'], '--append-onyl: unknown option; did you mean --append-only?\n'),
                 (['--qqqqqqq'], '--qqqqqqq: unknown option\n')):
             self.assertEqual(self.refusal(*args, 'dir'), f'restic_serve: {expected}')
+
+    def test_options_of_rclone_that_mean_nothing_here_are_passed_over(self):
+        for args in (['--transfers', '4'], ['--transfers=4'], ['--fast-list'], ['--use-mmap'], ['-P'],
+                     ['-vP'],
+                     ['--config', '/etc/rclone.conf'], ['--drive-use-trash'], ['--drive-chunk-size', '8M'],
+                     ['--rc'], ['--rc-addr', ':5572'], ['--s3-no-check-bucket=true'],
+                     ['--vfs-cache-mode', 'full'],
+                     ['--stats-one-line', '--tpslimit', '10']):
+            parser = restic_serve.Parser({})
+            options = parser.parse(['serve', 'restic', *args, '--append-only', str(self.folder)])
+            self.assertEqual(restic_serve.find_directory(parser, options.arguments), str(self.folder))
+            self.assertEqual((options.append_only, options.verbose), (True, args == ['-vP']))
+            self.assertEqual(parser.passed_over[0], '-P' if 'P' in args[0] else args[0].partition('=')[0])
+        parser = restic_serve.Parser({})
+        self.assertEqual(parser.parse(['--', '--transfers']).arguments, ['--transfers'])
+        parser.parse(['--stdio', '--b2-hard-delete', 'dir'])
+        self.assertEqual(parser.passed_over, [])
+        for name in ('--include', '--immutable', '--copy-links', '--crypto', '--cache-object'):
+            self.assertIn(f'{name}: unknown option', self.refusal(name, 'dir'))
+
+    def test_a_timetable_without_a_bandwidth_is_refused(self):
+        self.assertIn("'08:00' is no bandwidth", self.refusal('--bwlimit', '08:00', 'dir'))
+        self.assertEqual(self.refusal('--bwlimit', '10M:20M', 'dir'), '')
 
     def test_their_values_are_understood(self):
         for args, name, value in ((['--min-tls-version', '1.2'], 'min_tls_version', 'tls1.2'),
@@ -8406,12 +8807,13 @@ class CommandLineTest(TestCase):
 
     def test_quotas_metrics_and_the_page_are_as_the_options_say(self):
         html = 'Accept: text/html'
-        server = self.serve('--max-size', '4096', '--prometheus', '--stale-after', '1h', self.root)
+        self.make_repository()
+        server = self.serve('--max-size', '8192', '--prometheus', '--stale-after', '1h', self.root)
         with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(post('/config', b'x' * 4097))[0], 507)
+            self.assertEqual(wire.ask(post('/config', b'x' * 8193))[0], 507)
             self.assertEqual(wire.ask(post('/config', b'x' * 600))[0], 200)
             self.assertEqual(wire.ask(get('/metrics'))[0], 200)
-            self.assertIn(b'4.0 KiB of 4.0 KiB', wire.ask(get('/', html))[2])
+            self.assertIn(b'8.0 KiB of 8.0 KiB', wire.ask(get('/', html))[2])
         server.stop()
         server = self.serve('--max-size', '4096', '--status=false', self.root)
         with Wire(server.port) as wire:
@@ -8484,6 +8886,132 @@ class CommandLineTest(TestCase):
             self.assertEqual(server.stop(), 0)
             self.assertEqual(server.process.stderr.read(), '')
 
+    def test_what_is_in_force_is_said_in_a_line_and_what_is_doubtful_too(self):
+        users = self.folder / 'users'
+        users.write_text(f'alice:{sha("a")}\nbob:{sha("b")}\n')
+        empty = self.folder / 'empty'
+        empty.touch()
+        for words, expected in (
+                ([], 'deletes are allowed; no passwords'),
+                (['--htpasswd', users, '--append-only', '--admin', 'bob', '--max-size', '500G',
+                  '--private-repos', '--max-size-per-user', '50G', '--keep-deleted', '30d'],
+                 f'append-only for all but bob; users: 2 from {users}; repositories private; '
+                 'quota 500.0 GiB; quota 50.0 GiB a user; deleted kept 30 d'),
+                (['--user', 'x', '--pass', 'y', '--append-only'], 'append-only; user: x'),
+                (['--user-from-header', 'X-U', '--addr', self.folder / 'socket'],
+                 'deletes are allowed; users: by the header X-U')):
+            server = self.serve(*words, self.root)
+            self.wait_until(lambda lines=server.lines: any('in force' in line for line in lines),
+                            'what is in force')
+            self.assertIn(f'NOTICE: in force: {expected}', ' '.join(server.lines))
+            self.assertEqual(' init' in server.lines[-2], True)
+            self.assertEqual('/alice/ init' in ' '.join(server.lines), '--private-repos' in words)
+            self.assertEqual(server.stop(), 0)
+        server = self.serve('--htpasswd', empty, self.root)
+        self.wait_until(lambda: f'{empty} has no users: nobody can log in' in server.lines[-1], 'a warning')
+        server = self.serve('--htpasswd', users, '--admin', 'carol', self.root)
+        self.wait_until(lambda: '--admin: there is no user carol' in server.lines[-1], 'a warning')
+
+    def run_code(self, code, *words):
+        """Exit status and last line of a Python program that begins with `code` and then is the server."""
+        done = subprocess.run(
+            [sys.executable, '-c', f'import sys\n{code}\nimport restic_serve; sys.exit(restic_serve.main())',
+             *map(str, words)], cwd=Path(MODULE).parent, capture_output=True, text=True, timeout=PATIENCE,
+            env=clean_environment())
+        return done.returncode, done.stderr.splitlines()
+
+    def test_what_this_python_lacks_is_said_in_a_line(self):
+        for name in ('mmap', 'json', 'http.server', 'hashlib', 'selectors'):
+            self.assertEqual(self.run_code(f'sys.modules[{name!r}] = None', self.root),
+                             (1, [f'restic_serve: this Python lacks {name}; install python3']))
+        self.make_repository()
+        done = subprocess.run(
+            [sys.executable, '-c', 'import sys\nsys.modules["mmap"] = None\nimport restic_serve\n'
+             'sys.exit(restic_serve.main())', '--stdio', str(self.root)], cwd=Path(MODULE).parent, input='',
+            capture_output=True, text=True, env=clean_environment())
+        self.assertEqual((done.returncode, done.stderr),
+                         (1, 'restic_serve: this Python lacks mmap; install python3\n'))
+
+    def test_an_older_python_stops_at_a_line_that_says_so(self):
+        """Python 3.6 at the first of these lines, Python 2 at the second one, before anything else."""
+        lines = Path(MODULE).read_text(encoding='utf-8').partition('\n"""\n')[2].splitlines()[:3]
+        self.assertEqual(lines[0], 'from __future__ import annotations  # Python 3.8 or newer is required')
+        self.assertRegex(lines[2], r"^__version__: str = '.*'  +# Python 3\.8 or newer is required")
+        before = Path(MODULE).read_text(encoding='utf-8').partition(lines[2])[0]
+        self.assertTrue(before.isascii())
+
+    def test_a_running_server_needs_no_module_that_an_upgrade_takes_away(self):
+        code = """
+import restic_serve
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        sys.stderr.write(f'IMPORTED {name}\\n')
+trim_memory = restic_serve.trim_memory
+def trim_and_forget():
+    trim_memory()
+    sys.meta_path.insert(0, Gone())
+restic_serve.trim_memory = trim_and_forget
+"""
+        users = self.folder / 'users'
+        users.write_text(f'alice:{sha("a")}\nm\u00fcller:$2y$05${"a" * 53}\n', encoding='utf-8')
+        self.make_repository()
+        process = subprocess.Popen(
+            [sys.executable, '-c', f'import sys\n{code}\nrestic_serve.main()', '--addr', '127.0.0.1:0',
+             '--htpasswd', str(users), '--prometheus', '--admin', 'alice', '--keep-deleted', '1d',
+             '--max-size', '1G', '--log-format', 'json', '-v', '--trust-proxy', '127.0.0.1', '--workers', '1',
+             str(self.root)], text=True, cwd=Path(MODULE).parent, stderr=subprocess.PIPE,
+            env=clean_environment())
+        self.addCleanup(process.wait)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.kill)
+        for line in process.stderr:
+            match = re.search(r':(\d+)/ init', line)
+            if match:
+                break
+        port, me, path = int(match[1]), basic('alice', 'a'), f'/keys/{named(b"x")}'
+        for request in (post('/config', b'x', me), post(path, b'x', me), get(path, me),
+                        get('/keys/', me, f'Accept: {V2}'), get('/', me, 'Accept: text/html'),
+                        get('/metrics', me), get('/health'),
+                        get(path, me, method='DELETE'), get('/.at/0s/keys/', me), get('/%C3%A9/keys/', me),
+                        get('/config', basic('m\u00fcller', 'x'), 'X-Forwarded-For: 1.2.3.4'), get('/x'),
+                        b'rubbish\r\n\r\n'):
+            with Wire(port) as wire:
+                self.assertLess(wire.ask(request)[0], 500)
+        with Http2Wire(port) as wire:
+            wire.send(headers(1, fields('GET', '/config', ('authorization', me.partition(': ')[2]))))
+            self.assertEqual(wire.answer()[0], 200)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual([line for line in process.stderr if 'IMPORTED' in line], [])
+
+    def test_threads_have_small_stacks(self):
+        server = self.serve('--workers', '1', self.root)
+        with Wire(server.port) as wire:
+            wire.ask(get('/config'))
+            maps = Path(f'/proc/{server.process.pid}/maps')
+            if not maps.exists():
+                self.skipTest('this system does not show the memory of a process')
+            sizes = [int(end, 16) - int(begin, 16) for begin, end in re.findall(
+                '^([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 *$', maps.read_text(), re.M)]
+        self.assertIn(restic_serve.STACK_BYTES, sizes)
+        self.assertNotIn(8 << 20, sizes)
+
+    def test_pypy_serves_too(self):
+        pypy = program('pypy3')
+        content = os.urandom(100_000)
+        path = f'/data/{named(content)}'
+        with Program('--addr', '127.0.0.1:0', self.root, python=pypy) as server:
+            with Wire(server.port) as wire:
+                for request, expected in ((post('/?create=true', b''), 200), (post(path, content), 200),
+                                          (get(path), 200), (get('/data/'), 200),
+                                          (get('/', 'Accept: text/html'), 200)):
+                    self.assertEqual(wire.ask(request)[0], expected)
+            self.assertEqual(server.stop(), 0)
+        with Stdio(self.root, python=pypy) as server:
+            server.wire.send(headers(1, fields('GET', path)))
+            self.assertEqual(server.wire.answer()[2], content)
+            server.close()
+            self.assertEqual(server.finish(), (0, ''))
+
     def test_the_log_as_json(self):
         with Program('-v', '--addr', '127.0.0.1:0', '--log-format=json', self.root) as server:
             with Wire(server.port) as wire:
@@ -8491,9 +9019,9 @@ class CommandLineTest(TestCase):
             self.assertEqual(server.stop(), 0)
         entries = [json.loads(line) for line in server.lines]
         self.assertRegex(entries[0]['time'], r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}$')
-        self.assertEqual([entry['level'] for entry in entries], ['NOTICE'] * 3 + ['INFO'])
+        self.assertEqual([entry['level'] for entry in entries], ['NOTICE'] * 4 + ['INFO'])
         self.assertIn(f'serving {self.root} on ', entries[1]['message'])
-        request = {key: entries[3][key] for key in ('client', 'user', 'request', 'status', 'bytes', 'referer',
+        request = {key: entries[4][key] for key in ('client', 'user', 'request', 'status', 'bytes', 'referer',
                                                     'agent')}
         self.assertEqual(request, {
             'client': '127.0.0.1', 'user': '-', 'request': 'GET /config?a=\\x22b\\x22 HTTP/1.1',
@@ -8580,14 +9108,15 @@ class CommandLineTest(TestCase):
                 '    if hasattr(os, name): delattr(os, name)\n'
                 'sys.argv[0] = "restic_serve.py"\n'
                 'import restic_serve; restic_serve.main()\n')
+        self.make_repository()
         process = subprocess.Popen(
             [sys.executable, '-c', code, '--addr', '127.0.0.1:0', str(self.root)], text=True,
             cwd=Path(MODULE).parent, stderr=subprocess.PIPE, env=clean_environment())
         self.addCleanup(process.wait)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.kill)
-        lines = [process.stderr.readline() for _ in range(3)]
-        match = re.search(r':(\d+)/ init', lines[2])
+        lines = [process.stderr.readline() for _ in range(2)]
+        match = re.search(r':(\d+)/ init', lines[1])
         self.assertTrue(match, lines)
         content = os.urandom(1 << 20)
         path = f'/data/{named(content)}'
@@ -8605,6 +9134,7 @@ class StdioTest(TestCase):
         self.root.mkdir()
 
     def test_uploads_downloads_and_a_clean_end(self):
+        self.make_repository()
         for socketed in (False, True):
             content = os.urandom(5 << 20)
             path = f'/data/{named(content)}'
@@ -8629,6 +9159,7 @@ class StdioTest(TestCase):
         victim = self.folder / 'config'
         victim.write_text('the config of a repository\n')
         content = b'content'
+        self.make_repository()
         with Stdio('--append-only', self.root, RESTIC_SERVE_ADD_USER='x', RESTIC_SERVE_HTPASSWD=str(victim),
                    RESTIC_SERVE_LOG_FILE=str(victim), RESTIC_SERVE_APPEND_ONLY='false',
                    RESTIC_SERVE_NO_VERIFY_UPLOAD='true', RESTIC_SERVE_VERBOSE='2',
@@ -8665,6 +9196,7 @@ class StdioTest(TestCase):
 
     def test_a_signal_ends_it_when_requests_are_done(self):
         content = os.urandom(1000)
+        self.make_repository()
         with Stdio(self.root) as server:
             server.wire.send(headers(1, fields('POST', f'/data/{named(content)}'), 4),
                              frame(DATA, 0, 1, content[:500]), frame(PING, 0, 0, bytes(8)))
@@ -9452,6 +9984,49 @@ class DiskFaultsTest(FaultsTestCase):
         self.assertIn(reason, self.faults()[0])
         self.assertEqual(self.exchange(wire, 'GET', path)[0], 404)
 
+    @long
+    def test_a_disk_that_is_unmounted_during_a_backup(self):
+        """Nothing is stored elsewhere; when the disk is back, the backup goes on and ends well."""
+        restic, disk = peer('restic'), self.folder / 'disk'
+        disk.mkdir()
+        self.root = disk
+        self.mount('size=200m')
+        mounted = self.folder / 'mounted'
+        (disk / 'backup').mkdir()
+        mounted.mkdir()
+
+        def bind():
+            subprocess.run(['mount', '--bind', disk / 'backup', mounted], check=True)
+
+        bind()
+        self.addCleanup(subprocess.run, ['umount', '-l', mounted], check=False)
+        source = self.folder / 'source'
+        source.write_bytes(os.urandom(40 << 20))
+        server = Program('--addr', '127.0.0.1:0', '--must-exist', mounted)
+        self.addCleanup(server.__exit__)
+        environment = {**clean_environment(), 'RESTIC_PASSWORD': 'x',
+                       'RESTIC_REPOSITORY': f'rest:{server.url}',
+                       'RESTIC_CACHE_DIR': str(self.folder / 'cache')}
+
+        def run(*words):
+            return subprocess.run([restic, *words], env=environment, check=True, capture_output=True,
+                                  text=True)
+
+        run('init')
+        backup = subprocess.Popen([restic, 'backup', '--limit-upload', '8192', str(source)], env=environment,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.addCleanup(backup.stdout.close)
+        self.addCleanup(backup.kill)
+        self.wait_until(lambda: list((mounted / 'data').glob('??/*')), 'the first pack')
+        subprocess.run(['umount', '-l', mounted], check=True)
+        self.wait_until(lambda: any('has gone' in line for line in server.lines), 'a line in the log')
+        self.assertEqual(list(mounted.iterdir()), [])
+        bind()
+        output = backup.communicate(timeout=2 * PATIENCE)[0]
+        self.assertEqual(backup.returncode, 0, output)
+        self.assertIn('no errors were found', run('check', '--read-data').stdout)
+        self.assertEqual(sum('has gone' in line for line in server.lines), 1)
+
     def test_a_full_disk(self):
         self.mount('size=1m')
         for number, wire in enumerate(self.WIRES):
@@ -10038,6 +10613,7 @@ class AtOnceTest(TestCase):
     def test_100_uploads_of_one_object_store_it_once_and_all_are_told_so(self):
         content = os.urandom(200_000)
         path, together = f'/host/data/{named(content)}', threading.Barrier(100)
+        self.make_repository('host')
         servers = [self.serve(), self.serve()]
 
         def upload(port):
@@ -10051,6 +10627,7 @@ class AtOnceTest(TestCase):
 
     def test_uploads_lists_and_deletes_of_the_same_names_agree_with_a_model(self):
         seconds = 60 if FUZZED == 20_000 else 3
+        self.make_repository('host')
         servers = [self.serve(), self.serve()]
         contents = [os.urandom(200 + 3000 * number) for number in range(5)]
         end = time.monotonic() + seconds
@@ -10292,7 +10869,7 @@ class SharedFileSystemTest(ResticTestCase):
         configuration = re.search(r'```haproxy\n(.*?)```', text, re.DOTALL)[1]
         with socket.create_server(('127.0.0.1', 0)) as sock:
             port = sock.getsockname()[1]
-        for here, there in (('bind :8080', f'bind 127.0.0.1:{port}'),
+        for here, there in (('bind :8443 ssl crt /etc/haproxy/restic.pem', f'bind 127.0.0.1:{port}'),
                             ('server one 10.0.0.1:8080', f'server one 127.0.0.1:{servers[0].port}'),
                             ('server two 10.0.0.2:8080', f'server two 127.0.0.1:{servers[1].port}')):
             self.assertIn(here, configuration)
@@ -10369,6 +10946,92 @@ class ReadmeTest(unittest.TestCase):
                          ['host'], '1.2.3.4')
         forged = "x NOTICE: authentication failed for 'a' from 9.9.9.9' from 1.2.3.4"
         self.assertIsNone(pattern.search(forged))
+
+    def blocks(self, kind):
+        return re.findall(rf'```{kind}\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)
+
+    def test_fail2ban_takes_the_filter_and_the_jail(self):
+        regex, client = program('fail2ban-regex'), program('fail2ban-client')
+        found = {match[1]: block for block in self.blocks('ini')
+                 for match in [re.match('# /etc/fail2ban/(.*)', block)] if match}
+        self.assertEqual(sorted(found), ['filter.d/restic-serve.conf', 'jail.d/restic-serve.conf'])
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name, 'fail2ban')
+            shutil.copytree('/etc/fail2ban', folder)
+            log = Path(name, 'log')
+            failed = '2026/11/22 18:45:12 NOTICE: authentication failed for'
+            log.write_text(f"{failed} 'alice' from 1.2.3.4\n{failed} 'm\u00fcller' from 2001:db8::1\n"
+                           '2026/11/22 18:45:13 NOTICE: serving /srv/backup on http://127.0.0.1:8080/\n')
+            for path, block in found.items():
+                (folder / path).write_text(block.replace('/var/log/restic-serve/log', str(log)))
+            done = subprocess.run([regex, log, folder / 'filter.d/restic-serve.conf'], text=True,
+                                  capture_output=True)
+            self.assertIn('3 lines, 0 ignored, 2 matched, 1 missed', done.stdout)
+            done = subprocess.run([client, '-c', folder, '-d'], text=True, capture_output=True)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            self.assertIn('restic-serve', done.stdout)
+
+    def test_behind_nginx_fail2ban_finds_the_client_and_not_the_proxy(self):
+        nginx, regex = program('nginx'), program('fail2ban-regex')
+        rule = next(block for block in self.blocks('ini') if 'filter.d' in block)
+        with tempfile.TemporaryDirectory() as name, socket.socket() as sock:
+            folder = Path(name)
+            sock.bind(('127.0.0.1', 0))
+            port = sock.getsockname()[1]
+            sock.close()
+            (folder / 'filter').write_text(rule)
+            (folder / 'users').write_text(f'alice:{sha("right")}\n')
+            (folder / 'nginx.conf').write_text(
+                f'daemon off;\nuser root;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n'
+                f'http {{\naccess_log off;\nclient_body_temp_path {folder}/body;\n'
+                f'server {{\nlisten 127.0.0.1:{port};\nlocation / {{\n'
+                f'proxy_pass http://unix:{folder}/socket;\n'
+                'proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;\n}\n}\n}\n')
+            with Program('-v', '--addr', folder / 'socket', '--htpasswd', folder / 'users', '--socket-auth',
+                         '--trust-proxy', '127.0.0.1', '--log-file', folder / 'log', folder / 'srv',
+                         wait=False) as server, subprocess.Popen(
+                             [nginx, '-c', folder / 'nginx.conf', '-p', folder],
+                             stderr=subprocess.PIPE) as proxy:
+                try:
+                    end = time.monotonic() + PATIENCE
+                    while not (listens(('127.0.0.1', port)) and listens(str(folder / 'socket'))):
+                        self.assertLess(time.monotonic(), end)
+                        time.sleep(0.01)
+                    with socket.create_connection(('127.0.0.1', port), PATIENCE, ('127.0.0.2', 0)) as client:
+                        client.sendall(get('/config', basic('alice', 'wrong'), 'X-Forwarded-For: 6.6.6.6'))
+                        self.assertIn(b' 401 ', client.recv(1000))
+                finally:
+                    proxy.terminate()
+                self.assertEqual(server.stop(), 0)
+            done = subprocess.run([regex, '-v', folder / 'log', folder / 'filter'], text=True,
+                                  capture_output=True)
+            self.assertIn('1 matched', done.stdout)
+            self.assertRegex(done.stdout, r'\n\| +127\.0\.0\.2 ')
+            self.assertIn('127.0.0.2 - - [', (folder / 'log').read_text())
+
+    def test_haproxy_takes_the_configuration(self):
+        haproxy = program('haproxy')
+        with tempfile.TemporaryDirectory() as name:
+            authority = Authority(Path(name))
+            authority.issue('restic')
+            path = Path(name, 'haproxy.cfg')
+            path.write_text(self.blocks('haproxy')[0].replace('/etc/haproxy/restic.pem',
+                                                              f'{name}/restic.both'))
+            done = subprocess.run([haproxy, '-c', '-f', path], text=True, capture_output=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_no_example_lets_strangers_in(self):
+        """An example that listens on more than this host has users, and TLS or a proxy before it; and none
+        has a password in a URL."""
+        text = README.read_text(encoding='utf-8')
+        self.assertEqual(re.findall(r'https?://[^/\s]*:[^/\s@]*@', text), [])
+        commands = [line for block in [*self.blocks('sh'), *self.blocks('ini')]
+                    for line in block.replace('\\\n', ' ').splitlines() if 'restic_serve.py' in line]
+        self.assertGreater(len(commands), 10)
+        for command in commands:
+            if '--addr :' in command or 'ExecStart' in command:
+                self.assertIn('--htpasswd', command)
+                self.assertRegex(command, '--cert|--trust-proxy|-p 127.0.0.1:')
 
     def test_the_alert_rules_in_the_readme_are_good(self):
         text = README.read_text(encoding='utf-8')
