@@ -195,6 +195,14 @@ def format_size(count: float) -> str:
     return f'{count:.0f} B' if units[0] == 'B' else f'{count:.1f} {units[0]}'
 
 
+def format_exact(count: int) -> str:
+    """Bytes as parse_quota() reads them: `50G`, or a bare number."""
+    for unit, size in (('T', 1 << 40), ('G', 1 << 30), ('M', 1 << 20), ('k', 1 << 10)):
+        if count and not count % size:
+            return f'{count // size}{unit}'
+    return str(count)
+
+
 def format_duration(seconds: float) -> str:
     """A time for people, in its two largest units: `9 s`, `3 m 20 s`, `2 d 5 h`."""
     left = int(seconds)
@@ -314,6 +322,11 @@ def is_user(name: str) -> bool:
     import unicodedata
     return (len(name.encode('utf-8', 'replace')) <= 255 and normalize_user(name) == name
             and all(letter in '@._-' or unicodedata.category(letter)[0] in 'LMN' for letter in name))
+
+
+def parse_shown_user(text: str) -> str:
+    """The user of --show-rights, `*` for the table of all."""
+    return '*' if text == '*' else parse_user(text)
 
 
 def parse_cost(text: str) -> int:
@@ -1011,6 +1024,43 @@ class Location:
             return self.repository or '/'
         name = '' if self.kind == 'config' else f'/{self.name}'
         return f'{self.repository}/{self.kind}{name}'
+
+
+# Characters that no segment may contain: control characters, and what is special on Windows.
+_NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
+
+
+RESERVED = ('this cannot be a repository, since the names data, index, keys, locks, snapshots, config, .at, '
+            ".restic_serve and those of a file system's own folders are taken; choose another")
+# No segment of a repository's path; the server's own names in no spelling that a file system may take for
+# them, either.
+_RESERVED = frozenset((*KINDS, 'config', *_OF_FILE_SYSTEMS))
+
+
+@functools.lru_cache(maxsize=1024)
+def check_repository(path: str, ignore_case: bool) -> str:
+    """A repository's path, if it is valid.  Raises HttpError 400 and 404."""
+    if not path:
+        return path
+    if ignore_case:
+        path = path.lower()
+    segments = path.split('/')
+    if segments.pop(0):
+        raise HttpError(400, 'the path does not begin with a slash')
+    for segment in segments:
+        if segment in ('', '.', '..') or _NO_FILE_NAME.search(segment):
+            raise HttpError(400, 'the path has a segment that is no file name')
+    if len(segments) > DEEPEST:
+        raise HttpError(400, f'the path has more than {DEEPEST} segments')
+    if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
+        raise HttpError(400, f'the path is longer than {LONGEST} bytes')
+    if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
+        raise HttpError(404, 'not found')
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise HttpError(400, 'the path has a character that file names here cannot have') from None
+    return path
 
 
 # A folder that is, or may hold, a repository: its path below DIR, the folder and its entries, which stay
@@ -2568,6 +2618,12 @@ class Counters:
                                                if key in rows.get(key[0], {})))
         return found
 
+    def own_rows(self, kind: str) -> Dict[Key, memoryview]:
+        """The rows of this process that begin with `kind`; with `lock`."""
+        if self._words[self._own * self._size + _CLEANED] != self._words[self._epoch]:
+            self._clean()
+        return dict(self._rows[self._own].get(kind, {}))
+
     def keys(self, kind: str) -> Set[Key]:
         """The keys of all rows that begin with `kind`."""
         found: Set[Key] = self._reading(lambda: {
@@ -3077,6 +3133,27 @@ def charge_of(size: int) -> int:
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
+class Quotas:
+    """Limits in bytes of what lies at and below places, such as `/alice` and `/%u`, in which %u stands for
+    any name; one for a written name goes before.  A scope is a place without its first slash."""
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self._limits = {place.strip('/'): limit for place, limit in limits.items() if limit}
+        self._patterns = [(place.split('/'), limit) for place, limit in self._limits.items() if '%u' in place]
+        self.limit = functools.lru_cache(maxsize=4096)(self._limit)
+
+    def __bool__(self) -> bool:
+        return bool(self._limits)
+
+    def _limit(self, scope: str) -> int:
+        """The bytes that a scope may hold, 0 where it has no limit."""
+        if '%u' not in scope and scope in self._limits:
+            return self._limits[scope]
+        names = scope.split('/') if scope else []
+        return next((limit for pattern, limit in self._patterns if len(pattern) == len(names) and all(
+            part in ('%u', name) for part, name in zip(pattern, names))), 0)
+
+
 class Census:
     """Counts what the repositories of a store hold, in the background, when somebody requests it and the
     last census is `interval` seconds old; `scopes` gives the quota scopes of a repository.  Any process
@@ -3092,15 +3169,27 @@ class Census:
         self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
         self._requester: Optional[socket.socket] = None
         self._counting = False
+        self._since = 0                 # when expire() was called, in nanoseconds
+        self.before: Callable[[], object] = lambda: None    # called before a census
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
         """Wait for the first census, or until it is `fresh`; whether it was in time."""
         end = time.monotonic() + seconds
-        while self._is_old() if fresh else not self._counters.read(('counted',)):
+        while self._is_old() if fresh else not self._is_counted():
             if time.monotonic() >= end:
                 return False
             time.sleep(0.02)
         return True
+
+    def _is_counted(self) -> bool:
+        """Whether there was a census since expire()."""
+        counted = self._counters.read(('counted',))
+        return bool(counted) and counted[0][1] >= self._since
+
+    def expire(self) -> None:
+        """What was counted so far no longer counts: another census is to be made."""
+        self._since = time.monotonic_ns()
+        self.request()
 
     def age(self) -> float:
         """Seconds since the last census, infinite before the first."""
@@ -3130,7 +3219,10 @@ class Census:
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
         try:
-            if self.requests and self.requests.recv(4096) and self._is_old() and not self._counting:
+            if not self.requests or not self.requests.recv(4096):
+                return
+            self.before()
+            if self._is_old() and not self._counting:
                 self._counting = True
                 threading.Thread(target=self._count_all, daemon=True).start()
         except (OSError, RuntimeError) as error:  # no thread could be started
@@ -3141,7 +3233,7 @@ class Census:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises HttpError if
         the directory has gone: then nothing is deleted, it is missing."""
         self._store.directory.check_present()
-        begin, unreadable = time.monotonic(), []  # type: float, List[str]
+        begin, unreadable = time.monotonic_ns(), []  # type: int, List[str]
 
         def on_error(path: str, error: OSError) -> None:
             log.warning('what is below %s is not known: %s', path or '/', error)
@@ -3176,8 +3268,8 @@ class Census:
         held = [count - more + less for count, more, less in zip(tally.other.held, added, removed)]
         if any(held):
             self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
-        self._counters.put(('counted',), int(time.monotonic() * 1e9))
-        log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
+        self._counters.put(('counted',), time.monotonic_ns(), begin)
+        log.debug('counted all repositories in %.1f s', (time.monotonic_ns() - begin) / 1e9)
 
     def _forget(self, repository: str) -> None:
         """A repository was deleted and its rows will be dropped: move what `delta` has of it to `other`."""
@@ -3199,7 +3291,7 @@ class Census:
             self._counting = False
 
     def _is_old(self) -> bool:
-        return self.age() >= self._interval
+        return self.age() >= self._interval or not self._is_counted()
 
     def _count(self, repository: str, tally: _Tally) -> None:
         """Count a repository.  If objects are removed meanwhile, it is counted again, a few times; the last
@@ -3296,15 +3388,15 @@ class Census:
 
 
 class Usage:
-    """What the repositories of a store hold.  All together may hold `max_bytes`, and those below each
-    top-level folder `max_bytes_per_user`; 0 is no limit.  A `census` is made when the last one is
-    `interval` seconds old and somebody asks.  See the chapter's opening for the rows of Counters; the
-    row `snapshot` of a repository is the time of the last one that was uploaded."""
+    """What the repositories of a store hold, and whether that is within the `quotas` (by place, in
+    bytes).  A `census` is made when the last one is `interval` seconds old and somebody asks.  See the
+    chapter's opening for the rows of Counters; the row `snapshot` of a repository is the time of the last
+    one that was uploaded."""
 
-    def __init__(self, store: Store, counters: Counters, interval: float = 3600, max_bytes: int = 0,
-                 max_bytes_per_user: int = 0, past: Optional[Past] = None) -> None:
-        self.max_bytes = max_bytes
-        self.max_bytes_per_user = max_bytes_per_user
+    def __init__(self, store: Store, counters: Counters, interval: float = 3600,
+                 quotas: Optional[Mapping[str, int]] = None, past: Optional[Past] = None) -> None:
+        self.limits = Quotas(quotas or {})
+        self._tracked = [self.limits]       # whose scopes are counted: all that were ever in force
         self.past = past or Past(store)
         self.census = Census(store, counters, interval, self.scopes, self.past)
         self._store = store
@@ -3322,7 +3414,7 @@ class Usage:
     def save(self, location: Location, body: Body) -> Tuple[int, int]:
         """Store an object as Store.save() does; the objects and bytes added.  Raises HttpError 507 where a
         quota leaves no room, before the content is read if its length is known."""
-        present = self._store.size(location) if self.scopes(location.repository) else None
+        present = self._store.size(location) if self.limited(location.repository) else None
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
         with _Upload(self, self._counters, location, body, present) as content:
@@ -3337,7 +3429,7 @@ class Usage:
     def create(self, location: Location) -> None:
         """Create a repository as Store.create_repository() does.  Raises HttpError 507 as save() does."""
         missing, repository = 0, location.repository
-        if self.scopes(repository):
+        if self.limited(repository):
             missing = self._store.folders.missing(repository)
             missing += len(KINDS) if missing else sum(
                 self._store.folders.missing(f'{repository}/{kind}') for kind in KINDS)
@@ -3412,18 +3504,48 @@ class Usage:
         return charge_of(size) + self._store.folders.missing(location.folder) * FOLDER_BYTES
 
     def scopes(self, repository: str) -> List[str]:
-        """The quota scopes of a repository: its top-level folder, and `` for everything."""
-        if not (self.max_bytes or self.max_bytes_per_user):
+        """The quota scopes of a repository: those of its path and of the paths above it that are, or were,
+        limited; `` is all that is stored."""
+        if not any(self._tracked):
             return []
-        return [scope for scope in {_top_level(repository), ''}
-                if (self.max_bytes_per_user if scope else self.max_bytes)]
+        found, scope = [], repository[1:]
+        while True:
+            if any(quotas.limit(scope) for quotas in self._tracked):
+                found.append(scope)
+            if not scope:
+                return found
+            scope = scope.rpartition('/')[0]
+
+    def set_quotas(self, quotas: Mapping[str, int]) -> None:
+        """Put other quotas in force.  What this process has added and removed in scopes that are new is
+        counted for them, too; then a census has to say what they hold."""
+        limits, changes = Quotas(quotas), {}    # type: Quotas, Dict[str, List[int]]
+        with self._counters.lock:
+            self._tracked.append(limits)
+            self.limits = limits
+            for direction, sign in (('added', 1), ('removed', -1)):
+                for (_, repository), row in self._counters.own_rows(direction).items():
+                    for scope in self.scopes(repository) if repository != OTHER else ():
+                        change = changes.setdefault(scope, [0, 0])
+                        change[0] += sign * row[_CHARGED]
+                        change[1] += sign * row[_OBJECTS + KINDS.index('locks')]
+            known = self._counters.own_rows('delta')
+            for scope, (charge, locks) in changes.items():
+                if ('delta', scope) not in known:
+                    row = self._counters.row(('delta', scope), 2)
+                    row[0], row[1] = charge, locks
+        self.census.expire()
+
+    def limited(self, repository: str) -> List[str]:
+        """The scopes of a repository that have a limit now."""
+        return [scope for scope in self.scopes(repository) if self.limits.limit(scope)]
 
     def quota(self, scope: str) -> Tuple[int, int, int]:
-        """Bytes that a scope holds, bytes reserved by uploads under way, and its limit."""
+        """Bytes that a scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none."""
         # An upload that ends moves from reserved to delta; reading in this order never misses it.
         reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
-        return baseline + delta, reserved, self.max_bytes_per_user if scope else self.max_bytes
+        return baseline + delta, reserved, self.limits.limit(scope)
 
     def refuse(self, location: Location, count: int) -> NoReturn:
         """Raises HttpError 507 for an upload of `count` bytes; logged once in WARNING_SECONDS."""
@@ -3432,15 +3554,14 @@ class Usage:
             self._next_warning = now + WARNING_SECONDS
             held = ', '.join(f'{format_size(held)} of {format_size(limit)} in /{scope}'
                              for scope, (held, _, limit) in ((scope, self.quota(scope))
-                                                            for scope in self.scopes(location.repository)))
+                                                            for scope in self.limited(location.repository)))
             log.warning('the quota leaves no room for %s more in %s: %s%s', format_size(count),
                         location.repository or '/', held, self._text_of_kept(location.repository))
         raise HttpError(507, 'the quota leaves no room')
 
     def _text_of_kept(self, repository: str) -> str:
         """How much of what a repository's quota scope holds was deleted, and when the first of it goes."""
-        scopes = self.scopes(repository)
-        scope = next(filter(None, scopes), '')
+        scope = next(filter(None, self.limited(repository)), '')
         kept, oldest = 0, ''
         for name, held in self.holdings(self.names(f'/{scope}' if scope else '')).items():
             if held.kept:
@@ -3456,7 +3577,7 @@ class Usage:
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
         """Bytes held and the limit, by the scopes of some repositories."""
-        scopes = {scope for repository in ('', *repositories) for scope in self.scopes(repository)}
+        scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
         return {scope: self.quota(scope)[::2] for scope in sorted(scopes)}
 
     def is_free(self, location: Location, length: Optional[int]) -> bool:
@@ -3465,7 +3586,7 @@ class Usage:
         if location.kind != 'locks' or length is None or length > LOCK_BYTES:
             return False
         return all(sum(self._counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
-                   for scope in self.scopes(location.repository)
+                   for scope in self.limited(location.repository)
                    ) and not self._store.folders.missing(location.folder)
 
     def _count_change(self, direction: str, location: Location, objects: int, size: int, charge: int) -> None:
@@ -3487,13 +3608,13 @@ class Usage:
             row = counters.row((direction, repository), len(_NOTHING))
             for column, amount in amounts.items():
                 row[column] += amount
-            is_own = counters.has_row((direction, repository))
-        sign = 1 if direction == 'added' else -1
-        charge, locks = sign * amounts[_CHARGED], sign * amounts.get(_OBJECTS + KINDS.index('locks'), 0)
-        for scope in self.scopes(repository):
-            counters.add(('delta', scope), charge, locks)
-            if not is_own:
-                counters.add(('other', scope), charge, locks)
+            sign = 1 if direction == 'added' else -1
+            charge, locks = sign * amounts[_CHARGED], sign * amounts.get(_OBJECTS + KINDS.index('locks'), 0)
+            kinds = ('delta',) if counters.has_row((direction, repository)) else ('delta', 'other')
+            for kind, scope in itertools.product(kinds, self.scopes(repository)):
+                row = counters.row((kind, scope), 2)
+                row[0] += charge
+                row[1] += locks
 
     # ---- what is there ----
 
@@ -3608,7 +3729,7 @@ class _Reservation:
         self._counters = counters
         self._location = location
         self._charge = charge
-        self._scopes = usage.scopes(location.repository)
+        self._scopes = usage.limited(location.repository)
         self._taken = 0
 
     def __enter__(self) -> Any:
@@ -4331,52 +4452,250 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
 
 
 # ==== Policy =====================================================================================
-# Authorization.  Each rule stands here once, for every route and both wires.
+# Authorization: who may do what, where, and how much.  One table of rules answers that for every route and
+# both wires.  --rights reads it from a file; --append-only and the like are short forms of such a table
+# (short_rights()).
+#
+# Of the rules for a user, or for `*`, the one with the longest place at or above the repository decides;
+# of rules for one place a user's own goes before `*`, and a written name before %u.  What no rule fits is
+# refused.
 
-METRICS_USER = 'metrics'     # May see the metrics, besides administrators.
+METRICS_USER = 'metrics'     # May see the metrics with --prometheus, besides administrators.
+NONE, METRICS, READ, APPEND, WRITE = RIGHTS = 'none', 'metrics', 'read', 'append', 'write'
+_RANKS = {NONE: 0, METRICS: 0, READ: 1, APPEND: 2, WRITE: 3}
+_WORDS_OF_RIGHTS = {
+    NONE: 'may do nothing', METRICS: 'may see metrics and page, and no repository,', READ: 'may read',
+    APPEND: 'may read and add, and delete only locks,', WRITE: 'may read, add and delete'}
+
+# `who` is a user or `*`; `where` a place such as `` (everything), `/alice` or `/%u`; `may` one of RIGHTS;
+# `quota` bytes, 0 for no limit; `line` its number in the file.
+Rule = collections.namedtuple('Rule', ['who', 'where', 'may', 'quota', 'line'])
+
+
+class Rights:
+    """A table of rules.  With `strangers` the rules of `*` are for clients without a name, too."""
+
+    def __init__(self, rules: Iterable[Rule], strangers: bool = True) -> None:
+        self.rules = list(rules)
+        self.quotas = {rule.where or '/': rule.quota for rule in self.rules if rule.quota}
+        self._strangers = strangers
+        # The last one of a place decides: a user's own, and a written name.
+        self._ordered = sorted(self.rules, key=lambda rule: (rule.who != '*', '%u' not in rule.where))
+        self.find = functools.lru_cache(maxsize=4096)(self._find)
+        self.of_user = functools.lru_cache(maxsize=1024)(self._of_user)
+
+    def _of_user(self, user: str) -> Dict[str, Rule]:
+        """The rules of a user, empty for a client without a name, by place."""
+        return {rule.where.replace('%u', user): rule for rule in self._ordered
+                if rule.who == user or (rule.who == '*' and (user or (
+                    self._strangers and '%u' not in rule.where)))}
+
+    def _find(self, user: str, repository: str) -> Tuple[str, str]:
+        """What a user may do in a repository, and the place whose rule says so."""
+        rules = self.of_user(user)
+        while True:
+            if repository in rules:
+                return rules[repository].may, repository
+            if not repository:
+                return NONE, ''
+            repository = repository.rpartition('/')[0]
+
+    def text(self) -> str:
+        """The table as a file would have it."""
+        rows = [(rule.who, _quoted(rule.where or '/'), rule.may,
+                 format_exact(rule.quota) if rule.quota else '') for rule in self.rules]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return '\n'.join('  '.join(word.ljust(width) for word, width in zip(row, widths)).rstrip()
+                         for row in rows)
+
+    def words(self, user: str) -> List[str]:
+        """What a user may do where, in sentences."""
+        found = []
+        for place, rule in sorted(self.of_user(user).items()):
+            limit = Quotas(self.quotas).limit(place.strip('/'))
+            found.append(f'{user} {_WORDS_OF_RIGHTS[rule.may]} at and below {place or "/"}'
+                         + (f', which may hold {format_size(limit)}' if limit else ''))
+        return found or [f'{user} may do nothing']
+
+
+def _quoted(word: str) -> str:
+    """A word of a rights file, in quotes if it needs them."""
+    import shlex
+    return word if re.fullmatch(r'[^\s"\'\\#]+', word) else shlex.quote(word)
+
+
+def short_rights(append_only: bool = False, private: bool = False, administrators: Iterable[str] = (),
+                 metrics: bool = False, quota: int = 0) -> Rights:
+    """The table for which --append-only, --private-repos, --admin, the user of --prometheus and
+    --max-size-per-user stand."""
+    rules = [Rule('*', '/%u' if private else '', APPEND if append_only else WRITE, quota, 0)]
+    known = {*administrators, *([METRICS_USER] if metrics else ())}
+    for name in sorted(known):
+        may = WRITE if name in administrators else METRICS
+        rules += [Rule(name, '', may, 0, 0), *([Rule(name, f'/{name}', may, 0, 0)] if private else ())]
+    return Rights(rules)
+
+
+def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False) -> Rights:
+    """The table in the text of a rights file.  Raises ValueError with all faults, one a line."""
+    rules: List[Rule] = []
+    faults: List[str] = []
+    places: Dict[Tuple[str, str], int] = {}     # the lines of who and where
+    quotas: Dict[str, Rule] = {}
+    for number, line in enumerate(text.split('\n'), 1):
+        try:
+            rule = _parse_rule(number, line.lower() if ignore_case else line)
+            if not rule:
+                continue
+            if places.setdefault((rule.who, rule.where), number) != number:
+                raise ValueError(f'{rule.who} has a line for {rule.where or "/"} already, '
+                                 f'line {places[rule.who, rule.where]}')
+            if rule.quota and quotas.setdefault(rule.where, rule).quota != rule.quota:
+                raise ValueError(f'{rule.where or "/"} has another quota in line {quotas[rule.where].line}')
+            rules.append(rule)
+        except ValueError as error:
+            faults.append(f'line {number}: {error}')
+    if faults:
+        raise ValueError('\n'.join(faults))
+    return Rights(rules, strangers)
+
+
+def _parse_rule(number: int, line: str) -> Optional[Rule]:
+    """The rule of a line, None if it has none.  Raises ValueError."""
+    import shlex
+    words = shlex.split(line, comments=True)
+    if not words:
+        return None
+    if not 3 <= len(words) <= 4:
+        raise ValueError('a line has who, where, may and perhaps a quota: alice /alice append 50G')
+    who, where, may = words[:3]
+    who = '*' if who == '*' else parse_user(who)
+    if not where.startswith('/'):
+        raise ValueError(f'{where!r} does not begin with a slash')
+    where = where.rstrip('/')
+    if '%' in re.sub('/%u(?=/|$)', '', where):
+        raise ValueError(f'{where!r}: %u, the name of the user, stands between two slashes')
+    try:
+        check_repository(where, False)
+    except HttpError as error:
+        raise ValueError(f'{where!r} cannot be a repository\'s path: {error}') from None
+    if may not in RIGHTS:
+        raise ValueError(f'{may!r} is no right; use none, metrics, read, append or write')
+    return Rule(who, where, may, parse_quota(words[3]) if len(words) > 3 else 0, number)
+
+
+class RightsFault(ValueError):
+    """What is wrong with a rights file, one fault a line."""
+
+
+class RightsFile:
+    """The table in a file, which is read again when it changes.  Raises OSError if it cannot be read, and
+    RightsFault if it is no good."""
+
+    def __init__(self, path: str, strangers: bool = False, ignore_case: bool = False) -> None:
+        self._path = path
+        self._options = strangers, ignore_case
+        self._stamp = stamp(path)
+        self.next_look = 0.0        # when it is to be looked at again
+        self.rights = self._load()
+
+    def refresh(self, force: bool = False) -> bool:
+        """Read the file again if it has changed; whether there is another table.  While the file is no good
+        the last table stays in force."""
+        now = time.monotonic()
+        if now < self.next_look and not force:
+            return False
+        self.next_look = now + LOOK_SECONDS
+        found = stamp(self._path)
+        if found == self._stamp:
+            return False
+        self._stamp = found
+        try:
+            self.rights = self._load()
+        except (OSError, RightsFault) as error:
+            for fault in str(error).splitlines():
+                reload_log.error('the rights stay as they were: %s', fault)
+            return False
+        reload_log.log(NOTICE, 'read %d rules from %s', len(self.rights.rules), self._path)
+        return True
+
+    def _load(self) -> Rights:
+        with open(self._path, 'rb') as file:
+            data = file.read()
+        try:
+            return parse_rights(data.decode('utf-8-sig'), *self._options)
+        except UnicodeDecodeError:
+            raise RightsFault(f'{self._path}: this is not UTF-8') from None
+        except ValueError as error:
+            raise RightsFault('\n'.join(f'{self._path}, {fault}'
+                                       for fault in str(error).splitlines())) from None
 
 
 class Policy:
-    """`append_only`: only locks can be deleted.  `private`: users may access only repositories below
-    `/<user>/`.  Neither applies to `administrators`.  With `metrics` the user of that name may see the
-    metrics and nothing else."""
+    """Says who may do what, by a table of rights, which a `file` may hold.  `on_change` is called with new
+    ones."""
 
-    def __init__(self, append_only: bool = False, private: bool = False,
-                 administrators: Iterable[str] = (), metrics: bool = False) -> None:
-        self.append_only = append_only
-        self.private = private
-        self.administrators = frozenset(administrators)
-        self._metrics = metrics
+    def __init__(self, rights: Optional[Rights] = None, file: Optional[RightsFile] = None) -> None:
+        self._file = file
+        self.rights = file.rights if file else rights or short_rights()
+        self.on_change: Callable[[Rights], object] = lambda rights: None
 
-    def may_enter(self, user: str, repository: str) -> bool:
-        """Whether a user may access a repository."""
-        if user in self.administrators:
-            return True
-        if self._metrics and user == METRICS_USER:
-            return False
-        return not self.private or (bool(user) and f'{repository}/'.startswith(f'/{user}/'))
+    def refresh(self, force: bool = False) -> None:
+        """Read the file again if it has changed: at most once a second, or now with `force`."""
+        if not self._file or (time.monotonic() < self._file.next_look and not force):
+            return
+        if self._file.refresh(force):
+            self.rights = self._file.rights
+            self.on_change(self.rights)
 
-    def check_user(self, user: str) -> None:
-        """Raises HttpError 403 for a user who may access no repository at all."""
-        if self._metrics and user == METRICS_USER and user not in self.administrators:
-            raise HttpError(403, f'the user {METRICS_USER} may see the metrics and nothing else')
+    def right(self, user: str, repository: str) -> str:
+        """What a user may do in a repository: one of RIGHTS."""
+        return self.rights.find(user, repository)[0]
 
-    def may_see_metrics(self, user: str) -> bool:
-        """Whether an authenticated user may see the metrics of all repositories."""
-        return user == METRICS_USER or user in self.administrators
+    @property
+    def is_for_all(self) -> bool:
+        """Whether everybody has the same rights everywhere, but for the user of --prometheus."""
+        return all(rule.where == '' and rule.who in ('*', METRICS_USER) for rule in self.rights.rules)
+
+    def places(self, user: str) -> List[str]:
+        """Where a user may do anything; there may be rules below that say otherwise."""
+        found = [place for place, rule in self.rights.of_user(user).items() if rule.may != NONE]
+        return [''] if '' in found else found
+
+    def metrics_of(self, user: str) -> Optional[Callable[[str], bool]]:
+        """Which repositories' metrics a user may see; None if there are none.  They belong to the right
+        `metrics`, and to `write` for everything in a rule of the user's own."""
+        rules = self.rights.of_user(user)
+        if '' in rules and rules[''].who == user and rules[''].may == WRITE:
+            return lambda repository: True
+        if any(rule.may == METRICS for rule in rules.values()):
+            return lambda repository: self.right(user, repository) == METRICS
+        return None
+
+    def sees_all_metrics(self, user: str) -> bool:
+        """Whether a user may see the metrics of everything, the server's own included."""
+        rules = self.rights.of_user(user)
+        return '' in rules and rules[''].who == user and rules[''].may in (WRITE, METRICS) and not any(
+            rule.may == NONE for rule in rules.values())
 
     def check(self, request: Request, location: Location) -> None:
-        """Raises HttpError 403 if the request's user may not do that."""
-        user = request.user
-        if user in self.administrators:
+        """Raises HttpError 403 if the request's user may not do that.  Locks come and go with the right to
+        read, so that restic can hold one."""
+        may, place = self.rights.find(request.user, location.repository)
+        needed, verb = READ, 'enter'
+        if request.method == 'POST' and location.kind != 'locks':
+            needed, verb = APPEND, 'add to'
+        elif request.method == 'DELETE' and location.is_object and location.kind != 'locks':
+            needed, verb = WRITE, 'delete in'
+        if _RANKS[may] >= _RANKS[needed]:
             return
-        if not self.may_enter(user, location.repository):
-            raise HttpError(403, 'this is not your repository')
-        if (self.append_only and request.method == 'DELETE'
-                and location.is_object and location.kind != 'locks'):
-            who = f"'{user}' from {request.client}" if user else request.client
-            log.log(NOTICE, 'append-only: %s may not delete %s', who, location)
-            raise HttpError(403, 'the server is append-only')
+        who = f"'{request.user}' from {request.client}" if request.user else request.client
+        if _RANKS[may] == 0:    # the same whether or not there is such a repository
+            log.log(NOTICE, 'refused: %s may not enter %s', who, location)
+            raise HttpError(403, f'{request.user or "you"} may not enter {location.repository or "/"}')
+        log.log(NOTICE, 'refused: %s may not %s %s: %s only in %s', who, verb.partition(' ')[0], location,
+                may, place or '/')
+        raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}: {may} only')
 
 
 # ==== Metrics ====================================================================================
@@ -4514,12 +4833,21 @@ class Metrics:
 
     # ---- for Prometheus ----
 
-    def exposition(self) -> str:
-        """All metrics in the text format.  One thread at a time computes them."""
+    def exposition(self, shows: Optional[Callable[[str], bool]] = None) -> str:
+        """All metrics in the text format, or those of the repositories and quotas that it `shows`.  One
+        thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
             facts = self._facts()
-            return ''.join(line for family in _FAMILIES for line in family.lines(facts))
+            if shows:
+                facts = facts._replace(
+                    blobs={key: row for key, row in facts.blobs.items() if shows(key[2])},
+                    repositories={name: held for name, held in facts.repositories.items() if shows(name)},
+                    scrubs={name: result for name, result in facts.scrubs.items() if shows(name)},
+                    quotas={scope: quota for scope, quota in facts.quotas.items()
+                            if shows(f'/{scope}' if scope else '')})
+            return ''.join(line for family in _FAMILIES if not (shows and family.of_server)
+                           for line in family.lines(facts))
 
     def _facts(self) -> Facts:
         repositories = self._usage.repositories()
@@ -4535,10 +4863,12 @@ Facts = collections.namedtuple('Facts', [
 
 class Family:
     """A metric.  `samples` yields labels and values from Facts, preceded by a suffix of the name where the
-    type has some."""
+    type has some.  It is of the repositories, or `of_server`."""
 
-    def __init__(self, name: str, kind: str, help_text: str, samples: Samples) -> None:
+    def __init__(self, name: str, kind: str, help_text: str, samples: Samples, of_server: bool = False
+                 ) -> None:
         self._name = name
+        self.of_server = of_server
         self._head = f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n'
         self._samples = samples
 
@@ -4599,17 +4929,18 @@ _FAMILIES = (
 
     Family('restic_serve_requests_total', 'counter', 'Requests answered.', lambda facts: (
         ({'method': method, 'status': status}, sum(row[1:]))
-        for (_, method, status), row in facts.requests.items())),
+        for (_, method, status), row in facts.requests.items()), of_server=True),
     Family('restic_serve_request_duration_seconds', 'histogram',
-           "Time from the end of a request's header to the end of its answer.", _durations),
+           "Time from the end of a request's header to the end of its answer.", _durations, of_server=True),
     Family('restic_serve_connections', 'gauge', 'Connections that are open.', lambda facts: [
-        ({}, facts.connections)]),
+        ({}, facts.connections)], of_server=True),
     Family('restic_serve_limited_total', 'counter', 'Requests and connections that a limit ended or refused.',
-           lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items())),
+           lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items()),
+           of_server=True),
     Family('restic_serve_start_time_seconds', 'gauge', 'When the server was started.', lambda facts: [
-        ({}, int(facts.begin))]),
+        ({}, int(facts.begin))], of_server=True),
     Family('restic_serve_build_info', 'gauge', 'The version of the server.', lambda facts: [
-        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]),
+        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)], of_server=True),
 
     Family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.', lambda facts: (
         ({'repo': repository_label(name)}, held.bytes) for name, held in facts.repositories.items())),
@@ -4720,25 +5051,29 @@ class Page:
                 ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
                 ('Vary', 'Accept')]
 
-    def render(self, top: str, may_enter: Callable[[str], bool], own: str = '') -> str:
-        """The page of the repositories at and below the path `top` that `may_enter` allows.  With `own`
-        only what lies below that path is considered, and its quota is shown in any case.  One thread
-        at a time renders a page."""
+    def render(self, top: str, right: Callable[[str], str], places: Iterable[str] = ('',)) -> str:
+        """The page of the repositories at and below the path `top` to which the user has a `right`, which
+        only those at and below `places` are; their quotas are shown in any case.  One thread at a time
+        renders a page."""
         self._usage.census.request()
         fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
-            return self._render(top, may_enter, own, fresh)
+            return self._render(top, right, list(places), fresh)
 
-    def _render(self, top: str, may_enter: Callable[[str], bool], own: str, fresh: bool) -> str:
+    def _render(self, top: str, right: Callable[[str], str], places: List[str], fresh: bool) -> str:
         counted, now = self._usage.census.age() < math.inf, time.time()
-        shown = self._usage.holdings(filter(may_enter, self._usage.names(
-            own if f'{own}/'.startswith(f'{top}/') else top)))
+        below = {place if f'{place}/'.startswith(f'{top}/') else top for place in places
+                 if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
+        shown = self._usage.holdings([name for place in below for name in self._usage.names(place)
+                                      if right(name) != NONE])
         overdue = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
         scrubs = last_scrubs(self._store)
-        rows = ''.join(self._row(name, held, name in overdue, scrubs.get(name), now) for name, held
-                       in sorted(shown.items(), key=lambda item: (item[0] not in overdue, item[0])))
-        quotas = ''.join(_quota(scope, *quota) for scope, quota in self._usage.quotas([*shown, own]).items()
-                         if may_enter(f'/{scope}' if scope else ''))
+        rows = ''.join(self._row(name, held, right(name), name in overdue, scrubs.get(name), now)
+                       for name, held in sorted(shown.items(), key=lambda item: (
+                           item[0] not in overdue, item[0])))
+        quotas = ''.join(
+            _quota(scope, *quota) for scope, quota in self._usage.quotas([*shown, *places]).items()
+            if right(f'/{scope}' if scope else '') != NONE)
         summary = f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
         if shown:
             alarm = 'none overdue'
@@ -4754,7 +5089,8 @@ class Page:
             f'<style>{_STYLE}</style></head><body><h1>Backups</h1>',
             f'<p>{summary if counted else "What is stored is being counted …"}</p>',
             f'<div class="quotas">{quotas}</div>' if quotas else '',
-            '<table><thead><tr><th>Repository<th>Last snapshot<th class="n">Snapshots<th class="n">Size'
+            '<table><thead><tr><th>Repository<th>You may<th>Last snapshot<th class="n">Snapshots'
+            '<th class="n">Size'
             f'<th class="n">In 30 days<th>{DAYS} days<th>Locks<th>Last scrub</tr></thead>\n'
             f'<tbody>{rows}</tbody></table>' if shown else '',
             f'<footer>restic_serve {__version__}, {time.strftime("%Y-%m-%d %H:%M:%S %Z")}. ',
@@ -4762,7 +5098,7 @@ class Page:
             if shown else '', '</footer></body></html>\n']
         return ''.join(parts)
 
-    def _row(self, name: str, held: Holdings, overdue: bool, scrub: Optional[ScrubResult],
+    def _row(self, name: str, held: Holdings, right: str, overdue: bool, scrub: Optional[ScrubResult],
              now: float) -> str:
         """A repository's row."""
         age, when = 'none', ''
@@ -4775,7 +5111,9 @@ class Page:
         if scrub:
             checked = (_bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound') + _small(
                 f'{_age(now - scrub.time)} ago')
-        cells = (('Repository', 'name', _text(name or '/')), ('Last snapshot', 'age', age + when),
+        cells = (('Repository', 'name', _text(name or '/')),
+                 ('You may', 'right', 'see' if right == METRICS else right),
+                 ('Last snapshot', 'age', age + when),
                  ('Snapshots', 'n', f'{held.objects["snapshots"]:,}'),
                  ('Size', 'n', format_size(held.bytes) + (
                      _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
@@ -4982,7 +5320,7 @@ class Api:
         if path in self._own_paths and request.method in ('GET', 'HEAD'):
             return self._own_paths[path](request)
         request.user = self._identify(request)
-        self.policy.check_user(request.user)
+        self.policy.refresh()
         if self.baseurl:
             if path != self.baseurl and not path.startswith(self.baseurl + '/'):
                 parse_path(path)
@@ -5114,14 +5452,18 @@ class Api:
         raise HttpError(404, 'not found')
 
     def _get_metrics(self, request: Request) -> Response:
+        shows: Optional[Callable[[str], bool]] = None
         if self._prometheus != 'open':
             request.user = user = self._identify(request)
-            free = not (self.accounts.demanded or self.policy.private or self.policy.administrators
-                        or (user and not request.peer.unix))
-            if not free and not self.policy.may_see_metrics(user):
-                raise HttpError(403, f'metrics are for administrators and the user {METRICS_USER}')
+            self.policy.refresh()
+            free = (not self.accounts.demanded and self.policy.is_for_all
+                    and (request.peer.unix or not user))
+            if not free and not self.policy.sees_all_metrics(user):
+                shows = self.policy.metrics_of(user)
+                if not shows:
+                    raise HttpError(403, f'metrics are for administrators and the user {METRICS_USER}')
         return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
-                        self.metrics.exposition().encode())
+                        self.metrics.exposition(shows).encode())
 
     def _get_health(self, request: Request) -> Response:
         """For load balancers and monitors, without a login."""
@@ -5130,11 +5472,10 @@ class Api:
         return text_response(503 if fault else 200, fault or 'ok')
 
     def _get_page(self, page: Page, request: Request, location: Location) -> Response:
-        user, policy = request.user, self.policy
-        if location.repository:
-            policy.check(request, location)
-        own = f'/{user}' if policy.private and user and user not in policy.administrators else ''
-        text = page.render(location.repository, functools.partial(policy.may_enter, user), own)
+        right, top = functools.partial(self.policy.right, request.user), location.repository
+        if top and right(top) == NONE:
+            self.policy.check(request, location)
+        text = page.render(top, right, self.policy.places(request.user))
         return Response(200, page.headers(), text.encode('utf-8', 'replace'))
 
 
@@ -5198,10 +5539,10 @@ def _parse_decoded(path: str, ignore_case: bool) -> Location:
     parent, _, name = path.rpartition('/')
     repository, slash, kind = parent.rpartition('/')
     if slash and kind in KINDS and (not name or _NAME.fullmatch(name)):
-        return Location(_check_repository(repository, ignore_case), kind, name)
+        return Location(check_repository(repository, ignore_case), kind, name)
     if path.endswith('/config'):
-        return Location(_check_repository(path[:-len('/config')], ignore_case), 'config')
-    return Location(_check_repository(path[:-1] if path.endswith('/') else path, ignore_case))
+        return Location(check_repository(path[:-len('/config')], ignore_case), 'config')
+    return Location(check_repository(path[:-1] if path.endswith('/') else path, ignore_case))
 
 
 def _decode_path(path: str) -> str:
@@ -5214,43 +5555,6 @@ def _decode_path(path: str) -> str:
         return unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
         raise HttpError(400, 'the path is not UTF-8') from None
-
-
-# Characters that no segment may contain: control characters, and what is special on Windows.
-_NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
-
-
-RESERVED = ('this cannot be a repository, since the names data, index, keys, locks, snapshots, config, .at, '
-            ".restic_serve and those of a file system's own folders are taken; choose another")
-# No segment of a repository's path; the server's own names in no spelling that a file system may take for
-# them, either.
-_RESERVED = frozenset((*KINDS, 'config', *_OF_FILE_SYSTEMS))
-
-
-@functools.lru_cache(maxsize=1024)
-def _check_repository(path: str, ignore_case: bool) -> str:
-    """A repository's path, if it is valid.  Raises HttpError 400 and 404."""
-    if not path:
-        return path
-    if ignore_case:
-        path = path.lower()
-    segments = path.split('/')
-    if segments.pop(0):
-        raise HttpError(400, 'the path does not begin with a slash')
-    for segment in segments:
-        if segment in ('', '.', '..') or _NO_FILE_NAME.search(segment):
-            raise HttpError(400, 'the path has a segment that is no file name')
-    if len(segments) > DEEPEST:
-        raise HttpError(400, f'the path has more than {DEEPEST} segments')
-    if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
-        raise HttpError(400, f'the path is longer than {LONGEST} bytes')
-    if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
-        raise HttpError(404, 'not found')
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        raise HttpError(400, 'the path has a character that file names here cannot have') from None
-    return path
 
 
 # ==== Transport ==================================================================================
@@ -8977,7 +9281,7 @@ class Server:
             # A connection of HTTP/2 takes three, and its file one.
             _allow_descriptors(4 * max_connections + 256)
         api.usage.census.open()
-        if api.usage.max_bytes or api.usage.max_bytes_per_user:
+        if api.usage.limits:
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -9572,6 +9876,9 @@ OPTIONS = (
     Option('what they may do', '--admin', parse_user, 'user whom --append-only and --private-repos do not '
            'bind; may be repeated', 'NAME', repeated=True, stdio=False),
 
+    Option('what they may do', '--rights', str, 'file that says who may do what, where, and how much, a line '
+           'each such as "alice /alice append 50G"; in place of the options before it', 'FILE', stdio=False),
+
     Option('storing', '--group-accessible', parse_bool, 'new directories and files can be read and written '
            'by the group (0770 and 0660 in place of 0700 and 0600)'),
     Option('storing', '--must-exist', parse_bool, 'refuse to start where DIR is missing, such as where its '
@@ -9648,6 +9955,9 @@ OPTIONS = (
            environment=False),
     Option('other jobs', '--remove-user', parse_user, 'remove a user from the file of --htpasswd', 'NAME',
            requires=('--htpasswd',), environment=False),
+    Option('other jobs', '--show-rights', parse_shown_user, 'show the table of rights that the other options '
+           'stand for, or with USER what that user may do, in words', '[USER]', environment=False,
+           stdio=False),
     Option('other jobs', '--bcrypt-cost', parse_cost, 'rounds of the new password, as a power of two: '
            '4 to 31', 'NUMBER', shown='10, or 5 where Python has to compute them'),
 )
@@ -9706,12 +10016,22 @@ class Parser(argparse.ArgumentParser):
         end = args.index('--') if '--' in args else len(args)
         # A bool takes a value only after '=', or it would swallow DIR.
         options = self.parse_intermixed_args([f'{word}=true' if word in flags else word
-                                              for word in args[:end]])
+                                              for word in self._complete_user(args[:end])])
         options.arguments += args[end + 1:]
         for name, default in self._lists.items():
             if getattr(options, name) is None:
                 setattr(options, name, default)
         return options
+
+    @staticmethod
+    def _complete_user(args: List[str]) -> List[str]:
+        """`args` with a value for --show-rights where no user follows."""
+        if '--show-rights' not in args:
+            return args
+        at = args.index('--show-rights')
+        user = args[at + 1:at + 2]
+        named = bool(user) and not user[0].startswith('-') and is_user(normalize_user(user[0]))
+        return [*args[:at], f'--show-rights={user[0] if named else "*"}', *args[at + 1 + named:]]
 
     def _pass_over(self, args: List[str]) -> List[str]:
         """`args` without rclone's options that mean nothing to a local directory, which scripts have."""
@@ -9876,6 +10196,9 @@ def check_requirements(parser: Parser, options: argparse.Namespace, group: str =
                 parser.error(f'{option.name} requires {name}')
 
 
+_SHORT_RIGHTS = ('--append-only', '--private-repos', '--admin', '--max-size-per-user')
+
+
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse combinations that make no sense, with one line and exit status 2."""
     if options.stdio:
@@ -9888,6 +10211,13 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f'{names} both say who the users are; one of them alone can')
     if options.no_auth and (sources or options.client_ca):
         parser.error('--no-auth: users are asked for by another option')
+    if options.rights:
+        table = short_rights(options.append_only, options.private_repos, options.admin, False,
+                             options.max_size_per_user or 0).text().replace('\n', '; ')
+        for option in OPTIONS:
+            if option.name in _SHORT_RIGHTS and option.is_set(options):
+                parser.error(f'{option.name} and --rights: one of them alone can say who may do what; '
+                             f'for the options write in {options.rights}: {" ".join(table.split(" "))}')
     for name in ('private_repos', 'admin'):
         # Over a unix socket the user is the login name, and inherited sockets may be unix.
         if (getattr(options, name) and not sources and not options.client_ca
@@ -9966,6 +10296,8 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     users = api.accounts.users()
     if api.store.directory.read_only:
         parts = ['read-only']
+    elif options.rights:
+        parts = [f'rights: {len(api.policy.rights.rules)} rules from {options.rights}']
     elif options.append_only:
         parts = ['append-only' + (f' for all but {", ".join(options.admin)}' if options.admin else '')]
     else:
@@ -10012,8 +10344,7 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
                         options.user or '', getattr(options, 'pass'), options.salt, options.realm,
                         options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
                         options.socket_auth, counters)
-    administrators = [user.lower() if store.ignores_case else user for user in options.admin]
-    policy = Policy(options.append_only, options.private_repos, administrators, options.prometheus)
+    policy = make_policy(options, store, accounts.demanded)
     limits = Limits(header_bytes=options.max_header_bytes + HEADER_SLACK,
                     read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout,
@@ -10024,11 +10355,27 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
                   options.max_connections_per_address)
 
 
+def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Policy:
+    """The policy that the options describe; with a `login` clients without a name have no rights by a file.
+    Raises OSError and RightsFault with a message for the user."""
+    if options.rights:
+        return Policy(file=RightsFile(options.rights, not login, store.ignores_case))
+    administrators = [user.lower() if store.ignores_case else user for user in options.admin]
+    return Policy(short_rights(options.append_only, options.private_repos, administrators,
+                               bool(options.prometheus), options.max_size_per_user or 0))
+
+
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None, at: str = '') -> Api:
     """The Api that the options describe."""
-    usage = Usage(store, counters, options.usage_interval, options.max_size, options.max_size_per_user,
+    def quotas(rights: Rights) -> Dict[str, int]:
+        limits = [limit for limit in (options.max_size, rights.quotas.get('/')) if limit]
+        return {**rights.quotas, **({'/': min(limits)} if limits else {})}
+
+    usage = Usage(store, counters, options.usage_interval, quotas(policy.rights),
                   Past(store, options.keep_deleted))
+    policy.on_change = lambda rights: usage.set_quotas(quotas(rights))
+    usage.census.before = lambda: policy.refresh(force=True)
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
                options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
@@ -10049,7 +10396,7 @@ def stats_seconds(options: argparse.Namespace) -> float:
 def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
     """Serve standard input and output until they end; with `at` the repositories of that moment."""
     counters = Counters()
-    api = make_api(options, store, counters, Policy(options.append_only), at=at)
+    api = make_api(options, store, counters, Policy(short_rights(options.append_only)), at=at)
     limits = Limits(options.max_header_bytes + HEADER_SLACK, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout, options.stall_timeout)
     server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
@@ -10143,6 +10490,30 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
     return 0
 
 
+def show_rights(parser: Parser, options: argparse.Namespace) -> int:
+    """Do --show-rights; the exit status."""
+    check_options(parser, options)
+    try:
+        rights = (RightsFile(options.rights).rights if options.rights else short_rights(
+            options.append_only, options.private_repos, options.admin, bool(options.prometheus),
+            options.max_size_per_user or 0))
+    except (OSError, RightsFault) as error:
+        print_faults(error)
+        return 1
+    user = options.show_rights
+    print(rights.text() if user == '*' else '\n'.join(rights.words(user)))
+    return 0
+
+
+def print_faults(error: OSError | RightsFault) -> None:
+    """Say what is wrong on standard error, a line for each fault."""
+    reason = str(error)
+    if isinstance(error, OSError) and error.filename:
+        reason = f'{error.filename}: {error.strerror}'
+    for line in reason.split('\n'):
+        print(f'restic_serve: {one_line(line)}', file=sys.stderr)
+
+
 def read_password(user: str) -> bytes:
     """A new password, asked for twice on a terminal, or a line of standard input.  Raises
     ValueError."""
@@ -10172,6 +10543,8 @@ def main(args: Optional[List[str]] = None) -> int:
         except OSError as error:
             print(f'restic_serve: {error.filename}: {error.strerror}', file=sys.stderr)
             return 1
+    if options.show_rights:
+        return show_rights(parser, options)
     directory, at = split_directory(parser, options, find_directory(parser, options.arguments))
     check_options(parser, options)
     check_directory(parser, options, directory)
@@ -10210,9 +10583,8 @@ def main(args: Optional[List[str]] = None) -> int:
     except ImportError as error:
         print(f'restic_serve: this Python lacks {error.name}; install python3', file=sys.stderr)
         return 1
-    except OSError as error:
-        reason = f'{error.filename}: {error.strerror}' if error.filename else error
-        print(f'restic_serve: {one_line(reason)}', file=sys.stderr)
+    except (OSError, RightsFault) as error:
+        print_faults(error)
         return 1
     announce(server, store.root, options)
     trim_memory()

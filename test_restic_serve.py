@@ -46,7 +46,7 @@ from unittest import mock
 import restic_serve
 from restic_serve import (
     Accounts, Api, Counters, HttpError, Limits, Location, Metrics, Page, PasswordFile, Peer, Policy,
-    Request, Server, Store, Usage)
+    Request, Server, Store, Usage, short_rights)
 
 MODULE = restic_serve.__file__
 README = Path(MODULE).with_name('README.md')
@@ -349,7 +349,7 @@ class WireTestCase(TestCase):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
-        self.policy = Policy(False)
+        self.policy = Policy()
         self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
         self.port = self.server.listeners[0].server_address[1]
 
@@ -537,7 +537,7 @@ class WatchedTestCase(Http2TestCase):
     def watch(self, policy=None, accounts=None, prometheus='login', max_bytes=0, per_user=0, **more):
         """Another server, that shows what it knows."""
         counters = Counters()
-        self.usage = Usage(self.store, counters, max_bytes=max_bytes, max_bytes_per_user=per_user)
+        self.usage = Usage(self.store, counters, quotas={'/': max_bytes, '/%u': per_user})
         self.metrics = Metrics(counters, self.usage, self.store)
         self.server = self.serve(Api(
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
@@ -1514,7 +1514,7 @@ class FileSystemsTest(TestCase):
         store = self.make_store()
         store.ignores_case = True
         accounts = Accounts(user='Alice', password='a')
-        api = Api(store, Policy(private=True), accounts)
+        api = Api(store, Policy(short_rights(private=True)), accounts)
 
         def ask(method, path):
             header = {'authorization': basic('Alice', 'a').partition(': ')[2]}
@@ -2234,8 +2234,8 @@ class PastApiTest(PastTestCase):
         self.assertEqual((status, b'--keep-deleted' in content), (404, True))
 
     def test_rights_are_those_of_the_repository(self):
-        self.api = Api(self.store, Policy(private=True), usage=self.usage)
-        self.assertEqual(self.ask('GET', '/host/.at/1s/config')[1], b'this is not your repository\n')
+        self.api = Api(self.store, Policy(short_rights(private=True)), usage=self.usage)
+        self.assertEqual(self.ask('GET', '/host/.at/1s/config')[1], b'you may not enter /host\n')
 
     def test_encoded_and_reserved_names(self):
         self.assertEqual(restic_serve.parse_path('/x%2541/.at/2d/config').repository, '/x%41')
@@ -2254,7 +2254,7 @@ class PastApiTest(PastTestCase):
 
     def test_what_is_kept_counts_for_quotas_until_it_is_purged(self):
         counted_plainly(self)
-        self.usage = Usage(self.store, Counters(), interval=0, max_bytes=1000, past=self.past)
+        self.usage = Usage(self.store, Counters(), interval=0, quotas={'/': 1000}, past=self.past)
         self.api = Api(self.store, Policy(), usage=self.usage)
         self.usage.census.count()
         for number in range(3):
@@ -2342,7 +2342,7 @@ class DirectoryTest(TestCase):
             'nothing is stored or found until it is back', f'{self.root} is back'])
 
     def test_what_is_known_of_a_quota_outlives_a_disk_that_was_away(self):
-        usage = Usage(self.store, Counters(), interval=0, max_bytes=1 << 20)
+        usage = Usage(self.store, Counters(), interval=0, quotas={'/': 1 << 20})
         usage.census.count()
         usage.create(Location('/host'))
         usage.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
@@ -3107,7 +3107,7 @@ class UsageTest(TestCase):
                 self.assertEqual(self.held(), (100, {'data': 1}))
 
     def test_without_end_of_deletions_a_count_errs_on_the_safe_side(self):
-        self.usage = self.make(max_bytes=1000)
+        self.usage = self.make(quotas={'/': 1000})
         self.usage.census.count()
         locations = [self.save(10, kind='locks') for _ in range(20)]
         real = Store.object_entries
@@ -3152,7 +3152,7 @@ class UsageTest(TestCase):
         self.assertIn('⚠ not all can be read', Page(self.store, self.usage).render('', lambda name: True))
 
     def test_what_cannot_be_read_any_more_stays_as_it_was(self):
-        self.usage = self.make(max_bytes=10_000)
+        self.usage = self.make(quotas={'/': 10_000})
         self.usage.census.count()
         for repository in ('/alice/x', '/bob'):
             self.save(100, repository)
@@ -3191,7 +3191,7 @@ class UsageTest(TestCase):
                          {'/alice': (100, 1), '/bob': (100, 0)})
 
     def test_a_full_quota_lets_locks_in_but_not_any_number(self):
-        usage = self.make(max_bytes=100)
+        usage = self.make(quotas={'/': 100})
         usage.census.count()
         usage.create(Location(''))
         with self.assertRaises(HttpError):
@@ -3218,7 +3218,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.repositories()['/host'].last_snapshot, 1000)
 
     def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
-        self.usage = self.make(max_bytes=10_000)
+        self.usage = self.make(quotas={'/': 10_000})
         for number in range(20):
             Store(str(self.root)).save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
                                        Bytes(b'%100d' % number))
@@ -3312,7 +3312,7 @@ class UsageTest(TestCase):
         self.assertEqual(len(counts), 2)
 
     def test_a_full_quota_is_answered_before_the_content_is_read(self):
-        for more in ({'max_bytes': 1000}, {'max_bytes_per_user': 1000}):
+        for more in ({'quotas': {'/': 1000}}, {'quotas': {'/%u': 1000}}):
             with self.subTest(**more):
                 shutil.rmtree(self.root / 'host', ignore_errors=True)
                 self.usage = self.make(**more)
@@ -3324,8 +3324,8 @@ class UsageTest(TestCase):
                 self.assertEqual(caught.exception.status, 507)
                 self.assertEqual(unread._file.tell(), 0)
                 self.assertEqual(self.log[-1], 'the quota leaves no room for 401 B more in /host: 600 B '
-                                 f'of 1.0 KiB in /{"" if "max_bytes" in more else "host"}')
-                self.assertEqual(self.usage.quota('' if 'max_bytes' in more else 'host'), (600, 0, 1000))
+                                 f'of 1.0 KiB in /{"" if "/" in more["quotas"] else "host"}')
+                self.assertEqual(self.usage.quota('' if '/' in more['quotas'] else 'host'), (600, 0, 1000))
                 second = self.save(400)
                 # one that is there already needs no room
                 self.usage.save(second, Bytes(Path(path_of(self.store, second)).read_bytes()))
@@ -3333,7 +3333,7 @@ class UsageTest(TestCase):
                     self.save(1)
                 self.usage.delete(first)
                 self.save(600)
-                if 'max_bytes' not in more:
+                if '/' not in more['quotas']:
                     self.save(1000, '/other')
                     self.save(1000, '')
 
@@ -3360,7 +3360,7 @@ class UsageTest(TestCase):
     def test_uploads_at_once_do_not_slip_past_a_quota_together(self):
         for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
             shutil.rmtree(self.root / 'host', ignore_errors=True)
-            self.usage = self.make(max_bytes=4300)
+            self.usage = self.make(quotas={'/': 4300})
             self.usage.census.count()
             answers = self.upload_at_once(16, **more)
             stored = answers.count(200)
@@ -3370,7 +3370,7 @@ class UsageTest(TestCase):
             self.assertEqual(len(self.files(self.root / 'host')) if stored else 0, stored)
 
     def test_room_for_an_upload_that_failed_is_given_back(self):
-        self.usage = self.make(max_bytes=1000)
+        self.usage = self.make(quotas={'/': 1000})
         self.usage.census.count()
         with self.assertRaises(HttpError):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
@@ -3383,7 +3383,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (1000, 0, 1000))
 
     def test_room_that_an_upload_under_way_holds_is_waited_for(self):
-        self.usage = self.make(max_bytes=1000)
+        self.usage = self.make(quotas={'/': 1000})
         self.usage.census.count()
         go_on = threading.Event()
 
@@ -3414,7 +3414,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (200, 0, 1000))
 
     def test_what_is_removed_during_its_upload_is_to_be_sent_again(self):
-        self.usage = self.make(max_bytes=1000)
+        self.usage = self.make(quotas={'/': 1000})
         self.usage.census.count()
         location = self.save(900)
         content = Path(path_of(self.store, location)).read_bytes()
@@ -3442,7 +3442,7 @@ class UsageTest(TestCase):
 
     def test_small_objects_and_folders_fill_a_quota_as_they_fill_the_disk(self):
         self.use_blocks()
-        self.usage = self.make(max_bytes=400 * 1024)
+        self.usage = self.make(quotas={'/': 400 * 1024})
         self.usage.census.count()
         self.usage.create(Location('/host'))
         self.assertEqual(self.usage.quota('')[0], 6 * 4096)     # itself, and five kinds
@@ -3458,7 +3458,7 @@ class UsageTest(TestCase):
 
     def test_repositories_that_are_made_fill_a_quota(self):
         self.use_blocks()
-        self.usage = self.make(max_bytes=1 << 20)
+        self.usage = self.make(quotas={'/': 1 << 20})
         self.usage.census.count()
         made = 0
         with self.assertRaises(HttpError) as caught:
@@ -3475,7 +3475,7 @@ class UsageTest(TestCase):
 
     def test_what_was_counted_and_what_passed_through_agree(self):
         self.use_blocks()
-        self.usage = self.make(max_bytes=1 << 40, max_bytes_per_user=1 << 40)
+        self.usage = self.make(quotas={'/': 1 << 40, '/%u': 1 << 40})
         self.usage.census.count()
         random.seed(7)
         kept = []
@@ -3495,7 +3495,7 @@ class UsageTest(TestCase):
 
     def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
         self.use_blocks()
-        usage = self.make(max_bytes=50_000)
+        usage = self.make(quotas={'/': 50_000})
         usage.census.count()
         for name in 'ab':
             usage.create(Location(f'/{name}'))
@@ -3514,7 +3514,7 @@ class UsageTest(TestCase):
         self.assertFalse((self.root / 'c').exists())
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
-        usage = self.make(max_bytes=1000)
+        usage = self.make(quotas={'/': 1000})
         usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
@@ -3534,7 +3534,7 @@ class UsageTest(TestCase):
 
     def test_an_upload_reserves_room_for_all_of_its_content(self):
         self.use_blocks()
-        usage = self.make(max_bytes=100 * 4096)
+        usage = self.make(quotas={'/': 100 * 4096})
         usage.census.count()
         usage.create(Location('/host'))
         reserved = []
@@ -3575,7 +3575,7 @@ class UsageTest(TestCase):
     def test_a_repository_that_is_gone_leaves_nothing_in_the_quotas(self):
         for delete in (False, True):
             with self.subTest(delete=delete):
-                usage = self.usage = self.make(max_bytes=4 << 20, max_bytes_per_user=4 << 20)
+                usage = self.usage = self.make(quotas={'/': 4 << 20, '/%u': 4 << 20})
                 location = Location('/old', 'data', named(bytes(3 << 20)))
                 if delete:  # it was there before the start
                     self.store.save(location, Bytes(bytes(3 << 20)))
@@ -3593,7 +3593,7 @@ class UsageTest(TestCase):
                 shutil.rmtree(self.root / 'new')
 
     def test_what_comes_through_a_link_is_counted_once(self):
-        usage = self.usage = self.make(max_bytes=1 << 30)
+        usage = self.usage = self.make(quotas={'/': 1 << 30})
         usage.census.count()
         self.save(100, '/real')
         (self.root / 'alias').symlink_to('real')
@@ -3604,7 +3604,7 @@ class UsageTest(TestCase):
                 path.stat().st_size for path in (self.root / 'real').rglob('*') if path.is_file()))
 
     def test_a_full_quota_lets_a_damaged_object_be_mended(self):
-        usage = self.usage = self.make(max_bytes=1000)
+        usage = self.usage = self.make(quotas={'/': 1000})
         usage.census.count()
         location = self.save(1000)
         content = Path(path_of(self.store, location)).read_bytes()
@@ -3628,7 +3628,7 @@ class UsageTest(TestCase):
             self.assertEqual(computed.call_count, 4)
 
     def test_what_replaces_a_damaged_object_is_counted(self):
-        self.usage = self.make(max_bytes=1000)
+        self.usage = self.make(quotas={'/': 1000})
         self.usage.census.count()
         location = self.save(700)
         path = Path(path_of(self.store, location))
@@ -3648,7 +3648,7 @@ class UsageTest(TestCase):
     def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
         with mock.patch.object(restic_serve, 'SLOT_BYTES', 4096), \
                 mock.patch.object(restic_serve, 'SPARE_BYTES', 2048):
-            self.usage = Usage(self.store, Counters(), max_bytes=1 << 30, max_bytes_per_user=1 << 20)
+            self.usage = Usage(self.store, Counters(), quotas={'/': 1 << 30, '/%u': 1 << 20})
             self.usage.census.count()
             stored = 0
             with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0):
@@ -3680,7 +3680,7 @@ class UsageTest(TestCase):
         self.assertTrue(self.usage.census.wait(PATIENCE))
 
     def test_before_the_first_count_an_upload_is_put_off(self):
-        self.usage = self.make(max_bytes=1000)
+        self.usage = self.make(quotas={'/': 1000})
         with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
             self.save(1)
         self.assertEqual((caught.exception.status, list(caught.exception.headers)),
@@ -4308,7 +4308,7 @@ class LoginTest(ListenerTestCase):
         import pwd
         name = pwd.getpwuid(os.getuid()).pw_name
         self.assertTrue(name, getpass.getuser())
-        self.policy.private = True
+        self.policy.rights = short_rights(private=True)
         self.start(str(self.folder / 'socket'))
         create = f'POST /{name}/?create=true HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n'.encode()
         self.assertEqual(self.ask_unix(self.folder / 'socket', create), 200)
@@ -4354,7 +4354,7 @@ class RightsTest(TestCase):
         store = Store(str(self.root))
         store.prepare()
         for append_only, private, user, own, other, root in self.TABLE:
-            policy = Policy(append_only, private, ['admin'])
+            policy = Policy(short_rights(append_only, private, ['admin']))
             api = Api(store, policy, Accounts(user=user or 'alice', password='p'))
             for repository, rights in ((f'/{user or "alice"}/laptop', own), ('/bob/laptop', other),
                                        ('', root), (f'/{user or "alice"}2', other)):
@@ -4376,18 +4376,261 @@ class RightsTest(TestCase):
     def test_what_append_only_refuses_is_logged_with_who_and_what(self):
         store = Store(str(self.root))
         store.prepare()
-        api = Api(store, Policy(True), Accounts(user='alice', password='p'))
+        api = Api(store, Policy(short_rights(True)), Accounts(user='alice', password='p'))
         headers = {'authorization': basic('alice', 'p').partition(': ')[2]}
         api.handle(Request('DELETE', '/h/config', 'HTTP/1.1', headers, Bytes(b''), Peer('1.2.3.4')))
-        self.assertEqual(self.log[-1], "append-only: 'alice' from 1.2.3.4 may not delete /h/config")
+        self.assertEqual(self.log[-1],
+                         "refused: 'alice' from 1.2.3.4 may not delete /h/config: append only in /")
+
+    def expected(self, rules, user, path, kind, name, method):
+        """Whether the rules allow a request, in words of their own: of those that fit the user and begin
+        the path, the longest decides, then a user's own, then one that is written out."""
+        fitting = [((len(where.replace('%u', user)), who == user, '%u' not in where), may)
+                   for who, where, may in rules if who in (user, '*')
+                   and f'{path}/'.startswith(where.replace('%u', user).rstrip('/') + '/')]
+        may = max(fitting)[1] if fitting else 'none'
+        if method in ('POST', 'DELETE') and kind not in ('locks', '') or method == 'POST' and kind != 'locks':
+            return may == 'write' or (may == 'append' and method == 'POST')
+        return may in ('read', 'append', 'write')
+
+    def test_random_tables_users_and_paths_against_a_rule_of_ten_lines(self):
+        chance, now = random.Random(18), time.time()
+        store = Store(str(self.root))
+        store.prepare()
+        users = ['alice', 'bob', 'alic', '']
+        paths = ['', '/alice', '/alice/pc', '/alic', '/bob', '/team/bob/x', '/x y']
+        wheres = ['/', '/alice', '/%u', '/alice/pc', '/bob', '/team', '/team/%u', '/x y', '/alice/pc/%u']
+        for path in paths:
+            self.prepare(store, path)
+            restic_serve.Past(store, 86400).begin(path)
+        for _ in range(1000 if LONG_TESTS else 250):
+            rules = [(chance.choice([*users[:3], '*']), chance.choice(wheres),
+                      chance.choice(restic_serve.RIGHTS)) for _ in range(chance.randrange(8))]
+            rules = [*{rule[:2]: rule for rule in rules}.values()]
+            text = '\n'.join(f'{who} "{where}" {may}' for who, where, may in rules)
+            usage = Usage(store, Counters(), past=restic_serve.Past(store, 86400))
+            api = Api(store, Policy(restic_serve.parse_rights(text)), Accounts(certificates=True),
+                      usage=usage)
+            for _ in range(40):
+                user, path = chance.choice(users), chance.choice(paths)
+                kind, name = chance.choice([('data', self.NAME), ('locks', self.NAME), ('config', ''),
+                                            ('data', ''), ('', '')])
+                method = chance.choice(['GET', 'HEAD', 'POST', 'DELETE'])
+                at = chance.choice(['', '', '/.at/0s'])
+                if kind == 'data' and not name and method not in ('GET', 'HEAD'):
+                    continue
+                end = {'config': 'config', '': '?create=true'}.get(kind, f'{kind}/{name}')
+                peer = Peer('1.2.3.4', user)
+                allowed = bool(user) and self.expected(rules, user, path, kind, name, method)
+                status = 403
+                if allowed and not (at and method in ('POST', 'DELETE') and kind != 'locks'):
+                    status = {('GET', ''): 404, ('HEAD', ''): 404, ('DELETE', ''): 501}.get(
+                        (method, kind), 200)
+                response = api.handle(Request(method, f'{path}{at}/{end}'.replace(' ', '%20'), 'HTTP/1.1', {},
+                                              Bytes(b'config' if kind == 'config' else b'x'), peer))
+                response.close()
+                self.assertEqual(response.status, status, (rules, user, method, path, at, end))
+                if method == 'DELETE' and status == 200:
+                    self.prepare(store, path)
+        self.assertLess(time.time() - now, PATIENCE)
+
+    def test_a_line_with_a_fault_is_named_and_all_of_them_are(self):
+        for line, fault in (
+                ('alice /alice', 'a line has who, where, may'),
+                ('alice /alice append 1G x', 'a line has who'), ('a/b / read', "'a/b' is no user"),
+                ('alice alice read', "'alice' does not begin with a slash"),
+                ('alice /%user read', "'/%user': %u, the name of the user"),
+                ('alice /a%u read', "'/a%u': %u, the name of the user"),
+                ('alice /data/x read', "'/data/x' cannot be a repository's path"),
+                ('alice /../x read', "'/../x' cannot be a repository's path"),
+                ('alice / all', "'all' is no right; use none, metrics, read, append or write"),
+                ('alice / read 5X', "'5X'"), ('alice "/x read', 'No closing quotation')):
+            with self.assertRaises(ValueError) as caught:
+                restic_serve.parse_rights(f'# who where may\n\n{line}\n* / none\n')
+            self.assertTrue(str(caught.exception).startswith('line 3: '), line)
+            self.assertIn(fault, str(caught.exception))
+        with self.assertRaises(ValueError) as caught:
+            restic_serve.parse_rights('a /x read 1G\na /x append\nb /x read 2G\nc / wrong')
+        self.assertEqual(str(caught.exception).split('\n'), [
+            'line 2: a has a line for /x already, line 1', 'line 3: /x has another quota in line 1',
+            "line 4: 'wrong' is no right; use none, metrics, read, append or write"])
+
+    def test_a_file_is_read_again_and_a_bad_one_changes_nothing(self):
+        path = self.folder / 'rights'
+        path.write_text('alice /a read\n')
+        store = Store(str(self.root))
+        store.prepare()
+        self.prepare(store, '/a')
+        policy = Policy(file=restic_serve.RightsFile(str(path)))
+        api = Api(store, policy, Accounts(certificates=True))
+
+        def ask(method):
+            with mock.patch.object(restic_serve, 'LOOK_SECONDS', -1):
+                response = api.handle(Request(method, f'/a/data/{self.NAME}', 'HTTP/1.1', {}, Bytes(b'x'),
+                                              Peer('1.2.3.4', 'alice')))
+            return response.status, bytes(response.body) if method == 'POST' else b''
+
+        self.assertEqual(ask('POST'), (403, b'alice may not add to /a: read only\n'))
+        path.write_text('alice /a append 1G\n')
+        self.assertEqual(ask('POST')[0], 200)
+        path.write_text('alice /a appendix\n')
+        self.assertEqual(ask('POST')[0], 200)
+        self.assertIn(f"the rights stay as they were: {path}, line 1: 'appendix' is no right", self.log[-1])
+        path.write_text('')
+        self.assertEqual(ask('POST'), (403, b'alice may not enter /a\n'))
+
+    def test_the_short_options_stand_for_a_table(self):
+        for words, table in (
+                ([], '*  /  write'), (['--append-only'], '*  /  append'),
+                (['--append-only', '--htpasswd', 'f', '--private-repos', '--admin', 'root',
+                  '--max-size-per-user', '20G'],
+                 '*     /%u    append  20G\nroot  /      write\nroot  /root  write'),
+                (['--prometheus'], '*        /  write\nmetrics  /  metrics')):
+            parser = restic_serve.Parser({})
+            options = parser.parse([*words, '--show-rights'])
+            with mock.patch.object(sys, 'stdout', io.StringIO()) as out:
+                self.assertEqual(restic_serve.show_rights(parser, options), 0)
+            self.assertEqual(out.getvalue(), f'{table}\n')
+            self.assertEqual(restic_serve.parse_rights(table).quotas,
+                             {'/%u': 20 << 30} if '20G' in table else {})
+        parser = restic_serve.Parser({})
+        options = parser.parse(['--htpasswd', 'f', '--private-repos', '--append-only', '--max-size-per-user',
+                                '20G', '--show-rights', 'alice'])
+        with mock.patch.object(sys, 'stdout', io.StringIO()) as out:
+            restic_serve.show_rights(parser, options)
+        self.assertEqual(out.getvalue(), 'alice may read and add, and delete only locks, at and below '
+                                         '/alice, which may hold 20.0 GiB\n')
+        with mock.patch.object(sys, 'stderr', io.StringIO()) as error, self.assertRaises(SystemExit):
+            parser = restic_serve.Parser({})
+            restic_serve.check_options(parser, parser.parse(['--rights', 'f', '--append-only', 'dir']))
+        self.assertEqual(
+            error.getvalue(), 'restic_serve: --append-only and --rights: one of them alone can say who may '
+            'do what; for the options write in f: *  /  append\n')
+
+    def test_quotas_bound_places_whoever_stores_there_and_change_with_the_file(self):
+        store = Store(str(self.root))
+        store.prepare()
+        usage = Usage(store, Counters(), interval=0,
+                      quotas={'/alice': 50_000, '/%u': 40_000, '/team/x': 9000})
+        usage.census.count()
+        self.assertEqual(usage.limited('/alice/pc'), ['alice'])
+        self.assertEqual(usage.limited('/bob/pc'), ['bob'])
+        self.assertEqual(usage.limited('/team/x/y'), ['team/x', 'team'])
+        self.assertEqual([usage.limits.limit(scope) for scope in ('alice', 'bob', 'team', 'team/x', '')],
+                         [50_000, 40_000, 40_000, 9000, 0])
+
+        def save(path, size):
+            content = os.urandom(size)
+            usage.save(Location(path, 'keys', named(content)), Bytes(content))
+
+        save('/alice/pc', 20_000)
+        with self.assertRaises(HttpError) as caught:
+            save('/bob/pc', 40_000)
+        self.assertEqual(caught.exception.status, 507)
+        save('/free/x/y', 4000)
+        held = usage.quota('alice')[0]
+        usage.set_quotas({'/alice/pc': 30_000, '/free/x': 30_000})
+        usage.census.count()
+        self.assertEqual(usage.quota('alice/pc')[::2], (held - restic_serve.FOLDER_BYTES, 30_000))
+        self.assertEqual(usage.limited('/alice/pc'), ['alice/pc'])
+        save('/free/x/y', 4000)
+        before = usage.quota('free/x')[0]
+        usage.census.count()
+        self.assertEqual(usage.quota('free/x')[0], before)
+        with self.assertRaises(HttpError):
+            save('/alice/pc', 8000)
+        usage.set_quotas({'/alice': 50_000})
+        usage.census.count()
+        self.assertEqual(usage.quota('alice')[0], held)
+
+    def test_uploads_wait_for_a_count_of_what_a_new_place_holds(self):
+        store = Store(str(self.root))
+        store.prepare()
+        usage = Usage(store, Counters(), quotas={'/': 1 << 30})
+        usage.census.count()
+        usage.set_quotas({'/x': 1 << 20})
+        with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
+            usage.save(Location('/x', 'keys', self.NAME), Bytes(b'x'))
+        self.assertEqual(caught.exception.status, 503)
+        usage.census.count()
+        self.assertEqual(usage.save(Location('/x', 'keys', self.NAME), Bytes(b'x')), (1, 1))
 
     def test_a_name_that_begins_like_another_opens_nothing(self):
-        policy = Policy(private=True)
+        policy = Policy(short_rights(private=True))
         for repository, good in (('/al', True), ('/al/x', True), ('/alice', False), ('/a', False)):
             request = Request('GET', '/', 'HTTP/1.1', {}, Bytes(b''), Peer('x'))
             request.user = 'al'
             with contextlib.nullcontext() if good else self.assertRaises(HttpError):
                 policy.check(request, Location(repository, 'config'))
+
+
+class RightsOnWiresTest(WatchedTestCase):
+    """The same rights over both wires."""
+
+    def test_each_right_with_each_request(self):
+        self.policy = Policy()
+        api = Api(self.store, self.policy, Accounts(user_header='X-User'))
+        port = self.serve(api).listeners[0].server_port
+        path, other = f'/a/data/{named(b"x")}', f'/a/data/{named(b"y")}'
+        lock = f'/a/locks/{named(b"x")}'
+        requests = (('GET', path), ('HEAD', path), ('GET', '/a/data/'), ('POST', path), ('POST', lock),
+                    ('DELETE', lock), ('POST', '/a/?create=true'), ('DELETE', other))
+        rights = {'none': [403] * 8, 'metrics': [403] * 8, 'read': [200, 200, 200, 403, 200, 200, 403, 403],
+                  'append': [200] * 7 + [403], 'write': [200] * 8}
+        for may, statuses in rights.items():
+            self.policy.rights = restic_serve.parse_rights(f'* /%u {may}')
+            for name in (b'x', b'y'):
+                self.store.save(Location('/a', 'data', named(name)), Bytes(name))
+            got = []
+            with Wire(port) as wire:
+                for method, target in requests:
+                    body = b'x' if method == 'POST' and 'create' not in target else b''
+                    request = (post(target, body, 'X-User: a') if method == 'POST'
+                               else get(target, 'X-User: a', method=method))
+                    got.append(wire.ask(request, head_only=method == 'HEAD')[0])
+            self.assertEqual(got, statuses, may)
+            self.store.save(Location('/a', 'data', named(b'y')), Bytes(b'y'))
+            with Http2Wire(port) as wire:
+                got = []
+                for number, (method, target) in enumerate(requests):
+                    body = b'x' if method == 'POST' and 'create' not in target else b''
+                    block = fields(method, target, ('x-user', 'a'))
+                    wire.send(headers(2 * number + 1, block, 4 if body else 5))
+                    if body:
+                        wire.send(frame(DATA, 1, 2 * number + 1, body))
+                    got.append(wire.answer(2 * number + 1)[0])
+            self.assertEqual(got, statuses, may)
+            self.assertEqual(self.ask_as(port, 'b', path), 403)
+
+    def ask_as(self, port, user, path):
+        with Wire(port) as wire:
+            return wire.ask(get(path, f'X-User: {user}'))[0]
+
+    def test_page_and_metrics_show_what_the_user_may_see(self):
+        self.watch(Policy(restic_serve.parse_rights(
+            'monitor / metrics\nmonitor /secret none\nbob /bob metrics\nalice /alice append 1G\n'
+            'root / write')),
+                   Accounts(user_header='X-User'))
+        self.usage.set_quotas({'/alice': 1 << 30})
+        for repository in ('/alice', '/bob/x', '/secret'):
+            self.usage.save(Location(repository, 'config'), Bytes(b'x'))
+        self.usage.census.count()
+        for user, repositories, whole in (
+                ('root', {'alice', 'bob/x', 'secret'}, True), ('monitor', {'alice', 'bob/x'}, False),
+                ('bob', {'bob/x'}, False)):
+            status, _, text = self.ask(get('/metrics', f'X-User: {user}'))
+            self.assertEqual(status, 200)
+            self.assertEqual(set(re.findall(r'repository_bytes\{repo="(.*?)"', text.decode())), repositories)
+            self.assertEqual('restic_serve_connections' in text.decode(), whole, user)
+        self.assertEqual(self.ask(get('/metrics', 'X-User: alice'))[0], 403)
+        for user, shown in (('alice', {'/alice': 'append'}), ('bob', {'/bob/x': 'see'}),
+                            ('root', {'/alice': 'write', '/bob/x': 'write', '/secret': 'write'}),
+                            ('eve', {})):
+            status, _, text = self.ask(get('/', f'X-User: {user}', 'Accept: text/html'))
+            rows = re.findall('data-of="Repository">(.*?)<.*?data-of="You may">(.*?)<', text.decode())
+            self.assertEqual((status, dict(rows)), (200, shown), user)
+            self.assertEqual('1.0 GiB' in text.decode(), user in ('alice', 'root'), user)
+        self.assertEqual(self.ask(get('/secret/', 'X-User: bob', 'Accept: text/html'))[0], 403)
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------
@@ -4517,12 +4760,13 @@ class MetricsTest(WatchedTestCase):
         accounts = self.folder / 'htpasswd'
         accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'metrics', 'alice')))
         file = PasswordFile(str(accounts))
-        free, bound = Policy(), Policy(append_only=True)
-        private, admin = Policy(private=True), Policy(private=True, administrators=['root'])
+        free, bound, private, admin, all_admin = (Policy(short_rights(**more, metrics=True)) for more in (
+            {}, {'append_only': True}, {'private': True}, {'private': True, 'administrators': ['root']},
+            {'administrators': ['root']}))
         for policy, prometheus, login, allowed in (
                 (free, 'login', True, 'metrics'), (bound, 'login', True, 'metrics'),
                 (private, 'login', True, 'metrics'), (admin, 'login', True, 'root metrics'),
-                (Policy(administrators=['root']), 'login', True, 'root metrics'),
+                (all_admin, 'login', True, 'root metrics'),
                 (admin, 'open', True, 'root metrics alice wrong'),
                 (free, 'login', False, 'root metrics alice wrong'), (free, '', False, '')):
             self.watch(policy, Accounts(file) if login else None, prometheus)
@@ -4536,7 +4780,7 @@ class MetricsTest(WatchedTestCase):
         content = b'x'
         path = f'/data/{named(content)}'
         for administrators, status in (((), 403), (('metrics',), 404)):
-            policy = Policy(administrators=administrators, metrics=True)
+            policy = Policy(short_rights(administrators=administrators, metrics=True))
             self.watch(policy, Accounts(user='metrics', password='m'))
             login = basic('metrics', 'm')
             self.assertEqual(self.ask(get('/metrics', login))[0], 200)
@@ -4545,11 +4789,10 @@ class MetricsTest(WatchedTestCase):
                 got = self.ask(request, head_only=True)[0]
                 self.assertEqual(got == 403, status == 403, request)
             self.assertEqual(self.ask(post(path, content, login))[0], 403 if status == 403 else 200)
-            page = self.ask(get('/', login, 'Accept: text/html'))[0]
-            self.assertEqual(page, 403 if status == 403 else 200)
+            self.assertEqual(self.ask(get('/', login, 'Accept: text/html'))[0], 200)
 
     def test_a_certificate_without_a_name_does_not_see_them(self):
-        self.watch(Policy(), Accounts(certificates=True))
+        self.watch(Policy(short_rights(metrics=True)), Accounts(certificates=True))
         with mock.patch.object(restic_serve, 'find_peer') as find_peer:
             for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
                 find_peer.return_value = Peer('1.2.3.4', name)
@@ -4656,7 +4899,8 @@ class PageTest(WatchedTestCase):
             self.fill(name, 'snapshots')
         accounts = self.folder / 'htpasswd'
         accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
-        self.watch(Policy(private=True, administrators=['root']), Accounts(PasswordFile(str(accounts))),
+        self.watch(Policy(short_rights(private=True, administrators=['root'])),
+                   Accounts(PasswordFile(str(accounts))),
                    per_user=1000, max_bytes=5000)
         alice, root = basic('alice', 'alice'), basic('root', 'root')
         self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
@@ -4674,7 +4918,7 @@ class PageTest(WatchedTestCase):
         self.fill('/alice/x', 'snapshots')
         accounts = self.folder / 'htpasswd'
         accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('alice', 'bob')))
-        self.watch(Policy(private=True), Accounts(PasswordFile(str(accounts))), per_user=1000)
+        self.watch(Policy(short_rights(private=True)), Accounts(PasswordFile(str(accounts))), per_user=1000)
         for path, user in (('/', 'alice'), ('/alice/x/', 'alice'), ('/', 'bob')):
             self.assertIn(f'/{user}/</span>', self.look(path, basic(user, user))[1])
 
@@ -4731,7 +4975,7 @@ class ApiTest(TestCase):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
-        self.api = Api(self.store, Policy(False))
+        self.api = Api(self.store, Policy())
 
     def ask(self, method, target, body=b'', **headers):
         """Status, headers and content of the answer."""
@@ -4813,7 +5057,7 @@ class ApiTest(TestCase):
         for kind in restic_serve.KINDS:
             self.ask('POST', f'/host/{kind}/{self.NAME}', self.CONTENT)
         self.ask('POST', '/host/config', b'one')
-        self.api.policy.append_only = True
+        self.api.policy.rights = short_rights(append_only=True)
         for kind in restic_serve.KINDS:
             path = f'/host/{kind}/{self.NAME}'
             self.assertEqual(self.status('DELETE', path), 200 if kind == 'locks' else 403, kind)
@@ -4824,14 +5068,14 @@ class ApiTest(TestCase):
         self.assertEqual(self.status('POST', '/host/config', b'one'), 200)
         self.assertEqual(self.status('POST', '/host/config', b'two'), 403)
         self.assertEqual(self.status('DELETE', '/host/'), 501)
-        self.assertIn(f'append-only: test may not delete /host/data/{self.NAME}', self.log)
+        self.assertIn(f'refused: test may not delete /host/data/{self.NAME}: append only in /', self.log)
 
     def test_append_only_lets_a_damaged_object_be_mended(self):
         path = f'/host/data/{self.NAME}'
         self.ask('POST', path, self.CONTENT)
         file = self.root / 'host' / 'data' / self.NAME[:2] / self.NAME
         file.write_bytes(b'')
-        self.api.policy.append_only = True
+        self.api.policy.rights = short_rights(append_only=True)
         self.assertEqual(self.status('POST', path, self.CONTENT), 200)
         self.assertEqual(file.read_bytes(), self.CONTENT)
 
@@ -4931,7 +5175,7 @@ class ApiTest(TestCase):
     def test_backslash_and_colon_are_refused_on_windows_alone(self):
         self.assertEqual(self.status('GET', '/a%5Cb/config'), 404)
         pattern = '[\\x00-\\x1f\\x7f\\\\:]'
-        for remembering in (restic_serve.parse_path, restic_serve._check_repository):
+        for remembering in (restic_serve.parse_path, restic_serve.check_repository):
             remembering.cache_clear()
             self.addCleanup(remembering.cache_clear)
         with mock.patch.object(restic_serve, '_NO_FILE_NAME', re.compile(pattern)):
@@ -4950,7 +5194,7 @@ class ApiTest(TestCase):
 
     def test_scripts_of_a_web_origin_may_use_the_server(self):
         for origin, vary in (('https://example.org', 'Origin'), ('*', None)):
-            self.api = Api(self.store, Policy(True), allow_origin=origin)
+            self.api = Api(self.store, Policy(short_rights(True)), allow_origin=origin)
             for method, path, status in (('GET', '/config', 404), ('OPTIONS', '/config', 200),
                                          ('GET', '/../config', 400), ('OPTIONS', '/', 200)):
                 answer = self.ask(method, path)
@@ -4983,7 +5227,7 @@ class ApiTest(TestCase):
         name = named(b'x')
         for allowed, origins in (('', ('https://evil.example', 'null', 'http://localhost:8080', '')),
                                  ('https://example.org', ('https://evil.example', 'null', 'http://example.org'))):
-            self.api = Api(self.store, Policy(False), allow_origin=allowed)
+            self.api = Api(self.store, Policy(), allow_origin=allowed)
             self.ask('POST', f'/locks/{name}', b'x')
             for origin in origins:
                 for method, path, body in (
@@ -4995,7 +5239,7 @@ class ApiTest(TestCase):
         self.assertEqual(self.ask('GET', f'/locks/{name}', origin='https://example.org')[0], 200)
 
     def test_headers_are_added_to_every_answer(self):
-        self.api = Api(self.store, Policy(False), headers=[('X-One', '1'), ('X-Two', '2')])
+        self.api = Api(self.store, Policy(), headers=[('X-One', '1'), ('X-Two', '2')])
         for path in ('/config', '/data/', '/../x'):
             headers = self.ask('GET', path)[1]
             self.assertEqual((headers['X-One'], headers['X-Two']), ('1', '2'))
@@ -7587,7 +7831,7 @@ class TlsTest(ListenerTestCase):
                 self.connect_tls(port, client).ask(get('/config'))[0]
 
     def test_the_name_in_a_clients_certificate_is_its_user(self):
-        self.policy.private = True
+        self.policy.rights = short_rights(private=True)
         port = self.start_tls(client_ca=str(self.authority.path))
         self.authority.issue('client', 'alice')
         self.store.create_repository('/alice')
@@ -7598,7 +7842,7 @@ class TlsTest(ListenerTestCase):
 
     def test_a_common_name_beside_others_in_one_set_is_found(self):
         port = self.start_tls(client_ca=str(self.authority.path))
-        self.policy.private = True
+        self.policy.rights = short_rights(private=True)
         self.authority.issue('client', 'alice+UID=4711')
         self.assertEqual(self.connect_tls(port, 'client').ask(get('/alice/config'))[0], 404)
 
@@ -8322,6 +8566,35 @@ class WorkersTest(TestCase):
         self.assertEqual(server.stop(), 0)
         self.assertNotIn('ERROR', ' '.join(server.lines))
 
+    def test_all_of_them_follow_the_rights_file_and_its_quotas(self):
+        rights = self.folder / 'rights'
+        rights.write_text('* / append\n')
+        self.make_repository('a')
+        server = self.serve('--rights', rights)
+        contents = [os.urandom(3000) for _ in range(40)]
+
+        def upload(content):
+            with self.connect(server) as wire:
+                return wire.ask(post(f'/a/keys/{named(content)}', content))[0]
+
+        self.assertEqual([upload(content) for content in contents[:10]], [200] * 10)
+        used = 12 * 4096    # ten objects, and two folders
+        rights.write_text(f'* / append\n* /a append {used + 5 * 4096}\n* /probe none\n')
+
+        def is_refused():
+            with self.connect(server) as wire:
+                return wire.ask(get('/probe/config'))[0] == 403
+
+        self.wait_until(lambda: all(is_refused() for _ in range(30)), 'the new rights in all workers')
+        statuses = []
+        for content in contents[10:]:
+            status = 503
+            while status == 503:
+                status = upload(content)
+            statuses.append(status)
+        self.assertEqual(statuses.count(200), 5)
+        self.assertEqual(set(statuses), {200, 507})
+
     def test_a_second_signal_ends_the_wait(self):
         self.make_repository()
         server = self.serve()
@@ -8420,7 +8693,7 @@ class WorkersTest(TestCase):
         store = Store(str(self.root))
         store.prepare()
         counters = Counters(5)
-        usage = Usage(store, counters, max_bytes=50500)
+        usage = Usage(store, counters, quotas={'/': 50500})
         usage.census.count()
         children = []
         for slot in range(1, 5):
@@ -9584,6 +9857,39 @@ class WaysInTest(ResticTestCase):
         self.restic(url, 'backup', self.source)
         self.assert_sound(url)
         self.check_restore(url)
+
+
+class RolesTest(ResticTestCase):
+    """restic with each right, its users in a file of Apache's htpasswd."""
+
+    find_restic = staticmethod(lambda: peer('restic'))
+
+    @long
+    def test_what_each_role_can_do(self):
+        users, rights = self.folder / 'users', self.folder / 'rights'
+        for number, user in enumerate(('alice', 'restore', 'prune', 'monitor', 'eve')):
+            subprocess.run([program('htpasswd'), '-bB', *(['-c'] if not number else []), '-C', '5', users,
+                            user, 'pw'], check=True, capture_output=True)
+        rights.write_text('alice /alice append 50G\nrestore /alice read\nprune / write\nmonitor / metrics\n')
+        server = self.serve('--htpasswd', users, '--rights', rights, '--prometheus')
+        url = self.address(server, 'alice/')
+
+        def run(user, *words):
+            login = {'RESTIC_REST_USERNAME': user, 'RESTIC_REST_PASSWORD': 'pw'}
+            return self.restic(url, *words, check=False, **login)[0]
+
+        self.assertEqual(run('alice', 'init'), 0)
+        self.assertEqual(run('alice', 'backup', self.source), 0)
+        self.assertEqual(run('alice', 'backup', self.source, '--force'), 0)
+        for words in (['snapshots'], ['check', '--read-data'],
+                      ['restore', 'latest', '--target', self.folder / 'restored']):
+            self.assertEqual(run('restore', *words), 0, words)
+        forget = ['forget', '--keep-last', '1', '--prune']
+        for user, words in (('restore', ['backup', self.source]), ('restore', forget), ('alice', forget),
+                            ('eve', ['snapshots']), ('monitor', ['snapshots'])):
+            self.assertNotEqual(run(user, *words), 0, (user, words))
+        self.assertEqual(run('prune', *forget), 0)
+        self.assertEqual(run('prune', 'check', '--read-data'), 0)
 
 
 @long
@@ -11032,6 +11338,21 @@ class ReadmeTest(unittest.TestCase):
             if '--addr :' in command or 'ExecStart' in command:
                 self.assertIn('--htpasswd', command)
                 self.assertRegex(command, '--cert|--trust-proxy|-p 127.0.0.1:')
+
+    def test_the_tables_of_rights_are_good(self):
+        text = README.read_text(encoding='utf-8')
+        part = text.partition('## What they may do')[2].partition('\n## ')[0]
+        first, family, fleet, hoster = (restic_serve.parse_rights(block) for kind, block in re.findall(
+            r'^```(\w*)\n(.*?)^```$', part, re.DOTALL | re.MULTILINE) if not kind)
+        self.assertEqual(len(first.rules), 7)
+        for rights, user, path, may in (
+                (first, 'alice', '/alice/pc', 'append'), (first, 'eve', '/eve', 'append'),
+                (first, 'prune', '/bob', 'write'), (first, 'bob', '/alice', 'none'),
+                (family, 'father', '/father', 'write'), (family, 'father', '/anna', 'write'),
+                (family, 'anna', '/shared/photos', 'append'), (family, 'anna', '/father', 'none'),
+                (fleet, 'prune', '/host1', 'write'), (fleet, 'host1', '/host1', 'append'),
+                (hoster, 'acme', '/globex', 'none'), (hoster, 'acme', '/acme/x', 'write')):
+            self.assertEqual(rights.find(user, path)[0], may, (user, path))
 
     def test_the_alert_rules_in_the_readme_are_good(self):
         text = README.read_text(encoding='utf-8')
