@@ -42,7 +42,7 @@ it at the same time.
 """
 from __future__ import annotations  # Python 3.8 or newer is required
 
-__version__: str = '0.1.0'          # Python 3.8 or newer is required: older ones stop at one of these lines
+__version__: str = '0.1.0'          # Python 3.8 or newer is required: 2 and 3.6 stop at one of these lines
 
 try:
     import argparse
@@ -298,6 +298,10 @@ def parse_header(text: str) -> Tuple[str, str]:
 _USER = re.compile(r'(?!\.+$)[A-Za-z0-9@._-]{1,255}')
 
 
+# Letters and marks that nobody sees: fillers, joiners, and variation selectors.
+_INVISIBLE = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0]')
+
+
 def parse_user(text: str) -> str:
     """A user's name, in Unicode's form NFC."""
     name = normalize_user(text)
@@ -321,7 +325,8 @@ def is_user(name: str) -> bool:
         return bool(_USER.fullmatch(name))
     import unicodedata
     return (len(name.encode('utf-8', 'replace')) <= 255 and normalize_user(name) == name
-            and all(letter in '@._-' or unicodedata.category(letter)[0] in 'LMN' for letter in name))
+            and all(letter in '@._-' or unicodedata.category(letter)[0] in 'LMN' for letter in name)
+            and not _INVISIBLE.search(name))
 
 
 def parse_shown_user(text: str) -> str:
@@ -428,29 +433,48 @@ def address_group(name: str) -> str:
     return name
 
 
+HOPS = 20                    # Most proxies that are followed back to a client.
 _HOP = re.compile(r'\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)')
-_FORWARDED_FOR = re.compile(r'(?:[^;]*;)*[ \t]*for="?([^";]*)', re.IGNORECASE)
 
 
-def forwarded_addresses(headers: Dict[str, str]) -> List[str]:
+def forwarded_addresses(headers: Dict[str, str]) -> Iterator[str]:
     """For whom proxies say that they forward, the last proxy's word first, up to the first that is no IP
-    address: by X-Forwarded-For, or by Forwarded (RFC 7239 4 and 6).  Empty if the two disagree, since the
-    client may have written the one that the proxy does not."""
+    address: by X-Forwarded-For or, without that, by Forwarded (RFC 7239 4 and 6)."""
     import ipaddress
-    found = []
-    for name, pattern in (('x-forwarded-for', re.compile('(.*)')), ('forwarded', _FORWARDED_FOR)):
-        addresses: List[str] = []
-        for element in reversed(headers.get(name, '').split(',')):
-            value = pattern.match(element.strip(' \t'))
-            hop = _HOP.fullmatch(value[1].strip(' \t')) if value else None
-            try:
-                address = ipaddress.ip_address(hop[hop.lastindex or 0] if hop else '')
-            except ValueError:
-                break
-            addresses.append(str(getattr(address, 'ipv4_mapped', None) or address))
-        if name in headers:
-            found.append(addresses)
-    return found[0] if found and found[0][:1] == found[-1][:1] else []
+    if 'x-forwarded-for' in headers:
+        hops = headers['x-forwarded-for'].rsplit(',', HOPS)[-HOPS:]
+    else:
+        hops = list(map(_forwarded_for, _split_unquoted(headers.get('forwarded', ''), ',')[-HOPS:]))
+    for text in reversed(hops):
+        hop = _HOP.fullmatch(text.strip(' \t'))
+        try:
+            address = ipaddress.ip_address(hop[hop.lastindex or 0] if hop else '')
+        except ValueError:
+            return
+        yield str(getattr(address, 'ipv4_mapped', None) or address)
+
+
+def _forwarded_for(element: str) -> str:
+    """The node that an element of Forwarded names by `for`, empty if there is not exactly one."""
+    pairs = [pair.strip(' \t').partition('=') for pair in _split_unquoted(element, ';')]
+    nodes = [value for name, _, value in pairs if name.lower() == 'for']
+    return nodes[0].strip('"') if len(nodes) == 1 else ''
+
+
+def _split_unquoted(text: str, separator: str) -> List[str]:
+    """The parts of a text between separators that do not stand in quotes (RFC 9110 5.6.4)."""
+    parts, begin, quoted, escaped = [], 0, False, False
+    for at, letter in enumerate(text):
+        if escaped:
+            escaped = False
+        elif letter == '"':
+            quoted = not quoted
+        elif letter == '\\':
+            escaped = quoted
+        elif letter == separator and not quoted:
+            parts.append(text[begin:at])
+            begin = at + 1
+    return [*parts, text[begin:]]
 
 
 def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
@@ -812,7 +836,7 @@ def explain_denial(root: str, path: str, writes: bool) -> str:
         return (f'{step} belongs to {user_name(os.stat(step).st_uid)}, and the server runs as {server}: '
                 f'chown -R {server} {root}, and run restic there as that user')
 
-    folder = root
+    folder = root = root or os.sep
     for end in [*(at for at, letter in enumerate(path) if letter == '/'), len(path)]:
         step = root + path[:end]
         try:
@@ -985,6 +1009,7 @@ LONGEST = 255                     # Most bytes of a repository's path.
 HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
 SCRATCH_PREFIX = 'upload-'        # Scratch file in HIDDEN, locked by its writer.
 FRESH_PREFIX = 'new-'             # Scratch file that is not locked yet.
+PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = "the server's directory is read-only"
@@ -1054,6 +1079,8 @@ def check_repository(path: str, ignore_case: bool) -> str:
         raise HttpError(400, f'the path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
         raise HttpError(400, f'the path is longer than {LONGEST} bytes')
+    if ignore_case and any(segment.casefold() in _RESERVED for segment in segments):
+        raise HttpError(404, 'not found')
     if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
         raise HttpError(404, 'not found')
     try:
@@ -1371,8 +1398,8 @@ class Scratch:
         if fresh != self.name:
             os.rename(home.at(self.name), home.at(fresh), src_dir_fd=home.fd, dst_dir_fd=home.fd)
             self.name = fresh
-        os.close(self.fd)
-        self.fd = -1
+        fd, self.fd = self.fd, -1
+        os.close(fd)
 
     def _make_named(self, home: Folder, prefix: str) -> None:
         """Create the file in the folder `home`, which it owns from then on.  It is renamed when it is
@@ -1471,21 +1498,26 @@ class HiddenFolder:
         """Remove the scratch files of servers that have died: those that no process has locked; `now` is the
         file system's clock."""
         try:
+            with self._folders.open('', by_descriptor=True) as top:
+                self._remove_from(top, (PROBE_PREFIX,), now)
             with self._folders.hidden(make=False) as folder:
-                with _scan(folder.path, folder.fd) as entries:
-                    names = [entry.name for entry in entries
-                             if entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX))]
-                moment = now() if names else 0.0
-                for name in names:
-                    with contextlib.suppress(FileNotFoundError):  # another server removes them, too
-                        if is_left_over(folder, name, moment):
-                            folder.unlink(name)
-                            log.info('removed %s/%s, left behind by an upload that was cut off',
-                                     folder.path, name)
+                self._remove_from(folder, (SCRATCH_PREFIX, FRESH_PREFIX), now)
         except FileNotFoundError:
             pass
         except OSError as error:
             log.error('what uploads left behind stays: %s', error)
+
+    @staticmethod
+    def _remove_from(folder: Folder, prefixes: Tuple[str, ...], now: Callable[[], float]) -> None:
+        """Remove the abandoned files in a folder whose names begin so."""
+        with _scan(folder.path or os.sep, folder.fd) as entries:
+            names = [entry.name for entry in entries if entry.name.startswith(prefixes)]
+        moment = now() if names else 0.0
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another server removes them, too
+                if is_left_over(folder, name, moment):
+                    folder.unlink(name)
+                    log.info('removed %s/%s, left behind by an upload that was cut off', folder.path, name)
 
 
 class Directory:
@@ -1578,19 +1610,25 @@ class Store:
         if not self.folders.is_trusted(''):
             self.folders.hold_root()
         self.directory.identify()
+        if not self.directory.read_only:
+            try:
+                with self.folders.open('') as top:
+                    try_file_system(self, top)
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise
+                self.directory.read_only = True
+                log.warning('%s is on a read-only file system; it is served for reading only',
+                            self.root or os.sep)
         if self.directory.read_only:
-            return
-        try:
-            with self.folders.open('') as top:
-                try_file_system(self, top)
-        except OSError as error:
-            if error.errno != errno.EROFS:
-                raise
-            self.directory.read_only = True
-            log.warning('%s is on a read-only file system; it is served for reading only',
-                        self.root or os.sep)
-            return
-        self.hidden.remove_left_overs(self.now)
+            with self.scan('') as (top, entries):
+                self.ignores_case = any(is_there_in_other_case(top, entry.name) for entry in entries
+                                        if entry.name != entry.name.swapcase())
+        if self.ignores_case:
+            log.log(NOTICE, 'the file system of %s ignores case: users and paths are compared without it',
+                    self.root or os.sep)
+        if not self.directory.read_only:
+            self.hidden.remove_left_overs(self.now)
 
     def _probe(self) -> None:
         """Write a file.  Raises OSError."""
@@ -1833,42 +1871,58 @@ class Store:
 
 
 def try_file_system(store: Store, top: Folder) -> None:
-    """Find out what the file system of a store can do, with files of our own.  Raises OSError if
-    none can be written."""
-    names = [f'{HIDDEN}-{os.urandom(8).hex()}{end}' for end in ('a', 'b')]
-    linked, renamed = names
-    if store.nameless:
-        try:
-            with Scratch(store, top) as scratch:
-                scratch.publish(top, linked)
-                os.rename(top.at(linked), top.at(renamed), src_dir_fd=top.fd, dst_dir_fd=top.fd)
-            top.stat(renamed)   # over SMB it is gone with its descriptor
-        except OSError as error:
-            if error.errno == errno.EROFS:
-                raise
-            log.debug('no nameless files in %s: %s', top.path, error)
-            store.nameless = False
-    with Scratch(store, top) as scratch:
-        os.write(scratch.fd, b'ok')
-        if not sync_file(scratch.fd):
-            log.warning('the file system of %s cannot sync files: what was uploaded last may be lost '
-                        'when the power fails', store.root or os.sep)
-        where, name = (scratch.home, scratch.name) if scratch.home else (top, renamed)
-        with contextlib.suppress(FileNotFoundError):
-            where.stat(name.upper())
-            store.ignores_case = True
-            log.log(NOTICE, 'the file system of %s ignores case: users and paths are compared without it',
-                    store.root or os.sep)
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            top.unlink(name)
+    """Find out what the file system of a store can do, with files of our own; where it is full, what needs
+    none of them.  Raises OSError if none can be created."""
+    linked, renamed = (f'{PROBE_PREFIX}{os.urandom(8).hex()}' for _ in range(2))
+    try:
+        if store.nameless:
+            store.nameless = _can_name(store, top, linked, renamed)
+        with Scratch(store, top) as scratch:
+            where, name = (scratch.home, scratch.name) if scratch.home else (top, renamed)
+            if is_there_in_other_case(where, name):
+                store.ignores_case = True
+            os.write(scratch.fd, b'ok')
+            if not sync_file(scratch.fd):
+                log.warning('the file system of %s cannot sync files: what was uploaded last may be lost '
+                            'when the power fails', store.root or os.sep)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning('%s is full: %s', store.root or os.sep, error.strerror)
+    finally:
+        for name in (linked, renamed):
+            with contextlib.suppress(OSError):
+                top.unlink(name)
+
+
+def _can_name(store: Store, top: Folder, linked: str, renamed: str) -> bool:
+    """Whether a nameless file can be linked, renamed and closed, and then is there."""
+    try:
+        with Scratch(store, top) as scratch:
+            scratch.publish(top, linked)
+            os.rename(top.at(linked), top.at(renamed), src_dir_fd=top.fd, dst_dir_fd=top.fd)
+        top.stat(renamed)   # over SMB it is gone with its descriptor
+        return True
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.debug('no nameless files in %s: %s', top.path, error)
+        return False
+
+
+def is_there_in_other_case(folder: Folder, name: str) -> bool:
+    """Whether a file with letters in its name is found by the same letters in the other case."""
+    try:
+        return folder.stat(name.swapcase()).st_ino == folder.stat(name).st_ino
+    except OSError:
+        return False
 
 
 def is_left_over(folder: Folder, name: str, now: float) -> bool:
     """Whether a scratch file was abandoned; `now` is by the file system's clock.  Raises
     FileNotFoundError."""
     free = None
-    if FRESH_PREFIX not in name:
+    if FRESH_PREFIX not in name and not name.startswith(PROBE_PREFIX):
         with contextlib.suppress(OSError):
             fd = folder.open(name, os.O_RDWR | _READ_FLAGS)
             try:
@@ -1876,7 +1930,8 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
             finally:
                 os.close(fd)
     if free is None:
-        return folder.stat(name).st_mtime < now - SCRATCH_SECONDS
+        # Not the upload time, which is that of the object which an upload replaces.
+        return folder.stat(name).st_ctime < now - SCRATCH_SECONDS
     return free
 
 
@@ -4155,6 +4210,9 @@ class PasswordFile:
                     reload_log.error('%s, line %d (%s): unknown or unsafe password scheme; use bcrypt '
                                      '(htpasswd -B)', self._path, line_number, user)
                 else:
+                    if user in entries:
+                        reload_log.warning('%s, line %d: %s is there twice; this line counts', self._path,
+                                           line_number, user)
                     entries[user] = entry
                     if is_slow(entry):
                         reload_log.warning(
@@ -4415,10 +4473,12 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
     with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
         lines = file.read().splitlines(keepends=True)
         status = os.fstat(file.fileno())
-    mine = [line.partition(b':')[0].strip() == user.encode() for line in lines]
+    mine = [normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip()) == user
+            for line in lines]
     new = f'{user}:{entry}\n'.encode() if entry else b''
-    kept = [new if own else line for own, line in zip(mine, lines)
-            if not own or (new and own)]
+    first = mine.index(True) if any(mine) else -1
+    kept = [new if own else line for at, (own, line) in enumerate(zip(mine, lines))
+            if not own or (new and at == first)]
     if new and not any(mine):
         if kept and not kept[-1].endswith(b'\n'):
             kept[-1] += b'\n'
@@ -5288,7 +5348,7 @@ class Api:
         if status != 400:
             denial = ''
             if error.errno in (errno.EACCES, errno.EPERM):
-                with contextlib.suppress(HttpError):
+                with contextlib.suppress(HttpError, OSError):
                     location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
                     path = f'{location.folder}/{location.file}' if location.is_object else location.folder
                     denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
@@ -8740,14 +8800,18 @@ class Certificates:
         # 1.1 to 1.4 times as long, and 1.3 to 2.2 times as much of our processor.
         context.set_alpn_protocols(['http/1.1', 'h2'])
         context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
-        _, key = self._read('--cert', self._cert), self._read('--key', self._key)
+        cert, key = self._read('--cert', self._cert), self._read('--key', self._key)
         try:
             context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
         except ssl.SSLError as error:
+            if b'-----BEGIN CERTIFICATE-----' not in cert:
+                raise OSError(f'--cert: {self._cert} has no certificate in PEM form') from None
+            if b'PRIVATE KEY-----' not in key:
+                raise OSError(f'--key: {self._key} has no private key in PEM form') from None
             if b'ENCRYPTED' in key:
                 raise OSError(f'--key: {self._key} is encrypted, and nobody is there to type the password; '
                               'write the key without one (openssl pkey)') from None
-            if error.reason == 'KEY_VALUES_MISMATCH':
+            if error.reason in ('KEY_VALUES_MISMATCH', 'NO_CERTIFICATE_ASSIGNED', 'KEY_TYPE_MISMATCH'):
                 raise OSError(f'--key: {self._key} is not the key of {self._cert}') from None
             raise OSError(f'--cert: {self._cert} with {self._key}: {error}') from None
         authority = b''
@@ -8778,6 +8842,8 @@ class Certificates:
             certificate: Dict[str, Any] = vars(ssl)['_ssl']._test_decode_cert(self._cert)
             if ssl.cert_time_to_seconds(certificate['notAfter']) < time.time():
                 log.warning('--cert: %s has expired, on %s', self._cert, certificate['notAfter'])
+            if ssl.cert_time_to_seconds(certificate['notBefore']) > time.time():
+                log.warning('--cert: %s is not valid before %s', self._cert, certificate['notBefore'])
         except (AttributeError, KeyError, ValueError, ssl.SSLError):
             return ''
         names = [name for kind, name in certificate.get('subjectAltName', ()) if kind == 'DNS']
@@ -10037,26 +10103,29 @@ class Parser(argparse.ArgumentParser):
         """`args` without rclone's options that mean nothing to a local directory, which scripts have."""
         kept: List[str] = []
         words = collections.deque(args)
+        ours = {option.name: option.is_flag for option in OPTIONS}
         while words:
             word = words.popleft()
             if word == '--':
                 return [*kept, word, *words]
-            if re.fullmatch('-[vqP]*P[vqP]*', word):     # --progress
-                self.passed_over.append('-P')
-                word = word.replace('P', '')
-                kept += [word] if word != '-' else []
-                continue
             name, equals, _ = word.partition('=')
             has_value = bool(_RCLONE_VALUE.fullmatch(name))
-            is_of_family = bool(_RCLONE_FAMILY.match(name)) and name != '--b2-hard-delete'  # restic says so
-            if not (has_value or is_of_family or _RCLONE_FLAG.fullmatch(name)):
+            is_of_family = bool(_RCLONE_FAMILY.match(name))
+            if name in ours or not (has_value or is_of_family or _RCLONE_FLAG.fullmatch(name)):
                 kept.append(word)
+                if words and not equals and not ours.get(name, True):
+                    kept.append(words.popleft())    # its value
+                elif re.fullmatch('-[vqP]*P[vqP]*', word):  # --progress
+                    self.passed_over.append('-P')
+                    kept[-1:] = [word.replace('P', '')] if word != '-P' else []
                 continue
-            self.passed_over.append(name)
+            if has_value and not equals and (not words or words[0].startswith('-')):
+                self.error(f'{name}: expected one argument')
+            self.passed_over.append(word)
             # An option of another storage system may have a value; DIR is none.
             if words and not equals and (has_value or (
                     is_of_family and not words[0].startswith('-') and not os.path.isdir(words[0]))):
-                words.popleft()
+                self.passed_over.append(words.popleft())
         return kept
 
     def _verbosity(self) -> int:
@@ -10149,7 +10218,9 @@ def find_directory(parser: Parser, args: List[str]) -> str:
     if args[:2] == ['serve', 'restic']:
         args = args[2:]
     if not args or not args[0]:
-        parser.error('DIR is missing; write restic_serve.py /srv/backup')
+        taken = ' '.join(parser.passed_over)
+        parser.error('DIR is missing; write restic_serve.py /srv/backup'
+                     + (f' (without effect here: {taken})' if taken else ''))
     if len(args) > 1:
         parser.error(f'{args[1]!r} is a second DIR; an option that is on or off is written '
                      '--append-only or --append-only=false')
@@ -10282,13 +10353,14 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
                             options.user_from_header, host)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
-            name = certified if certified and listener.tls else name
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
         log.log(NOTICE, 'serving %s on %s%s', root, url,
                 f' (socket {listener.name})' if listener.name else '')
+        if certified and listener.tls:
+            url = f'https://{certified}:{port}{options.baseurl}/'
         log.log(NOTICE, 'try it: restic -r rest:%s init', url + (f'{user}/' if user else ''))
     log.log(NOTICE, 'in force: %s', in_force(server.api, options))
-    warn_of_users(server.api.accounts.users(), options)
+    warn_of_users(server.api, options)
 
 
 def in_force(api: Api, options: argparse.Namespace) -> str:
@@ -10321,12 +10393,14 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     return '; '.join(parts)
 
 
-def warn_of_users(users: Optional[List[str]], options: argparse.Namespace) -> None:
+def warn_of_users(api: Api, options: argparse.Namespace) -> None:
     """Warn where nobody can log in, or an administrator cannot."""
+    users = api.accounts.users()
     if users == []:
         log.warning('%s has no users: nobody can log in (--add-user)', options.htpasswd)
+    fold: Callable[[str], str] = str.lower if api.store.ignores_case else str
     for name in options.admin:
-        if users and name not in users:
+        if users and fold(name) not in map(fold, users):
             log.warning('--admin: there is no user %s', name)
 
 

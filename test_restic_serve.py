@@ -825,19 +825,26 @@ class ForwardedTest(unittest.TestCase):
                 ('2001:db8::1', ['2001:db8::1']), ('::ffff:1.2.3.4', ['1.2.3.4']),
                 ('1.2.3.4, rubbish, 5.6.7.8', ['5.6.7.8']), ('1.2.3.4,', []), ('', []), ('unknown', []),
                 ('1.2.3.400', []), ('1.2.3.4 5.6.7.8', [])):
-            self.assertEqual(restic_serve.forwarded_addresses({'x-forwarded-for': value}), expected, value)
+            self.assertEqual(list(restic_serve.forwarded_addresses({'x-forwarded-for': value})), expected,
+                             value)
         for value, expected in (
                 ('for=1.2.3.4', ['1.2.3.4']), ('by=9.9.9.9; FOR="1.2.3.4:5";proto=http', ['1.2.3.4']),
                 ('for=1.2.3.4, for="[2001:db8::1]:47011"', ['2001:db8::1', '1.2.3.4']),
+                ('for=5.6.7.8;host="x;for=1.2.3.4"', ['5.6.7.8']), ('for=1.1.1.1;for=2.2.2.2', []),
+                ('host="x, for=1.2.3.4";for=5.6.7.8', ['5.6.7.8']), ('host="x\\", for=1.2.3.4', []),
                 ('for=_hidden', []), ('for=1.2.3.4, for=unknown', []), ('by=1.2.3.4', []),
                 ('xfor=1.2.3.4', [])):
-            self.assertEqual(restic_serve.forwarded_addresses({'forwarded': value}), expected, value)
+            self.assertEqual(list(restic_serve.forwarded_addresses({'forwarded': value})), expected, value)
 
-    def test_where_two_headers_disagree_neither_is_believed(self):
-        both = {'x-forwarded-for': '1.2.3.4', 'forwarded': 'for=1.2.3.4'}
-        self.assertEqual(restic_serve.forwarded_addresses(both), ['1.2.3.4'])
-        self.assertEqual(restic_serve.forwarded_addresses({**both, 'forwarded': 'for=6.6.6.6'}), [])
-        self.assertEqual(restic_serve.forwarded_addresses({**both, 'forwarded': 'nonsense'}), [])
+    def test_a_header_that_the_client_adds_changes_nothing(self):
+        for other in ('for=6.6.6.6', 'nonsense', ''):
+            headers = {'x-forwarded-for': '1.2.3.4', 'forwarded': other}
+            self.assertEqual(list(restic_serve.forwarded_addresses(headers)), ['1.2.3.4'])
+
+    def test_no_more_is_read_than_is_needed(self):
+        found = restic_serve.forwarded_addresses({'x-forwarded-for': '::,' * 3000 + '1.2.3.4'})
+        self.assertEqual(next(found), '1.2.3.4')
+        self.assertEqual(len(list(found)), restic_serve.HOPS - 1)
 
 
 class AccessLogTest(WireTestCase):
@@ -1257,18 +1264,18 @@ class StoreTest(TestCase):
     def test_where_nothing_can_be_locked_a_left_over_is_an_hour_old(self):
         hidden = self.root / restic_serve.HIDDEN
         hidden.mkdir()
-        for name, age in (('upload-old', 3700), ('upload-new', 3500)):
-            (hidden / name).touch()
-            os.utime(hidden / name, (time.time() - age,) * 2)
-        with mock.patch.object(restic_serve, 'lock_file', lambda fd: None):
-            self.store.prepare()
-        self.assertEqual(self.files(hidden), ['upload-new'])
+        (hidden / 'upload-x').touch()
+        for age, left in ((3500, ['upload-x']), (3700, [])):
+            with mock.patch.object(restic_serve, 'lock_file', lambda fd: None), \
+                    mock.patch.object(Store, 'now', return_value=time.time() + age):
+                self.store.prepare()
+            self.assertEqual(self.files(hidden), left)
 
     def test_what_cannot_be_removed_does_not_keep_the_server_from_starting(self):
         old = self.root / restic_serve.HIDDEN / 'upload-x'
         old.mkdir(parents=True)
-        os.utime(old, (0, 0))
-        self.store.prepare()
+        with mock.patch.object(Store, 'now', return_value=time.time() + 3700):
+            self.store.prepare()
         self.assertIn('stays', self.log[-1])
         with mock.patch.object(os, 'unlink', side_effect=FileNotFoundError):  # another server was first
             self.store.hidden.remove_left_overs(self.store.now)
@@ -1458,6 +1465,33 @@ class FileSystemsTest(TestCase):
         self.assertEqual(Path(path_of(store, location)).read_bytes(), b'x')
         self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
 
+    def test_what_is_about_to_replace_an_old_object_is_no_left_over(self):
+        store = self.make_store()
+        store.create_repository('/host')
+        location = Location('/host', 'keys', named(b'x'))
+        target, replace = Path(path_of(store, location)), os.replace
+
+        def start_another_first(*args, **more):
+            store.hidden.remove_left_overs(store.now)
+            replace(*args, **more)
+
+        for store.nameless in (True, False):
+            target.write_bytes(b'damaged')
+            os.utime(target, (1e9, 1e9))
+            with mock.patch.object(os, 'replace', start_another_first):
+                store.save(location, Bytes(b'x'))
+            self.assertEqual((target.read_bytes(), target.stat().st_mtime), (b'x', 1e9))
+
+    def test_probes_of_a_server_that_was_killed_are_removed(self):
+        store = self.make_store()
+        path = self.root / f'{restic_serve.PROBE_PREFIX}0123'
+        path.touch()
+        store.prepare()
+        self.assertTrue(path.exists())
+        with mock.patch.object(Store, 'now', return_value=time.time() + 3700):
+            store.prepare()
+        self.assertFalse(path.exists())
+
     def test_no_file_is_open_when_it_is_renamed_to_its_name(self):
         store = self.make_store()
         store.create_repository('/host')
@@ -1499,6 +1533,14 @@ class FileSystemsTest(TestCase):
             return look(folder, name)
         return mock.patch.object(restic_serve.Folder, 'stat', found)
 
+    def test_so_is_one_that_is_only_read(self):
+        (self.root / 'Alice' / 'keys').mkdir(parents=True)
+        for ignores, patch in ((False, contextlib.nullcontext()), (True, self.ignoring_case())):
+            store = Store(str(self.root), read_only=True)
+            with patch:
+                store.prepare()
+            self.assertEqual(store.ignores_case, ignores)
+
     def test_a_file_system_that_ignores_case_is_found_out(self):
         self.assertFalse(self.make_store().ignores_case)
         with self.ignoring_case():
@@ -1523,7 +1565,8 @@ class FileSystemsTest(TestCase):
         self.assertEqual(ask('POST', '/Alice/?create=true'), 200)
         self.assertEqual(ask('POST', f'/aLICE/data/{named(b"x")}'), 200)
         self.assertEqual(self.files(), [f'alice/data/{named(b"x")[:2]}/{named(b"x")}'])
-        for path in ('/alice/DATA/', '/ALICE/Keys/x', '/.RESTIC_SERVE/x', '/alice/.AT/1d/', '/alice/CONFIG/'):
+        for path in ('/alice/DATA/', '/ALICE/Keys/x', '/.RESTIC_SERVE/x', '/alice/.AT/1d/', '/alice/CONFIG/',
+                     '/alice/lock%C5%BF/'):
             self.assertEqual(ask('POST', f'{path}?create=true'), 404, path)
         (self.root / 'Bob' / 'keys').mkdir(parents=True)
         self.assertEqual([found.path for found in store.walk(self.fail) if found.is_repository],
@@ -8799,7 +8842,9 @@ class TlsOptionsTest(unittest.TestCase):
                 ('one.pem', 'two.key', '', '--key: {two.key} is not the key of {one.pem}'),
                 ('one.pem', 'missing', '', '--key: {missing}: No such file'),
                 ('missing', 'one.key', '', '--cert: {missing}: No such file'),
-                ('rubbish', 'one.key', '', '--cert: {rubbish} with {one.key}'),
+                ('rubbish', 'one.key', '', '--cert: {rubbish} has no certificate in PEM form'),
+                ('one.pem', 'rubbish', '', '--key: {rubbish} has no private key in PEM form'),
+                ('one.pem', 'one.pem', '', '--key: {one.pem} has no private key in PEM form'),
                 ('one.pem', 'one.key', 'rubbish', '--client-ca: {rubbish} has no certificate in PEM form'),
                 ('one.pem', 'one.key', 'missing', '--client-ca: {missing}: No such file')):
             with self.assertRaises(OSError) as caught:
@@ -8895,11 +8940,17 @@ class OtherServersTest(TestCase):
             options = parser.parse(['serve', 'restic', *args, '--append-only', str(self.folder)])
             self.assertEqual(restic_serve.find_directory(parser, options.arguments), str(self.folder))
             self.assertEqual((options.append_only, options.verbose), (True, args == ['-vP']))
-            self.assertEqual(parser.passed_over[0], '-P' if 'P' in args[0] else args[0].partition('=')[0])
+            self.assertEqual(parser.passed_over, args if args != ['-vP'] else ['-P'])
         parser = restic_serve.Parser({})
         self.assertEqual(parser.parse(['--', '--transfers']).arguments, ['--transfers'])
         parser.parse(['--stdio', '--b2-hard-delete', 'dir'])
         self.assertEqual(parser.passed_over, [])
+        for args in (['--cache-dir', '--append-only'], ['--transfers'], ['--log-file', '-P'],
+                     ['--realm', '-P']):
+            self.assertIn('expected one argument', self.refusal(*args, 'dir') if len(args) > 1
+                          else self.refusal('dir', *args))
+        self.assertIn('DIR is missing; write restic_serve.py /srv/backup (without effect here: --rc-no-auth '
+                      'new)', self.refusal('--rc-no-auth', 'new'))
         for name in ('--include', '--immutable', '--copy-links', '--crypto', '--cache-object'):
             self.assertIn(f'{name}: unknown option', self.refusal(name, 'dir'))
 
@@ -9209,7 +9260,7 @@ class CommandLineTest(TestCase):
         """Python 3.6 at the first of these lines, Python 2 at the second one, before anything else."""
         lines = Path(MODULE).read_text(encoding='utf-8').partition('\n"""\n')[2].splitlines()[:3]
         self.assertEqual(lines[0], 'from __future__ import annotations  # Python 3.8 or newer is required')
-        self.assertRegex(lines[2], r"^__version__: str = '.*'  +# Python 3\.8 or newer is required")
+        self.assertRegex(lines[2], r"^__version__: str = '.*'  +# Python 3\.8 or newer is required: 2 and")
         before = Path(MODULE).read_text(encoding='utf-8').partition(lines[2])[0]
         self.assertTrue(before.isascii())
 
@@ -9305,6 +9356,17 @@ restic_serve.trim_memory = trim_and_forget
             record = logging.LogRecord('x', logging.DEBUG, '', 0, 'where', (), sys.exc_info())
         entry = json.loads(restic_serve.JsonFormatter().format(record))
         self.assertIn('ValueError: made by a test', entry['exception'])
+
+    def test_a_user_is_removed_however_his_accents_are_written(self):
+        file = self.folder / 'htpasswd'
+        file.write_text(f'andre\u0301:{sha("old")}\nbob:{sha("b")}\n', encoding='utf-8')
+        restic_serve.change_password_file(str(file), 'andr\u00e9', sha('new'))
+        self.assertEqual(PasswordFile(str(file)).entries, {'andr\u00e9': sha('new'), 'bob': sha('b')})
+        file.write_text(f'andre\u0301:{sha("1")}\nandr\u00e9:{sha("2")}\n', encoding='utf-8')
+        PasswordFile(str(file))
+        self.assertIn('line 2: andr\u00e9 is there twice; this line counts', self.log[-1])
+        self.assertTrue(restic_serve.change_password_file(str(file), 'andr\u00e9', ''))
+        self.assertEqual(file.read_text(), '')
 
     def test_users_are_added_and_removed_from_the_command_line(self):
         file = self.folder / 'htpasswd'
@@ -10332,6 +10394,20 @@ class DiskFaultsTest(FaultsTestCase):
         self.assertEqual(backup.returncode, 0, output)
         self.assertIn('no errors were found', run('check', '--read-data').stdout)
         self.assertEqual(sum('has gone' in line for line in server.lines), 1)
+
+    def test_a_full_disk_at_the_start_is_served(self):
+        self.mount('size=256k')
+        self.store.create_repository('')
+        self.store.save(Location('', 'config'), Bytes(b'x'))
+        with contextlib.suppress(OSError), open(self.root / 'keys' / 'fill', 'wb', buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with Program('--addr', '127.0.0.1:0', self.root) as server:
+            self.assertTrue(any('is full' in line for line in server.lines), server.lines)
+            with Wire(server.port) as wire:
+                self.assertEqual(wire.ask(get('/config'))[0], 200)
+            self.assertEqual(server.stop(), 0)
+        self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
 
     def test_a_full_disk(self):
         self.mount('size=1m')

@@ -402,7 +402,8 @@ def work_restic(server: Served, root: str, quick: bool) -> Figures:
 
 
 def make_repository(root: str, quick: bool) -> None:
-    """A repository in which the blobs of many small files lie in many packs, in no order."""
+    """A repository in which the blobs of many small files lie in many packs, more than a server would keep
+    open or remember, in no order."""
     files = Path(root, '.bench')
     environment = {**os.environ, 'RESTIC_PASSWORD': 'x', 'RESTIC_CACHE_DIR': f'{files}/cache'}
 
@@ -412,12 +413,13 @@ def make_repository(root: str, quick: bool) -> None:
     restic('init')
     (files / 'source' / 'small').mkdir(parents=True)
     (files / 'source' / 'large').mkdir()
-    order, turns = list(range(FILES // (10 if quick else 1))), 20
+    order, turns = list(range(FILES // (10 if quick else 1))), 20 if quick else 100
     random.Random(7).shuffle(order)
     for turn in range(turns):
         for number in order[turn::turns]:
             (files / 'source' / 'small' / f'{number:04d}').write_bytes(os.urandom(500 + number * 17 % 60_000))
-        (files / 'source' / 'large' / str(turn)).write_bytes(os.urandom((2 if quick else 20) * MIB))
+        if turn % (turns // 20) == 0:
+            (files / 'source' / 'large' / str(turn)).write_bytes(os.urandom((2 if quick else 20) * MIB))
         restic('backup', f'{files}/source')
 
 
