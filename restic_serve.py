@@ -591,7 +591,8 @@ def http_date(seconds: int) -> str:
 
 
 def log_access(request: Request, status: int, sent: int) -> None:
-    """A line in the Combined Log Format, as Apache writes it; `sent` counts the body's bytes.
+    """A line in the Combined Log Format, as Apache writes it, and the seconds that the request took; `sent`
+    counts the body's bytes.
 
     https://httpd.apache.org/docs/2.4/logs.html#combined
     """
@@ -599,11 +600,11 @@ def log_access(request: Request, status: int, sent: int) -> None:
         return
     query = f'?{request.query}' if request.query else ''
     access_log.info(
-        '%s - %s [%s] "%s" %d %s "%s" "%s"', request.client, request.user or '-',
+        '%s - %s [%s] "%s" %d %s "%s" "%s" %.3f', request.client, request.user or '-',
         time.strftime('%d/%b/%Y:%H:%M:%S %z'),
         _for_log(f'{request.method} {request.path}{query} {request.version}'.rstrip()), status, sent or '-',
         _for_log(request.headers.get('referer', '-')),
-        _for_log(request.headers.get('user-agent', '-')))
+        _for_log(request.headers.get('user-agent', '-')), time.monotonic() - request.begun)
 
 
 def _for_log(text: str) -> str:
@@ -975,6 +976,51 @@ def lock_file(fd: int) -> Optional[bool]:
     except (ImportError, OSError):
         return None
     return True
+
+
+class SyncBatch:
+    """A sync of a folder that is to come or goes on, for all threads that wait for it."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.error: Optional[OSError] = None
+
+
+class SharedSync:
+    """Syncs folders for several threads at once: those that have changed a folder while it is being synced
+    share its next sync."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: Dict[str, SyncBatch] = {}    # by path
+        self._next: Dict[str, SyncBatch] = {}       # those that have not begun
+
+    def sync(self, folder: Folder) -> None:
+        """Return when a sync of the folder has ended that began after this call.  Raises OSError."""
+        path = folder.path
+        with self._lock:
+            batch, running = self._next.get(path), self._running.get(path)
+            leads = batch is None
+            if batch is None:
+                batch = self._next[path] = SyncBatch()
+        if not leads:
+            batch.ended.wait()
+            if batch.error:
+                raise batch.error
+            return
+        if running:
+            running.ended.wait()
+        with self._lock:
+            self._running[path] = self._next.pop(path)
+        try:
+            folder.sync()
+        except OSError as error:
+            batch.error = error
+            raise
+        finally:
+            with self._lock:
+                del self._running[path]
+            batch.ended.set()
 
 
 _renaming = threading.Lock()
@@ -1621,14 +1667,18 @@ class Store:
                 log.warning('%s is on a read-only file system; it is served for reading only',
                             self.root or os.sep)
         if self.directory.read_only:
-            with self.scan('') as (top, entries):
-                self.ignores_case = any(is_there_in_other_case(top, entry.name) for entry in entries
-                                        if entry.name != entry.name.swapcase())
+            self.detect_case()
         if self.ignores_case:
             log.log(NOTICE, 'the file system of %s ignores case: users and paths are compared without it',
                     self.root or os.sep)
         if not self.directory.read_only:
             self.hidden.remove_left_overs(self.now)
+
+    def detect_case(self) -> None:
+        """Find out by what is in the directory whether its file system ignores case.  Raises OSError."""
+        with self.scan('') as (top, entries):
+            self.ignores_case = any(is_there_in_other_case(top, entry.name) for entry in entries
+                                    if entry.name != entry.name.swapcase())
 
     def _probe(self) -> None:
         """Write a file.  Raises OSError."""
@@ -2039,6 +2089,8 @@ class Past:
         self._store = store
         self._keep = keep_seconds * 1e6
         self._without_past: Dict[str, float] = {}   # until when that is taken for granted
+        self._begun: Dict[str, float] = {}          # likewise, of those with one
+        self._syncs = SharedSync()
         self._clock = clock
 
     def now(self) -> int:
@@ -2068,7 +2120,7 @@ class Past:
                 return None
             if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, 'no regular file', source.at(location.file))
-            self.begin(location.repository)
+            self._begin_known(location.repository)
             moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
             name = f'{location.file}.{format_moment(moment)}'
             with self._open_or_make(deleted_folder(location)) as target:
@@ -2076,8 +2128,8 @@ class Past:
                     move(source, location.file, target, name, self._store.file_mode)
                 except FileNotFoundError:  # another request was faster
                     return None
-                target.sync()
-                source.sync()
+                self._syncs.sync(target)
+                self._syncs.sync(source)
         return status.st_size
 
     def keeps_object(self, location: Location) -> bool:
@@ -2092,6 +2144,15 @@ class Past:
                 os.close(opened.open(f'{_SINCE}{format_moment(self.now())}',
                                      os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
                 opened.sync()
+
+    def _begin_known(self, repository: str) -> None:
+        """Do what begin() says, once in a while."""
+        now = time.monotonic()
+        if now >= self._begun.get(repository, 0.0):
+            self.begin(repository)
+            if len(self._begun) >= KNOWN_FOLDERS:
+                self._begun.clear()
+            self._begun[repository] = now + LOOK_SECONDS
 
     def _end_known(self, repository: str) -> None:
         """An object was deleted and is not kept.  Repositories without a past are remembered a while."""
@@ -2487,6 +2548,7 @@ SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a re
 FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
 OTHER = 'other'             # Key instead of a repository's path, which begins with a slash.
 CONNECTIONS = ('connections',)  # Row: connections admitted, connections served.
+REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
 ADDRESSES = ('addresses',)      # Row: connections by the hash of their address.
 ADDRESS_BUCKETS = 4096
 READ_TRIES = 200                # Attempts to read a slot that is being rewritten, 5 ms apart.
@@ -4373,6 +4435,7 @@ class Accounts:
             right_user = hmac.compare_digest(user.encode(), self._user.encode())
             right = hmac.compare_digest(self._salted(password), self._password) and right_user
         if not right:
+            self._counters.add(REFUSED_LOGINS, 1)
             log.log(NOTICE, "authentication failed for '%s' from %s",
                     user if is_user(user) else re.sub(
                         r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:64]),
@@ -4876,7 +4939,8 @@ class Metrics:
         return (f'in {format_duration(seconds)}: sent {format_size(sent_bytes)} in {sent} objects '
                 f'({format_size(sent_bytes / seconds)}/s), received {format_size(received_bytes)} in '
                 f'{received} objects ({format_size(received_bytes / seconds)}/s), {requests} requests '
-                f'({requests / seconds:.1f}/s), {errors} errors; {connections} connections')
+                f'({requests / seconds:.1f}/s), {errors} error{"s" * (errors != 1)}; '
+                f'{connections} connection{"s" * (connections != 1)}')
 
     def _activity(self) -> List[int]:
         """Requests, errors among them, objects and bytes received, objects and bytes sent."""
@@ -4913,12 +4977,23 @@ class Metrics:
         repositories = self._usage.repositories()
         return Facts(self.counters.find('blob'), self.counters.find('request'), self.counters.find('limited'),
                      self.connections(), self._begin, repositories, last_scrubs(self._store),
-                     self._usage.quotas(repositories))
+                     self._usage.quotas(repositories), self.counters.total(REFUSED_LOGINS, 1)[0],
+                     self._disk())
+
+    def _disk(self) -> List[int]:
+        """Bytes of the disk in all, and free ones; empty where that is not known."""
+        import shutil
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(self._store.root or os.sep)
+            return [usage.total, usage.free]
+        return []
 
 
-# What the metrics are computed from: rows of Counters, and repositories, scrubs and quotas by name.
+# What the metrics are computed from: rows of Counters, repositories, scrubs and quotas by name, logins that
+# were refused, and the disk's bytes.
 Facts = collections.namedtuple('Facts', [
-    'blobs', 'requests', 'limited', 'connections', 'begin', 'repositories', 'scrubs', 'quotas'])
+    'blobs', 'requests', 'limited', 'connections', 'begin', 'repositories', 'scrubs', 'quotas',
+    'refused_logins', 'disk'])
 
 
 class Family:
@@ -4997,6 +5072,12 @@ _FAMILIES = (
     Family('restic_serve_limited_total', 'counter', 'Requests and connections that a limit ended or refused.',
            lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items()),
            of_server=True),
+    Family('restic_serve_refused_logins_total', 'counter', 'Logins with a wrong user or password.',
+           lambda facts: [({}, facts.refused_logins)], of_server=True),
+    Family('restic_serve_disk_bytes', 'gauge', "Bytes of the directory's disk.", lambda facts: [
+        ({}, total) for total in facts.disk[:1]], of_server=True),
+    Family('restic_serve_disk_free_bytes', 'gauge', 'Free bytes of it.', lambda facts: [
+        ({}, free) for free in facts.disk[1:]], of_server=True),
     Family('restic_serve_start_time_seconds', 'gauge', 'When the server was started.', lambda facts: [
         ({}, int(facts.begin))], of_server=True),
     Family('restic_serve_build_info', 'gauge', 'The version of the server.', lambda facts: [
@@ -5294,6 +5375,7 @@ class Api:
         self._prometheus = prometheus
         self._page = page
         self._at = at
+        self.has_metrics = bool(prometheus)
         self._own_paths = {f'{baseurl}/health': self._get_health}   # they hide repositories of that name
         if prometheus:
             self._own_paths[f'{baseurl}/metrics'] = self._get_metrics
@@ -9347,7 +9429,7 @@ class Server:
             # A connection of HTTP/2 takes three, and its file one.
             _allow_descriptors(4 * max_connections + 256)
         api.usage.census.open()
-        if api.usage.limits:
+        if api.usage.limits or api.has_metrics:     # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -9766,16 +9848,25 @@ class Workers:
 # Log formats and log files.
 
 _DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
+# Priorities of syslog(3) from a level on.
+_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (NOTICE, 5), (logging.INFO, 6), (0, 7))
 
 
 class LogFormatter(logging.Formatter):
     """rclone's log lines; those of the access log have no prefix, for programs that read them.  A message is
-    always one line."""
+    always one line.  For the `journal` a line begins with its priority (sd-daemon(3)), not with a time."""
+
+    def __init__(self, journal: bool) -> None:
+        super().__init__('%(levelname)s: %(message)s' if journal else
+                         '%(asctime)s %(levelname)s: %(message)s', _DATE_FORMAT)
+        self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        if record.name == access_log.name:
-            return record.getMessage()
-        return super().format(record)
+        text = record.getMessage() if record.name == access_log.name else super().format(record)
+        if not self._journal:
+            return text
+        priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
+        return '\n'.join(f'<{priority}>{line}' for line in text.split('\n'))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         record.message = one_line(record.message)
@@ -9787,12 +9878,15 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         import json
-        when = time.strftime('%Y-%m-%dT%H:%M:%S%z', time.localtime(record.created))
+        zone = time.strftime('%z', time.localtime(record.created))
+        when = (time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(record.created))
+                + f'.{int(record.msecs):03d}{zone[:3]}:{zone[3:]}')    # RFC 3339 5.6
         entry: Dict[str, Any] = {'time': when, 'level': record.levelname, 'message': record.getMessage()}
         if record.name == access_log.name and isinstance(record.args, tuple):
-            client, user, _, request, status, sent, referer, agent = record.args
+            client, user, _, request, status, sent, referer, agent, seconds = record.args
             entry.update(client=str(client), user=user, request=request, status=status,
-                         bytes=0 if sent == '-' else sent, referer=referer, agent=agent)
+                         bytes=0 if sent == '-' else sent, referer=referer, agent=agent,
+                         seconds=round(float(str(seconds)), 6))
         if record.exc_info:
             entry['exception'] = self.formatException(record.exc_info)
         return json.dumps(entry)
@@ -9816,13 +9910,23 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
+def is_journal(fd: int) -> bool:
+    """Whether a descriptor leads to systemd's journal: JOURNAL_STREAM names its device and inode
+    (systemd.exec(5))."""
+    device, _, inode = os.environ.get('JOURNAL_STREAM', '').partition(':')
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return (device, inode) == (str(status.st_dev), str(status.st_ino))
+
+
 def start_log(level: int, path: str, as_json: bool = False) -> None:
     """Log to stderr, or to the end of the file `path`.  Raises OSError."""
     logging.addLevelName(NOTICE, 'NOTICE')
     logging.raiseExceptions = False  # a full disk for the log must not stop the service
     handler = LogFile(path) if path else logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if as_json else LogFormatter(
-        '%(asctime)s %(levelname)s: %(message)s', _DATE_FORMAT))
+    handler.setFormatter(JsonFormatter() if as_json else LogFormatter(not path and is_journal(2)))
     log.addHandler(handler)
     log.setLevel(level)
     log.propagate = False
@@ -10488,6 +10592,7 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
         raise FileNotFoundError(errno.ENOENT, 'no directory', store.root)
     for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
         signal.signal(stop, lambda signum, frame: sys.exit(1))
+    store.detect_case()
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
@@ -10508,6 +10613,7 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
 def roll_back(options: argparse.Namespace, store: Store) -> int:
     """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
     back.  Raises OSError."""
+    store.detect_case()
     past = Past(store, math.inf)
     jobs, failed = {}, False
 

@@ -769,10 +769,10 @@ class OneLineTest(unittest.TestCase):
             self.assertEqual(restic_serve.one_line(text), said)
 
     def test_every_line_of_the_log_is(self):
-        formatter = restic_serve.LogFormatter('%(levelname)s: %(message)s')
+        formatter = restic_serve.LogFormatter(True)
         record = logging.LogRecord('restic_serve', logging.INFO, '', 0, '%s %s',
                                    ('DELETE', '/a\u202e\x85\n\u2028'), None)
-        self.assertEqual(formatter.format(record), r'INFO: DELETE /a\u202e\x85\n\u2028')
+        self.assertEqual(formatter.format(record), r'<6>INFO: DELETE /a\u202e\x85\n\u2028')
         record = logging.LogRecord('restic_serve', logging.INFO, '', 0, 'x', (), None)
         try:
             raise ValueError('y')
@@ -859,7 +859,7 @@ class AccessLogTest(WireTestCase):
         self.addCleanup(restic_serve.access_log.removeHandler, handler)
 
     COMBINED = (r'127\.0\.0\.1 - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
-                r'"%s" %d %s "%s" "%s"$')
+                r'"%s" %d %s "%s" "%s" \d+\.\d{3}$')
 
     def check(self, *parts):
         self.wait_until(lambda: self.lines, 'a line')
@@ -1615,6 +1615,65 @@ class ByDescriptorTest(StoreTest):
 
 
 @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'only root can serve what others own')
+class SharedSyncTest(unittest.TestCase):
+    """Folders that several threads have changed are synced for all of them at once."""
+
+    def setUp(self):
+        self.begun, self.go_on, self.count = threading.Semaphore(0), threading.Semaphore(0), 0
+        self.error = None
+        self.syncs = restic_serve.SharedSync()
+        folder = mock.Mock(path='/x', sync=self.sync)
+        self.results = []
+
+        def run():
+            try:
+                self.syncs.sync(folder)
+                self.results.append('synced')
+            except OSError as error:
+                self.results.append(error)
+
+        self.threads = [threading.Thread(target=run) for _ in range(6)]
+
+    def sync(self):
+        self.count += 1
+        self.begun.release()
+        self.go_on.acquire()
+        if self.error:
+            raise self.error
+
+    def start_all(self):
+        """One thread syncs and the others wait; they began after it did."""
+        self.threads[0].start()
+        self.assertTrue(self.begun.acquire(timeout=PATIENCE))
+        for thread in self.threads[1:]:
+            thread.start()
+        end = time.monotonic() + PATIENCE
+        while not self.syncs._next and time.monotonic() < end:
+            time.sleep(0.001)
+
+    def finish(self):
+        for _ in self.threads:
+            self.go_on.release()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+
+    def test_whoever_comes_during_a_sync_waits_for_another(self):
+        self.start_all()
+        self.assertEqual((self.results, self.count), ([], 1))
+        self.go_on.release()
+        self.assertTrue(self.begun.acquire(timeout=PATIENCE))
+        self.finish()
+        self.assertEqual(self.results, ['synced'] * 6)
+        self.assertLessEqual(self.count, 6)
+        self.assertEqual((self.syncs._next, self.syncs._running), ({}, {}))
+
+    def test_a_failure_is_told_to_all_that_share_it(self):
+        self.start_all()
+        self.error = OSError(errno.EIO, 'made by a test')
+        self.finish()
+        self.assertEqual([type(result) for result in self.results], [OSError] * 6)
+
+
 class FoldersOfOthersTest(TestCase):
     """Root serves a directory that a user owns, who exchanges folders for links."""
 
@@ -4793,6 +4852,7 @@ class MetricsTest(WatchedTestCase):
         with mock.patch.object(restic_serve.Census, 'count',
                                lambda census: begun.set() or go_on.wait(PATIENCE)):
             begin = time.monotonic()
+            self.usage.census.expire()
             samples = self.scrape()
             self.assertLess(time.monotonic() - begin, PATIENCE / 3)
             self.assertNotIn('restic_serve_repository_bytes', ''.join(samples))
@@ -4842,6 +4902,24 @@ class MetricsTest(WatchedTestCase):
                 find_peer.return_value.certified = True
                 self.assertEqual(self.ask(get('/metrics'))[0], status, name)
 
+    def test_the_disk_and_refused_logins(self):
+        accounts = Accounts(user='metrics', password='m')
+        self.watch(Policy(short_rights(metrics=True)), accounts)
+        accounts._counters = self.metrics.counters
+        login = basic('metrics', 'm')
+        for password in ('m', 'x', 'y'):
+            self.ask(get('/config', basic('metrics', password)))
+        text = self.ask(get('/metrics', login))[2].decode()
+        usage = shutil.disk_usage(self.root)
+        self.assertIn('\nrestic_serve_refused_logins_total 2\n', text)
+        self.assertIn(f'\nrestic_serve_disk_bytes {usage.total}\n', text)
+        self.assertRegex(text, r'\nrestic_serve_disk_free_bytes \d+\n')
+
+    def test_counting_begins_at_the_start(self):
+        self.store.save(Location('/host', 'config'), Bytes(b'x'))
+        self.watch()
+        self.wait_until(lambda: self.usage.census.age() < math.inf, 'a census that nobody asked for')
+
     def test_they_lie_below_the_base_url(self):
         self.watch(baseurl='/backup')
         self.assertEqual(self.ask(get('/backup/metrics'))[0], 200)
@@ -4857,7 +4935,7 @@ class MetricsTest(WatchedTestCase):
         self.ask(get('/../config'))
         self.wait_until(lambda: self.metrics._activity()[0] == 4, 'the four requests')
         line = (r'in \d+ s: sent 4\.9 KiB in 1 objects \([\d.]+ [KM]?i?B/s\), received 4\.9 KiB in 1 objects '
-                r'\([\d.]+ [KM]?i?B/s\), 4 requests \([\d.]+/s\), 1 errors; \d connections')
+                r'\([\d.]+ [KM]?i?B/s\), 4 requests \([\d.]+/s\), 1 error; \d connections?')
         self.assertRegex(self.metrics.line(final=False), f'^{line}$')
         self.assertTrue(self.metrics.has_news())
         self.assertRegex(self.metrics.line(), f'^{line}$')
@@ -9342,7 +9420,8 @@ restic_serve.trim_memory = trim_and_forget
                 wire.ask(get('/config?a="b"', 'User-Agent: "x"', 'Referer: y'))
             self.assertEqual(server.stop(), 0)
         entries = [json.loads(line) for line in server.lines]
-        self.assertRegex(entries[0]['time'], r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}$')
+        self.assertRegex(entries[0]['time'], r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d$')
+        self.assertLess(entries[4]['seconds'], PATIENCE)
         self.assertEqual([entry['level'] for entry in entries], ['NOTICE'] * 4 + ['INFO'])
         self.assertIn(f'serving {self.root} on ', entries[1]['message'])
         request = {key: entries[4][key] for key in ('client', 'user', 'request', 'status', 'bytes', 'referer',
@@ -9367,6 +9446,32 @@ restic_serve.trim_memory = trim_and_forget
         self.assertIn('line 2: andr\u00e9 is there twice; this line counts', self.log[-1])
         self.assertTrue(restic_serve.change_password_file(str(file), 'andr\u00e9', ''))
         self.assertEqual(file.read_text(), '')
+
+    def test_the_journal_gets_priorities_and_no_times(self):
+        with tempfile.TemporaryFile() as journal:
+            status = os.fstat(journal.fileno())
+            for stream, journaled in ((f'{status.st_dev}:{status.st_ino}', True), ('8:15', False)):
+                journal.seek(0)
+                journal.truncate()
+                process = subprocess.Popen(
+                    [sys.executable, MODULE, '-vv', '--addr', '127.0.0.1:0', str(self.root)], stderr=journal,
+                    env={**clean_environment(), 'JOURNAL_STREAM': stream})
+                self.addCleanup(process.kill)
+
+                def lines():
+                    journal.seek(0)
+                    return journal.read().decode().splitlines()
+
+                self.wait_until(lambda: any('in force' in line for line in lines()), 'the start')
+                port = int(re.search(r'127\.0\.0\.1:(\d+)/', ' '.join(lines()))[1])
+                with Wire(port) as wire:
+                    wire.ask(get('/config'))
+                self.wait_until(lambda: any('GET /config' in line for line in lines()), 'a request')
+                process.terminate()
+                process.wait()
+                found = [line for line in lines() if 'serving' in line or 'GET /config' in line]
+                for line, pattern in zip(found, ('<5>NOTICE: serving', r'<6>127\.0\.0\.1 - - \[')):
+                    self.assertEqual(bool(re.match(pattern, line)), journaled, line)
 
     def test_users_are_added_and_removed_from_the_command_line(self):
         file = self.folder / 'htpasswd'
@@ -11430,16 +11535,50 @@ class ReadmeTest(unittest.TestCase):
                 (hoster, 'acme', '/globex', 'none'), (hoster, 'acme', '/acme/x', 'write')):
             self.assertEqual(rights.find(user, path)[0], may, (user, path))
 
-    def test_the_alert_rules_in_the_readme_are_good(self):
-        text = README.read_text(encoding='utf-8')
-        rules = re.search(r'```yaml\n(groups:.*?)```', text, re.DOTALL)[1]
+    # What promtool feeds to the rules, a value a minute, and which alerts fire after how many minutes.
+    ALERTS = """
+rule_files: [rules.yml]
+evaluation_interval: 1m
+tests:
+- interval: 1m
+  input_series:
+  - {series: 'up{job="restic_serve"}', values: '1x5 0x30 1x30'}
+  - {series: 'restic_serve_repository_last_snapshot_timestamp_seconds{repo="a"}', values: '-172800x60'}
+  - {series: 'restic_serve_repository_last_snapshot_timestamp_seconds{repo="b"}', values: '0x60'}
+  - {series: 'restic_serve_repository_scrub_damaged_objects{repo="a"}', values: '0x10 2x50'}
+  - {series: 'restic_serve_disk_bytes', values: '1000x60'}
+  - {series: 'restic_serve_disk_free_bytes', values: '500x10 50x50'}
+  - {series: 'rest_server_blob_delete_total{repo="a",type="snapshots"}', values: '0x10 30x50'}
+  - {series: 'restic_serve_refused_logins_total', values: '0+10x60'}
+  alert_rule_test:
+"""
+
+    def test_the_alert_rules_in_the_readme_are_good_and_fire(self):
+        rules = self.blocks('yaml')[0]
+        names = re.findall('alert: (.*)', rules)
+        fires = {'BackupServerDown': (10, 20, 40), 'BackupOverdue': (10, 20, None), 'BackupDamaged': (5, 12, None),
+                 'BackupDiskNearlyFull': (20, 30, None), 'SnapshotsDeleted': (5, 15, None),
+                 'BackupLoginsRefused': (0, 15, None)}
+        labels = {'BackupServerDown': 'job: restic_serve', 'BackupDiskNearlyFull': '', 'BackupLoginsRefused': ''}
+        text = self.ALERTS
+        for name, (before, after, over) in fires.items():
+            for minute, firing in ((before, False), (after, True), (over, False)):
+                if minute is not None:
+                    said = ''
+                    if firing:
+                        more = labels.get(name, 'repo: a')
+                        said = f', exp_alerts: [{{exp_labels: {{{more}}}'
+                        if name == 'BackupOverdue':
+                            said += ', exp_annotations: {summary: "a: last snapshot 2d 0h 20m 0s ago"}'
+                        said += '}]'
+                    text += f'  - {{eval_time: {minute}m, alertname: {name}{said}}}\n'
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, 'rules.yml')
-            path.write_text(rules)
-            done = subprocess.run([program('promtool'), 'check', 'rules', path], text=True,
-                                  capture_output=True)
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertIn('5 rules found', done.stdout)
+            Path(folder, 'rules.yml').write_text(rules)
+            Path(folder, 'tests.yml').write_text(text)
+            for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
+                done = subprocess.run([program('promtool'), *command], text=True, capture_output=True, cwd=folder)
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertEqual(len(names), 10)
 
     def test_the_nginx_of_the_readme_lets_nobody_in_without_a_password(self):
         nginx = program('nginx')
