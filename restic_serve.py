@@ -18,6 +18,7 @@ The chapters stand in the order in which each builds on those above it:
     Accounts      authentication: passwords, certificates, proxies
     Policy        authorization
     Metrics       statistics for Prometheus and for the log
+    Watch         what is wrong with repositories
     Page          the status page for browsers
     Api           routes and answers
     Transport     bytes over a socket, TLS, or standard input and output
@@ -5123,6 +5124,72 @@ def _label(text: str) -> str:
     return text.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
 
 
+# ==== Watch ======================================================================================
+# What is wrong with the repositories: decided here, for the page and the report.
+
+LOCK_SECONDS = 86400         # Age from which a lock is stale.
+NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
+DAMAGED, OVERDUE, STALE_LOCK, FULL = TROUBLES = 'damaged', 'overdue', 'with stale locks', 'nearly full'
+# A repository: its path, what it holds, the result of the last scrub or None, the times of its locks or None
+# if they cannot be read, and what is wrong with it, each since a time.
+Watched = collections.namedtuple('Watched', ['name', 'held', 'scrub', 'locks', 'troubles'])
+
+
+class Watch:
+    """Looks at the repositories of a store.  One without a snapshot for `stale_after` seconds is overdue."""
+
+    def __init__(self, store: Store, usage: Usage, stale_after: float) -> None:
+        self.stale_after = stale_after
+        self._store = store
+        self._usage = usage
+
+    def look(self, names: Iterable[str], now: float) -> List[Watched]:
+        """Repositories: those with the worst trouble first, of these the one that has it longest."""
+        scrubs = last_scrubs(self._store)
+        found = [self._look_at(name, held, scrubs.get(name), now)
+                 for name, held in self._usage.holdings(names).items()]
+        return sorted(found, key=lambda one: (*_worst(one.troubles), natural_order(one.name)))
+
+    def _look_at(self, name: str, held: Holdings, scrub: Optional[ScrubResult], now: float) -> Watched:
+        troubles: Dict[str, float] = {}
+        if scrub and scrub.damaged:
+            troubles[DAMAGED] = scrub.time
+        if held.last_snapshot + self.stale_after < now:
+            troubles[OVERDUE] = held.last_snapshot and held.last_snapshot + self.stale_after
+        locks = self._locks(name)
+        if locks and min(locks) < now - LOCK_SECONDS:
+            troubles[STALE_LOCK] = min(locks)
+        quotas = [self._usage.quota(scope) for scope in self._usage.limited(name)]
+        if any(used >= NEARLY_FULL * limit for used, _, limit in quotas):
+            troubles[FULL] = now
+        return Watched(name, held, scrub, locks, troubles)
+
+    def _locks(self, name: str) -> Optional[List[float]]:
+        try:
+            return [status.st_mtime for _, status in self._store.object_entries(f'{name}/locks')]
+        except OSError:
+            return None
+
+
+def _worst(troubles: Dict[str, float]) -> Tuple[int, float]:
+    """The rank of the worst trouble, and since when."""
+    for rank, trouble in enumerate(TROUBLES):
+        if trouble in troubles:
+            return rank, troubles[trouble]
+    return len(TROUBLES), 0.0
+
+
+def natural_order(name: str) -> List[Tuple[int, str]]:
+    """A key by which `host-2` comes before `host-10`."""
+    return [(int(part), '') if part.isdecimal() else (0, part) for part in re.split('([0-9]+)', name)]
+
+
+def count_troubles(found: Iterable[Watched]) -> str:
+    """How many repositories have which trouble, such as `2 damaged, 1 overdue`; empty if none has any."""
+    numbers = collections.Counter(trouble for one in found for trouble in one.troubles)
+    return ', '.join(f'{numbers[trouble]} {trouble}' for trouble in TROUBLES if numbers[trouble])
+
+
 # ==== Page =======================================================================================
 # The status page for browsers: one page of HTML, without scripts and without anything from elsewhere.
 
@@ -5179,7 +5246,7 @@ class Page:
     def __init__(self, store: Store, usage: Usage, stale_after: float = 48 * 3600) -> None:
         self._store = store
         self._usage = usage
-        self._stale_after = stale_after
+        self._watch = Watch(store, usage, stale_after)
         self._rendering = threading.Lock()
 
     def headers(self) -> Headers:
@@ -5205,33 +5272,34 @@ class Page:
         counted, now = self._usage.census.age() < math.inf, time.time()
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
-        shown = self._usage.holdings([name for place in below for name in self._usage.names(place)
-                                      if right(name) != NONE])
-        overdue = {name for name, held in shown.items() if held.last_snapshot + self._stale_after < now}
-        scrubs = last_scrubs(self._store)
-        rows = ''.join(self._row(name, held, right(name), name in overdue, scrubs.get(name), now)
-                       for name, held in sorted(shown.items(), key=lambda item: (
-                           item[0] not in overdue, item[0])))
+        shown = self._watch.look([name for place in below for name in self._usage.names(place)
+                                  if right(name) != NONE], now)
+        limited = any(right(one.name) != WRITE for one in shown)    # else nobody needs to be told
+        rows = ''.join(self._row(one, right(one.name) if limited else '', now) for one in shown)
         quotas = ''.join(
-            _quota(scope, *quota) for scope, quota in self._usage.quotas([*shown, *places]).items()
+            _quota(scope, *quota) for scope, quota in self._usage.quotas(
+                [*(one.name for one in shown), *places]).items()
             if right(f'/{scope}' if scope else '') != NONE)
+        troubles = count_troubles(shown)
         summary = f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
         if shown:
-            alarm = 'none overdue'
-            if overdue:
-                alarm = f'{_bad(f"{len(overdue)} overdue")}: no snapshot for {_age(self._stale_after)}'
-            summary += f', {format_size(sum(held.bytes for held in shown.values()))}, {alarm}'
+            summary += f', {format_size(sum(one.held.bytes for one in shown))}, ' + (
+                _bad(troubles) if troubles else 'none overdue')
+        with contextlib.suppress(OSError):
+            import shutil
+            summary += f'; {format_size(shutil.disk_usage(self._store.root or os.sep).free)} free'
         if not fresh:
             summary += f'; counted {_age(self._usage.census.age())} ago'
+        title = _text(f'{socket.gethostname()}: {troubles or "backups"}')
         parts = [
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Backups</title>'
-            '<meta name="viewport" content="width=device-width">',
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<title>{title}</title><meta name="viewport" content="width=device-width">',
             '' if counted else f'<meta http-equiv="refresh" content="{LOOK_AGAIN}">',
             f'<style>{_STYLE}</style></head><body><h1>Backups</h1>',
             f'<p>{summary if counted else "What is stored is being counted …"}</p>',
             f'<div class="quotas">{quotas}</div>' if quotas else '',
-            '<table><thead><tr><th>Repository<th>You may<th>Last snapshot<th class="n">Snapshots'
-            '<th class="n">Size'
+            f'<table><thead><tr><th>Repository{"<th>You may" if limited else ""}<th>Last snapshot'
+            '<th class="n">Snapshots<th class="n">Size'
             f'<th class="n">In 30 days<th>{DAYS} days<th>Locks<th>Last scrub</tr></thead>\n'
             f'<tbody>{rows}</tbody></table>' if shown else '',
             f'<footer>restic_serve {__version__}, {time.strftime("%Y-%m-%d %H:%M:%S %Z")}. ',
@@ -5239,42 +5307,37 @@ class Page:
             if shown else '', '</footer></body></html>\n']
         return ''.join(parts)
 
-    def _row(self, name: str, held: Holdings, right: str, overdue: bool, scrub: Optional[ScrubResult],
-             now: float) -> str:
+    def _row(self, one: Watched, right: str, now: float) -> str:
         """A repository's row."""
+        held, troubles = one.held, one.troubles
         age, when = 'none', ''
         if held.last_snapshot:
             age = f'{_age(now - held.last_snapshot)} ago'
             when = _small(time.strftime('%Y-%m-%d %H:%M', time.localtime(held.last_snapshot)))
-        if overdue:
+        if OVERDUE in troubles:
             age = _bad(f'{age}, overdue')
         checked = '<span class="dim">never</span>'
-        if scrub:
-            checked = (_bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound') + _small(
-                f'{_age(now - scrub.time)} ago')
-        cells = (('Repository', 'name', _text(name or '/')),
-                 ('You may', 'right', 'see' if right == METRICS else right),
+        if one.scrub:
+            checked = (_bad(f'{one.scrub.damaged} damaged') if DAMAGED in troubles else 'sound') + _small(
+                f'{_age(now - one.scrub.time)} ago')
+        locks = 'unknown' if one.locks is None else '<span class="dim">none</span>'
+        if one.locks:
+            locks = f'{len(one.locks)}{_small(f"oldest {_age(now - min(one.locks))}")}'
+        cells = (('Repository', 'name', _text(one.name or '/')),
+                 *((('You may', 'right', 'see' if right == METRICS else right),) if right else ()),
                  ('Last snapshot', 'age', age + when),
                  ('Snapshots', 'n', f'{held.objects["snapshots"]:,}'),
                  ('Size', 'n', format_size(held.bytes) + (
                      _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
-                     _bad('not all can be read') if held.unreadable else '')),
+                     _bad('not all can be read') if held.unreadable else '') + (
+                     _bad('nearly full') if FULL in troubles else '')),
                  ('In 30 days', 'n', f'+{format_size(sum(held.days[-30:]))}'),
-                 (f'{DAYS} days', 'graph', _plot(held)), ('Locks', 'locks', self._locks(name, now)),
+                 (f'{DAYS} days', 'graph', _plot(held)),
+                 ('Locks', 'locks', _bad(f'{locks}, stale') if STALE_LOCK in troubles else locks),
                  ('Last scrub', 'scrub', checked))
-        return (f'<tr{" class=late" if overdue else ""}>' + ''.join(
+        return (f'<tr{" class=late" if troubles else ""}>' + ''.join(
             f'<td class="{kind}" data-of="{of}">{content}</td>' for of, kind, content in cells)
             + '</tr>\n')
-
-    def _locks(self, name: str, now: float) -> str:
-        """The number of locks, and the age of the oldest."""
-        try:
-            times = [status.st_mtime for _, status in self._store.object_entries(f'{name}/locks')]
-        except OSError:
-            return 'unknown'
-        if not times:
-            return '<span class="dim">none</span>'
-        return f'{len(times)}{_small(f"oldest {_age(now - min(times))}")}'
 
 
 def _age(seconds: float) -> str:
@@ -10106,6 +10169,9 @@ OPTIONS = (
     Option('watching', '--stats', parse_duration, 'with -v, log what was done at this interval, if anything '
            'was; SIGUSR1 logs it at once; 0 is off', 'DURATION', default='1m'),
 
+    Option('other jobs', '--report', parse_bool, 'say how each repository in DIR is, a line each, what is '
+           'wrong first; with --log-format json an object a line; needs no password, and may run beside a '
+           'server; status 1 if anything is wrong', environment=False, stdio=False),
     Option('other jobs', '--scrub', parse_bool, 'read every object of every repository in DIR, and list '
            'those whose content does not match their name, and files that do not belong there; needs no '
            'password, and may run beside a server; status 1 if anything is damaged', environment=False),
@@ -10356,7 +10422,8 @@ def check_directory(parser: Parser, options: argparse.Namespace, directory: str)
                      f'./{directory} for one of that name')
     passwords = os.path.join(directory, '.htpasswd')
     asks = (options.htpasswd or options.user or options.user_from_header or options.client_ca
-            or options.no_auth or options.stdio or options.scrub or options.roll_back is not None)
+            or options.no_auth or options.stdio or options.scrub or options.report
+            or options.roll_back is not None)
     if not asks and os.path.exists(passwords):
         parser.error(f'{passwords}: rest-server asks for these passwords; add --htpasswd {passwords}, or '
                      '--no-auth to let everybody in')
@@ -10543,16 +10610,18 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
                                bool(options.prometheus), options.max_size_per_user or 0))
 
 
+def quotas_of(options: argparse.Namespace, rights: Rights) -> Dict[str, int]:
+    """The quotas of a table of rights, and that of --max-size, by place."""
+    limits = [limit for limit in (options.max_size, rights.quotas.get('/')) if limit]
+    return {**rights.quotas, **({'/': min(limits)} if limits else {})}
+
+
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None, at: str = '') -> Api:
     """The Api that the options describe."""
-    def quotas(rights: Rights) -> Dict[str, int]:
-        limits = [limit for limit in (options.max_size, rights.quotas.get('/')) if limit]
-        return {**rights.quotas, **({'/': min(limits)} if limits else {})}
-
-    usage = Usage(store, counters, options.usage_interval, quotas(policy.rights),
+    usage = Usage(store, counters, options.usage_interval, quotas_of(options, policy.rights),
                   Past(store, options.keep_deleted))
-    policy.on_change = lambda rights: usage.set_quotas(quotas(rights))
+    policy.on_change = lambda rights: usage.set_quotas(quotas_of(options, rights))
     usage.census.before = lambda: policy.refresh(force=True)
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
@@ -10608,6 +10677,44 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
     if not job.repositories:
         print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
     return int(damaged > 0 or not job.repositories)
+
+
+def report(options: argparse.Namespace, store: Store) -> int:
+    """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
+    any, or no repository.  Raises OSError and RightsFault."""
+    store.detect_case()
+    limits = quotas_of(options, make_policy(options, store, False).rights)
+    usage = Usage(store, Counters(), quotas=limits, past=Past(store, options.keep_deleted or 0))
+    usage.census.count()
+    now = time.time()
+    found = Watch(store, usage, options.stale_after).look(usage.names(), now)
+    for one in found:
+        print(_report_as_json(one) if options.log_format == 'json' else one_line(_report_line(one, now)))
+    if not found:
+        print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
+    return int(not found or any(one.troubles for one in found))
+
+
+def _report_line(one: Watched, now: float) -> str:
+    held = one.held
+    parts = [f'last snapshot {_age(now - held.last_snapshot)} ago' if held.last_snapshot else 'no snapshot',
+             f'{held.objects["snapshots"]} in all', format_size(held.bytes)]
+    if one.locks:
+        parts.append(f'{len(one.locks)} locks, the oldest {_age(now - min(one.locks))}')
+    parts.append(f'scrubbed {_age(now - one.scrub.time)} ago, {one.scrub.damaged} damaged' if one.scrub
+                 else 'never scrubbed')
+    name = (one.name[1:] or '/').encode('utf-8', 'backslashreplace').decode()
+    return f'{", ".join(one.troubles).upper() or "sound"}: {name}: {", ".join(parts)}'
+
+
+def _report_as_json(one: Watched) -> str:
+    import json
+    held = one.held
+    return json.dumps({
+        'repository': one.name[1:] or '/', 'troubles': list(one.troubles), 'bytes': held.bytes,
+        'objects': held.objects, 'last_snapshot': held.last_snapshot or None, 'locks': len(one.locks or ()),
+        'oldest_lock': int(min(one.locks)) if one.locks else None,
+        'scrub': {'time': int(one.scrub.time), 'damaged': one.scrub.damaged} if one.scrub else None})
 
 
 def roll_back(options: argparse.Namespace, store: Store) -> int:
@@ -10743,8 +10850,8 @@ def main(args: Optional[List[str]] = None) -> int:
             log.warning('--allow-origin: with * the scripts of every web site may use the server')
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
-        if options.scrub:
-            return scrub(options, store)
+        if options.scrub or options.report:
+            return (scrub if options.scrub else report)(options, store)
         if options.roll_back is not None:
             if options.read_only:
                 parser.error('--roll-back and --read-only: what is read-only is not set back')

@@ -543,6 +543,8 @@ class WatchedTestCase(Http2TestCase):
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
             prometheus=prometheus, page=Page(self.store, self.usage, 3600), **more))
         self.port = self.server.listeners[0].server_address[1]
+        if prometheus:
+            self.usage.census.wait(PATIENCE)
 
     def fill(self, repository, *kinds, age=0):
         """Store objects beneath the server."""
@@ -4726,8 +4728,7 @@ class RightsOnWiresTest(WatchedTestCase):
             self.assertEqual('restic_serve_connections' in text.decode(), whole, user)
         self.assertEqual(self.ask(get('/metrics', 'X-User: alice'))[0], 403)
         for user, shown in (('alice', {'/alice': 'append'}), ('bob', {'/bob/x': 'see'}),
-                            ('root', {'/alice': 'write', '/bob/x': 'write', '/secret': 'write'}),
-                            ('eve', {})):
+                            ('root', {}), ('eve', {})):
             status, _, text = self.ask(get('/', f'X-User: {user}', 'Accept: text/html'))
             rows = re.findall('data-of="Repository">(.*?)<.*?data-of="You may">(.*?)<', text.decode())
             self.assertEqual((status, dict(rows)), (200, shown), user)
@@ -4828,7 +4829,7 @@ class MetricsTest(WatchedTestCase):
         samples = self.scrape()
         rules = README.read_text(encoding='utf-8').partition('```yaml\n')[2].partition('```')[0]
         for name in re.findall(r'restic_serve_\w+', rules):
-            self.assertIn(f'{name}{{', ''.join(samples))
+            self.assertIn(name, {sample.partition('{')[0] for sample in samples})
         begin = 'restic_serve_repository_'
         self.assertEqual(samples[f'{begin}bytes{{repo="alice/x"}}'], '307')
         self.assertEqual(samples[f'{begin}objects{{repo="alice/x",type="data"}}'], '3')
@@ -4949,6 +4950,77 @@ class MetricsTest(WatchedTestCase):
             self.assertIn('in 0 s: ', self.metrics.line())
 
 
+# ---- Watch -----------------------------------------------------------------------------------------
+
+class WatchTest(TestCase):
+    """What is wrong with which repository, for the page and the report."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = Store(str(self.root))
+        self.store.prepare()
+        self.now = time.time()
+        for name in ('sound-2', 'sound-10', 'late', 'later', 'never', 'locked', 'damaged', 'full'):
+            age = {'late': 49, 'later': 500}.get(name, 1) * 3600
+            if name != 'never':
+                self.put(name, 'snapshots', age)
+            else:
+                self.put(name, 'keys', age)
+        self.put('locked', 'locks', 2 * 86400)
+        path = self.put('damaged', 'data', 60)
+        path.write_bytes(b'damaged')
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.put('full', 'data', 60, 20_000)
+
+    def put(self, repository, kind, age, size=100):
+        content = os.urandom(size)
+        location = Location(f'/{repository}', kind, named(content))
+        self.store.save(location, Bytes(content))
+        path = Path(path_of(self.store, location))
+        os.utime(path, (self.now - age,) * 2)
+        return path
+
+    def test_what_is_wrong_comes_first_and_longest(self):
+        usage = Usage(self.store, Counters(), quotas={'/full': 40_000})
+        usage.census.count()
+        found = restic_serve.Watch(self.store, usage, 48 * 3600).look(usage.names(), self.now)
+        self.assertEqual([(one.name, list(one.troubles)) for one in found], [
+            ('/damaged', ['damaged']), ('/never', ['overdue']), ('/later', ['overdue']),
+            ('/late', ['overdue']), ('/locked', ['with stale locks']), ('/full', ['nearly full']),
+            ('/sound-2', []), ('/sound-10', [])])
+        self.assertEqual(restic_serve.count_troubles(found),
+                         '1 damaged, 3 overdue, 1 with stale locks, 1 nearly full')
+        self.assertEqual(restic_serve.count_troubles([]), '')
+
+    def report(self, *words):
+        done = subprocess.run([sys.executable, MODULE, '--report', *words, str(self.root)], text=True,
+                              capture_output=True, env=clean_environment())
+        self.assertEqual(done.stderr, '')
+        return done.returncode, done.stdout.splitlines()
+
+    def test_the_report_says_it_on_a_terminal(self):
+        status, lines = self.report()
+        self.assertEqual((status, len(lines)), (1, 8))
+        self.assertRegex(lines[0], r'^DAMAGED: damaged: last snapshot .+ ago, 1 in all, \d+ B, scrubbed .*, '
+                                   '1 damaged$')
+        self.assertRegex(lines[1], '^OVERDUE: never: no snapshot, 0 in all, 100 B, scrubbed .* ago, '
+                                   '0 damaged$')
+        self.assertIn('1 locks, the oldest 2 days', lines[4])
+        self.assertTrue(lines[-1].startswith('sound: sound-10: last snapshot '), lines[-1])
+        status, lines = self.report('--log-format', 'json', '--stale-after', '30d', '--max-size', '1G')
+        found = [json.loads(line) for line in lines]
+        self.assertEqual([(one['repository'], one['troubles']) for one in found][:3], [
+            ('damaged', ['damaged']), ('never', ['overdue']), ('locked', ['with stale locks'])])
+        for name in ('damaged', 'never', 'locked'):
+            shutil.rmtree(self.root / name)
+        self.assertEqual(self.report('--stale-after', '30d')[0], 0)
+
+    def test_of_nothing_there_is_no_report(self):
+        done = subprocess.run([sys.executable, MODULE, '--report', str(self.folder)], text=True,
+                              capture_output=True, env=clean_environment())
+        self.assertEqual(done.returncode, 1)
+
+
 # ---- Page ------------------------------------------------------------------------------------------
 
 class PageTest(WatchedTestCase):
@@ -4973,7 +5045,7 @@ class PageTest(WatchedTestCase):
         self.watch(max_bytes=1000, per_user=800)
         self.usage.census.wait(PATIENCE)
         text = self.look()[1]
-        self.assertEqual(self.names(), ['/late', '/none', '/fresh'])
+        self.assertEqual(self.names(), ['/none', '/late', '/fresh'])
         rows = dict(zip(self.names(), re.findall(r'<tr.*?</tr>', text.partition('<tbody>')[2], re.DOTALL)))
         self.assertIn('⚠ 2 days ago, overdue', rows['/late'])
         self.assertIn('⚠ none, overdue', rows['/none'])
@@ -4986,11 +5058,13 @@ class PageTest(WatchedTestCase):
         self.assertIn('days with a snapshot: 1<', rows['/fresh'])
         self.assertIn('3 repositories, 700 B, ', text)
         self.assertIn('2 overdue', text)
+        self.assertIn(f'<title>{socket.gethostname()}: 2 overdue', text)
         self.assertIn('700 B of 1000 B', text.replace('1.0 KiB', '1000 B'))
         self.assertIn('<span>/fresh/</span>', text)
 
     def test_it_is_one_page_without_scripts_that_refers_to_nothing_and_may_do_nothing(self):
         self.fill('/<script>alert(1)</script>"\'', 'data', 'snapshots')
+        self.watch()
         head, text = self.look()
         style = re.search('<style>(.*)</style>', text, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -5061,6 +5135,7 @@ class PageTest(WatchedTestCase):
         self.addCleanup(go_on.set)
         with mock.patch.object(restic_serve.Census, 'count', lambda usage: go_on.wait(PATIENCE)), \
                 mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.05):
+            self.watch(prometheus='')
             text = self.look()[1]
             self.assertIn('<meta http-equiv="refresh" content="5">', text)
             self.assertIn('being counted', text)
@@ -11556,10 +11631,11 @@ tests:
     def test_the_alert_rules_in_the_readme_are_good_and_fire(self):
         rules = self.blocks('yaml')[0]
         names = re.findall('alert: (.*)', rules)
-        fires = {'BackupServerDown': (10, 20, 40), 'BackupOverdue': (10, 20, None), 'BackupDamaged': (5, 12, None),
-                 'BackupDiskNearlyFull': (20, 30, None), 'SnapshotsDeleted': (5, 15, None),
-                 'BackupLoginsRefused': (0, 15, None)}
-        labels = {'BackupServerDown': 'job: restic_serve', 'BackupDiskNearlyFull': '', 'BackupLoginsRefused': ''}
+        fires = {'BackupServerDown': (10, 20, 40), 'BackupOverdue': (10, 20, None),
+                 'BackupDamaged': (5, 12, None), 'BackupDiskNearlyFull': (20, 30, None),
+                 'SnapshotsDeleted': (5, 15, None), 'BackupLoginsRefused': (0, 15, None)}
+        labels = {'BackupServerDown': 'job: restic_serve', 'BackupDiskNearlyFull': '',
+                  'BackupLoginsRefused': ''}
         text = self.ALERTS
         for name, (before, after, over) in fires.items():
             for minute, firing in ((before, False), (after, True), (over, False)):
@@ -11576,7 +11652,8 @@ tests:
             Path(folder, 'rules.yml').write_text(rules)
             Path(folder, 'tests.yml').write_text(text)
             for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
-                done = subprocess.run([program('promtool'), *command], text=True, capture_output=True, cwd=folder)
+                done = subprocess.run([program('promtool'), *command], text=True, capture_output=True,
+                                      cwd=folder)
                 self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertEqual(len(names), 10)
 
