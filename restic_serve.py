@@ -1060,6 +1060,7 @@ PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = "the server's directory is read-only"
+NO_REPOSITORY = 'no repository is here; make one first, by restic init'
 LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
 KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
@@ -1128,6 +1129,9 @@ def check_repository(path: str, ignore_case: bool) -> str:
         raise HttpError(400, f'the path is longer than {LONGEST} bytes')
     if ignore_case and any(segment.casefold() in _RESERVED for segment in segments):
         raise HttpError(404, 'not found')
+    if ignore_case and any(segment.casefold() != segment or segment.rstrip('. ') != segment
+                           for segment in segments):    # which may be another's name here
+        raise HttpError(400, 'the path has a letter or an end that file names here cannot have')
     if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
         raise HttpError(404, 'not found')
     try:
@@ -1858,7 +1862,7 @@ class Store:
     def _check_repository(self, location: Location) -> None:
         """Raises HttpError 404 where there is no repository, which no upload makes: its disk may be away."""
         if not self.has_repository(location.repository):
-            raise HttpError(404, 'no repository is here; make one first, by restic init')
+            raise HttpError(404, NO_REPOSITORY)
 
     def confirm(self, location: Location, body: Body) -> bool:
         """Compare an upload with the object that exists, instead of storing it again; False, without
@@ -2557,6 +2561,7 @@ READ_TRIES = 200                # Attempts to read a slot that is being rewritte
 _GAUGES = ('connections', 'addresses', 'reserved')
 # Position of the repository in the keys of rows that belong to one.
 _OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
+_OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # kinds of rows of a quota's scope
 _GENERATION, _USED, _CLEANED, _HEADER = range(4)
 
 
@@ -2684,16 +2689,15 @@ class Counters:
         return row
 
     def _has_room(self, key: Key, words: int, end: int) -> bool:
-        position = _OF_REPOSITORIES.get(key[0], 0)
-        if not position or key[position] == OTHER:
+        folder = _folder_of(key)
+        if not folder:
             return end <= self._size
         limit = self._size - SPARE_BYTES // 8
-        return end <= limit and self._taken.get(_top_level(key[position]), 0) + words <= limit // FOLDER_PART
+        return end <= limit and self._taken.get(folder, 0) + words <= limit // FOLDER_PART
 
     def _take(self, key: Key, width: int) -> None:
-        position = _OF_REPOSITORIES.get(key[0], 0)
-        if position:
-            top = _top_level(key[position])
+        top = _folder_of(key)
+        if top:
             words = 2 + width + -(-len('\0'.join(key).encode('utf-8', 'surrogateescape')) // 8)
             self._taken[top] = self._taken.get(top, 0) + words
 
@@ -2735,12 +2739,6 @@ class Counters:
         found: int = self._reading(lambda: sum(rows[key[0]][key][position] for rows in self._rows
                                                if key in rows.get(key[0], {})))
         return found
-
-    def own_rows(self, kind: str) -> Dict[Key, memoryview]:
-        """The rows of this process that begin with `kind`; with `lock`."""
-        if self._words[self._own * self._size + _CLEANED] != self._words[self._epoch]:
-            self._clean()
-        return dict(self._rows[self._own].get(kind, {}))
 
     def keys(self, kind: str) -> Set[Key]:
         """The keys of all rows that begin with `kind`."""
@@ -2799,9 +2797,14 @@ class Counters:
         return True
 
 
-def _top_level(repository: str) -> str:
-    """The top-level folder that a repository lies in, empty for the root's."""
-    return repository.split('/')[1] if repository.startswith('/') else ''
+def _folder_of(key: Key) -> str:
+    """The top-level folder of a row's repository or scope, with a slash; empty for rows without one."""
+    if key[0] in _OF_SCOPES:
+        return f'/{key[1].partition("/")[0]}' if key[1] else ''
+    position = _OF_REPOSITORIES.get(key[0], 0)
+    if not position or key[position] == OTHER:
+        return ''
+    return f'/{key[position].split("/")[1]}' if key[position] else '/'
 
 
 # ==== Bandwidth ==================================================================================
@@ -3206,6 +3209,9 @@ class Scrub:
 # it counts is later than its clock and left to `added`.  The census sums up the bases of a scope to its
 # baseline; `other` is what the delta has of repositories without rows of their own, or deleted ones.
 #
+# Where limits may change (--rights), all places of up to QUOTA_DEPTH names have rows, so that a new limit is
+# in force at once.
+#
 # A quota charges what the disk has to give: objects rounded up to whole blocks, and a block for each
 # folder.  The page and the metrics show the objects' own bytes.
 #
@@ -3232,6 +3238,7 @@ _BYTES, _CHARGED, _KEPT, _KEPT_BYTES, _DELETED_DAY, _OBJECTS = range(6)
 _NOTHING = [0] * (_OBJECTS + len(_COUNTED))
 LOCK_BYTES = 4096            # Largest lock that needs no room: reading and making room require one.
 LOCKS = 1024                 # Locks in a quota's scope that need no room.
+QUOTA_DEPTH = 4              # Most names in the path of a place with a quota.
 # What a census found of a repository: such a row, the time of the last snapshot, the time of the count,
 # bytes and snapshots at that time, folders that could not be read, and bytes and snapshots by day.
 Count = collections.namedtuple('Count', [
@@ -3253,11 +3260,15 @@ def charge_of(size: int) -> int:
 
 class Quotas:
     """Limits in bytes of what lies at and below places, such as `/alice` and `/%u`, in which %u stands for
-    any name; one for a written name goes before.  A scope is a place without its first slash."""
+    any name but those that lead to `written` places.  A scope is a place without its first slash."""
 
-    def __init__(self, limits: Mapping[str, int]) -> None:
+    def __init__(self, limits: Mapping[str, int], written: Iterable[str] = ()) -> None:
         self._limits = {place.strip('/'): limit for place, limit in limits.items() if limit}
         self._patterns = [(place.split('/'), limit) for place, limit in self._limits.items() if '%u' in place]
+        self._written: Set[str] = set()     # the scopes of these places and those above them
+        for place in written:
+            names = place.strip('/').split('/')
+            self._written.update('/'.join(names[:depth + 1]) for depth in range(len(names)))
         self.limit = functools.lru_cache(maxsize=4096)(self._limit)
 
     def __bool__(self) -> bool:
@@ -3267,9 +3278,11 @@ class Quotas:
         """The bytes that a scope may hold, 0 where it has no limit."""
         if '%u' not in scope and scope in self._limits:
             return self._limits[scope]
-        names = scope.split('/') if scope else []
-        return next((limit for pattern, limit in self._patterns if len(pattern) == len(names) and all(
-            part in ('%u', name) for part, name in zip(pattern, names))), 0)
+        names = scope.split('/')
+        if not scope or scope in self._written:
+            return 0
+        return min((limit for pattern, limit in self._patterns if len(pattern) == len(names) and all(
+            part in ('%u', name) for part, name in zip(pattern, names))), default=0)
 
 
 class Census:
@@ -3287,27 +3300,15 @@ class Census:
         self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
         self._requester: Optional[socket.socket] = None
         self._counting = False
-        self._since = 0                 # when expire() was called, in nanoseconds
-        self.before: Callable[[], object] = lambda: None    # called before a census
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
         """Wait for the first census, or until it is `fresh`; whether it was in time."""
         end = time.monotonic() + seconds
-        while self._is_old() if fresh else not self._is_counted():
+        while self._is_old() if fresh else not self._counters.read(('counted',)):
             if time.monotonic() >= end:
                 return False
             time.sleep(0.02)
         return True
-
-    def _is_counted(self) -> bool:
-        """Whether there was a census since expire()."""
-        counted = self._counters.read(('counted',))
-        return bool(counted) and counted[0][1] >= self._since
-
-    def expire(self) -> None:
-        """What was counted so far no longer counts: another census is to be made."""
-        self._since = time.monotonic_ns()
-        self.request()
 
     def age(self) -> float:
         """Seconds since the last census, infinite before the first."""
@@ -3337,10 +3338,7 @@ class Census:
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
         try:
-            if not self.requests or not self.requests.recv(4096):
-                return
-            self.before()
-            if self._is_old() and not self._counting:
+            if self.requests and self.requests.recv(4096) and self._is_old() and not self._counting:
                 self._counting = True
                 threading.Thread(target=self._count_all, daemon=True).start()
         except (OSError, RuntimeError) as error:  # no thread could be started
@@ -3386,7 +3384,7 @@ class Census:
         held = [count - more + less for count, more, less in zip(tally.other.held, added, removed)]
         if any(held):
             self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
-        self._counters.put(('counted',), time.monotonic_ns(), begin)
+        self._counters.put(('counted',), time.monotonic_ns())
         log.debug('counted all repositories in %.1f s', (time.monotonic_ns() - begin) / 1e9)
 
     def _forget(self, repository: str) -> None:
@@ -3409,7 +3407,7 @@ class Census:
             self._counting = False
 
     def _is_old(self) -> bool:
-        return self.age() >= self._interval or not self._is_counted()
+        return self.age() >= self._interval
 
     def _count(self, repository: str, tally: _Tally) -> None:
         """Count a repository.  If objects are removed meanwhile, it is counted again, a few times; the last
@@ -3506,15 +3504,16 @@ class Census:
 
 
 class Usage:
-    """What the repositories of a store hold, and whether that is within the `quotas` (by place, in
-    bytes).  A `census` is made when the last one is `interval` seconds old and somebody asks.  See the
-    chapter's opening for the rows of Counters; the row `snapshot` of a repository is the time of the last
-    one that was uploaded."""
+    """What the repositories of a store hold, and whether that is within `limits`, which may be replaced if
+    they `may_change`: then all places are counted, whether or not they have a limit.  A `census` is made
+    when the last one is `interval` seconds old and somebody asks.  See the chapter's opening for the rows
+    of Counters; the row `snapshot` of a repository is the time of the last one that was uploaded."""
 
     def __init__(self, store: Store, counters: Counters, interval: float = 3600,
-                 quotas: Optional[Mapping[str, int]] = None, past: Optional[Past] = None) -> None:
-        self.limits = Quotas(quotas or {})
-        self._tracked = [self.limits]       # whose scopes are counted: all that were ever in force
+                 quotas: Optional[Quotas] = None, past: Optional[Past] = None, may_change: bool = False
+                 ) -> None:
+        self.limits = quotas or Quotas({})
+        self._may_change = may_change
         self.past = past or Past(store)
         self.census = Census(store, counters, interval, self.scopes, self.past)
         self._store = store
@@ -3532,7 +3531,11 @@ class Usage:
     def save(self, location: Location, body: Body) -> Tuple[int, int]:
         """Store an object as Store.save() does; the objects and bytes added.  Raises HttpError 507 where a
         quota leaves no room, before the content is read if its length is known."""
-        present = self._store.size(location) if self.limited(location.repository) else None
+        limited = self.limited(location.repository)
+        if limited and not (self._store.folders.is_there(location.repository)
+                            or self._store.has_repository(location.repository)):
+            raise HttpError(404, NO_REPOSITORY)     # before it takes a row of the counters
+        present = self._store.size(location) if limited else None
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
         with _Upload(self, self._counters, location, body, present) as content:
@@ -3622,41 +3625,17 @@ class Usage:
         return charge_of(size) + self._store.folders.missing(location.folder) * FOLDER_BYTES
 
     def scopes(self, repository: str) -> List[str]:
-        """The quota scopes of a repository: those of its path and of the paths above it that are, or were,
-        limited; `` is all that is stored."""
-        if not any(self._tracked):
+        """The quota scopes of a repository that are counted: its path and those above it, as far as they
+        have a limit or may be given one; `` is all that is stored."""
+        if not (self.limits or self._may_change):
             return []
-        found, scope = [], repository[1:]
-        while True:
-            if any(quotas.limit(scope) for quotas in self._tracked):
-                found.append(scope)
-            if not scope:
-                return found
-            scope = scope.rpartition('/')[0]
-
-    def set_quotas(self, quotas: Mapping[str, int]) -> None:
-        """Put other quotas in force.  What this process has added and removed in scopes that are new is
-        counted for them, too; then a census has to say what they hold."""
-        limits, changes = Quotas(quotas), {}    # type: Quotas, Dict[str, List[int]]
-        with self._counters.lock:
-            self._tracked.append(limits)
-            self.limits = limits
-            for direction, sign in (('added', 1), ('removed', -1)):
-                for (_, repository), row in self._counters.own_rows(direction).items():
-                    for scope in self.scopes(repository) if repository != OTHER else ():
-                        change = changes.setdefault(scope, [0, 0])
-                        change[0] += sign * row[_CHARGED]
-                        change[1] += sign * row[_OBJECTS + KINDS.index('locks')]
-            known = self._counters.own_rows('delta')
-            for scope, (charge, locks) in changes.items():
-                if ('delta', scope) not in known:
-                    row = self._counters.row(('delta', scope), 2)
-                    row[0], row[1] = charge, locks
-        self.census.expire()
+        names = repository.split('/')[1:QUOTA_DEPTH + 1]
+        found = ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
+        return found if self._may_change else list(filter(self.limits.limit, found))
 
     def limited(self, repository: str) -> List[str]:
         """The scopes of a repository that have a limit now."""
-        return [scope for scope in self.scopes(repository) if self.limits.limit(scope)]
+        return list(filter(self.limits.limit, self.scopes(repository)))
 
     def quota(self, scope: str) -> Tuple[int, int, int]:
         """Bytes that a scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none."""
@@ -3668,14 +3647,16 @@ class Usage:
     def refuse(self, location: Location, count: int) -> NoReturn:
         """Raises HttpError 507 for an upload of `count` bytes; logged once in WARNING_SECONDS."""
         now = time.monotonic()
+        quotas = {scope: self.quota(scope) for scope in self.limited(location.repository)}
         if now >= self._next_warning:
             self._next_warning = now + WARNING_SECONDS
             held = ', '.join(f'{format_size(held)} of {format_size(limit)} in /{scope}'
-                             for scope, (held, _, limit) in ((scope, self.quota(scope))
-                                                            for scope in self.limited(location.repository)))
+                             for scope, (held, _, limit) in quotas.items())
             log.warning('the quota leaves no room for %s more in %s: %s%s', format_size(count),
                         location.repository or '/', held, self._text_of_kept(location.repository))
-        raise HttpError(507, 'the quota leaves no room')
+        full = next((f' of /{scope}' for scope, (held, _, limit) in quotas.items()
+                     if scope and held + count > limit), '')
+        raise HttpError(507, f'the quota{full} leaves no room')
 
     def _text_of_kept(self, repository: str) -> str:
         """How much of what a repository's quota scope holds was deleted, and when the first of it goes."""
@@ -3870,7 +3851,7 @@ class _Reservation:
         while count > 0:
             with self._usage.reserving:
                 fits = self._add(count)
-                quotas = [self._usage.quota(scope) for scope in self._scopes]
+                quotas = [quota for quota in map(self._usage.quota, self._scopes) if quota[2]]
                 if fits and all(held + reserved <= limit for held, reserved, limit in quotas):
                     return
                 self._add(-count)
@@ -4601,12 +4582,18 @@ class Rights:
 
     def __init__(self, rules: Iterable[Rule], strangers: bool = True) -> None:
         self.rules = list(rules)
-        self.quotas = {rule.where or '/': rule.quota for rule in self.rules if rule.quota}
         self._strangers = strangers
         # The last one of a place decides: a user's own, and a written name.
         self._ordered = sorted(self.rules, key=lambda rule: (rule.who != '*', '%u' not in rule.where))
         self.find = functools.lru_cache(maxsize=4096)(self._find)
         self.of_user = functools.lru_cache(maxsize=1024)(self._of_user)
+
+    def quotas(self, limit: int = 0) -> Quotas:
+        """The quotas of the table, with a `limit` for everything."""
+        limits = {rule.where or '/': rule.quota for rule in self.rules if rule.quota}
+        whole = [size for size in (limit, limits.get('/', 0)) if size]
+        return Quotas({**limits, '/': min(whole, default=0)},
+                      [rule.where for rule in self.rules if rule.where and '%u' not in rule.where])
 
     def _of_user(self, user: str) -> Dict[str, Rule]:
         """The rules of a user, empty for a client without a name, by place."""
@@ -4616,7 +4603,7 @@ class Rights:
 
     def _find(self, user: str, repository: str) -> Tuple[str, str]:
         """What a user may do in a repository, and the place whose rule says so."""
-        rules = self.of_user(user)
+        rules, repository = self.of_user(user), normalize_user(repository)
         while True:
             if repository in rules:
                 return rules[repository].may, repository
@@ -4632,13 +4619,16 @@ class Rights:
         return '\n'.join('  '.join(word.ljust(width) for word, width in zip(row, widths)).rstrip()
                          for row in rows)
 
-    def words(self, user: str) -> List[str]:
-        """What a user may do where, in sentences."""
-        found = []
+    def words(self, user: str, limit: int = 0) -> List[str]:
+        """What a user may do where, in sentences; everything together may hold `limit` bytes."""
+        found, quotas = [], self.quotas(limit)
         for place, rule in sorted(self.of_user(user).items()):
-            limit = Quotas(self.quotas).limit(place.strip('/'))
+            names = place.split('/')
+            scopes = ['/'.join(names[1:depth]) for depth in range(len(names), 0, -1)]
+            sizes = [f'{format_size(quotas.limit(scope))} in /{scope}' for scope in scopes
+                     if quotas.limit(scope)]
             found.append(f'{user} {_WORDS_OF_RIGHTS[rule.may]} at and below {place or "/"}'
-                         + (f', which may hold {format_size(limit)}' if limit else ''))
+                         + (f', within {", ".join(sizes)}' if sizes else ''))
         return found or [f'{user} may do nothing']
 
 
@@ -4679,6 +4669,8 @@ def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False) 
             rules.append(rule)
         except ValueError as error:
             faults.append(f'line {number}: {error}')
+    if not rules and not faults:    # perhaps half of a file that is being written
+        faults.append('it has no rules; write "* / none" to let nobody in')
     if faults:
         raise ValueError('\n'.join(faults))
     return Rights(rules, strangers)
@@ -4691,18 +4683,23 @@ def _parse_rule(number: int, line: str) -> Optional[Rule]:
     if not words:
         return None
     if not 3 <= len(words) <= 4:
-        raise ValueError('a line has who, where, may and perhaps a quota: alice /alice append 50G')
+        raise ValueError('a line has who, where, may and perhaps a quota: alice /alice append 50G (# begins '
+                         'a comment; quote a path that has one, or a space)')
     who, where, may = words[:3]
     who = '*' if who == '*' else parse_user(who)
     if not where.startswith('/'):
         raise ValueError(f'{where!r} does not begin with a slash')
-    where = where.rstrip('/')
+    where = normalize_user(where.rstrip('/'))
+    if who != '*':
+        where = re.sub('/%u(?=/|$)', f'/{who}', where)
     if '%' in re.sub('/%u(?=/|$)', '', where):
         raise ValueError(f'{where!r}: %u, the name of the user, stands between two slashes')
     try:
         check_repository(where, False)
     except HttpError as error:
-        raise ValueError(f'{where!r} cannot be a repository\'s path: {error}') from None
+        raise ValueError(f'{where!r}: {RESERVED if error.status == 404 else error}') from None
+    if len(words) > 3 and where.count('/') > QUOTA_DEPTH:
+        raise ValueError(f'{where!r}: a place with a quota has at most {QUOTA_DEPTH} names')
     if may not in RIGHTS:
         raise ValueError(f'{may!r} is no right; use none, metrics, read, append or write')
     return Rule(who, where, may, parse_quota(words[3]) if len(words) > 3 else 0, number)
@@ -4723,13 +4720,10 @@ class RightsFile:
         self.next_look = 0.0        # when it is to be looked at again
         self.rights = self._load()
 
-    def refresh(self, force: bool = False) -> bool:
+    def refresh(self) -> bool:
         """Read the file again if it has changed; whether there is another table.  While the file is no good
-        the last table stays in force."""
-        now = time.monotonic()
-        if now < self.next_look and not force:
-            return False
-        self.next_look = now + LOOK_SECONDS
+        the last table stays in force.  For one thread at a time."""
+        self.next_look = time.monotonic() + LOOK_SECONDS
         found = stamp(self._path)
         if found == self._stamp:
             return False
@@ -4763,14 +4757,21 @@ class Policy:
         self._file = file
         self.rights = file.rights if file else rights or short_rights()
         self.on_change: Callable[[Rights], object] = lambda rights: None
+        self._refreshing = threading.Lock()
 
-    def refresh(self, force: bool = False) -> None:
-        """Read the file again if it has changed: at most once a second, or now with `force`."""
-        if not self._file or (time.monotonic() < self._file.next_look and not force):
-            return
-        if self._file.refresh(force):
-            self.rights = self._file.rights
-            self.on_change(self.rights)
+    def refresh(self) -> float:
+        """Read the file again if it has changed, at most once a second; seconds until the next time."""
+        if not self._file:
+            return math.inf
+        now = time.monotonic()
+        if now >= self._file.next_look and self._refreshing.acquire(blocking=False):
+            try:
+                if self._file.refresh():
+                    self.rights = self._file.rights
+                    self.on_change(self.rights)
+            finally:
+                self._refreshing.release()
+        return max(self._file.next_look - now, 0.01)
 
     def right(self, user: str, repository: str) -> str:
         """What a user may do in a repository: one of RIGHTS."""
@@ -4778,8 +4779,10 @@ class Policy:
 
     @property
     def is_for_all(self) -> bool:
-        """Whether everybody has the same rights everywhere, but for the user of --prometheus."""
-        return all(rule.where == '' and rule.who in ('*', METRICS_USER) for rule in self.rights.rules)
+        """Whether the options give everybody the same rights everywhere, but for the user of --prometheus."""
+        return not self._file and all(
+            rule.where == '' and (rule.who == '*' or (rule.who == METRICS_USER and rule.may == METRICS))
+            for rule in self.rights.rules)
 
     def places(self, user: str) -> List[str]:
         """Where a user may do anything; there may be rules below that say otherwise."""
@@ -4790,17 +4793,22 @@ class Policy:
         """Which repositories' metrics a user may see; None if there are none.  They belong to the right
         `metrics`, and to `write` for everything in a rule of the user's own."""
         rules = self.rights.of_user(user)
-        if '' in rules and rules[''].who == user and rules[''].may == WRITE:
-            return lambda repository: True
-        if any(rule.may == METRICS for rule in rules.values()):
-            return lambda repository: self.right(user, repository) == METRICS
-        return None
+        if not (self.sees_server(user) or any(rule.may == METRICS for rule in rules.values())):
+            return None
+        shown = (METRICS, READ, APPEND, WRITE) if self.sees_server(user) else (METRICS,)
+        denies = any(rule.may == NONE for rule in rules.values())
 
-    def sees_all_metrics(self, user: str) -> bool:
-        """Whether a user may see the metrics of everything, the server's own included."""
-        rules = self.rights.of_user(user)
-        return '' in rules and rules[''].who == user and rules[''].may in (WRITE, METRICS) and not any(
-            rule.may == NONE for rule in rules.values())
+        def shows(repository: str) -> bool:
+            if repository == OTHER:     # of any place
+                return self.sees_server(user) and not denies
+            return self.right(user, repository) in shown
+
+        return shows
+
+    def sees_server(self, user: str) -> bool:
+        """Whether a user may see the metrics of the server itself."""
+        rule = self.rights.of_user(user).get('')
+        return rule is not None and (rule.may == METRICS or (rule.may == WRITE and rule.who == user))
 
     def check(self, request: Request, location: Location) -> None:
         """Raises HttpError 403 if the request's user may not do that.  Locks come and go with the right to
@@ -4958,9 +4966,9 @@ class Metrics:
 
     # ---- for Prometheus ----
 
-    def exposition(self, shows: Optional[Callable[[str], bool]] = None) -> str:
-        """All metrics in the text format, or those of the repositories and quotas that it `shows`.  One
-        thread at a time computes them."""
+    def exposition(self, shows: Optional[Callable[[str], bool]] = None, of_server: bool = True) -> str:
+        """All metrics in the text format, or those of the repositories and quotas that it `shows`, and
+        perhaps of the server.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
             facts = self._facts()
@@ -4971,7 +4979,7 @@ class Metrics:
                     scrubs={name: result for name, result in facts.scrubs.items() if shows(name)},
                     quotas={scope: quota for scope, quota in facts.quotas.items()
                             if shows(f'/{scope}' if scope else '')})
-            return ''.join(line for family in _FAMILIES if not (shows and family.of_server)
+            return ''.join(line for family in _FAMILIES if of_server or not family.of_server
                            for line in family.lines(facts))
 
     def _facts(self) -> Facts:
@@ -5596,10 +5604,23 @@ class Api:
 
     def _save(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
+        if location.kind == 'locks' and self.policy.right(request.user, location.repository) == READ:
+            self._check_lock(request, location)
         objects, size = self.usage.save(location, request.body)
         if objects:
             self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
         return Response(200, [])
+
+    def _check_lock(self, request: Request, location: Location) -> None:
+        """Raises HttpError 403 for what is no lock but a way to store things, by a user who may only read."""
+        length, locks = request.body.length, Location(location.repository, 'locks')
+        if length is None:
+            raise HttpError(411, 'a lock says how long it is')
+        if length > LOCK_BYTES or sum(
+                len(names) for names, _ in self.store.objects(locks, False)) >= LOCKS:
+            log.log(NOTICE, 'refused: %s from %s may not add %s: more than a lock, or too many of them',
+                    request.user or 'a client', request.client, location)
+            raise HttpError(403, 'read only: more than a lock, or too many of them')
 
     def _delete(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
@@ -5658,17 +5679,19 @@ class Api:
 
     def _get_metrics(self, request: Request) -> Response:
         shows: Optional[Callable[[str], bool]] = None
+        of_server = True
         if self._prometheus != 'open':
             request.user = user = self._identify(request)
             self.policy.refresh()
             free = (not self.accounts.demanded and self.policy.is_for_all
                     and (request.peer.unix or not user))
-            if not free and not self.policy.sees_all_metrics(user):
+            if not free:
                 shows = self.policy.metrics_of(user)
+                of_server = self.policy.sees_server(user)
                 if not shows:
-                    raise HttpError(403, f'metrics are for administrators and the user {METRICS_USER}')
+                    raise HttpError(403, 'metrics are for those who have the right to see them')
         return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
-                        self.metrics.exposition(shows).encode())
+                        self.metrics.exposition(shows, of_server).encode())
 
     def _get_health(self, request: Request) -> Response:
         """For load balancers and monitors, without a login."""
@@ -9543,8 +9566,8 @@ class Server:
         if census.requests and self._counts:
             loop.watch(census.requests, census.on_requested)
             loop.timers.append(self._purge)
-        loop.timers += [self.connections.sweep, self.notifier.ping, self.api.metrics.log_limited,
-                        lambda: self.stats.tick(self.connections.active > 0)]
+        loop.timers += [self.api.policy.refresh, self.connections.sweep, self.notifier.ping,
+                        self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
         self.notifier.notify('READY=1')
         loop.run(lambda: self.stops > 0)
@@ -9610,6 +9633,7 @@ class Server:
         if self.certificates:
             self.certificates.reload()
         self.api.accounts.reload()
+        self.api.policy.refresh()
         for handler in log.handlers:
             handler.close()  # LogFile's
         self.notifier.notify('READY=1')
@@ -9782,8 +9806,8 @@ class Workers:
         for slot in range(1, self._count + 1):
             self._start(slot)
         server.notifier.notify('READY=1')
-        loop.timers = [server.notifier.ping, lambda: server.stats.tick(True), self._start_due,
-                       self._kill_late]
+        loop.timers = [server.api.policy.refresh, server.notifier.ping, lambda: server.stats.tick(True),
+                       self._start_due, self._kill_late]
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
         loop.close()
@@ -10454,8 +10478,9 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
     if options.no_auth and (sources or options.client_ca):
         parser.error('--no-auth: users are asked for by another option')
     if options.rights:
-        table = short_rights(options.append_only, options.private_repos, options.admin, False,
-                             options.max_size_per_user or 0).text().replace('\n', '; ')
+        table = short_rights(options.append_only, options.private_repos, options.admin,
+                             bool(options.prometheus), options.max_size_per_user or 0
+                             ).text().replace('\n', '; ')
         for option in OPTIONS:
             if option.name in _SHORT_RIGHTS and option.is_set(options):
                 parser.error(f'{option.name} and --rights: one of them alone can say who may do what; '
@@ -10610,19 +10635,16 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
                                bool(options.prometheus), options.max_size_per_user or 0))
 
 
-def quotas_of(options: argparse.Namespace, rights: Rights) -> Dict[str, int]:
-    """The quotas of a table of rights, and that of --max-size, by place."""
-    limits = [limit for limit in (options.max_size, rights.quotas.get('/')) if limit]
-    return {**rights.quotas, **({'/': min(limits)} if limits else {})}
-
-
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None, at: str = '') -> Api:
     """The Api that the options describe."""
-    usage = Usage(store, counters, options.usage_interval, quotas_of(options, policy.rights),
-                  Past(store, options.keep_deleted))
-    policy.on_change = lambda rights: usage.set_quotas(quotas_of(options, rights))
-    usage.census.before = lambda: policy.refresh(force=True)
+    usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size or 0),
+                  Past(store, options.keep_deleted), may_change=bool(options.rights))
+
+    def on_change(rights: Rights) -> None:
+        usage.limits = rights.quotas(options.max_size or 0)
+
+    policy.on_change = on_change
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
                options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
@@ -10683,8 +10705,8 @@ def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
     store.detect_case()
-    limits = quotas_of(options, make_policy(options, store, False).rights)
-    usage = Usage(store, Counters(), quotas=limits, past=Past(store, options.keep_deleted or 0))
+    quotas = make_policy(options, store, False).rights.quotas(options.max_size or 0)
+    usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
     usage.census.count()
     now = time.time()
     found = Watch(store, usage, options.stale_after).look(usage.names(), now)
@@ -10788,7 +10810,7 @@ def show_rights(parser: Parser, options: argparse.Namespace) -> int:
         print_faults(error)
         return 1
     user = options.show_rights
-    print(rights.text() if user == '*' else '\n'.join(rights.words(user)))
+    print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size or 0)))
     return 0
 
 

@@ -534,16 +534,18 @@ class WatchedTestCase(Http2TestCase):
         counted_plainly(self)
         self.watch()
 
-    def watch(self, policy=None, accounts=None, prometheus='login', max_bytes=0, per_user=0, **more):
+    def watch(self, policy=None, accounts=None, prometheus='login', max_bytes=0, per_user=0, wait=True,
+              **more):
         """Another server, that shows what it knows."""
         counters = Counters()
-        self.usage = Usage(self.store, counters, quotas={'/': max_bytes, '/%u': per_user})
+        self.usage = Usage(self.store, counters,
+                           quotas=restic_serve.Quotas({'/': max_bytes, '/%u': per_user}))
         self.metrics = Metrics(counters, self.usage, self.store)
         self.server = self.serve(Api(
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
             prometheus=prometheus, page=Page(self.store, self.usage, 3600), **more))
         self.port = self.server.listeners[0].server_address[1]
-        if prometheus:
+        if prometheus and wait:
             self.usage.census.wait(PATIENCE)
 
     def fill(self, repository, *kinds, age=0):
@@ -2358,7 +2360,8 @@ class PastApiTest(PastTestCase):
 
     def test_what_is_kept_counts_for_quotas_until_it_is_purged(self):
         counted_plainly(self)
-        self.usage = Usage(self.store, Counters(), interval=0, quotas={'/': 1000}, past=self.past)
+        self.usage = Usage(self.store, Counters(), interval=0, quotas=restic_serve.Quotas({'/': 1000}),
+                           past=self.past)
         self.api = Api(self.store, Policy(), usage=self.usage)
         self.usage.census.count()
         for number in range(3):
@@ -2446,7 +2449,7 @@ class DirectoryTest(TestCase):
             'nothing is stored or found until it is back', f'{self.root} is back'])
 
     def test_what_is_known_of_a_quota_outlives_a_disk_that_was_away(self):
-        usage = Usage(self.store, Counters(), interval=0, quotas={'/': 1 << 20})
+        usage = Usage(self.store, Counters(), interval=0, quotas=restic_serve.Quotas({'/': 1 << 20}))
         usage.census.count()
         usage.create(Location('/host'))
         usage.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
@@ -3211,7 +3214,7 @@ class UsageTest(TestCase):
                 self.assertEqual(self.held(), (100, {'data': 1}))
 
     def test_without_end_of_deletions_a_count_errs_on_the_safe_side(self):
-        self.usage = self.make(quotas={'/': 1000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         self.usage.census.count()
         locations = [self.save(10, kind='locks') for _ in range(20)]
         real = Store.object_entries
@@ -3256,7 +3259,7 @@ class UsageTest(TestCase):
         self.assertIn('⚠ not all can be read', Page(self.store, self.usage).render('', lambda name: True))
 
     def test_what_cannot_be_read_any_more_stays_as_it_was(self):
-        self.usage = self.make(quotas={'/': 10_000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 10_000}))
         self.usage.census.count()
         for repository in ('/alice/x', '/bob'):
             self.save(100, repository)
@@ -3295,7 +3298,7 @@ class UsageTest(TestCase):
                          {'/alice': (100, 1), '/bob': (100, 0)})
 
     def test_a_full_quota_lets_locks_in_but_not_any_number(self):
-        usage = self.make(quotas={'/': 100})
+        usage = self.make(quotas=restic_serve.Quotas({'/': 100}))
         usage.census.count()
         usage.create(Location(''))
         with self.assertRaises(HttpError):
@@ -3322,7 +3325,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.repositories()['/host'].last_snapshot, 1000)
 
     def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
-        self.usage = self.make(quotas={'/': 10_000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 10_000}))
         for number in range(20):
             Store(str(self.root)).save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
                                        Bytes(b'%100d' % number))
@@ -3416,7 +3419,8 @@ class UsageTest(TestCase):
         self.assertEqual(len(counts), 2)
 
     def test_a_full_quota_is_answered_before_the_content_is_read(self):
-        for more in ({'quotas': {'/': 1000}}, {'quotas': {'/%u': 1000}}):
+        for more in ({'quotas': restic_serve.Quotas({'/': 1000})},
+                     {'quotas': restic_serve.Quotas({'/%u': 1000})}):
             with self.subTest(**more):
                 shutil.rmtree(self.root / 'host', ignore_errors=True)
                 self.usage = self.make(**more)
@@ -3428,8 +3432,8 @@ class UsageTest(TestCase):
                 self.assertEqual(caught.exception.status, 507)
                 self.assertEqual(unread._file.tell(), 0)
                 self.assertEqual(self.log[-1], 'the quota leaves no room for 401 B more in /host: 600 B '
-                                 f'of 1.0 KiB in /{"" if "/" in more["quotas"] else "host"}')
-                self.assertEqual(self.usage.quota('' if '/' in more['quotas'] else 'host'), (600, 0, 1000))
+                                 f'of 1.0 KiB in /{"" if more["quotas"].limit("") else "host"}')
+                self.assertEqual(self.usage.quota('' if more['quotas'].limit('') else 'host'), (600, 0, 1000))
                 second = self.save(400)
                 # one that is there already needs no room
                 self.usage.save(second, Bytes(Path(path_of(self.store, second)).read_bytes()))
@@ -3437,7 +3441,7 @@ class UsageTest(TestCase):
                     self.save(1)
                 self.usage.delete(first)
                 self.save(600)
-                if '/' not in more['quotas']:
+                if not more['quotas'].limit(''):
                     self.save(1000, '/other')
                     self.save(1000, '')
 
@@ -3464,7 +3468,7 @@ class UsageTest(TestCase):
     def test_uploads_at_once_do_not_slip_past_a_quota_together(self):
         for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
             shutil.rmtree(self.root / 'host', ignore_errors=True)
-            self.usage = self.make(quotas={'/': 4300})
+            self.usage = self.make(quotas=restic_serve.Quotas({'/': 4300}))
             self.usage.census.count()
             answers = self.upload_at_once(16, **more)
             stored = answers.count(200)
@@ -3474,7 +3478,7 @@ class UsageTest(TestCase):
             self.assertEqual(len(self.files(self.root / 'host')) if stored else 0, stored)
 
     def test_room_for_an_upload_that_failed_is_given_back(self):
-        self.usage = self.make(quotas={'/': 1000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         self.usage.census.count()
         with self.assertRaises(HttpError):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
@@ -3487,7 +3491,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (1000, 0, 1000))
 
     def test_room_that_an_upload_under_way_holds_is_waited_for(self):
-        self.usage = self.make(quotas={'/': 1000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         self.usage.census.count()
         go_on = threading.Event()
 
@@ -3518,7 +3522,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (200, 0, 1000))
 
     def test_what_is_removed_during_its_upload_is_to_be_sent_again(self):
-        self.usage = self.make(quotas={'/': 1000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         self.usage.census.count()
         location = self.save(900)
         content = Path(path_of(self.store, location)).read_bytes()
@@ -3546,7 +3550,7 @@ class UsageTest(TestCase):
 
     def test_small_objects_and_folders_fill_a_quota_as_they_fill_the_disk(self):
         self.use_blocks()
-        self.usage = self.make(quotas={'/': 400 * 1024})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 400 * 1024}))
         self.usage.census.count()
         self.usage.create(Location('/host'))
         self.assertEqual(self.usage.quota('')[0], 6 * 4096)     # itself, and five kinds
@@ -3562,7 +3566,7 @@ class UsageTest(TestCase):
 
     def test_repositories_that_are_made_fill_a_quota(self):
         self.use_blocks()
-        self.usage = self.make(quotas={'/': 1 << 20})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 20}))
         self.usage.census.count()
         made = 0
         with self.assertRaises(HttpError) as caught:
@@ -3579,7 +3583,7 @@ class UsageTest(TestCase):
 
     def test_what_was_counted_and_what_passed_through_agree(self):
         self.use_blocks()
-        self.usage = self.make(quotas={'/': 1 << 40, '/%u': 1 << 40})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 40, '/%u': 1 << 40}))
         self.usage.census.count()
         random.seed(7)
         kept = []
@@ -3599,7 +3603,7 @@ class UsageTest(TestCase):
 
     def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
         self.use_blocks()
-        usage = self.make(quotas={'/': 50_000})
+        usage = self.make(quotas=restic_serve.Quotas({'/': 50_000}))
         usage.census.count()
         for name in 'ab':
             usage.create(Location(f'/{name}'))
@@ -3618,7 +3622,7 @@ class UsageTest(TestCase):
         self.assertFalse((self.root / 'c').exists())
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
-        usage = self.make(quotas={'/': 1000})
+        usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
@@ -3638,7 +3642,7 @@ class UsageTest(TestCase):
 
     def test_an_upload_reserves_room_for_all_of_its_content(self):
         self.use_blocks()
-        usage = self.make(quotas={'/': 100 * 4096})
+        usage = self.make(quotas=restic_serve.Quotas({'/': 100 * 4096}))
         usage.census.count()
         usage.create(Location('/host'))
         reserved = []
@@ -3679,7 +3683,7 @@ class UsageTest(TestCase):
     def test_a_repository_that_is_gone_leaves_nothing_in_the_quotas(self):
         for delete in (False, True):
             with self.subTest(delete=delete):
-                usage = self.usage = self.make(quotas={'/': 4 << 20, '/%u': 4 << 20})
+                usage = self.usage = self.make(quotas=restic_serve.Quotas({'/': 4 << 20, '/%u': 4 << 20}))
                 location = Location('/old', 'data', named(bytes(3 << 20)))
                 if delete:  # it was there before the start
                     self.store.save(location, Bytes(bytes(3 << 20)))
@@ -3697,7 +3701,7 @@ class UsageTest(TestCase):
                 shutil.rmtree(self.root / 'new')
 
     def test_what_comes_through_a_link_is_counted_once(self):
-        usage = self.usage = self.make(quotas={'/': 1 << 30})
+        usage = self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 30}))
         usage.census.count()
         self.save(100, '/real')
         (self.root / 'alias').symlink_to('real')
@@ -3708,7 +3712,7 @@ class UsageTest(TestCase):
                 path.stat().st_size for path in (self.root / 'real').rglob('*') if path.is_file()))
 
     def test_a_full_quota_lets_a_damaged_object_be_mended(self):
-        usage = self.usage = self.make(quotas={'/': 1000})
+        usage = self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         usage.census.count()
         location = self.save(1000)
         content = Path(path_of(self.store, location)).read_bytes()
@@ -3732,7 +3736,7 @@ class UsageTest(TestCase):
             self.assertEqual(computed.call_count, 4)
 
     def test_what_replaces_a_damaged_object_is_counted(self):
-        self.usage = self.make(quotas={'/': 1000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         self.usage.census.count()
         location = self.save(700)
         path = Path(path_of(self.store, location))
@@ -3752,7 +3756,8 @@ class UsageTest(TestCase):
     def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
         with mock.patch.object(restic_serve, 'SLOT_BYTES', 4096), \
                 mock.patch.object(restic_serve, 'SPARE_BYTES', 2048):
-            self.usage = Usage(self.store, Counters(), quotas={'/': 1 << 30, '/%u': 1 << 20})
+            self.usage = Usage(self.store, Counters(),
+                               quotas=restic_serve.Quotas({'/': 1 << 30, '/%u': 1 << 20}))
             self.usage.census.count()
             stored = 0
             with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0):
@@ -3768,7 +3773,6 @@ class UsageTest(TestCase):
             metrics = Metrics(self.usage._counters, self.usage, self.store)
             request = Request('GET', '/', '', {}, None, Peer('x'))
             metrics.count_blob(request, Location('/a', 'data', 'x'), Metrics.READ, 1)
-            self.assertFalse(metrics.has_news())
             self.assertIn('0 requests', metrics.line())
             self.assertIn('restic_serve_connections', metrics.exposition())
             Page(self.store, self.usage).render('', lambda name: True)
@@ -3784,7 +3788,7 @@ class UsageTest(TestCase):
         self.assertTrue(self.usage.census.wait(PATIENCE))
 
     def test_before_the_first_count_an_upload_is_put_off(self):
-        self.usage = self.make(quotas={'/': 1000})
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
             self.save(1)
         self.assertEqual((caught.exception.status, list(caught.exception.headers)),
@@ -4509,8 +4513,9 @@ class RightsTest(TestCase):
             restic_serve.Past(store, 86400).begin(path)
         for _ in range(1000 if LONG_TESTS else 250):
             rules = [(chance.choice([*users[:3], '*']), chance.choice(wheres),
-                      chance.choice(restic_serve.RIGHTS)) for _ in range(chance.randrange(8))]
-            rules = [*{rule[:2]: rule for rule in rules}.values()]
+                      chance.choice(restic_serve.RIGHTS)) for _ in range(chance.randrange(1, 8))]
+            rules = [*{(who, where if who == '*' else where.replace('%u', who)): (who, where, may)
+                       for who, where, may in rules}.values()]
             text = '\n'.join(f'{who} "{where}" {may}' for who, where, may in rules)
             usage = Usage(store, Counters(), past=restic_serve.Past(store, 86400))
             api = Api(store, Policy(restic_serve.parse_rights(text)), Accounts(certificates=True),
@@ -4545,8 +4550,9 @@ class RightsTest(TestCase):
                 ('alice alice read', "'alice' does not begin with a slash"),
                 ('alice /%user read', "'/%user': %u, the name of the user"),
                 ('alice /a%u read', "'/a%u': %u, the name of the user"),
-                ('alice /data/x read', "'/data/x' cannot be a repository's path"),
-                ('alice /../x read', "'/../x' cannot be a repository's path"),
+                ('alice /data/x read', "'/data/x': this cannot be a repository"),
+                ('alice /../x read', "'/../x': the path has a segment that is no file name"),
+                ('alice /1/2/3/4/5 read 1G', 'a place with a quota has at most 4 names'),
                 ('alice / all', "'all' is no right; use none, metrics, read, append or write"),
                 ('alice / read 5X', "'5X'"), ('alice "/x read', 'No closing quotation')):
             with self.assertRaises(ValueError) as caught:
@@ -4581,7 +4587,37 @@ class RightsTest(TestCase):
         self.assertEqual(ask('POST')[0], 200)
         self.assertIn(f"the rights stay as they were: {path}, line 1: 'appendix' is no right", self.log[-1])
         path.write_text('')
+        self.assertEqual(ask('POST')[0], 200)
+        self.assertIn('it has no rules', self.log[-1])
+        path.write_text('bob / write')
         self.assertEqual(ask('POST'), (403, b'alice may not enter /a\n'))
+
+    def test_of_two_threads_that_read_it_the_later_table_stays(self):
+        path = self.folder / 'rights'
+        path.write_text('* / write\n')
+        file = restic_serve.RightsFile(str(path))
+        policy, load, inside, go_on = Policy(file=file), file._load, threading.Event(), threading.Event()
+
+        def load_slowly():
+            rights = load()
+            inside.set()
+            go_on.wait(PATIENCE)
+            return rights
+
+        path.write_text('* / append\n* /x append\n')
+        file.next_look = 0
+        with mock.patch.object(file, '_load', load_slowly):
+            thread = threading.Thread(target=policy.refresh)
+            thread.start()
+            self.assertTrue(inside.wait(PATIENCE))
+            path.write_text('* / none\n')
+            file.next_look = 0
+            policy.refresh()    # does not wait, and changes nothing meanwhile
+            go_on.set()
+            thread.join(PATIENCE)
+        file.next_look = 0
+        policy.refresh()
+        self.assertEqual(policy.right('', '/x'), 'none')
 
     def test_the_short_options_stand_for_a_table(self):
         for words, table in (
@@ -4595,15 +4631,15 @@ class RightsTest(TestCase):
             with mock.patch.object(sys, 'stdout', io.StringIO()) as out:
                 self.assertEqual(restic_serve.show_rights(parser, options), 0)
             self.assertEqual(out.getvalue(), f'{table}\n')
-            self.assertEqual(restic_serve.parse_rights(table).quotas,
-                             {'/%u': 20 << 30} if '20G' in table else {})
+            self.assertEqual(restic_serve.parse_rights(table).quotas().limit('alice') >> 30,
+                             20 if '20G' in table else 0)
         parser = restic_serve.Parser({})
         options = parser.parse(['--htpasswd', 'f', '--private-repos', '--append-only', '--max-size-per-user',
                                 '20G', '--show-rights', 'alice'])
         with mock.patch.object(sys, 'stdout', io.StringIO()) as out:
             restic_serve.show_rights(parser, options)
         self.assertEqual(out.getvalue(), 'alice may read and add, and delete only locks, at and below '
-                                         '/alice, which may hold 20.0 GiB\n')
+                                         '/alice, within 20.0 GiB in /alice\n')
         with mock.patch.object(sys, 'stderr', io.StringIO()) as error, self.assertRaises(SystemExit):
             parser = restic_serve.Parser({})
             restic_serve.check_options(parser, parser.parse(['--rights', 'f', '--append-only', 'dir']))
@@ -4614,8 +4650,10 @@ class RightsTest(TestCase):
     def test_quotas_bound_places_whoever_stores_there_and_change_with_the_file(self):
         store = Store(str(self.root))
         store.prepare()
-        usage = Usage(store, Counters(), interval=0,
-                      quotas={'/alice': 50_000, '/%u': 40_000, '/team/x': 9000})
+        for path in ('alice/pc', 'bob/pc', 'free/x/y'):
+            self.make_repository(path)
+        usage = Usage(store, Counters(), interval=0, may_change=True,
+                      quotas=restic_serve.Quotas({'/alice': 50_000, '/%u': 40_000, '/team/x': 9000}))
         usage.census.count()
         self.assertEqual(usage.limited('/alice/pc'), ['alice'])
         self.assertEqual(usage.limited('/bob/pc'), ['bob'])
@@ -4625,39 +4663,82 @@ class RightsTest(TestCase):
 
         def save(path, size):
             content = os.urandom(size)
-            usage.save(Location(path, 'keys', named(content)), Bytes(content))
+            location = Location(path, 'keys', named(content))
+            usage.save(location, Bytes(content))
+            return location
 
         save('/alice/pc', 20_000)
         with self.assertRaises(HttpError) as caught:
             save('/bob/pc', 40_000)
-        self.assertEqual(caught.exception.status, 507)
-        save('/free/x/y', 4000)
-        held = usage.quota('alice')[0]
-        usage.set_quotas({'/alice/pc': 30_000, '/free/x': 30_000})
-        usage.census.count()
-        self.assertEqual(usage.quota('alice/pc')[::2], (held - restic_serve.FOLDER_BYTES, 30_000))
+        self.assertEqual((caught.exception.status, str(caught.exception)),
+                         (507, 'the quota of /bob leaves no room'))
+        location = save('/free/x/y', 4000)
+        held = {scope: usage.quota(scope)[0] for scope in ('alice', 'alice/pc', 'bob', 'free', 'free/x', '')}
+        usage.census.count()    # what was counted and what passed through agree
+        self.assertEqual({scope: usage.quota(scope)[0] for scope in held}, held)
+        self.assertGreater(held['alice/pc'], 20_000)
+        self.assertEqual(held[''], held['alice'] + held['bob'] + held['free'])
+        usage.limits = restic_serve.Quotas({'/alice/pc': 30_000, '/free/x': 30_000})
         self.assertEqual(usage.limited('/alice/pc'), ['alice/pc'])
-        save('/free/x/y', 4000)
-        before = usage.quota('free/x')[0]
-        usage.census.count()
-        self.assertEqual(usage.quota('free/x')[0], before)
         with self.assertRaises(HttpError):
             save('/alice/pc', 8000)
-        usage.set_quotas({'/alice': 50_000})
-        usage.census.count()
-        self.assertEqual(usage.quota('alice')[0], held)
+        save('/free/x/y', 4000)
+        usage.delete(location)
+        self.assertEqual(usage.quota('free/x')[0], held['free/x'])
+        usage.limits = restic_serve.Quotas({'/': 60_000})
+        self.assertEqual(usage.quota('')[::2], (held[''], 60_000))
 
-    def test_uploads_wait_for_a_count_of_what_a_new_place_holds(self):
+    def test_a_pattern_is_not_for_what_leads_to_a_written_place(self):
+        rights = restic_serve.parse_rights('* /%u append 20G\nbob /shared/photos append\nalice /%u write 1G\n'
+                                           '* /%u/pc append 10G\n* /lab/%u append 5G')
+        quotas = rights.quotas(100 << 30)
+        self.assertEqual([quotas.limit(scope) >> 30 for scope in (
+            'bob', 'shared', 'shared/photos', 'alice', 'bob/pc', 'lab/bob', 'lab/pc', '')],
+            [20, 0, 0, 1, 10, 5, 5, 100])
+        self.assertEqual(rights.words('bob', 100 << 30)[1],
+                         'bob may read and add, and delete only locks, at and below /bob/pc, within 10.0 GiB '
+                         'in /bob/pc, 20.0 GiB in /bob, 100.0 GiB in /')
+
+    def test_no_row_is_made_for_a_place_that_does_not_exist(self):
         store = Store(str(self.root))
         store.prepare()
-        usage = Usage(store, Counters(), quotas={'/': 1 << 30})
+        usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
-        usage.set_quotas({'/x': 1 << 20})
-        with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
-            usage.save(Location('/x', 'keys', self.NAME), Bytes(b'x'))
-        self.assertEqual(caught.exception.status, 503)
-        usage.census.count()
-        self.assertEqual(usage.save(Location('/x', 'keys', self.NAME), Bytes(b'x')), (1, 1))
+        with mock.patch.object(Store, 'has_repository', lambda store, repository: False):
+            for number in range(5):
+                with self.assertRaises(HttpError) as caught:
+                    usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
+                self.assertEqual(caught.exception.status, 404)
+        self.assertEqual(usage._counters.keys('reserved'), set())
+
+    def test_who_may_only_read_stores_nothing_but_locks(self):
+        store = Store(str(self.root))
+        store.prepare()
+        self.prepare(store, '/a')
+        api = Api(store, Policy(restic_serve.parse_rights('* / read')), Accounts(certificates=True))
+
+        def lock(content, **more):
+            return api.handle(Request('POST', f'/a/locks/{named(content)}', 'HTTP/1.1', {},
+                                      Bytes(content, **more), Peer('1.2.3.4', 'eve'))).status
+
+        self.assertEqual(lock(b'a lock'), 200)
+        self.assertEqual(lock(bytes(restic_serve.LOCK_BYTES + 1)), 403)
+        self.assertEqual(lock(b'chunked', length=None), 411)
+        with mock.patch.object(restic_serve, 'LOCKS', 2):
+            self.assertEqual(lock(b'one too many'), 403)
+
+    def test_what_a_table_says_of_metrics(self):
+        for text, user, whole, shown in (
+                ('monitor / metrics', 'monitor', True, '/a /b other'),
+                ('monitor / metrics\nmonitor /b none', 'monitor', True, '/a'),
+                ('monitor / metrics\n* /b append', 'monitor', True, '/a /b other'),
+                ('prune / write\nprune /b none', 'prune', True, '/a'), ('x /a metrics', 'x', False, '/a'),
+                ('* / read', 'x', False, ''), ('* / none', '', False, ''), ('* / write', 'x', False, '')):
+            policy = Policy(restic_serve.parse_rights(text, strangers=True))
+            shows = policy.metrics_of(user)
+            self.assertEqual(policy.sees_server(user), whole, text)
+            self.assertEqual(' '.join(name for name in ('/a', '/b', 'other') if shows and shows(name)), shown,
+                             text)
 
     def test_a_name_that_begins_like_another_opens_nothing(self):
         policy = Policy(short_rights(private=True))
@@ -4698,7 +4779,7 @@ class RightsOnWiresTest(WatchedTestCase):
                 got = []
                 for number, (method, target) in enumerate(requests):
                     body = b'x' if method == 'POST' and 'create' not in target else b''
-                    block = fields(method, target, ('x-user', 'a'))
+                    block = fields(method, target, ('x-user', 'a'), *[('content-length', '1')] * bool(body))
                     wire.send(headers(2 * number + 1, block, 4 if body else 5))
                     if body:
                         wire.send(frame(DATA, 1, 2 * number + 1, body))
@@ -4715,12 +4796,12 @@ class RightsOnWiresTest(WatchedTestCase):
             'monitor / metrics\nmonitor /secret none\nbob /bob metrics\nalice /alice append 1G\n'
             'root / write')),
                    Accounts(user_header='X-User'))
-        self.usage.set_quotas({'/alice': 1 << 30})
+        self.usage.limits = restic_serve.Quotas({'/alice': 1 << 30})
         for repository in ('/alice', '/bob/x', '/secret'):
             self.usage.save(Location(repository, 'config'), Bytes(b'x'))
         self.usage.census.count()
         for user, repositories, whole in (
-                ('root', {'alice', 'bob/x', 'secret'}, True), ('monitor', {'alice', 'bob/x'}, False),
+                ('root', {'alice', 'bob/x', 'secret'}, True), ('monitor', {'alice', 'bob/x'}, True),
                 ('bob', {'bob/x'}, False)):
             status, _, text = self.ask(get('/metrics', f'X-User: {user}'))
             self.assertEqual(status, 200)
@@ -4852,8 +4933,8 @@ class MetricsTest(WatchedTestCase):
         self.addCleanup(go_on.set)
         with mock.patch.object(restic_serve.Census, 'count',
                                lambda census: begun.set() or go_on.wait(PATIENCE)):
+            self.watch(prometheus='open', wait=False)
             begin = time.monotonic()
-            self.usage.census.expire()
             samples = self.scrape()
             self.assertLess(time.monotonic() - begin, PATIENCE / 3)
             self.assertNotIn('restic_serve_repository_bytes', ''.join(samples))
@@ -4981,7 +5062,7 @@ class WatchTest(TestCase):
         return path
 
     def test_what_is_wrong_comes_first_and_longest(self):
-        usage = Usage(self.store, Counters(), quotas={'/full': 40_000})
+        usage = Usage(self.store, Counters(), quotas=restic_serve.Quotas({'/full': 40_000}))
         usage.census.count()
         found = restic_serve.Watch(self.store, usage, 48 * 3600).look(usage.names(), self.now)
         self.assertEqual([(one.name, list(one.troubles)) for one in found], [
@@ -7292,7 +7373,7 @@ class Http2Test(Http2TestCase):
             wire.send(headers(1, fields('GET', '/data/', ('user-agent', 'x'))))
             wire.answer()
             self.wait_until(lambda: logs.output, 'its line')
-        self.assertRegex(logs.output[0], r'"GET /data/ HTTP/2\.0" 200 2 "-" "x"$')
+        self.assertRegex(logs.output[0], r'"GET /data/ HTTP/2\.0" 200 2 "-" "x" [0-9.]+$')
 
 
 class Http2AbuseTest(Http2TestCase):
@@ -8791,6 +8872,31 @@ class WorkersTest(TestCase):
         self.assertEqual(statuses.count(200), 5)
         self.assertEqual(set(statuses), {200, 507})
 
+    def test_a_new_worker_does_not_put_rights_of_the_start_in_force(self):
+        rights = self.folder / 'rights'
+        rights.write_text('* / read\n')
+        self.make_repository('a')
+        server = self.serve('--rights', rights)
+
+        def statuses():
+            found = set()
+            for _ in range(20):
+                with self.connect(server) as wire:
+                    found.add(wire.ask(get('/a/config'))[0])
+            return found
+
+        self.assertEqual(statuses(), {404})
+        rights.write_text('* / none\n')
+        self.wait_until(lambda: statuses() == {403}, 'the new rights')
+        self.wait_until(lambda: any('read 1 rules' in line for line in server.lines), 'the line of the first')
+        rights.write_text('rubbish\n')
+        self.wait_until(lambda: any('the rights stay' in line for line in server.lines), 'a line')
+        before = self.children(server)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        self.wait_until(lambda: len(set(self.children(server)) - set(before)) == 2, 'new workers')
+        self.assertEqual(statuses(), {403})
+
     def test_a_second_signal_ends_the_wait(self):
         self.make_repository()
         server = self.serve()
@@ -8889,7 +8995,7 @@ class WorkersTest(TestCase):
         store = Store(str(self.root))
         store.prepare()
         counters = Counters(5)
-        usage = Usage(store, counters, quotas={'/': 50500})
+        usage = Usage(store, counters, quotas=restic_serve.Quotas({'/': 50500}))
         usage.census.count()
         children = []
         for slot in range(1, 5):
@@ -9939,7 +10045,8 @@ class ResticScenarios:
         self.restic(url, 'backup', self.source)
         self.assert_sound(url)
         self.check_restore(url)
-        refused = re.compile(r'append-only: (127\.0\.0\.1|stdio) may not delete (/host)?/snapshots/')
+        refused = re.compile(
+            r'refused: (127\.0\.0\.1|stdio) may not delete (/host)?/snapshots/.*: append only in /')
         self.assertTrue(any(refused.search(line) for line in server.lines), server.lines)
 
     @long
@@ -10307,7 +10414,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
         restic('host1', 'backup', self.source)
         status, output = restic('host1', 'forget', '--keep-last', '1', '--prune', check=False)
         self.assertNotEqual(status, 0)
-        self.assertIn('append-only: 127.0.0.1 may not delete /snapshots/', output)
+        self.assertIn('refused: 127.0.0.1 may not delete /snapshots/', output)
         restic('admin', 'forget', '--keep-last', '1', '--prune')
         self.assertIn('no errors were found', restic('host1', 'check', '--read-data')[1])
 
@@ -11338,6 +11445,7 @@ class DeathTest(ResticTestCase):
 
     def test_what_a_killed_upload_left_is_removed_at_the_next_start(self):
         hidden = self.root / restic_serve.HIDDEN
+        self.make_repository()
         script = ('import sys, restic_serve\nsys.argv[0] = "restic_serve"\n'
                   'del restic_serve.os.O_TMPFILE\nrestic_serve.run()')
         for number in range(2):
