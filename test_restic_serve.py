@@ -11461,7 +11461,9 @@ class DeathTest(ResticTestCase):
                 with Wire(port) as wire:
                     content = os.urandom(1000)
                     wire.send(post(f'/data/{named(content)}', content)[:-1])
-                    self.wait_until(lambda left=left: self.files(hidden) != left, 'an upload under way')
+                    # Until its lock is held a kill leaves it for an hour, under another name.
+                    self.wait_until(lambda: any(name.startswith(restic_serve.SCRATCH_PREFIX)
+                                                for name in self.files(hidden)), 'an upload under way')
                     process.send_signal((signal.SIGKILL, signal.SIGTERM)[number])
             self.assertEqual(left, [])
         self.assertEqual(self.files(), [])
