@@ -89,7 +89,7 @@ class Served:
             time.sleep(0.02)
             if self.process.poll() is not None:
                 sys.exit(f'the server has ended: {self.log.read_text() if self.log.exists() else ""}')
-            match = re.search(r'restic -r rest:http://[^/]*:(\d+)/ init',
+            match = re.search(r'restic -r rest:http://[^/]*:(\d+)/\S* init',
                               self.log.read_text() if self.log.exists() else '')
             self.port = int(match[1]) if match else 0
 
@@ -253,6 +253,7 @@ def pages(served: Served, source: str, stop: Any, count: Any) -> None:
 
 def long_names(served: Served, source: str, stop: Any, count: Any) -> None:
     name = os.urandom(120).hex()
+    served.ask(source, 'POST', f'/evil/{name}/?create=true', login('evil', 'right'))
     served.ask(source, 'POST', f'/evil/{name}/locks/{NAME}', login('evil', 'right'), CONTENT)
     count.value += 1
 
