@@ -979,51 +979,6 @@ def lock_file(fd: int) -> Optional[bool]:
     return True
 
 
-class SyncBatch:
-    """A sync of a folder that is to come or goes on, for all threads that wait for it."""
-
-    def __init__(self) -> None:
-        self.ended = threading.Event()
-        self.error: Optional[OSError] = None
-
-
-class SharedSync:
-    """Syncs folders for several threads at once: those that have changed a folder while it is being synced
-    share its next sync."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: Dict[str, SyncBatch] = {}    # by path
-        self._next: Dict[str, SyncBatch] = {}       # those that have not begun
-
-    def sync(self, folder: Folder) -> None:
-        """Return when a sync of the folder has ended that began after this call.  Raises OSError."""
-        path = folder.path
-        with self._lock:
-            batch, running = self._next.get(path), self._running.get(path)
-            leads = batch is None
-            if batch is None:
-                batch = self._next[path] = SyncBatch()
-        if not leads:
-            batch.ended.wait()
-            if batch.error:
-                raise batch.error
-            return
-        if running:
-            running.ended.wait()
-        with self._lock:
-            self._running[path] = self._next.pop(path)
-        try:
-            folder.sync()
-        except OSError as error:
-            batch.error = error
-            raise
-        finally:
-            with self._lock:
-                del self._running[path]
-            batch.ended.set()
-
-
 _renaming = threading.Lock()
 
 
@@ -2095,7 +2050,6 @@ class Past:
         self._keep = keep_seconds * 1e6
         self._without_past: Dict[str, float] = {}   # until when that is taken for granted
         self._begun: Dict[str, float] = {}          # likewise, of those with one
-        self._syncs = SharedSync()
         self._clock = clock
 
     def now(self) -> int:
@@ -2133,8 +2087,8 @@ class Past:
                     move(source, location.file, target, name, self._store.file_mode)
                 except FileNotFoundError:  # another request was faster
                     return None
-                self._syncs.sync(target)
-                self._syncs.sync(source)
+                target.sync()
+                source.sync()
         return status.st_size
 
     def keeps_object(self, location: Location) -> bool:

@@ -1619,65 +1619,6 @@ class ByDescriptorTest(StoreTest):
 
 
 @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'only root can serve what others own')
-class SharedSyncTest(unittest.TestCase):
-    """Folders that several threads have changed are synced for all of them at once."""
-
-    def setUp(self):
-        self.begun, self.go_on, self.count = threading.Semaphore(0), threading.Semaphore(0), 0
-        self.error = None
-        self.syncs = restic_serve.SharedSync()
-        folder = mock.Mock(path='/x', sync=self.sync)
-        self.results = []
-
-        def run():
-            try:
-                self.syncs.sync(folder)
-                self.results.append('synced')
-            except OSError as error:
-                self.results.append(error)
-
-        self.threads = [threading.Thread(target=run) for _ in range(6)]
-
-    def sync(self):
-        self.count += 1
-        self.begun.release()
-        self.go_on.acquire()
-        if self.error:
-            raise self.error
-
-    def start_all(self):
-        """One thread syncs and the others wait; they began after it did."""
-        self.threads[0].start()
-        self.assertTrue(self.begun.acquire(timeout=PATIENCE))
-        for thread in self.threads[1:]:
-            thread.start()
-        end = time.monotonic() + PATIENCE
-        while not self.syncs._next and time.monotonic() < end:
-            time.sleep(0.001)
-
-    def finish(self):
-        for _ in self.threads:
-            self.go_on.release()
-        for thread in self.threads:
-            thread.join(PATIENCE)
-
-    def test_whoever_comes_during_a_sync_waits_for_another(self):
-        self.start_all()
-        self.assertEqual((self.results, self.count), ([], 1))
-        self.go_on.release()
-        self.assertTrue(self.begun.acquire(timeout=PATIENCE))
-        self.finish()
-        self.assertEqual(self.results, ['synced'] * 6)
-        self.assertLessEqual(self.count, 6)
-        self.assertEqual((self.syncs._next, self.syncs._running), ({}, {}))
-
-    def test_a_failure_is_told_to_all_that_share_it(self):
-        self.start_all()
-        self.error = OSError(errno.EIO, 'made by a test')
-        self.finish()
-        self.assertEqual([type(result) for result in self.results], [OSError] * 6)
-
-
 class FoldersOfOthersTest(TestCase):
     """Root serves a directory that a user owns, who exchanges folders for links."""
 
