@@ -1015,7 +1015,6 @@ PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = "the server's directory is read-only"
-NO_REPOSITORY = 'no repository is here; make one first, by restic init'
 LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
 KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
@@ -1627,15 +1626,21 @@ class Store:
                 log.warning('%s is on a read-only file system; it is served for reading only',
                             self.root or os.sep)
         if self.directory.read_only:
-            self.detect_case()
+            self._detect_case()
         if self.ignores_case:
             log.log(NOTICE, 'the file system of %s ignores case: users and paths are compared without it',
                     self.root or os.sep)
         if not self.directory.read_only:
             self.hidden.remove_left_overs(self.now)
 
-    def detect_case(self) -> None:
-        """Find out by what is in the directory whether its file system ignores case.  Raises OSError."""
+    def find(self) -> None:
+        """Find the directory for a job, and whether its file system ignores case.  Raises OSError."""
+        if not os.path.isdir(self.root or os.sep):
+            raise FileNotFoundError(errno.ENOENT, 'no directory', self.root)
+        self._detect_case()
+
+    def _detect_case(self) -> None:
+        """See by what is in the directory whether its file system ignores case.  Raises OSError."""
         with self.scan('') as (top, entries):
             self.ignores_case = any(is_there_in_other_case(top, entry.name) for entry in entries
                                     if entry.name != entry.name.swapcase())
@@ -1781,12 +1786,12 @@ class Store:
         """
         made = 0
         if location.kind == 'config':
-            self._check_repository(location)
+            self.check_repository(location)
         try:
             folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
         except FileNotFoundError:
-            self._check_repository(location)
+            self.check_repository(location)
             made = self.folders.make(location.folder)
             folder = self.folders.open(location.folder)
             scratch = self._scratch_in(folder)
@@ -1814,10 +1819,10 @@ class Store:
             folder.sync()
         return saved
 
-    def _check_repository(self, location: Location) -> None:
+    def check_repository(self, location: Location) -> None:
         """Raises HttpError 404 where there is no repository, which no upload makes: its disk may be away."""
         if not self.has_repository(location.repository):
-            raise HttpError(404, NO_REPOSITORY)
+            raise HttpError(404, 'no repository is here; make one first, by restic init')
 
     def confirm(self, location: Location, body: Body) -> bool:
         """Compare an upload with the object that exists, instead of storing it again; False, without
@@ -3303,7 +3308,7 @@ class Census:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises HttpError if
         the directory has gone: then nothing is deleted, it is missing."""
         self._store.directory.check_present()
-        begin, unreadable = time.monotonic_ns(), []  # type: int, List[str]
+        begin, unreadable = time.monotonic(), []  # type: float, List[str]
 
         def on_error(path: str, error: OSError) -> None:
             log.warning('what is below %s is not known: %s', path or '/', error)
@@ -3338,8 +3343,8 @@ class Census:
         held = [count - more + less for count, more, less in zip(tally.other.held, added, removed)]
         if any(held):
             self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
-        self._counters.put(('counted',), time.monotonic_ns())
-        log.debug('counted all repositories in %.1f s', (time.monotonic_ns() - begin) / 1e9)
+        self._counters.put(('counted',), int(time.monotonic() * 1e9))
+        log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
 
     def _forget(self, repository: str) -> None:
         """A repository was deleted and its rows will be dropped: move what `delta` has of it to `other`."""
@@ -3486,9 +3491,8 @@ class Usage:
         """Store an object as Store.save() does; the objects and bytes added.  Raises HttpError 507 where a
         quota leaves no room, before the content is read if its length is known."""
         limited = self.limited(location.repository)
-        if limited and not (self._store.folders.is_there(location.repository)
-                            or self._store.has_repository(location.repository)):
-            raise HttpError(404, NO_REPOSITORY)     # before it takes a row of the counters
+        if limited:     # before the place takes a row of the counters
+            self._store.check_repository(location)
         present = self._store.size(location) if limited else None
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
@@ -4714,7 +4718,8 @@ class Policy:
         self._refreshing = threading.Lock()
 
     def refresh(self) -> float:
-        """Read the file again if it has changed, at most once a second; seconds until the next time."""
+        """A timer of each process: read the file again if it has changed, at most once a second; seconds
+        until the next time."""
         if not self._file:
             return math.inf
         now = time.monotonic()
@@ -5107,9 +5112,12 @@ class Watch:
 
     def look(self, names: Iterable[str], now: float) -> List[Watched]:
         """Repositories: those with the worst trouble first, of these the one that has it longest."""
-        scrubs = last_scrubs(self._store)
+        scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
         found = [self._look_at(name, held, scrubs.get(name), now)
                  for name, held in self._usage.holdings(names).items()]
+        for one in found:
+            if any(map(is_full, self._usage.limited(one.name))):
+                one.troubles[FULL] = now
         return sorted(found, key=lambda one: (*_worst(one.troubles), natural_order(one.name)))
 
     def _look_at(self, name: str, held: Holdings, scrub: Optional[ScrubResult], now: float) -> Watched:
@@ -5121,10 +5129,12 @@ class Watch:
         locks = self._locks(name)
         if locks and min(locks) < now - LOCK_SECONDS:
             troubles[STALE_LOCK] = min(locks)
-        quotas = [self._usage.quota(scope) for scope in self._usage.limited(name)]
-        if any(used >= NEARLY_FULL * limit for used, _, limit in quotas):
-            troubles[FULL] = now
         return Watched(name, held, scrub, locks, troubles)
+
+    def _is_full(self, scope: str) -> bool:
+        """Whether a quota's scope is nearly full.  Many repositories share one."""
+        used, _, limit = self._usage.quota(scope)
+        return used >= NEARLY_FULL * limit
 
     def _locks(self, name: str) -> Optional[List[float]]:
         try:
@@ -5487,7 +5497,6 @@ class Api:
         if path in self._own_paths and request.method in ('GET', 'HEAD'):
             return self._own_paths[path](request)
         request.user = self._identify(request)
-        self.policy.refresh()
         if self.baseurl:
             if path != self.baseurl and not path.startswith(self.baseurl + '/'):
                 parse_path(path)
@@ -5636,7 +5645,6 @@ class Api:
         of_server = True
         if self._prometheus != 'open':
             request.user = user = self._identify(request)
-            self.policy.refresh()
             free = (not self.accounts.demanded and self.policy.is_for_all
                     and (request.peer.unix or not user))
             if not free:
@@ -10633,11 +10641,9 @@ def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
 
 def scrub(options: argparse.Namespace, store: Store) -> int:
     """Do --scrub; the exit status.  Raises OSError."""
-    if not os.path.isdir(store.root or os.sep):
-        raise FileNotFoundError(errno.ENOENT, 'no directory', store.root)
     for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
         signal.signal(stop, lambda signum, frame: sys.exit(1))
-    store.detect_case()
+    store.find()
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
@@ -10658,7 +10664,7 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
 def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
-    store.detect_case()
+    store.find()
     quotas = make_policy(options, store, False).rights.quotas(options.max_size or 0)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
     usage.census.count()
@@ -10696,7 +10702,7 @@ def _report_as_json(one: Watched) -> str:
 def roll_back(options: argparse.Namespace, store: Store) -> int:
     """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
     back.  Raises OSError."""
-    store.detect_case()
+    store.find()
     past = Past(store, math.inf)
     jobs, failed = {}, False
 

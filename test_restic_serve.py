@@ -4517,6 +4517,7 @@ class RightsTest(TestCase):
 
         def ask(method):
             with mock.patch.object(restic_serve, 'LOOK_SECONDS', -1):
+                policy.refresh()
                 response = api.handle(Request(method, f'/a/data/{self.NAME}', 'HTTP/1.1', {}, Bytes(b'x'),
                                               Peer('1.2.3.4', 'alice')))
             return response.status, bytes(response.body) if method == 'POST' else b''
@@ -5038,9 +5039,12 @@ class WatchTest(TestCase):
         self.assertEqual(self.report('--stale-after', '30d')[0], 0)
 
     def test_of_nothing_there_is_no_report(self):
-        done = subprocess.run([sys.executable, MODULE, '--report', str(self.folder)], text=True,
-                              capture_output=True, env=clean_environment())
-        self.assertEqual(done.returncode, 1)
+        for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: no directory'),
+                             (self.folder / 'srv' / '.restic_serve', 'there is no repository in ')):
+            done = subprocess.run([sys.executable, MODULE, '--report', str(folder)], text=True,
+                                  capture_output=True, env=clean_environment())
+            self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (1, '', 1))
+            self.assertIn(said, done.stderr)
 
 
 # ---- Page ------------------------------------------------------------------------------------------
