@@ -215,6 +215,14 @@ def format_duration(seconds: float) -> str:
     return ' '.join(parts[:2])
 
 
+def format_time(seconds: float, digits: int = 0) -> str:
+    """A time in this host's zone (RFC 3339 5.6), with `digits` of the second's fraction."""
+    local = time.localtime(seconds)
+    zone = time.strftime('%z', local)
+    fraction = f'{seconds % 1:.9f}'[1:2 + digits] if digits else ''
+    return f'{time.strftime("%Y-%m-%dT%H:%M:%S", local)}{fraction}{zone[:3]}:{zone[3:]}'
+
+
 def parse_bool(text: str) -> bool:
     """A bool written true or false, 1 or 0, yes or no, on or off, t or f, y or n."""
     word = text.lower()
@@ -387,16 +395,17 @@ class HttpError(Exception):
 class Peer:
     """The other end of a connection: its `name` in logs (an IP address, or `unix`), and the `user` that
     its socket or its certificate names, empty if neither does.  Peers of one `group` count as one
-    client in limits; one that is `certified` has presented a certificate."""
+    client in limits; one whose connection is `secure` uses TLS, one that is `certified` has presented a
+    certificate."""
 
-    __slots__ = ('name', 'user', 'unix', 'group', 'certified')
+    __slots__ = ('name', 'user', 'unix', 'group', 'certified', 'secure')
 
     def __init__(self, name: str, user: str = '', unix: bool = False) -> None:
         self.name = name
         self.user = user
         self.unix = unix
         self.group = address_group(name)
-        self.certified = False
+        self.certified = self.secure = False
 
     def __str__(self) -> str:
         return self.name
@@ -423,6 +432,14 @@ class Request:
         self.location: Optional[Location] = None    # of the object that is being sent
         self.is_probe = False           # of a monitor, every few seconds
         self.has_share = False          # counts against the client's share, behind a proxy
+
+    @property
+    def url(self) -> str:
+        """The server's address as the client knows it, perhaps by way of a proxy."""
+        scheme = self.headers.get('x-forwarded-proto', '')
+        if scheme not in ('http', 'https'):
+            scheme = 'https' if self.peer.secure else 'http'
+        return f'{scheme}://{self.headers.get("host") or socket.gethostname()}'
 
 
 def address_group(name: str) -> str:
@@ -2839,11 +2856,13 @@ _SCRATCH_OF_OTHERS = re.compile(r'[0-9a-f]{64}(-tmp-|\.rest-server-temp).*')
 PROGRESS_SECONDS = 60        # Time between two lines of progress without a terminal.
 BAR_SECONDS = 0.2            # Time between two updates of the bar on a terminal.
 BAR_WIDTH = 30               # Characters.
+DAMAGED_NAMES = 100          # Damaged objects of a repository whose names are remembered.
 COARSE_SECONDS = 2           # Resolution of the times of files (FAT); Linux has some milliseconds.
 
 
-# Result for a repository: time of the check, objects read, objects damaged.
-ScrubResult = collections.namedtuple('ScrubResult', ['time', 'checked', 'damaged'])
+# Result for a repository: time of the check, objects read, objects damaged, and the paths of some of these
+# below the repository.
+ScrubResult = collections.namedtuple('ScrubResult', ['time', 'checked', 'damaged', 'names'])
 
 
 def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]:
@@ -2853,7 +2872,8 @@ def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]
     try:
         content = json.loads(store.hidden.read(SCRUB_FILE))
         return ({str(folder): float(checked_at) for folder, checked_at in content['folders'].items()},
-                {str(repository): ScrubResult(float(result[0]), int(result[1]), int(result[2]))
+                {str(repository): ScrubResult(float(result[0]), int(result[1]), int(result[2]),
+                                              [str(name) for name in (*result[3:], [])[0]])
                  for repository, result in content['repositories'].items()})
     except FileNotFoundError:
         return {}, {}
@@ -2873,6 +2893,27 @@ def last_scrubs(store: Store) -> Dict[str, ScrubResult]:
     except (OSError, ValueError) as error:
         log.debug('what --scrub found is not known: %s', error)
         return {}
+
+
+class ScrubTally:
+    """What a pass found in a repository: objects `checked`, and `damaged`, and the `names` of some of these,
+    as paths below the repository's folder `root`."""
+
+    __slots__ = ('root', 'checked', 'damaged', 'names')
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.checked = self.damaged = 0
+        self.names: List[str] = []
+
+    def add_damage(self, path: str) -> None:
+        self.damaged += 1
+        if len(self.names) < DAMAGED_NAMES:
+            name = path[len(self.root) + 1:].encode('utf-8', 'backslashreplace').decode()
+            self.names.append(one_line(name))
+
+    def result(self) -> ScrubResult:
+        return ScrubResult(int(time.time()), self.checked, self.damaged, self.names)
 
 
 class Scrub:
@@ -2896,7 +2937,7 @@ class Scrub:
             self._sound, self._results = read_scrubs(store)
         except (OSError, ValueError) as error:
             log.warning('what was checked before is not known: %s', error)
-        self._tallies: Dict[str, List[int]] = {}    # of a repository: objects read, and damaged
+        self._tallies: Dict[str, ScrubTally] = {}   # by repository
         self._bytes = self._total = 0
         self._begin = self._shown = self._saved = time.monotonic()
         self._ahead = store.now() - time.time()     # of the file system's clock
@@ -2920,19 +2961,17 @@ class Scrub:
                     raise
             for repository, tally in self._tallies.items():
                 self._check_deleted(repository, tally)
-            self._results = {repository: ScrubResult(int(time.time()), *tally)
-                             for repository, tally in self._tallies.items()}
+            self._results = {repository: tally.result() for repository, tally in self._tallies.items()}
         finally:
             self._save()
         self._show(last=True)
         return self.damaged
 
-    def _find(self) -> Iterator[Tuple[str, List[int]]]:
-        """The folders of objects, by their path below DIR, with the tally of their repository: objects read
-        and damaged.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot be
-        read."""
+    def _find(self) -> Iterator[Tuple[str, ScrubTally]]:
+        """The folders of objects, by their path below DIR, with the tally of their repository.  Reports
+        foreign and stray files on the way.  Raises OSError if DIR cannot be read."""
         for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
-            tally = [0, 0]
+            tally = ScrubTally(self._store.root + path)
             if is_repository:
                 self._tallies[path] = tally
             for entry in entries:
@@ -2951,7 +2990,7 @@ class Scrub:
             raise error
         self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
-    def _find_objects(self, where: str, tally: List[int]) -> Iterator[Tuple[str, List[int]]]:
+    def _find_objects(self, where: str, tally: ScrubTally) -> Iterator[Tuple[str, ScrubTally]]:
         """The folders of objects in the folder of a kind, which may be a link."""
         if not where.endswith('data'):
             yield where, tally
@@ -2989,7 +3028,7 @@ class Scrub:
             if left:
                 self.report(path, 'stray: left behind by an upload that was cut off')
 
-    def _check_config(self, folder: Folder, entry: os.DirEntry[str], tally: List[int]) -> None:
+    def _check_config(self, folder: Folder, entry: os.DirEntry[str], tally: ScrubTally) -> None:
         path = f'{folder.path}/{entry.name}'
         try:
             with open(folder.open(entry.name, _READ_FLAGS), 'rb') as file:
@@ -3009,7 +3048,7 @@ class Scrub:
             if max(status.st_mtime, status.st_ctime) >= skip:
                 yield entry, status.st_size
 
-    def _check_folder(self, folder: str, tally: List[int]) -> None:
+    def _check_folder(self, folder: str, tally: ScrubTally) -> None:
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
         if self._stopped:
             return
@@ -3032,7 +3071,7 @@ class Scrub:
             elif self._sound.get(folder, -math.inf) <= self._after:
                 self._sound[folder] = checked_at
 
-    def _check_deleted(self, repository: str, tally: List[int]) -> None:
+    def _check_deleted(self, repository: str, tally: ScrubTally) -> None:
         """Check the deleted objects of a repository that are kept."""
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
         key = f'{repository}/{DELETED}'[1:]
@@ -3053,7 +3092,7 @@ class Scrub:
             elif sound <= self._after and os.path.isdir(f'{self._store.root}/{key}'):
                 self._sound[key] = checked_at
 
-    def _check(self, folder: Folder, name: str, tally: List[int], digest_expected: str = '') -> bool:
+    def _check(self, folder: Folder, name: str, tally: ScrubTally, digest_expected: str = '') -> bool:
         """Whether an object is damaged: its SHA-256 is to be its name, or as `digest_expected`."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
         path = f'{folder.path}/{name}'
@@ -3079,16 +3118,16 @@ class Scrub:
             return True
         with self._lock:
             self.checked += 1
-            tally[0] += 1
+            tally.checked += 1
         if digest.hexdigest() == (digest_expected or name):
             return False
         self._damage(tally, path, f'damaged: its SHA-256 is {digest.hexdigest()}')
         return True
 
-    def _damage(self, tally: List[int], path: str, reason: str) -> None:
+    def _damage(self, tally: ScrubTally, path: str, reason: str) -> None:
         with self._lock:
             self.damaged += 1
-            tally[1] += 1
+            tally.add_damage(path)
         self.report(path, reason)
 
     @property
@@ -4748,6 +4787,15 @@ class Policy:
         found = [place for place, rule in self.rights.of_user(user).items() if rule.may != NONE]
         return [''] if '' in found else found
 
+    def who_may(self, repository: str, users: Iterable[str]) -> Dict[str, List[str]]:
+        """Who of `users`, and of those whom the rules name, has which right in a repository, the highest
+        right first."""
+        names = {*users, *(rule.who for rule in self.rights.rules if rule.who != '*')}
+        found: Dict[str, List[str]] = {}
+        for name in sorted(names):
+            found.setdefault(self.right(name, repository), []).append(name)
+        return {right: found[right] for right in reversed(RIGHTS[1:]) if right in found}
+
     def metrics_of(self, user: str) -> Optional[Callable[[str], bool]]:
         """Which repositories' metrics a user may see; None if there are none.  They belong to the right
         `metrics`, and to `write` for everything in a rule of the user's own."""
@@ -5092,14 +5140,20 @@ def _label(text: str) -> str:
 
 
 # ==== Watch ======================================================================================
-# What is wrong with the repositories: decided here, for the page and the report.
+# What is wrong with the repositories: decided here, for pages, report and events.
 
 LOCK_SECONDS = 86400         # Age from which a lock is stale.
+LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
 DAMAGED, OVERDUE, STALE_LOCK, FULL = TROUBLES = 'damaged', 'overdue', 'with stale locks', 'nearly full'
 # A repository: its path, what it holds, the result of the last scrub or None, the times of its locks or None
 # if they cannot be read, and what is wrong with it, each since a time.
 Watched = collections.namedtuple('Watched', ['name', 'held', 'scrub', 'locks', 'troubles'])
+
+
+# A snapshot of a repository: when it came, its name, and the bytes that came since the one before and are
+# still there.
+Snapshot = collections.namedtuple('Snapshot', ['time', 'name', 'added'])
 
 
 class Watch:
@@ -5136,6 +5190,24 @@ class Watch:
         used, _, limit = self._usage.quota(scope)
         return used >= NEARLY_FULL * limit
 
+    def snapshots(self, name: str) -> Tuple[List[Snapshot], bool]:
+        """The snapshots of a repository by time, and whether what came with each is known: not where that
+        takes longer than LOOK_AT_MOST, or not all can be read."""
+        end = time.monotonic() + LOOK_AT_MOST
+        found: List[Tuple[float, str]] = []
+        added, is_whole = [], False     # type: List[int], bool
+        with contextlib.suppress(OSError):
+            found = sorted((status.st_mtime, entry.name)
+                           for entry, status in self._store.object_entries(f'{name}/snapshots'))
+            added, times = [0] * (len(found) + 1), [when for when, _ in found]
+            for kind, folder in self._store.object_folders(name) if found else ():
+                for _, status in self._store.object_entries(folder, folder[-2:] if kind == 'data' else ''):
+                    added[bisect.bisect_left(times, status.st_mtime)] += status.st_size
+                    if time.monotonic() >= end:
+                        raise TimeoutError
+            is_whole = True
+        return [Snapshot(when, name, size) for (when, name), size in zip(found, added)], is_whole
+
     def _locks(self, name: str) -> Optional[List[float]]:
         try:
             return [status.st_mtime for _, status in self._store.object_entries(f'{name}/locks')]
@@ -5163,34 +5235,54 @@ def count_troubles(found: Iterable[Watched]) -> str:
 
 
 # ==== Page =======================================================================================
-# The status page for browsers: one page of HTML, without scripts and without anything from elsewhere.
+# The status page for browsers: HTML without scripts and without anything from elsewhere.  A repository has
+# a page of its own at its path; any other path shows the repositories below it.
 
-COUNT_PATIENCE = 2           # Seconds that the page waits for a census.
-LOOK_AGAIN = 5               # Seconds until the browser reloads a page without one.
+COUNT_PATIENCE = 2           # Seconds that a page waits for a census.
+LOOK_AGAIN = 5               # Seconds until the browser loads a page again that has none.
+RENEW_SECONDS = 60           # Seconds until it loads any other page again.
+FOLD_FROM = 25               # Repositories from which on sound ones are folded.
+SNAPSHOTS_SHOWN = 200
+NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
+SORTS: Dict[str, Callable[[Watched], Any]] = {
+    'name': lambda one: natural_order(one.name),
+    'age': lambda one: (one.held.last_snapshot, natural_order(one.name)),
+    'size': lambda one: (-one.held.bytes, natural_order(one.name)),
+}
 _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
+_KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
 _STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#60646c;--line:#d9dce1;--fill:#cfe3f8;
---mark:#1a66b8;--bad:#b3261e;--bad-back:#fdeceb}
-@media(prefers-color-scheme:dark){:root{--back:#15181c;--text:#e8eaed;--dim:#9aa0a8;--line:#33383f;
+:root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#5a5f67;--line:#d9dce1;--fill:#cfe3f8;
+--mark:#1a66b8;--bad:#a8221b;--bad-back:#fdeceb}
+@media(prefers-color-scheme:dark){:root{--back:#15181c;--text:#e8eaed;--dim:#a6acb4;--line:#33383f;
 --fill:#1e3a57;--mark:#7db8f0;--bad:#ff9d94;--bad-back:#3b1f1d}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1.5rem;max-width:76rem;background:var(--back);color:var(--text);
 font:15px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
-h1{font-size:1.4rem;margin:0}
+a{color:inherit;text-decoration-color:var(--mark);text-underline-offset:.15em}
+h1{font-size:1.4rem;margin:0;overflow-wrap:anywhere}
+h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p{margin:.3rem 0 1.2rem}
+code{overflow-wrap:anywhere;user-select:all}
+pre{margin:.4rem 0;white-space:pre-wrap}
 .dim,footer{color:var(--dim)}
 .bad{color:var(--bad);font-weight:600}
-table{border-collapse:collapse;width:100%}
-th{text-align:left;font-size:.8rem;font-weight:600;color:var(--dim);white-space:nowrap}
-th,td{padding:.45rem .9rem .45rem 0;border-bottom:1px solid var(--line);vertical-align:middle}
-th.n,td.n{text-align:right}
+table{border-collapse:collapse;width:100%;margin-bottom:1.2rem}
+caption{text-align:left;font-weight:600;padding-bottom:.3rem}
+caption.quiet{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+th{text-align:left;font-weight:600}
+thead th{font-size:.8rem;color:var(--dim);white-space:nowrap}
+th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);vertical-align:middle}
+.n{text-align:right}
 td{white-space:nowrap}
-td.name{white-space:normal;overflow-wrap:anywhere;font-weight:600}
-tr.late td{background:var(--bad-back)}
-tr.late td:first-child{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
-td small{display:block;color:var(--dim);font-size:.8rem}
+.name{overflow-wrap:anywhere}
+.plain{font-weight:400;white-space:nowrap}
+tr.late>*{background:var(--bad-back)}
+tr.late>th{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
+small{display:block;color:var(--dim);font-size:.8rem;font-weight:400}
+small.bad{color:var(--bad);font-weight:600}
 svg{display:block}
-svg.plot{width:11rem;height:2.4rem}
+svg.plot{width:9rem;height:2.2rem}
 .area{fill:var(--fill)}
 .curve{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .tick{stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
@@ -5199,21 +5291,33 @@ max-width:40rem;margin:.4rem 0}
 .quota svg{width:100%;height:.7rem}
 .room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
 .quotas{margin-bottom:1.2rem}
+details{border-bottom:1px solid var(--line);padding:.4rem 0}
+summary{cursor:pointer}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem;margin:0 0 1.2rem}
+dt{color:var(--dim)}
+dd{margin:0;min-width:0;overflow-wrap:anywhere}
+figure{display:grid;grid-template-columns:max-content 1fr;gap:0 .6rem;margin:0 0 1.2rem;max-width:48rem}
+figure svg.plot{width:100%;height:9rem;border-left:1px solid var(--line)}
+figure .scale{display:flex;flex-direction:column;justify-content:space-between;text-align:right;height:7.2rem}
+figure .days{grid-column:2;display:flex;justify-content:space-between}
+.scale,.days{font-size:.8rem;color:var(--dim)}
 footer{font-size:.8rem;margin-top:1.2rem}
-@media(max-width:62rem){body{padding:1rem}thead{display:none}
-tr{display:grid;grid-template-columns:1fr 1fr;gap:.2rem .8rem;padding:.7rem 0;
-border-bottom:1px solid var(--line)}
-tr.late{background:var(--bad-back);box-shadow:-.6rem 0 var(--bad-back),.6rem 0 var(--bad-back)}
-tr.late td,tr.late td:first-child{background:none;box-shadow:none;padding-left:0}
-td,td.n{border:0;padding:0;text-align:left;white-space:normal}
-td:before{content:attr(data-of);display:block;font-size:.75rem;color:var(--dim)}
-td.name,td.graph{grid-column:1/-1}td.name:before{display:none}
-svg.plot{width:100%}}
+@media(max-width:62rem){body{padding:1rem}.more{display:none}td.age{white-space:normal}
+th,td{padding:.25rem .6rem .25rem 0}}
+@media(max-width:30rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
 """
+# The icon of a browser's tab.
+ICON = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" '
+         'fill="#1a66b8"/><path d="M4 4h8v2.4H4zM4 7h8v2.4H4zM4 10h8v2.4H4z" fill="#fff"/></svg>\n')
+
+# Who looks, at which path and sorted how: `right` says what he may do in a repository, which is anything only
+# at and below `places`; `users` may be named to him (None: not).  `url` is the server's for restic, `base`
+# its path.
+Visit = collections.namedtuple('Visit', ['top', 'sort', 'user', 'right', 'places', 'users', 'url', 'base'])
 
 
 class Page:
-    """Renders the repositories of `usage`.  One without a snapshot for `stale_after` seconds is overdue."""
+    """Renders the pages.  A repository without a snapshot for `stale_after` seconds is overdue."""
 
     def __init__(self, store: Store, usage: Usage, stale_after: float = 48 * 3600) -> None:
         self._store = store
@@ -5222,94 +5326,272 @@ class Page:
         self._rendering = threading.Lock()
 
     def headers(self) -> Headers:
-        """Headers that let the page show itself and nothing else (CSP Level 3)."""
+        """Headers that let a page show itself and nothing else (CSP Level 3)."""
         import base64
         style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+        counted = self._usage.census.age() < math.inf
         return [('Content-Type', 'text/html; charset=utf-8'), ('Cache-Control', 'no-store'),
+                ('Refresh', str(RENEW_SECONDS if counted else LOOK_AGAIN)),
                 ('Content-Security-Policy', f"default-src 'none'; style-src 'sha256-{style}'; "
                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
                 ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
                 ('Vary', 'Accept')]
 
-    def render(self, top: str, right: Callable[[str], str], places: Iterable[str] = ('',)) -> str:
-        """The page of the repositories at and below the path `top` to which the user has a `right`, which
-        only those at and below `places` are; their quotas are shown in any case.  One thread at a time
-        renders a page."""
+    def render(self, visit: Visit) -> str:
+        """The page at a path.  One thread at a time renders one."""
         self._usage.census.request()
         fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
-            return self._render(top, right, list(places), fresh)
+            return self._render(visit, fresh)
 
-    def _render(self, top: str, right: Callable[[str], str], places: List[str], fresh: bool) -> str:
-        counted, now = self._usage.census.age() < math.inf, time.time()
-        below = {place if f'{place}/'.startswith(f'{top}/') else top for place in places
+    def _render(self, visit: Visit, fresh: bool) -> str:
+        now, top = time.time(), visit.top
+        below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
         shown = self._watch.look([name for place in below for name in self._usage.names(place)
-                                  if right(name) != NONE], now)
-        limited = any(right(one.name) != WRITE for one in shown)    # else nobody needs to be told
-        rows = ''.join(self._row(one, right(one.name) if limited else '', now) for one in shown)
-        quotas = ''.join(
-            _quota(scope, *quota) for scope, quota in self._usage.quotas(
-                [*(one.name for one in shown), *places]).items()
-            if right(f'/{scope}' if scope else '') != NONE)
-        troubles = count_troubles(shown)
-        summary = f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
+                                  if visit.right(name) != NONE], now)
+        itself = next((one for one in shown if one.name == top), None)
+        if itself and top:
+            shown.remove(itself)
+        troubles = count_troubles([*shown, itself] if itself and top else shown)
+        host = _text(socket.gethostname())
+        return ''.join((
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<title>{host}: {troubles or "backups"}</title>'
+            '<meta name="viewport" content="width=device-width">'
+            f'<style>{_STYLE}</style></head><body><main>',
+            f'<p><a href="{_link(visit.base, "")}">All repositories</a></p>' if top else '',
+            f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>',
+            self._repository(itself, visit, now) if itself and top else '',
+            f'<h2>Below {_text(top[1:])}</h2>' if itself and top and shown else '',
+            self._overview(shown, visit, now, fresh) if shown or not (itself and top) else '',
+            f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
+            'The plots show what is stored by the day on which it came, with a tick for each day with a '
+            'snapshot.' if shown or itself else '', '</footer></body></html>\n'))
+
+    # ---- several repositories ----
+
+    def _overview(self, shown: List[Watched], visit: Visit, now: float, fresh: bool) -> str:
+        if self._usage.census.age() == math.inf:
+            return '<p>What is stored is being counted …</p>'
+        bad, sound = ([one for one in shown if bool(one.troubles) == wrong] for wrong in (True, False))
+        folded = len(shown) >= FOLD_FROM and not visit.sort
+        key = SORTS.get(visit.sort)
+        if key:
+            bad.sort(key=key)
+            sound.sort(key=key)
+        limited = any(visit.right(one.name) != WRITE for one in shown)      # else nobody needs to be told
+        return ''.join((
+            self._summary(shown, fresh),
+            self._quotas([*(one.name for one in shown), *visit.places], visit),
+            '' if shown else self._first_backup(visit),
+            f'<p>All of them by {_sorted_by("name", visit)}, {_sorted_by("age", visit, "last snapshot")} or '
+            f'{_sorted_by("size", visit)}</p>' if folded else '',
+            _table('Repositories', bad if folded else bad + sound, visit, limited, now),
+            *(_folded(folder, ones, visit, limited, now) for folder, ones in _by_folder(
+                sound if folded else []))))
+
+    def _summary(self, shown: List[Watched], fresh: bool) -> str:
+        """What there is, in a line."""
+        parts = [_number_of_repositories(shown)]
         if shown:
-            summary += f', {format_size(sum(one.held.bytes for one in shown))}, ' + (
-                _bad(troubles) if troubles else 'none overdue')
+            parts += [format_size(sum(one.held.bytes for one in shown)),
+                      _bad(count_troubles(shown)) if any(one.troubles for one in shown) else 'all is well']
+        line = ', '.join(parts)
         with contextlib.suppress(OSError):
             import shutil
-            summary += f'; {format_size(shutil.disk_usage(self._store.root or os.sep).free)} free'
+            disk = shutil.disk_usage(self._store.root or os.sep)
+            free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
+            line += '; ' + (_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free)
         if not fresh:
-            summary += f'; counted {_age(self._usage.census.age())} ago'
-        title = _text(f'{socket.gethostname()}: {troubles or "backups"}')
-        parts = [
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<title>{title}</title><meta name="viewport" content="width=device-width">',
-            '' if counted else f'<meta http-equiv="refresh" content="{LOOK_AGAIN}">',
-            f'<style>{_STYLE}</style></head><body><h1>Backups</h1>',
-            f'<p>{summary if counted else "What is stored is being counted …"}</p>',
-            f'<div class="quotas">{quotas}</div>' if quotas else '',
-            f'<table><thead><tr><th>Repository{"<th>You may" if limited else ""}<th>Last snapshot'
-            '<th class="n">Snapshots<th class="n">Size'
-            f'<th class="n">In 30 days<th>{DAYS} days<th>Locks<th>Last scrub</tr></thead>\n'
-            f'<tbody>{rows}</tbody></table>' if shown else '',
-            f'<footer>restic_serve {__version__}, {time.strftime("%Y-%m-%d %H:%M:%S %Z")}. ',
-            'The plots show what is stored by the day it came, with a tick for each day with a snapshot.'
-            if shown else '', '</footer></body></html>\n']
-        return ''.join(parts)
+            line += f'; counted {_age(self._usage.census.age())} ago'
+        return f'<p>{line}</p>'
 
-    def _row(self, one: Watched, right: str, now: float) -> str:
-        """A repository's row."""
-        held, troubles = one.held, one.troubles
-        age, when = 'none', ''
-        if held.last_snapshot:
-            age = f'{_age(now - held.last_snapshot)} ago'
-            when = _small(time.strftime('%Y-%m-%d %H:%M', time.localtime(held.last_snapshot)))
-        if OVERDUE in troubles:
-            age = _bad(f'{age}, overdue')
-        checked = '<span class="dim">never</span>'
-        if one.scrub:
-            checked = (_bad(f'{one.scrub.damaged} damaged') if DAMAGED in troubles else 'sound') + _small(
-                f'{_age(now - one.scrub.time)} ago')
-        locks = 'unknown' if one.locks is None else '<span class="dim">none</span>'
-        if one.locks:
-            locks = f'{len(one.locks)}{_small(f"oldest {_age(now - min(one.locks))}")}'
-        cells = (('Repository', 'name', _text(one.name or '/')),
-                 *((('You may', 'right', 'see' if right == METRICS else right),) if right else ()),
-                 ('Last snapshot', 'age', age + when),
-                 ('Snapshots', 'n', f'{held.objects["snapshots"]:,}'),
-                 ('Size', 'n', format_size(held.bytes) + (
-                     _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
-                     _bad('not all can be read') if held.unreadable else '') + (
-                     _bad('nearly full') if FULL in troubles else '')),
-                 ('In 30 days', 'n', f'+{format_size(sum(held.days[-30:]))}'),
-                 (f'{DAYS} days', 'graph', _plot(held)),
-                 ('Locks', 'locks', _bad(f'{locks}, stale') if STALE_LOCK in troubles else locks),
-                 ('Last scrub', 'scrub', checked))
-        return (f'<tr{" class=late" if troubles else ""}>' + ''.join(
-            f'<td class="{kind}" data-of="{of}">{content}</td>' for of, kind, content in cells)
-            + '</tr>\n')
+    def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
+        """Bars of the quotas of repositories that the visitor may know of."""
+        bars = ''.join(_quota(scope, *quota) for scope, quota in self._usage.quotas(repositories).items()
+                       if visit.right(f'/{scope}' if scope else '') != NONE)
+        return f'<div class="quotas">{bars}</div>' if bars else ''
+
+    @staticmethod
+    def _first_backup(visit: Visit) -> str:
+        """The commands that make a first backup, if the visitor may make one."""
+        places = [visit.top] if visit.top else ['/laptop', *(
+            [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
+        place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
+        if place is None:
+            return '<p>There is no repository here that you may see.</p>'
+        url = _text(f'rest:{visit.url}{_quoted_path(place)}/')
+        return (f'<p>There is no repository here yet. These two commands make one and back up to it:</p>'
+                f'<pre><code>restic -r {url} init</code></pre>'
+                f'<pre><code>restic -r {url} backup ~</code></pre>')
+
+    # ---- one repository ----
+
+    def _repository(self, one: Watched, visit: Visit, now: float) -> str:
+        held, right = one.held, visit.right(one.name)
+        snapshots, is_whole = self._watch.snapshots(one.name)
+        kinds = ', '.join(_number(held.objects[kind], word) for kind, word in _KINDS.items())
+        facts = [
+            ('Address', f'<code>{_text(f"rest:{visit.url}{_quoted_path(one.name)}/")}</code>'),
+            ('Last snapshot', _last_snapshot(one, now)),
+            ('Size', f'{format_size(held.bytes)}: {kinds}' + (
+                f' {_bad("not all of it can be read")}' if held.unreadable else '')),
+            ('Growth', f'{format_size(sum(held.days[-30:]))} in 30 days'),
+            ('Deleted and kept', self._kept(one, visit)),
+            ('Locks', _locks(one, now)),
+            ('Last scrub', _scrub(one, now, names=right != METRICS)),
+            ('You may', _word_of_right(right)),
+            ('Rights', '' if visit.users is None else '; '.join(
+                f'{_word_of_right(may)}: {_listed(users)}' for may, users in visit.users(one.name).items())),
+        ]
+        return ''.join((
+            f'<p>{_bad(_text_of_troubles(one, now)) if one.troubles else "All is well."}</p>',
+            f'<dl>{"".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in facts if text)}</dl>',
+            self._quotas([one.name], visit),
+            f'<h2>Size, {DAYS} days</h2>', _figure(held, now),
+            '<h2>Snapshots</h2>', _snapshots(snapshots, is_whole, now)))
+
+    def _kept(self, one: Watched, visit: Visit) -> str:
+        """What was deleted from a repository and is kept, and from when on it can be read."""
+        held, past = one.held, self._usage.past
+        if not (past.keeps or held.kept):
+            return ''
+        text = (f'{format_size(held.kept_bytes)} in {_number(held.kept, "object")}, {held.deleted:,} of '
+                'them deleted in the last day' if held.kept else 'nothing')
+        if past.keeps:
+            with contextlib.suppress(OSError):
+                earliest = time.gmtime(past.earliest(one.name) // 1_000_000 + 1)
+                moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', earliest)
+                text += _small(f'As it was, from {moment} on: <code>' + _text(
+                    f'rest:{visit.url}{_quoted_path(one.name)}/{AT}/{moment}/') + '</code>')
+        return text
+
+
+def _table(caption: str, shown: List[Watched], visit: Visit, limited: bool, now: float) -> str:
+    if not shown:
+        return ''
+
+    may = '<th scope="col" class="more">You may</th>' if limited else ''
+    return (f'<table><caption class="quiet">{caption}</caption><thead><tr>'
+            f'<th scope="col">{_sorted_by("name", visit, "Repository")}</th>{may}'
+            f'<th scope="col">{_sorted_by("age", visit, "Last snapshot")}</th>'
+            '<th scope="col" class="n more">Snapshots</th>'
+            f'<th scope="col" class="n">{_sorted_by("size", visit, "Size")}</th>'
+            '<th scope="col" class="n more">Growth, 30 days</th>'
+            f'<th scope="col" class="more">Size, {DAYS} days</th><th scope="col" class="more">Locks</th>'
+            '<th scope="col" class="more">Last scrub</th></tr></thead>\n<tbody>'
+            + ''.join(_row(one, visit, limited, now) for one in shown) + '</tbody></table>')
+
+
+def _sorted_by(sort: str, visit: Visit, text: str = '') -> str:
+    """A link to the same repositories in another order."""
+    return f'<a href="{_link(visit.base, visit.top)}?sort={sort}">{text or sort}</a>'
+
+
+def _row(one: Watched, visit: Visit, limited: bool, now: float) -> str:
+    """A repository's row."""
+    held = one.held
+    name = f'<a href="{_link(visit.base, one.name)}">{_text(one.name[1:] or "/")}</a>'
+    cells = (*((('right more', _word_of_right(visit.right(one.name))),) if limited else ()),
+             ('age', _last_snapshot(one, now)),
+             ('n more', f'{held.objects["snapshots"]:,}'),
+             ('n', format_size(held.bytes) + (
+                 _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
+                 _small('not all can be read', 'bad') if held.unreadable else '')),
+             ('n more', f'+{format_size(sum(held.days[-30:]))}'),
+             ('graph more', _plot(held) + _small(f'0 to {format_size(held.bytes)}')),
+             ('locks more', _locks(one, now, names=False)),
+             ('scrub more', _scrub(one, now, names=False)))
+    wrong = _small(f'⚠ {_text_of_troubles(one, now)}', 'bad') if one.troubles else ''
+    return (f'<tr{" class=late" if wrong else ""}><th scope="row" class="name">{name}{wrong}</th>' + ''.join(
+        f'<td class="{kind}">{content}</td>' for kind, content in cells) + '</tr>\n')
+
+
+def _by_folder(shown: List[Watched]) -> List[Tuple[str, List[Watched]]]:
+    """Repositories by top-level folder; those that share theirs with none come last, without one."""
+    folders: Dict[str, List[Watched]] = {}
+    for one in shown:
+        folders.setdefault(one.name.split('/', 2)[1] if one.name else '', []).append(one)
+    alone = [one for ones in folders.values() if len(ones) == 1 for one in ones]
+    return [*((folder, ones) for folder, ones in folders.items() if len(ones) > 1),
+            *([('', alone)] if alone else [])]
+
+
+def _folded(folder: str, shown: List[Watched], visit: Visit, limited: bool, now: float) -> str:
+    """The sound repositories of a top-level folder, as a line that unfolds."""
+    number = _number_of_repositories(shown)
+    name = f'<b>{_text(folder)}/</b>: {number}' if folder else f'<b>{number}</b>'
+    oldest = min(one.held.last_snapshot for one in shown)
+    alone = f'<p><a href="{_link(visit.base, f"/{folder}")}">{_text(folder)}/ alone</a></p>' if folder else ''
+    return (f'<details><summary>{name}, all is well; {format_size(sum(one.held.bytes for one in shown))}, '
+            f'the oldest last snapshot {_age(now - oldest)} ago</summary>{alone}'
+            + _table(f'Repositories in {_text(folder)}/' if folder else 'Other repositories', shown, visit,
+                     limited, now) + '</details>\n')
+
+
+def _text_of_troubles(one: Watched, now: float) -> str:
+    """What is wrong with a repository."""
+    held, texts = one.held, []
+    if DAMAGED in one.troubles:
+        texts.append(f'{_number(one.scrub.damaged, "object")} damaged')
+    if OVERDUE in one.troubles:
+        texts.append(f'overdue for {_age(now - one.troubles[OVERDUE])}' if held.last_snapshot
+                     else 'overdue: no snapshot yet')
+    if STALE_LOCK in one.troubles:
+        texts.append(f'a lock since {_age(now - one.troubles[STALE_LOCK])}')
+    return ', '.join([*texts, *([FULL] if FULL in one.troubles else [])])
+
+
+def _last_snapshot(one: Watched, now: float) -> str:
+    last = one.held.last_snapshot
+    return f'{_age(now - last)} ago{_small(_moment(last))}' if last else '<span class="dim">none</span>'
+
+
+def _locks(one: Watched, now: float, names: bool = True) -> str:
+    """The locks of a repository: each since when, if they are to be told."""
+    if not one.locks:
+        return 'unknown' if one.locks is None else '<span class="dim">none</span>'
+    kind = 'bad' if STALE_LOCK in one.troubles else ''
+    if not names:
+        return f'{len(one.locks)}{_small(f"oldest {_age(now - min(one.locks))}", kind)}'
+    ages = [f'since {_moment(when)}' for when in sorted(one.locks)[:NAMES_SHOWN]]
+    return f'{len(one.locks)}{_small(", ".join(ages), kind)}'
+
+
+def _scrub(one: Watched, now: float, names: bool) -> str:
+    """The result of a repository's last scrub, with the names of damaged objects if they are to be told."""
+    if not one.scrub:
+        return '<span class="dim">never</span>'
+    result = _bad(f'{one.scrub.damaged} damaged') if one.scrub.damaged else 'sound'
+    listed = ''.join(_small(_text(name)) for name in one.scrub.names[:NAMES_SHOWN]) if names else ''
+    return f'{result}{_small(f"{_age(now - one.scrub.time)} ago")}{listed}'
+
+
+def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float) -> str:
+    """A table of snapshots, the latest first, with what came with each."""
+    if not snapshots:
+        return '<p>There is none yet.</p>'
+    rows = ''.join(
+        f'<tr><th scope="row" class="plain">{_moment(one.time)}{_small(f"{_age(now - one.time)} ago")}</th>'
+        f'<td>{_text(one.name[:8])}</td>'
+        f'<td class="n">{f"+{format_size(one.added)}" if is_whole else "unknown"}</td></tr>\n'
+        for one in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
+    older = len(snapshots) - SNAPSHOTS_SHOWN
+    return ('<table><caption class="quiet">Snapshots</caption><thead><tr><th scope="col">Time</th>'
+            '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
+            f'<tbody>{rows}</tbody></table>' + (f'<p>{older:,} older ones are not shown.</p>' if older > 0
+                                                else '')
+            + '<p class="dim">Added is what came after the snapshot before, and is still there.</p>')
+
+
+def _number(count: int, word: str) -> str:
+    """A count with its noun, such as `2 indexes`."""
+    return f'{count:,} {word}' + ('' if count == 1 else 'es' if word.endswith('x') else 's')
+
+
+def _number_of_repositories(shown: List[Watched]) -> str:
+    return f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
 
 
 def _age(seconds: float) -> str:
@@ -5320,8 +5602,14 @@ def _age(seconds: float) -> str:
     return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
-def _small(text: str) -> str:
-    return f'<small>{text}</small>'
+def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
+    """A time in the server's zone, as HTML has it."""
+    shown = time.strftime(pattern, time.localtime(seconds))
+    return f'<time datetime="{format_time(seconds)}">{_text(shown)}</time>'
+
+
+def _small(text: str, kind: str = '') -> str:
+    return f'<small{f" class={kind}" if kind else ""}>{text}</small>'
 
 
 def _bad(text: str) -> str:
@@ -5334,6 +5622,26 @@ def _text(text: str) -> str:
     return html.escape(text.encode('utf-8', 'backslashreplace').decode())
 
 
+def _quoted_path(path: str) -> str:
+    """A repository's path in a URL (RFC 3986 2.1)."""
+    from urllib.parse import quote
+    return quote(os.fsencode(path))
+
+
+def _link(base: str, path: str) -> str:
+    return _text(f'{base}{_quoted_path(path)}/')
+
+
+def _word_of_right(right: str) -> str:
+    return 'see' if right == METRICS else right
+
+
+def _listed(names: List[str]) -> str:
+    """Some names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return _text(', '.join(names[:NAMES_SHOWN])) + (f' and {more} more' if more > 0 else '')
+
+
 def _quota(scope: str, held: int, limit: int) -> str:
     """A bar that shows how much of a quota is used."""
     part = min(held / limit, 1.0)
@@ -5341,8 +5649,8 @@ def _quota(scope: str, held: int, limit: int) -> str:
     return (f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
             '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
             '<rect class="room" width="100" height="1"/>'
-            f'<rect class="{"used" if part < 0.9 else "over"}" width="{100 * part:.1f}" height="1"/></svg>'
-            f'<span>{text if part < 0.9 else _bad(text)}</span></div>\n')
+            f'<rect class="{"used" if part < NEARLY_FULL else "over"}" width="{100 * part:.1f}" height="1"/>'
+            f'</svg><span>{text if part < NEARLY_FULL else _bad(text)}</span></div>\n')
 
 
 def _plot(held: Holdings) -> str:
@@ -5359,6 +5667,14 @@ def _plot(held: Holdings) -> str:
             f'{format_size(held.bytes)}, days with a snapshot: {active}</title>'
             f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
+
+
+def _figure(held: Holdings, now: float) -> str:
+    """The plot of a repository, with its scales."""
+    sizes = ''.join(f'<span>{format_size(held.bytes * part / 2)}</span>' for part in (2, 1, 0))
+    days = ''.join(f'<span>{time.strftime("%Y-%m-%d", time.localtime(now - ago * 86400))}</span>'
+                   for ago in (DAYS - 1, DAYS // 2, 0))
+    return f'<figure><div class="scale">{sizes}</div>{_plot(held)}<div class="days">{days}</div></figure>\n'
 
 
 # ==== Api ========================================================================================
@@ -5411,7 +5727,10 @@ class Api:
         self._page = page
         self._at = at
         self.has_metrics = bool(prometheus)
-        self._own_paths = {f'{baseurl}/health': self._get_health}   # they hide repositories of that name
+        # They hide repositories of that name.
+        self._own_paths = {f'{baseurl}/health': self._get_health}
+        if page:
+            self._own_paths['/favicon.ico'] = self._get_icon
         if prometheus:
             self._own_paths[f'{baseurl}/metrics'] = self._get_metrics
         self._allow_origin = allow_origin
@@ -5662,11 +5981,24 @@ class Api:
         return text_response(503 if fault else 200, fault or 'ok')
 
     def _get_page(self, page: Page, request: Request, location: Location) -> Response:
-        right, top = functools.partial(self.policy.right, request.user), location.repository
-        if top and right(top) == NONE:
-            self.policy.check(request, location)
-        text = page.render(top, right, self.policy.places(request.user))
+        policy, user, top = self.policy, request.user, location.repository
+        if top and policy.right(user, top) == NONE:
+            policy.check(request, location)
+        # Others are named to who sees the whole server, and to all where nobody has a name.
+        names = self.accounts.users() or ()
+        sort = next((part[5:] for part in request.query.split('&') if part.startswith('sort=')), '')
+        is_open = not self.accounts.demanded and policy.is_for_all
+        text = page.render(Visit(
+            top, sort, user, functools.partial(policy.right, user),
+            policy.places(user), functools.partial(policy.who_may, users=names)
+            if policy.sees_server(user) and not is_open else None, request.url + self.baseurl, self.baseurl))
         return Response(200, page.headers(), text.encode('utf-8', 'replace'))
+
+    def _get_icon(self, request: Request) -> Response:
+        """Browsers ask for it by themselves, without a login."""
+        request.is_probe = True
+        return Response(200, [('Content-Type', 'image/svg+xml'), ('Cache-Control', 'max-age=604800')],
+                        ICON.encode())
 
 
 _OBJECT_HANDLERS = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
@@ -6317,6 +6649,7 @@ class Connection:
         if isinstance(self._transport, TlsTransport):
             try:
                 self.peer.certified, self.peer.user = self._transport.shake_hands()
+                self.peer.secure = True
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
 
@@ -9927,10 +10260,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         import json
-        zone = time.strftime('%z', time.localtime(record.created))
-        when = (time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(record.created))
-                + f'.{int(record.msecs):03d}{zone[:3]}:{zone[3:]}')    # RFC 3339 5.6
-        entry: Dict[str, Any] = {'time': when, 'level': record.levelname, 'message': record.getMessage()}
+        entry: Dict[str, Any] = {'time': format_time(record.created, 3), 'level': record.levelname,
+                                 'message': record.getMessage()}
         if record.name == access_log.name and isinstance(record.args, tuple):
             client, user, _, request, status, sent, referer, agent, seconds = record.args
             entry.update(client=str(client), user=user, request=request, status=status,

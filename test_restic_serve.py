@@ -535,10 +535,10 @@ class WatchedTestCase(Http2TestCase):
         self.watch()
 
     def watch(self, policy=None, accounts=None, prometheus='login', max_bytes=0, per_user=0, wait=True,
-              **more):
+              past=None, **more):
         """Another server, that shows what it knows."""
         counters = Counters()
-        self.usage = Usage(self.store, counters,
+        self.usage = Usage(self.store, counters, past=past,
                            quotas=restic_serve.Quotas({'/': max_bytes, '/%u': per_user}))
         self.metrics = Metrics(counters, self.usage, self.store)
         self.server = self.serve(Api(
@@ -2807,13 +2807,14 @@ class ScrubTest(TestCase):
             now = int(time.time())
             self.scrub()
         self.assertEqual(restic_serve.last_scrubs(self.store), {
-            '': (now, 3, 0), '/host': (now, 3, 1), '/deep/below/x': (now, 3, 0)})
+            '': (now, 3, 0, []), '/deep/below/x': (now, 3, 0, []),
+            '/host': (now, 3, 1, [f'keys/{self.paths["/host", "keys"].name}'])})
         shutil.rmtree(self.root / 'deep')
         with mock.patch.object(time, 'time', return_value=time.time() + 120):
             self.scrub(age=3600)  # what is sound is not read again, and stays so
             now = int(time.time())
-        self.assertEqual({name: result[::2] for name, result in restic_serve.last_scrubs(self.store).items()},
-                         {'': (now, 0), '/host': (now, 1)})
+        self.assertEqual({name: (result.time, result.damaged) for name, result in restic_serve.last_scrubs(
+            self.store).items()}, {'': (now, 0), '/host': (now, 1)})
 
     def test_damage_of_every_kind_is_found(self):
         self.paths['', 'data'].write_bytes(b'other')
@@ -5061,32 +5062,136 @@ class PageTest(WatchedTestCase):
         """The repositories on the page, in their order."""
         import html
         return [html.unescape(name) for name in
-                re.findall(r'<td class="name"[^>]*>([^<]*)</td>', self.look(*args)[1])]
+                re.findall(r'class="name"><a href="[^"]*">([^<]*)</a>', self.look(*args)[1])]
+
+    def rows(self, *args):
+        """The rows of the page by repository."""
+        return dict(zip(self.names(*args), re.findall('<tr(?: class=late)?><th scope="row".*?</tr>',
+                                                      self.look(*args)[1])))
 
     def test_what_it_shows(self):
-        self.fill('/late', 'data', 'snapshots', age=2 * 86400 + 100)
+        self.fill('/late', 'data', 'snapshots', age=2 * 86400 + 3700)
         self.fill('/fresh', 'data', 'snapshots', 'snapshots', 'locks', age=600)
         self.fill('/none', 'data')
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
         self.watch(max_bytes=1000, per_user=800)
         self.usage.census.wait(PATIENCE)
         text = self.look()[1]
-        self.assertEqual(self.names(), ['/none', '/late', '/fresh'])
-        rows = dict(zip(self.names(), re.findall(r'<tr.*?</tr>', text.partition('<tbody>')[2], re.DOTALL)))
-        self.assertIn('⚠ 2 days ago, overdue', rows['/late'])
-        self.assertIn('⚠ none, overdue', rows['/none'])
-        self.assertIn('10 minutes ago', rows['/fresh'])
-        self.assertNotIn('overdue', rows['/fresh'])
-        self.assertIn('data-of="Snapshots">2<', rows['/fresh'])
-        self.assertIn('data-of="Size">400 B<', rows['/fresh'])
-        self.assertIn('data-of="Locks">1<small>oldest 10 minutes', rows['/fresh'])
-        self.assertIn('data-of="Last scrub">sound<', rows['/fresh'])
-        self.assertIn('days with a snapshot: 1<', rows['/fresh'])
+        self.assertEqual(self.names(), ['none', 'late', 'fresh'])
+        rows = self.rows()
+        self.assertIn('⚠ overdue for 2 days', rows['late'])
+        self.assertIn('⚠ overdue: no snapshot yet', rows['none'])
+        self.assertIn('10 minutes ago', rows['fresh'])
+        self.assertNotIn('overdue', rows['fresh'])
+        self.assertIn('<td class="n more">2</td><td class="n">400 B</td>', rows['fresh'])
+        self.assertIn('<td class="locks more">1<small>oldest 10 minutes', rows['fresh'])
+        self.assertIn('<td class="scrub more">sound<', rows['fresh'])
+        self.assertIn('days with a snapshot: 1<', rows['fresh'])
+        self.assertRegex(rows['fresh'], r'<time datetime="\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d">')
         self.assertIn('3 repositories, 700 B, ', text)
         self.assertIn('2 overdue', text)
         self.assertIn(f'<title>{socket.gethostname()}: 2 overdue', text)
         self.assertIn('700 B of 1000 B', text.replace('1.0 KiB', '1000 B'))
         self.assertIn('<span>/fresh/</span>', text)
+        self.assertRegex(text, r'; \S+ \w+ of \S+ \w+ free<')
+
+    def test_a_repository_has_a_page_of_its_own(self):
+        self.fill('/laptop', 'data', 'snapshots', 'snapshots', 'locks', age=600)
+        self.fill('/laptop', 'data', age=300)
+        self.fill('/laptop/vm', 'snapshots')
+        path = next((self.root / 'laptop' / 'data').glob('*/*'))
+        path.write_bytes(b'damaged')
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.watch(max_bytes=1000)
+        self.usage.census.wait(PATIENCE)
+        self.assertEqual(self.names('/laptop/'), ['laptop/vm'])
+        text = self.look('/laptop/')[1]
+        name = re.search('data/../([0-9a-f]{64})', text)
+        self.assertEqual(name and name[1], path.name)
+        for said in ('<code>rest:http://x/laptop/</code>', '1 object damaged',
+                     '<h1>laptop</h1>', '<dd>write</dd>', '<dt>Locks</dt><dd>1<small>since ', '>1000 B',
+                     '2 packs, 0 keys, 1 lock, 2 snapshots, 0 indexes', '<h2>Below laptop</h2>',
+                     '<h2>Snapshots</h2>'):
+            self.assertIn(said, text.replace('1.0 KiB', '1000 B').replace('of 1000 B', '>1000 B'))
+        snapshots = re.findall(r'<td>([0-9a-f]{8})</td><td class="n">([^<]*)<', text)
+        self.assertEqual(sorted(name for name, _ in snapshots), sorted(
+            path.name[:8] for path in (self.root / 'laptop' / 'snapshots').iterdir()))
+        self.assertNotIn('Deleted and kept', text)
+        with mock.patch.object(restic_serve, 'LOOK_AT_MOST', -1):
+            self.assertIn('<td class="n">unknown<', self.look('/laptop/')[1])
+
+    def test_what_came_with_each_snapshot(self):
+        now = time.time()
+        for kind, size, age in (('keys', 5, 9000), ('data', 100, 8000), ('snapshots', 10, 7000),
+                                ('data', 200, 6000), ('index', 20, 5500), ('snapshots', 11, 5000),
+                                ('data', 999, 100)):
+            content = os.urandom(size)
+            location = Location('/a', kind, named(content))
+            self.store.save(location, Bytes(content))
+            os.utime(path_of(self.store, location), (now - age,) * 2)
+        watch = restic_serve.Watch(self.store, self.usage, 3600)
+        found, is_whole = watch.snapshots('/a')
+        self.assertEqual(([(round(now - one.time), one.added) for one in found], is_whole),
+                         ([(7000, 115), (5000, 231)], True))
+        self.assertEqual(watch.snapshots('/none'), ([], True))
+
+    def test_what_was_deleted_is_kept_and_can_be_read(self):
+        self.fill('/laptop', 'data', 'snapshots', 'snapshots')
+        self.usage = None
+        self.watch(past=restic_serve.Past(self.store, 86400))
+        self.usage.purge()
+        snapshot = next((self.root / 'laptop' / 'snapshots').iterdir()).name
+        self.assertIn('<dd>nothing<', self.look('/laptop/')[1])
+        self.assertEqual(self.ask(get(f'/laptop/snapshots/{snapshot}', method='DELETE'))[0], 200)
+        self.wait_until(lambda: '100 B in 1 object,' in self.look('/laptop/')[1], 'the count')
+        self.assertRegex(self.look('/laptop/')[1], r'<code>rest:http://x/laptop/.at/'
+                         r'\d{4}-\d\d-\d\dT[\d:]{8}Z/</code>')
+
+    def test_the_address_is_the_one_that_the_browser_has_used(self):
+        self.usage = None
+        self.fill('/a b', 'snapshots')
+        self.watch()
+        for fields, address in (((), 'http://h:1'), (('X-Forwarded-Proto: https',), 'https://h:1'),
+                                (('X-Forwarded-Proto: ftp',), 'http://h:1')):
+            text = self.ask(f'GET /a%20b/ HTTP/1.1\r\nHost: h:1\r\n{self.HTML}\r\n'
+                            f'{"".join(f"{field}{chr(13)}{chr(10)}" for field in fields)}\r\n'.encode())[2]
+            self.assertIn(f'<code>rest:{address}/a%20b/</code>', text.decode())
+
+    def test_hundreds_are_folded_and_may_be_sorted(self):
+        self.usage = None
+        for number in range(11):
+            self.fill(f'/north/host-{number}', 'snapshots')
+            self.fill(f'/south/host-{number}', 'snapshots', 'keys', age=50 * number)
+        for name in ('/alone', '/lonely', '/north/late'):
+            self.fill(name, 'snapshots', age=7200 * (name == '/north/late'))
+        self.watch()
+        text = self.look()[1]
+        folded = re.findall('<details><summary><b>([^<]*)</b>', text)
+        self.assertEqual(folded, ['north/', 'south/', '2 repositories'])
+        self.assertEqual(self.names()[:4], ['north/late', 'north/host-0', 'north/host-1', 'north/host-2'])
+        self.assertEqual(len(self.names()), 25)
+        self.assertEqual(self.names('/?sort=name')[:3], ['north/late', 'alone', 'lonely'])
+        self.assertEqual(self.names('/?sort=age')[:3], ['north/late', 'south/host-10', 'south/host-9'])
+        self.assertEqual(self.names('/?sort=size')[:3], ['north/late', 'south/host-0', 'south/host-1'])
+        self.assertNotIn('<details', self.look('/?sort=size')[1])
+        self.assertNotIn('<details', self.look('/north/')[1])
+
+    def test_others_are_named_to_who_sees_the_server(self):
+        self.fill('/alice/x', 'snapshots')
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
+        self.watch(Policy(short_rights(private=True, administrators=['root'])),
+                   Accounts(PasswordFile(str(accounts))))
+        self.assertIn('<dt>Rights</dt><dd>write: alice, root</dd>',
+                      self.look('/alice/x/', basic('root', 'root'))[1])
+        self.assertNotIn('<dt>Rights', self.look('/alice/x/', basic('alice', 'alice'))[1])
+
+    def test_the_icon_needs_no_login(self):
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(f'root:{sha("root")}\n')
+        self.watch(accounts=Accounts(PasswordFile(str(accounts))))
+        status, head, content = self.ask(get('/favicon.ico'))
+        self.assertEqual((status, head['content-type'], content[:5]), (200, 'image/svg+xml', b'<svg '))
 
     def test_it_is_one_page_without_scripts_that_refers_to_nothing_and_may_do_nothing(self):
         self.fill('/<script>alert(1)</script>"\'', 'data', 'snapshots')
@@ -5099,9 +5204,11 @@ class PageTest(WatchedTestCase):
         self.assertEqual((head['x-content-type-options'], head['referrer-policy'], head['cache-control']),
                          ('nosniff', 'no-referrer', 'no-store'))
         self.assertEqual(head['content-type'], 'text/html; charset=utf-8')
-        self.assertNotRegex(text, r'<script|<link|<img|<a |<form|\bhref|\bsrc=|\burl\(|@import|style=|'
-                            r'\bon\w+=|://')
-        self.assertEqual(self.names(), ['/<script>alert(1)</script>"\''])
+        for path in ('/', '/%3Cscript%3Ealert(1)%3C/script%3E%22\'/'):
+            self.assertNotRegex(self.look(path)[1], r'<script|<link|<img|<form|\bsrc=|\burl\(|@import|style=|'
+                                r'\bon\w+=|(?<!rest:http)://|href="(?!/)|href="//')
+        self.assertEqual(self.names(), ['<script>alert(1)</script>"\''])
+        self.assertEqual(head['refresh'], '60')
         size = len(self.ask(get('/', self.HTML))[2])
         self.assertEqual(self.ask(get('/', self.HTML, method='HEAD'), head_only=True)[1]['content-length'],
                          str(size))
@@ -5125,14 +5232,15 @@ class PageTest(WatchedTestCase):
                    per_user=1000, max_bytes=5000)
         alice, root = basic('alice', 'alice'), basic('root', 'root')
         self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
-        self.assertEqual(self.names('/', alice), ['/alice/x', '/alice/y'])
+        self.assertEqual(self.names('/', alice), ['alice/x', 'alice/y'])
         self.assertIn('/alice/</span>', self.look('/', alice)[1])
         self.assertNotRegex(self.look('/', alice)[1], '/bob|>All<')
         self.assertIn('>All<', self.look('/', root)[1])
-        self.assertEqual(self.names('/alice/y', alice), ['/alice/y'])
+        self.assertEqual(self.names('/alice/y', alice), [])
+        self.assertIn('<h1>alice/y</h1>', self.look('/alice/y', alice)[1])
         self.assertEqual(self.ask(get('/bob/', self.HTML, alice))[0], 403)
-        self.assertEqual(self.names('/', root), ['/', '/alice/x', '/alice/y', '/alicia', '/bob'])
-        self.assertEqual(self.names('/alice/', root), ['/alice/x', '/alice/y'])
+        self.assertEqual(self.names('/', root), ['/', 'alice/x', 'alice/y', 'alicia', 'bob'])
+        self.assertEqual(self.names('/alice/', root), ['alice/x', 'alice/y'])
         self.assertEqual(self.names('/', basic('carol', 'carol')), [])
 
     def test_the_quota_of_a_user_is_shown_on_every_page_of_theirs(self):
@@ -5148,10 +5256,10 @@ class PageTest(WatchedTestCase):
         self.fill('/host', 'snapshots')
         self.watch()
         self.look()
-        self.wait_until(lambda: self.names() == ['/host'], 'the count')
+        self.wait_until(lambda: self.names() == ['host'], 'the count')
         self.usage.census._interval = 0.001
         self.fill('/other', 'snapshots')
-        self.assertEqual(self.names(), ['/host', '/other'])
+        self.assertEqual(self.names(), ['host', 'other'])
         with mock.patch.object(restic_serve.Census, 'count', lambda usage: None), \
                 mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.01):
             self.assertRegex(self.look()[1], '; counted .+ ago')
@@ -5162,8 +5270,8 @@ class PageTest(WatchedTestCase):
         with mock.patch.object(restic_serve.Census, 'count', lambda usage: go_on.wait(PATIENCE)), \
                 mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0.05):
             self.watch(prometheus='')
-            text = self.look()[1]
-            self.assertIn('<meta http-equiv="refresh" content="5">', text)
+            head, text = self.look()
+            self.assertEqual(head['refresh'], '5')
             self.assertIn('being counted', text)
             go_on.set()
 
@@ -5171,7 +5279,14 @@ class PageTest(WatchedTestCase):
         text = self.look()[1]
         self.assertIn('0 repositories', text)
         self.assertNotIn('<table', text)
-        self.assertNotIn('http-equiv', text)
+        url = 'rest:http://x'
+        self.assertEqual(re.findall('<pre><code>(.*)</code></pre>', text.replace('</pre>', '</pre>\n')), [
+            f'restic -r {url}/laptop/ init', f'restic -r {url}/laptop/ backup ~'])
+        self.assertIn(f'restic -r {url}/desk/ init', self.look('/desk/')[1])
+        for right, said in (('read', 'no repository here that you may see'),
+                            ('append', 'no repository here yet')):
+            self.watch(Policy(restic_serve.parse_rights(f'* / {right}', strangers=True)))
+            self.assertIn(said, self.look()[1])
 
     @long
     def test_a_real_browser_takes_its_style(self):

@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Looks at the status page in a real Chromium, and has axe-core judge it:
+
+    .ci/page.py [--pictures DIR]
+
+For directories of 0, 1, 13 and 300 repositories, and for the page of one repository, wide and narrow, light
+and dark.  axe-core and puppeteer-core come from npm, into a temporary directory.  The exit status is 1 if
+axe-core finds anything, if a page refers to anything else or is wider than its window, or if the page of 300
+repositories is taller on a phone than ten of its screens.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
+DAY = 86400
+WIDE, NARROW = (1280, 900), (390, 844)
+TALLEST = 10 * NARROW[1]        # Pixels of a page on a phone.
+SCRIPT = """
+const puppeteer = require('puppeteer-core'), fs = require('fs');
+const axe = fs.readFileSync(require.resolve('axe-core/axe.min.js'), 'utf8');
+(async () => {
+  const browser = await puppeteer.launch({executablePath: process.argv[2],
+    args: ['--no-sandbox', '--disable-gpu'], headless: true});
+  for (const job of JSON.parse(fs.readFileSync(0, 'utf8'))) {
+    const page = await browser.newPage(), said = [];
+    page.on('console', message => said.push(message.text()));
+    page.on('request', request => { if (request.url() != job.url) said.push('asks for ' + request.url()); });
+    await page.emulateMediaFeatures([{name: 'prefers-color-scheme', value: job.scheme}]);
+    await page.setViewport({width: job.width, height: job.height});
+    await page.setBypassCSP(false);
+    await page.goto(job.url);
+    const size = await page.evaluate(() => [document.documentElement.scrollWidth,
+                                            document.documentElement.scrollHeight]);
+    if (job.picture) await page.screenshot({path: job.picture, fullPage: job.whole});
+    await page.evaluate(() => document.querySelectorAll('details').forEach(one => { one.open = true; }));
+    await page.evaluate(axe);
+    const found = await page.evaluate(() => axe.run());
+    console.log(JSON.stringify({name: job.name, size, said, violations: found.violations.map(
+      one => one.id + ': ' + one.nodes.map(node => node.html.slice(0, 120)).slice(0, 3).join(' '))}));
+    await page.close();
+  }
+  await browser.close();
+})().catch(error => { console.error(error); process.exit(2); });
+"""
+
+
+def store(folder: Path, content: bytes, age: float) -> None:
+    """Write an object with the time at which it came."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / hashlib.sha256(content).hexdigest()
+    path.write_bytes(content)
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def make_repository(path: Path, source: random.Random, age: float, snapshots: int = 20) -> None:
+    """A repository whose last snapshot is `age` seconds old."""
+    for kind in ('data', 'index', 'keys', 'locks', 'snapshots'):
+        (path / kind).mkdir(parents=True, exist_ok=True)
+    (path / 'config').write_bytes(b'config')
+    store(path / 'keys', b'key' + os.urandom(20), age + 90 * DAY)
+    for number in range(snapshots):
+        at = age + number * DAY * source.choice((1, 1, 1, 2, 3))
+        data = source.getrandbits(64).to_bytes(8, 'big') * source.randrange(10, 20_000)
+        store(path / 'data' / hashlib.sha256(data).hexdigest()[:2], data, at + 60)
+        store(path / 'snapshots', os.urandom(200), at)
+
+
+def make_directory(root: Path, count: int) -> None:
+    """A directory of `count` repositories; of 13 and more some have troubles."""
+    root.mkdir()
+    source = random.Random(count)
+    for number in range(count):
+        folder = '' if count < 100 else ('north/', 'south/', 'west/')[number % 3]
+        name = f'{folder}host-{number + 1}'
+        make_repository(root / name, source, source.randrange(600, 40 * 3600))
+    if count >= 13:
+        base = root if count < 100 else root / 'north'
+        make_repository(base / 'laptop', source, 5 * DAY)
+        make_repository(base / 'nas', source, 7200)
+        damaged = next(next((base / 'nas' / 'data').iterdir()).iterdir())
+        damaged.write_bytes(b'damaged')
+        make_repository(base / 'desk', source, 3600)
+        store(base / 'desk' / 'locks', b'lock', 2 * DAY)
+    subprocess.run([sys.executable, MODULE, '--scrub', '-q', root], stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, check=False)
+
+
+def serve(root: Path, folder: Path) -> 'Tuple[subprocess.Popen[bytes], str]':
+    """A server of a directory, and its address."""
+    errors = folder / f'{root.name}.log'
+    with open(errors, 'wb') as file:
+        server = subprocess.Popen([sys.executable, MODULE, '--addr', '127.0.0.1:0', '--keep-deleted', '30d',
+                                   '--max-size', '1G', root], stderr=file)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        for word in errors.read_text().split():
+            if word.startswith('http://'):
+                wait_for_count(word, end)
+                return server, word
+        time.sleep(0.05)
+    server.kill()
+    raise SystemExit(f'the server did not start: {errors.read_text()}')
+
+
+def wait_for_count(url: str, end: float) -> None:
+    """Wait until the page has what is stored."""
+    request = urllib.request.Request(url, headers={'Accept': 'text/html'})  # noqa: S310
+    while time.monotonic() < end:
+        with urllib.request.urlopen(request) as answer:     # noqa: S310
+            if b'being counted' not in answer.read():
+                return
+        time.sleep(0.1)
+
+
+def jobs_of(count: int, url: str, pictures: str) -> Iterator[Dict[str, object]]:
+    """What is looked at of the page of `count` repositories."""
+    paths = [('', url)]
+    if count == 13:
+        paths += [('-nas', f'{url}nas/'), ('-sorted', f'{url}?sort=size'), ('-none', f'{url}nothing/')]
+    for kind, where in paths:
+        for width, height in (WIDE, NARROW):
+            for scheme in ('light', 'dark'):
+                name = f'{count}{kind}-{width}-{scheme}'
+                yield {'name': name, 'url': where, 'width': width, 'height': height, 'scheme': scheme,
+                       'picture': f'{pictures}/{name}.png' if pictures else '', 'whole': True}
+
+
+def judge(found: Dict[str, List[str]], width: int) -> List[str]:
+    """What is wrong with a page."""
+    faults = found['violations'] + found['said']
+    if int(found['size'][0]) > width:
+        faults.append(f'it is {found["size"][0]} pixels wide')
+    if width == NARROW[0] and int(found['size'][1]) > TALLEST:
+        faults.append(f'it is {found["size"][1]} pixels tall')
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
+    parser.add_argument('--pictures', metavar='DIR', default='', help='write pictures of all pages there')
+    options = parser.parse_args()
+    browser = shutil.which('chromium') or shutil.which('google-chrome')
+    if not browser or not shutil.which('npm'):
+        print('skipped: the page needs chromium and npm')
+        return 0
+    if options.pictures:
+        os.makedirs(options.pictures, exist_ok=True)
+    failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        subprocess.run(['npm', 'install', '--silent', '--no-audit', '--no-fund', '--prefix', folder,
+                        'axe-core', 'puppeteer-core'], check=True, stdin=subprocess.DEVNULL)
+        (folder / 'look.js').write_text(SCRIPT)
+        jobs, servers, pictures = [], [], options.pictures and os.path.abspath(options.pictures)
+        try:
+            for count in (0, 1, 13, 300):
+                root = folder / f'of-{count}'
+                make_directory(root, count)
+                server, url = serve(root, folder)
+                servers.append(server)
+                jobs += list(jobs_of(count, url, pictures))
+            done = subprocess.run(['node', folder / 'look.js', browser], input=json.dumps(jobs), text=True,
+                                  stdout=subprocess.PIPE, timeout=600, check=True)
+        finally:
+            for server in servers:
+                server.terminate()
+                server.wait()
+        for job, line in zip(jobs, done.stdout.splitlines()):
+            found = json.loads(line)
+            faults = judge(found, int(str(job['width'])))
+            failed += bool(faults)
+            width, height = found['size']
+            print(f'{found["name"]:22} {width:4} x {height:5}  {"; ".join(faults) or "sound"}')
+    print(f'{len(jobs)} pages, {failed} with faults')
+    return int(failed > 0 or len(jobs) != len(done.stdout.splitlines()))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
