@@ -19,6 +19,7 @@ The chapters stand in the order in which each builds on those above it:
     Policy        authorization
     Metrics       statistics for Prometheus and for the log
     Watch         what is wrong with repositories
+    Events        runs a command when something happens
     Page          the status page for browsers
     Api           routes and answers
     Transport     bytes over a socket, TLS, or standard input and output
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
     import ssl
     from types import FrameType as CallFrame, TracebackType
     from typing import (
-        Any, Callable, Dict, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn, Optional,
+        Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn, Optional,
         Protocol, Set, Tuple, Union)
 
     Headers = List[Tuple[str, str]]
@@ -213,6 +214,14 @@ def format_duration(seconds: float) -> str:
             parts.append(f'{left // size} {unit}')
             left %= size
     return ' '.join(parts[:2])
+
+
+def format_age(seconds: float) -> str:
+    """A rounded age, such as `3 days`."""
+    for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * size:
+            return f'{seconds // size:.0f} {unit}'
+    return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
 def format_time(seconds: float, digits: int = 0) -> str:
@@ -1485,6 +1494,10 @@ class Scratch:
         self.name = ''
 
 
+# The server's own files there: what --scrub has found, and of what the command of --on-event was told.
+SCRUB_FILE, EVENTS_FILE = 'scrub.json', 'events.json'
+
+
 class HiddenFolder:
     """The server's own files in HIDDEN; new ones have the permissions `mode`."""
 
@@ -1515,6 +1528,12 @@ class HiddenFolder:
             fd, _ = open_plain(folder, name)
             with open(fd, encoding='utf-8') as file:
                 return file.read()
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Excludes other threads and processes that want to change the same files.  Raises OSError."""
+        with self._folders.hidden() as folder, _exclusive(folder):
+            yield
 
     def remove_left_overs(self, now: Callable[[], float]) -> None:
         """Remove the scratch files of servers that have died: those that no process has locked; `now` is the
@@ -2849,7 +2868,6 @@ class Bandwidth:
 # Reads every object of every repository and compares its SHA-256 with its name.  It may run beside a
 # server: what is written or deleted meanwhile is not reported.
 
-SCRUB_FILE = 'scrub.json'    # In HIDDEN: when each folder was last found sound, and the results.
 SAVE_SECONDS = 300           # Time between two writes of it.
 # Names of the temporary files of restic and rest-server.
 _SCRATCH_OF_OTHERS = re.compile(r'[0-9a-f]{64}(-tmp-|\.rest-server-temp).*')
@@ -3009,7 +3027,7 @@ class Scrub:
         try:
             with self._store.scan(path) as (folder, entries):
                 for entry in entries:
-                    if entry.name not in (SCRUB_FILE, os.path.basename(DELETED)):
+                    if entry.name not in (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED)):
                         self._foreign(folder, entry)
         except OSError as error:
             self.report(self._store.root + path, f'unreadable: {error.strerror}')
@@ -3512,6 +3530,7 @@ class Usage:
                  ) -> None:
         self.limits = quotas or Quotas({})
         self._may_change = may_change
+        self.on_mass_delete: Callable[[str, str], object] = lambda repository, message: None
         self.past = past or Past(store)
         self.census = Census(store, counters, interval, self.scopes, self.past)
         self._store = store
@@ -3585,8 +3604,10 @@ class Usage:
         if deleted > left:
             with self._counters.lock:
                 self._counters.row(key, 3)[2] = now
-            log.warning('%s: %d of %d snapshots were deleted within a minute%s', repository or '/', deleted,
-                        deleted + left, '; they are kept (--keep-deleted)' if self.past.keeps else '')
+            message = (f'{repository or "/"}: {deleted} of {deleted + left} snapshots were deleted within a '
+                       'minute' + ('; they are kept (--keep-deleted)' if self.past.keeps else ''))
+            log.warning('%s', message)
+            self.on_mass_delete(repository, message)
 
     def purge(self, seconds: float = math.inf) -> None:
         """Remove what was kept long enough from the past of all repositories, and begin that of new ones;
@@ -4748,12 +4769,13 @@ class RightsFile:
 
 class Policy:
     """Says who may do what, by a table of rights, which a `file` may hold.  `on_change` is called with new
-    ones."""
+    ones, `on_refused_delete` with the repository, the user, who that is, and the right he has."""
 
     def __init__(self, rights: Optional[Rights] = None, file: Optional[RightsFile] = None) -> None:
         self._file = file
         self.rights = file.rights if file else rights or short_rights()
         self.on_change: Callable[[Rights], object] = lambda rights: None
+        self.on_refused_delete: Callable[[str, str, object, str], object] = lambda *what: None
         self._refreshing = threading.Lock()
 
     def refresh(self) -> float:
@@ -4834,6 +4856,8 @@ class Policy:
             raise HttpError(403, f'{request.user or "you"} may not enter {location.repository or "/"}')
         log.log(NOTICE, 'refused: %s may not %s %s: %s only in %s', who, verb.partition(' ')[0], location,
                 may, place or '/')
+        if verb == 'delete in':
+            self.on_refused_delete(location.repository, request.user, who, may)
         raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}: {may} only')
 
 
@@ -4992,6 +5016,7 @@ class Metrics:
     def _facts(self) -> Facts:
         repositories = self._usage.repositories()
         return Facts(self.counters.find('blob'), self.counters.find('request'), self.counters.find('limited'),
+                     self.counters.find('event'),
                      self.connections(), self._begin, repositories, last_scrubs(self._store),
                      self._usage.quotas(repositories), self.counters.total(REFUSED_LOGINS, 1)[0],
                      self._disk())
@@ -5005,10 +5030,13 @@ class Metrics:
         return []
 
 
+# What may happen, for Events to tell.
+EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')
+
 # What the metrics are computed from: rows of Counters, repositories, scrubs and quotas by name, logins that
 # were refused, and the disk's bytes.
 Facts = collections.namedtuple('Facts', [
-    'blobs', 'requests', 'limited', 'connections', 'begin', 'repositories', 'scrubs', 'quotas',
+    'blobs', 'requests', 'limited', 'events', 'connections', 'begin', 'repositories', 'scrubs', 'quotas',
     'refused_logins', 'disk'])
 
 
@@ -5088,6 +5116,9 @@ _FAMILIES = (
     Family('restic_serve_limited_total', 'counter', 'Requests and connections that a limit ended or refused.',
            lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items()),
            of_server=True),
+    Family('restic_serve_events_total', 'counter', 'What has happened, as --on-event is told.',
+           lambda facts: (({'event': kind}, facts.events.get(('event', kind), [0])[0]) for kind in EVENTS),
+           of_server=True),
     Family('restic_serve_refused_logins_total', 'counter', 'Logins with a wrong user or password.',
            lambda facts: [({}, facts.refused_logins)], of_server=True),
     Family('restic_serve_disk_bytes', 'gauge', "Bytes of the directory's disk.", lambda facts: [
@@ -5164,23 +5195,24 @@ class Watch:
         self._store = store
         self._usage = usage
 
-    def look(self, names: Iterable[str], now: float) -> List[Watched]:
-        """Repositories: those with the worst trouble first, of these the one that has it longest."""
+    def look(self, names: Iterable[str], now: float, locks: bool = True) -> List[Watched]:
+        """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
+        `locks` the disk is not asked, and they are not known."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
-        found = [self._look_at(name, held, scrubs.get(name), now)
+        found = [self._look_at(name, held, scrubs.get(name), self._locks(name) if locks else None, now)
                  for name, held in self._usage.holdings(names).items()]
         for one in found:
             if any(map(is_full, self._usage.limited(one.name))):
                 one.troubles[FULL] = now
         return sorted(found, key=lambda one: (*_worst(one.troubles), natural_order(one.name)))
 
-    def _look_at(self, name: str, held: Holdings, scrub: Optional[ScrubResult], now: float) -> Watched:
+    def _look_at(self, name: str, held: Holdings, scrub: Optional[ScrubResult],
+                 locks: Optional[List[float]], now: float) -> Watched:
         troubles: Dict[str, float] = {}
         if scrub and scrub.damaged:
             troubles[DAMAGED] = scrub.time
         if held.last_snapshot + self.stale_after < now:
             troubles[OVERDUE] = held.last_snapshot and held.last_snapshot + self.stale_after
-        locks = self._locks(name)
         if locks and min(locks) < now - LOCK_SECONDS:
             troubles[STALE_LOCK] = min(locks)
         return Watched(name, held, scrub, locks, troubles)
@@ -5232,6 +5264,333 @@ def count_troubles(found: Iterable[Watched]) -> str:
     """How many repositories have which trouble, such as `2 damaged, 1 overdue`; empty if none has any."""
     numbers = collections.Counter(trouble for one in found for trouble in one.troubles)
     return ', '.join(f'{numbers[trouble]} {trouble}' for trouble in TROUBLES if numbers[trouble])
+
+
+# ==== Events =====================================================================================
+# Runs a command of the administrator's when something happens (--on-event).
+#
+# Theory of operation.  Any process may find that something has happened; it sends that over a socket to the
+# process that makes the censuses, which runs the command in a thread, for one event at a time.  The same
+# thread looks every WATCH_SECONDS at what is wrong.  What it has told of that is remembered in the hidden
+# folder, under a lock, so that other servers of the directory, and the next start, do not tell it again.
+
+WATCH_SECONDS = 60           # Time between two looks at what is wrong.
+COMMAND_SECONDS = 60         # Longest run of the command.
+QUEUED_EVENTS = 1000         # Events that wait for the command; more are lost.
+NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
+REFUSED_PAUSE = 3600         # Seconds between two events of refused deletes in a repository.
+Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message'])
+
+
+class Events:
+    """What happens to the repositories of `usage`, and a shell `command` that is run then; none if it is
+    empty.  `watch` says what is wrong."""
+
+    def __init__(self, store: Store, counters: Counters, usage: Usage, watch: Watch, command: str = ''
+                 ) -> None:
+        self._store = store
+        self._counters = counters
+        self._usage = usage
+        self._watch = watch
+        self._command = command
+        self.receiver: Optional[socket.socket] = None   # can be read when on_sent() is to be called
+        self._sender: Optional[socket.socket] = None
+        self._refused: Dict[str, float] = {}    # until when no other refused delete is sent, by repository
+        self._lock = threading.Lock()       # of what follows
+        self._queue: Deque[Event] = collections.deque()
+        self._is_due = False                # the next look
+        self._thread: Optional[threading.Thread] = None
+        self._stopped = False
+        self._next_look = 0.0
+        self._told: Dict[str, Dict[str, float]] = {}    # what EVENTS_FILE says
+        self._remembers = True              # it can be written
+        self._is_gone = False
+        self._process: Any = None           # that runs the command
+
+    def __bool__(self) -> bool:
+        return bool(self._command)
+
+    def open(self) -> None:
+        """Make the sockets over which other processes send events, before they are forked."""
+        if self._command and hasattr(os, 'fork'):
+            self.receiver, self._sender = socket.socketpair(type=socket.SOCK_DGRAM)
+            for end in (self.receiver, self._sender):
+                end.setblocking(False)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for end in (self.receiver, self._sender):
+            if end:
+                end.close()
+        self.receiver = self._sender = None
+
+    # ---- in any process ----
+
+    def emit(self, kind: str, repository: str, message: str, user: str = '') -> None:
+        """Something has happened; never waits."""
+        event = Event(kind, repository, user, message)
+        if not self._command:
+            self._counters.add(('event', kind), 1)
+        if self._sender:
+            import json
+            try:
+                self._sender.send(json.dumps(event).encode())
+            except OSError as error:
+                log.error('the command of --on-event is not run for "%s": %s', message, error)
+        elif self._command:
+            self._enqueue(event)
+
+    def on_refused_delete(self, repository: str, user: str, who: object, may: str) -> None:
+        """A delete was refused, since `who` has only another right.  Each process says so once in a while."""
+        now = time.monotonic()
+        if now >= self._refused.get(repository, 0.0):
+            if len(self._refused) >= KNOWN_FOLDERS:
+                self._refused.clear()
+            self._refused[repository] = now + REFUSED_PAUSE
+            self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, and has the '
+                      f'right {may} only', user)
+
+    def on_mass_delete(self, repository: str, message: str) -> None:
+        """Most snapshots of a repository were deleted."""
+        self.emit('deleted', repository, message)
+
+    def on_snapshot(self, request: Request, location: Location) -> None:
+        """A snapshot has come."""
+        self.emit('snapshot', location.repository, f'{location.repository[1:] or "/"}: snapshot '
+                  f'{location.name[:8]} has come from {request.user or request.client}', request.user)
+
+    # ---- in the process that runs the command ----
+
+    def on_sent(self) -> None:
+        """Take the events that were sent."""
+        import json
+        with contextlib.suppress(OSError):      # there are no more
+            while self.receiver:
+                self._enqueue(Event(*json.loads(self.receiver.recv(65536))))
+
+    def tick(self) -> float:
+        """Look at what is wrong if it is time; seconds until it will be."""
+        if not self._command:
+            return math.inf
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
+            with self._lock:
+                self._is_due = True
+            self._start()
+        return self._next_look - now
+
+    def stop(self, seconds: float) -> None:
+        """Begin nothing any more, and end a command that runs longer than some seconds."""
+        self._stopped = True
+        thread = self._thread
+        if thread:
+            thread.join(seconds)
+            self._kill()
+
+    def _enqueue(self, event: Event) -> None:
+        with self._lock:
+            is_full = len(self._queue) >= QUEUED_EVENTS
+            if not is_full:
+                self._queue.append(event)
+        if is_full:
+            log.error('the command of --on-event is not run for "%s": %d events wait for it', event.message,
+                      QUEUED_EVENTS)
+        self._start()
+
+    def _start(self) -> None:
+        """Have a thread do what is to be done."""
+        with self._lock:
+            if not self._thread and not self._stopped:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError as error:
+                    self._thread = None
+                    log.error('the command of --on-event is not run: %s', error)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                looks, self._is_due = self._is_due, False
+                if self._stopped or not (looks or self._queue):
+                    self._thread = None
+                    return
+                event = None if looks else self._queue.popleft()
+            try:
+                if event:
+                    self._run(event)
+                else:
+                    self._look()
+            except Exception as error:  # a bug must not end all further events
+                log.error('--on-event: %s: %s', type(error).__name__, error)
+                log.debug('where it happened:', exc_info=True)
+
+    def _run(self, event: Event) -> None:
+        """Run the command for an event, unless that is of another server, too."""
+        if event.kind == 'refused' and not self._claim('refused', event.repository, time.time(),
+                                                       REFUSED_PAUSE):
+            return
+        self._counters.add(('event', event.kind), 1)
+        self._run_command(event)
+
+    def _run_command(self, event: Event) -> None:
+        import subprocess
+        import tempfile
+        environment = {name: value for name, value in os.environ.items()
+                       if not name.startswith('RESTIC_SERVE_')}
+        environment.update(
+            RESTIC_SERVE_EVENT=event.kind, RESTIC_SERVE_REPOSITORY=event.repository[1:] or '/',
+            RESTIC_SERVE_USER=event.user, RESTIC_SERVE_MESSAGE=one_line(event.message),
+            RESTIC_SERVE_DIRECTORY=self._store.root, RESTIC_SERVE_TIME=format_time(time.time()))
+        with tempfile.TemporaryFile() as output:
+            try:
+                self._process = subprocess.Popen(   # noqa: S602 - the administrator's own command
+                    self._command, shell=True,
+                    env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=subprocess.STDOUT, start_new_session=True, close_fds=True)
+                status: object = f'status {self._process.wait(COMMAND_SECONDS)}'
+            except subprocess.TimeoutExpired:
+                self._kill()
+                status = f'it was killed after {COMMAND_SECONDS} s'
+            except OSError as error:
+                status = error
+            output.seek(0)
+            last = output.read(65536).decode('utf-8', 'replace').rstrip().rpartition('\n')[2]
+        self._process = None
+        if status == 'status 0':
+            log.info('ran the command of --on-event for "%s"', event.message)
+        else:
+            log.error('the command of --on-event has failed for "%s": %s%s', event.message, status,
+                      last and f': {last}')
+
+    def _kill(self) -> None:
+        """End the command and what it has started."""
+        process = self._process
+        if process and process.poll() is None:
+            with contextlib.suppress(OSError):
+                if hasattr(os, 'killpg'):
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
+            process.wait()
+
+    # ---- what is wrong ----
+
+    def _look(self) -> None:
+        """Tell what has become wrong, and what is right again."""
+        if not self._is_present():
+            return
+        self._usage.census.request()
+        if not self._usage.census.wait(0):
+            return
+        now = time.time()
+        if self._remembers:
+            self._told = self._read()
+        found = {one.name: one for one in self._watch.look(self._usage.names(), now, locks=False)}
+        for name in [name for name in self._told.get('overdue', ())
+                     if name not in found or OVERDUE not in found[name].troubles]:
+            if self._forget('overdue', name) and name in found:
+                self._emit_here('back', name, 'a snapshot has come again')
+        for name in [name for name in self._told.get('damaged', ())
+                     if name not in found or DAMAGED not in found[name].troubles]:
+            self._forget('damaged', name)
+        for name, one in found.items():
+            if DAMAGED in one.troubles and self._claim('damaged', name, one.scrub.damaged):
+                self._emit_here('damaged', name, f'{one.scrub.damaged} damaged: '
+                                + ', '.join(one.scrub.names[:3]))
+            if OVERDUE in one.troubles and self._claim('overdue', name, one.held.last_snapshot, math.inf):
+                last = one.held.last_snapshot
+                self._emit_here('overdue', name, f'overdue, the last snapshot came '
+                                f'{format_age(now - last)} ago' if last else 'overdue, no snapshot has come')
+        self._look_at_room(list(found))
+
+    def _is_present(self) -> bool:
+        """Whether the directory is there; tells when it goes, and when it is back."""
+        try:
+            self._store.directory.check_present()
+        except HttpError:
+            if not self._is_gone:
+                self._is_gone = True
+                self._emit_here('gone', '', f'{self._store.root} has gone, perhaps its disk was unmounted')
+            return False
+        if self._is_gone:
+            self._is_gone = False
+            self._emit_here('back', '', f'{self._store.root} is back')
+        return True
+
+    def _look_at_room(self, repositories: Iterable[str]) -> None:
+        """Tell which quotas, and whether the disk, are nearly full."""
+        import shutil
+        rooms = {f'/{scope}': room for scope, room in self._usage.quotas(repositories).items()}
+        with contextlib.suppress(OSError):
+            disk = shutil.disk_usage(self._store.root or os.sep)
+            rooms[''] = disk.total - disk.free, disk.total
+        for place, (held, limit) in rooms.items():
+            if held >= NEARLY_FULL * limit and self._claim('full', place, 1, math.inf):
+                self._emit_here('full', place, f'{place or "the disk"} is nearly full, '
+                                f'{format_size(held)} of {format_size(limit)}')
+        for place in self._told.get('full', {}):
+            held, limit = rooms.get(place, (0, 1))
+            if held < NO_LONGER_FULL * limit:
+                self._forget('full', place)
+
+    def _emit_here(self, kind: str, repository: str, message: str) -> None:
+        """Run the command for something that this process has found itself."""
+        if repository and kind != 'full':
+            message = f'{repository[1:]}: {message}'
+        self._run(Event(kind, repository, '', message))
+
+    # ---- what was told ----
+
+    def _claim(self, kind: str, name: str, value: float, less: float = 0) -> bool:
+        """Whether something is to be told, which is remembered from now on: it was not yet, or of a `value`
+        that is lower by more than `less`."""
+        def is_new(told: Dict[str, Dict[str, float]]) -> bool:
+            known = told.get(kind, {}).get(name)
+            return known is None or value > known + less
+
+        def claim(told: Dict[str, Dict[str, float]]) -> bool:
+            if not is_new(told):
+                return False
+            told.setdefault(kind, {})[name] = value
+            return True
+
+        return is_new(self._told) and self._change(claim)
+
+    def _forget(self, kind: str, name: str) -> bool:
+        """Remember no longer that something was told; whether it was."""
+        return self._change(lambda told: told.get(kind, {}).pop(name, None) is not None)
+
+    def _change(self, change: Callable[[Dict[str, Dict[str, float]]], bool]) -> bool:
+        """Change what was told, if `change` says so; its answer."""
+        import json
+        try:
+            with self._store.hidden.exclusive():
+                told = self._read()
+                changed = change(told)
+                if changed:
+                    self._store.hidden.write(EVENTS_FILE, json.dumps(told))
+            self._remembers = True
+        except OSError as error:
+            log.debug('what was told is remembered until the server ends: %s', error)
+            self._remembers = False
+            told, changed = self._told, change(self._told)
+        self._told = told
+        return changed
+
+    def _read(self) -> Dict[str, Dict[str, float]]:
+        """What was told: of each kind, a value by name."""
+        import json
+        try:
+            told = json.loads(self._store.hidden.read(EVENTS_FILE))
+            return {str(kind): {str(name): float(value) for name, value in names.items()}
+                    for kind, names in told.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:
+            log.error('%s cannot be read, what was told may be told again: %s', EVENTS_FILE, error)
+            return {}
 
 
 # ==== Page =======================================================================================
@@ -5404,7 +5763,7 @@ class Page:
             free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
             line += '; ' + (_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free)
         if not fresh:
-            line += f'; counted {_age(self._usage.census.age())} ago'
+            line += f'; counted {format_age(self._usage.census.age())} ago'
         return f'<p>{line}</p>'
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
@@ -5525,7 +5884,7 @@ def _folded(folder: str, shown: List[Watched], visit: Visit, limited: bool, now:
     oldest = min(one.held.last_snapshot for one in shown)
     alone = f'<p><a href="{_link(visit.base, f"/{folder}")}">{_text(folder)}/ alone</a></p>' if folder else ''
     return (f'<details><summary>{name}, all is well; {format_size(sum(one.held.bytes for one in shown))}, '
-            f'the oldest last snapshot {_age(now - oldest)} ago</summary>{alone}'
+            f'the oldest last snapshot {format_age(now - oldest)} ago</summary>{alone}'
             + _table(f'Repositories in {_text(folder)}/' if folder else 'Other repositories', shown, visit,
                      limited, now) + '</details>\n')
 
@@ -5536,16 +5895,16 @@ def _text_of_troubles(one: Watched, now: float) -> str:
     if DAMAGED in one.troubles:
         texts.append(f'{_number(one.scrub.damaged, "object")} damaged')
     if OVERDUE in one.troubles:
-        texts.append(f'overdue for {_age(now - one.troubles[OVERDUE])}' if held.last_snapshot
+        texts.append(f'overdue for {format_age(now - one.troubles[OVERDUE])}' if held.last_snapshot
                      else 'overdue: no snapshot yet')
     if STALE_LOCK in one.troubles:
-        texts.append(f'a lock since {_age(now - one.troubles[STALE_LOCK])}')
+        texts.append(f'a lock since {format_age(now - one.troubles[STALE_LOCK])}')
     return ', '.join([*texts, *([FULL] if FULL in one.troubles else [])])
 
 
 def _last_snapshot(one: Watched, now: float) -> str:
     last = one.held.last_snapshot
-    return f'{_age(now - last)} ago{_small(_moment(last))}' if last else '<span class="dim">none</span>'
+    return f'{format_age(now - last)} ago{_small(_moment(last))}' if last else '<span class="dim">none</span>'
 
 
 def _locks(one: Watched, now: float, names: bool = True) -> str:
@@ -5554,7 +5913,7 @@ def _locks(one: Watched, now: float, names: bool = True) -> str:
         return 'unknown' if one.locks is None else '<span class="dim">none</span>'
     kind = 'bad' if STALE_LOCK in one.troubles else ''
     if not names:
-        return f'{len(one.locks)}{_small(f"oldest {_age(now - min(one.locks))}", kind)}'
+        return f'{len(one.locks)}{_small(f"oldest {format_age(now - min(one.locks))}", kind)}'
     ages = [f'since {_moment(when)}' for when in sorted(one.locks)[:NAMES_SHOWN]]
     return f'{len(one.locks)}{_small(", ".join(ages), kind)}'
 
@@ -5565,7 +5924,7 @@ def _scrub(one: Watched, now: float, names: bool) -> str:
         return '<span class="dim">never</span>'
     result = _bad(f'{one.scrub.damaged} damaged') if one.scrub.damaged else 'sound'
     listed = ''.join(_small(_text(name)) for name in one.scrub.names[:NAMES_SHOWN]) if names else ''
-    return f'{result}{_small(f"{_age(now - one.scrub.time)} ago")}{listed}'
+    return f'{result}{_small(f"{format_age(now - one.scrub.time)} ago")}{listed}'
 
 
 def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float) -> str:
@@ -5573,7 +5932,8 @@ def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float) -> str:
     if not snapshots:
         return '<p>There is none yet.</p>'
     rows = ''.join(
-        f'<tr><th scope="row" class="plain">{_moment(one.time)}{_small(f"{_age(now - one.time)} ago")}</th>'
+        f'<tr><th scope="row" class="plain">{_moment(one.time)}'
+        f'{_small(f"{format_age(now - one.time)} ago")}</th>'
         f'<td>{_text(one.name[:8])}</td>'
         f'<td class="n">{f"+{format_size(one.added)}" if is_whole else "unknown"}</td></tr>\n'
         for one in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
@@ -5592,14 +5952,6 @@ def _number(count: int, word: str) -> str:
 
 def _number_of_repositories(shown: List[Watched]) -> str:
     return f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
-
-
-def _age(seconds: float) -> str:
-    """A rounded age, such as `3 days`."""
-    for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
-        if seconds >= 2 * size:
-            return f'{seconds // size:.0f} {unit}'
-    return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
@@ -5714,7 +6066,8 @@ class Api:
     def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
                  baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
                  usage: Optional[Usage] = None, metrics: Optional[Metrics] = None,
-                 prometheus: str = '', page: Optional[Page] = None, at: str = '') -> None:
+                 prometheus: str = '', page: Optional[Page] = None, at: str = '',
+                 events: Optional[Events] = None) -> None:
         counters = Counters()
         self.store = store
         self.policy = policy
@@ -5723,6 +6076,9 @@ class Api:
         self.usage = usage or Usage(store, counters)
         self.metrics = metrics or Metrics(counters, self.usage, store)
         self.admission: Optional[Admission] = None  # has the shares of clients behind proxies
+        self.events = events or Events(store, counters, self.usage, Watch(store, self.usage, 0))
+        self.usage.on_mass_delete = self.events.on_mass_delete
+        policy.on_refused_delete = self.events.on_refused_delete
         self._prometheus = prometheus
         self._page = page
         self._at = at
@@ -5891,6 +6247,8 @@ class Api:
         objects, size = self.usage.save(location, request.body)
         if objects:
             self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
+            if location.kind == 'snapshots':
+                self.events.on_snapshot(request, location)
         return Response(200, [])
 
     def _check_lock(self, request: Request, location: Location) -> None:
@@ -9810,7 +10168,8 @@ class Server:
             # A connection of HTTP/2 takes three, and its file one.
             _allow_descriptors(4 * max_connections + 256)
         api.usage.census.open()
-        if api.usage.limits or api.has_metrics:     # which no scrape is to miss
+        api.events.open()
+        if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -9855,12 +10214,14 @@ class Server:
 
     def serve(self) -> None:
         """Serve until the loop hears of a signal to stop; then let running requests finish."""
-        loop, census = self.loop, self.api.usage.census
+        loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
         if census.requests and self._counts:
             loop.watch(census.requests, census.on_requested)
-            loop.timers.append(self._purge)
+            loop.timers += [self._purge, events.tick]
+        if events.receiver and self._counts:
+            loop.watch(events.receiver, events.on_sent)
         loop.timers += [self.api.policy.refresh, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
@@ -9890,7 +10251,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests):
+        for source in (*self.listeners, census.requests, self.api.events.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -9898,8 +10259,10 @@ class Server:
         self.loop.timers = [connections.sweep, lambda: end - time.monotonic()]
         self.loop.run(lambda: self.stops > 1 or not connections.active or time.monotonic() >= end)
         connections.cut()
+        self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
         census.close()
+        self.api.events.close()
         self.loop.close()
 
     def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
@@ -10107,6 +10470,7 @@ class Workers:
         signal.set_wakeup_fd(-1)
         loop.close()
         server.api.usage.census.close()
+        server.api.events.close()
 
     # ---- timers ----
 
@@ -10480,6 +10844,11 @@ OPTIONS = (
            'administrators and the user metrics', stdio=False),
     Option('watching', '--prometheus-no-auth', parse_bool, 'show them to anyone', requires=('--prometheus',),
            stdio=False),
+    Option('watching', '--on-event', str, 'run COMMAND in a shell when a snapshot has come (snapshot), a '
+           'repository is overdue and back (overdue, back), damaged after --scrub (damaged), when a quota or '
+           'the disk is nearly full (full), most snapshots of a repository were deleted (deleted), a delete '
+           'was refused (refused), DIR has gone (gone); RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, '
+           '_DIRECTORY and _TIME say what it is', 'COMMAND', stdio=False),
     Option('watching', '--usage-interval', parse_duration, 'how old a count of what is stored may become, '
            'for the page, the metrics and the limits; in between it is kept current by what passes through',
            'DURATION', default='1h'),
@@ -10487,7 +10856,7 @@ OPTIONS = (
            'was; SIGUSR1 logs it at once; 0 is off', 'DURATION', default='1m'),
 
     Option('other jobs', '--report', parse_bool, 'say how each repository in DIR is, a line each, what is '
-           'wrong first; with --log-format json an object a line; needs no password, and may run beside a '
+           'wrong first, and with -q nothing else; with --log-format json an object a line; needs no password, and may run beside a '
            'server; status 1 if anything is wrong', environment=False, stdio=False),
     Option('other jobs', '--scrub', parse_bool, 'read every object of every repository in DIR, and list '
            'those whose content does not match their name, and files that do not belong there; needs no '
@@ -10941,7 +11310,9 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     return Api(store, policy, accounts, options.baseurl, options.response_header,
                options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
-               Page(store, usage, options.stale_after) if options.status else None, at)
+               Page(store, usage, options.stale_after) if options.status else None, at,
+               Events(store, counters, usage, Watch(store, usage, options.stale_after),
+                      options.on_event or ''))
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -11002,6 +11373,8 @@ def report(options: argparse.Namespace, store: Store) -> int:
     now = time.time()
     found = Watch(store, usage, options.stale_after).look(usage.names(), now)
     for one in found:
+        if options.quiet and not one.troubles:
+            continue    # so that cron has nothing to mail
         print(_report_as_json(one) if options.log_format == 'json' else one_line(_report_line(one, now)))
     if not found:
         print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
@@ -11010,11 +11383,11 @@ def report(options: argparse.Namespace, store: Store) -> int:
 
 def _report_line(one: Watched, now: float) -> str:
     held = one.held
-    parts = [f'last snapshot {_age(now - held.last_snapshot)} ago' if held.last_snapshot else 'no snapshot',
-             f'{held.objects["snapshots"]} in all', format_size(held.bytes)]
+    last = f'last snapshot {format_age(now - held.last_snapshot)} ago' if held.last_snapshot else ''
+    parts = [last or 'no snapshot', f'{held.objects["snapshots"]} in all', format_size(held.bytes)]
     if one.locks:
-        parts.append(f'{len(one.locks)} locks, the oldest {_age(now - min(one.locks))}')
-    parts.append(f'scrubbed {_age(now - one.scrub.time)} ago, {one.scrub.damaged} damaged' if one.scrub
+        parts.append(f'{len(one.locks)} locks, the oldest {format_age(now - min(one.locks))}')
+    parts.append(f'scrubbed {format_age(now - one.scrub.time)} ago, {one.scrub.damaged} damaged' if one.scrub
                  else 'never scrubbed')
     name = (one.name[1:] or '/').encode('utf-8', 'backslashreplace').decode()
     return f'{", ".join(one.troubles).upper() or "sound"}: {name}: {", ".join(parts)}'
@@ -11135,7 +11508,8 @@ def main(args: Optional[List[str]] = None) -> int:
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
         signal.signal(signum, lambda signum, frame: sys.exit(0))
     args = sys.argv[1:] if args is None else args
-    parser = Parser({} if says_stdio(args) else os.environ)
+    # The variables of a command of --on-event are none of ours.
+    parser = Parser({} if says_stdio(args) or 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
     if options.add_user or options.remove_user:
         try:

@@ -4973,6 +4973,69 @@ class MetricsTest(WatchedTestCase):
             self.metrics.begin_period()
             self.assertIn('in 0 s: ', self.metrics.line())
 
+    @long
+    def test_a_real_prometheus_fires_and_resolves_the_rules_and_answers_the_dashboard(self):
+        self.usage = None
+        self.fill('/late', 'snapshots', age=3 * 86400)
+        damaged, content = self.put(b'whole', repository='/nas'), b'whole'
+        self.fill('/nas', *['snapshots'] * 3)
+        Path(f'{self.root}{damaged.replace("/data/", "/data/" + named(content)[:2] + "/")}').write_bytes(b'x')
+        self.scrub()
+        self.watch(max_bytes=1 << 30, past=restic_serve.Past(self.store, 86400), prometheus='open')
+        query = self.run_prometheus()
+
+        def firing():
+            return {(alert['alertname'], alert.get('repo')) for alert in query('ALERTS{alertstate="firing"}')}
+
+        expected = {('BackupOverdue', 'late'), ('BackupDamaged', 'nas')}
+        self.wait_until(lambda: firing() >= expected, 'the alerts')
+        for part in (post(f'/late/snapshots/{named(b"new")}', b'new'), post(damaged, content), get(damaged),
+                     get(f'/late/snapshots/{named(b"new")}'), get(
+                         f'/nas/snapshots/{next((self.root / "nas" / "snapshots").iterdir()).name}',
+                         method='DELETE')):
+            self.assertEqual(self.ask(part)[0], 200)
+        self.scrub()
+        self.wait_until(lambda: not firing() & expected, 'their end')
+        board = json.loads((README.parent / '.github' / 'grafana.json').read_text())
+        for panel in board['panels']:
+            for target in panel['targets']:
+                expression = target['expr'].replace('$job', 'restic_serve').replace('$__rate_interval', '30s')
+                if 'limited' not in expression:
+                    self.wait_until(lambda expression=expression: query(expression), expression)
+                query(expression)
+
+    def scrub(self):
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+
+    def run_prometheus(self):
+        """A Prometheus that scrapes the server and has the rules of the README, but fires at once; the labels
+        of what it answers to a query."""
+        rules = re.search(r'```yaml\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)[1]
+        (self.folder / 'rules.yml').write_text(re.sub(r'\n +for: \w+', '', rules))
+        (self.folder / 'prometheus.yml').write_text(
+            'global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [rules.yml]\n'
+            'scrape_configs:\n- job_name: restic_serve\n'
+            f'  static_configs: [{{targets: ["127.0.0.1:{self.port}"]}}]\n')
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            port = sock.getsockname()[1]
+        process = subprocess.Popen(
+            [program('prometheus'), f'--config.file={self.folder}/prometheus.yml',
+             f'--storage.tsdb.path={self.folder}/data', f'--web.listen-address=127.0.0.1:{port}'],
+            stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'Prometheus')
+
+        def query(expression):
+            from urllib.parse import quote
+            with Wire(port) as wire:
+                status, _, text = wire.ask(get(f'/api/v1/query?query={quote(expression)}'))
+            answer = json.loads(text)
+            self.assertEqual((status, answer['status']), (200, 'success'), answer)
+            return [one['metric'] for one in answer['data']['result']]
+
+        return query
+
 
 # ---- Watch -----------------------------------------------------------------------------------------
 
@@ -5038,6 +5101,9 @@ class WatchTest(TestCase):
         for name in ('damaged', 'never', 'locked'):
             shutil.rmtree(self.root / name)
         self.assertEqual(self.report('--stale-after', '30d')[0], 0)
+        self.assertEqual(self.report('--stale-after', '30d', '-q'), (0, []))
+        status, lines = self.report('-q')
+        self.assertEqual((status, [line.split()[1] for line in lines]), (1, ['later:', 'late:']))
 
     def test_of_nothing_there_is_no_report(self):
         for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: no directory'),
@@ -5046,6 +5112,247 @@ class WatchTest(TestCase):
                                   capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (1, '', 1))
             self.assertIn(said, done.stderr)
+
+
+# ---- Events ----------------------------------------------------------------------------------------
+
+class EventsTest(WatchedTestCase):
+    """A command that is run when something happens; here it writes what it is told."""
+
+    TELL = ('printf "%s|%s|%s|%s\\n" "$RESTIC_SERVE_EVENT" "$RESTIC_SERVE_REPOSITORY" "$RESTIC_SERVE_USER" '
+            '"$RESTIC_SERVE_MESSAGE" >> ')
+
+    def setUp(self):
+        super().setUp()
+        self.heard = self.folder / 'heard'
+        half_full = mock.Mock(total=100 << 30, free=50 << 30)
+        patch = mock.patch.object(shutil, 'disk_usage', lambda path: half_full)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.quotas = {}
+
+    def events(self, command=None, watch=True, **more):
+        """Events of a server that has counted what is stored."""
+        counters = Counters()
+        usage = Usage(self.store, counters, quotas=restic_serve.Quotas(self.quotas))
+        usage.census.count()
+        found = restic_serve.Events(self.store, counters, usage, restic_serve.Watch(self.store, usage, 3600),
+                                    f'{self.TELL}{self.heard}' if command is None else command, **more)
+        self.addCleanup(found.stop, PATIENCE)
+        return found
+
+    def told(self):
+        """What the command was told, but for the disk of the tests, which may be full."""
+        lines = self.heard.read_text().splitlines() if self.heard.exists() else []
+        return [line for line in lines if 'full|/||the disk' not in line or '100.0 GiB' in line]
+
+    def look(self, events=None):
+        """What is told by a look at what is wrong."""
+        before = len(self.told())
+        (events or self.events())._look()
+        return self.told()[before:]
+
+    def served(self, command=None, **more):
+        """Events of a server that is running."""
+        found = self.events(command)
+        self.server = self.serve(Api(self.store, self.policy, usage=found._usage, events=found, **more))
+        self.port = self.server.listeners[0].server_address[1]
+        return found
+
+    def test_what_clients_do_is_told(self):
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(f'alice:{sha("alice")}\n')
+        self.policy = Policy(short_rights(append_only=True))
+        events = self.served(accounts=Accounts(PasswordFile(str(accounts))))
+        alice, content = basic('alice', 'alice'), b'snapshot'
+        path = f'/laptop/snapshots/{named(content)}'
+        for _ in range(2):      # it comes once
+            self.assertEqual(self.ask(post(path, content, alice))[0], 200)
+        for _ in range(3):
+            self.assertEqual(self.ask(get(path, alice, method='DELETE'))[0], 403)
+        self.wait_until(lambda: len(self.told()) == 2, 'both events')
+        self.assertEqual(self.told(), [
+            f'snapshot|laptop|alice|laptop: snapshot {named(content)[:8]} has come from alice',
+            "refused|laptop|alice|laptop: 'alice' from 127.0.0.1 tried to delete, and has the right append "
+            'only'])
+        self.assertEqual(self.events()._claim('refused', '/laptop', time.time(), 3600), False)
+        self.assertEqual({key[1]: row[0] for key, row in events._counters.find('event').items()},
+                         {'snapshot': 1, 'refused': 1})
+
+    def test_a_mass_delete_is_told_once(self):
+        self.fill('/laptop', *['snapshots'] * 6)
+        self.served()
+        for path in list((self.root / 'laptop' / 'snapshots').iterdir())[:5]:
+            self.ask(get(f'/laptop/snapshots/{path.name}', method='DELETE'))
+        self.wait_until(self.told, 'the event')
+        self.assertEqual(self.told(), [
+            'deleted|laptop||/laptop: 4 of 6 snapshots were deleted within a minute'])
+
+    def test_a_repository_is_overdue_once_and_back_once(self):
+        self.fill('/late', 'snapshots', age=7200)
+        self.fill('/never', 'keys')
+        self.fill('/fresh', 'snapshots')
+        events = self.events()
+        self.assertEqual(self.look(events), [
+            'overdue|never||never: overdue, no snapshot has come',
+            'overdue|late||late: overdue, the last snapshot came 2 hours ago'])
+        self.assertEqual(self.look(events), [])
+        self.assertEqual(self.look(), [])       # another start
+        self.fill('/late', 'snapshots')
+        self.assertEqual(self.look(), ['back|late||late: a snapshot has come again'])
+        self.assertEqual(self.look(), [])
+        for path in (self.root / 'late' / 'snapshots').iterdir():
+            os.utime(path, (time.time() - 7300,) * 2)
+        self.assertEqual(len(self.look()), 1)
+        shutil.rmtree(self.root / 'late')
+        shutil.rmtree(self.root / 'never')
+        self.assertEqual(self.look(), [])
+        self.assertEqual(json.loads((self.root / '.restic_serve' / 'events.json').read_text()),
+                         {'overdue': {}})
+
+    def test_damage_is_told_and_more_of_it(self):
+        def scrub():
+            restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+
+        self.fill('/nas', 'data', 'data', 'snapshots')
+        paths = list((self.root / 'nas' / 'data').glob('*/*'))
+        paths[0].write_bytes(b'damaged')
+        scrub()
+        self.assertEqual(self.look(), [
+            f'damaged|nas||nas: 1 damaged: data/{paths[0].name[:2]}/{paths[0].name}'])
+        scrub()
+        self.assertEqual(self.look(), [])
+        paths[1].write_bytes(b'damaged')
+        scrub()
+        self.assertEqual([line[:27] for line in self.look()], ['damaged|nas||nas: 2 damaged'])
+        for path in paths:
+            path.unlink()
+        scrub()
+        self.assertEqual(self.look(), [])
+        self.fill('/nas', 'data')
+        next((self.root / 'nas' / 'data').glob('*/*')).write_bytes(b'damaged')
+        scrub()
+        self.assertEqual(len(self.look()), 1)
+
+    def test_full_quotas_and_disks_are_told(self):
+        self.fill('/alice', 'snapshots', *['data'] * 20)
+        self.quotas = {'/alice': 1 << 30}
+        held = self.events()._usage.quota('alice')[0]
+        self.quotas = {'/alice': held * 100 // 95}
+        sizes = ' of '.join(map(restic_serve.format_size, (held, held * 100 // 95)))
+        self.assertEqual(self.look(), [f'full|alice||/alice is nearly full, {sizes}'])
+        self.assertEqual(self.look(), [])
+        self.quotas = {'/alice': held * 100 // 88}
+        self.assertEqual(self.look(), [])
+        self.assertIn('/alice', self.events()._read()['full'])      # 88 % is too near to 90 %
+        self.quotas = {'/alice': held * 2}
+        with mock.patch.object(shutil, 'disk_usage', lambda path: mock.Mock(total=100 << 30, free=5 << 30)):
+            self.assertEqual(self.look(), ['full|/||the disk is nearly full, 95.0 GiB of 100.0 GiB'])
+        self.assertEqual(list(self.events()._read()['full']), [''])
+
+    def test_a_directory_that_goes_is_told_and_its_return(self):
+        self.fill('/laptop', 'snapshots')
+        events = self.events()
+        self.assertEqual(self.look(events), [])
+        self.root.rename(self.folder / 'away')
+        self.root.mkdir()
+        self.assertEqual(self.look(events), [f'gone|/||{self.root} has gone, perhaps its disk was unmounted'])
+        self.assertEqual(self.look(events), [])
+        self.root.rmdir()
+        (self.folder / 'away').rename(self.root)
+        self.assertEqual(self.look(events), [f'back|/||{self.root} is back'])
+
+    def test_no_name_is_a_command(self):
+        wild = '$(touch x);`touch x`"\'|& touch x'
+        self.fill(f'/{wild}', 'keys')
+        self.assertEqual(self.look(), [f'overdue|{wild}||{wild}: overdue, no snapshot has come'])
+        self.assertFalse(Path('x').exists())
+        events = self.events()
+        events._run(restic_serve.Event('snapshot', '/a', '', 'two\nlines'))
+        self.assertEqual(self.told()[1:], ['snapshot|a||two\\nlines'])
+
+    def test_a_command_that_fails_or_hangs_is_a_line_in_the_log(self):
+        event = restic_serve.Event('snapshot', '/a', '', 'what happened')
+        self.events('echo first; echo no mail today >&2; exit 3')._run(event)
+        self.assertEqual(self.log[-1], 'the command of --on-event has failed for "what happened": status 3: '
+                                       'no mail today')
+        self.events('/nonexistent/program')._run(event)
+        self.assertIn('status 127: ', self.log[-1])
+        with mock.patch.object(restic_serve, 'COMMAND_SECONDS', 0.1):
+            self.events('sleep 1000 & sleep 1000')._run(event)
+        self.assertEqual(self.log[-1], 'the command of --on-event has failed for "what happened": it was '
+                                       'killed after 0.1 s')
+        self.events('exit 0')._run(event)
+        self.assertEqual(self.log[-1], 'ran the command of --on-event for "what happened"')
+
+    def test_the_end_does_not_wait_for_a_command_that_hangs(self):
+        begin = time.monotonic()
+        events = self.served('sleep 1000')
+        self.ask(post(f'/a/snapshots/{named(b"x")}', b'x'))
+        self.wait_until(lambda: events._process, 'the command')
+        events.stop(0.1)
+        self.assertLess(time.monotonic() - begin, PATIENCE)
+        self.wait_until(lambda: 'status -9' in self.log[-1], 'the end of the command')
+
+    def test_it_knows_nothing_of_the_options_in_the_environment(self):
+        with mock.patch.dict(os.environ, {'RESTIC_SERVE_PASS': 'secret', 'RESTIC_SERVE_TEST_X': '1'}):
+            self.events(f'env > {self.heard}')._run(restic_serve.Event('overdue', '', 'bob', 'x'))
+        self.assertNotIn('secret', self.heard.read_text())
+        told = dict(line.partition('=')[::2] for line in self.told())
+        self.assertEqual((told['RESTIC_SERVE_EVENT'], told['RESTIC_SERVE_REPOSITORY'],
+                          told['RESTIC_SERVE_USER'], told['RESTIC_SERVE_DIRECTORY']),
+                         ('overdue', '/', 'bob', str(self.root)))
+        self.assertRegex(told['RESTIC_SERVE_TIME'], r'^\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d$')
+        done = subprocess.run([sys.executable, MODULE, '--report', str(self.root)], text=True, env={
+            **clean_environment(), 'RESTIC_SERVE_EVENT': 'overdue', 'RESTIC_SERVE_USER': 'bob'},
+            capture_output=True)
+        self.assertEqual(done.stderr, f'restic_serve: there is no repository in {self.root}\n')
+
+    def test_too_many_at_once_are_lost_and_said(self):
+        go_on = self.folder / 'go_on'
+        events = self.events(f'while [ ! -e {go_on} ]; do sleep 0.01; done; {self.TELL}{self.heard}')
+        with mock.patch.object(restic_serve, 'QUEUED_EVENTS', 3):
+            for number in range(10):
+                events.emit('snapshot', '/a', f'number {number}')
+        lost = sum('events wait for it' in line for line in self.log)
+        go_on.touch()
+        self.wait_until(lambda: events._thread is None, 'the others')
+        self.assertIn(lost, (6, 7))
+        self.assertEqual(len(self.told()), 10 - lost)
+
+    def test_what_cannot_be_remembered_is_told_once_all_the_same(self):
+        self.fill('/never', 'keys')
+        (self.root / '.restic_serve').mkdir(exist_ok=True)
+        (self.root / '.restic_serve' / 'events.json').write_text('[7')
+        self.assertEqual(len(self.look()), 1)
+        self.assertEqual(sum('events.json cannot be read' in line for line in self.log) > 0, True)
+        (self.root / '.restic_serve' / 'events.json').unlink()
+        events = self.events()
+        with mock.patch.object(restic_serve.HiddenFolder, 'write', side_effect=OSError(30, 'read-only')):
+            self.assertEqual(len(self.look(events)), 1)
+            self.assertEqual(self.look(events), [])
+
+    def test_all_workers_tell_once_and_so_does_the_next_start(self):
+        self.make_repository('laptop')
+        self.fill('/never', 'keys')
+        words = ('--addr', '127.0.0.1:0', '--workers', '3', '--on-event', f'{self.TELL}{self.heard}',
+                 self.root)
+        with Program(*words) as server:
+            for number in range(12):
+                content = b'%d' % number
+                with Wire(server.port) as wire:
+                    self.assertEqual(wire.ask(post(f'/laptop/snapshots/{named(content)}', content))[0], 200)
+            self.wait_until(lambda: len(self.told()) >= 13, 'all events')
+            self.assertEqual(server.stop(), 0)
+        self.assertEqual(sorted(line.partition('|')[0] for line in self.told()),
+                         ['overdue'] + ['snapshot'] * 12)
+        with Program(*words, '-vv') as server:
+            self.wait_until(lambda: any('counted all' in line for line in server.lines), 'the count')
+            with Wire(server.port) as wire:
+                wire.ask(post(f'/laptop/snapshots/{named(b"last")}', b'last'))
+            self.wait_until(lambda: len(self.told()) >= 14, 'the last event')
+            self.assertEqual(server.stop(), 0)
+        self.assertEqual(len(self.told()), 14)
 
 
 # ---- Page ------------------------------------------------------------------------------------------
@@ -11826,6 +12133,28 @@ tests:
                                       cwd=folder)
                 self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertEqual(len(names), 10)
+
+    def test_the_commands_for_events_in_the_readme_tell_what_has_happened(self):
+        block = next(block for block in self.blocks('sh') if '--on-event' in block)
+        commands = re.findall(r"^--on-event '(.*)'", block, re.MULTILINE)
+        self.assertEqual(len(commands), 3)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for word in ('mail', 'curl'):
+                (folder / word).write_text(f'#!/bin/sh\nprintf "%s\\n" {word} "$@" - >> {folder}/heard\n'
+                                           f'cat >> {folder}/heard\n')
+                (folder / word).chmod(0o755)
+            for event in ('snapshot', 'overdue'):
+                for command in commands:
+                    done = subprocess.run(
+                        ['sh', '-c', command], stdin=subprocess.DEVNULL, capture_output=True, env={
+                            'PATH': f'{folder}:{os.environ["PATH"]}', 'RESTIC_SERVE_EVENT': event,
+                            'RESTIC_SERVE_MESSAGE': '@/etc/passwd: $(touch x)'})
+                    self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b'', b''))
+            heard = (folder / 'heard').read_text()
+        self.assertEqual([heard.count(f'{word}\n') for word in ('mail', 'curl')], [1, 3])
+        self.assertEqual(heard.count('@/etc/passwd: $(touch x)\n'), 3)
+        self.assertEqual(heard.count('--data-raw\n@'), 2)
 
     def test_the_nginx_of_the_readme_lets_nobody_in_without_a_password(self):
         nginx = program('nginx')
