@@ -10856,8 +10856,9 @@ OPTIONS = (
            'was; SIGUSR1 logs it at once; 0 is off', 'DURATION', default='1m'),
 
     Option('other jobs', '--report', parse_bool, 'say how each repository in DIR is, a line each, what is '
-           'wrong first, and with -q nothing else; with --log-format json an object a line; needs no password, and may run beside a '
-           'server; status 1 if anything is wrong', environment=False, stdio=False),
+           'wrong first, and with -q nothing else; with --log-format json an object a line; needs no '
+           'password, and may run beside a server; status 1 if anything is wrong', environment=False,
+           stdio=False),
     Option('other jobs', '--scrub', parse_bool, 'read every object of every repository in DIR, and list '
            'those whose content does not match their name, and files that do not belong there; needs no '
            'password, and may run beside a server; status 1 if anything is damaged', environment=False),
