@@ -128,13 +128,16 @@ _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0
 _DURATION_PART = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|[smhdwMy])')
 
 
+LATEST_TIME = 253402300799 - 86400     # The last day of the year 9999 but one, for any zone.
+
+
 def parse_duration(text: str) -> float:
     """Seconds of a duration in rclone's syntax: `1h0m0s`, `300ms`, `2d`, or bare seconds."""
     if re.fullmatch(r'\d+(?:\.\d*)?', text):
         return float(text)
     parts = _DURATION_PART.findall(text)
     if not parts or ''.join(count + unit for count, unit in parts) != text:
-        raise ValueError(f'{text!r} is no duration; write 300ms, 10s, 1h0m0s or 2d')
+        raise ValueError(f'invalid duration {text!r}; use 300ms, 10s, 1h0m0s or 2d')
     return sum(float(count) * _SECONDS[unit] for count, unit in parts)
 
 
@@ -145,10 +148,10 @@ def parse_size(text: str) -> int:
     """Bytes of a size in rclone's syntax: `512k`, `10M`, `1.5G`, `100B`; without a suffix KiB."""
     match = _SIZE.fullmatch(text)
     if not match:
-        raise ValueError(f'{text!r} is no size; write 100B, 512k, 10M or 1.5G')
+        raise ValueError(f'invalid size {text!r}; use 500G, 1.5M, 512k or bytes')
     count = float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper())
     if count >= 2 ** 63:
-        raise ValueError(f'{text!r} is more than any disk holds')
+        raise ValueError(f'size {text!r} is too large')
     return int(count)
 
 
@@ -181,7 +184,7 @@ def parse_timetable(text: str) -> List[TimetableEntry]:
             rates = []
         is_time = not match and re.fullmatch('[0-2][0-9]:[0-5][0-9]', word)
         if not days or not 1 <= len(rates) <= 2 or (not match and len(words) > 1) or is_time:
-            raise ValueError(f'{word!r} is no bandwidth; write 10M, 512k, 10M:1M, off, or a timetable '
+            raise ValueError(f'invalid bandwidth {word!r}; use 10M, 512k, 10M:1M, off or a timetable '
                              'such as "08:00,512k Sat-10:00,off"')
         entries += [TimetableEntry((day_index * 24 + int(hour)) * 60 + int(minute), rates[0], rates[-1])
                   for day_index in days]
@@ -224,9 +227,22 @@ def format_age(seconds: float) -> str:
     return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
+def format_count(count: int, word: str) -> str:
+    """A count with its noun, such as `2 indexes`."""
+    if count == 1:
+        return f'1 {word}'
+    return f'{count:,} ' + (f'{word[:-1]}ies' if word.endswith('y') and word != 'key' else
+                            f'{word}es' if word.endswith('x') else f'{word}s')
+
+
+def local_time(seconds: float) -> time.struct_time:
+    """A time in this host's zone; one that no calendar has is the nearest that has."""
+    return time.localtime(min(max(seconds, 0), LATEST_TIME))
+
+
 def format_time(seconds: float, digits: int = 0) -> str:
     """A time in this host's zone (RFC 3339 5.6), with `digits` of the second's fraction."""
-    local = time.localtime(seconds)
+    local = local_time(seconds)
     zone = time.strftime('%z', local)
     fraction = f'{seconds % 1:.9f}'[1:2 + digits] if digits else ''
     return f'{time.strftime("%Y-%m-%dT%H:%M:%S", local)}{fraction}{zone[:3]}:{zone[3:]}'
@@ -239,13 +255,13 @@ def parse_bool(text: str) -> bool:
         return True
     if word in ('false', '0', 'no', 'off', 'f', 'n', ''):
         return False
-    raise ValueError(f'{text!r} is neither true nor false')
+    raise ValueError(f'invalid value {text!r}; use true or false')
 
 
 def parse_count(text: str) -> int:
     """A positive whole number."""
     if not re.fullmatch(r'[0-9]{1,18}', text) or int(text) == 0:
-        raise ValueError(f'{text!r} is no whole number from 1')
+        raise ValueError(f'invalid number {text!r}; use a whole number of at least 1')
     return int(text)
 
 
@@ -264,7 +280,7 @@ def parse_address(text: str) -> Address:
         return Address('', '', 0, rest)
     match = re.fullmatch(r'(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\[\]:/\s]*)):([0-9]{1,5})', rest)
     if not match or int(match[3]) > 65535 or (scheme if mark else 'http') not in ('http', 'tls'):
-        raise ValueError(f'{text!r} is no address; write 127.0.0.1:8080, [::1]:8080, :8080, '
+        raise ValueError(f'invalid address {text!r}; use 127.0.0.1:8080, [::1]:8080, :8080, '
                          'tls://:8443 or unix:///path/to/socket')
     return Address(scheme, match[1] or match[2] or '', int(match[3]), '')
 
@@ -274,11 +290,12 @@ def is_loopback(host: str) -> bool:
     return host.startswith('127.') or host == '::1'
 
 
-def text_like(pattern: str, fault: str) -> Callable[[str], str]:
-    """A parser that takes text which a pattern matches as a whole; `fault` says what is wrong otherwise."""
+def text_like(pattern: str, fault: str, right: str) -> Callable[[str], str]:
+    """A parser for text that matches a whole pattern; `fault` and `right` say what is wrong otherwise, and
+    what would be right."""
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise ValueError(f'{text!r} {fault}')
+            raise ValueError(f'{fault} {text!r}; use {right}')
         return text
 
     return parse
@@ -287,19 +304,18 @@ def text_like(pattern: str, fault: str) -> Callable[[str], str]:
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"     # RFC 9110 5.6.2
 
 # RFC 6454 7
-parse_origin = text_like(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', 'is no origin; write '
-                         'https://example.org')
+parse_origin = text_like(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', 'invalid origin', 'https://example.org')
 # Without characters that need quoting (RFC 7617 2)
-parse_realm = text_like(r'[ !#-\[\]-~]*', 'is no realm; use ASCII without quotes and backslashes')
-parse_header_name = text_like(_TOKEN, 'is no name of a header; write X-Forwarded-User')
-parse_log_level = text_like('DEBUG|INFO|NOTICE|ERROR', 'is no level; write DEBUG, INFO, NOTICE or ERROR')
-parse_log_format = text_like('text|json', 'is no format; write text or json')
+parse_realm = text_like(r'[ !#-\[\]-~]*', 'invalid realm', 'ASCII without quotes and backslashes')
+parse_header_name = text_like(_TOKEN, 'invalid header name', 'X-Forwarded-User')
+parse_log_level = text_like('DEBUG|INFO|NOTICE|ERROR', 'invalid log level', 'DEBUG, INFO, NOTICE or ERROR')
+parse_log_format = text_like('text|json', 'invalid log format', 'text or json')
 
 
 def parse_tls_version(text: str) -> str:
     """`tls1.0` to `tls1.3` as in rclone, or `1.0` to `1.3` as in rest-server."""
     if not re.fullmatch(r'(tls)?1\.[0-3]', text):
-        raise ValueError(f'{text!r} is no version; write tls1.0, tls1.1, tls1.2 or tls1.3')
+        raise ValueError(f'invalid TLS version {text!r}; use tls1.0, tls1.1, tls1.2 or tls1.3')
     return f'tls{text[-3:]}'
 
 
@@ -307,9 +323,9 @@ def parse_header(text: str) -> Tuple[str, str]:
     """Name and value of a response header, `Name: value`."""
     match = re.fullmatch(rf'({_TOKEN}):[ \t]*([!-~](?:[ -~]*[!-~])?)', text)
     if not match:
-        raise ValueError(f'{text!r} is no header; write "Name: value"')
+        raise ValueError(f'invalid header {text!r}; use "Name: value"')
     if match[1].lower() in ('connection', 'content-length', 'date', 'transfer-encoding'):
-        raise ValueError(f'{match[1]!r} is for the server alone to say')
+        raise ValueError(f'header {match[1]!r} is set by the server and cannot be added')
     return match[1], match[2]
 
 
@@ -324,7 +340,7 @@ def parse_user(text: str) -> str:
     """A user's name, in Unicode's form NFC."""
     name = normalize_user(text)
     if not is_user(name):
-        raise ValueError(f'{text!r} is no user; a name has letters, digits and @ . _ - alone')
+        raise ValueError(f'invalid user name {text!r}; only letters, digits and @ . _ - are allowed')
     return name
 
 
@@ -355,7 +371,7 @@ def parse_shown_user(text: str) -> str:
 def parse_cost(text: str) -> int:
     """A bcrypt cost, the logarithm of the rounds."""
     if not re.fullmatch('[0-9]{1,2}', text) or not 4 <= int(text) <= 31:
-        raise ValueError(f'{text!r} is no cost of bcrypt; write 4 to 31')
+        raise ValueError(f'invalid bcrypt cost {text!r}; use 4 to 31')
     return int(text)
 
 
@@ -365,14 +381,14 @@ def parse_network(text: str) -> Any:
     try:
         return ipaddress.ip_network(text)
     except ValueError:
-        raise ValueError(f'{text!r} is no network; write 10.0.0.1 or 10.0.0.0/8') from None
+        raise ValueError(f'invalid network {text!r}; use 10.0.0.1 or 10.0.0.0/8') from None
 
 
 def parse_baseurl(text: str) -> str:
     """The prefix of every path, without a slash at its end: `x`, `/x` and `/x/` are `/x`."""
     path = text.strip('/')
     if not re.fullmatch(r"[-A-Za-z0-9._~!$&'()*+,;=:@/]*", path) or '//' in path:
-        raise ValueError(f'{text!r} is no path for URLs; write /backup')
+        raise ValueError(f'invalid URL path {text!r}; use /backup')
     return '/' + path if path else ''
 
 
@@ -826,11 +842,11 @@ def _follow(fd: int, name: str, links: int) -> int:
     if not stat.S_ISLNK(before.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
     if before.st_uid not in (0, os.geteuid()):
-        raise PermissionError(errno.EACCES, 'a link that another user has made', name)
+        raise PermissionError(errno.EACCES, 'symbolic link created by another user', name)
     target = os.readlink(name, dir_fd=fd)
     after = os.stat(name, dir_fd=fd, follow_symlinks=False)
     if (after.st_ino, after.st_ctime_ns) != (before.st_ino, before.st_ctime_ns):
-        raise PermissionError(errno.EACCES, 'a link that another user exchanges', name)
+        raise PermissionError(errno.EACCES, 'symbolic link that keeps changing', name)
     if not target.startswith('/'):
         return descend(fd, target, links - 1)
     top = os.open('/', _FOLDER_FLAGS)
@@ -847,7 +863,7 @@ def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        raise IsADirectoryError(errno.EISDIR, 'no regular file', folder.at(name))
+        raise IsADirectoryError(errno.EISDIR, 'not a regular file', folder.at(name))
     return fd, status
 
 
@@ -1040,7 +1056,7 @@ FRESH_PREFIX = 'new-'             # Scratch file that is not locked yet.
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
-READ_ONLY = "the server's directory is read-only"
+READ_ONLY = 'the server is read-only'
 LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
 KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
@@ -1083,8 +1099,8 @@ class Location:
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
 
 
-RESERVED = ('this cannot be a repository, since the names data, index, keys, locks, snapshots, config, .at, '
-            ".restic_serve and those of a file system's own folders are taken; choose another")
+RESERVED = ('reserved name: a repository path cannot contain data, index, keys, locks, snapshots, config, '
+            ".at, .restic_serve or names of a file system's own folders")
 # No segment of a repository's path; the server's own names in no spelling that a file system may take for
 # them, either.
 _RESERVED = frozenset((*KINDS, 'config', *_OF_FILE_SYSTEMS))
@@ -1099,25 +1115,25 @@ def check_repository(path: str, ignore_case: bool) -> str:
         path = path.lower()
     segments = path.split('/')
     if segments.pop(0):
-        raise HttpError(400, 'the path does not begin with a slash')
+        raise HttpError(400, 'path must begin with a slash')
     for segment in segments:
         if segment in ('', '.', '..') or _NO_FILE_NAME.search(segment):
-            raise HttpError(400, 'the path has a segment that is no file name')
+            raise HttpError(400, 'path contains an invalid segment')
     if len(segments) > DEEPEST:
-        raise HttpError(400, f'the path has more than {DEEPEST} segments')
+        raise HttpError(400, f'path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
-        raise HttpError(400, f'the path is longer than {LONGEST} bytes')
+        raise HttpError(400, f'path is longer than {LONGEST} bytes')
     if ignore_case and any(segment.casefold() in _RESERVED for segment in segments):
         raise HttpError(404, 'not found')
     if ignore_case and any(segment.casefold() != segment or segment.rstrip('. ') != segment
                            for segment in segments):    # which may be another's name here
-        raise HttpError(400, 'the path has a letter or an end that file names here cannot have')
+        raise HttpError(400, 'path contains a name that the file system cannot store')
     if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
         raise HttpError(404, 'not found')
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
-        raise HttpError(400, 'the path has a character that file names here cannot have') from None
+        raise HttpError(400, 'path contains a character that is not allowed in file names') from None
     return path
 
 
@@ -1168,7 +1184,7 @@ class Folders:
                 return self.hidden(make=False)
             except OSError as error:
                 if error.errno in _LINK_ERRORS:
-                    raise PermissionError(errno.EACCES, 'a link or a file, which the server does not use: '
+                    raise PermissionError(errno.EACCES, 'expected a directory, found a link or file; '
                                           'remove it', f'{self.root}/{HIDDEN}') from None
                 raise
 
@@ -1215,7 +1231,7 @@ class Folders:
         repository = '/'.join(path.split('/')[:kind])
         inside = os.path.join(os.path.realpath(self.root or os.sep), '')
         if not os.path.join(os.path.realpath(self.root + repository), '').startswith(inside):
-            raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
+            raise PermissionError(errno.EACCES, 'symbolic link leads out of the served directory',
                                   self.root + repository)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
@@ -1247,7 +1263,7 @@ class Folders:
         try:
             inside = self._has_proc and os.path.join(os.readlink(f'/proc/self/fd/{root_fd}'), '')
             if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
-                raise PermissionError(errno.EACCES, 'a link that leads out of the directory',
+                raise PermissionError(errno.EACCES, 'symbolic link leads out of the served directory',
                                       self.root + path)
             return descend(fd, '/'.join(names[kind:]))
         finally:
@@ -1354,7 +1370,7 @@ class Scratch:
                 if self.name:
                     self.home.unlink(self.name)
             except OSError as problem:
-                log.error('%s/%s stays behind: %s', self.home.path, self.name, problem)
+                log.error('cannot remove temporary file %s/%s: %s', self.home.path, self.name, problem)
             self.home.close()
 
     def receive(self, body: Body, hashed: bool) -> str:
@@ -1546,7 +1562,7 @@ class HiddenFolder:
         except FileNotFoundError:
             pass
         except OSError as error:
-            log.error('what uploads left behind stays: %s', error)
+            log.error('cannot remove temporary files of interrupted uploads: %s', error)
 
     @staticmethod
     def _remove_from(folder: Folder, prefixes: Tuple[str, ...], now: Callable[[], float]) -> None:
@@ -1558,7 +1574,7 @@ class HiddenFolder:
             with contextlib.suppress(FileNotFoundError):  # another server removes them, too
                 if is_left_over(folder, name, moment):
                     folder.unlink(name)
-                    log.info('removed %s/%s, left behind by an upload that was cut off', folder.path, name)
+                    log.info('removed %s/%s, left by an interrupted upload', folder.path, name)
 
 
 class Directory:
@@ -1592,12 +1608,11 @@ class Directory:
         if gone != bool(self._gone[0]):
             self._gone[0] = gone
             if gone:
-                log.error('%s has gone, perhaps its disk was unmounted: nothing is stored or found until it '
-                          'is back', self._root)
+                log.error('%s is gone (disk unmounted?); all requests fail until it is back', self._root)
             else:
                 log.log(NOTICE, '%s is back', self._root)
         if gone:
-            raise HttpError(500, "the server's directory has gone")
+            raise HttpError(500, "the server's directory is gone")
 
     def check_writable(self) -> None:
         """Raises HttpError 500 as check_present() does, and 507 for a directory that is read-only."""
@@ -1611,7 +1626,7 @@ class Directory:
         now = time.monotonic()
         if now >= self._next_probe:
             self._next_probe = now + LOOK_SECONDS
-            self._fault = 'the directory has gone'
+            self._fault = 'the directory is gone'
             with contextlib.suppress(HttpError, OSError):
                 self.check_present()
                 self._fault = 'the directory cannot be written'
@@ -1645,9 +1660,10 @@ class Store:
         and remove what a crash left behind.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
             if must_exist or self.directory.read_only:
-                raise FileNotFoundError(errno.ENOENT, 'no such directory; is its disk mounted?', self.root)
+                raise FileNotFoundError(errno.ENOENT, 'directory does not exist; is the disk mounted?',
+                                        self.root)
             self.folders.make_root(self.root)
-            log.log(NOTICE, 'made the directory %s', self.root)
+            log.log(NOTICE, 'created directory %s', self.root)
         if not self.folders.is_trusted(''):
             self.folders.hold_root()
         self.directory.identify()
@@ -1659,20 +1675,20 @@ class Store:
                 if error.errno != errno.EROFS:
                     raise
                 self.directory.read_only = True
-                log.warning('%s is on a read-only file system; it is served for reading only',
+                log.warning('%s is on a read-only file system; serving it read-only',
                             self.root or os.sep)
         if self.directory.read_only:
             self._detect_case()
         if self.ignores_case:
-            log.log(NOTICE, 'the file system of %s ignores case: users and paths are compared without it',
-                    self.root or os.sep)
+            log.log(NOTICE, 'the file system of %s ignores case, so user names and paths are '
+                    'case-insensitive', self.root or os.sep)
         if not self.directory.read_only:
             self.hidden.remove_left_overs(self.now)
 
     def find(self) -> None:
         """Find the directory for a job, and whether its file system ignores case.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
-            raise FileNotFoundError(errno.ENOENT, 'no directory', self.root)
+            raise FileNotFoundError(errno.ENOENT, 'directory does not exist', self.root)
         self._detect_case()
 
     def _detect_case(self) -> None:
@@ -1834,10 +1850,10 @@ class Store:
         with folder, scratch:
             digest = scratch.receive(body, self.verify)
             if location.name and digest not in ('', location.name):
-                raise HttpError(400, f'the content has the SHA-256 {digest}, not its name')
+                raise HttpError(400, f'SHA-256 of the content is {digest}, not the name')
             saved = Saved(1, 0, os.fstat(scratch.fd).st_size, made)
             if not location.name and not saved.after:
-                raise HttpError(400, 'an empty config')
+                raise HttpError(400, 'config is empty')
             sync_file(scratch.fd)
             while True:
                 try:
@@ -1846,8 +1862,8 @@ class Store:
                 except FileExistsError:
                     digest = digest or scratch.digest()
                     if location.name and digest != location.name:
-                        raise HttpError(400, f'the content has the SHA-256 {digest}, '
-                                             'not its name') from None
+                        raise HttpError(400, f'SHA-256 of the content is {digest}, '
+                                             'not the name') from None
                     before = self.size(location) or 0
                     if self._accept_existing(location, folder, digest, scratch):
                         saved = Saved(0, before, self.size(location) or 0, made)
@@ -1858,7 +1874,7 @@ class Store:
     def check_repository(self, location: Location) -> None:
         """Raises HttpError 404 where there is no repository, which no upload makes: its disk may be away."""
         if not self.has_repository(location.repository):
-            raise HttpError(404, 'no repository is here; make one first, by restic init')
+            raise HttpError(404, 'no repository here; create one with restic init')
 
     def confirm(self, location: Location, body: Body) -> bool:
         """Compare an upload with the object that exists, instead of storing it again; False, without
@@ -1874,11 +1890,11 @@ class Store:
         for count in iter(lambda: body.readinto(buffer), 0):
             digest.update(buffer[:count])
         if digest.hexdigest() != found and location.name:
-            raise HttpError(400, f'the content has the SHA-256 {digest.hexdigest()}, not its name')
+            raise HttpError(400, f'SHA-256 of the content is {digest.hexdigest()}, not the name')
         if digest.hexdigest() != found:
-            raise HttpError(403, 'there is another config already')
+            raise HttpError(403, 'a different config already exists')
         if self.size(location) is None:
-            raise HttpError(503, 'it was removed during its upload', [('Retry-After', '1')])
+            raise HttpError(503, 'object was deleted during the upload', [('Retry-After', '1')])
         return True
 
     def _accept_existing(self, location: Location, folder: Folder, digest: str, scratch: Scratch) -> bool:
@@ -1891,12 +1907,12 @@ class Store:
         if found == digest:
             return True
         if location.kind == 'config':
-            raise HttpError(403, 'there is another config already')
+            raise HttpError(403, 'a different config already exists')
         with contextlib.suppress(OSError):  # it was uploaded then, for the past
             status = folder.stat(location.file)
             os.utime(scratch.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         scratch.replace(folder, location.file)
-        log.log(NOTICE, '%s was damaged (SHA-256 %s) and is replaced by a verified upload',
+        log.log(NOTICE, '%s was damaged (SHA-256 %s); replaced it with a verified upload',
                 f'{folder.path}/{location.file}', found)
         return True
 
@@ -1934,12 +1950,12 @@ def try_file_system(store: Store, top: Folder) -> None:
                 store.ignores_case = True
             os.write(scratch.fd, b'ok')
             if not sync_file(scratch.fd):
-                log.warning('the file system of %s cannot sync files: what was uploaded last may be lost '
-                            'when the power fails', store.root or os.sep)
+                log.warning('the file system of %s cannot sync files: recent uploads may be lost '
+                            'in a power failure', store.root or os.sep)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        log.warning('%s is full: %s', store.root or os.sep, error.strerror)
+        log.warning('%s: disk full: %s', store.root or os.sep, error.strerror)
     finally:
         for name in (linked, renamed):
             with contextlib.suppress(OSError):
@@ -2063,7 +2079,7 @@ def parse_moment(text: str, now: float) -> int:
             moment = int(time.mktime(parsed))
         return moment * 10 ** 6 + int(fraction.ljust(6, '0'))
     except (ValueError, OverflowError):
-        raise ValueError(f'{text!r} is no time; write 2026-11-20T12:00:00Z, 2026-11-20T12:00, 2026-11-20, '
+        raise ValueError(f'invalid time {text!r}; use 2026-11-20T12:00:00Z, 2026-11-20T12:00, 2026-11-20, '
                          '36h or 2d') from None
 
 
@@ -2072,7 +2088,7 @@ def parse_past(text: str) -> int:
     now = time.time()
     moment = parse_moment(text, now)
     if moment > now * 1e6:
-        raise ValueError(f'{text} is still to come')
+        raise ValueError(f'{text} is in the future')
     return moment
 
 
@@ -2119,7 +2135,7 @@ class Past:
             except FileNotFoundError:
                 return None
             if not stat.S_ISREG(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, 'no regular file', source.at(location.file))
+                raise IsADirectoryError(errno.EISDIR, 'not a regular file', source.at(location.file))
             self._begin_known(location.repository)
             moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
             name = f'{location.file}.{format_moment(moment)}'
@@ -2205,17 +2221,17 @@ class Past:
         """The repository of a location as it was at the location's moment.  Raises HttpError 400, 404 and
         410."""
         if not self.keeps:
-            raise HttpError(404, 'the past of repositories is not kept here (--keep-deleted)')
+            raise HttpError(404, 'this server does not keep deleted objects (--keep-deleted)')
         now = self.now()
         try:
             moment = parse_moment(location.at, now / 1e6)
         except ValueError as error:
             raise HttpError(400, str(error)) from None
         if moment > now:
-            raise HttpError(400, f'{location.at} is still to come')
+            raise HttpError(400, f'{location.at} is in the future')
         earliest = self.earliest(location.repository)
         if moment < earliest:
-            raise HttpError(410, f'nothing is known of the time before {moment_for_people(earliest)}')
+            raise HttpError(410, f'no history before {moment_for_people(earliest)}')
         return View(self._store, moment)
 
     # ---- purging ----
@@ -2408,14 +2424,14 @@ class RollBack:
         """Raises ValueError where what was deleted since is not all there."""
         earliest = self._past.earliest(self._repository)
         if self._moment < earliest:
-            raise ValueError(f'nothing is known of the time before {moment_for_people(earliest)}')
+            raise ValueError(f'no history before {moment_for_people(earliest)}')
 
     def check_existed(self) -> None:
         """Raises ValueError where there was no repository, or its files have lost their times."""
         try:
             self._view.open(Location(self._repository, 'config')).close()
         except FileNotFoundError:
-            raise ValueError('there was no repository at that time, by the times of its files') from None
+            raise ValueError('the repository did not exist at that time') from None
 
     def check_locks(self) -> None:
         """Raises ValueError where somebody holds a lock that restic would heed."""
@@ -2423,7 +2439,7 @@ class RollBack:
         now, youngest = self._store.now(), max(times, default=-math.inf)
         if youngest > now - self.LOCKED_SECONDS:
             since = time.strftime('%H:%M:%S', time.localtime(youngest))
-            raise ValueError(f'somebody has held a lock since {since} '
+            raise ValueError(f'the repository has been locked since {since} '
                              f'({format_duration(max(now - youngest, 0))}); wait for it, or use --force')
 
     def run(self, dry: bool = False, force: bool = False) -> None:
@@ -2669,7 +2685,7 @@ class Counters:
         if not self._has_room(key, end - at, end - begin):
             if not self._full:
                 self._full = True
-                log.warning('there are too many repositories to count each: some are counted as "%s"', OTHER)
+                log.warning('too many repositories to count each one; the rest is counted as "%s"', OTHER)
             position = _OF_REPOSITORIES.get(key[0], 0)
             if position and key[position] != OTHER:
                 return self.row((*key[:1], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
@@ -2883,6 +2899,14 @@ COARSE_SECONDS = 2           # Resolution of the times of files (FAT); Linux has
 ScrubResult = collections.namedtuple('ScrubResult', ['time', 'checked', 'damaged', 'names'])
 
 
+def _finite(value: Any) -> float:
+    """A number from JSON, in which Python allows NaN and infinity.  Raises ValueError for these."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f'{value} is not a number')
+    return number
+
+
 def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]:
     """When each folder was last found sound, and the last result of each repository.  Raises OSError, and
     ValueError if the file is malformed."""
@@ -2890,13 +2914,13 @@ def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]
     try:
         content = json.loads(store.hidden.read(SCRUB_FILE))
         return ({str(folder): float(checked_at) for folder, checked_at in content['folders'].items()},
-                {str(repository): ScrubResult(float(result[0]), int(result[1]), int(result[2]),
+                {str(repository): ScrubResult(_finite(result[0]), int(result[1]), max(int(result[2]), 0),
                                               [str(name) for name in (*result[3:], [])[0]])
                  for repository, result in content['repositories'].items()})
     except FileNotFoundError:
         return {}, {}
     except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f'{SCRUB_FILE} is none of ours: {error}') from None
+        raise ValueError(f'{SCRUB_FILE} is invalid: {error}') from None
 
 
 @functools.lru_cache(maxsize=1)
@@ -2909,7 +2933,7 @@ def last_scrubs(store: Store) -> Dict[str, ScrubResult]:
     try:
         return _results(store, stamp(f'{store.root}/{HIDDEN}/{SCRUB_FILE}'))
     except (OSError, ValueError) as error:
-        log.debug('what --scrub found is not known: %s', error)
+        log.debug('cannot read scrub results: %s', error)
         return {}
 
 
@@ -2954,7 +2978,7 @@ class Scrub:
         try:
             self._sound, self._results = read_scrubs(store)
         except (OSError, ValueError) as error:
-            log.warning('what was checked before is not known: %s', error)
+            log.warning('cannot read earlier scrub results: %s', error)
         self._tallies: Dict[str, ScrubTally] = {}   # by repository
         self._bytes = self._total = 0
         self._begin = self._shown = self._saved = time.monotonic()
@@ -3041,10 +3065,10 @@ class Scrub:
             elif SCRATCH_PREFIX in entry.name or FRESH_PREFIX in entry.name:
                 left = is_left_over(folder, entry.name, time.time() + self._ahead)
             else:
-                self.report(path, 'foreign: no object of restic has this name here')
+                self.report(path, 'foreign: not part of a restic repository')
                 return
             if left:
-                self.report(path, 'stray: left behind by an upload that was cut off')
+                self.report(path, 'stray: left by an interrupted upload')
 
     def _check_config(self, folder: Folder, entry: os.DirEntry[str], tally: ScrubTally) -> None:
         path = f'{folder.path}/{entry.name}'
@@ -3207,7 +3231,7 @@ class Scrub:
             self._store.hidden.write(SCRUB_FILE, json.dumps(
                 {'folders': sound, 'repositories': self._results}))
         except OSError as error:
-            log.error('what was checked will not be known the next time: %s', error)
+            log.error('cannot save scrub results: %s', error)
 
 
 # ==== Usage ======================================================================================
@@ -3316,6 +3340,7 @@ class Census:
         self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
         self._requester: Optional[socket.socket] = None
         self._counting = False
+        self.unreadable: List[str] = []     # folders that the last census could not read
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
         """Wait for the first census, or until it is `fresh`; whether it was in time."""
@@ -3359,7 +3384,7 @@ class Census:
                 threading.Thread(target=self._count_all, daemon=True).start()
         except (OSError, RuntimeError) as error:  # no thread could be started
             self._counting = False
-            log.error('what is stored could not be counted: %s', error)
+            log.error('cannot count what is stored: %s', error)
 
     def count(self) -> None:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises HttpError if
@@ -3368,7 +3393,7 @@ class Census:
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
 
         def on_error(path: str, error: OSError) -> None:
-            log.warning('what is below %s is not known: %s', path or '/', error)
+            log.warning('cannot read %s, keeping its last known size: %s', path or '/', error)
             unreadable.append(path)
 
         known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
@@ -3382,6 +3407,7 @@ class Census:
             elif found.path:
                 tally.add(found.path, FOLDER_BYTES, 0)
         self._store.directory.check_present()
+        self.unreadable = unreadable
         gone = []   # type: List[str]
         for repository in known:
             if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
@@ -3415,9 +3441,9 @@ class Census:
         try:
             self.count()
         except HttpError as error:  # that was logged when it went
-            log.debug('what is stored was not counted: %s', error)
+            log.debug('did not count what is stored: %s', error)
         except Exception as error:  # a bug must not end all further counting
-            log.error('what is stored could not be counted: %s: %s', type(error).__name__, error)
+            log.error('cannot count what is stored: %s: %s', type(error).__name__, error)
             log.debug('where it happened:', exc_info=True)
         finally:
             self._counting = False
@@ -3470,7 +3496,7 @@ class Census:
         pause = bool(self._counters.read(('counted',)))
 
         def report(error: OSError) -> int:
-            log.error('how much %s holds is not wholly known: %s', repository or '/', error)
+            log.error('cannot determine the full size of %s: %s', repository or '/', error)
             return 1
 
         held[_CHARGED] = FOLDER_BYTES if repository else 0
@@ -3604,8 +3630,8 @@ class Usage:
         if deleted > left:
             with self._counters.lock:
                 self._counters.row(key, 3)[2] = now
-            message = (f'{repository or "/"}: {deleted} of {deleted + left} snapshots were deleted within a '
-                       'minute' + ('; they are kept (--keep-deleted)' if self.past.keeps else ''))
+            message = (f'{repository[1:] or "/"}: {deleted} of {deleted + left} snapshots were deleted '
+                       'within a minute' + ('; they are kept (--keep-deleted)' if self.past.keeps else ''))
             log.warning('%s', message)
             self.on_mass_delete(repository, message)
 
@@ -3622,7 +3648,7 @@ class Usage:
 
     def _purge_until(self, end: float) -> None:
         """Do what purge() says, until a time."""
-        for found in self._store.walk(lambda path, error: log.debug('%s is not purged: %s', path, error)):
+        for found in self._store.walk(lambda path, error: log.debug('cannot purge %s: %s', path, error)):
             if not found.is_repository:
                 continue
             try:
@@ -3636,7 +3662,7 @@ class Usage:
                     time.sleep(min(now - begun, 1))     # leave half of the time to requests
                     begun = time.monotonic()
             except OSError as error:
-                log.error('what was deleted from %s is not purged: %s', found.path or '/', error)
+                log.error('cannot purge deleted objects of %s: %s', found.path or '/', error)
 
     def charge(self, location: Location, size: int) -> int:
         """Bytes charged for an upload of `size` bytes, with the folders that it will create."""
@@ -3670,11 +3696,11 @@ class Usage:
             self._next_warning = now + WARNING_SECONDS
             held = ', '.join(f'{format_size(held)} of {format_size(limit)} in /{scope}'
                              for scope, (held, _, limit) in quotas.items())
-            log.warning('the quota leaves no room for %s more in %s: %s%s', format_size(count),
+            log.warning('quota exceeded: rejected an upload of %s to %s; used: %s%s', format_size(count),
                         location.repository or '/', held, self._text_of_kept(location.repository))
         full = next((f' of /{scope}' for scope, (held, _, limit) in quotas.items()
                      if scope and held + count > limit), '')
-        raise HttpError(507, f'the quota{full} leaves no room')
+        raise HttpError(507, f'quota{full} exceeded')
 
     def _text_of_kept(self, repository: str) -> str:
         """How much of what a repository's quota scope holds was deleted, and when the first of it goes."""
@@ -3690,7 +3716,7 @@ class Usage:
         if not kept:
             return ''
         until = self.past.until(oldest) if oldest else ''
-        return f'; {format_size(kept)} of that was deleted and is kept, the oldest until {until}'
+        return f'; {format_size(kept)} of that are deleted objects, the first of which expire on {until}'
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
         """Bytes held and the limit, by the scopes of some repositories."""
@@ -3782,7 +3808,7 @@ class Usage:
             return None
         objects = dict(zip(_COUNTED, numbers))
         last = max((row[0] for row in self._counters.read(('snapshot', name))), default=0)
-        if last < base.time:
+        if rows and last < base.time:
             last = base.last_snapshot
         days, snapshots = (_age_days(part, now // _DAY_SECONDS - base.time // _DAY_SECONDS)
                            for part in (base.days, base.snapshot_days))
@@ -3853,7 +3879,7 @@ class _Reservation:
         if self._scopes:
             self._usage.census.request()
             if not self._usage.census.wait(READY_SECONDS):
-                raise HttpError(503, 'what is stored is still being counted', [('Retry-After', '10')])
+                raise HttpError(503, 'still counting what is stored', [('Retry-After', '10')])
             self.take(self._charge)
         return self
 
@@ -3876,7 +3902,8 @@ class _Reservation:
             if any(held + self._taken + count > limit for held, _, limit in quotas):
                 self._usage.refuse(self._location, count)
             if time.monotonic() > end or not self._can_wait():
-                raise HttpError(503, 'other uploads hold the room that is left', [('Retry-After', '10')])
+                raise HttpError(503, 'other uploads have reserved the remaining quota',
+                                [('Retry-After', '10')])
             time.sleep(0.01 + os.urandom(1)[0] / 10000)
 
     def _can_wait(self) -> bool:
@@ -4247,7 +4274,7 @@ class PasswordFile:
         try:
             self.entries = self._load()
         except OSError as error:
-            reload_log.error('the users stay as they were: %s', error)
+            reload_log.error('keeping the previous users: %s', error)
             return
         self.slowest = slowest_entries(self.entries.values())
         reload_log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
@@ -4256,7 +4283,7 @@ class PasswordFile:
         entries = {}
         with open(self._path, 'rb') as file:
             if file.read(2) in (b'\xff\xfe', b'\xfe\xff'):
-                raise OSError(errno.EINVAL, 'this is UTF-16; save it as UTF-8', self._path)
+                raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
             file.seek(0)
             for line_number, line in enumerate(file, 1):
                 text = line.decode('utf-8-sig', 'replace').strip()
@@ -4266,14 +4293,14 @@ class PasswordFile:
                 user = normalize_user(user)
                 entry = rest.partition(':')[0].strip()
                 if not is_user(user):
-                    reload_log.error('%s, line %d (%s): the name of a user may hold letters, digits and '
-                                     '@ . _ - alone', self._path, line_number, user[:64])
+                    reload_log.error('%s, line %d (%s): user names may contain only letters, digits and '
+                                     '@ . _ -', self._path, line_number, user[:64])
                 elif not hash_cost(entry):
                     reload_log.error('%s, line %d (%s): unknown or unsafe password scheme; use bcrypt '
                                      '(htpasswd -B)', self._path, line_number, user)
                 else:
                     if user in entries:
-                        reload_log.warning('%s, line %d: %s is there twice; this line counts', self._path,
+                        reload_log.warning('%s, line %d: duplicate user %s; this line counts', self._path,
                                            line_number, user)
                     entries[user] = entry
                     if is_slow(entry):
@@ -4394,19 +4421,19 @@ class Accounts:
             if not user.isascii():
                 user = normalize_user(user.encode('latin-1').decode('utf-8', 'replace'))
             if not is_user(user):
-                log.log(NOTICE, 'the proxy %s names no valid user', peer)
-                self._refuse('the proxy names no valid user')
+                log.log(NOTICE, 'proxy %s sent no valid user name', peer)
+                self._refuse('the proxy sent no valid user name')
             return user
         if peer.unix and not self._socket_auth:
             return peer.user
         if self._file or self._user:
             return self._check_basic(request)
         if self._user_header:
-            raise HttpError(403, 'requests come through the proxy alone')
+            raise HttpError(403, 'requests must come through the proxy')
         if is_user(peer.user):
             return peer.user
         if self._certificates and peer.certified:
-            self._refuse('the client certificate has no common name that is the name of a user')
+            self._refuse('the common name of the client certificate is not a valid user name')
         return ''
 
     def users(self) -> Optional[List[str]]:
@@ -4424,7 +4451,7 @@ class Accounts:
         """The user of the Authorization header (RFC 7617)."""
         header = request.headers.get('authorization', '')
         if not header:
-            self._refuse('a password is required')
+            self._refuse('authentication required')
         user, password = self._parse_basic(header)
         if self._file:
             self._file.refresh()
@@ -4680,15 +4707,16 @@ def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False) 
             if not rule:
                 continue
             if places.setdefault((rule.who, rule.where), number) != number:
-                raise ValueError(f'{rule.who} has a line for {rule.where or "/"} already, '
+                raise ValueError(f'{rule.who} already has a rule for {rule.where or "/"}, '
                                  f'line {places[rule.who, rule.where]}')
             if rule.quota and quotas.setdefault(rule.where, rule).quota != rule.quota:
-                raise ValueError(f'{rule.where or "/"} has another quota in line {quotas[rule.where].line}')
+                raise ValueError(f'{rule.where or "/"} has a different quota in line '
+                                 f'{quotas[rule.where].line}')
             rules.append(rule)
         except ValueError as error:
             faults.append(f'line {number}: {error}')
     if not rules and not faults:    # perhaps half of a file that is being written
-        faults.append('it has no rules; write "* / none" to let nobody in')
+        faults.append('no rules; use "* / none" to deny all access')
     if faults:
         raise ValueError('\n'.join(faults))
     return Rights(rules, strangers)
@@ -4701,25 +4729,25 @@ def _parse_rule(number: int, line: str) -> Optional[Rule]:
     if not words:
         return None
     if not 3 <= len(words) <= 4:
-        raise ValueError('a line has who, where, may and perhaps a quota: alice /alice append 50G (# begins '
-                         'a comment; quote a path that has one, or a space)')
+        raise ValueError('expected WHO WHERE MAY [QUOTA], such as alice /alice append 50G (# starts '
+                         'a comment; quote paths with # or spaces)')
     who, where, may = words[:3]
     who = '*' if who == '*' else parse_user(who)
     if not where.startswith('/'):
-        raise ValueError(f'{where!r} does not begin with a slash')
+        raise ValueError(f'path {where!r} must begin with a slash')
     where = normalize_user(where.rstrip('/'))
     if who != '*':
         where = re.sub('/%u(?=/|$)', f'/{who}', where)
     if '%' in re.sub('/%u(?=/|$)', '', where):
-        raise ValueError(f'{where!r}: %u, the name of the user, stands between two slashes')
+        raise ValueError(f'{where!r}: %u (the user name) must be a whole path segment')
     try:
         check_repository(where, False)
     except HttpError as error:
         raise ValueError(f'{where!r}: {RESERVED if error.status == 404 else error}') from None
     if len(words) > 3 and where.count('/') > QUOTA_DEPTH:
-        raise ValueError(f'{where!r}: a place with a quota has at most {QUOTA_DEPTH} names')
+        raise ValueError(f'{where!r}: a path with a quota may have at most {QUOTA_DEPTH} segments')
     if may not in RIGHTS:
-        raise ValueError(f'{may!r} is no right; use none, metrics, read, append or write')
+        raise ValueError(f'invalid right {may!r}; use none, metrics, read, append or write')
     return Rule(who, where, may, parse_quota(words[3]) if len(words) > 3 else 0, number)
 
 
@@ -4750,7 +4778,7 @@ class RightsFile:
             self.rights = self._load()
         except (OSError, RightsFault) as error:
             for fault in str(error).splitlines():
-                reload_log.error('the rights stay as they were: %s', fault)
+                reload_log.error('keeping the previous rights: %s', fault)
             return False
         reload_log.log(NOTICE, 'read %d rules from %s', len(self.rights.rules), self._path)
         return True
@@ -4761,7 +4789,7 @@ class RightsFile:
         try:
             return parse_rights(data.decode('utf-8-sig'), *self._options)
         except UnicodeDecodeError:
-            raise RightsFault(f'{self._path}: this is not UTF-8') from None
+            raise RightsFault(f'{self._path}: file is not UTF-8') from None
         except ValueError as error:
             raise RightsFault('\n'.join(f'{self._path}, {fault}'
                                        for fault in str(error).splitlines())) from None
@@ -4813,9 +4841,13 @@ class Policy:
         """Who of `users`, and of those whom the rules name, has which right in a repository, the highest
         right first."""
         names = {*users, *(rule.who for rule in self.rights.rules if rule.who != '*')}
+        owner = repository.split('/', 2)[1] if repository else ''
+        if is_user(owner) and any('%u' in rule.where for rule in self.rights.rules):
+            names.add(owner)
         found: Dict[str, List[str]] = {}
         for name in sorted(names):
             found.setdefault(self.right(name, repository), []).append(name)
+        found.setdefault(self.right('*', repository), []).append('anyone else')
         return {right: found[right] for right in reversed(RIGHTS[1:]) if right in found}
 
     def metrics_of(self, user: str) -> Optional[Callable[[str], bool]]:
@@ -4843,7 +4875,7 @@ class Policy:
         """Raises HttpError 403 if the request's user may not do that.  Locks come and go with the right to
         read, so that restic can hold one."""
         may, place = self.rights.find(request.user, location.repository)
-        needed, verb = READ, 'enter'
+        needed, verb = READ, 'access'
         if request.method == 'POST' and location.kind != 'locks':
             needed, verb = APPEND, 'add to'
         elif request.method == 'DELETE' and location.is_object and location.kind != 'locks':
@@ -4852,13 +4884,13 @@ class Policy:
             return
         who = f"'{request.user}' from {request.client}" if request.user else request.client
         if _RANKS[may] == 0:    # the same whether or not there is such a repository
-            log.log(NOTICE, 'refused: %s may not enter %s', who, location)
-            raise HttpError(403, f'{request.user or "you"} may not enter {location.repository or "/"}')
-        log.log(NOTICE, 'refused: %s may not %s %s: %s only in %s', who, verb.partition(' ')[0], location,
-                may, place or '/')
+            log.log(NOTICE, 'access denied: %s may not access %s', who, location)
+            raise HttpError(403, f'{request.user or "you"} may not access {location.repository or "/"}')
+        log.log(NOTICE, 'access denied: %s may not %s %s; only %s access to %s', who,
+                verb.partition(' ')[0], location, may, place or '/')
         if verb == 'delete in':
             self.on_refused_delete(location.repository, request.user, who, may)
-        raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}: {may} only')
+        raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}; only {may} access')
 
 
 # ==== Metrics ====================================================================================
@@ -4952,7 +4984,7 @@ class Metrics:
         for limit, by_address in lines:
             listed = by_address.most_common(LIMITED_ADDRESSES)
             rest = len(by_address) - len(listed)
-            log.warning('%s: %d ended or refused, from %s', limit, sum(by_address.values()), ', '.join(
+            log.warning('%s: closed or rejected %d, from %s', limit, sum(by_address.values()), ', '.join(
                 f'{address or "unix"} ({count})' for address, count in listed)
                 + (f' and {rest} more' if rest else ''))
         return wait
@@ -5176,7 +5208,8 @@ def _label(text: str) -> str:
 LOCK_SECONDS = 86400         # Age from which a lock is stale.
 LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
-DAMAGED, OVERDUE, STALE_LOCK, FULL = TROUBLES = 'damaged', 'overdue', 'with stale locks', 'nearly full'
+DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (
+    'damaged', 'unreadable', 'overdue', 'locked', 'nearly full')
 # A repository: its path, what it holds, the result of the last scrub or None, the times of its locks or None
 # if they cannot be read, and what is wrong with it, each since a time.
 Watched = collections.namedtuple('Watched', ['name', 'held', 'scrub', 'locks', 'troubles'])
@@ -5195,14 +5228,15 @@ class Watch:
         self._store = store
         self._usage = usage
 
-    def look(self, names: Iterable[str], now: float, locks: bool = True) -> List[Watched]:
+    def look(self, names: Iterable[str], now: float, locks: bool = True,
+             sees: Callable[[str], bool] = lambda scope: True) -> List[Watched]:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
-        `locks` the disk is not asked, and they are not known."""
+        `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
         found = [self._look_at(name, held, scrubs.get(name), self._locks(name) if locks else None, now)
                  for name, held in self._usage.holdings(names).items()]
         for one in found:
-            if any(map(is_full, self._usage.limited(one.name))):
+            if any(sees(scope) and is_full(scope) for scope in self._usage.limited(one.name)):
                 one.troubles[FULL] = now
         return sorted(found, key=lambda one: (*_worst(one.troubles), natural_order(one.name)))
 
@@ -5211,11 +5245,21 @@ class Watch:
         troubles: Dict[str, float] = {}
         if scrub and scrub.damaged:
             troubles[DAMAGED] = scrub.time
-        if held.last_snapshot + self.stale_after < now:
-            troubles[OVERDUE] = held.last_snapshot and held.last_snapshot + self.stale_after
+        if held.unreadable:
+            troubles[UNREADABLE] = now
+        begin = held.last_snapshot or self._made_at(name)
+        if begin + self.stale_after < now:
+            troubles[OVERDUE] = begin and begin + self.stale_after
         if locks and min(locks) < now - LOCK_SECONDS:
-            troubles[STALE_LOCK] = min(locks)
+            troubles[LOCKED] = min(locks)
         return Watched(name, held, scrub, locks, troubles)
+
+    def _made_at(self, name: str) -> float:
+        """When a repository was created, by its config; 0 where that is not known."""
+        try:
+            return os.stat(f'{self._store.root}{name}/config').st_mtime
+        except OSError:
+            return 0.0
 
     def _is_full(self, scope: str) -> bool:
         """Whether a quota's scope is nearly full.  Many repositories share one."""
@@ -5271,20 +5315,32 @@ def count_troubles(found: Iterable[Watched]) -> str:
 #
 # Theory of operation.  Any process may find that something has happened; it sends that over a socket to the
 # process that makes the censuses, which runs the command in a thread, for one event at a time.  The same
-# thread looks every WATCH_SECONDS at what is wrong.  What it has told of that is remembered in the hidden
-# folder, under a lock, so that other servers of the directory, and the next start, do not tell it again.
+# thread looks every WATCH_SECONDS for problems.  Which of them were reported is kept in EVENTS_FILE, which
+# is changed under a lock, so that other servers of the directory, and the next start, do not report them
+# again: an event is claimed there first, and released if the server stops before its command has run.
+#
+# Servers may count at different times, so one may see an older last snapshot than another.  That a
+# repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
+# seen; `back` is reported for a newer one only.
 
-WATCH_SECONDS = 60           # Time between two looks at what is wrong.
+WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
-QUEUED_EVENTS = 1000         # Events that wait for the command; more are lost.
+OUTPUT_BYTES = 4096          # What is kept of its output: the end.
+QUEUED_EVENTS = 1000         # Events that may wait for the command.
+QUEUED_BY_CLIENTS = 500      # Of these, events that a client causes as often as it likes.
 NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
-REFUSED_PAUSE = 3600         # Seconds between two events of refused deletes in a repository.
+REFUSED_SECONDS = 60         # Time between two events of refused deletes from one process ...
+REFUSED_PAUSE = 3600         # ... and in one repository.
+_BY_CLIENTS = ('snapshot', 'refused')
+# `repository` is a path, None for what is about none.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message'])
+if TYPE_CHECKING:
+    Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
 
 class Events:
     """What happens to the repositories of `usage`, and a shell `command` that is run then; none if it is
-    empty.  `watch` says what is wrong."""
+    empty.  `watch` finds problems."""
 
     def __init__(self, store: Store, counters: Counters, usage: Usage, watch: Watch, command: str = ''
                  ) -> None:
@@ -5295,17 +5351,19 @@ class Events:
         self._command = command
         self.receiver: Optional[socket.socket] = None   # can be read when on_sent() is to be called
         self._sender: Optional[socket.socket] = None
-        self._refused: Dict[str, float] = {}    # until when no other refused delete is sent, by repository
-        self._lock = threading.Lock()       # of what follows
+        self._next_refused = 0.0
+        self._lock = threading.Lock()       # of the next three
         self._queue: Deque[Event] = collections.deque()
         self._is_due = False                # the next look
         self._thread: Optional[threading.Thread] = None
-        self._stopped = False
+        self._stopped = threading.Event()   # nothing is begun any more
+        self._cut = threading.Event()       # what is running is killed
         self._next_look = 0.0
-        self._told: Dict[str, Dict[str, float]] = {}    # what EVENTS_FILE says
-        self._remembers = True              # it can be written
-        self._is_gone = False
-        self._process: Any = None           # that runs the command
+        self._reported = ReportedEvents(store)
+        import mmap
+        self._is_gone = mmap.mmap(-1, 1)    # whether it was reported, for all processes
+        for kind in EVENTS if command else ('snapshot', 'deleted', 'refused'):
+            counters.add(('event', kind), 0)
 
     def __bool__(self) -> bool:
         return bool(self._command)
@@ -5336,40 +5394,42 @@ class Events:
             try:
                 self._sender.send(json.dumps(event).encode())
             except OSError as error:
-                log.error('the command of --on-event is not run for "%s": %s', message, error)
+                log.error('--on-event: command not run for "%s": %s', message, error)
         elif self._command:
             self._enqueue(event)
 
     def on_refused_delete(self, repository: str, user: str, who: object, may: str) -> None:
-        """A delete was refused, since `who` has only another right.  Each process says so once in a while."""
+        """A delete was refused, since `who` has only another right.  Reported once in REFUSED_SECONDS, so
+        that nobody can drown other events."""
         now = time.monotonic()
-        if now >= self._refused.get(repository, 0.0):
-            if len(self._refused) >= KNOWN_FOLDERS:
-                self._refused.clear()
-            self._refused[repository] = now + REFUSED_PAUSE
-            self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, and has the '
-                      f'right {may} only', user)
+        with contextlib.suppress(OSError):
+            if now >= self._next_refused and self._store.has_repository(repository):
+                self._next_refused = now + REFUSED_SECONDS
+                self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
+                          f'only {may}', user)
 
     def on_mass_delete(self, repository: str, message: str) -> None:
         """Most snapshots of a repository were deleted."""
         self.emit('deleted', repository, message)
 
     def on_snapshot(self, request: Request, location: Location) -> None:
-        """A snapshot has come."""
+        """A snapshot has arrived."""
         self.emit('snapshot', location.repository, f'{location.repository[1:] or "/"}: snapshot '
-                  f'{location.name[:8]} has come from {request.user or request.client}', request.user)
+                  f'{location.name[:8]} received from {request.user or request.client}', request.user)
 
     # ---- in the process that runs the command ----
 
     def on_sent(self) -> None:
         """Take the events that were sent."""
+        if not self.receiver:
+            return
         import json
         with contextlib.suppress(OSError):      # there are no more
-            while self.receiver:
+            while True:
                 self._enqueue(Event(*json.loads(self.receiver.recv(65536))))
 
     def tick(self) -> float:
-        """Look at what is wrong if it is time; seconds until it will be."""
+        """Look for problems if it is time; seconds until it will be."""
         if not self._command:
             return math.inf
         now = time.monotonic()
@@ -5381,215 +5441,271 @@ class Events:
         return self._next_look - now
 
     def stop(self, seconds: float) -> None:
-        """Begin nothing any more, and end a command that runs longer than some seconds."""
-        self._stopped = True
-        thread = self._thread
+        """Begin nothing any more; a command that is running is killed after some seconds."""
+        self._stopped.set()
+        self.on_sent()
+        with self._lock:
+            thread, lost = self._thread, len(self._queue)
+        if lost:
+            log.error('--on-event: %s lost, the server is stopping', format_count(lost, 'event'))
         if thread:
             thread.join(seconds)
-            self._kill()
+            self._cut.set()
+            thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
+        by_clients = event.kind in _BY_CLIENTS
         with self._lock:
-            is_full = len(self._queue) >= QUEUED_EVENTS
-            if not is_full:
+            is_full = len(self._queue) >= (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)
+            if not is_full and by_clients:
                 self._queue.append(event)
+            elif not is_full:
+                self._queue.appendleft(event)
         if is_full:
-            log.error('the command of --on-event is not run for "%s": %d events wait for it', event.message,
-                      QUEUED_EVENTS)
+            log.error('--on-event: command not run for "%s": too many events are queued', event.message)
         self._start()
 
     def _start(self) -> None:
         """Have a thread do what is to be done."""
         with self._lock:
-            if not self._thread and not self._stopped:
+            if not self._thread and not self._stopped.is_set():
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 try:
                     self._thread.start()
                 except RuntimeError as error:
                     self._thread = None
-                    log.error('the command of --on-event is not run: %s', error)
+                    log.error('--on-event: cannot run the command: %s', error)
 
     def _work(self) -> None:
+        unpin(True)
         while True:
             with self._lock:
                 looks, self._is_due = self._is_due, False
-                if self._stopped or not (looks or self._queue):
+                if self._stopped.is_set() or not (looks or self._queue):
                     self._thread = None
                     return
                 event = None if looks else self._queue.popleft()
             try:
-                if event:
-                    self._run(event)
-                else:
+                if not event:
                     self._look()
+                elif event.kind == 'refused':
+                    self._report('refused', event.repository, time.time(), event.message, event.user)
+                else:
+                    self._run(event)
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
                 log.debug('where it happened:', exc_info=True)
 
-    def _run(self, event: Event) -> None:
-        """Run the command for an event, unless that is of another server, too."""
-        if event.kind == 'refused' and not self._claim('refused', event.repository, time.time(),
-                                                       REFUSED_PAUSE):
-            return
+    def _run(self, event: Event) -> bool:
+        """Run the command for an event; False if the server is stopping."""
+        if self._stopped.is_set():
+            return False
         self._counters.add(('event', event.kind), 1)
-        self._run_command(event)
-
-    def _run_command(self, event: Event) -> None:
-        import subprocess
-        import tempfile
         environment = {name: value for name, value in os.environ.items()
                        if not name.startswith('RESTIC_SERVE_')}
         environment.update(
-            RESTIC_SERVE_EVENT=event.kind, RESTIC_SERVE_REPOSITORY=event.repository[1:] or '/',
-            RESTIC_SERVE_USER=event.user, RESTIC_SERVE_MESSAGE=one_line(event.message),
-            RESTIC_SERVE_DIRECTORY=self._store.root, RESTIC_SERVE_TIME=format_time(time.time()))
-        with tempfile.TemporaryFile() as output:
-            try:
-                self._process = subprocess.Popen(   # noqa: S602 - the administrator's own command
-                    self._command, shell=True,
-                    env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT, start_new_session=True, close_fds=True)
-                status: object = f'status {self._process.wait(COMMAND_SECONDS)}'
-            except subprocess.TimeoutExpired:
-                self._kill()
-                status = f'it was killed after {COMMAND_SECONDS} s'
-            except OSError as error:
-                status = error
-            output.seek(0)
-            last = output.read(65536).decode('utf-8', 'replace').rstrip().rpartition('\n')[2]
-        self._process = None
-        if status == 'status 0':
-            log.info('ran the command of --on-event for "%s"', event.message)
+            RESTIC_SERVE_EVENT=event.kind, RESTIC_SERVE_USER=event.user,
+            RESTIC_SERVE_REPOSITORY='' if event.repository is None else event.repository[1:] or '/',
+            RESTIC_SERVE_MESSAGE=one_line(event.message), RESTIC_SERVE_DIRECTORY=self._store.root,
+            RESTIC_SERVE_TIME=format_time(time.time()))
+        failure = run_command(self._command, environment, self._cut)
+        if failure:
+            log.error('--on-event: command failed for "%s": %s', event.message, failure)
         else:
-            log.error('the command of --on-event has failed for "%s": %s%s', event.message, status,
-                      last and f': {last}')
+            log.info('--on-event: ran the command for "%s"', event.message)
+        return not (failure and self._cut.is_set())
 
-    def _kill(self) -> None:
-        """End the command and what it has started."""
-        process = self._process
-        if process and process.poll() is None:
-            with contextlib.suppress(OSError):
-                if hasattr(os, 'killpg'):
-                    os.killpg(process.pid, signal.SIGKILL)
-                else:
-                    process.kill()
-            process.wait()
-
-    # ---- what is wrong ----
+    # ---- problems ----
 
     def _look(self) -> None:
-        """Tell what has become wrong, and what is right again."""
+        """Report new problems, and what is right again."""
         if not self._is_present():
             return
         self._usage.census.request()
         if not self._usage.census.wait(0):
             return
+        self._reported.refresh()
         now = time.time()
-        if self._remembers:
-            self._told = self._read()
         found = {one.name: one for one in self._watch.look(self._usage.names(), now, locks=False)}
-        for name in [name for name in self._told.get('overdue', ())
-                     if name not in found or OVERDUE not in found[name].troubles]:
-            if self._forget('overdue', name) and name in found:
-                self._emit_here('back', name, 'a snapshot has come again')
-        for name in [name for name in self._told.get('damaged', ())
-                     if name not in found or DAMAGED not in found[name].troubles]:
-            self._forget('damaged', name)
-        for name, one in found.items():
-            if DAMAGED in one.troubles and self._claim('damaged', name, one.scrub.damaged):
-                self._emit_here('damaged', name, f'{one.scrub.damaged} damaged: '
-                                + ', '.join(one.scrub.names[:3]))
-            if OVERDUE in one.troubles and self._claim('overdue', name, one.held.last_snapshot, math.inf):
-                last = one.held.last_snapshot
-                self._emit_here('overdue', name, f'overdue, the last snapshot came '
-                                f'{format_age(now - last)} ago' if last else 'overdue, no snapshot has come')
+        for one in found.values():
+            self._look_at(one, now)
+        for kind in ('damaged', 'overdue', 'back'):
+            for name in self._reported.names(kind):
+                with contextlib.suppress(OSError):
+                    if name not in found and not self._store.has_repository(name):
+                        self._reported.release(kind, name)
         self._look_at_room(list(found))
 
+    def _look_at(self, one: Watched, now: float) -> None:
+        """Report what is new of a repository."""
+        name, last, reported = one.name, one.held.last_snapshot, self._reported
+        if DAMAGED in one.troubles:
+            import zlib
+            which = zlib.crc32(repr((one.scrub.damaged, sorted(one.scrub.names))).encode())
+            self._report('damaged', name, which, f'{name[1:] or "/"}: '
+                         f'{format_count(one.scrub.damaged, "object")} damaged: '
+                         + ', '.join(one.scrub.names[:3]))
+        elif reported.value('damaged', name) is not None:
+            reported.release('damaged', name)
+        overdue, back = reported.value('overdue', name), reported.value('back', name)
+        if OVERDUE in one.troubles and last >= (back or 0) and last > (-1 if overdue is None else overdue):
+            since = f'last snapshot {format_age(now - last)} ago' if last else 'no snapshot yet'
+            self._report('overdue', name, last, f'{name[1:] or "/"}: overdue, {since}')
+        elif OVERDUE not in one.troubles and overdue is not None and last > max(overdue, back or 0):
+            self._report('back', name, last, f'{name[1:] or "/"}: no longer overdue')
+
     def _is_present(self) -> bool:
-        """Whether the directory is there; tells when it goes, and when it is back."""
+        """Whether the directory is there; reports when it goes, and when it is back."""
+        gone = False
         try:
             self._store.directory.check_present()
         except HttpError:
-            if not self._is_gone:
-                self._is_gone = True
-                self._emit_here('gone', '', f'{self._store.root} has gone, perhaps its disk was unmounted')
-            return False
-        if self._is_gone:
-            self._is_gone = False
-            self._emit_here('back', '', f'{self._store.root} is back')
-        return True
+            gone = True
+        if gone != bool(self._is_gone[0]):
+            self._is_gone[0] = gone
+            self._run(Event('gone', None, '', f'{self._store.root} is gone (disk unmounted?)') if gone else
+                      Event('back', None, '', f'{self._store.root} is back'))
+        return not gone
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
-        """Tell which quotas, and whether the disk, are nearly full."""
+        """Report quotas, and the disk, that are nearly full."""
         import shutil
         rooms = {f'/{scope}': room for scope, room in self._usage.quotas(repositories).items()}
         with contextlib.suppress(OSError):
             disk = shutil.disk_usage(self._store.root or os.sep)
             rooms[''] = disk.total - disk.free, disk.total
         for place, (held, limit) in rooms.items():
-            if held >= NEARLY_FULL * limit and self._claim('full', place, 1, math.inf):
-                self._emit_here('full', place, f'{place or "the disk"} is nearly full, '
-                                f'{format_size(held)} of {format_size(limit)}')
-        for place in self._told.get('full', {}):
+            if held >= NEARLY_FULL * limit and self._reported.value('full', place) is None:
+                what = 'disk' if not place else f'quota of {place}'
+                self._report('full', place or None, 1, f'{what} is {100 * held // limit} % used: '
+                             f'{format_size(held)} of {format_size(limit)}')
+        for place in self._reported.names('full'):
             held, limit = rooms.get(place, (0, 1))
             if held < NO_LONGER_FULL * limit:
-                self._forget('full', place)
+                self._reported.release('full', place)
 
-    def _emit_here(self, kind: str, repository: str, message: str) -> None:
-        """Run the command for something that this process has found itself."""
-        if repository and kind != 'full':
-            message = f'{repository[1:]}: {message}'
-        self._run(Event(kind, repository, '', message))
+    def _report(self, kind: str, repository: Optional[str], value: float, message: str,
+                user: str = '') -> None:
+        """Run the command for something that all servers of the directory find, unless another has."""
+        before = self._reported.value(kind, repository or '')
+        if self._reported.claim(kind, repository or '', value) and not self._run(
+                Event(kind, repository, user, message)):
+            self._reported.release(kind, repository or '', before)
 
-    # ---- what was told ----
 
-    def _claim(self, kind: str, name: str, value: float, less: float = 0) -> bool:
-        """Whether something is to be told, which is remembered from now on: it was not yet, or of a `value`
-        that is lower by more than `less`."""
-        def is_new(told: Dict[str, Dict[str, float]]) -> bool:
-            known = told.get(kind, {}).get(name)
-            return known is None or value > known + less
+def run_command(command: str, environment: Dict[str, str], cut: threading.Event) -> str:
+    """Run a shell command; why it failed, empty if it did not.  It is killed after COMMAND_SECONDS, or when
+    `cut` is set."""
+    import subprocess
+    try:
+        process: Any = subprocess.Popen(    # noqa: S602 - the administrator's own command
+            command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, close_fds=True)
+    except OSError as error:
+        return str(error)
+    output, tail, end = process.stdout.fileno(), b'', time.monotonic() + COMMAND_SECONDS
+    with process.stdout, selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        killed = ''
+        while not killed:
+            ready = bool(selector.get_map()) and bool(selector.select(0.1))
+            data = os.read(output, 65536) if ready else b''
+            tail = (tail + data)[-OUTPUT_BYTES:]
+            if ready and not data:      # it has closed its output
+                selector.unregister(output)
+            elif not data and process.poll() is not None:
+                break       # something that it has started may go on
+            elif not selector.get_map():
+                time.sleep(0.05)
+            if time.monotonic() >= end:
+                killed = f'killed after {COMMAND_SECONDS} s'
+            elif cut.is_set():
+                killed = 'killed, the server is stopping'
+        if killed:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+    last = tail.decode('utf-8', 'replace').rstrip().rpartition('\n')[2][-200:]
+    return (killed or f'status {status}') + (last and f': {last}') if killed or status else ''
 
-        def claim(told: Dict[str, Dict[str, float]]) -> bool:
-            if not is_new(told):
-                return False
-            told.setdefault(kind, {})[name] = value
-            return True
 
-        return is_new(self._told) and self._change(claim)
+class ReportedEvents:
+    """Which events were reported, in a file that all servers of a directory share; in memory where it
+    cannot be written.  Each has a value."""
 
-    def _forget(self, kind: str, name: str) -> bool:
-        """Remember no longer that something was told; whether it was."""
-        return self._change(lambda told: told.get(kind, {}).pop(name, None) is not None)
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: Reported = {}      # what the file said last
+        self._is_shared = not store.directory.read_only
 
-    def _change(self, change: Callable[[Dict[str, Dict[str, float]]], bool]) -> bool:
-        """Change what was told, if `change` says so; its answer."""
+    def refresh(self) -> None:
+        """Read the file again."""
+        if self._is_shared:
+            self._known = self._read()
+
+    def value(self, kind: str, name: str) -> Optional[float]:
+        """The value with which an event was reported, None if it was not."""
+        return self._known.get(kind, {}).get(name)
+
+    def names(self, kind: str) -> List[str]:
+        """The names with which events of a kind were reported."""
+        return list(self._known.get(kind, ()))
+
+    def claim(self, kind: str, name: str, value: float) -> bool:
+        """Note an event as reported; False if another server was faster."""
+        def change(known: Reported) -> bool:
+            names = known.setdefault(kind, {})
+            if kind == 'refused':       # a time
+                for old in [old for old, when in names.items() if not 0 <= value - when < REFUSED_PAUSE]:
+                    del names[old]
+                is_new = name not in names
+            else:
+                is_new = names.get(name) != value and not (
+                    kind in ('overdue', 'back') and names.get(name, -1) > value)
+            if is_new:
+                names[name] = value
+            return is_new
+
+        return self._change(change)
+
+    def release(self, kind: str, name: str, before: Optional[float] = None) -> None:
+        """Take an event for not reported, or for reported with another value `before`."""
+        def change(known: Reported) -> bool:
+            names = known.setdefault(kind, {})
+            if before is not None:
+                names[name] = before
+                return True
+            return names.pop(name, None) is not None
+
+        self._change(change)
+
+    def _change(self, change: Callable[[Reported], bool]) -> bool:
+        """Change what is known, if `change` says so; its answer."""
+        import json
+        if self._is_shared:
+            try:
+                with self._store.hidden.exclusive():
+                    known = self._read()
+                    changed = change(known)
+                    if changed:
+                        self._store.hidden.write(EVENTS_FILE, json.dumps(known))
+                self._known = known
+                return changed
+            except OSError as error:
+                self._is_shared = False
+                log.error('cannot save which events were reported, some may be reported again: %s', error)
+        return change(self._known)
+
+    def _read(self) -> Reported:
         import json
         try:
-            with self._store.hidden.exclusive():
-                told = self._read()
-                changed = change(told)
-                if changed:
-                    self._store.hidden.write(EVENTS_FILE, json.dumps(told))
-            self._remembers = True
-        except OSError as error:
-            log.debug('what was told is remembered until the server ends: %s', error)
-            self._remembers = False
-            told, changed = self._told, change(self._told)
-        self._told = told
-        return changed
-
-    def _read(self) -> Dict[str, Dict[str, float]]:
-        """What was told: of each kind, a value by name."""
-        import json
-        try:
-            told = json.loads(self._store.hidden.read(EVENTS_FILE))
-            return {str(kind): {str(name): float(value) for name, value in names.items()}
-                    for kind, names in told.items()}
+            known = json.loads(self._store.hidden.read(EVENTS_FILE))
+            return {str(kind): {str(name): _finite(value) for name, value in names.items()}
+                    for kind, names in known.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:
-            log.error('%s cannot be read, what was told may be told again: %s', EVENTS_FILE, error)
+        except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
             return {}
 
 
@@ -5602,6 +5718,7 @@ LOOK_AGAIN = 5               # Seconds until the browser loads a page again that
 RENEW_SECONDS = 60           # Seconds until it loads any other page again.
 FOLD_FROM = 25               # Repositories from which on sound ones are folded.
 SNAPSHOTS_SHOWN = 200
+LOOKED_AT_MOST = 16          # Repositories whose snapshots are remembered.
 NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
 SORTS: Dict[str, Callable[[Watched], Any]] = {
     'name': lambda one: natural_order(one.name),
@@ -5669,10 +5786,12 @@ th,td{padding:.25rem .6rem .25rem 0}}
 ICON = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" '
          'fill="#1a66b8"/><path d="M4 4h8v2.4H4zM4 7h8v2.4H4zM4 10h8v2.4H4z" fill="#fff"/></svg>\n')
 
-# Who looks, at which path and sorted how: `right` says what he may do in a repository, which is anything only
-# at and below `places`; `users` may be named to him (None: not).  `url` is the server's for restic, `base`
-# its path.
-Visit = collections.namedtuple('Visit', ['top', 'sort', 'user', 'right', 'places', 'users', 'url', 'base'])
+# A request for a page: the path and the order, the user and what the user may see.  `right` gives the right
+# in a repository, which is not NONE only at and below `places`; `users` gives the users of a repository by
+# right (None: the user may not know them), `sees_disk` whether the disk's size is shown.  `url` is the
+# server's address for restic, `base` the path in it.
+Visit = collections.namedtuple('Visit', [
+    'top', 'sort', 'user', 'right', 'places', 'users', 'sees_disk', 'url', 'base'])
 
 
 class Page:
@@ -5683,6 +5802,8 @@ class Page:
         self._usage = usage
         self._watch = Watch(store, usage, stale_after)
         self._rendering = threading.Lock()
+        self._looking = threading.Lock()    # at the objects of a repository
+        self._looked: Dict[str, Any] = {}   # a few of the last results, with what they depend on
 
     def headers(self) -> Headers:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
@@ -5708,19 +5829,21 @@ class Page:
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
         shown = self._watch.look([name for place in below for name in self._usage.names(place)
-                                  if visit.right(name) != NONE], now)
+                                  if visit.right(name) != NONE], now,
+                                 sees=lambda scope: visit.right(f'/{scope}' if scope else '') != NONE)
         itself = next((one for one in shown if one.name == top), None)
         if itself and top:
             shown.remove(itself)
-        troubles = count_troubles([*shown, itself] if itself and top else shown)
+        troubles, fault = count_troubles([*shown, itself] if itself and top else shown), self._fault()
         host = _text(socket.gethostname())
         return ''.join((
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<title>{host}: {troubles or "backups"}</title>'
+            f'<title>{host}: {fault or troubles or "backups"}</title>'
             '<meta name="viewport" content="width=device-width">'
             f'<style>{_STYLE}</style></head><body><main>',
             f'<p><a href="{_link(visit.base, "")}">All repositories</a></p>' if top else '',
             f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>',
+            f'<p>{_bad(fault)}</p>' if fault else '',
             self._repository(itself, visit, now) if itself and top else '',
             f'<h2>Below {_text(top[1:])}</h2>' if itself and top and shown else '',
             self._overview(shown, visit, now, fresh) if shown or not (itself and top) else '',
@@ -5728,36 +5851,42 @@ class Page:
             'The plots show what is stored by the day on which it came, with a tick for each day with a '
             'snapshot.' if shown or itself else '', '</footer></body></html>\n'))
 
+    def _fault(self) -> str:
+        """What is wrong with the whole directory, empty if nothing is."""
+        return self._store.directory.find_fault()
+
     # ---- several repositories ----
 
     def _overview(self, shown: List[Watched], visit: Visit, now: float, fresh: bool) -> str:
         if self._usage.census.age() == math.inf:
-            return '<p>What is stored is being counted …</p>'
+            return '<p>Calculating sizes …</p>'
         bad, sound = ([one for one in shown if bool(one.troubles) == wrong] for wrong in (True, False))
-        folded = len(shown) >= FOLD_FROM and not visit.sort
+        folded = len(shown) >= FOLD_FROM and visit.sort not in SORTS
         key = SORTS.get(visit.sort)
         if key:
             bad.sort(key=key)
             sound.sort(key=key)
         limited = any(visit.right(one.name) != WRITE for one in shown)      # else nobody needs to be told
         return ''.join((
-            self._summary(shown, fresh),
+            self._summary(shown, visit, fresh),
             self._quotas([*(one.name for one in shown), *visit.places], visit),
             '' if shown else self._first_backup(visit),
-            f'<p>All of them by {_sorted_by("name", visit)}, {_sorted_by("age", visit, "last snapshot")} or '
+            f'<p>Show all by {_sorted_by("name", visit)}, {_sorted_by("age", visit, "last snapshot")} or '
             f'{_sorted_by("size", visit)}</p>' if folded else '',
             _table('Repositories', bad if folded else bad + sound, visit, limited, now),
             *(_folded(folder, ones, visit, limited, now) for folder, ones in _by_folder(
-                sound if folded else []))))
+                sound if folded else [], visit.top))))
 
-    def _summary(self, shown: List[Watched], fresh: bool) -> str:
+    def _summary(self, shown: List[Watched], visit: Visit, fresh: bool) -> str:
         """What there is, in a line."""
-        parts = [_number_of_repositories(shown)]
+        parts = [format_count(len(shown), 'repository')]
         if shown:
             parts += [format_size(sum(one.held.bytes for one in shown)),
                       _bad(count_troubles(shown)) if any(one.troubles for one in shown) else 'all is well']
         line = ', '.join(parts)
         with contextlib.suppress(OSError):
+            if not visit.sees_disk or self._fault():
+                raise FileNotFoundError
             import shutil
             disk = shutil.disk_usage(self._store.root or os.sep)
             free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
@@ -5789,36 +5918,48 @@ class Page:
 
     def _repository(self, one: Watched, visit: Visit, now: float) -> str:
         held, right = one.held, visit.right(one.name)
-        snapshots, is_whole = self._watch.snapshots(one.name)
-        kinds = ', '.join(_number(held.objects[kind], word) for kind, word in _KINDS.items())
+        reads = right != METRICS
+        kinds = ', '.join(format_count(held.objects[kind], word) for kind, word in _KINDS.items())
         facts = [
-            ('Address', f'<code>{_text(f"rest:{visit.url}{_quoted_path(one.name)}/")}</code>'),
+            ('Address', reads and f'<code>{_text(f"rest:{visit.url}{_quoted_path(one.name)}/")}</code>'),
             ('Last snapshot', _last_snapshot(one, now)),
             ('Size', f'{format_size(held.bytes)}: {kinds}' + (
-                f' {_bad("not all of it can be read")}' if held.unreadable else '')),
+                f' {_bad("incomplete")}' if held.unreadable else '')),
             ('Growth', f'{format_size(sum(held.days[-30:]))} in 30 days'),
             ('Deleted and kept', self._kept(one, visit)),
             ('Locks', _locks(one, now)),
-            ('Last scrub', _scrub(one, now, names=right != METRICS)),
-            ('You may', _word_of_right(right)),
+            ('Last scrub', _scrub(one, now, names=reads)),
+            ('You may', right),
             ('Rights', '' if visit.users is None else '; '.join(
-                f'{_word_of_right(may)}: {_listed(users)}' for may, users in visit.users(one.name).items())),
+                f'{may}: {_listed(users)}' for may, users in visit.users(one.name).items())),
         ]
         return ''.join((
             f'<p>{_bad(_text_of_troubles(one, now)) if one.troubles else "All is well."}</p>',
             f'<dl>{"".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in facts if text)}</dl>',
             self._quotas([one.name], visit),
             f'<h2>Size, {DAYS} days</h2>', _figure(held, now),
-            '<h2>Snapshots</h2>', _snapshots(snapshots, is_whole, now)))
+            '<h2>Snapshots</h2>', _snapshots(*self._look_into(one), now, reads)))
+
+    def _look_into(self, one: Watched) -> Tuple[List[Snapshot], bool]:
+        """What Watch.snapshots() says, again while nothing has been added or deleted."""
+        with self._looking:
+            state = one.held.objects, one.held.bytes, one.held.last_snapshot
+            known = self._looked.get(one.name)
+            if not known or known[0] != state:
+                if len(self._looked) >= LOOKED_AT_MOST:
+                    self._looked.clear()
+                known = self._looked[one.name] = state, self._watch.snapshots(one.name)
+            result: Tuple[List[Snapshot], bool] = known[1]
+            return result
 
     def _kept(self, one: Watched, visit: Visit) -> str:
         """What was deleted from a repository and is kept, and from when on it can be read."""
         held, past = one.held, self._usage.past
         if not (past.keeps or held.kept):
             return ''
-        text = (f'{format_size(held.kept_bytes)} in {_number(held.kept, "object")}, {held.deleted:,} of '
+        text = (f'{format_size(held.kept_bytes)} in {format_count(held.kept, "object")}, {held.deleted:,} of '
                 'them deleted in the last day' if held.kept else 'nothing')
-        if past.keeps:
+        if past.keeps and visit.right(one.name) != METRICS:
             with contextlib.suppress(OSError):
                 earliest = time.gmtime(past.earliest(one.name) // 1_000_000 + 1)
                 moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', earliest)
@@ -5851,13 +5992,15 @@ def _sorted_by(sort: str, visit: Visit, text: str = '') -> str:
 def _row(one: Watched, visit: Visit, limited: bool, now: float) -> str:
     """A repository's row."""
     held = one.held
-    name = f'<a href="{_link(visit.base, one.name)}">{_text(one.name[1:] or "/")}</a>'
-    cells = (*((('right more', _word_of_right(visit.right(one.name))),) if limited else ()),
+    name = _text(one.name[1:] or '/')
+    if _is_path(one.name):
+        name = f'<a href="{_link(visit.base, one.name)}">{name}</a>'
+    cells = (*((('right more', visit.right(one.name)),) if limited else ()),
              ('age', _last_snapshot(one, now)),
              ('n more', f'{held.objects["snapshots"]:,}'),
              ('n', format_size(held.bytes) + (
                  _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
-                 _small('not all can be read', 'bad') if held.unreadable else '')),
+                 _small('incomplete', 'bad') if held.unreadable else '')),
              ('n more', f'+{format_size(sum(held.days[-30:]))}'),
              ('graph more', _plot(held) + _small(f'0 to {format_size(held.bytes)}')),
              ('locks more', _locks(one, now, names=False)),
@@ -5867,38 +6010,43 @@ def _row(one: Watched, visit: Visit, limited: bool, now: float) -> str:
         f'<td class="{kind}">{content}</td>' for kind, content in cells) + '</tr>\n')
 
 
-def _by_folder(shown: List[Watched]) -> List[Tuple[str, List[Watched]]]:
-    """Repositories by top-level folder; those that share theirs with none come last, without one."""
+def _by_folder(shown: List[Watched], top: str) -> List[Tuple[str, List[Watched]]]:
+    """Repositories by folder below the path `top`; those that share theirs with none come last, without
+    one."""
     folders: Dict[str, List[Watched]] = {}
     for one in shown:
-        folders.setdefault(one.name.split('/', 2)[1] if one.name else '', []).append(one)
+        name = one.name[len(top):].partition('/')[2].partition('/')[0]
+        folders.setdefault(f'{top}/{name}' if name else '', []).append(one)
     alone = [one for ones in folders.values() if len(ones) == 1 for one in ones]
     return [*((folder, ones) for folder, ones in folders.items() if len(ones) > 1),
             *([('', alone)] if alone else [])]
 
 
 def _folded(folder: str, shown: List[Watched], visit: Visit, limited: bool, now: float) -> str:
-    """The sound repositories of a top-level folder, as a line that unfolds."""
-    number = _number_of_repositories(shown)
-    name = f'<b>{_text(folder)}/</b>: {number}' if folder else f'<b>{number}</b>'
+    """The sound repositories of a folder, as a line that unfolds."""
+    number, name = format_count(len(shown), 'repository'), _text(folder[1:])
+    head, alone, caption = f'<b>{number}</b>', '', 'Other repositories'
+    if folder:
+        head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
+        alone = f'<p><a href="{_link(visit.base, folder)}">Only {name}/</a></p>' if _is_path(folder) else ''
     oldest = min(one.held.last_snapshot for one in shown)
-    alone = f'<p><a href="{_link(visit.base, f"/{folder}")}">{_text(folder)}/ alone</a></p>' if folder else ''
-    return (f'<details><summary>{name}, all is well; {format_size(sum(one.held.bytes for one in shown))}, '
-            f'the oldest last snapshot {format_age(now - oldest)} ago</summary>{alone}'
-            + _table(f'Repositories in {_text(folder)}/' if folder else 'Other repositories', shown, visit,
-                     limited, now) + '</details>\n')
+    return (f'<details><summary>{head}, all is well; {format_size(sum(one.held.bytes for one in shown))}, '
+            f'no last snapshot is older than {format_age(now - oldest)}</summary>{alone}'
+            + _table(caption, shown, visit, limited, now) + '</details>\n')
 
 
 def _text_of_troubles(one: Watched, now: float) -> str:
     """What is wrong with a repository."""
     held, texts = one.held, []
     if DAMAGED in one.troubles:
-        texts.append(f'{_number(one.scrub.damaged, "object")} damaged')
+        texts.append(f'{format_count(one.scrub.damaged, "object")} damaged')
     if OVERDUE in one.troubles:
         texts.append(f'overdue for {format_age(now - one.troubles[OVERDUE])}' if held.last_snapshot
                      else 'overdue: no snapshot yet')
-    if STALE_LOCK in one.troubles:
-        texts.append(f'a lock since {format_age(now - one.troubles[STALE_LOCK])}')
+    if LOCKED in one.troubles:
+        texts.append(f'locked for {format_age(now - one.troubles[LOCKED])}')
+    if UNREADABLE in one.troubles:
+        texts.append('cannot be read completely')
     return ', '.join([*texts, *([FULL] if FULL in one.troubles else [])])
 
 
@@ -5911,7 +6059,7 @@ def _locks(one: Watched, now: float, names: bool = True) -> str:
     """The locks of a repository: each since when, if they are to be told."""
     if not one.locks:
         return 'unknown' if one.locks is None else '<span class="dim">none</span>'
-    kind = 'bad' if STALE_LOCK in one.troubles else ''
+    kind = 'bad' if LOCKED in one.troubles else ''
     if not names:
         return f'{len(one.locks)}{_small(f"oldest {format_age(now - min(one.locks))}", kind)}'
     ages = [f'since {_moment(when)}' for when in sorted(one.locks)[:NAMES_SHOWN]]
@@ -5927,14 +6075,14 @@ def _scrub(one: Watched, now: float, names: bool) -> str:
     return f'{result}{_small(f"{format_age(now - one.scrub.time)} ago")}{listed}'
 
 
-def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float) -> str:
-    """A table of snapshots, the latest first, with what came with each."""
+def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float, ids: bool) -> str:
+    """A table of snapshots, the latest first, with what came with each, and perhaps their IDs."""
     if not snapshots:
         return '<p>There is none yet.</p>'
     rows = ''.join(
         f'<tr><th scope="row" class="plain">{_moment(one.time)}'
         f'{_small(f"{format_age(now - one.time)} ago")}</th>'
-        f'<td>{_text(one.name[:8])}</td>'
+        f'<td>{_text(one.name[:8]) if ids else ""}</td>'
         f'<td class="n">{f"+{format_size(one.added)}" if is_whole else "unknown"}</td></tr>\n'
         for one in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
     older = len(snapshots) - SNAPSHOTS_SHOWN
@@ -5945,18 +6093,9 @@ def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float) -> str:
             + '<p class="dim">Added is what came after the snapshot before, and is still there.</p>')
 
 
-def _number(count: int, word: str) -> str:
-    """A count with its noun, such as `2 indexes`."""
-    return f'{count:,} {word}' + ('' if count == 1 else 'es' if word.endswith('x') else 's')
-
-
-def _number_of_repositories(shown: List[Watched]) -> str:
-    return f'{len(shown)} {"repository" if len(shown) == 1 else "repositories"}'
-
-
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
     """A time in the server's zone, as HTML has it."""
-    shown = time.strftime(pattern, time.localtime(seconds))
+    shown = time.strftime(pattern, local_time(seconds))
     return f'<time datetime="{format_time(seconds)}">{_text(shown)}</time>'
 
 
@@ -5980,12 +6119,18 @@ def _quoted_path(path: str) -> str:
     return quote(os.fsencode(path))
 
 
+def _is_path(path: str) -> bool:
+    """Whether requests can have the path of a repository."""
+    try:
+        path.encode()
+        check_repository(path, False)
+    except (UnicodeEncodeError, HttpError):
+        return False
+    return True
+
+
 def _link(base: str, path: str) -> str:
     return _text(f'{base}{_quoted_path(path)}/')
-
-
-def _word_of_right(right: str) -> str:
-    return 'see' if right == METRICS else right
 
 
 def _listed(names: List[str]) -> str:
@@ -6051,9 +6196,10 @@ _STATUS_OF_ERRNO = {
     errno.ENOSPC: 507, errno.EDQUOT: 507, errno.EFBIG: 507, errno.EROFS: 507,
     errno.EMFILE: 503, errno.ENFILE: 503,
 }
-_REASON_OF_STATUS = {400: 'the file system cannot have this name', 403: 'the server may not access the file',
+_REASON_OF_STATUS = {400: 'the file system cannot store this name',
+                     403: 'the server has no permission to access the file',
                      500: 'the server could not access the file', 503: 'too many open files',
-                     507: 'no room to write'}
+                     507: 'disk full'}
 _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
@@ -6163,9 +6309,9 @@ class Api:
         A Host that is ours proves nothing: names can be rebound."""
         origin = request.headers.get('origin')
         if origin is not None and (not origin or self._allow_origin not in ('*', origin)):
-            log.log(NOTICE, 'refused a web page of %s that used the browser of %s', origin[:100],
+            log.log(NOTICE, 'blocked a request by a web page of %s in the browser of %s', origin[:100],
                     request.client)
-            raise HttpError(403, 'web pages may not use this server (--allow-origin)')
+            raise HttpError(403, 'requests from web pages are not allowed (--allow-origin)')
 
     def _route(self, request: Request) -> Response:
         path = request.path
@@ -6229,13 +6375,13 @@ class Api:
             # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
             known = request.method in METHODS
             allow = ', '.join(handlers)
-            raise HttpError(405 if known else 501, f'the methods here are {allow}',
+            raise HttpError(405 if known else 501, f'allowed methods are {allow}',
                             [('Allow', allow)] if known else [])
         return handler(self, request, location)
 
     def _create(self, request: Request, location: Location) -> Response:
         if 'create=true' not in request.query.split('&'):
-            raise HttpError(400, 'a repository is made by POST with ?create=true')
+            raise HttpError(400, 'to create a repository, use POST with ?create=true')
         self.store.directory.check_writable()
         self.usage.create(location)
         return Response(200, [])
@@ -6255,12 +6401,12 @@ class Api:
         """Raises HttpError 403 for what is no lock but a way to store things, by a user who may only read."""
         length, locks = request.body.length, Location(location.repository, 'locks')
         if length is None:
-            raise HttpError(411, 'a lock says how long it is')
+            raise HttpError(411, 'Content-Length is required for locks')
         if length > LOCK_BYTES or sum(
                 len(names) for names, _ in self.store.objects(locks, False)) >= LOCKS:
-            log.log(NOTICE, 'refused: %s from %s may not add %s: more than a lock, or too many of them',
-                    request.user or 'a client', request.client, location)
-            raise HttpError(403, 'read only: more than a lock, or too many of them')
+            log.log(NOTICE, 'access denied: %s from %s may not add %s: too large for a lock, or too many '
+                    'locks', request.user or 'a client', request.client, location)
+            raise HttpError(403, 'read access only: too large for a lock, or too many locks')
 
     def _delete(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
@@ -6270,7 +6416,7 @@ class Api:
         return Response(200, [])
 
     def _delete_repository(self, request: Request, location: Location) -> Response:
-        raise HttpError(501, 'repositories are not deleted over the network')
+        raise HttpError(501, 'repositories cannot be deleted over the network')
 
     def _get_object(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         try:
@@ -6328,7 +6474,7 @@ class Api:
                 shows = self.policy.metrics_of(user)
                 of_server = self.policy.sees_server(user)
                 if not shows:
-                    raise HttpError(403, 'metrics are for those who have the right to see them')
+                    raise HttpError(403, 'no access to metrics')
         return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
                         self.metrics.exposition(shows, of_server).encode())
 
@@ -6349,7 +6495,8 @@ class Api:
         text = page.render(Visit(
             top, sort, user, functools.partial(policy.right, user),
             policy.places(user), functools.partial(policy.who_may, users=names)
-            if policy.sees_server(user) and not is_open else None, request.url + self.baseurl, self.baseurl))
+            if policy.sees_server(user) and not is_open else None, is_open or policy.sees_server(user),
+            request.url + self.baseurl, self.baseurl))
         return Response(200, page.headers(), text.encode('utf-8', 'replace'))
 
     def _get_icon(self, request: Request) -> Response:
@@ -6430,7 +6577,7 @@ def _decode_path(path: str) -> str:
     name can contain.  Raises HttpError 400."""
     from urllib.parse import unquote_to_bytes
     if re.search(r'%(?![0-9A-Fa-f]{2})|%2[fF]', path):
-        raise HttpError(400, 'bad percent-encoding in the path')
+        raise HttpError(400, 'invalid percent-encoding in the path')
     try:
         return unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
@@ -6667,7 +6814,7 @@ class TlsTransport:
                 self.below.send(_ANSWER_TO_PLAIN_HTTP)
             raise HandshakeFailed(f'TLS: {reason}') from None
         if done == 0:
-            raise ConnectionAbortedError(errno.ECONNABORTED, 'the client went during the handshake')
+            raise ConnectionAbortedError(errno.ECONNABORTED, 'client disconnected during the handshake')
         certificate: Any = self._tls.getpeercert() or {}
         # RFC 5280 4.1.2.4: a name is a list of sets of attributes.
         names = dict(itertools.chain.from_iterable(certificate.get('subject', ())))
@@ -6727,7 +6874,7 @@ class TlsTransport:
             with self._lock:
                 self._received.write(data)
                 if self._unsent.pending > RECORDS_BYTES:
-                    raise ConnectionAbortedError(errno.ECONNABORTED, 'the client reads no answers')
+                    raise ConnectionAbortedError(errno.ECONNABORTED, 'client does not read answers')
         return 0
 
     def _read(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -7157,7 +7304,7 @@ class Connection:
 
     def abort_answer(self, error: OSError) -> NoReturn:
         """Reset the connection, so that the answer does not look complete.  Raises Gone."""
-        log.error('%s: an answer is broken off: %s', self.peer, error)
+        log.error('%s: answer aborted: %s', self.peer, error)
         self._transport.reset_at_close()
         raise Gone('the answer was broken off')
 
@@ -7246,7 +7393,7 @@ def parse_head(text: str) -> Head:
     # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
     host = headers.get('host')
     if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
-        raise HttpError(400, 'no valid Host header')
+        raise HttpError(400, 'missing or invalid Host header')
     if target[0] != '/' and target != '*':
         absolute = _ABSOLUTE.fullmatch(target)  # RFC 9112 3.2.2
         if not absolute:
@@ -7269,9 +7416,9 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
         # RFC 9112 6.1: both headers together are an attempt at smuggling, and in HTTP/1.0 a coding
         # means faulty framing.
         if announced is not None or version == 'HTTP/1.0':
-            raise HttpError(400, 'Transfer-Encoding with Content-Length, or in HTTP/1.0')
+            raise HttpError(400, 'Transfer-Encoding not allowed with Content-Length or HTTP/1.0')
         if coding.lower() != 'chunked':
-            raise HttpError(501, 'the only transfer coding is chunked')
+            raise HttpError(501, 'only chunked transfer coding is supported')
         return None
     if announced is None:
         return 0
@@ -7280,7 +7427,7 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
         values = {value.strip(' \t') for value in announced.split(',')}
         announced = values.pop()
         if values or not _LENGTH.fullmatch(announced):
-            raise HttpError(400, 'bad Content-Length')
+            raise HttpError(400, 'invalid Content-Length')
     return int(announced)
 
 
@@ -7349,13 +7496,13 @@ class _ChunkedBody:
         count = self._connection.read_content(view[:min(len(view), self._chunk)])
         self._chunk -= count
         if not self._chunk and self._connection.read_line(0):
-            raise HttpError(400, 'a chunk is longer than its size')
+            raise HttpError(400, 'chunk is longer than its size')
         return count
 
     def _next_chunk(self) -> int:
         match = _CHUNK_LINE.fullmatch(self._connection.read_line(self._trailer_bytes))
         if not match:
-            raise HttpError(400, 'bad chunk size')
+            raise HttpError(400, 'invalid chunk size')
         return int(match[1], 16)
 
     def _skip_trailers(self) -> None:
@@ -7367,7 +7514,7 @@ class _ChunkedBody:
             if not _FIELD_LINES.fullmatch(line.decode('latin-1') + '\r\n'):
                 raise HttpError(400, 'malformed trailer')
             left -= len(line) + 2
-        raise HttpError(431, 'the trailers are too long')
+        raise HttpError(431, 'trailers are too long')
 
 
 class Http1:
@@ -7468,9 +7615,9 @@ class Http1:
                 self._buffer = buffer[end + 4:]
                 return buffer[:end + 2].decode('latin-1')
             if end >= 0 or len(buffer) >= limit:
-                raise HttpError(431, f'the header is longer than {limit} bytes')
+                raise HttpError(431, f'header is longer than {limit} bytes')
             if _BARE_LF.search(buffer):
-                raise HttpError(400, 'a line ends without CR')
+                raise HttpError(400, 'line ends without CR')
             if buffer and not begun:
                 begun = True
                 connection.wait_no_longer(self._limits.header_seconds)
@@ -7488,7 +7635,7 @@ class Http1:
         # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
         expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
-            raise HttpError(417, 'the only expectation is 100-continue')
+            raise HttpError(417, 'only the expectation 100-continue is supported')
         self._expects_continue = expected is not None and length != 0
 
     def read_content(self, view: memoryview) -> int:
@@ -7911,7 +8058,7 @@ class FrameReader:
         self.left, kind = length >> 8, length & 0xff
         is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
         if self.left > (self._control_bytes if is_control else FRAME_BYTES):
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'a frame of type {kind} with {self.left} bytes')
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'frame of type {kind} with {self.left} bytes')
         return kind, flags, stream_id & 0x7fffffff
 
     def payload(self, flags: int = 0, size: Optional[int] = None) -> bytes:
@@ -8151,6 +8298,8 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
         raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad authority')
     if not re.fullmatch('[0-9]{1,18}', headers.get('content-length', '0')):
         raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad content-length')
+    if host:
+        headers['host'] = host      # RFC 9113 8.3.1
     return method, target, headers
 
 
@@ -8788,7 +8937,7 @@ class FloodBudget:
         self._tokens = min(self._tokens + earned, FLOOD_BURST) - 1
         self._spent_at, self._refilled = now, answers
         if self._tokens < 0:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many frames that help nobody')
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many useless frames')
 
 
 class HeaderBlock:
@@ -8816,7 +8965,7 @@ class HeaderBlock:
         """CONTINUATION has arrived.  Raises Http2Error where `limit` bytes are passed."""
         self.block += payload
         if len(self.block) > limit:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'a header block without end')
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'header block never ends')
 
 
 def depends_on_itself(stream_id: int, priority: bytes) -> bool:
@@ -8836,7 +8985,7 @@ class StreamRegistry:
     def find(self, stream_id: int) -> Optional[Stream]:
         """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
         if not stream_id & 1 or stream_id > self.last:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a frame of a stream that was not opened')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'frame for a stream that was never opened')
         stream = self.open.get(stream_id)
         return None if stream and stream.state is StreamState.CLOSED else stream
 
@@ -8844,13 +8993,13 @@ class StreamRegistry:
         """HEADERS of a stream has arrived.  Raises Http2Error if there can be none (RFC 9113 5.1
         and 5.1.1)."""
         if not stream_id & 1:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS of a stream that no client opens')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS on a stream that clients may not open')
         if stream_id <= self.last and not self.find(stream_id):
             if stream_id not in self._closed and stream_id not in self.open:
                 # Lower ones that were left out can never be opened.
-                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS of a stream before the last')
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS on a stream older than the last')
             if not self.was_reset(stream_id):
-                raise Http2Error(ErrorCode.STREAM_CLOSED, 'HEADERS of a closed stream')
+                raise Http2Error(ErrorCode.STREAM_CLOSED, 'HEADERS on a closed stream')
         self.last = max(stream_id, self.last)
 
     def was_reset(self, stream_id: int) -> Optional[bool]:
@@ -8917,9 +9066,9 @@ class Exchanges:
             request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
             refusal = None
             if not complete:  # RFC 9113 10.5.1
-                refusal = HttpError(431, f'the header is longer than {self._limits.header_bytes} bytes')
+                refusal = HttpError(431, f'header is longer than {self._limits.header_bytes} bytes')
             elif expected and expected.lower() != '100-continue':
-                refusal = HttpError(417, 'the only expectation is 100-continue')
+                refusal = HttpError(417, 'only the expectation 100-continue is supported')
             self._submit(functools.partial(self._serve, stream, request, refusal))
             self.streams.open[stream_id] = stream
             self.running += 1
@@ -9025,7 +9174,7 @@ class Exchanges:
         except Gone:
             raise
         except Exception as error:  # a file that cannot be read; or a fault of ours
-            log.error('%s: an answer is broken off: %s', self._connection.peer, error)
+            log.error('%s: answer aborted: %s', self._connection.peer, error)
             log.debug('where it happened:', exc_info=True)
             with self._writer.lock:
                 if stream.id in self.streams.open:
@@ -9192,16 +9341,16 @@ class Http2:
             frame(FrameType.SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items())))
         self._writer.start()
         if self._reader.read(len(PREFACE)) != PREFACE:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no preface of HTTP/2')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'missing HTTP/2 preface')
 
     def _read_frame(self) -> None:
         kind, flags, stream_id = self._reader.next()
         if len(self._writer.pending) > 2 * FLOOD_BURST:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many answers that are not read')
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many unread answers')
         if not self._has_settings and (kind != FrameType.SETTINGS or flags & _ACK):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no SETTINGS after the preface')
         if self._header.stream_id and (kind != FrameType.CONTINUATION or stream_id != self._header.stream_id):
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a header block is interrupted')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'header block interrupted by another frame')
         if kind < len(_FRAME_HANDLERS):
             try:
                 _FRAME_HANDLERS[kind](self, flags, stream_id)
@@ -9261,7 +9410,7 @@ class Http2:
     def _on_continuation(self, flags: int, stream_id: int) -> None:
         """RFC 9113 6.10."""
         if not self._header.stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'CONTINUATION of nothing')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'CONTINUATION without HEADERS')
         if self._reader.left < CONTROL_BYTES // 16 and not flags & _END_HEADERS:
             self._flood.spend()
         self._header.extend(self._reader.payload(), self._limits.header_bytes + 4 * CONTROL_BYTES)
@@ -9296,7 +9445,7 @@ class Http2:
         """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
         self._flood.spend()
         if not stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PRIORITY of no stream')
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PRIORITY without a stream')
         if depends_on_itself(stream_id, self._reader.payload(size=5)):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
 
@@ -9367,7 +9516,7 @@ class Http2:
             stream = self._streams.find(stream_id) if stream_id else None
             if not increment:
                 raise (StreamError if stream_id else Http2Error)(ErrorCode.PROTOCOL_ERROR,
-                                                              'WINDOW_UPDATE of nothing')
+                                                              'WINDOW_UPDATE of zero bytes')
             if stream or not stream_id:
                 self._flow.on_window_update(increment, stream)
 
@@ -9520,7 +9669,7 @@ class SystemdNotifier:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                     sock.sendto('\n'.join(lines).encode(), self._path)
             except OSError as error:
-                log.debug('the service manager does not listen: %s', error)
+                log.debug('cannot notify the service manager: %s', error)
 
     def notify_reloading(self) -> None:
         """Announce a reload; READY=1 ends it."""
@@ -9586,11 +9735,11 @@ class Certificates:
                 self._stamp = self._look()
                 try:
                     self._context, self.authority = self._load()
-                    reload_log.log(NOTICE, 'read the certificate %s', self._cert)
+                    reload_log.log(NOTICE, 'loaded certificate %s', self._cert)
                     break
                 except OSError as error:
                     if last_try:
-                        reload_log.error('the certificate %s is no good, the last one stays in use: %s',
+                        reload_log.error('invalid certificate %s, keeping the previous one: %s',
                                          self._cert, error)
                     else:
                         time.sleep(RENEWAL_SECONDS)
@@ -9626,14 +9775,14 @@ class Certificates:
             context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
         except ssl.SSLError as error:
             if b'-----BEGIN CERTIFICATE-----' not in cert:
-                raise OSError(f'--cert: {self._cert} has no certificate in PEM form') from None
+                raise OSError(f'--cert: no PEM certificate in {self._cert}') from None
             if b'PRIVATE KEY-----' not in key:
-                raise OSError(f'--key: {self._key} has no private key in PEM form') from None
+                raise OSError(f'--key: no PEM private key in {self._key}') from None
             if b'ENCRYPTED' in key:
-                raise OSError(f'--key: {self._key} is encrypted, and nobody is there to type the password; '
-                              'write the key without one (openssl pkey)') from None
+                raise OSError(f'--key: {self._key} is encrypted; '
+                              'remove its passphrase (openssl pkey)') from None
             if error.reason in ('KEY_VALUES_MISMATCH', 'NO_CERTIFICATE_ASSIGNED', 'KEY_TYPE_MISMATCH'):
-                raise OSError(f'--key: {self._key} is not the key of {self._cert}') from None
+                raise OSError(f'--key: {self._key} does not match the certificate {self._cert}') from None
             raise OSError(f'--cert: {self._cert} with {self._key}: {error}') from None
         authority = b''
         if self._client_ca:
@@ -9642,7 +9791,7 @@ class Certificates:
             try:
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError:
-                raise OSError(f'--client-ca: {self._client_ca} has no certificate in PEM form') from None
+                raise OSError(f'--client-ca: no PEM certificate in {self._client_ca}') from None
         return context, authority
 
     @staticmethod
@@ -9657,12 +9806,12 @@ class Certificates:
         """Log what is doubtful about the files; the first name of the certificate, which may be empty."""
         with contextlib.suppress(OSError):
             if os.name == 'posix' and os.stat(self._key).st_mode & stat.S_IROTH:
-                log.warning('--key: everybody on this host can read %s (chmod o-r)', self._key)
+                log.warning('--key: %s is readable by all users of this host (chmod o-r)', self._key)
         import ssl
         try:  # the library's own reader, which has no public name
             certificate: Dict[str, Any] = vars(ssl)['_ssl']._test_decode_cert(self._cert)
             if ssl.cert_time_to_seconds(certificate['notAfter']) < time.time():
-                log.warning('--cert: %s has expired, on %s', self._cert, certificate['notAfter'])
+                log.warning('--cert: %s expired on %s', self._cert, certificate['notAfter'])
             if ssl.cert_time_to_seconds(certificate['notBefore']) > time.time():
                 log.warning('--cert: %s is not valid before %s', self._cert, certificate['notBefore'])
         except (AttributeError, KeyError, ValueError, ssl.SSLError):
@@ -9705,8 +9854,8 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
         sock.set_inheritable(False)
         if (sock.type != socket.SOCK_STREAM
                 or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
-            raise OSError(errno.EINVAL, 'the service manager handed over a socket that does not '
-                                        'listen; write Accept=no and ListenStream= in its unit')
+            raise OSError(errno.EINVAL, 'systemd passed a socket that does not '
+                                        'listen; use Accept=no and ListenStream= in the unit')
         found.append((sock, names[i] if i < len(names) else ''))
     return found
 
@@ -9775,7 +9924,7 @@ class Listener(_ThreadingHTTPServer):
             sock, address = self.socket.accept()
         except OSError as error:
             if error.errno in _EXHAUSTED:
-                log.error('no connection can be accepted: %s', error)
+                log.error('cannot accept connections: %s', error)
                 time.sleep(EXHAUSTED_SECONDS)
             raise
         sock.setblocking(True)
@@ -9862,7 +10011,7 @@ def resolve(address: Address) -> Tuple[int, Any]:
     both; for a name with several addresses it is that of IPv4.  Raises OSError."""
     if address.path:
         if _AF_UNIX is None:
-            raise OSError(errno.EAFNOSUPPORT, 'this system has no unix sockets')
+            raise OSError(errno.EAFNOSUPPORT, 'unix sockets are not supported on this system')
         return _AF_UNIX, address.path
     if not address.host:
         return ((socket.AF_INET6, ('::', address.port)) if _has_ipv6()
@@ -10120,7 +10269,7 @@ class Connections:
                 threading.Thread(target=self._certificates.refresh, daemon=True).start()
             for connection in self.snapshot():
                 if not (connection.stopping or connection.is_of(self._certificates.authority)):
-                    log.log(NOTICE, 'ended the connection of %s: the authority has changed', connection.peer)
+                    log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
                     connection.stop()
 
     def stop(self) -> None:
@@ -10132,7 +10281,7 @@ class Connections:
     def cut(self) -> None:
         """Abort the connections that are left."""
         for connection in self.snapshot():
-            log.warning('cut off %s: its request did not end in time', connection.peer)
+            log.warning('closed the connection of %s: request not finished in time', connection.peer)
             connection.abort()
 
 
@@ -10178,7 +10327,7 @@ class Server:
 
     def _listen(self, addresses: List[Address], inherited: Iterable[Tuple[socket.socket, str]]) -> None:
         """Open the listeners.  Raises OSError, which says which of them failed."""
-        where = 'a socket of the service manager'
+        where = 'socket from systemd'
         try:
             for sock, name in inherited:
                 self.listeners.append(_listener_class()(self.connections, Address('', '', 0, ''), sock, name))
@@ -10245,7 +10394,7 @@ class Server:
             try:
                 threading.Thread(target=self.api.usage.purge, daemon=True).start()
             except RuntimeError as error:
-                log.error('what was deleted is not purged: %s', error)
+                log.error('cannot purge deleted objects: %s', error)
         return self._next_purge - now
 
     def _finish(self) -> None:
@@ -10305,7 +10454,7 @@ class Server:
         bandwidth = self.connections.bandwidth
         if bandwidth:
             lifted = bandwidth.toggle()
-            log.log(NOTICE, 'the limit of --bwlimit is %s', 'lifted' if lifted else 'in force again')
+            log.log(NOTICE, '--bwlimit is %s', 'off' if lifted else 'on again')
 
 
 def default_share(connections: int) -> int:
@@ -10364,7 +10513,7 @@ def _allow_descriptors(count: int) -> None:
         if soft != resource.RLIM_INFINITY and soft < count:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     except (ImportError, OSError, ValueError) as error:
-        log.debug('the limit on open files stays as it is: %s', error)
+        log.debug('cannot raise the limit on open files: %s', error)
 
 
 # ==== Workers ====================================================================================
@@ -10487,7 +10636,7 @@ class Workers:
         if now >= self._kill_at:
             self._kill_at = math.inf
             for worker in self._workers.values():
-                log.warning('worker %d (process %d) does not stop and is killed', worker.slot, worker.pid)
+                log.warning('worker %d (process %d) does not stop; killing it', worker.slot, worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
         return self._kill_at - now
 
@@ -10531,9 +10680,9 @@ class Workers:
             self._delays.pop(worker.slot, None)
         self._back_off(worker.slot)
         if status:
-            how = (f'was ended by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
-                   else f'has failed with status {os.WEXITSTATUS(status)}')
-            log.error('worker %d (process %d) %s; another takes its place%s', worker.slot, worker.pid, how,
+            how = (f'was killed by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
+                   else f'failed with status {os.WEXITSTATUS(status)}')
+            log.error('worker %d (process %d) %s; restarting it%s', worker.slot, worker.pid, how,
                       f' in {self._delays[worker.slot]:.0f} s' if self._delays[worker.slot] else '')
         else:  # somebody has stopped it, and may be about to stop us
             self._due[worker.slot] += ORDERLY_SECONDS
@@ -10554,14 +10703,14 @@ class Workers:
                 theirs.close()
                 raise
         except OSError as error:
-            log.error('no process could be started: %s', error)
+            log.error('cannot start a worker: %s', error)
             self._back_off(slot)
         else:
             if not pid:
                 self._be_worker(slot, ours, theirs)
             self._workers[pid] = Worker(slot, pid, ours)
             if slot in self._delays:
-                log.log(NOTICE, 'worker %d is process %d now', slot, pid)
+                log.log(NOTICE, 'worker %d is now process %d', slot, pid)
             theirs.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
@@ -10734,155 +10883,146 @@ def default_workers() -> int:
 
 
 OPTIONS = (
-    Option('serving', '--addr', parse_address, 'where to listen: 1.2.3.4:8000, [::1]:8080, localhost:0 for a '
-           'free port, :8080 for every address, unix:///path/to/socket or /path/to/socket; http:// or '
-           'tls:// before it says what is spoken there; may be repeated', 'ADDRESS',
+    Option('serving', '--addr', parse_address, 'address to listen on: 1.2.3.4:8000, [::1]:8080, localhost:0 '
+           '(a free port), :8080 (all addresses), unix:///path/to/socket or /path/to/socket; a leading '
+           'http:// or tls:// selects the protocol for that address; repeatable', 'ADDRESS',
            default='127.0.0.1:8080', repeated=True),
     Option('serving', '--stdio', parse_bool, 'speak HTTP/2 over standard input and output, for restic -o '
-           'rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; there is no --addr', environment=False),
-    Option('serving', '--b2-hard-delete', parse_bool, argparse.SUPPRESS),   # restic says so to rclone
-    Option('serving', '--baseurl', parse_baseurl, 'prefix of every URL, behind a proxy', 'PATH', default='/',
-           shown=''),
-    Option('serving', '--cache-objects', parse_bool, "accepted for rclone's sake: nothing is cached here "
-           'that could go stale', default='true', shown=''),
+           'rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; ignores --addr', environment=False),
+    Option('serving', '--b2-hard-delete', parse_bool, argparse.SUPPRESS),   # restic passes it to rclone
+    Option('serving', '--baseurl', parse_baseurl, 'prefix for all URLs, for use behind a proxy', 'PATH',
+           default='/', shown=''),
+    Option('serving', '--cache-objects', parse_bool, 'ignored; accepted for compatibility with rclone',
+           default='true', shown=''),
     Option('serving', '--allow-origin', parse_origin, 'web origin whose scripts may use the server (CORS), '
            'or * for any', 'ORIGIN', stdio=False),
-    Option('serving', '--response-header', parse_header, 'header to add to every answer; may be repeated',
+    Option('serving', '--response-header', parse_header, 'header to add to all responses; repeatable',
            "'NAME: VALUE'", repeated=True),
-    Option('serving', '--workers', parse_count, 'processes that serve', 'NUMBER',
-           default=str(default_workers()), shown='the cores that this process may use, at most 4; 1 where '
-           'the system has no fork'),
+    Option('serving', '--workers', parse_count, 'number of worker processes', 'NUMBER',
+           default=str(default_workers()), shown='one per available core, at most 4; 1 on systems without '
+           'fork'),
 
-    Option('TLS', '--cert', str, 'certificate, and those of its issuers after it (PEM); every TCP address '
-           'speaks TLS then, but those that begin with http://', 'FILE', requires=('--key',), stdio=False),
+    Option('TLS', '--cert', str, 'TLS certificate with its chain (PEM); all TCP addresses then use TLS, '
+           'except those written with http://', 'FILE', requires=('--key',), stdio=False),
     Option('TLS', '--key', str, 'private key of the certificate (PEM)', 'FILE', requires=('--cert',),
            stdio=False),
-    Option('TLS', '--client-ca', str, 'let in only clients with a certificate that this authority has signed '
-           '(PEM)', 'FILE', requires=('--cert',), stdio=False),
-    Option('TLS', '--min-tls-version', parse_tls_version, 'lowest version: tls1.0, tls1.1, tls1.2 or tls1.3',
-           'VERSION', shown='what the TLS library allows', requires=('--cert',), stdio=False),
+    Option('TLS', '--client-ca', str, 'require client certificates signed by this CA (PEM)', 'FILE',
+           requires=('--cert',), stdio=False),
+    Option('TLS', '--min-tls-version', parse_tls_version, 'minimum version: tls1.0, tls1.1, tls1.2 or tls1.3',
+           'VERSION', shown='minimum of the TLS library', requires=('--cert',), stdio=False),
 
-    Option('who may enter', '--no-auth', parse_bool, 'say that no login is meant: anyone who reaches an '
-           'address is let in, without a warning', stdio=False),
-    Option('who may enter', '--htpasswd', str, 'file of users and their passwords, as htpasswd writes it; it '
-           'is read again when it changes', 'FILE', stdio=False),
-    Option('who may enter', '--user', parse_user, 'the one user, in place of a file', 'NAME',
+    Option('authentication', '--no-auth', parse_bool, 'allow access without authentication and do not warn '
+           'about it', stdio=False),
+    Option('authentication', '--htpasswd', str, 'file of users and passwords, as written by htpasswd; '
+           'reloaded when it changes', 'FILE', stdio=False),
+    Option('authentication', '--user', parse_user, 'a single user, instead of a file', 'NAME',
            requires=('--pass',), stdio=False),
-    Option('who may enter', '--pass', str, "that user's password; RESTIC_SERVE_PASS keeps it off the list of "
-           'processes', 'PASSWORD', requires=('--user',), stdio=False),
-    Option('who may enter', '--salt', str, 'salt of the hash under which it is kept in memory', 'TEXT',
+    Option('authentication', '--pass', str, 'password of that user; set RESTIC_SERVE_PASS instead to keep it '
+           'out of the process list', 'PASSWORD', requires=('--user',), stdio=False),
+    Option('authentication', '--salt', str, 'salt of the hash kept in memory for that password', 'TEXT',
            default='dlPL2MqE'),
-    Option('who may enter', '--realm', parse_realm, 'what clients show when they ask for a password', 'TEXT',
-           default='restic_serve'),
-    Option('who may enter', '--user-from-header', parse_header_name, 'header in which a proxy on this host, '
-           'or one of --trust-proxy, says who the user is', 'NAME', stdio=False),
-    Option('who may enter', '--trust-proxy', parse_network, 'address or network of a proxy, which '
-           'may name the user (--user-from-header) and the client (X-Forwarded-For, Forwarded), and has no '
-           'share of its own; with it proxies on unix sockets may name the client, too; may be repeated',
-           'ADDRESS[/BITS]', repeated=True, stdio=False),
-    Option('who may enter', '--socket-auth', parse_bool, 'ask for the password over unix sockets, too; else '
-           'whoever may connect to one is let in', stdio=False),
+    Option('authentication', '--realm', parse_realm, 'realm that clients show when asking for a password',
+           'TEXT', default='restic_serve'),
+    Option('authentication', '--user-from-header', parse_header_name, 'header in which a proxy (on this '
+           'host, or listed in --trust-proxy) passes the user name', 'NAME', stdio=False),
+    Option('authentication', '--trust-proxy', parse_network, 'address or network of a proxy that may pass on '
+           'the user (--user-from-header) and the client address (X-Forwarded-For, Forwarded; also over '
+           'unix sockets then); exempt from limits per address; repeatable', 'ADDRESS[/BITS]', repeated=True,
+           stdio=False),
+    Option('authentication', '--socket-auth', parse_bool, 'require a password on unix sockets too',
+           stdio=False),
 
-    Option('what they may do', '--append-only', parse_bool, 'nothing that was stored can be deleted or '
-           'changed, except locks'),
-    Option('what they may do', '--private-repos', parse_bool, 'users may enter only repositories whose path '
-           'begins with /<user>/', stdio=False),
-    Option('what they may do', '--admin', parse_user, 'user whom --append-only and --private-repos do not '
-           'bind; may be repeated', 'NAME', repeated=True, stdio=False),
+    Option('access control', '--append-only', parse_bool, 'disallow deleting or changing anything except '
+           'locks'),
+    Option('access control', '--private-repos', parse_bool, 'restrict users to repositories below /<user>/',
+           stdio=False),
+    Option('access control', '--admin', parse_user, 'user exempt from --append-only and --private-repos; '
+           'repeatable', 'NAME', repeated=True, stdio=False),
+    Option('access control', '--rights', str, 'file of access rules, one per line, such as "alice /alice '
+           'append 50G"; replaces the three options above and --max-size-per-user', 'FILE', stdio=False),
 
-    Option('what they may do', '--rights', str, 'file that says who may do what, where, and how much, a line '
-           'each such as "alice /alice append 50G"; in place of the options before it', 'FILE', stdio=False),
-
-    Option('storing', '--group-accessible', parse_bool, 'new directories and files can be read and written '
-           'by the group (0770 and 0660 in place of 0700 and 0600)'),
-    Option('storing', '--must-exist', parse_bool, 'refuse to start where DIR is missing, such as where its '
-           'disk is not mounted, in place of making it'),
-    Option('storing', '--read-only', parse_bool, 'refuse every change, locks included (restic --no-lock)'),
-    Option('storing', '--keep-deleted', parse_duration, 'keep what is deleted for this time, such as 30d: '
-           'repositories can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back '
+    Option('storage', '--group-accessible', parse_bool, 'give the group access to new directories and files '
+           '(0770 and 0660 instead of 0700 and 0600)'),
+    Option('storage', '--must-exist', parse_bool, 'fail if DIR does not exist, for example because its disk '
+           'is not mounted, instead of creating it'),
+    Option('storage', '--read-only', parse_bool, 'refuse all changes, even locks (use restic --no-lock)'),
+    Option('storage', '--keep-deleted', parse_duration, 'keep deleted objects for this time, such as 30d, so '
+           'that repositories can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back '
            '(--roll-back)', 'DURATION', default='0', shown='0, keep nothing'),
-    Option('storing', '--no-verify-upload', parse_bool, 'do not compare the SHA-256 of an upload with its '
-           'name: for very weak machines, at the price of that safety'),
+    Option('storage', '--no-verify-upload', parse_bool, 'do not verify the SHA-256 of uploads; only for very '
+           'weak machines'),
 
-    Option('limits', '--bwlimit', parse_timetable, 'bytes a second that all connections together may '
-           'send:receive, such as 10M or 10M:1M, or a timetable of them, "08:00,512k Sat-10:00,off"; SIGUSR2 '
-           'lifts it and puts it in force again', 'BANDWIDTH', default='off'),
-    Option('limits', '--max-size', parse_quota, 'bytes that all repositories together may hold, such as '
-           '500G; an upload that would pass it is answered 507', 'SIZE', default='0', shown='0, no limit'),
-    Option('limits', '--max-size-per-user', parse_quota, 'bytes that the repositories below each /<user>/ '
-           'may hold, with --private-repos', 'SIZE', default='0', shown='0, no limit',
-           requires=('--private-repos',), stdio=False),
-    Option('limits', '--max-connections', parse_count, 'connections at a time; one more is answered 503',
-           'NUMBER', default='1024'),
-    Option('limits', '--max-connections-per-address', parse_count, 'of these, connections of one IPv4 '
-           'address or IPv6 /64 network, and requests of HTTP/2 at a time; one more is answered 503; this '
-           'host, unix sockets and --trust-proxy are not bound so', 'NUMBER',
-           shown='a quarter of --max-connections, or 8 if that is more'),
-    Option('limits', '--max-header-bytes', parse_count, 'longest header of a request, its first line '
-           'included; as in rclone it may have 4096 more', 'BYTES', default='4096'),
-    Option('limits', '--server-read-timeout', parse_duration, 'longest time for a whole upload, not counting '
-           'what --bwlimit holds back; 0 is no limit', 'DURATION',
-           shown='1h0m0s, and a second more for each KiB that passes'),
-    Option('limits', '--server-write-timeout', parse_duration, 'longest time for a whole download, likewise',
-           'DURATION'),
-    Option('limits', '--stall-timeout', parse_duration, 'end an upload or a download of which no byte has '
-           'passed for so long; 0 is no limit', 'DURATION', default='1m0s'),
+    Option('limits', '--bwlimit', parse_timetable, 'bandwidth limit for all connections together, such as '
+           '10M, 10M:1M (sent:received) or a timetable "08:00,512k Sat-10:00,off"; SIGUSR2 toggles it',
+           'BANDWIDTH', default='off'),
+    Option('limits', '--max-size', parse_quota, 'quota for all repositories together, such as 500G; uploads '
+           'beyond it fail with 507', 'SIZE', default='0', shown='0, no limit'),
+    Option('limits', '--max-size-per-user', parse_quota, 'quota for all repositories below each /<user>/',
+           'SIZE', default='0', shown='0, no limit', requires=('--private-repos',), stdio=False),
+    Option('limits', '--max-connections', parse_count, 'maximum number of simultaneous connections; more are '
+           'rejected with 503', 'NUMBER', default='1024'),
+    Option('limits', '--max-connections-per-address', parse_count, 'maximum per IPv4 address or IPv6 /64 '
+           'network, of connections and of HTTP/2 requests; more are rejected with 503; does not apply to '
+           'this host, unix sockets and --trust-proxy', 'NUMBER',
+           shown='a quarter of --max-connections, at least 8'),
+    Option('limits', '--max-header-bytes', parse_count, 'maximum size of a request header; as in rclone, '
+           '4096 bytes more are allowed', 'BYTES', default='4096'),
+    Option('limits', '--server-read-timeout', parse_duration, 'maximum time for an upload, not counting '
+           'delays by --bwlimit; 0 for no limit', 'DURATION',
+           shown='1h0m0s, plus a second for each KiB transferred'),
+    Option('limits', '--server-write-timeout', parse_duration, 'the same for a download', 'DURATION'),
+    Option('limits', '--stall-timeout', parse_duration, 'abort uploads and downloads that make no progress '
+           'for this time; 0 for no limit', 'DURATION', default='1m0s'),
 
     Option('logging', '--quiet', parse_bool, 'log errors only; also -q'),
     Option('logging', '--log-level', parse_log_level, 'DEBUG (as -vv), INFO (as -v), NOTICE or ERROR (as -q)',
            'LEVEL'),
-    Option('logging', '--log-file', str, 'write the log to the end of FILE, not to stderr; SIGHUP opens it '
-           'anew', 'FILE'),
-    Option('logging', '--log-format', parse_log_format, 'text, or json for an object a line', 'FORMAT',
-           default='text'),
+    Option('logging', '--log-file', str, 'append the log to FILE instead of stderr; reopened on SIGHUP',
+           'FILE'),
+    Option('logging', '--log-format', parse_log_format, 'text, or json for one JSON object per line',
+           'FORMAT', default='text'),
 
-    Option('watching', '--status', parse_bool, 'show browsers a page of all repositories: last snapshot, '
-           'size, locks, last scrub', default='true'),
-    Option('watching', '--stale-after', parse_duration, 'mark repositories on it without a snapshot for so '
-           'long', 'DURATION', default='48h'),
-    Option('watching', '--prometheus', parse_bool, 'show metrics at /metrics; where there are users, to '
-           'administrators and the user metrics', stdio=False),
-    Option('watching', '--prometheus-no-auth', parse_bool, 'show them to anyone', requires=('--prometheus',),
-           stdio=False),
-    Option('watching', '--on-event', str, 'run COMMAND in a shell when a snapshot has come (snapshot), a '
-           'repository is overdue and back (overdue, back), damaged after --scrub (damaged), when a quota or '
-           'the disk is nearly full (full), most snapshots of a repository were deleted (deleted), a delete '
-           'was refused (refused), DIR has gone (gone); RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, '
-           '_DIRECTORY and _TIME say what it is', 'COMMAND', stdio=False),
-    Option('watching', '--usage-interval', parse_duration, 'how old a count of what is stored may become, '
-           'for the page, the metrics and the limits; in between it is kept current by what passes through',
-           'DURATION', default='1h'),
-    Option('watching', '--stats', parse_duration, 'with -v, log what was done at this interval, if anything '
-           'was; SIGUSR1 logs it at once; 0 is off', 'DURATION', default='1m'),
+    Option('monitoring', '--status', parse_bool, 'serve a status page to browsers', default='true'),
+    Option('monitoring', '--stale-after', parse_duration, 'age of the last snapshot after which a repository '
+           'is overdue', 'DURATION', default='48h'),
+    Option('monitoring', '--prometheus', parse_bool, 'serve metrics at /metrics; if there are users, only to '
+           'administrators and the user "metrics"', stdio=False),
+    Option('monitoring', '--prometheus-no-auth', parse_bool, 'serve metrics without authentication',
+           requires=('--prometheus',), stdio=False),
+    Option('monitoring', '--on-event', str, 'shell command to run when a snapshot arrives (snapshot); when a '
+           'repository is overdue, back in time or found damaged (overdue, back, damaged); when a quota or '
+           'the disk is 90%% full (full); when most snapshots are deleted (deleted) or a delete is refused '
+           '(refused); when DIR disappears (gone). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, '
+           '_DIRECTORY and _TIME describe the event', 'COMMAND', stdio=False),
+    Option('monitoring', '--usage-interval', parse_duration, 'maximum age of the storage count used by the '
+           'page, metrics and quotas; uploads and deletions update it immediately', 'DURATION', default='1h'),
+    Option('monitoring', '--stats', parse_duration, 'with -v, log a summary at this interval; SIGUSR1 logs '
+           'one at once; 0 to disable', 'DURATION', default='1m'),
 
-    Option('other jobs', '--report', parse_bool, 'say how each repository in DIR is, a line each, what is '
-           'wrong first, and with -q nothing else; with --log-format json an object a line; needs no '
-           'password, and may run beside a server; status 1 if anything is wrong', environment=False,
-           stdio=False),
-    Option('other jobs', '--scrub', parse_bool, 'read every object of every repository in DIR, and list '
-           'those whose content does not match their name, and files that do not belong there; needs no '
-           'password, and may run beside a server; status 1 if anything is damaged', environment=False),
-    Option('other jobs', '--scrub-age', parse_duration, 'skip what was found sound in this time, such as 30d',
+    Option('jobs', '--report', parse_bool, 'print the state of each repository in DIR, problems first (with '
+           '-q only problems; with --log-format json as JSON); exit status 1 if there are any. Can run '
+           'beside a server and needs no password', environment=False, stdio=False),
+    Option('jobs', '--scrub', parse_bool, 'verify the SHA-256 of all objects in DIR and list damaged and '
+           'foreign files; exit status 1 if anything is damaged. Can run beside a server and needs no '
+           'password', environment=False),
+    Option('jobs', '--scrub-age', parse_duration, 'skip objects verified within this time, such as 30d',
            'DURATION', default='0', shown='0, skip nothing', requires=('--scrub',), environment=False),
-    Option('other jobs', '--roll-back', parse_past, 'set the repository at DIR, or all below it, back to '
-           'what it was at TIME: what was deleted since comes back, what came since is set aside (see '
-           '--keep-deleted for TIME); needs no password, and may run beside a server', 'TIME',
-           environment=False, stdio=False),
-    Option('other jobs', '--dry-run', parse_bool, 'with --roll-back, say only what it would do',
+    Option('jobs', '--roll-back', parse_past, 'reset the repository at DIR, or all repositories below it, to '
+           'TIME: restore what was deleted since and set aside what was added (see --keep-deleted for '
+           'TIME). Can run beside a server and needs no password', 'TIME', environment=False, stdio=False),
+    Option('jobs', '--dry-run', parse_bool, 'with --roll-back, only print what would be done',
            requires=('--roll-back',), environment=False),
-    Option('other jobs', '--force', parse_bool, 'with --roll-back, do not mind locks younger than 30 '
-           'minutes, and pass over repositories that cannot be set back', requires=('--roll-back',),
+    Option('jobs', '--force', parse_bool, 'with --roll-back, ignore locks younger than 30 minutes, and '
+           'skip repositories that cannot be rolled back', requires=('--roll-back',), environment=False),
+    Option('jobs', '--add-user', parse_user, 'add a user to the --htpasswd file or change the password, '
+           'which is prompted for or read from standard input', 'NAME', requires=('--htpasswd',),
            environment=False),
-    Option('other jobs', '--add-user', parse_user, 'add a user to the file of --htpasswd, or change the '
-           'password, which is asked for or read from standard input', 'NAME', requires=('--htpasswd',),
-           environment=False),
-    Option('other jobs', '--remove-user', parse_user, 'remove a user from the file of --htpasswd', 'NAME',
+    Option('jobs', '--remove-user', parse_user, 'remove a user from the --htpasswd file', 'NAME',
            requires=('--htpasswd',), environment=False),
-    Option('other jobs', '--show-rights', parse_shown_user, 'show the table of rights that the other options '
-           'stand for, or with USER what that user may do, in words', '[USER]', environment=False,
-           stdio=False),
-    Option('other jobs', '--bcrypt-cost', parse_cost, 'rounds of the new password, as a power of two: '
-           '4 to 31', 'NUMBER', shown='10, or 5 where Python has to compute them'),
+    Option('jobs', '--show-rights', parse_shown_user, 'print the access rules in effect, or describe the '
+           'rights of USER', '[USER]', environment=False, stdio=False),
+    Option('jobs', '--bcrypt-cost', parse_cost, 'cost of new bcrypt passwords, 4 to 31', 'NUMBER',
+           shown='10, or 5 where bcrypt runs in Python'),
 )
 
 
@@ -10894,12 +11034,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog='restic_serve', usage='restic_serve.py [options] DIR', allow_abbrev=False,
             add_help=False, formatter_class=_HelpFormatter,
-            description='Serve the directory DIR to restic: backups over HTTP, with nothing but '
-                        'Python.',
-            epilog='Every option but --stdio and the other jobs may also come from the environment: '
-                   '--append-only as RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with '
-                   'spaces between several addresses; with --stdio none does. Sizes are written 100B, '
-                   '512k, 10M or 1.5G, times 300ms, 10s, 1h0m0s or 2d.')
+            description='Serve the directory DIR as a storage backend for restic, over HTTP, HTTPS, a unix '
+                        'socket or ssh.',
+            epilog='All options except --stdio and jobs can also be set in the environment: --append-only as '
+                   'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces between '
+                   'addresses. With --stdio the environment is ignored. Sizes are written as 100B, 512k, '
+                   '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
         self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
         self.passed_over: List[str] = []    # options of rclone that mean nothing here
@@ -10913,9 +11053,9 @@ class Parser(argparse.ArgumentParser):
                                        help=argparse.SUPPRESS)
         for option in OPTIONS:
             self._add_option(groups[option.group], option)
-        groups['other jobs'].add_argument('--version', action='version',
+        groups['jobs'].add_argument('--version', action='version',
                                           version=f'restic_serve {__version__}')
-        groups['other jobs'].add_argument('-h', '--help', action='help', help='this text')
+        groups['jobs'].add_argument('-h', '--help', action='help', help='this text')
 
     def _add_option(self, group: Any, option: Option) -> None:
         default, text = option.default, self._environment.get(option.variable)
@@ -10989,7 +11129,7 @@ class Parser(argparse.ArgumentParser):
         """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
         text = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
         if not re.fullmatch('[0-9]|true|false', text):
-            self.error(f'RESTIC_SERVE_VERBOSE: {text!r} is no level; write 1 for -v, 2 for -vv')
+            self.error(f'RESTIC_SERVE_VERBOSE: invalid level {text!r}; use 1 for -v, 2 for -vv')
         return int(text) if text.isdigit() else int(text == 'true')
 
     @staticmethod
@@ -11076,10 +11216,10 @@ def find_directory(parser: Parser, args: List[str]) -> str:
         args = args[2:]
     if not args or not args[0]:
         taken = ' '.join(parser.passed_over)
-        parser.error('DIR is missing; write restic_serve.py /srv/backup'
-                     + (f' (without effect here: {taken})' if taken else ''))
+        parser.error('DIR is missing; use restic_serve.py /srv/backup'
+                     + (f' (ignored: {taken})' if taken else ''))
     if len(args) > 1:
-        parser.error(f'{args[1]!r} is a second DIR; an option that is on or off is written '
+        parser.error(f'unexpected argument {args[1]!r}; boolean options are written '
                      '--append-only or --append-only=false')
     local = args[0][len(':local:'):] if args[0].startswith(':local:') else ''    # as rclone has it
     return local or args[0]
@@ -11092,7 +11232,7 @@ def split_directory(parser: Parser, options: argparse.Namespace, directory: str)
         return directory, ''
     before = before[2:]
     if not options.stdio:
-        parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP TIME stands in the URL, '
+        parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP, put TIME in the URL: '
                      f'rest:http://HOST/PATH/{AT}/TIME/')
     try:  # once for the whole session
         at = moment_for_people(parse_past(at))
@@ -11105,15 +11245,15 @@ def check_directory(parser: Parser, options: argparse.Namespace, directory: str)
     """Refuse a DIR that is meant for another program, with one line and exit status 2."""
     remote = re.match(r'([\w.+@-]{2,} *|):', directory)
     if remote and not os.path.isdir(directory):
-        parser.error(f'{directory!r} is a remote of rclone; only local directories are served. Write '
-                     f'./{directory} for one of that name')
+        parser.error(f'{directory!r} is an rclone remote; only local directories can be served. Use '
+                     f'./{directory} for a directory of that name')
     passwords = os.path.join(directory, '.htpasswd')
     asks = (options.htpasswd or options.user or options.user_from_header or options.client_ca
             or options.no_auth or options.stdio or options.scrub or options.report
             or options.roll_back is not None)
     if not asks and os.path.exists(passwords):
-        parser.error(f'{passwords}: rest-server asks for these passwords; add --htpasswd {passwords}, or '
-                     '--no-auth to let everybody in')
+        parser.error(f'{passwords} exists (used by rest-server); add --htpasswd {passwords}, or '
+                     '--no-auth to allow access without a password')
 
 
 def check_requirements(parser: Parser, options: argparse.Namespace, group: str = '') -> None:
@@ -11137,29 +11277,31 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
     sources = [name for name in ('htpasswd', 'user', 'user_from_header') if getattr(options, name)]
     if len(sources) > 1:
         names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
-        parser.error(f'{names} both say who the users are; one of them alone can')
+        parser.error(f'{names} cannot be combined: use one source of users')
     if options.no_auth and (sources or options.client_ca):
-        parser.error('--no-auth: users are asked for by another option')
+        parser.error('--no-auth cannot be combined with options that define users')
     if options.rights:
         table = short_rights(options.append_only, options.private_repos, options.admin,
                              bool(options.prometheus), options.max_size_per_user or 0
                              ).text().replace('\n', '; ')
         for option in OPTIONS:
             if option.name in _SHORT_RIGHTS and option.is_set(options):
-                parser.error(f'{option.name} and --rights: one of them alone can say who may do what; '
-                             f'for the options write in {options.rights}: {" ".join(table.split(" "))}')
+                parser.error(f'{option.name} cannot be combined with --rights; '
+                             f'put this into {options.rights} instead: {" ".join(table.split(" "))}')
     for name in ('private_repos', 'admin'):
         # Over a unix socket the user is the login name, and inherited sockets may be unix.
         if (getattr(options, name) and not sources and not options.client_ca
                 and not os.environ.get('LISTEN_FDS')
                 and any(not address.path for address in options.addr)):
-            parser.error(f'--{name.replace("_", "-")}: nothing says who the users are; add '
+            parser.error(f'--{name.replace("_", "-")}: no users are defined; add '
                          '--htpasswd, --user, --client-ca or --user-from-header')
     if options.workers > 1 and not hasattr(os, 'fork'):
-        parser.error('--workers: this system has no fork; 1 is all there can be')
+        parser.error('--workers: only 1 is possible, since this system has no fork')
     if options.socket_auth and options.user_from_header:
-        parser.error('--socket-auth and --user-from-header: over a unix socket the proxy says who the '
-                     'user is')
+        parser.error('--socket-auth cannot be combined with --user-from-header: over a unix socket, the '
+                     'proxy names the user')
+    if options.on_event and os.name == 'nt':    # whose shell takes variables for commands
+        parser.error('--on-event is not supported on Windows')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
         parser.error('--addr: tls:// requires --cert and --key')
 
@@ -11172,13 +11314,13 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
                          'browsers or metrics; whoever starts the program may do all but what '
                          '--append-only forbids')
     if options.scrub:
-        parser.error('--stdio and --scrub are two jobs; one at a time can be done')
+        parser.error('--stdio cannot be combined with --scrub')
     if os.name == 'nt':
-        parser.error('--stdio: this system cannot wait for pipes; serve with --addr in place of it')
+        parser.error('--stdio is not supported on this system; use --addr')
     if sys.stdin is None or sys.stdout is None:
         parser.error('--stdio: standard input or output is closed')
     if os.isatty(0) or os.isatty(1):
-        parser.error("--stdio is for restic to start, not for a terminal; write restic -o "
+        parser.error("--stdio is meant to be started by restic: restic -o "
                      "rclone.program='ssh HOST restic_serve.py' -r rclone:DIR snapshots")
 
 
@@ -11196,19 +11338,19 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
         if not isinstance(where, tuple):
             url = f'http+unix://{where}:{options.baseurl}/'
             if has_passwords and not options.socket_auth:
-                log.warning('no password is asked for over the unix socket %s: whoever may connect to '
-                            'it, such as a proxy for all its clients, is let in; --socket-auth asks '
-                            'for one', where)
+                log.warning('no password is required on unix socket %s: anyone who may connect to it is '
+                            'let in, and a proxy lets in all its clients; use --socket-auth to require one',
+                            where)
         else:
             host, port = where[:2]
             is_open = not (has_passwords or options.user_from_header
                            or (options.client_ca and listener.tls))
             if is_open and not is_loopback(host) and not options.no_auth:
-                log.warning('anyone who reaches %s can read and write the backups in %s: there is '
-                            'no authentication', host, root)
+                log.warning('no authentication: anyone who can connect to %s can read, add and delete '
+                            'the backups in %s', host, root)
             if options.user_from_header and is_loopback(host):
-                log.warning('every program on this host can name itself any user by the header %s at '
-                            '%s; let the proxy connect to a unix socket (--addr unix:///PATH)',
+                log.warning('any program on this host can claim any user name with header %s at %s; let '
+                            'the proxy connect to a unix socket (--addr unix:///PATH)',
                             options.user_from_header, host)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
@@ -11217,8 +11359,8 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
                 f' (socket {listener.name})' if listener.name else '')
         if certified and listener.tls:
             url = f'https://{certified}:{port}{options.baseurl}/'
-        log.log(NOTICE, 'try it: restic -r rest:%s init', url + (f'{user}/' if user else ''))
-    log.log(NOTICE, 'in force: %s', in_force(server.api, options))
+        log.log(NOTICE, 'try: restic -r rest:%s init', url + (f'{user}/' if user else ''))
+    log.log(NOTICE, 'settings: %s', in_force(server.api, options))
     warn_of_users(server.api, options)
 
 
@@ -11230,25 +11372,25 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     elif options.rights:
         parts = [f'rights: {len(api.policy.rights.rules)} rules from {options.rights}']
     elif options.append_only:
-        parts = ['append-only' + (f' for all but {", ".join(options.admin)}' if options.admin else '')]
+        parts = ['append-only' + (f' except for {", ".join(options.admin)}' if options.admin else '')]
     else:
-        parts = ['deletes are allowed']
+        parts = ['deletes allowed']
     if options.htpasswd:
-        parts.append(f'users: {len(users or ())} from {options.htpasswd}')
+        parts.append(f'{len(users or ())} users from {options.htpasswd}')
     elif options.user:
         parts.append(f'user: {options.user}')
     elif options.user_from_header:
-        parts.append(f'users: by the header {options.user_from_header}')
+        parts.append(f'users from header {options.user_from_header}')
     else:
-        parts.append('users: by client certificates' if options.client_ca else 'no passwords')
+        parts.append('users from client certificates' if options.client_ca else 'no authentication')
     if options.private_repos:
-        parts.append('repositories private')
+        parts.append('private repositories')
     if options.max_size:
         parts.append(f'quota {format_size(options.max_size)}')
     if options.max_size_per_user:
-        parts.append(f'quota {format_size(options.max_size_per_user)} a user')
+        parts.append(f'quota {format_size(options.max_size_per_user)} per user')
     if options.keep_deleted:
-        parts.append(f'deleted kept {format_duration(options.keep_deleted)}')
+        parts.append(f'deleted objects kept for {format_duration(options.keep_deleted)}')
     return '; '.join(parts)
 
 
@@ -11256,11 +11398,11 @@ def warn_of_users(api: Api, options: argparse.Namespace) -> None:
     """Warn where nobody can log in, or an administrator cannot."""
     users = api.accounts.users()
     if users == []:
-        log.warning('%s has no users: nobody can log in (--add-user)', options.htpasswd)
+        log.warning('%s contains no users, so nobody can log in (--add-user)', options.htpasswd)
     fold: Callable[[str], str] = str.lower if api.store.ignores_case else str
     for name in options.admin:
         if users and fold(name) not in map(fold, users):
-            log.warning('--admin: there is no user %s', name)
+            log.warning('--admin: unknown user %s', name)
 
 
 def make_server(options: argparse.Namespace, store: Store) -> Server:
@@ -11271,7 +11413,7 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
             certificates = Certificates(options.cert, options.key, options.client_ca,
                                         options.min_tls_version or '')
         except ImportError as error:
-            raise OSError(f'--cert: this Python has no TLS: {error}') from None
+            raise OSError(f'--cert: this Python has no TLS support: {error}') from None
     counters = Counters(options.workers + 1)
     accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
                         options.user or '', getattr(options, 'pass'), options.salt, options.realm,
@@ -11360,7 +11502,7 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
         job = Scrub(store, options.scrub_age, bandwidth, report, nothing if options.quiet else sys.stderr)
         damaged = job.run()
     if not job.repositories:
-        print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
+        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
     return int(damaged > 0 or not job.repositories)
 
 
@@ -11373,13 +11515,15 @@ def report(options: argparse.Namespace, store: Store) -> int:
     usage.census.count()
     now = time.time()
     found = Watch(store, usage, options.stale_after).look(usage.names(), now)
+    for path in usage.census.unreadable:
+        print(f'restic_serve: cannot read {one_line(path[1:] or "/")}', file=sys.stderr)
     for one in found:
         if options.quiet and not one.troubles:
             continue    # so that cron has nothing to mail
         print(_report_as_json(one) if options.log_format == 'json' else one_line(_report_line(one, now)))
     if not found:
-        print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
-    return int(not found or any(one.troubles for one in found))
+        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
+    return int(not found or bool(usage.census.unreadable) or any(one.troubles for one in found))
 
 
 def _report_line(one: Watched, now: float) -> str:
@@ -11401,7 +11545,8 @@ def _report_as_json(one: Watched) -> str:
         'repository': one.name[1:] or '/', 'troubles': list(one.troubles), 'bytes': held.bytes,
         'objects': held.objects, 'last_snapshot': held.last_snapshot or None, 'locks': len(one.locks or ()),
         'oldest_lock': int(min(one.locks)) if one.locks else None,
-        'scrub': {'time': int(one.scrub.time), 'damaged': one.scrub.damaged} if one.scrub else None})
+        'scrub': {'time': int(one.scrub.time), 'damaged': one.scrub.damaged, 'names': one.scrub.names}
+                 if one.scrub else None})
 
 
 def roll_back(options: argparse.Namespace, store: Store) -> int:
@@ -11429,7 +11574,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
             except ValueError as error:
                 refuse(found.path, error)
     if not jobs and not failed:
-        print(f'restic_serve: there is no repository in {store.root}', file=sys.stderr)
+        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
     if not jobs or (failed and not options.force):
         return 1
     for name, job in jobs.items():
@@ -11437,16 +11582,16 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
             job.run(options.dry_run, options.force)
             print(f'{one_line(name)}: {job}', flush=True)
         except ValueError as error:
-            refuse(f'/{name}', f'{job}, then it ended: {error}')
+            refuse(f'/{name}', f'{job}, then stopped: {error}')
     return int(failed)
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
     """Do --add-user or --remove-user; the exit status."""
-    check_requirements(parser, options, 'other jobs')
+    check_requirements(parser, options, 'jobs')
     if options.arguments:
-        parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user have no DIR, only --htpasswd '
-                     'FILE')
+        parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user take --htpasswd FILE and no '
+                     'DIR')
     user, entry = options.remove_user, ''
     if options.add_user:
         user = options.add_user
@@ -11495,12 +11640,12 @@ def read_password(user: str) -> bytes:
         import getpass
         text = getpass.getpass(f'New password for {user}: ')
         if text != getpass.getpass('Once more: '):
-            raise ValueError('the two passwords differ')
+            raise ValueError('the passwords do not match')
     else:
         text = sys.stdin.readline().rstrip('\r\n')
     password = text.encode('utf-8', 'surrogateescape')
     if not password or b'\0' in password or len(password) > 72:
-        raise ValueError('a password has 1 to 72 bytes and no NUL: bcrypt looks at no more')
+        raise ValueError('passwords must be 1 to 72 bytes without NUL (bcrypt limit)')
     return password
 
 
@@ -11530,19 +11675,19 @@ def main(args: Optional[List[str]] = None) -> int:
     try:
         start_log(level, options.log_file, options.log_format == 'json')
         if parser.passed_over:
-            log.log(NOTICE, 'without effect here, since a local directory is served: %s',
+            log.log(NOTICE, 'ignored, has no effect on a local directory: %s',
                     ' '.join(parser.passed_over))
         for name, ours in sorted(parser.unknown_variables().items()):
-            log.warning('the environment has %s, which is no option%s', name, f'; use {ours}' if ours else '')
+            log.warning('unknown environment variable %s%s', name, f'; use {ours}' if ours else '')
         if options.allow_origin == '*':
-            log.warning('--allow-origin: with * the scripts of every web site may use the server')
+            log.warning('--allow-origin: * lets scripts of any web site use the server')
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
         if options.scrub or options.report:
             return (scrub if options.scrub else report)(options, store)
         if options.roll_back is not None:
             if options.read_only:
-                parser.error('--roll-back and --read-only: what is read-only is not set back')
+                parser.error('--roll-back cannot be combined with --read-only')
             return roll_back(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
         run_in_batches()

@@ -526,6 +526,12 @@ class ListenerTestCase(WireTestCase):
             return int(sock.recv(65536).split()[1])
 
 
+def rendered(store, usage):
+    """The page of all repositories, for an administrator."""
+    return Page(store, usage).render(restic_serve.Visit(
+        '', '', '', lambda repository: 'write', [''], None, True, 'http://x', ''))
+
+
 class WatchedTestCase(Http2TestCase):
     """A server whose page and metrics are looked at."""
 
@@ -965,7 +971,7 @@ class StoreTest(TestCase):
         before = self.path(location).stat().st_ino
         self.save(b'x')
         self.assertEqual(self.path(location).stat().st_ino, before)
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
+        self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_damaged_object_is_mended_by_a_verified_upload(self):
         for nameless in (True, False):
@@ -1280,7 +1286,7 @@ class StoreTest(TestCase):
         old.mkdir(parents=True)
         with mock.patch.object(Store, 'now', return_value=time.time() + 3700):
             self.store.prepare()
-        self.assertIn('stays', self.log[-1])
+        self.assertIn('cannot remove temporary files', self.log[-1])
         with mock.patch.object(os, 'unlink', side_effect=FileNotFoundError):  # another server was first
             self.store.hidden.remove_left_overs(self.store.now)
 
@@ -1372,7 +1378,7 @@ class StoreTest(TestCase):
 
     def test_a_directory_that_is_missing_is_made_and_said(self):
         self.assertTrue(self.root.is_dir())
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
+        self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_directory_that_is_a_file_is_refused(self):
         (self.folder / 'file').touch()
@@ -1701,7 +1707,7 @@ class FoldersOfOthersTest(TestCase):
         found = {}
         restic_serve.Scrub(self.store, 0, None, found.__setitem__, io.StringIO()).run()
         self.assertFalse([path for path in found if self.location.name in path])
-        self.assertIn('a link that another user has made', str(found))
+        self.assertIn('symbolic link created by another user', str(found))
 
     def test_the_directory_itself_is_not_behind_a_link_of_the_users(self):
         above = self.folder / 'home'
@@ -1748,7 +1754,7 @@ class FoldersOfOthersTest(TestCase):
         for owner in (0, self.OTHER):
             self.link(self.root / restic_serve.HIDDEN, self.secret, owner)
             self.store.prepare()
-            self.assertIn('a link or a file, which the server does not use: remove it', self.log[-1])
+            self.assertIn('expected a directory, found a link or file; remove it', self.log[-1])
             self.store.nameless = False
             with self.assertRaises(PermissionError):
                 self.store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
@@ -1799,7 +1805,7 @@ class MomentTest(unittest.TestCase):
             self.assertEqual(restic_serve.parse_moment(text, self.NOW), int(seconds * 1e6), text)
         for text in ('', 'x', '10', '2026', '2026-13-01', '2026-11-20 12:00', '2026-11-20T25:00', '-2d',
                      '2026-11-20T12:00:00+01:00', '2026-11-20T12Z', '٣d', '2026-11-20T12:00:60.5.5Z'):
-            with self.assertRaisesRegex(ValueError, 'is no time; write', msg=text):
+            with self.assertRaisesRegex(ValueError, 'invalid time', msg=text):
                 restic_serve.parse_moment(text, self.NOW)
 
     def test_names_sort_by_time_and_are_read_back(self):
@@ -2013,7 +2019,7 @@ class PastTest(PastTestCase):
             self.assertEqual(self.roll_back(moment), '1 pack (3 B) set aside')
         self.assertEqual(self.view(self.now), {'data': [late[0].name]})
         self.upload(b'lock', 'locks')
-        with self.assertRaisesRegex(ValueError, 'somebody has held a lock since'):
+        with self.assertRaisesRegex(ValueError, 'the repository has been locked since'):
             self.roll_back(moment)
         self.roll_back(moment, force=True)
 
@@ -2024,7 +2030,7 @@ class PastTest(PastTestCase):
         self.delete(pack)
         self.now += 2 * self.KEEP
         list(self.past.purge('/host'))
-        with self.assertRaisesRegex(ValueError, 'nothing is known of the time before'):
+        with self.assertRaisesRegex(ValueError, 'no history before'):
             self.roll_back(moment)
 
     def test_a_very_long_time_purges_nothing(self):
@@ -2270,8 +2276,8 @@ class PastApiTest(PastTestCase):
         self.assertFalse((self.root / 'host/locks' / named(b'mine')).exists())
 
     def test_a_moment_that_cannot_be_known_is_said(self):
-        for at, status, text in (('x', 400, "'x' is no time; write "), ('2099-01-01', 400, 'still to come'),
-                                 ('1h', 410, 'nothing is known of the time before 2026-11-18T')):
+        for at, status, text in (('x', 400, "invalid time 'x'; use "), ('2099-01-01', 400, 'in the future'),
+                                 ('1h', 410, 'no history before 2026-11-18T')):
             found = self.ask('GET', f'/host/.at/{at}/config')
             self.assertEqual(found[0], status)
             self.assertIn(text, found[1].decode())
@@ -2282,7 +2288,7 @@ class PastApiTest(PastTestCase):
 
     def test_rights_are_those_of_the_repository(self):
         self.api = Api(self.store, Policy(short_rights(private=True)), usage=self.usage)
-        self.assertEqual(self.ask('GET', '/host/.at/1s/config')[1], b'you may not enter /host\n')
+        self.assertEqual(self.ask('GET', '/host/.at/1s/config')[1], b'you may not access /host\n')
 
     def test_encoded_and_reserved_names(self):
         self.assertEqual(restic_serve.parse_path('/x%2541/.at/2d/config').repository, '/x%41')
@@ -2312,14 +2318,15 @@ class PastApiTest(PastTestCase):
             self.assertEqual(self.ask('DELETE', f'/host/data/{named(content)}')[0], 200)
             self.now += 1
         self.assertEqual(self.ask('POST', f'/host/data/{named(b"x")}', b'x' * 300)[0], 507)
-        self.assertRegex(self.log[-1], r'900 B of that was deleted and is kept, the oldest until 2026-11-18T')
+        self.assertRegex(self.log[-1], '900 B of that are deleted objects, the first of which expire on '
+                                       '2026-11-18T')
         for _ in range(2):  # as it is counted, and counted anew
             held = self.usage.holdings(['/host'])['/host']
             self.assertEqual((held.bytes, held.kept, held.kept_bytes, held.deleted), (0, 3, 900, 3))
             self.assertEqual(self.usage.quota('')[0], 900)
             self.usage.census.count()
         with mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0):
-            self.assertIn('and 900 B deleted', Page(self.store, self.usage).render('', lambda name: True))
+            self.assertIn('and 900 B deleted', rendered(self.store, self.usage))
         exposed = Metrics(Counters(), self.usage, self.store).exposition()
         self.assertIn('restic_serve_repository_deleted_kept_bytes{repo="host"} 900\n', exposed)
         self.assertIn('restic_serve_repository_deleted_last_day_objects{repo="host"} 3\n', exposed)
@@ -2334,7 +2341,7 @@ class PastApiTest(PastTestCase):
         self.log.clear()
         for location in locations:
             self.assertEqual(self.ask('DELETE', f'/host/snapshots/{location.name}')[0], 200)
-        self.assertEqual(self.log, ['/host: 5 of 9 snapshots were deleted within a minute; they are kept '
+        self.assertEqual(self.log, ['host: 5 of 9 snapshots were deleted within a minute; they are kept '
                                     '(--keep-deleted)'])
 
     def test_a_scrub_reads_what_is_kept(self):
@@ -2386,8 +2393,8 @@ class DirectoryTest(TestCase):
         (self.folder / 'disk').rename(self.root)
         self.assertEqual([self.status(*one) for one in (*self.paths, *reads)], [200, 200, 200, 404, 200, 200])
         self.assertEqual(self.log, [
-            f'made the directory {self.root}', f'{self.root} has gone, perhaps its disk was unmounted: '
-            'nothing is stored or found until it is back', f'{self.root} is back'])
+            f'created directory {self.root}', f'{self.root} is gone (disk unmounted?); all requests '
+            'fail until it is back', f'{self.root} is back'])
 
     def test_what_is_known_of_a_quota_outlives_a_disk_that_was_away(self):
         usage = Usage(self.store, Counters(), interval=0, quotas=restic_serve.Quotas({'/': 1 << 20}))
@@ -2408,8 +2415,7 @@ class DirectoryTest(TestCase):
         self.store = Store(str(self.root))
         with mock.patch.object(restic_serve.Scratch, '__init__', side_effect=OSError(errno.EROFS, 'x')):
             self.store.prepare()
-        self.assertEqual(self.log, [f'{self.root} is on a read-only file system; it is served for reading '
-                                    'only'])
+        self.assertEqual(self.log, [f'{self.root} is on a read-only file system; serving it read-only'])
         self.check_read_only()
 
     def test_a_server_may_be_read_only_on_purpose(self):
@@ -2417,7 +2423,7 @@ class DirectoryTest(TestCase):
         self.store = Store(str(self.root), read_only=True)
         self.store.prepare()
         self.check_read_only()
-        with self.assertRaisesRegex(OSError, 'is its disk mounted'):
+        with self.assertRaisesRegex(OSError, 'is the disk mounted'):
             Store(str(self.root / 'missing'), read_only=True).prepare()
 
     def check_read_only(self):
@@ -2445,7 +2451,7 @@ class DirectoryTest(TestCase):
             self.store.directory.read_only = True
             self.assertEqual(health(), (200, b'ok\n'))
         self.root.rename(self.folder / 'disk')
-        self.assertEqual(health(), (503, b'the directory has gone\n'))
+        self.assertEqual(health(), (503, b'the directory is gone\n'))
         request = Request('GET', '/health', 'HTTP/1.1', {}, Bytes(b''), Peer('test'))
         self.api.finish(request, self.api.handle(request).status, 0)
         self.assertTrue(request.is_probe)
@@ -2553,7 +2559,7 @@ class CountersTest(TestCase):
         self.assertEqual(found['x', 'other'], [7])
         self.assertIn(sum(row == [1] for row in found.values()), range(50, 150))
         self.assertEqual(self.log, [
-            'there are too many repositories to count each: some are counted as "other"'])
+            'too many repositories to count each one; the rest is counted as "other"'])
 
     def test_a_top_level_folder_has_a_part_of_the_rows_and_the_rest_of_it_counts_as_other(self):
         with mock.patch.multiple(restic_serve, SLOT_BYTES=64 * 1024, SPARE_BYTES=8 * 1024):
@@ -2689,7 +2695,7 @@ class BandwidthTest(unittest.TestCase):
         for parse in (restic_serve.parse_size, restic_serve.parse_quota):
             with self.assertRaises(ValueError) as caught:
                 parse('9' * 400 + 'M')
-            self.assertIn('more than any disk holds', str(caught.exception))
+            self.assertIn('is too large', str(caught.exception))
 
     def test_off_is_off_in_any_case(self):
         self.assertEqual({slot[1:] for slot in restic_serve.parse_timetable('12:00,OFF Sat-13:00,Off')},
@@ -2788,7 +2794,7 @@ class ScrubTest(TestCase):
         (self.root / '.restic_serve').symlink_to(target)
         self.scrub()
         self.assertEqual(list(target.iterdir()), [])
-        self.assertIn('will not be known', self.log[-1])
+        self.assertIn('cannot save scrub results', self.log[-1])
 
     @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'for root')
     def test_what_root_writes_is_given_to_the_owner_of_the_directory(self):
@@ -2986,7 +2992,7 @@ class ScrubTest(TestCase):
                                 r'0 damaged\n$')
         (self.folder / 'empty').mkdir()
         status, output, error = run('--quiet', self.folder / 'empty')
-        self.assertEqual((status, error), (1, f'restic_serve: there is no repository in {self.folder}/empty'
+        self.assertEqual((status, error), (1, f'restic_serve: no repository in {self.folder}/empty'
                                               '\n'))
         self.paths['', 'data'].write_bytes(b'other')
         self.assertEqual(run('--quiet', self.root), (1, f'{self.paths["", "data"]}: damaged: its SHA-256 is '
@@ -3195,10 +3201,10 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.repositories()['/host'].unreadable, 1)
         self.assertEqual(self.held('/other'), (0, {}))
         log = ' '.join(self.log)
-        self.assertRegex(log, 'what is below /secret is not known: .*Permission denied')
-        self.assertRegex(log, 'how much /host holds is not wholly known: .*I/O error')
-        self.assertRegex(log, 'how much /other holds is not wholly known: .*Permission denied')
-        self.assertIn('⚠ not all can be read', Page(self.store, self.usage).render('', lambda name: True))
+        self.assertRegex(log, 'cannot read /secret, keeping its last known size: .*Permission denied')
+        self.assertRegex(log, 'cannot determine the full size of /host: .*I/O error')
+        self.assertRegex(log, 'cannot determine the full size of /other: .*Permission denied')
+        self.assertIn('cannot be read completely', rendered(self.store, self.usage))
 
     def test_what_cannot_be_read_any_more_stays_as_it_was(self):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 10_000}))
@@ -3323,7 +3329,7 @@ class UsageTest(TestCase):
                     os.utime(self.root / path, (moment, moment))
             self.usage.census.count()
             self.assertEqual(self.held(), (150, {'data': 1, 'snapshots': 1}))
-            self.assertIn('150 B', Page(self.store, self.usage).render('', lambda name: True))
+            self.assertIn('150 B', rendered(self.store, self.usage))
 
     def test_files_of_a_time_to_come_are_counted(self):
         """The clock of a host without a battery is behind until the network sets it."""
@@ -3373,8 +3379,8 @@ class UsageTest(TestCase):
                     self.usage.save(Location('/host', 'data', '0' * 64), unread)
                 self.assertEqual(caught.exception.status, 507)
                 self.assertEqual(unread._file.tell(), 0)
-                self.assertEqual(self.log[-1], 'the quota leaves no room for 401 B more in /host: 600 B '
-                                 f'of 1.0 KiB in /{"" if more["quotas"].limit("") else "host"}')
+                self.assertEqual(self.log[-1], 'quota exceeded: rejected an upload of 401 B to /host; used: '
+                                 f'600 B of 1.0 KiB in /{"" if more["quotas"].limit("") else "host"}')
                 self.assertEqual(self.usage.quota('' if more['quotas'].limit('') else 'host'), (600, 0, 1000))
                 second = self.save(400)
                 # one that is there already needs no room
@@ -3717,14 +3723,14 @@ class UsageTest(TestCase):
             metrics.count_blob(request, Location('/a', 'data', 'x'), Metrics.READ, 1)
             self.assertIn('0 requests', metrics.line())
             self.assertIn('restic_serve_connections', metrics.exposition())
-            Page(self.store, self.usage).render('', lambda name: True)
+            rendered(self.store, self.usage)
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
         self.usage.census.open()
         self.usage.census.request()
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start new thread")):
             self.usage.census.on_requested()
-        self.assertRegex(self.log[-1], "could not be counted: can't start")
+        self.assertRegex(self.log[-1], "cannot count what is stored: can't start")
         self.usage.census.request()
         self.usage.census.on_requested()
         self.assertTrue(self.usage.census.wait(PATIENCE))
@@ -3889,7 +3895,7 @@ class PasswordFileTest(TestCase):
         self.assertEqual(self.log, [])
         for encoding in ('utf-16-le', 'utf-16-be'):
             self.path.write_text(f'\ufeffalice:{sha("a")}\n', encoding=encoding)
-            with self.assertRaisesRegex(OSError, 'this is UTF-16; save it as UTF-8'):
+            with self.assertRaisesRegex(OSError, 'file is UTF-16; save it as UTF-8'):
                 PasswordFile(str(self.path))
 
     def test_what_is_ignored_is_said_with_its_line_and_never_its_hash(self):
@@ -3918,7 +3924,7 @@ class PasswordFileTest(TestCase):
         self.path.unlink()
         for _ in range(3):
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
-        self.assertEqual(len([line for line in self.log if 'stay as they were' in line]), 1)
+        self.assertEqual(len([line for line in self.log if 'keeping the previous users' in line]), 1)
         self.write(f'bob:{sha("b")}\n')
         self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
         with self.assertRaises(FileNotFoundError):
@@ -4316,23 +4322,23 @@ class LoginTest(ListenerTestCase):
     def test_what_lets_in_more_than_it_seems_is_said_at_the_start(self):
         path = str(self.folder / 'socket')
         password, header = ['--user', 'a', '--pass', 'b'], ['--user-from-header', 'X-User']
-        sockets = 'no password is asked for over the unix socket'
-        programs = 'every program on this host can name itself any user by the header X-User'
+        sockets = 'no password is required on unix socket'
+        programs = 'any program on this host can claim any user name with header X-User'
         for addresses, words, expected in (
                 ([path], password, [sockets]), ([path], [*password, '--socket-auth'], []), ([path], [], []),
                 (['127.0.0.1:0'], header, [programs]), (['localhost:0'], header, [programs]),
                 ([path], header, []), (['127.0.0.1:0'], password, []), (['127.0.0.1:0'], [], []),
-                ([':0'], [], ['there is no authentication']), ([':0'], password, []),
+                ([':0'], [], ['no authentication: anyone']), ([':0'], password, []),
                 # Certificates say nothing of who comes without TLS.
                 (['http://:0'], ['--client-ca', 'x', '--cert', 'x', '--key', 'x'],
-                 ['there is no authentication'])):
+                 ['no authentication: anyone'])):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             server = self.start(*addresses)
             parser = restic_serve.Parser({})
             self.log.clear()
             restic_serve.announce(server, 'dir', parser.parse([*words, 'dir']))
-            said = [line for line in self.log if not line.startswith(('serving', 'try it', 'in force'))]
+            said = [line for line in self.log if not line.startswith(('serving', 'try: ', 'settings: '))]
             self.assertEqual(len(said), len(expected), (words, said))
             for line, text in zip(said, expected):
                 self.assertIn(text, line)
@@ -4430,7 +4436,8 @@ class RightsTest(TestCase):
         headers = {'authorization': basic('alice', 'p').partition(': ')[2]}
         api.handle(Request('DELETE', '/h/config', 'HTTP/1.1', headers, Bytes(b''), Peer('1.2.3.4')))
         self.assertEqual(self.log[-1],
-                         "refused: 'alice' from 1.2.3.4 may not delete /h/config: append only in /")
+                         "access denied: 'alice' from 1.2.3.4 may not delete /h/config; only append access "
+                         'to /')
 
     def expected(self, rules, user, path, kind, name, method):
         """Whether the rules allow a request, in words of their own: of those that fit the user and begin
@@ -4487,15 +4494,15 @@ class RightsTest(TestCase):
 
     def test_a_line_with_a_fault_is_named_and_all_of_them_are(self):
         for line, fault in (
-                ('alice /alice', 'a line has who, where, may'),
-                ('alice /alice append 1G x', 'a line has who'), ('a/b / read', "'a/b' is no user"),
-                ('alice alice read', "'alice' does not begin with a slash"),
-                ('alice /%user read', "'/%user': %u, the name of the user"),
-                ('alice /a%u read', "'/a%u': %u, the name of the user"),
-                ('alice /data/x read', "'/data/x': this cannot be a repository"),
-                ('alice /../x read', "'/../x': the path has a segment that is no file name"),
-                ('alice /1/2/3/4/5 read 1G', 'a place with a quota has at most 4 names'),
-                ('alice / all', "'all' is no right; use none, metrics, read, append or write"),
+                ('alice /alice', 'expected WHO WHERE'),
+                ('alice /alice append 1G x', 'expected WHO WHERE'), ('a/b / read', "invalid user name 'a/b'"),
+                ('alice alice read', "'alice' must begin with a slash"),
+                ('alice /%user read', "'/%user': %u (the user name) must"),
+                ('alice /a%u read', "'/a%u': %u (the user name) must"),
+                ('alice /data/x read', "'/data/x': reserved name: "),
+                ('alice /../x read', "'/../x': path contains an invalid segment"),
+                ('alice /1/2/3/4/5 read 1G', 'a path with a quota may have at most 4 segments'),
+                ('alice / all', "invalid right 'all'; use none, metrics, read, append or write"),
                 ('alice / read 5X', "'5X'"), ('alice "/x read', 'No closing quotation')):
             with self.assertRaises(ValueError) as caught:
                 restic_serve.parse_rights(f'# who where may\n\n{line}\n* / none\n')
@@ -4504,8 +4511,8 @@ class RightsTest(TestCase):
         with self.assertRaises(ValueError) as caught:
             restic_serve.parse_rights('a /x read 1G\na /x append\nb /x read 2G\nc / wrong')
         self.assertEqual(str(caught.exception).split('\n'), [
-            'line 2: a has a line for /x already, line 1', 'line 3: /x has another quota in line 1',
-            "line 4: 'wrong' is no right; use none, metrics, read, append or write"])
+            'line 2: a already has a rule for /x, line 1', 'line 3: /x has a different quota in line 1',
+            "line 4: invalid right 'wrong'; use none, metrics, read, append or write"])
 
     def test_a_file_is_read_again_and_a_bad_one_changes_nothing(self):
         path = self.folder / 'rights'
@@ -4523,17 +4530,17 @@ class RightsTest(TestCase):
                                               Peer('1.2.3.4', 'alice')))
             return response.status, bytes(response.body) if method == 'POST' else b''
 
-        self.assertEqual(ask('POST'), (403, b'alice may not add to /a: read only\n'))
+        self.assertEqual(ask('POST'), (403, b'alice may not add to /a; only read access\n'))
         path.write_text('alice /a append 1G\n')
         self.assertEqual(ask('POST')[0], 200)
         path.write_text('alice /a appendix\n')
         self.assertEqual(ask('POST')[0], 200)
-        self.assertIn(f"the rights stay as they were: {path}, line 1: 'appendix' is no right", self.log[-1])
+        self.assertIn(f"keeping the previous rights: {path}, line 1: invalid right 'appendix'", self.log[-1])
         path.write_text('')
         self.assertEqual(ask('POST')[0], 200)
-        self.assertIn('it has no rules', self.log[-1])
+        self.assertIn('no rules; use ', self.log[-1])
         path.write_text('bob / write')
-        self.assertEqual(ask('POST'), (403, b'alice may not enter /a\n'))
+        self.assertEqual(ask('POST'), (403, b'alice may not access /a\n'))
 
     def test_of_two_threads_that_read_it_the_later_table_stays(self):
         path = self.folder / 'rights'
@@ -4587,8 +4594,8 @@ class RightsTest(TestCase):
             parser = restic_serve.Parser({})
             restic_serve.check_options(parser, parser.parse(['--rights', 'f', '--append-only', 'dir']))
         self.assertEqual(
-            error.getvalue(), 'restic_serve: --append-only and --rights: one of them alone can say who may '
-            'do what; for the options write in f: *  /  append\n')
+            error.getvalue(), 'restic_serve: --append-only cannot be combined with --rights; put this into '
+            'f instead: *  /  append\n')
 
     def test_quotas_bound_places_whoever_stores_there_and_change_with_the_file(self):
         store = Store(str(self.root))
@@ -4614,7 +4621,7 @@ class RightsTest(TestCase):
         with self.assertRaises(HttpError) as caught:
             save('/bob/pc', 40_000)
         self.assertEqual((caught.exception.status, str(caught.exception)),
-                         (507, 'the quota of /bob leaves no room'))
+                         (507, 'quota of /bob exceeded'))
         location = save('/free/x/y', 4000)
         held = {scope: usage.quota(scope)[0] for scope in ('alice', 'alice/pc', 'bob', 'free', 'free/x', '')}
         usage.census.count()    # what was counted and what passed through agree
@@ -4751,10 +4758,10 @@ class RightsOnWiresTest(WatchedTestCase):
             self.assertEqual(set(re.findall(r'repository_bytes\{repo="(.*?)"', text.decode())), repositories)
             self.assertEqual('restic_serve_connections' in text.decode(), whole, user)
         self.assertEqual(self.ask(get('/metrics', 'X-User: alice'))[0], 403)
-        for user, shown in (('alice', {'/alice': 'append'}), ('bob', {'/bob/x': 'see'}),
+        for user, shown in (('alice', {'alice': 'append'}), ('bob', {'bob/x': 'metrics'}),
                             ('root', {}), ('eve', {})):
             status, _, text = self.ask(get('/', f'X-User: {user}', 'Accept: text/html'))
-            rows = re.findall('data-of="Repository">(.*?)<.*?data-of="You may">(.*?)<', text.decode())
+            rows = re.findall('class="name"><a [^>]*>(.*?)<.*?<td class="right more">(.*?)<', text.decode())
             self.assertEqual((status, dict(rows)), (200, shown), user)
             self.assertEqual('1.0 GiB' in text.decode(), user in ('alice', 'root'), user)
         self.assertEqual(self.ask(get('/secret/', 'X-User: bob', 'Accept: text/html'))[0], 403)
@@ -5073,10 +5080,10 @@ class WatchTest(TestCase):
         found = restic_serve.Watch(self.store, usage, 48 * 3600).look(usage.names(), self.now)
         self.assertEqual([(one.name, list(one.troubles)) for one in found], [
             ('/damaged', ['damaged']), ('/never', ['overdue']), ('/later', ['overdue']),
-            ('/late', ['overdue']), ('/locked', ['with stale locks']), ('/full', ['nearly full']),
+            ('/late', ['overdue']), ('/locked', ['locked']), ('/full', ['nearly full']),
             ('/sound-2', []), ('/sound-10', [])])
         self.assertEqual(restic_serve.count_troubles(found),
-                         '1 damaged, 3 overdue, 1 with stale locks, 1 nearly full')
+                         '1 damaged, 3 overdue, 1 locked, 1 nearly full')
         self.assertEqual(restic_serve.count_troubles([]), '')
 
     def report(self, *words):
@@ -5097,7 +5104,7 @@ class WatchTest(TestCase):
         status, lines = self.report('--log-format', 'json', '--stale-after', '30d', '--max-size', '1G')
         found = [json.loads(line) for line in lines]
         self.assertEqual([(one['repository'], one['troubles']) for one in found][:3], [
-            ('damaged', ['damaged']), ('never', ['overdue']), ('locked', ['with stale locks'])])
+            ('damaged', ['damaged']), ('never', ['overdue']), ('locked', ['locked'])])
         for name in ('damaged', 'never', 'locked'):
             shutil.rmtree(self.root / name)
         self.assertEqual(self.report('--stale-after', '30d')[0], 0)
@@ -5105,9 +5112,36 @@ class WatchTest(TestCase):
         status, lines = self.report('-q')
         self.assertEqual((status, [line.split()[1] for line in lines]), (1, ['later:', 'late:']))
 
+    def test_what_cannot_be_read_is_not_sound(self):
+        shutil.rmtree(self.root / 'damaged')
+        usage = Usage(self.store, Counters())
+        real = self.store.object_entries
+
+        def entries(path, prefix=''):
+            if path == '/sound-2/keys':
+                raise PermissionError(13, 'Permission denied')
+            return real(path, prefix)
+
+        with mock.patch.object(self.store, 'object_entries', entries):
+            usage.census.count()
+        found = restic_serve.Watch(self.store, usage, 48 * 3600).look(usage.names(), self.now)
+        self.assertEqual((found[0].name, list(found[0].troubles)), ('/sound-2', ['unreadable']))
+
+    def test_the_report_names_what_it_cannot_read(self):
+        def walk(store, on_error):
+            on_error('/secret', PermissionError(13, 'Permission denied'))
+            return iter(())
+
+        store = Store(str(self.root))
+        options = restic_serve.Parser({}).parse(['--report', '-q', str(self.root)])
+        with mock.patch.object(Store, 'walk', walk), \
+                mock.patch.object(sys, 'stderr', io.StringIO()) as errors:
+            self.assertEqual(restic_serve.report(options, store), 1)
+        self.assertIn('restic_serve: cannot read secret\n', errors.getvalue())
+
     def test_of_nothing_there_is_no_report(self):
-        for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: no directory'),
-                             (self.folder / 'srv' / '.restic_serve', 'there is no repository in ')):
+        for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: directory does not exist'),
+                             (self.folder / 'srv' / '.restic_serve', 'no repository in ')):
             done = subprocess.run([sys.executable, MODULE, '--report', str(folder)], text=True,
                                   capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (1, '', 1))
@@ -5121,6 +5155,7 @@ class EventsTest(WatchedTestCase):
 
     TELL = ('printf "%s|%s|%s|%s\\n" "$RESTIC_SERVE_EVENT" "$RESTIC_SERVE_REPOSITORY" "$RESTIC_SERVE_USER" '
             '"$RESTIC_SERVE_MESSAGE" >> ')
+    repositories_are_made_first = True
 
     def setUp(self):
         super().setUp()
@@ -5144,7 +5179,7 @@ class EventsTest(WatchedTestCase):
     def told(self):
         """What the command was told, but for the disk of the tests, which may be full."""
         lines = self.heard.read_text().splitlines() if self.heard.exists() else []
-        return [line for line in lines if 'full|/||the disk' not in line or '100.0 GiB' in line]
+        return [line for line in lines if 'full|||disk' not in line or '100.0 GiB' in line]
 
     def look(self, events=None):
         """What is told by a look at what is wrong."""
@@ -5163,6 +5198,7 @@ class EventsTest(WatchedTestCase):
         accounts = self.folder / 'htpasswd'
         accounts.write_text(f'alice:{sha("alice")}\n')
         self.policy = Policy(short_rights(append_only=True))
+        self.fill('/laptop')
         events = self.served(accounts=Accounts(PasswordFile(str(accounts))))
         alice, content = basic('alice', 'alice'), b'snapshot'
         path = f'/laptop/snapshots/{named(content)}'
@@ -5172,11 +5208,12 @@ class EventsTest(WatchedTestCase):
             self.assertEqual(self.ask(get(path, alice, method='DELETE'))[0], 403)
         self.wait_until(lambda: len(self.told()) == 2, 'both events')
         self.assertEqual(self.told(), [
-            f'snapshot|laptop|alice|laptop: snapshot {named(content)[:8]} has come from alice',
-            "refused|laptop|alice|laptop: 'alice' from 127.0.0.1 tried to delete, and has the right append "
-            'only'])
-        self.assertEqual(self.events()._claim('refused', '/laptop', time.time(), 3600), False)
-        self.assertEqual({key[1]: row[0] for key, row in events._counters.find('event').items()},
+            f'snapshot|laptop|alice|laptop: snapshot {named(content)[:8]} received from alice',
+            "refused|laptop|alice|laptop: 'alice' from 127.0.0.1 tried to delete, but may only append"])
+        reported, now = restic_serve.ReportedEvents(self.store), time.time()
+        self.assertFalse(reported.claim('refused', '/laptop', now))
+        self.assertTrue(reported.claim('refused', '/laptop', now + 3601))
+        self.assertEqual({key[1]: row[0] for key, row in events._counters.find('event').items() if row[0]},
                          {'snapshot': 1, 'refused': 1})
 
     def test_a_mass_delete_is_told_once(self):
@@ -5186,29 +5223,50 @@ class EventsTest(WatchedTestCase):
             self.ask(get(f'/laptop/snapshots/{path.name}', method='DELETE'))
         self.wait_until(self.told, 'the event')
         self.assertEqual(self.told(), [
-            'deleted|laptop||/laptop: 4 of 6 snapshots were deleted within a minute'])
+            'deleted|laptop||laptop: 4 of 6 snapshots were deleted within a minute'])
+
+    def age(self, repository, hours):
+        """Let the snapshots of a repository be so old."""
+        for path in (self.root / repository / 'snapshots').iterdir():
+            os.utime(path, (time.time() - hours * 3600,) * 2)
 
     def test_a_repository_is_overdue_once_and_back_once(self):
         self.fill('/late', 'snapshots', age=7200)
         self.fill('/never', 'keys')
         self.fill('/fresh', 'snapshots')
         events = self.events()
-        self.assertEqual(self.look(events), [
-            'overdue|never||never: overdue, no snapshot has come',
-            'overdue|late||late: overdue, the last snapshot came 2 hours ago'])
+        self.assertEqual(self.look(events), ['overdue|never||never: overdue, no snapshot yet',
+                                             'overdue|late||late: overdue, last snapshot 2 hours ago'])
         self.assertEqual(self.look(events), [])
         self.assertEqual(self.look(), [])       # another start
+        old = self.events()                     # another server, which has counted before
         self.fill('/late', 'snapshots')
-        self.assertEqual(self.look(), ['back|late||late: a snapshot has come again'])
-        self.assertEqual(self.look(), [])
-        for path in (self.root / 'late' / 'snapshots').iterdir():
-            os.utime(path, (time.time() - 7300,) * 2)
-        self.assertEqual(len(self.look()), 1)
+        self.assertEqual(self.look(), ['back|late||late: no longer overdue'])
+        self.assertEqual([self.look(old), self.look(), self.look(old)], [[], [], []])
+        self.age('late', 1.5)
+        self.assertEqual(self.look(), [])       # that snapshot is older than the one that was seen
+        self.fill('/late', 'snapshots', age=-3600)
+        with mock.patch.object(time, 'time', return_value=time.time() + 9000):
+            self.assertEqual([line.partition('|')[0] for line in self.look()], ['overdue', 'overdue'])
         shutil.rmtree(self.root / 'late')
         shutil.rmtree(self.root / 'never')
         self.assertEqual(self.look(), [])
-        self.assertEqual(json.loads((self.root / '.restic_serve' / 'events.json').read_text()),
-                         {'overdue': {}})
+        self.assertNotIn('late', (self.root / '.restic_serve' / 'events.json').read_text())
+
+    def test_a_new_repository_is_not_overdue_at_once(self):
+        self.fill('/new', 'keys')
+        (self.root / 'new' / 'config').write_bytes(b'config')
+        self.assertEqual(self.look(), [])
+        os.utime(self.root / 'new' / 'config', (time.time() - 7200,) * 2)
+        self.assertEqual(self.look(), ['overdue|new||new: overdue, no snapshot yet'])
+
+    def test_a_repository_made_since_the_count_has_its_snapshot(self):
+        events = self.events()
+        content = b'snapshot'
+        self.fill('/new')
+        events._usage.save(Location('/new', 'snapshots', named(content)), Bytes(content))
+        self.assertEqual(self.look(events), [])
+        self.assertGreater(events._usage.repositories()['/new'].last_snapshot, time.time() - 60)
 
     def test_damage_is_told_and_more_of_it(self):
         def scrub():
@@ -5216,15 +5274,19 @@ class EventsTest(WatchedTestCase):
 
         self.fill('/nas', 'data', 'data', 'snapshots')
         paths = list((self.root / 'nas' / 'data').glob('*/*'))
+        whole = paths[0].read_bytes()
         paths[0].write_bytes(b'damaged')
         scrub()
         self.assertEqual(self.look(), [
-            f'damaged|nas||nas: 1 damaged: data/{paths[0].name[:2]}/{paths[0].name}'])
+            f'damaged|nas||nas: 1 object damaged: data/{paths[0].name[:2]}/{paths[0].name}'])
         scrub()
         self.assertEqual(self.look(), [])
         paths[1].write_bytes(b'damaged')
         scrub()
-        self.assertEqual([line[:27] for line in self.look()], ['damaged|nas||nas: 2 damaged'])
+        self.assertEqual([line[:27] for line in self.look()], ['damaged|nas||nas: 2 objects'])
+        paths[0].write_bytes(whole)
+        scrub()
+        self.assertEqual([line[:26] for line in self.look()], ['damaged|nas||nas: 1 object'])
         for path in paths:
             path.unlink()
         scrub()
@@ -5240,15 +5302,20 @@ class EventsTest(WatchedTestCase):
         held = self.events()._usage.quota('alice')[0]
         self.quotas = {'/alice': held * 100 // 95}
         sizes = ' of '.join(map(restic_serve.format_size, (held, held * 100 // 95)))
-        self.assertEqual(self.look(), [f'full|alice||/alice is nearly full, {sizes}'])
+        self.assertEqual(self.look(), [f'full|alice||quota of /alice is 95 % used: {sizes}'])
         self.assertEqual(self.look(), [])
         self.quotas = {'/alice': held * 100 // 88}
         self.assertEqual(self.look(), [])
-        self.assertIn('/alice', self.events()._read()['full'])      # 88 % is too near to 90 %
+        self.assertIn('/alice', self.reported('full'))      # 88 % is too near to 90 %
         self.quotas = {'/alice': held * 2}
         with mock.patch.object(shutil, 'disk_usage', lambda path: mock.Mock(total=100 << 30, free=5 << 30)):
-            self.assertEqual(self.look(), ['full|/||the disk is nearly full, 95.0 GiB of 100.0 GiB'])
-        self.assertEqual(list(self.events()._read()['full']), [''])
+            self.assertEqual(self.look(), ['full|||disk is 95 % used: 95.0 GiB of 100.0 GiB'])
+        self.assertEqual(self.reported('full'), [''])
+
+    def reported(self, kind):
+        found = restic_serve.ReportedEvents(self.store)
+        found.refresh()
+        return found.names(kind)
 
     def test_a_directory_that_goes_is_told_and_its_return(self):
         self.fill('/laptop', 'snapshots')
@@ -5256,43 +5323,74 @@ class EventsTest(WatchedTestCase):
         self.assertEqual(self.look(events), [])
         self.root.rename(self.folder / 'away')
         self.root.mkdir()
-        self.assertEqual(self.look(events), [f'gone|/||{self.root} has gone, perhaps its disk was unmounted'])
+        self.assertEqual(self.look(events), [f'gone|||{self.root} is gone (disk unmounted?)'])
         self.assertEqual(self.look(events), [])
         self.root.rmdir()
         (self.folder / 'away').rename(self.root)
-        self.assertEqual(self.look(events), [f'back|/||{self.root} is back'])
+        self.assertEqual(self.look(events), [f'back|||{self.root} is back'])
 
     def test_no_name_is_a_command(self):
         wild = '$(touch x);`touch x`"\'|& touch x'
         self.fill(f'/{wild}', 'keys')
-        self.assertEqual(self.look(), [f'overdue|{wild}||{wild}: overdue, no snapshot has come'])
+        self.assertEqual(self.look(), [f'overdue|{wild}||{wild}: overdue, no snapshot yet'])
         self.assertFalse(Path('x').exists())
         events = self.events()
         events._run(restic_serve.Event('snapshot', '/a', '', 'two\nlines'))
         self.assertEqual(self.told()[1:], ['snapshot|a||two\\nlines'])
 
+    def test_refused_deletes_drown_nothing(self):
+        self.fill('/laptop', 'snapshots')
+        events = self.events(f'sleep 0.1; {self.TELL}{self.heard}')
+        for number in range(2000):
+            events.on_refused_delete(f'/none-{number}', 'eve', 'eve', 'append')
+        events.on_refused_delete('/laptop', 'eve', 'eve', 'append')
+        events.on_refused_delete('/laptop', 'eve', 'eve', 'append')
+        for number in range(1000):
+            events.emit('snapshot', '/laptop', f'number {number}')
+        events.on_mass_delete('/laptop', 'what matters')
+        self.wait_until(lambda: 'deleted|laptop||what matters' in self.told(), 'what matters')
+        self.assertLess(len(self.told()), 5)
+        self.assertGreater(sum('too many events' in line for line in self.log), 450)
+
     def test_a_command_that_fails_or_hangs_is_a_line_in_the_log(self):
         event = restic_serve.Event('snapshot', '/a', '', 'what happened')
         self.events('echo first; echo no mail today >&2; exit 3')._run(event)
-        self.assertEqual(self.log[-1], 'the command of --on-event has failed for "what happened": status 3: '
+        self.assertEqual(self.log[-1], '--on-event: command failed for "what happened": status 3: '
                                        'no mail today')
         self.events('/nonexistent/program')._run(event)
         self.assertIn('status 127: ', self.log[-1])
         with mock.patch.object(restic_serve, 'COMMAND_SECONDS', 0.1):
             self.events('sleep 1000 & sleep 1000')._run(event)
-        self.assertEqual(self.log[-1], 'the command of --on-event has failed for "what happened": it was '
-                                       'killed after 0.1 s')
+        self.assertEqual(self.log[-1], '--on-event: command failed for "what happened": killed after 0.1 s')
         self.events('exit 0')._run(event)
-        self.assertEqual(self.log[-1], 'ran the command of --on-event for "what happened"')
+        self.assertEqual(self.log[-1], '--on-event: ran the command for "what happened"')
 
-    def test_the_end_does_not_wait_for_a_command_that_hangs(self):
+    def test_what_a_command_writes_takes_no_room(self):
+        event = restic_serve.Event('snapshot', '/a', '', 'what happened')
+        with mock.patch.object(tempfile, 'tempdir', '/nonexistent'):
+            self.events('yes | head -c 30000000; echo last; exit 1')._run(event)
+        self.assertTrue(self.log[-1].endswith(': status 1: last'))
+        self.events('printf "%0200000d" 7; exit 1')._run(event)
+        self.assertLess(len(self.log[-1]), 300)
         begin = time.monotonic()
-        events = self.served('sleep 1000')
-        self.ask(post(f'/a/snapshots/{named(b"x")}', b'x'))
-        self.wait_until(lambda: events._process, 'the command')
+        self.events('sleep 1000 & exit 2')._run(event)
+        self.events('exec >&- 2>&-; sleep 0.2; exit 3')._run(event)
+        self.assertTrue(self.log[-1].endswith(': status 3'))
+        self.assertLess(time.monotonic() - begin, PATIENCE)
+
+    def test_what_the_end_cuts_short_is_told_by_the_next_start(self):
+        self.fill('/never', 'keys')
+        started = self.folder / 'started'
+        events = self.served(f'touch {started}; sleep 1000')
+        self.wait_until(started.exists, 'the command')
+        events.emit('snapshot', '/a', 'another')
+        begin = time.monotonic()
         events.stop(0.1)
         self.assertLess(time.monotonic() - begin, PATIENCE)
-        self.wait_until(lambda: 'status -9' in self.log[-1], 'the end of the command')
+        self.assertIsNone(events._thread)
+        self.assertIn('--on-event: 1 event lost, the server is stopping', self.log)
+        self.assertIn('killed, the server is stopping', self.log[-1])
+        self.assertEqual(self.look(), ['overdue|never||never: overdue, no snapshot yet'])
 
     def test_it_knows_nothing_of_the_options_in_the_environment(self):
         with mock.patch.dict(os.environ, {'RESTIC_SERVE_PASS': 'secret', 'RESTIC_SERVE_TEST_X': '1'}):
@@ -5306,31 +5404,27 @@ class EventsTest(WatchedTestCase):
         done = subprocess.run([sys.executable, MODULE, '--report', str(self.root)], text=True, env={
             **clean_environment(), 'RESTIC_SERVE_EVENT': 'overdue', 'RESTIC_SERVE_USER': 'bob'},
             capture_output=True)
-        self.assertEqual(done.stderr, f'restic_serve: there is no repository in {self.root}\n')
-
-    def test_too_many_at_once_are_lost_and_said(self):
-        go_on = self.folder / 'go_on'
-        events = self.events(f'while [ ! -e {go_on} ]; do sleep 0.01; done; {self.TELL}{self.heard}')
-        with mock.patch.object(restic_serve, 'QUEUED_EVENTS', 3):
-            for number in range(10):
-                events.emit('snapshot', '/a', f'number {number}')
-        lost = sum('events wait for it' in line for line in self.log)
-        go_on.touch()
-        self.wait_until(lambda: events._thread is None, 'the others')
-        self.assertIn(lost, (6, 7))
-        self.assertEqual(len(self.told()), 10 - lost)
+        self.assertEqual(done.stderr, f'restic_serve: no repository in {self.root}\n')
 
     def test_what_cannot_be_remembered_is_told_once_all_the_same(self):
         self.fill('/never', 'keys')
         (self.root / '.restic_serve').mkdir(exist_ok=True)
-        (self.root / '.restic_serve' / 'events.json').write_text('[7')
-        self.assertEqual(len(self.look()), 1)
-        self.assertEqual(sum('events.json cannot be read' in line for line in self.log) > 0, True)
-        (self.root / '.restic_serve' / 'events.json').unlink()
+        path = self.root / '.restic_serve' / 'events.json'
+        for text in ('[7', '[]', '{"overdue": 7}', '{"overdue": {"/never": NaN}}', '7' * 400, '[' * 100000,
+                     '{"overdue": {"/never": "x"}}', '{"overdue": {"/never": ' + '7' * 400 + '}}'):
+            path.write_text(text)
+            self.assertEqual(len(self.look()), 1, text)
+            self.assertIn('cannot read events.json', ' '.join(self.log))
+            self.log.clear()
+        path.unlink()
         events = self.events()
         with mock.patch.object(restic_serve.HiddenFolder, 'write', side_effect=OSError(30, 'read-only')):
-            self.assertEqual(len(self.look(events)), 1)
-            self.assertEqual(self.look(events), [])
+            self.assertEqual([len(self.look(events)), self.look(events)], [1, []])
+        path.write_text('{}')
+        self.store.directory.read_only = True
+        events = self.events()
+        self.assertEqual([len(self.look(events)), self.look(events)], [1, []])
+        self.assertEqual(path.read_text(), '{}')
 
     def test_all_workers_tell_once_and_so_does_the_next_start(self):
         self.make_repository('laptop')
@@ -5424,6 +5518,7 @@ class PageTest(WatchedTestCase):
         self.assertEqual(sorted(name for name, _ in snapshots), sorted(
             path.name[:8] for path in (self.root / 'laptop' / 'snapshots').iterdir()))
         self.assertNotIn('Deleted and kept', text)
+        self.server.api._page._looked.clear()
         with mock.patch.object(restic_serve, 'LOOK_AT_MOST', -1):
             self.assertIn('<td class="n">unknown<', self.look('/laptop/')[1])
 
@@ -5492,6 +5587,53 @@ class PageTest(WatchedTestCase):
         self.assertIn('<dt>Rights</dt><dd>write: alice, root</dd>',
                       self.look('/alice/x/', basic('root', 'root'))[1])
         self.assertNotIn('<dt>Rights', self.look('/alice/x/', basic('alice', 'alice'))[1])
+
+    def test_a_directory_that_is_gone_is_the_headline(self):
+        self.fill('/laptop', 'snapshots')
+        self.watch()
+        self.assertEqual(self.names(), ['laptop'])
+        self.root.rename(self.folder / 'away')
+        self.server.api.store.directory._next_probe = 0
+        for path in ('/', '/laptop/'):
+            text = self.look(path)[1]
+            self.assertIn(f'<title>{socket.gethostname()}: the directory is gone</title>', text)
+            self.assertIn('⚠ the directory is gone', text)
+        (self.folder / 'away').rename(self.root)
+
+    def test_the_disk_and_quotas_above_are_not_for_everybody(self):
+        self.fill('/bob/pc', 'snapshots')
+        accounts = self.folder / 'htpasswd'
+        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('bob', 'joe', 'eve')))
+        self.watch(Policy(restic_serve.parse_rights('bob / write\njoe /bob/pc read\neve /bob metrics')),
+                   Accounts(PasswordFile(str(accounts))), per_user=100)
+        pages = {user: self.look('/bob/pc/', basic(user, user))[1] for user in ('bob', 'joe', 'eve')}
+        self.assertEqual(['nearly full' in pages[user] for user in ('bob', 'joe', 'eve')],
+                         [True, False, True])
+        self.assertEqual([' free' in self.look('/', basic(user, user))[1] for user in ('bob', 'joe')],
+                         [True, False])
+        snapshot = next((self.root / 'bob' / 'pc' / 'snapshots').iterdir()).name[:8]
+        self.assertEqual([f'<td>{snapshot}</td>' in pages[user] for user in ('joe', 'eve')], [True, False])
+        self.assertEqual(['<code>rest:' in pages[user] for user in ('joe', 'eve')], [True, False])
+        self.assertIn('write: bob; read: joe; metrics: eve<', pages['bob'])
+
+    def test_others_and_the_owner_are_among_the_rights(self):
+        policy = Policy(restic_serve.parse_rights('* /pub write\nbob /pub read\n* /%u append'))
+        self.assertEqual(policy.who_may('/pub/x', []), {'write': ['pub', 'anyone else'], 'read': ['bob']})
+        self.assertEqual(policy.who_may('/alice/lap', []), {'append': ['alice']})
+
+    def test_times_and_names_that_nobody_can_have_are_shown_all_the_same(self):
+        self.fill('/late', 'snapshots')
+        path = next((self.root / 'late' / 'snapshots').iterdir())
+        os.utime(path, (1 << 33, 1 << 33))
+        for name in (b'latin-\xe9', b'two\nlines'):
+            (self.root / os.fsdecode(name) / 'keys').mkdir(parents=True)
+            (self.root / os.fsdecode(name) / 'config').write_bytes(b'config')
+        self.watch()
+        text = self.look('/')[1]
+        self.assertIn('<th scope="row" class="name">two\nlines', text)
+        self.assertIn('<th scope="row" class="name">latin-\\udce9', text)
+        with mock.patch.object(restic_serve, 'LATEST_TIME', 1 << 32):
+            self.assertIn('2106-02-07', self.look('/late/')[1])
 
     def test_the_icon_needs_no_login(self):
         accounts = self.folder / 'htpasswd'
@@ -5579,7 +5721,7 @@ class PageTest(WatchedTestCase):
             self.watch(prometheus='')
             head, text = self.look()
             self.assertEqual(head['refresh'], '5')
-            self.assertIn('being counted', text)
+            self.assertIn('Calculating sizes', text)
             go_on.set()
 
     def test_with_nothing_to_show(self):
@@ -5712,7 +5854,8 @@ class ApiTest(TestCase):
         self.assertEqual(self.status('POST', '/host/config', b'one'), 200)
         self.assertEqual(self.status('POST', '/host/config', b'two'), 403)
         self.assertEqual(self.status('DELETE', '/host/'), 501)
-        self.assertIn(f'refused: test may not delete /host/data/{self.NAME}: append only in /', self.log)
+        self.assertIn(f'access denied: test may not delete /host/data/{self.NAME}; only append access to /',
+                      self.log)
 
     def test_append_only_lets_a_damaged_object_be_mended(self):
         path = f'/host/data/{self.NAME}'
@@ -5854,7 +5997,7 @@ class ApiTest(TestCase):
             self.log.clear()
             self.assertIn(self.ask('POST', f'{path}?create=true')[0], (404, 405))
             self.assertEqual(len(self.log), 1, self.log)
-            self.assertIn(f'{path}: this cannot be a repository, since the names data', self.log[0])
+            self.assertIn(f'{path}: reserved name: a repository path cannot contain data', self.log[0])
 
     def test_of_the_past_of_the_past_there_is_none_however_often_it_is_asked_for(self):
         for count in (1, 2, 300, 3000):
@@ -6630,7 +6773,7 @@ class Http1Test(WireTestCase):
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
             wire.__exit__()
             self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
+        self.assertEqual(self.log, [f'created directory {self.root}'])
         self.assertEqual(len(self.files()), 1)
 
     def test_a_list_that_cannot_be_read_to_its_end_is_broken_off(self):
@@ -6973,7 +7116,7 @@ class Http2FramesTest(Http2TestCase):
                 '6.2 HEADERS of no stream': (protocol, headers(0)),
                 '6.2 padding too long': (protocol, headers(1, bytes([len(block) + 2]) + block, 5 | PADDED)),
                 '6.2 no priority': (size, headers(1, b'1234', 5 | PRIORITIZED)),
-                '6.3 PRIORITY of no stream': (protocol, frame(PRIORITY, 0, 0, bytes(5))),
+                '6.3 PRIORITY without a stream': (protocol, frame(PRIORITY, 0, 0, bytes(5))),
                 '6.3 PRIORITY of 4 bytes': (size, headers(1), frame(PRIORITY, 0, 1, bytes(4))),
                 '6.4 RST_STREAM of no stream': (protocol, frame(RST_STREAM, 0, 0, word(8))),
                 '6.4 RST_STREAM of 3 bytes': (size, headers(1), frame(RST_STREAM, 0, 1, bytes(3))),
@@ -6989,7 +7132,7 @@ class Http2FramesTest(Http2TestCase):
                 '6.7 PING of 6 bytes': (size, frame(PING, 0, 0, bytes(6))),
                 '6.8 GOAWAY of a stream': (protocol, frame(GOAWAY, 0, 1, bytes(8))),
                 '6.8 GOAWAY of 4 bytes': (size, frame(GOAWAY, 0, 0, bytes(4))),
-                '6.9 WINDOW_UPDATE of nothing': (protocol, frame(WINDOW_UPDATE, 0, 0, word(0))),
+                '6.9 WINDOW_UPDATE of zero bytes': (protocol, frame(WINDOW_UPDATE, 0, 0, word(0))),
                 '6.9 WINDOW_UPDATE of 3 bytes': (size, frame(WINDOW_UPDATE, 0, 0, bytes(3))),
                 '6.9.1 the window too large': (flow, *[frame(WINDOW_UPDATE, 0, 0, word(TOP))] * 2),
                 '6.9.2 a window of a stream too large': (
@@ -7032,7 +7175,7 @@ class Http2FramesTest(Http2TestCase):
                     protocol, headers(1, word(1) + b'\0' + fields(), 5 | PRIORITIZED)),
                 '6.1 POST with DATA after the end': (closed, settings((4, 0)), headers(1, fields('POST')),
                                                      TEST),
-                '6.9 WINDOW_UPDATE of nothing': (protocol, OPEN, frame(WINDOW_UPDATE, 0, 1, word(0))),
+                '6.9 WINDOW_UPDATE of zero bytes': (protocol, OPEN, frame(WINDOW_UPDATE, 0, 1, word(0))),
                 '6.9.1 the window too large': (flow, OPEN, *[frame(WINDOW_UPDATE, 0, 1, word(TOP))] * 2),
                 '8.1 trailers without the end': (
                     protocol, POST, frame(DATA, 0, 1, b'test'), headers(1, b'\0\x01x\x01y', END_HEADERS)),
@@ -7107,7 +7250,7 @@ class Http2FramesTest(Http2TestCase):
             self.assertEqual(wire.file.read(), b'')
         with Wire(self.port) as wire:
             wire.send('PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n')
-            self.assertEqual(wire.file.read()[-40:][-20:], b'no preface of HTTP/2')
+            self.assertEqual(wire.file.read()[-40:][-22:], b'missing HTTP/2 preface')
         self.assertEqual(self.ask('GET /\r\n\r\n')[0], 400)
 
     def test_content_goes_as_the_windows_allow(self):
@@ -7144,9 +7287,9 @@ class RequestOfTest(unittest.TestCase):
 
     def test_a_request(self):
         self.assertEqual(restic_serve.request_of([*self.GET, ('accept', 'a'), ('accept', 'b')]),
-                         ('GET', '/x', {'accept': 'a, b'}))
+                         ('GET', '/x', {'accept': 'a, b', 'host': 'host'}))
         self.assertEqual(restic_serve.request_of([(':method', 'CONNECT'), (':authority', 'host')]),
-                         ('CONNECT', '/', {}))
+                         ('CONNECT', '/', {'host': 'host'}))
 
     def test_malformed_ones(self):
         for at, field in enumerate(self.GET[:3]):
@@ -7575,7 +7718,7 @@ class Http2Test(Http2TestCase):
         self.assertEqual(wire.until(RST_STREAM)[3], word(2))
         wire.send(headers(3))
         self.assertEqual(wire.answer(3)[0], 404)
-        self.assertTrue(any('broken off' in line for line in self.log))
+        self.assertTrue(any('answer aborted' in line for line in self.log))
 
     def test_headers_of_an_answer_may_be_long(self):
         self.server.api._headers.append(('X-Long', 'y' * 40_000))
@@ -7861,7 +8004,7 @@ class Http2AbuseTest(Http2TestCase):
         wire = self.http2()
         wire.send(headers(1, fields() + b'\x40\x01a\x7f\xa1\x1e' + b'x' * 4000 + b'\xbe' * 10000))
         status, _, content = wire.answer()
-        self.assertEqual((status, content), (431, b'the header is longer than 4096 bytes\n'))
+        self.assertEqual((status, content), (431, b'header is longer than 4096 bytes\n'))
         for number, block, expected in ((3, b'\x82\x86\x84\xbe', 431), (5, fields(), 404)):
             wire.send(headers(number, block))  # the table is what the client thinks
             self.assertEqual(wire.answer(number)[0], expected)
@@ -8004,7 +8147,7 @@ class StallTest(Http2TestCase):
 
     def wait_for_end(self, limit):
         self.wait_until(lambda: self.limited() == {limit: 1}, limit)
-        self.wait_until(lambda: any(line.startswith(f'{limit}: 1 ended or refused, from 127.0.0.1 (1)')
+        self.wait_until(lambda: any(line.startswith(f'{limit}: closed or rejected 1, from 127.0.0.1 (1)')
                                     for line in self.log), 'the log line')
 
     def test_a_download_that_is_not_read(self):
@@ -8184,14 +8327,14 @@ class StallTest(Http2TestCase):
                 self.metrics.count_limited('y', '10.0.0.1')
                 self.server.loop.wake()
                 self.wait_until(lambda: not self.metrics._limited, 'a line')    # though nobody is there
-        self.assertEqual(len([line for line in self.log if line.startswith('y: 1 ended')]), 2)
+        self.assertEqual(len([line for line in self.log if line.startswith('y: closed or rejected 1,')]), 2)
 
     def test_a_limit_is_told_of_at_once_and_then_once_a_minute(self):
         for number in range(30):
             self.metrics.count_limited('x', f'10.0.0.{number % 12}')
         self.metrics.log_limited()
         told = [line for line in self.log if line.startswith('x: ')]
-        self.assertRegex(told[-1], r'^x: \d+ ended or refused, from 10\.0\.0\.\d+ \(\d+\)')
+        self.assertRegex(told[-1], r'^x: closed or rejected \d+, from 10\.0\.0\.\d+ \(\d+\)')
         before = len(told)
         self.metrics.count_limited('x', '10.0.0.1')
         self.metrics.log_limited()
@@ -8500,13 +8643,13 @@ class TlsTest(ListenerTestCase):
             self.assertEqual(wire.ask(get('/config'))[0], 404)
             self.authority.issue('server')      # a new certificate of ours changes nothing
             os.utime(self.authority.path)
-            self.wait_until(lambda: 'read the certificate' in ''.join(self.log), 'the server to read it')
+            self.wait_until(lambda: 'loaded certificate' in ''.join(self.log), 'the server to read it')
             self.assertEqual(wire.ask(get('/config'))[0], 404)
             other = self.folder / 'other'
             other.mkdir()
             self.authority.path.write_text(Authority(other).path.read_text())
             self.assertTrue(wire.is_closed())
-            self.assertIn('the authority has changed', self.log[-1])
+            self.assertIn('the client CA has changed', self.log[-1])
 
     def test_a_renewed_certificate_is_used_for_the_next_connection(self):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
@@ -8518,7 +8661,7 @@ class TlsTest(ListenerTestCase):
             self.assertEqual(before.ask(get('/config'))[0], 404)
             (self.folder / 'server.pem').write_text('nonsense')
             self.assertEqual([self.serial(port) for _ in range(3)], [2, 2, 2])
-            self.assertEqual(len([line for line in self.log if 'is no good' in line]), 1)
+            self.assertEqual(len([line for line in self.log if 'invalid certificate' in line]), 1)
             (self.folder / 'server.key').unlink()
             self.assertEqual(self.serial(port), 2)
             self.authority.issue('server')
@@ -8533,8 +8676,8 @@ class TlsTest(ListenerTestCase):
         with mock.patch.object(restic_serve.time, 'sleep',
                                lambda seconds: (self.folder / 'server.pem').write_bytes(new)):
             certificates.reload()
-        self.assertIn('read the certificate', self.log[-1])
-        self.assertFalse([line for line in self.log if 'is no good' in line])
+        self.assertIn('loaded certificate', self.log[-1])
+        self.assertFalse([line for line in self.log if 'invalid certificate' in line])
 
     def test_versions(self):
         """The default is the library's policy; a version that is given is made to work."""
@@ -8604,7 +8747,7 @@ class TlsTest(ListenerTestCase):
             server.process.send_signal(signal.SIGHUP)
             # By each worker for itself.
             self.wait_until(lambda: self.serial(server.port) == 2, 'the new certificate')
-            self.wait_until(lambda: any('read the certificate' in line for line in server.lines), 'it')
+            self.wait_until(lambda: any('loaded certificate' in line for line in server.lines), 'it')
 
 
 # ---- Server ----------------------------------------------------------------------------------------
@@ -8786,7 +8929,7 @@ class ConnectionLimitTest(ListenerTestCase):
             status, headers, _ = more.ask(get('/config'))
             self.assertEqual((status, headers['connection']), (503, 'close'))
             self.assertTrue(more.is_closed())
-            self.wait_until(lambda: self.log[-1] == 'too many connections: 1 ended or refused, from '
+            self.wait_until(lambda: self.log[-1] == 'too many connections: closed or rejected 1, from '
                             '127.0.0.1 (1)', 'the log line')
             self.assertEqual(wires[0].ask(get('/config'))[0], 404)
             wires[0].__exit__()
@@ -8873,7 +9016,7 @@ class ServerTest(WireTestCase):
         self.assertEqual((status, headers['connection']), (200, 'close'))
         wire.__exit__()
         self.assertTrue(done.wait(PATIENCE))
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
+        self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_stop_does_not_wait_for_ever(self):
         wire = self.connect()
@@ -8882,7 +9025,7 @@ class ServerTest(WireTestCase):
         with mock.patch.object(restic_serve, 'STOP_SECONDS', 0.1):
             self.assertTrue(self.finish().wait(PATIENCE))
         self.assertTrue(wire.is_closed())
-        self.assertIn('cut off 127.0.0.1', self.log[-1])
+        self.assertIn('closed the connection of 127.0.0.1', self.log[-1])
 
     def test_a_stop_does_not_wait_for_what_was_answered_or_only_begun(self):
         answered, begun = self.connect(), self.connect()
@@ -8890,7 +9033,7 @@ class ServerTest(WireTestCase):
         begun.send('GET /c')
         self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
         self.assertTrue(self.finish().wait(PATIENCE))
-        self.assertEqual(self.log, [f'made the directory {self.root}'])
+        self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_second_stop_ends_the_wait(self):
         wire = self.connect()
@@ -9129,13 +9272,13 @@ class WorkersTest(TestCase):
         wires = self.connect_all(server, 5)  # one that has just ended may count still
         log = ' '.join(server.lines)
         for pid in first:
-            self.assertRegex(log, rf'ERROR: worker [12] \(process {pid}\) was ended by signal 9; another '
-                                  'takes its place')
+            self.assertRegex(log, rf'ERROR: worker [12] \(process {pid}\) was killed by signal 9; '
+                                  'restarting it')
         pid = self.children(server)[0]
         os.kill(pid, signal.SIGKILL)
         self.wait_until(lambda: f'(process {pid})' in ' '.join(server.lines), 'the log')
-        self.assertRegex(' '.join(server.lines), rf'{pid}\) was ended by signal 9; .* place in 1 s')
-        self.assertRegex(' '.join(server.lines), r'NOTICE: worker 1 is process \d+ now')
+        self.assertRegex(' '.join(server.lines), rf'{pid}\) was killed by signal 9; restarting it in 1 s')
+        self.assertRegex(' '.join(server.lines), r'NOTICE: worker 1 is now process \d+')
         for wire in wires:
             wire.__exit__()
         self.assertEqual(server.stop(), 0)
@@ -9168,7 +9311,7 @@ class WorkersTest(TestCase):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         pid = self.children(server)[0]
         os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: 'is process' in ' '.join(server.lines), 'the replacement')
+        self.wait_until(lambda: 'is now process' in ' '.join(server.lines), 'the replacement')
         self.assertEqual(server.stop(), 0)
 
     def test_a_stop_at_the_first_moment_leaves_no_socket(self):
@@ -9183,7 +9326,7 @@ class WorkersTest(TestCase):
         workers = restic_serve.Workers(server, 2)
         with mock.patch.object(socket, 'socketpair', side_effect=OSError(errno.EMFILE, 'Too many')):
             workers._start(1)
-        self.assertIn('no process could be started', self.log[-1])
+        self.assertIn('cannot start a worker', self.log[-1])
         self.assertEqual(list(workers._due), [1])
 
     def test_the_dead_hold_no_connections(self):
@@ -9204,7 +9347,7 @@ class WorkersTest(TestCase):
         server = self.serve()
         pid = self.children(server)[0]
         os.kill(pid, signal.SIGTERM)
-        self.wait_until(lambda: re.search(r'NOTICE: worker [12] is process \d+ now', ' '.join(server.lines)),
+        self.wait_until(lambda: re.search(r'NOTICE: worker [12] is now process \d+', ' '.join(server.lines)),
                         'the replacement')
         self.connect_all(server)
         self.assertEqual(server.stop(), 0)
@@ -9257,7 +9400,7 @@ class WorkersTest(TestCase):
         self.wait_until(lambda: statuses() == {403}, 'the new rights')
         self.wait_until(lambda: any('read 1 rules' in line for line in server.lines), 'the line of the first')
         rights.write_text('rubbish\n')
-        self.wait_until(lambda: any('the rights stay' in line for line in server.lines), 'a line')
+        self.wait_until(lambda: any('keeping the previous rights' in line for line in server.lines), 'a line')
         before = self.children(server)
         for pid in before:
             os.kill(pid, signal.SIGKILL)
@@ -9465,13 +9608,13 @@ class TlsOptionsTest(unittest.TestCase):
         Path(files['rubbish']).write_text('rubbish\n')
         for cert, key, client_ca, said in (
                 ('one.pem', 'locked.key', '', '--key: {locked.key} is encrypted'),
-                ('one.pem', 'two.key', '', '--key: {two.key} is not the key of {one.pem}'),
+                ('one.pem', 'two.key', '', '--key: {two.key} does not match the certificate {one.pem}'),
                 ('one.pem', 'missing', '', '--key: {missing}: No such file'),
                 ('missing', 'one.key', '', '--cert: {missing}: No such file'),
-                ('rubbish', 'one.key', '', '--cert: {rubbish} has no certificate in PEM form'),
-                ('one.pem', 'rubbish', '', '--key: {rubbish} has no private key in PEM form'),
-                ('one.pem', 'one.pem', '', '--key: {one.pem} has no private key in PEM form'),
-                ('one.pem', 'one.key', 'rubbish', '--client-ca: {rubbish} has no certificate in PEM form'),
+                ('rubbish', 'one.key', '', '--cert: no PEM certificate in {rubbish}'),
+                ('one.pem', 'rubbish', '', '--key: no PEM private key in {rubbish}'),
+                ('one.pem', 'one.pem', '', '--key: no PEM private key in {one.pem}'),
+                ('one.pem', 'one.key', 'rubbish', '--client-ca: no PEM certificate in {rubbish}'),
                 ('one.pem', 'one.key', 'missing', '--client-ca: {missing}: No such file')):
             with self.assertRaises(OSError) as caught:
                 restic_serve.Certificates(files[cert], files[key], files.get(client_ca, ''))
@@ -9493,8 +9636,8 @@ class TlsOptionsTest(unittest.TestCase):
             with mock.patch.object(time, 'time', return_value=time.time() + 3 * 86400):
                 certificates.warn()
         said = [call[0][0] % call[0][1:] for call in warning.call_args_list]
-        self.assertEqual(said[0], f'--key: everybody on this host can read {key} (chmod o-r)')
-        self.assertTrue(said[1].startswith(f'--cert: {cert} has expired, on '))
+        self.assertEqual(said[0], f'--key: {key} is readable by all users of this host (chmod o-r)')
+        self.assertTrue(said[1].startswith(f'--cert: {cert} expired on '))
 
     def test_a_python_without_tls_says_so(self):
         parser = restic_serve.Parser({})
@@ -9507,9 +9650,9 @@ class TlsOptionsTest(unittest.TestCase):
 class PastOptionsTest(unittest.TestCase):
     def test_a_time_that_is_none_is_refused_by_name(self):
         self.assertEqual(restic_serve.Parser({}).parse(['--roll-back', '100y', 'dir']).roll_back, 0)
-        for args, text in ((['--roll-back', 'yesterday', 'dir'], "--roll-back: 'yesterday' is no time; "),
-                           (['--roll-back', '2099-01-01', 'dir'], '--roll-back: 2099-01-01 is still to come'),
-                           (['--stdio', 'dir/.at/x'], "dir/.at/x: 'x' is no time; write"),
+        for args, text in ((['--roll-back', 'yesterday', 'dir'], "--roll-back: invalid time 'yesterday'; "),
+                           (['--roll-back', '2099-01-01', 'dir'], '--roll-back: 2099-01-01 is in the future'),
+                           (['--stdio', 'dir/.at/x'], "dir/.at/x: invalid time 'x'; use"),
                            (['dir/.at/2d'], 'requires --stdio')):
             parser = restic_serve.Parser({})
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
@@ -9538,7 +9681,7 @@ class OtherServersTest(TestCase):
 
     def test_a_remote_of_rclone_is_no_directory(self):
         for name in ('b2:bucket', 'remote:', ':s3:bucket', 'my remote:x'.replace(' ', '-')):
-            self.assertIn(f'{name!r} is a remote of rclone', self.refusal(name))
+            self.assertIn(f'{name!r} is an rclone remote', self.refusal(name))
         os.chdir(self.folder)
         self.addCleanup(os.chdir, Path(MODULE).parent)
         Path('really:meant').mkdir()
@@ -9575,20 +9718,20 @@ class OtherServersTest(TestCase):
                      ['--realm', '-P']):
             self.assertIn('expected one argument', self.refusal(*args, 'dir') if len(args) > 1
                           else self.refusal('dir', *args))
-        self.assertIn('DIR is missing; write restic_serve.py /srv/backup (without effect here: --rc-no-auth '
+        self.assertIn('DIR is missing; use restic_serve.py /srv/backup (ignored: --rc-no-auth '
                       'new)', self.refusal('--rc-no-auth', 'new'))
         for name in ('--include', '--immutable', '--copy-links', '--crypto', '--cache-object'):
             self.assertIn(f'{name}: unknown option', self.refusal(name, 'dir'))
 
     def test_a_timetable_without_a_bandwidth_is_refused(self):
-        self.assertIn("'08:00' is no bandwidth", self.refusal('--bwlimit', '08:00', 'dir'))
+        self.assertIn("invalid bandwidth '08:00'", self.refusal('--bwlimit', '08:00', 'dir'))
         self.assertEqual(self.refusal('--bwlimit', '10M:20M', 'dir'), '')
 
     def test_their_values_are_understood(self):
         for args, name, value in ((['--min-tls-version', '1.2'], 'min_tls_version', 'tls1.2'),
                                   (['--log-level', 'DEBUG'], 'log_level', 'DEBUG')):
             self.assertEqual(getattr(restic_serve.Parser({}).parse([*args, 'dir']), name), value)
-        self.assertIn('write DEBUG, INFO, NOTICE or ERROR', self.refusal('--log-level', 'loud', 'dir'))
+        self.assertIn('use DEBUG, INFO, NOTICE or ERROR', self.refusal('--log-level', 'loud', 'dir'))
 
     def test_passwords_that_rest_server_would_ask_for_are_not_passed_over(self):
         self.root.mkdir()
@@ -9629,7 +9772,7 @@ class CommandLineTest(TestCase):
 
     def test_it_says_where_it_serves_and_what_to_type(self):
         server = self.serve(self.root)
-        self.assertRegex(server.lines[0], r'^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d NOTICE: made the directory')
+        self.assertRegex(server.lines[0], r'^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d NOTICE: created directory')
         self.assertRegex(server.lines[1], f'serving {re.escape(str(self.root))} on {server.url}$')
         self.assertRegex(server.lines[2], f'restic -r rest:{server.url} init$')
         with Wire(server.port) as wire:
@@ -9640,7 +9783,7 @@ class CommandLineTest(TestCase):
         server = self.serve(self.root, RESTIC_SERVE_ADD_USER='x', RESTIC_SERVE_REMOVE_USER='x',
                             RESTIC_SERVE_SCRUB='true', RESTIC_SERVE_STDIO='true')
         self.assertEqual([line.partition('WARNING: ')[2] for line in server.lines if 'WARNING' in line],
-                         [f'the environment has RESTIC_SERVE_{name}, which is no option'
+                         [f'unknown environment variable RESTIC_SERVE_{name}'
                           for name in ('ADD_USER', 'REMOVE_USER', 'SCRUB', 'STDIO')])
         self.assertFalse(users.exists())
 
@@ -9778,7 +9921,7 @@ class CommandLineTest(TestCase):
         server = self.serve('--bwlimit', '10M', self.root)
         with Wire(server.port) as wire:
             wire.ask(get('/config'))
-        for word in ('lifted', 'in force again'):
+        for word in ('off', 'on again'):
             server.process.send_signal(signal.SIGUSR2)
             self.wait_until(lambda line=f'--bwlimit is {word}': line in ' '.join(server.lines), word)
         self.assertEqual(server.stop(), 0)
@@ -9801,7 +9944,7 @@ class CommandLineTest(TestCase):
     def test_the_log_goes_to_a_file(self):
         log = self.folder / 'log'
         with Program('--addr', '127.0.0.1:0', '--log-file', log, self.root, wait=False) as server:
-            self.wait_until(lambda: log.exists() and 'try it' in log.read_text(), 'the log')
+            self.wait_until(lambda: log.exists() and 'try: ' in log.read_text(), 'the log')
             server.stop()
             self.assertEqual(server.process.stderr.read(), '')
 
@@ -9809,7 +9952,7 @@ class CommandLineTest(TestCase):
     def test_a_log_that_was_moved_away_is_opened_anew_on_sighup(self):
         log, moved = self.folder / 'log', self.folder / 'log.1'
         with Program('-v', '--addr', '127.0.0.1:0', '--log-file', log, self.root, wait=False) as server:
-            self.wait_until(lambda: log.exists() and 'try it' in log.read_text(), 'the log')
+            self.wait_until(lambda: log.exists() and 'try: ' in log.read_text(), 'the log')
             port = int(re.search(r':(\d+)/ init', log.read_text())[1])
             with Wire(port) as wire:
                 wire.ask(get('/before'))
@@ -9842,25 +9985,26 @@ class CommandLineTest(TestCase):
         empty = self.folder / 'empty'
         empty.touch()
         for words, expected in (
-                ([], 'deletes are allowed; no passwords'),
+                ([], 'deletes allowed; no authentication'),
                 (['--htpasswd', users, '--append-only', '--admin', 'bob', '--max-size', '500G',
                   '--private-repos', '--max-size-per-user', '50G', '--keep-deleted', '30d'],
-                 f'append-only for all but bob; users: 2 from {users}; repositories private; '
-                 'quota 500.0 GiB; quota 50.0 GiB a user; deleted kept 30 d'),
+                 f'append-only except for bob; 2 users from {users}; private repositories; '
+                 'quota 500.0 GiB; quota 50.0 GiB per user; deleted objects kept for 30 d'),
                 (['--user', 'x', '--pass', 'y', '--append-only'], 'append-only; user: x'),
                 (['--user-from-header', 'X-U', '--addr', self.folder / 'socket'],
-                 'deletes are allowed; users: by the header X-U')):
+                 'deletes allowed; users from header X-U')):
             server = self.serve(*words, self.root)
-            self.wait_until(lambda lines=server.lines: any('in force' in line for line in lines),
-                            'what is in force')
-            self.assertIn(f'NOTICE: in force: {expected}', ' '.join(server.lines))
+            self.wait_until(lambda lines=server.lines: any('settings: ' in line for line in lines),
+                            'the settings')
+            self.assertIn(f'NOTICE: settings: {expected}', ' '.join(server.lines))
             self.assertEqual(' init' in server.lines[-2], True)
             self.assertEqual('/alice/ init' in ' '.join(server.lines), '--private-repos' in words)
             self.assertEqual(server.stop(), 0)
         server = self.serve('--htpasswd', empty, self.root)
-        self.wait_until(lambda: f'{empty} has no users: nobody can log in' in server.lines[-1], 'a warning')
+        self.wait_until(lambda: f'{empty} contains no users, so nobody can log in' in server.lines[-1],
+                        'a warning')
         server = self.serve('--htpasswd', users, '--admin', 'carol', self.root)
-        self.wait_until(lambda: '--admin: there is no user carol' in server.lines[-1], 'a warning')
+        self.wait_until(lambda: '--admin: unknown user carol' in server.lines[-1], 'a warning')
 
     def run_code(self, code, *words):
         """Exit status and last line of a Python program that begins with `code` and then is the server."""
@@ -9991,7 +10135,7 @@ restic_serve.trim_memory = trim_and_forget
         self.assertEqual(PasswordFile(str(file)).entries, {'andr\u00e9': sha('new'), 'bob': sha('b')})
         file.write_text(f'andre\u0301:{sha("1")}\nandr\u00e9:{sha("2")}\n', encoding='utf-8')
         PasswordFile(str(file))
-        self.assertIn('line 2: andr\u00e9 is there twice; this line counts', self.log[-1])
+        self.assertIn('line 2: duplicate user andr\u00e9; this line counts', self.log[-1])
         self.assertTrue(restic_serve.change_password_file(str(file), 'andr\u00e9', ''))
         self.assertEqual(file.read_text(), '')
 
@@ -10010,7 +10154,7 @@ restic_serve.trim_memory = trim_and_forget
                     journal.seek(0)
                     return journal.read().decode().splitlines()
 
-                self.wait_until(lambda: any('in force' in line for line in lines()), 'the start')
+                self.wait_until(lambda: any('settings: ' in line for line in lines()), 'the start')
                 port = int(re.search(r'127\.0\.0\.1:(\d+)/', ' '.join(lines()))[1])
                 with Wire(port) as wire:
                     wire.ask(get('/config'))
@@ -10202,7 +10346,7 @@ class StdioTest(TestCase):
         done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], capture_output=True,
                               input=b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', env=clean_environment())
         self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
-        self.assertIn(b'no preface of HTTP/2', done.stdout)
+        self.assertIn(b'missing HTTP/2 preface', done.stdout)
 
     def test_a_client_that_closes_our_output_ends_it(self):
         with Stdio(self.root) as server:
@@ -10413,7 +10557,7 @@ class ResticScenarios:
         self.assert_sound(url)
         self.check_restore(url)
         refused = re.compile(
-            r'refused: (127\.0\.0\.1|stdio) may not delete (/host)?/snapshots/.*: append only in /')
+            r'access denied: (127\.0\.0\.1|stdio) may not delete (/host)?/snapshots/.*; only append access')
         self.assertTrue(any(refused.search(line) for line in server.lines), server.lines)
 
     @long
@@ -10781,7 +10925,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
         restic('host1', 'backup', self.source)
         status, output = restic('host1', 'forget', '--keep-last', '1', '--prune', check=False)
         self.assertNotEqual(status, 0)
-        self.assertIn('refused: 127.0.0.1 may not delete /snapshots/', output)
+        self.assertIn('access denied: 127.0.0.1 may not delete /snapshots/', output)
         restic('admin', 'forget', '--keep-last', '1', '--prune')
         self.assertIn('no errors were found', restic('host1', 'check', '--read-data')[1])
 
@@ -10978,7 +11122,7 @@ class FaultsTestCase(Http2TestCase):
 
     def faults(self):
         """What the log has beside the server's start."""
-        return [line for line in self.log if not line.startswith('made the directory')]
+        return [line for line in self.log if not line.startswith('created directory')]
 
 
 class DiskFaultsTest(FaultsTestCase):
@@ -10995,7 +11139,7 @@ class DiskFaultsTest(FaultsTestCase):
         self.addCleanup(subprocess.run, ['umount', '-l', self.root], check=True)
         self.store.prepare()    # else it would be a directory that has gone
 
-    def check_refused(self, wire, content, reason, answer='no room to write'):
+    def check_refused(self, wire, content, reason, answer='disk full'):
         """An upload is answered 507, leaves nothing, and is one line in the log."""
         path, before = f'/data/{named(content)}', self.files()
         self.log.clear()
@@ -11041,13 +11185,13 @@ class DiskFaultsTest(FaultsTestCase):
         self.addCleanup(backup.kill)
         self.wait_until(lambda: list((mounted / 'data').glob('??/*')), 'the first pack')
         subprocess.run(['umount', '-l', mounted], check=True)
-        self.wait_until(lambda: any('has gone' in line for line in server.lines), 'a line in the log')
+        self.wait_until(lambda: any('is gone' in line for line in server.lines), 'a line in the log')
         self.assertEqual(list(mounted.iterdir()), [])
         bind()
         output = backup.communicate(timeout=2 * PATIENCE)[0]
         self.assertEqual(backup.returncode, 0, output)
         self.assertIn('no errors were found', run('check', '--read-data').stdout)
-        self.assertEqual(sum('has gone' in line for line in server.lines), 1)
+        self.assertEqual(sum('is gone' in line for line in server.lines), 1)
 
     def test_a_full_disk_at_the_start_is_served(self):
         self.mount('size=256k')
@@ -11057,7 +11201,7 @@ class DiskFaultsTest(FaultsTestCase):
             while True:
                 file.write(bytes(4096))
         with Program('--addr', '127.0.0.1:0', self.root) as server:
-            self.assertTrue(any('is full' in line for line in server.lines), server.lines)
+            self.assertTrue(any('disk full' in line for line in server.lines), server.lines)
             with Wire(server.port) as wire:
                 self.assertEqual(wire.ask(get('/config'))[0], 200)
             self.assertEqual(server.stop(), 0)
