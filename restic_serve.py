@@ -716,7 +716,9 @@ _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 _READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
                | getattr(os, 'O_NONBLOCK', 0))
 _FOLDER_FLAGS = os.O_RDONLY | _BINARY | getattr(os, 'O_DIRECTORY', 0)
-_STEP_FLAGS = getattr(os, 'O_PATH', os.O_RDONLY) | _BINARY | getattr(os, 'O_DIRECTORY', 0)
+# O_PATH of Linux, whose name PyPy does not know: a folder may be passed that cannot be listed (open(2)).
+_STEP_FLAGS = (getattr(os, 'O_PATH', 0o10000000 if sys.platform.startswith(('linux', 'android'))
+                       else os.O_RDONLY) | _BINARY | getattr(os, 'O_DIRECTORY', 0))
 _HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
                and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
 _CHMOD_ERRORS = (PermissionError, NotImplementedError)      # FAT, and mounts with an owner for all
@@ -10001,7 +10003,8 @@ def find_peer(sock: socket.socket, address: Any) -> Peer:
         return Peer(host_of(address))
     user = ''
     if sys.platform.startswith(('linux', 'android')):    # elsewhere the option has another layout
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize('iII'))
+        option = getattr(socket, 'SO_PEERCRED', 17)      # PyPy does not know its name
+        credentials = sock.getsockopt(socket.SOL_SOCKET, option, struct.calcsize('iII'))
         user = user_name(struct.unpack('iII', credentials)[1])   # unix(7), struct ucred
     return Peer('unix', user, unix=True)
 

@@ -55,6 +55,15 @@ LOCAL = restic_serve.parse_address('127.0.0.1:0')
 LONG_TESTS = os.environ.get('RESTIC_SERVE_TEST_LONG') == '1'
 PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
+PYPY = sys.implementation.name == 'pypy'
+# Of PyPy, where a test hides what its own modules need.
+NO_WARNING = ('-W', 'ignore::RuntimeWarning:hashlib')
+try:
+    HAS_64_BIT_TIMES = bool(time.gmtime(1 << 33))
+except OverflowError:   # of a 32-bit system
+    HAS_64_BIT_TIMES = False
+# Whether uploads have a name: where there is no O_TMPFILE, as in PyPy, all have.
+NAMELESS = (True, False) if hasattr(os, 'O_TMPFILE') else (False,)
 
 
 # ---- Tools -----------------------------------------------------------------------------------------
@@ -960,7 +969,7 @@ class StoreTest(TestCase):
         self.assertEqual(self.files(), [])
 
     def test_nothing_stays_of_content_that_is_cut_short(self):
-        for nameless in (True, False):
+        for nameless in NAMELESS:
             self.store.nameless = nameless
             with self.assertRaises(restic_serve.Gone):
                 self.save(b'x' * 1000, error=restic_serve.Gone('abort'), step=100)
@@ -974,7 +983,7 @@ class StoreTest(TestCase):
         self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_damaged_object_is_mended_by_a_verified_upload(self):
-        for nameless in (True, False):
+        for nameless in NAMELESS:
             self.store.nameless = nameless
             location = self.save(b'content')
             self.path(location).write_bytes(b'cont')
@@ -1043,7 +1052,7 @@ class StoreTest(TestCase):
         self.store.create_repository('/host')
         shared = self.make_store(shared=True)
         before = descriptors()
-        for nameless in (True, False):
+        for nameless in NAMELESS:
             shared.nameless = nameless
             with mock.patch.object(os, 'fchmod', side_effect=OSError(errno.EIO, 'no')), \
                     self.assertRaises(OSError):
@@ -1108,7 +1117,7 @@ class StoreTest(TestCase):
                 return real(*args, **more)
             return mock.patch.object(os, name, call)
 
-        for nameless in (True, False):
+        for nameless in NAMELESS:
             self.store.nameless = nameless
             calls.clear()
             content = f'{nameless}'.encode()
@@ -1124,12 +1133,12 @@ class StoreTest(TestCase):
                 seen.append((self.names('keys'), self.files(self.root / 'host')))
                 return super().readinto(view)
 
-        for nameless in (True, False):
+        for nameless in NAMELESS:
             self.store.nameless = nameless
             content = f'{nameless}'.encode()
             self.store.save(Location('/host', 'keys', named(content)), Looking(content))
             self.store.delete(Location('/host', 'keys', named(content)))
-        self.assertEqual(seen, [({}, [])] * 4)
+        self.assertEqual(seen, [({}, [])] * 2 * len(NAMELESS))
 
     def test_scratch_files_with_a_name_lie_in_the_hidden_folder(self):
         self.store.nameless = False
@@ -1238,7 +1247,7 @@ class StoreTest(TestCase):
 
     def test_what_a_crash_left_behind_is_removed_and_no_upload_under_way(self):
         hidden = self.root / restic_serve.HIDDEN
-        hidden.mkdir()
+        hidden.mkdir(exist_ok=True)
         for name in ('upload-dead', 'state'):
             (hidden / name).touch()
         self.store.nameless = False
@@ -1263,7 +1272,7 @@ class StoreTest(TestCase):
 
     def test_what_a_crash_left_before_its_lock_is_removed_after_an_hour_of_the_disks_clock(self):
         hidden = self.root / restic_serve.HIDDEN
-        hidden.mkdir()
+        hidden.mkdir(exist_ok=True)
         (hidden / 'new-x').touch()
         self.store.prepare()
         self.assertEqual(self.files(hidden), ['new-x'])
@@ -1273,7 +1282,7 @@ class StoreTest(TestCase):
 
     def test_where_nothing_can_be_locked_a_left_over_is_an_hour_old(self):
         hidden = self.root / restic_serve.HIDDEN
-        hidden.mkdir()
+        hidden.mkdir(exist_ok=True)
         (hidden / 'upload-x').touch()
         for age, left in ((3500, ['upload-x']), (3700, [])):
             with mock.patch.object(restic_serve, 'lock_file', lambda fd: None), \
@@ -1291,7 +1300,7 @@ class StoreTest(TestCase):
             self.store.hidden.remove_left_overs(self.store.now)
 
     def test_a_directory_that_cannot_be_written_is_refused(self):
-        for nameless in (True, False):
+        for nameless in NAMELESS:
             self.store.nameless = nameless
             with mock.patch.object(os, 'open', side_effect=PermissionError(errno.EACCES, 'no')), \
                     self.assertRaises(PermissionError):
@@ -1301,6 +1310,7 @@ class StoreTest(TestCase):
         self.check_modes(0o700, 0o600)
 
     def test_modes_for_the_group_whatever_the_umask(self):
+        shutil.rmtree(self.root / restic_serve.HIDDEN, ignore_errors=True)
         self.store = self.make_store(shared=True)
         self.check_modes(0o770, 0o660)
 
@@ -1308,7 +1318,7 @@ class StoreTest(TestCase):
         for number, mask in enumerate((0o022, 0o077, 0o000)):
             old = os.umask(mask)
             try:
-                for nameless in (True, False):
+                for nameless in NAMELESS:
                     self.store.nameless = nameless
                     self.save(b'%d' % nameless, repository=f'/host{number}')
             finally:
@@ -1485,7 +1495,7 @@ class FileSystemsTest(TestCase):
             store.hidden.remove_left_overs(store.now)
             replace(*args, **more)
 
-        for store.nameless in (True, False):
+        for store.nameless in NAMELESS:
             target.write_bytes(b'damaged')
             os.utime(target, (1e9, 1e9))
             with mock.patch.object(os, 'replace', start_another_first):
@@ -1522,14 +1532,14 @@ class FileSystemsTest(TestCase):
 
         with mock.patch.object(os, 'rename', check(os.rename)), \
                 mock.patch.object(os, 'replace', check(os.replace)):
-            for store.nameless in (True, False):
+            for store.nameless in NAMELESS:
                 target.write_bytes(b'damaged')
                 store.save(location, Bytes(b'x'))
                 self.assertEqual(target.read_bytes(), b'x')
             target.unlink()
             with mock.patch.object(os, 'link', side_effect=PermissionError(errno.EPERM, 'made by a test')):
                 store.save(location, Bytes(b'x'))
-        self.assertEqual(len(renamed), 3)
+        self.assertEqual(len(renamed), len(NAMELESS) + 1)
         self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
 
     def ignoring_case(self):
@@ -1554,7 +1564,7 @@ class FileSystemsTest(TestCase):
     def test_a_file_system_that_ignores_case_is_found_out(self):
         self.assertFalse(self.make_store().ignores_case)
         with self.ignoring_case():
-            for nameless in (True, False):
+            for nameless in NAMELESS:
                 store = Store(str(self.root))
                 store.nameless = nameless
                 store.prepare()
@@ -1718,7 +1728,7 @@ class FoldersOfOthersTest(TestCase):
         store.prepare()
         self.link(above / 'backup', self.secret)    # the one that was opened is served on
         store.create_repository('/x')
-        self.assertEqual(sorted(path.name for path in (above / 'backup.before').iterdir()), ['x'])
+        self.assertTrue((above / 'backup.before' / 'x').is_dir())
         with self.assertRaises(PermissionError):
             Store(str(above / 'backup')).prepare()
         self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
@@ -1753,6 +1763,10 @@ class FoldersOfOthersTest(TestCase):
     def test_the_hidden_folder_is_never_a_link(self):
         for owner in (0, self.OTHER):
             self.link(self.root / restic_serve.HIDDEN, self.secret, owner)
+            if not self.store.nameless:     # nothing can be uploaded
+                with self.assertRaisesRegex(PermissionError, 'a link or a file, which the server does not'):
+                    self.store.prepare()
+                continue
             self.store.prepare()
             self.assertIn('expected a directory, found a link or file; remove it', self.log[-1])
             self.store.nameless = False
@@ -2799,6 +2813,7 @@ class ScrubTest(TestCase):
     @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'for root')
     def test_what_root_writes_is_given_to_the_owner_of_the_directory(self):
         os.chown(self.root, 1234, 1235)
+        shutil.rmtree(self.root / restic_serve.HIDDEN, ignore_errors=True)
         store = Store(str(self.root), shared=True)
         restic_serve.Scrub(store, 0, None, lambda *fault: None, io.StringIO()).run()
         for path, mode in (('.restic_serve', 0o770), ('.restic_serve/scrub.json', 0o660)):
@@ -9243,11 +9258,12 @@ class WorkersTest(TestCase):
             restic_serve.run_in_batches()
             found[policy] = os.sched_getscheduler(0)
 
-        for policy in (os.SCHED_OTHER, os.SCHED_IDLE):
+        idle = getattr(os, 'SCHED_IDLE', os.SCHED_BATCH)    # PyPy has none
+        for policy in (os.SCHED_OTHER, idle):
             thread = threading.Thread(target=run, args=[policy])
             thread.start()
             thread.join()
-        self.assertEqual(found, {os.SCHED_OTHER: os.SCHED_BATCH, os.SCHED_IDLE: os.SCHED_IDLE})
+        self.assertEqual(found, {os.SCHED_OTHER: os.SCHED_BATCH, idle: idle})
         server = self.serve()
         self.assertEqual({os.sched_getscheduler(pid) for pid in self.children(server)}, {os.SCHED_BATCH})
 
@@ -9419,7 +9435,8 @@ class WorkersTest(TestCase):
         begin = time.monotonic()
         self.assertEqual(server.stop(), 0)
         self.assertLess(time.monotonic() - begin, restic_serve.STOP_SECONDS)
-        self.assertEqual(self.files(), [])
+        if True in NAMELESS:    # else they are left for the next start
+            self.assertEqual(self.files(), [])
 
     def test_when_the_parent_is_killed_they_stop_and_another_server_can_begin(self):
         path = self.folder / 'socket'
@@ -10009,8 +10026,9 @@ class CommandLineTest(TestCase):
     def run_code(self, code, *words):
         """Exit status and last line of a Python program that begins with `code` and then is the server."""
         done = subprocess.run(
-            [sys.executable, '-c', f'import sys\n{code}\nimport restic_serve; sys.exit(restic_serve.main())',
-             *map(str, words)], cwd=Path(MODULE).parent, capture_output=True, text=True, timeout=PATIENCE,
+            [sys.executable, *NO_WARNING, '-c',
+             f'import sys\n{code}\nimport restic_serve; sys.exit(restic_serve.main())', *map(str, words)],
+            cwd=Path(MODULE).parent, capture_output=True, text=True, timeout=PATIENCE,
             env=clean_environment())
         return done.returncode, done.stderr.splitlines()
 
@@ -10407,6 +10425,7 @@ class StdioTest(TestCase):
         with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
             pass
 
+    @unittest.skipIf(PYPY, "PyPy's own modules load others")
     def test_it_loads_only_what_it_needs(self):
         code = (f'import sys; sys.path.insert(0, {str(Path(MODULE).parent)!r})\n'
                 'sys.argv[0] = "restic_serve.py"; import restic_serve; restic_serve.main()\n'
