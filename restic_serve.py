@@ -2560,7 +2560,8 @@ def _text_of_counts(counts: Dict[str, List[int]]) -> str:
 # It rewrites the slot then; the generation is odd meanwhile and another one afterwards, by which readers
 # know that they have to read again.
 
-# Address space for a slot, of which memory is used as rows are added: 80,000 repositories.
+# Address space for a slot, of which memory is used as rows are added: 80,000 repositories, or
+# 20,000 where addresses have 32 bits.
 SLOT_BYTES = (128 if sys.maxsize > 1 << 32 else 32) << 20
 SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a repository.
 FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
