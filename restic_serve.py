@@ -2584,6 +2584,8 @@ def shared_memory(length: int) -> memoryview:
     nobody touches take none.  Raises OSError."""
     import mmap
     length += mmap.PAGESIZE
+    if length > sys.maxsize:    # mmap() raises OverflowError
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     if not sys.platform.startswith('linux') or not hasattr(mmap, 'MAP_SHARED'):
         return memoryview(mmap.mmap(-1, length)).cast('q')
     flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0x4000)    # mmap(2)
@@ -2600,9 +2602,10 @@ class Counters:
             try:
                 self._words = shared_memory(slots * size)
                 break
-            except OSError:     # a system that promises no more than it has (vm.overcommit_memory)
+            except OSError as error:    # a system that promises no more than it has (vm.overcommit_memory)
                 if size <= 4 << 20:
-                    raise
+                    raise OSError(error.errno, f'{error.strerror} for the counters of {slots} processes'
+                                  ) from None
                 size //= 2
         self._size = size // 8
         self._epoch = slots * self._size        # index of the word that holds the epoch

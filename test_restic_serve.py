@@ -2558,6 +2558,12 @@ class CountersTest(TestCase):
                 self.assertRaises(OSError):
             Counters()
 
+    def test_more_processes_than_memory_has_slots_for_are_a_system_error(self):
+        """What no address can name is not to be had either, which main() says in a line."""
+        with self.assertRaisesRegex(OSError, 'for the counters of 1099511627776 processes') as caught:
+            Counters(1 << 40)
+        self.assertEqual(caught.exception.errno, errno.ENOMEM)
+
     def test_where_there_is_no_room_for_a_row_others_go_on(self):
         sizes = {'SLOT_BYTES': 4096, 'SPARE_BYTES': 1024}
         with mock.patch.multiple(restic_serve, **sizes):
