@@ -6870,6 +6870,62 @@ class Http1Test(WireTestCase):
         self.assertEqual([len(wire.answer()[2]) for wire in wires], [100_000] * 100)
 
 
+class LargeObjectTest(Http2TestCase):
+    """Objects above 4 GiB, also where an address has 32 bits.  The file has a hole."""
+
+    SIZE = (4 << 30) + 1000
+
+    def setUp(self):
+        super().setUp()
+        counted_plainly(self)
+        self.make_repository()
+        self.path = self.put(b'begin')
+        with open(path_of(self.store, Location('', 'data', named(b'begin'))), 'r+b') as file:
+            file.truncate(self.SIZE)
+            file.seek(-3, os.SEEK_END)
+            file.write(b'end')
+
+    def test_its_parts_are_sent(self):
+        end = self.SIZE - 1
+        for asked, span, content in (
+                ('0-4', '0-4', b'begin'), ('-3', f'{end - 2}-{end}', b'end'),
+                ('4294967296-', f'4294967296-{end}', bytes(997) + b'end'),
+                ('4294967290-4294967300', '4294967290-4294967300', bytes(11))):
+            expected = 206, f'bytes {span}/{self.SIZE}', content
+            status, head, found = self.ask(get(self.path, f'Range: bytes={asked}'))
+            self.assertEqual((status, head['content-range'], found), expected)
+            wire = self.http2()
+            wire.send(headers(1, fields('GET', self.path, ('range', f'bytes={asked}'))))
+            status, head, found = wire.answer()
+            self.assertEqual((status, head['content-range'], found), expected)
+
+    def test_its_size_is_told_everywhere(self):
+        status, head, _ = self.ask(get(self.path, method='HEAD'), head_only=True)
+        self.assertEqual((status, head['content-length']), (200, str(self.SIZE)))
+        sizes = json.loads(self.ask(get('/data/', f'Accept: {V2}'))[2])
+        self.assertEqual([entry['size'] for entry in sizes], [self.SIZE])
+        usage = Usage(self.store, Counters())
+        self.addCleanup(usage.census.close)
+        usage.census.count()
+        self.assertEqual([held.bytes for held in usage.repositories().values()], [self.SIZE])
+
+    def test_the_whole_is_sent_with_its_length(self):
+        with Wire(self.port) as wire:
+            wire.send(get(self.path))
+            for line in iter(wire.file.readline, b'\r\n'):
+                if line.lower().startswith(b'content-length:'):
+                    self.assertEqual(int(line.split()[1]), self.SIZE)
+            self.assertEqual(wire.file.read(1 << 20), b'begin'.ljust(1 << 20, b'\0'))
+
+    def test_one_may_be_uploaded(self):
+        with Wire(self.port) as wire:
+            self.assertEqual(wire.ask(post(f'/data/{"1" * 64}', b'', 'Expect: 100-continue',
+                                           length=self.SIZE))[0], 100)
+            wire.send(bytes(1 << 20))
+        self.wait_until(lambda: self.server.connections.active == 0, 'the end of the upload')
+        self.assertEqual(len(self.files()), 1)
+
+
 # ---- Hpack -----------------------------------------------------------------------------------------
 
 class HpackTest(unittest.TestCase):
