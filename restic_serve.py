@@ -1168,6 +1168,8 @@ class Folders:
         that leads out of the directory."""
         if self.is_trusted(path):
             where = self.root + path or os.sep
+            if by_descriptor and not _HAS_DIR_FD:
+                os.stat(where)  # for what open(2) would say
             return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
         return Folder(self.root + path, self._descend(path))
 
@@ -9595,8 +9597,7 @@ class Loop:
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for signum in signums:
             signal.signal(signum, _note_signal)
-        if hasattr(signal, 'pthread_sigmask'):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, *signums})
+        unblock_signals({*_SIGNALS, *signums})
 
     def watch(self, source: Any, on_readable: Callable[[], None]) -> None:
         """Call a function whenever `source`, a descriptor or an object with one, is readable."""
@@ -9648,6 +9649,12 @@ def block_signals(signums: Iterable[int]) -> None:
     """Hold signals back, where the system can, until Loop.catch()."""
     if hasattr(signal, 'pthread_sigmask'):
         signal.pthread_sigmask(signal.SIG_BLOCK, signums)
+
+
+def unblock_signals(signums: Iterable[int]) -> None:
+    """Let signals through again that block_signals() holds back."""
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signums)
 
 
 def _note_signal(signum: int, frame: Optional[CallFrame]) -> None:
@@ -10719,7 +10726,7 @@ class Workers:
             if slot in self._delays:
                 log.log(NOTICE, 'worker %d is now process %d', slot, pid)
             theirs.close()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        unblock_signals(_SIGNALS)
 
     def _be_worker(self, slot: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
         """Run the new process to its end."""
