@@ -11663,11 +11663,21 @@ def read_password(user: str) -> bytes:
     return password
 
 
+def arguments() -> List[str]:
+    """The program's arguments.  PyPy takes them for UTF-8 even where it takes file names for ASCII."""
+    words = sys.argv[1:]
+    try:
+        os.fsencode(''.join(words))
+        return words
+    except UnicodeEncodeError:
+        return [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in words]
+
+
 def main(args: Optional[List[str]] = None) -> int:
     """Run the command line `args` (default: the program's own); the exit status."""
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
         signal.signal(signum, lambda signum, frame: sys.exit(0))
-    args = sys.argv[1:] if args is None else args
+    args = arguments() if args is None else args
     # The variables of a command of --on-event are none of ours.
     parser = Parser({} if says_stdio(args) or 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
