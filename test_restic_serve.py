@@ -679,10 +679,10 @@ def clean_environment():
 class Stdio:
     """The server over pipes, or over one socket for both, as a process of its own."""
 
-    def __init__(self, *words, socketed=False, python=sys.executable, **environment):
+    def __init__(self, *words, socketed=False, python=sys.executable, program=(MODULE,), **environment):
         ours, theirs = socket.socketpair() if socketed else (None, subprocess.PIPE)
         self.process = subprocess.Popen(
-            [python, MODULE, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
+            [python, *program, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
             stderr=subprocess.PIPE, env={**clean_environment(), **environment})
         self._socket = ours
         if socketed:
@@ -10314,33 +10314,155 @@ restic_serve.trim_memory = trim_and_forget
         done = subprocess.run([sys.executable, self.folder / 'app.pyz', MODULE], capture_output=True)
         self.assertEqual(done.returncode, 1)
 
-    def test_no_import_needs_more_than_a_bare_python(self):
-        """What a minimal host may lack is missed when it is used, not before."""
-        code = ('import sys\n'
-                'for name in ("ssl", "_ssl", "ctypes", "crypt", "fcntl", "pwd"):\n'
-                '    sys.modules[name] = None\n'
-                'import os\n'
-                'for name in ("sendfile", "O_TMPFILE", "fork", "pread", "sched_getaffinity",\n'
-                '             "SCHED_BATCH"):\n'
-                '    if hasattr(os, name): delattr(os, name)\n'
-                'sys.argv[0] = "restic_serve.py"\n'
-                'import restic_serve; restic_serve.main()\n')
-        self.make_repository()
+
+class MinimalHostTest(TestCase):
+    """What a minimal host may lack, each hidden in turn, and the ways to start a program."""
+
+    MODULES = {'ssl': ('ssl', '_ssl'), 'crypt': ('crypt', '_crypt'),
+               **{name: (name,) for name in ('ctypes', 'fcntl', 'pwd', 'resource')}}
+    ATTRIBUTES = {**{name: (f'os.{name}',) for name in (
+        'fchmod', 'fchown', 'fork', 'pread', 'readv', 'sendfile', 'writev', 'O_DIRECTORY', 'O_NOFOLLOW',
+        'O_PATH', 'O_TMPFILE', 'SCHED_BATCH')},
+        'affinity': ('os.sched_getaffinity', 'os.sched_setaffinity'),
+        'AF_UNIX': ('_socket.AF_UNIX', '_socket.socketpair'), 'MSG_MORE': ('_socket.MSG_MORE',),
+        'SO_PEERCRED': ('_socket.SO_PEERCRED',), 'poll': ('select.poll', 'select.epoll'),
+        'masks of signals': ('_signal.pthread_sigmask',),
+        'signals': ('_signal.SIGHUP', '_signal.SIGUSR1', '_signal.SIGUSR2')}
+
+    @classmethod
+    def setUpClass(cls):
+        """Compile the module once, which takes longer than all the rest."""
+        super().setUpClass()
+        folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
+        cls.addClassCleanup(folder.cleanup)
+        cls.cache = {'PYTHONPYCACHEPREFIX': folder.name}
+        environment = {**clean_environment(), **cls.cache}
+        environment.pop('PYTHONDONTWRITEBYTECODE', None)
+        subprocess.run([sys.executable, '-c', 'import restic_serve'], cwd=Path(MODULE).parent, check=True,
+                       env=environment)
+
+    def hiding(self, *names):
+        """A program that is the server without some pieces of Python."""
+        code = [f'import sys\nsys.path.insert(0, {str(Path(MODULE).parent)!r})']
+        for name in names:
+            code += [f'sys.modules[{module!r}] = None' for module in self.MODULES.get(name, ())]
+            for attribute in self.ATTRIBUTES.get(name, ()):
+                module, _, word = attribute.partition('.')
+                code.append(f'import {module}\nvars({module}).pop({word!r}, None)')
+        code.append('sys.argv[0] = "restic_serve"\nimport restic_serve\nrestic_serve.run()')
+        return [*NO_WARNING, '-c', '\n'.join(code)]
+
+    def launch(self, python_words, *words, **more):
         process = subprocess.Popen(
-            [sys.executable, '-c', code, '--addr', '127.0.0.1:0', str(self.root)], text=True,
-            cwd=Path(MODULE).parent, stderr=subprocess.PIPE, env=clean_environment())
-        self.addCleanup(process.wait)
+            [sys.executable, *python_words, *words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            **{'env': {**clean_environment(), **self.cache}, **more})
         self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        lines = [process.stderr.readline() for _ in range(2)]
-        match = re.search(r':(\d+)/ init', lines[1])
-        self.assertTrue(match, lines)
-        content = os.urandom(1 << 20)
-        path = f'/data/{named(content)}'
-        with Wire(int(match[1])) as wire:
-            self.assertEqual(wire.ask(post(path, content))[0], 200)
+        return process
+
+    def check_server(self, process):
+        """Take a backup of a kind, read it, and stop the server, which must have said nothing of a fault."""
+        said = b''
+        while b'/ init' not in said:
+            line = process.stderr.readline()
+            self.assertTrue(line, said)
+            said += line
+        content = os.urandom(300_000)
+        path = f'/host/data/{named(content)}'
+        port = int(re.search(rb'127\.0\.0\.1:(\d+)/ init', said)[1])
+        with Wire(port) as wire:
+            for request, status in ((post('/host/?create=true', b''), 200), (post(path, content), 200),
+                                    (get('/host/data/', f'Accept: {V2}'), 200), (get('/metrics'), 200),
+                                    (get('/', 'Accept: text/html'), 200), (get('/host/config'), 404)):
+                self.assertEqual(wire.ask(request)[0], status, request[:100])
             self.assertEqual(wire.ask(get(path))[2], content)
             self.assertEqual(wire.ask(get(path, 'Range: bytes=1000-1999'))[2], content[1000:2000])
+        with Http2Wire(port) as wire:
+            wire.send(headers(1, fields('GET', path)))
+            self.assertEqual(wire.answer()[2], content)
+        process.terminate()
+        said += process.stderr.read()
+        self.assertEqual(process.wait(PATIENCE), 0, said)
+        self.assertNotRegex(said, b'Traceback|ERROR|WARNING|Warning:')
+        return said
+
+    def test_without_each_piece_a_backup_works(self):
+        """At once without all of them, too."""
+        pieces = [*self.MODULES, *self.ATTRIBUTES]
+        cases = [*((name, [name]) for name in pieces), ('all', pieces)]
+        for at in range(0, len(cases), 6):  # six start at once
+            running = {}
+            for name, hidden in cases[at:at + 6]:
+                workers = [] if 'fork' in hidden else ['--workers', '2']
+                running[name] = self.launch(
+                    self.hiding(*hidden), '--addr', '127.0.0.1:0', '--prometheus', '--max-size', '1G',
+                    '--keep-deleted', '1d', *workers, str(self.folder / name))
+            for name, process in running.items():
+                with self.subTest(without=name):
+                    self.check_server(process)
+
+    def test_over_pipes_too(self):
+        self.root.mkdir()
+        with contextlib.ExitStack() as stack:
+            running = {
+                name: stack.enter_context(Stdio(self.root, program=self.hiding(name), **self.cache))
+                for name in ('ctypes', 'fcntl', 'pwd', 'AF_UNIX', 'affinity', 'poll', 'readv', 'writev')}
+            for name, server in running.items():
+                with self.subTest(without=name):
+                    server.wire.send(headers(1, fields('GET', '/config')))
+                    self.assertEqual(server.wire.answer()[0], 404)
+                    server.close()
+                    self.assertEqual(server.finish(), (0, ''))
+
+    def test_what_cannot_work_without_a_piece_is_said_in_a_line(self):
+        empty = self.folder / 'empty'
+        empty.touch()
+        self.root.mkdir()
+        cases = {('ssl', '--cert', str(empty), '--key', str(empty)): (1, '--cert: this Python has no TLS: '),
+                 ('fork', '--workers', '2'): (2, '--workers: this system has no fork'),
+                 ('AF_UNIX', '--addr', str(self.folder / 'socket')): (1, 'this system has no unix sockets')}
+        running = {case: self.launch(self.hiding(case[0]), *case[1:], str(self.root)) for case in cases}
+        for case, process in running.items():
+            with self.subTest(case=case):
+                said = process.stderr.read().decode()
+                status, text = cases[case]
+                self.assertIn(text, said)
+                self.assertEqual((process.wait(PATIENCE), said.count('\n')), (status, 1), said)
+
+    @unittest.skipUnless(sys.platform.startswith('linux'), 'elsewhere nobody is named')
+    def test_who_comes_over_a_unix_socket_is_named_all_the_same(self):
+        for name in ('SO_PEERCRED', 'pwd'):
+            path = str(self.folder / name)
+            process = self.launch(self.hiding(name), '--addr', path, '--private-repos', str(self.root))
+            while b' init' not in process.stderr.readline():
+                pass
+            user = restic_serve.user_name(os.getuid()) if name != 'pwd' else str(os.getuid())
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(PATIENCE)
+                sock.connect(path)
+                sock.sendall(get(f'/{user}/config'))
+                self.assertIn(b' 404 ', sock.recv(100))
+
+    def test_it_starts_however_python_is_told_to(self):
+        clean = clean_environment()
+        bare = {name: clean[name] for name in ('SYSTEMROOT',) if name in clean}
+        plain = {**bare, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+        strange = os.fsencode(self.folder / 'with spaces')
+        if sys.platform.startswith('linux'):
+            strange += b' \xc3\xbc and \xff\xfe'     # of which the last two are no UTF-8
+        running = {}
+        for name, words, environment in (
+                ('isolated', ['-I', '-S'], clean), ('optimized', ['-OO'], clean),
+                ('strict', ['-W', 'error', '-bb', '-X', 'dev'], clean), ('no environment', [], bare),
+                ('C', [], plain), ('UTF-8', [], {**clean, 'LC_ALL': 'C.UTF-8'})):
+            running[name] = self.launch(
+                [*words, MODULE], '--addr', '127.0.0.1:0', '--prometheus', '-v', '--workers', '1',
+                strange + b' ' + name.encode(), env=environment, cwd=str(self.folder))
+        for name, process in running.items():
+            with self.subTest(name):
+                self.check_server(process)
+                self.assertTrue(os.listdir(strange + b' ' + name.encode()))
 
 
 class StdioTest(TestCase):
