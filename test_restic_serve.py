@@ -2651,6 +2651,9 @@ class CountersTest(TestCase):
     @unittest.skipUnless(hasattr(os, 'fork'), 'this system has no fork')
     def test_a_reader_never_sees_a_slot_that_is_half_written(self):
         counters = Counters(2)
+        counters.join(1)
+        for at in range(20):    # a row is there, empty, before it is set
+            counters.put(('added', f'/r{at}'), at, at)
         pid = os.fork()
         if not pid:
             counters.join(1)
