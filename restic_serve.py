@@ -1282,13 +1282,14 @@ class Folders:
             return False
         return True
 
-    def make(self, path: str) -> int:
+    def make(self, path: str, certain: bool = False) -> int:
         """Create a folder below the root and its parents, where they are missing; how many were.  Each
-        is synced into its parent."""
-        if not path or self.is_there(path):
+        is synced into its parent; with `certain` also each that is there, since another request may have
+        made it just now."""
+        if not path or (not certain and self.is_there(path)):
             return 0
         above, _, name = path.rpartition('/')
-        made = self.make(above)
+        made = self.make(above, certain)
         with self.open(above) as parent:
             try:
                 os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
@@ -1296,11 +1297,12 @@ class Folders:
                 if not self.is_there(path):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
                                              self.root + path) from None
-                return made
-            if self._shared:
-                self._share(parent, name)
+            else:
+                made += 1
+                if self._shared:
+                    self._share(parent, name)
             parent.sync()
-        return made + 1
+        return made
 
     def _share(self, parent: Folder, name: str) -> None:
         """Give the group its rights despite the umask; an inherited set-group-ID bit stays."""
@@ -1713,8 +1715,9 @@ class Store:
         return FileSlice(fd, 0, status.st_size)
 
     def create_repository(self, repository: str) -> int:
-        """Create the folders of a repository that are missing; how many there were."""
-        return sum(self.folders.make(f'{repository}/{kind}') for kind in KINDS)
+        """Create the folders of a repository that are missing; how many there were.  All are on the disk
+        when this returns, also those that another request has made just now."""
+        return sum(self.folders.make(f'{repository}/{kind}', certain=True) for kind in KINDS)
 
     def has_repository(self, repository: str) -> bool:
         """Whether there is a repository, be it one without a config.  Raises OSError."""
@@ -1742,12 +1745,15 @@ class Store:
 
     def _open_below(self, path: str) -> Folder:
         """A folder below the root, opened for scanning; a missing one has no entries.  Raises OSError."""
-        try:
-            return self.folders.open(path, by_descriptor=True)
-        except (FileNotFoundError, NotADirectoryError):
-            if os.path.lexists(self.root + path):
-                raise
-            return self._nothing
+        for attempt in range(2):    # it may be made between the two looks
+            try:
+                return self.folders.open(path, by_descriptor=True)
+            except (FileNotFoundError, NotADirectoryError):
+                if not os.path.lexists(self.root + path):
+                    break
+                if attempt:
+                    raise
+        return self._nothing
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
@@ -2028,6 +2034,7 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
 DELETED = f'{HIDDEN}/deleted'     # Folder of a repository for what was deleted from it.
 AT = '.at'                        # Segment of a path before the moment at which a repository is read.
 PURGE_SECONDS = 3600              # Time between two purges.
+JUST_NOW_SECONDS = 60             # Time after which whoever made a mark has synced it.
 STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
 _SINCE = 'since.'
 _MONTH_TO_SECOND = '(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]'
@@ -2136,7 +2143,11 @@ class Past:
         with source:
             try:
                 status = source.stat(location.file)
-            except FileNotFoundError:
+            except FileNotFoundError:   # another request may have deleted it just now
+                with contextlib.suppress(FileNotFoundError), self._store.folders.open(
+                        deleted_folder(location), by_descriptor=True) as target:
+                    target.sync()
+                source.sync()
                 return None
             if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, 'not a regular file', source.at(location.file))
@@ -2144,26 +2155,32 @@ class Past:
             moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
             name = f'{location.file}.{format_moment(moment)}'
             with self._open_or_make(deleted_folder(location)) as target:
+                moved = True
                 try:
                     move(source, location.file, target, name, self._store.file_mode)
-                except FileNotFoundError:  # another request was faster
-                    return None
+                except FileNotFoundError:  # another request was faster, and may not have synced it yet
+                    moved = False
                 target.sync()
                 source.sync()
-        return status.st_size
+        return status.st_size if moved else None
 
     def keeps_object(self, location: Location) -> bool:
         """Whether an object is kept when it is deleted."""
         return self.keeps and location.kind != 'locks'
 
     def begin(self, repository: str) -> None:
-        """Note that all deletions of a repository are kept from now on, unless that is so already."""
-        folder = f'{repository}/{DELETED}'
-        if self.keeps and self._since(repository) is None:
-            with self._open_or_make(folder) as opened:
-                os.close(opened.open(f'{_SINCE}{format_moment(self.now())}',
-                                     os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
-                opened.sync()
+        """Note that all deletions of a repository are kept from now on, unless that is so already.  The
+        note is on the disk when this returns, also where another request has made it just now."""
+        if not self.keeps:
+            return
+        path, since, now = f'{repository}/{DELETED}', self._since(repository), self.now()
+        if since is None or since > now - JUST_NOW_SECONDS * 1e6:
+            self._store.folders.make(path, certain=True)
+            with self._store.folders.open(path, by_descriptor=True) as folder:
+                if since is None:
+                    os.close(folder.open(f'{_SINCE}{format_moment(now)}',
+                                         os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
+                folder.sync()
 
     def _begin_known(self, repository: str) -> None:
         """Do what begin() says, once in a while."""

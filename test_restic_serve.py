@@ -1915,6 +1915,70 @@ class PastTest(PastTestCase):
                     self.assertEqual(list(self.store.objects(Location(repository, kind), False)), [])
             self.assertEqual(list(self.store.walk(self.fail))[0].path, '')
 
+    def synced_by(self, *calls):
+        """The folders below the root that several calls at once have each synced by their end."""
+        synced = [set() for _ in calls]
+        number = {}
+        real = restic_serve.Folder.sync
+
+        def sync(folder):
+            real(folder)
+            synced[number[threading.get_ident()]].add(os.path.relpath(folder.path, self.root))
+
+        def call(index):
+            number[threading.get_ident()] = index
+            calls[index]()
+
+        with mock.patch.object(restic_serve.Folder, 'sync', sync):
+            for index in range(len(calls)):     # one after the other, as nothing else tells them apart
+                call(index)
+        return synced
+
+    def test_a_delete_that_another_has_just_done_is_on_the_disk_all_the_same(self):
+        location = self.upload(b'pack')
+        prefix = location.name[:2]
+        folders = {f'host/data/{prefix}', f'host/.restic_serve/deleted/data/{prefix}'}
+        first, second = self.synced_by(*[lambda: self.past.delete(location)] * 2)
+        self.assertLessEqual(folders, first)
+        self.assertLessEqual(folders, second)
+        # One that loses the race for the rename.
+        location = self.upload(b'other')
+        prefix = location.name[:2]
+        self.past.delete(self.upload(b'make the folder'))
+        real = restic_serve.move
+
+        def move(*args):
+            real(*args)
+            raise FileNotFoundError
+
+        with mock.patch.object(restic_serve, 'move', move):
+            synced, = self.synced_by(lambda: self.assertIsNone(self.past.delete(location)))
+        self.assertLessEqual({f'host/data/{prefix}', f'host/.restic_serve/deleted/data/{prefix}'}, synced)
+
+    def test_a_repository_that_another_has_just_made_is_on_the_disk_all_the_same(self):
+        def create():
+            self.store.create_repository('/new')
+            self.past.begin('/new')
+
+        first, second = self.synced_by(create, create)
+        self.assertEqual(first, {'.', 'new', 'new/.restic_serve', 'new/.restic_serve/deleted'})
+        self.assertEqual(second, first)
+        self.now += 100     # by now it is
+        self.assertEqual(self.synced_by(lambda: self.past.begin('/new')), [set()])
+
+    def test_a_folder_that_appears_between_two_looks_is_read(self):
+        real, missing = restic_serve.Folders.open, [True]
+
+        def open_folder(folders, path, by_descriptor=False):
+            if missing:
+                missing.clear()
+                raise FileNotFoundError(errno.ENOENT, 'missing', path)
+            return real(folders, path, by_descriptor=by_descriptor)
+
+        with mock.patch.object(restic_serve.Folders, 'open', open_folder), \
+                self.store.scan('/host') as (_, found):
+            self.assertIn('data', [entry.name for entry in found])
+
     def test_locks_are_not_kept_nor_is_anything_without_the_option(self):
         lock, pack = self.upload(b'lock', 'locks'), self.upload(b'pack')
         self.delete(lock)
