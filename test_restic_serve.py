@@ -5106,7 +5106,7 @@ class MetricsTest(WatchedTestCase):
     def run_prometheus(self):
         """A Prometheus that scrapes the server and has the rules of the README, but fires at once; the labels
         of what it answers to a query."""
-        rules = re.search(r'```yaml\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)[1]
+        rules = (README.parent / '.github' / 'prometheus-rules.yml').read_text()
         (self.folder / 'rules.yml').write_text(re.sub(r'\n +for: \w+', '', rules))
         (self.folder / 'prometheus.yml').write_text(
             'global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [rules.yml]\n'
@@ -12381,22 +12381,57 @@ class ReadmeTest(unittest.TestCase):
                                        r'RESTIC_SERVE_TEST_LONG=1 runs them\.$')
         self.assertEqual(last_lines(RESTIC_SERVE_TEST_LONG='1'), '')
 
-    def test_every_option_is_in_the_readme_with_its_default(self):
-        text = README.read_text(encoding='utf-8')
-        for option in ('-v', '--verbose', '-q', '--version', '-h', '--help'):
-            self.assertIn(f'`{option}', text)
-        table = [line.split(' | ') for line in text.splitlines() if line.startswith('| `-')]
-        rows = {name: row for row in table for name in re.findall(r'`(--[a-z0-9-]+)', row[0])}
-        for option in restic_serve.OPTIONS:
-            self.assertIn(option.name, rows)
-            name, _, default = rows[option.name]
-            self.assertIn(f'`{option.name} {option.metavar}`' if option.metavar else f'`{option.name}`', name)
-            said = re.search(r'\(default:? (.*)\)$', option.help)
-            if said:
-                self.assertIn(said[1], default.replace('`', ''))
+    # Options in examples that are of restic, curl, docker and others.
+    OTHERS = frozenset((
+        'cacert', 'data-raw', 'forget', 'health-cmd', 'home-dir', 'keep-daily', 'keep-last', 'keep-within',
+        'listen', 'mutants', 'name', 'now', 'path', 'proxy-auth-username', 'prune', 'python', 'read-data',
+        'read-data-subset', 'restart', 'shell', 'strict', 'system', 'target', 'tls', 'tls-cert',
+        'tls-client-cert', 'tls-key'))
 
-    def test_the_fail2ban_filter_in_the_readme_finds_failures_and_nothing_else(self):
-        text = README.read_text(encoding='utf-8')
+    def documents(self):
+        """README and what it links to, by name."""
+        return {path.name: path.read_text(encoding='utf-8')
+                for path in (README, *sorted((README.parent / '.github').glob('*.md')))}
+
+    def test_the_readme_is_short(self):
+        self.assertLessEqual(len(README.read_text(encoding='utf-8').splitlines()), 350)
+
+    def test_every_option_that_is_named_exists(self):
+        ours = {option.name[2:] for option in restic_serve.OPTIONS} | {'version', 'help'}
+        for name, text in self.documents().items():
+            named = set(re.findall(r'(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])', text))
+            self.assertLessEqual(named - self.OTHERS, ours, name)
+
+    def test_every_option_has_its_help_and_default(self):
+        text = ' '.join(restic_serve.Parser({}).format_help().split()).replace('- ', '-')
+        for option in restic_serve.OPTIONS:
+            if option.help != argparse.SUPPRESS:
+                self.assertIn(option.name, text)
+                self.assertIn(' '.join(option.help.replace('%%', '%').split()).replace('- ', '-'), text)
+
+    def test_every_test_that_is_named_exists(self):
+        named = re.findall(r'`(\w+Test)(?:\.(test_\w+))?`', ' '.join(self.documents().values()))
+        self.assertGreater(len(named), 40)
+        for of, name in named:
+            self.assertTrue(hasattr(globals()[of], name or 'setUp'), f'{of}.{name}')
+
+    def test_every_link_leads_somewhere(self):
+        def anchors(text):
+            return {re.sub(r'[^\w -]', '', head.lower()).replace(' ', '-')
+                    for head in re.findall('^#+ (.*)$', text, re.MULTILINE)}
+
+        for name, text in self.documents().items():
+            base = README.parent / ('' if name == 'README.md' else '.github')
+            for link in re.findall(r'\]\(([^)]+)\)', text):
+                path, _, anchor = link.partition('#')
+                if '://' not in link:
+                    target = base / path if path else base / name
+                    self.assertTrue(target.exists(), f'{name}: {link}')
+                    if anchor:
+                        self.assertIn(anchor, anchors(target.read_text('utf-8')), f'{name}: {link}')
+
+    def test_the_fail2ban_filter_finds_failures_and_nothing_else(self):
+        text = ''.join(self.documents().values())
         pattern = re.search(r'^failregex = (.*)$', text, re.MULTILINE)[1]
         pattern = re.compile(pattern.replace('<HOST>', r'(?P<host>[0-9a-f.:]+)'))
         line = "2026/11/22 18:45:12 NOTICE: authentication failed for 'alice' from 1.2.3.4"
@@ -12406,7 +12441,7 @@ class ReadmeTest(unittest.TestCase):
         self.assertIsNone(pattern.search(forged))
 
     def blocks(self, kind):
-        return re.findall(rf'```{kind}\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)
+        return re.findall(rf'```{kind}\n(.*?)```', ''.join(self.documents().values()), re.DOTALL)
 
     def test_fail2ban_takes_the_filter_and_the_jail(self):
         regex, client = program('fail2ban-regex'), program('fail2ban-client')
@@ -12481,9 +12516,9 @@ class ReadmeTest(unittest.TestCase):
     def test_no_example_lets_strangers_in(self):
         """An example that listens on more than this host has users, and TLS or a proxy before it; and none
         has a password in a URL."""
-        text = README.read_text(encoding='utf-8')
-        self.assertEqual(re.findall(r'https?://[^/\s]*:[^/\s@]*@', text), [])
-        commands = [line for block in [*self.blocks('sh'), *self.blocks('ini')]
+        units = [path.read_text() for path in (README.parent / '.github' / 'systemd').iterdir()]
+        self.assertEqual(re.findall(r'https?://[^/\s]*:[^/\s@]*@', ''.join(self.documents().values())), [])
+        commands = [line for block in [*self.blocks('sh'), *self.blocks('ini'), *units]
                     for line in block.replace('\\\n', ' ').splitlines() if 'restic_serve.py' in line]
         self.assertGreater(len(commands), 10)
         for command in commands:
@@ -12493,10 +12528,10 @@ class ReadmeTest(unittest.TestCase):
 
     def test_the_tables_of_rights_are_good(self):
         text = README.read_text(encoding='utf-8')
-        part = text.partition('## What they may do')[2].partition('\n## ')[0]
+        part = text.partition('## Users and rights')[2].partition('\n## ')[0]
         first, family, fleet, hoster = (restic_serve.parse_rights(block) for kind, block in re.findall(
             r'^```(\w*)\n(.*?)^```$', part, re.DOTALL | re.MULTILINE) if not kind)
-        self.assertEqual(len(first.rules), 7)
+        self.assertEqual(len(first.rules), 6)
         for rights, user, path, may in (
                 (first, 'alice', '/alice/pc', 'append'), (first, 'eve', '/eve', 'append'),
                 (first, 'prune', '/bob', 'write'), (first, 'bob', '/alice', 'none'),
@@ -12525,7 +12560,7 @@ tests:
 """
 
     def test_the_alert_rules_in_the_readme_are_good_and_fire(self):
-        rules = self.blocks('yaml')[0]
+        rules = (README.parent / '.github' / 'prometheus-rules.yml').read_text()
         names = re.findall('alert: (.*)', rules)
         fires = {'BackupServerDown': (10, 20, 40), 'BackupOverdue': (10, 20, None),
                  'BackupDamaged': (5, 12, None), 'BackupDiskNearlyFull': (20, 30, None),
@@ -12619,7 +12654,7 @@ tests:
         script = re.search(r'```sh\n(mkdir packed.*?)```', text, re.DOTALL)[1].splitlines()
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(MODULE, folder)
-            commands = '\n'.join([*script[:-1], f'{script[-1].split()[0]} --version'])
+            commands = '\n'.join([*script, './restic_serve.pyz --version'])
             commands = commands.replace('python3 ', f'{sys.executable} ')
             done = subprocess.run(['sh', '-ec', commands], cwd=folder, text=True, capture_output=True,
                                   env=clean_environment())
@@ -12628,9 +12663,9 @@ tests:
 
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
-        text = README.read_text(encoding='utf-8')
-        units = re.findall(r'`/etc/systemd/system/(\S+)`\n\n```ini\n(.*?)```', text, re.DOTALL)
-        self.assertEqual([name for name, _ in units], ['restic-serve.socket', 'restic-serve.service'])
+        units = [(path.name, path.read_text())
+                 for path in sorted((README.parent / '.github' / 'systemd').iterdir())]
+        self.assertEqual([name for name, _ in units], ['restic-serve.service', 'restic-serve.socket'])
         with tempfile.TemporaryDirectory() as folder:
             for name, content in units:
                 Path(folder, name).write_text(content)
