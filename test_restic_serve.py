@@ -10486,9 +10486,12 @@ class MinimalHostTest(TestCase):
         empty = self.folder / 'empty'
         empty.touch()
         self.root.mkdir()
-        cases = {('ssl', '--cert', str(empty), '--key', str(empty)): (1, '--cert: this Python has no TLS support: '),
-                 ('fork', '--workers', '2'): (2, '--workers: only 1 is possible, since this system has no fork'),
-                 ('AF_UNIX', '--addr', str(self.folder / 'socket')): (1, 'unix sockets are not supported on this system')}
+        cases = {
+            ('ssl', '--cert', str(empty), '--key', str(empty)): (
+                1, '--cert: this Python has no TLS support: '),
+            ('fork', '--workers', '2'): (2, '--workers: only 1 is possible, since this system has no fork'),
+            ('AF_UNIX', '--addr', str(self.folder / 'socket')): (
+                1, 'unix sockets are not supported on this system')}
         running = {case: self.launch(self.hiding(case[0]), *case[1:], str(self.root)) for case in cases}
         for case, process in running.items():
             with self.subTest(case=case):
