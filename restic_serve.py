@@ -5873,8 +5873,8 @@ class Page:
             f'<h2>Below {_text(top[1:])}</h2>' if itself and top and shown else '',
             self._overview(shown, visit, now, fresh) if shown or not (itself and top) else '',
             f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
-            'The plots show what is stored by the day on which it came, with a tick for each day with a '
-            'snapshot.' if shown or itself else '', '</footer></body></html>\n'))
+            'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
+            if shown or itself else '', '</footer></body></html>\n'))
 
     def _fault(self) -> str:
         """What is wrong with the whole directory, empty if nothing is."""
@@ -5935,7 +5935,7 @@ class Page:
         if place is None:
             return '<p>There is no repository here that you may see.</p>'
         url = _text(f'rest:{visit.url}{_quoted_path(place)}/')
-        return (f'<p>There is no repository here yet. These two commands make one and back up to it:</p>'
+        return (f'<p>There is no repository here yet. Create one and back up to it:</p>'
                 f'<pre><code>restic -r {url} init</code></pre>'
                 f'<pre><code>restic -r {url} backup ~</code></pre>')
 
@@ -6115,7 +6115,7 @@ def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float, ids: bool)
             '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
             f'<tbody>{rows}</tbody></table>' + (f'<p>{older:,} older ones are not shown.</p>' if older > 0
                                                 else '')
-            + '<p class="dim">Added is what came after the snapshot before, and is still there.</p>')
+            + '<p class="dim">Added: what was uploaded since the previous snapshot and is still stored.</p>')
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
