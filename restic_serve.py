@@ -1036,7 +1036,7 @@ def _exclusive(folder: Folder) -> Iterator[None]:
             stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
         except (ImportError, OSError) as error:
-            log.debug('no lock on %s: %s', folder.path, error)
+            log.debug('cannot lock %s: %s', folder.path, error)
         yield
 
 
@@ -1635,7 +1635,7 @@ class Directory:
             self._fault = 'the directory is gone'
             with contextlib.suppress(HttpError, OSError):
                 self.check_present()
-                self._fault = 'the directory cannot be written'
+                self._fault = 'the directory is not writable'
                 if not self.read_only:
                     self._probe()
                 self._fault = ''
@@ -2550,7 +2550,7 @@ class RollBack:
         if not self.back and not self.aside:
             return 'nothing to do'
         return ', '.join(f'{text} {what}' for text, what in (
-            (_text_of_counts(self.back), 'back'), (_text_of_counts(self.aside), 'set aside')) if text)
+            (_text_of_counts(self.back), 'restored'), (_text_of_counts(self.aside), 'set aside')) if text)
 
 
 def _text_of_counts(counts: Dict[str, List[int]]) -> str:
@@ -3188,6 +3188,11 @@ class Scrub:
             tally.checked += 1
         if digest.hexdigest() == (digest_expected or name):
             return False
+        if digest_expected:     # it is no longer part of the repository, which may be sound
+            with self._lock:
+                self.damaged += 1
+            self.report(path, f'damaged, deleted and kept: its SHA-256 is {digest.hexdigest()}')
+            return True
         self._damage(tally, path, f'damaged: its SHA-256 is {digest.hexdigest()}')
         return True
 
@@ -3409,7 +3414,7 @@ class Census:
                 threading.Thread(target=self._count_all, daemon=True).start()
         except (OSError, RuntimeError) as error:  # no thread could be started
             self._counting = False
-            log.error('cannot count what is stored: %s', error)
+            log.error('cannot calculate sizes: %s', error)
 
     def count(self) -> None:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises HttpError if
@@ -3466,10 +3471,10 @@ class Census:
         try:
             self.count()
         except HttpError as error:  # that was logged when it went
-            log.debug('did not count what is stored: %s', error)
+            log.debug('sizes not calculated: %s', error)
         except Exception as error:  # a bug must not end all further counting
-            log.error('cannot count what is stored: %s: %s', type(error).__name__, error)
-            log.debug('where it happened:', exc_info=True)
+            log.error('cannot calculate sizes: %s: %s', type(error).__name__, error)
+            log.debug('traceback:', exc_info=True)
         finally:
             self._counting = False
 
@@ -3904,7 +3909,7 @@ class _Reservation:
         if self._scopes:
             self._usage.census.request()
             if not self._usage.census.wait(READY_SECONDS):
-                raise HttpError(503, 'still counting what is stored', [('Retry-After', '10')])
+                raise HttpError(503, 'still calculating sizes', [('Retry-After', '10')])
             self.take(self._charge)
         return self
 
@@ -4302,7 +4307,7 @@ class PasswordFile:
             reload_log.error('keeping the previous users: %s', error)
             return
         self.slowest = slowest_entries(self.entries.values())
-        reload_log.log(NOTICE, 'read %d users from %s', len(self.entries), self._path)
+        reload_log.log(NOTICE, 'read %s from %s', format_count(len(self.entries), 'user'), self._path)
 
     def _load(self) -> Dict[str, str]:
         entries = {}
@@ -4325,12 +4330,12 @@ class PasswordFile:
                                      '(htpasswd -B)', self._path, line_number, user)
                 else:
                     if user in entries:
-                        reload_log.warning('%s, line %d: duplicate user %s; this line counts', self._path,
-                                           line_number, user)
+                        reload_log.warning('%s, line %d: duplicate user %s; the last entry is used',
+                                           self._path, line_number, user)
                     entries[user] = entry
                     if is_slow(entry):
                         reload_log.warning(
-                            '%s, line %d: the C library of this system does not know the scheme of '
+                            '%s, line %d: the C library of this system does not support the scheme of '
                             "%s's password, and Python takes %.0f s for each login; use a lower cost "
                             '(htpasswd -B -C %d)', self._path, line_number, user, seconds_in_python(entry),
                             SLOW_COST)
@@ -4446,7 +4451,8 @@ class Accounts:
             if not user.isascii():
                 user = normalize_user(user.encode('latin-1').decode('utf-8', 'replace'))
             if not is_user(user):
-                log.log(NOTICE, 'proxy %s sent no valid user name', peer)
+                log.log(NOTICE, 'request from %s without a valid user name in header %s', peer,
+                        self._user_header)
                 self._refuse('the proxy sent no valid user name')
             return user
         if peer.unix and not self._socket_auth:
@@ -4639,8 +4645,8 @@ METRICS_USER = 'metrics'     # May see the metrics with --prometheus, besides ad
 NONE, METRICS, READ, APPEND, WRITE = RIGHTS = 'none', 'metrics', 'read', 'append', 'write'
 _RANKS = {NONE: 0, METRICS: 0, READ: 1, APPEND: 2, WRITE: 3}
 _WORDS_OF_RIGHTS = {
-    NONE: 'may do nothing', METRICS: 'may see metrics and page, and no repository,', READ: 'may read',
-    APPEND: 'may read and add, and delete only locks,', WRITE: 'may read, add and delete'}
+    NONE: 'may do nothing', METRICS: 'may see the status page and metrics, but no repositories,',
+    READ: 'may read', APPEND: 'may read and add, but delete only locks,', WRITE: 'may read, add and delete'}
 
 # `who` is a user or `*`; `where` a place such as `` (everything), `/alice` or `/%u`; `may` one of RIGHTS;
 # `quota` bytes, 0 for no limit; `line` its number in the file.
@@ -4805,7 +4811,7 @@ class RightsFile:
             for fault in str(error).splitlines():
                 reload_log.error('keeping the previous rights: %s', fault)
             return False
-        reload_log.log(NOTICE, 'read %d rules from %s', len(self.rights.rules), self._path)
+        reload_log.log(NOTICE, 'read %s from %s', format_count(len(self.rights.rules), 'rule'), self._path)
         return True
 
     def _load(self) -> Rights:
@@ -5170,19 +5176,19 @@ _FAMILIES = (
            "Time from the end of a request's header to the end of its answer.", _durations, of_server=True),
     Family('restic_serve_connections', 'gauge', 'Connections that are open.', lambda facts: [
         ({}, facts.connections)], of_server=True),
-    Family('restic_serve_limited_total', 'counter', 'Requests and connections that a limit ended or refused.',
+    Family('restic_serve_limited_total', 'counter', 'Requests and connections closed or rejected by a limit.',
            lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items()),
            of_server=True),
-    Family('restic_serve_events_total', 'counter', 'What has happened, as --on-event is told.',
+    Family('restic_serve_events_total', 'counter', 'Events, as passed to --on-event.',
            lambda facts: (({'event': kind}, facts.events.get(('event', kind), [0])[0]) for kind in EVENTS),
            of_server=True),
     Family('restic_serve_refused_logins_total', 'counter', 'Logins with a wrong user or password.',
            lambda facts: [({}, facts.refused_logins)], of_server=True),
-    Family('restic_serve_disk_bytes', 'gauge', "Bytes of the directory's disk.", lambda facts: [
+    Family('restic_serve_disk_bytes', 'gauge', 'Size of the file system that holds DIR.', lambda facts: [
         ({}, total) for total in facts.disk[:1]], of_server=True),
-    Family('restic_serve_disk_free_bytes', 'gauge', 'Free bytes of it.', lambda facts: [
-        ({}, free) for free in facts.disk[1:]], of_server=True),
-    Family('restic_serve_start_time_seconds', 'gauge', 'When the server was started.', lambda facts: [
+    Family('restic_serve_disk_free_bytes', 'gauge', 'Free space on the file system that holds DIR.',
+           lambda facts: [({}, free) for free in facts.disk[1:]], of_server=True),
+    Family('restic_serve_start_time_seconds', 'gauge', 'Start time of the server.', lambda facts: [
         ({}, int(facts.begin))], of_server=True),
     Family('restic_serve_build_info', 'gauge', 'The version of the server.', lambda facts: [
         ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)], of_server=True),
@@ -5192,7 +5198,7 @@ _FAMILIES = (
     Family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', lambda facts: (
         ({'repo': repository_label(name), 'type': kind}, count)
         for name, held in facts.repositories.items() for kind, count in held.objects.items())),
-    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge', 'When the last snapshot came.',
+    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge', 'Time of the last snapshot.',
            _repositories(operator.attrgetter('last_snapshot'))),
     Family('restic_serve_repository_deleted_kept_bytes', 'gauge', 'Bytes of deleted objects that are kept.',
            lambda facts: (({'repo': repository_label(name)}, held.kept_bytes)
@@ -5204,14 +5210,14 @@ _FAMILIES = (
            'Objects deleted in the last day that are kept.',
            lambda facts: (({'repo': repository_label(name)}, held.deleted)
                           for name, held in facts.repositories.items())),
-    Family('restic_serve_repository_scrub_timestamp_seconds', 'gauge', 'When --scrub last checked it.',
+    Family('restic_serve_repository_scrub_timestamp_seconds', 'gauge', 'Time of the last scrub.',
            _scrubs(0)),
     Family('restic_serve_repository_scrub_checked_objects', 'gauge', 'Objects that the last --scrub read.',
            _scrubs(1)),
     Family('restic_serve_repository_scrub_damaged_objects', 'gauge',
            'Objects that the last --scrub found damaged.', _scrubs(2)),
-    Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes held where a quota is in force.', _quotas(0)),
-    Family('restic_serve_quota_limit_bytes', 'gauge', 'Bytes that may be held there.', _quotas(1)),
+    Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes stored under the quota.', _quotas(0)),
+    Family('restic_serve_quota_limit_bytes', 'gauge', 'Limit of the quota.', _quotas(1)),
 )
 
 
@@ -5519,7 +5525,7 @@ class Events:
                     self._run(event)
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
-                log.debug('where it happened:', exc_info=True)
+                log.debug('traceback:', exc_info=True)
 
     def _run(self, event: Event) -> bool:
         """Run the command for an event; False if the server is stopping."""
@@ -5933,9 +5939,9 @@ class Page:
             [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
         place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
         if place is None:
-            return '<p>There is no repository here that you may see.</p>'
+            return '<p>You cannot access any repository here.</p>'
         url = _text(f'rest:{visit.url}{_quoted_path(place)}/')
-        return (f'<p>There is no repository here yet. Create one and back up to it:</p>'
+        return (f'<p>No repositories yet. To create one and back up to it:</p>'
                 f'<pre><code>restic -r {url} init</code></pre>'
                 f'<pre><code>restic -r {url} backup ~</code></pre>')
 
@@ -5951,7 +5957,7 @@ class Page:
             ('Size', f'{format_size(held.bytes)}: {kinds}' + (
                 f' {_bad("incomplete")}' if held.unreadable else '')),
             ('Growth', f'{format_size(sum(held.days[-30:]))} in 30 days'),
-            ('Deleted and kept', self._kept(one, visit)),
+            ('Kept deleted objects', self._kept(one, visit)),
             ('Locks', _locks(one, now)),
             ('Last scrub', _scrub(one, now, names=reads)),
             ('You may', right),
@@ -5988,7 +5994,7 @@ class Page:
             with contextlib.suppress(OSError):
                 earliest = time.gmtime(past.earliest(one.name) // 1_000_000 + 1)
                 moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', earliest)
-                text += _small(f'As it was, from {moment} on: <code>' + _text(
+                text += _small(f'Earlier states, since {moment}: <code>' + _text(
                     f'rest:{visit.url}{_quoted_path(one.name)}/{AT}/{moment}/') + '</code>')
         return text
 
@@ -6056,7 +6062,7 @@ def _folded(folder: str, shown: List[Watched], visit: Visit, limited: bool, now:
         alone = f'<p><a href="{_link(visit.base, folder)}">Only {name}/</a></p>' if _is_path(folder) else ''
     oldest = min(one.held.last_snapshot for one in shown)
     return (f'<details><summary>{head}, all is well; {format_size(sum(one.held.bytes for one in shown))}, '
-            f'no last snapshot is older than {format_age(now - oldest)}</summary>{alone}'
+            f'oldest last snapshot {format_age(now - oldest)} ago</summary>{alone}'
             + _table(caption, shown, visit, limited, now) + '</details>\n')
 
 
@@ -6103,7 +6109,7 @@ def _scrub(one: Watched, now: float, names: bool) -> str:
 def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float, ids: bool) -> str:
     """A table of snapshots, the latest first, with what came with each, and perhaps their IDs."""
     if not snapshots:
-        return '<p>There is none yet.</p>'
+        return '<p>No snapshots yet.</p>'
     rows = ''.join(
         f'<tr><th scope="row" class="plain">{_moment(one.time)}'
         f'{_small(f"{format_age(now - one.time)} ago")}</th>'
@@ -6113,9 +6119,9 @@ def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float, ids: bool)
     older = len(snapshots) - SNAPSHOTS_SHOWN
     return ('<table><caption class="quiet">Snapshots</caption><thead><tr><th scope="col">Time</th>'
             '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
-            f'<tbody>{rows}</tbody></table>' + (f'<p>{older:,} older ones are not shown.</p>' if older > 0
-                                                else '')
-            + '<p class="dim">Added: what was uploaded since the previous snapshot and is still stored.</p>')
+            f'<tbody>{rows}</tbody></table>' + (
+                f'<p>Not shown: {format_count(older, "older snapshot")}.</p>' if older > 0 else '')
+            + '<p class="dim">Added: data that arrived since the previous snapshot and is still stored.</p>')
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
@@ -6288,7 +6294,7 @@ class Api:
             response = self.failure(request, error)
         except Exception as error:  # a bug must not end the connection
             log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
-            log.debug('where it happened:', exc_info=True)
+            log.debug('traceback:', exc_info=True)
             response = text_response(500, 'internal error')
         if self._headers:
             response.headers.extend(self._headers)
@@ -6334,7 +6340,7 @@ class Api:
         A Host that is ours proves nothing: names can be rebound."""
         origin = request.headers.get('origin')
         if origin is not None and (not origin or self._allow_origin not in ('*', origin)):
-            log.log(NOTICE, 'blocked a request by a web page of %s in the browser of %s', origin[:100],
+            log.log(NOTICE, 'blocked a request from a web page of %s in the browser at %s', origin[:100],
                     request.client)
             raise HttpError(403, 'requests from web pages are not allowed (--allow-origin)')
 
@@ -6386,7 +6392,7 @@ class Api:
         if location.kind == 'locks':
             return self._dispatch(request, location)
         if request.method not in ('GET', 'HEAD'):
-            raise HttpError(403, 'the past is read-only')
+            raise HttpError(403, 'earlier states (.at) are read-only')
         if location.is_object:
             return self._get_object(request, location, view)
         return self._get_list(request, location, view) if location.kind else self._get_repository(
@@ -6835,7 +6841,7 @@ class TlsTransport:
         except ssl.SSLError as error:
             reason = (error.reason or str(error)).replace('_', ' ').lower()
             if error.reason == 'HTTP_REQUEST':
-                reason = 'it speaks HTTP without TLS'
+                reason = 'client speaks HTTP without TLS'
                 self.below.send(_ANSWER_TO_PLAIN_HTTP)
             raise HandshakeFailed(f'TLS: {reason}') from None
         if done == 0:
@@ -6899,7 +6905,7 @@ class TlsTransport:
             with self._lock:
                 self._received.write(data)
                 if self._unsent.pending > RECORDS_BYTES:
-                    raise ConnectionAbortedError(errno.ECONNABORTED, 'client does not read answers')
+                    raise ConnectionAbortedError(errno.ECONNABORTED, 'client does not read responses')
         return 0
 
     def _read(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -7329,9 +7335,9 @@ class Connection:
 
     def abort_answer(self, error: OSError) -> NoReturn:
         """Reset the connection, so that the answer does not look complete.  Raises Gone."""
-        log.error('%s: answer aborted: %s', self.peer, error)
+        log.error('%s: response aborted: %s', self.peer, error)
         self._transport.reset_at_close()
-        raise Gone('the answer was broken off')
+        raise Gone('response aborted')
 
     def stop(self) -> None:
         """End the connection after the request that is being served."""
@@ -8481,7 +8487,7 @@ class FlowControl:
             try:
                 while not (stream.aborted or (stream.sending.available > 0 and self.sending.available > 0)):
                     if self.closed:
-                        raise Gone('the client is gone')
+                        raise Gone('client disconnected')
                     if not wait:
                         return 0
                     if stream.blocked == math.inf:
@@ -9199,8 +9205,8 @@ class Exchanges:
         except Gone:
             raise
         except Exception as error:  # a file that cannot be read; or a fault of ours
-            log.error('%s: answer aborted: %s', self._connection.peer, error)
-            log.debug('where it happened:', exc_info=True)
+            log.error('%s: response aborted: %s', self._connection.peer, error)
+            log.debug('traceback:', exc_info=True)
             with self._writer.lock:
                 if stream.id in self.streams.open:
                     self.reset(stream.id, ErrorCode.INTERNAL_ERROR)
@@ -9302,7 +9308,7 @@ class Http2:
         Raises Gone."""
         self._connection.share(self)
         self._connection.unpin(False)
-        reason, failed = 'the client is gone', True
+        reason, failed = 'client disconnected', True
         try:
             self._exchange_prefaces()
             while True:
@@ -9371,7 +9377,7 @@ class Http2:
     def _read_frame(self) -> None:
         kind, flags, stream_id = self._reader.next()
         if len(self._writer.pending) > 2 * FLOOD_BURST:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many unread answers')
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many unread responses')
         if not self._has_settings and (kind != FrameType.SETTINGS or flags & _ACK):
             raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no SETTINGS after the preface')
         if self._header.stream_id and (kind != FrameType.CONTINUATION or stream_id != self._header.stream_id):
@@ -9992,7 +9998,7 @@ class Listener(_ThreadingHTTPServer):
         if isinstance(client_address, tuple) and isinstance(client_address[-1], Ticket):
             client_address = client_address[0]      # process_request() has added the ticket
         log.error('a connection from %s failed: %s', host_of(client_address) or 'unix', sys.exc_info()[1])
-        log.debug('where it happened:', exc_info=True)
+        log.debug('traceback:', exc_info=True)
 
 
 @functools.lru_cache(maxsize=None)
@@ -10757,7 +10763,7 @@ class Workers:
             status = 0
         except BaseException as error:
             log.error('%s: %s', type(error).__name__, error)
-            log.debug('where it happened:', exc_info=True)
+            log.debug('traceback:', exc_info=True)
         finally:
             logging.shutdown()
             os._exit(status)  # skip the parent's clean-up
@@ -10956,10 +10962,10 @@ OPTIONS = (
            'TEXT', default='restic_serve'),
     Option('authentication', '--user-from-header', parse_header_name, 'header in which a proxy (on this '
            'host, or listed in --trust-proxy) passes the user name', 'NAME', stdio=False),
-    Option('authentication', '--trust-proxy', parse_network, 'address or network of a proxy that may pass on '
-           'the user (--user-from-header) and the client address (X-Forwarded-For, Forwarded; also over '
-           'unix sockets then); exempt from limits per address; repeatable', 'ADDRESS[/BITS]', repeated=True,
-           stdio=False),
+    Option('authentication', '--trust-proxy', parse_network, 'address or network of a proxy whose user '
+           'name (--user-from-header) and client address (X-Forwarded-For, Forwarded) are believed, also '
+           'over unix sockets; limits per address do not apply to it; repeatable', 'ADDRESS[/BITS]',
+           repeated=True, stdio=False),
     Option('authentication', '--socket-auth', parse_bool, 'require a password on unix sockets too',
            stdio=False),
 
@@ -10988,8 +10994,9 @@ OPTIONS = (
            'BANDWIDTH', default='off'),
     Option('limits', '--max-size', parse_quota, 'quota for all repositories together, such as 500G; uploads '
            'beyond it fail with 507', 'SIZE', default='0', shown='0, no limit'),
-    Option('limits', '--max-size-per-user', parse_quota, 'quota for all repositories below each /<user>/',
-           'SIZE', default='0', shown='0, no limit', requires=('--private-repos',), stdio=False),
+    Option('limits', '--max-size-per-user', parse_quota, 'quota for all repositories below each /<user>/; '
+           'requires --private-repos', 'SIZE', default='0', shown='0, no limit',
+           requires=('--private-repos',), stdio=False),
     Option('limits', '--max-connections', parse_count, 'maximum number of simultaneous connections; more are '
            'rejected with 503', 'NUMBER', default='1024'),
     Option('limits', '--max-connections-per-address', parse_count, 'maximum per IPv4 address or IPv6 /64 '
@@ -11001,7 +11008,8 @@ OPTIONS = (
     Option('limits', '--server-read-timeout', parse_duration, 'maximum time for an upload, not counting '
            'delays by --bwlimit; 0 for no limit', 'DURATION',
            shown='1h0m0s, plus a second for each KiB transferred'),
-    Option('limits', '--server-write-timeout', parse_duration, 'the same for a download', 'DURATION'),
+    Option('limits', '--server-write-timeout', parse_duration, 'maximum time for a download, likewise',
+           'DURATION'),
     Option('limits', '--stall-timeout', parse_duration, 'abort uploads and downloads that make no progress '
            'for this time; 0 for no limit', 'DURATION', default='1m0s'),
 
@@ -11013,7 +11021,8 @@ OPTIONS = (
     Option('logging', '--log-format', parse_log_format, 'text, or json for one JSON object per line',
            'FORMAT', default='text'),
 
-    Option('monitoring', '--status', parse_bool, 'serve a status page to browsers', default='true'),
+    Option('monitoring', '--status', parse_bool, 'serve a status page to browsers; --status=false disables '
+           'it', default='true'),
     Option('monitoring', '--stale-after', parse_duration, 'age of the last snapshot after which a repository '
            'is overdue', 'DURATION', default='48h'),
     Option('monitoring', '--prometheus', parse_bool, 'serve metrics at /metrics; if there are users, only to '
@@ -11021,11 +11030,11 @@ OPTIONS = (
     Option('monitoring', '--prometheus-no-auth', parse_bool, 'serve metrics without authentication',
            requires=('--prometheus',), stdio=False),
     Option('monitoring', '--on-event', str, 'shell command to run when a snapshot arrives (snapshot); when a '
-           'repository is overdue, back in time or found damaged (overdue, back, damaged); when a quota or '
+           'repository is overdue, no longer overdue, or damaged (overdue, back, damaged); when a quota or '
            'the disk is 90%% full (full); when most snapshots are deleted (deleted) or a delete is refused '
            '(refused); when DIR disappears (gone). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, '
            '_DIRECTORY and _TIME describe the event', 'COMMAND', stdio=False),
-    Option('monitoring', '--usage-interval', parse_duration, 'maximum age of the storage count used by the '
+    Option('monitoring', '--usage-interval', parse_duration, 'maximum age of the sizes used by the '
            'page, metrics and quotas; uploads and deletions update it immediately', 'DURATION', default='1h'),
     Option('monitoring', '--stats', parse_duration, 'with -v, log a summary at this interval; SIGUSR1 logs '
            'one at once; 0 to disable', 'DURATION', default='1m'),
@@ -11079,14 +11088,14 @@ class Parser(argparse.ArgumentParser):
                   for title in dict.fromkeys(option.group for option in OPTIONS)}
         groups['logging'].add_argument(
             '-v', '--verbose', action='count', default=self._verbosity(), help='log each request, in the '
-            'Combined Log Format; -vv logs what helps to find faults')
+            'Combined Log Format; -vv also logs debugging information')
         groups['logging'].add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
                                        help=argparse.SUPPRESS)
         for option in OPTIONS:
             self._add_option(groups[option.group], option)
         groups['jobs'].add_argument('--version', action='version',
                                           version=f'restic_serve {__version__}')
-        groups['jobs'].add_argument('-h', '--help', action='help', help='this text')
+        groups['jobs'].add_argument('-h', '--help', action='help', help='show this help and exit')
 
     def _add_option(self, group: Any, option: Option) -> None:
         default, text = option.default, self._environment.get(option.variable)
@@ -11272,11 +11281,19 @@ def split_directory(parser: Parser, options: argparse.Namespace, directory: str)
     return before or ('/' if directory.startswith('/') else '.'), at
 
 
+def check_jobs(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse two jobs at once."""
+    jobs = [f'--{name.replace("_", "-")}' for name in ('report', 'scrub', 'roll_back')
+            if getattr(options, name) not in (None, False)]
+    if len(jobs) > 1:
+        parser.error(f'{jobs[0]} cannot be combined with {jobs[1]}')
+
+
 def check_directory(parser: Parser, options: argparse.Namespace, directory: str) -> None:
     """Refuse a DIR that is meant for another program, with one line and exit status 2."""
     remote = re.match(r'([\w.+@-]{2,} *|):', directory)
     if remote and not os.path.isdir(directory):
-        parser.error(f'{directory!r} is an rclone remote; only local directories can be served. Use '
+        parser.error(f'DIR: {directory!r} is an rclone remote; only local directories can be served. Use '
                      f'./{directory} for a directory of that name')
     passwords = os.path.join(directory, '.htpasswd')
     asks = (options.htpasswd or options.user or options.user_from_header or options.client_ca
@@ -11327,7 +11344,9 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
             parser.error(f'--{name.replace("_", "-")}: no users are defined; add '
                          '--htpasswd, --user, --client-ca or --user-from-header')
     if options.workers > 1 and not hasattr(os, 'fork'):
-        parser.error('--workers: only 1 is possible, since this system has no fork')
+        parser.error('--workers: must be 1, because this system has no fork')
+    if options.socket_auth and not (options.htpasswd or options.user or options.user_from_header):
+        parser.error('--socket-auth requires --htpasswd or --user')
     if options.socket_auth and options.user_from_header:
         parser.error('--socket-auth cannot be combined with --user-from-header: over a unix socket, the '
                      'proxy names the user')
@@ -11351,7 +11370,7 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
     if sys.stdin is None or sys.stdout is None:
         parser.error('--stdio: standard input or output is closed')
     if os.isatty(0) or os.isatty(1):
-        parser.error("--stdio is meant to be started by restic: restic -o "
+        parser.error("--stdio: must be started by restic; use restic -o "
                      "rclone.program='ssh HOST restic_serve.py' -r rclone:DIR snapshots")
 
 
@@ -11377,8 +11396,8 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
             is_open = not (has_passwords or options.user_from_header
                            or (options.client_ca and listener.tls))
             if is_open and not is_loopback(host) and not options.no_auth:
-                log.warning('no authentication: anyone who can connect to %s can read, add and delete '
-                            'the backups in %s', host, root)
+                log.warning('no authentication: anyone who can connect to port %d can read, add and '
+                            'delete the backups in %s', port, root)
             if options.user_from_header and is_loopback(host):
                 log.warning('any program on this host can claim any user name with header %s at %s; let '
                             'the proxy connect to a unix socket (--addr unix:///PATH)',
@@ -11401,13 +11420,13 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     if api.store.directory.read_only:
         parts = ['read-only']
     elif options.rights:
-        parts = [f'rights: {len(api.policy.rights.rules)} rules from {options.rights}']
+        parts = [f'{format_count(len(api.policy.rights.rules), "rule")} from {options.rights}']
     elif options.append_only:
         parts = ['append-only' + (f' except for {", ".join(options.admin)}' if options.admin else '')]
     else:
         parts = ['deletes allowed']
     if options.htpasswd:
-        parts.append(f'{len(users or ())} users from {options.htpasswd}')
+        parts.append(f'{format_count(len(users or ()), "user")} from {options.htpasswd}')
     elif options.user:
         parts.append(f'user: {options.user}')
     elif options.user_from_header:
@@ -11560,9 +11579,10 @@ def report(options: argparse.Namespace, store: Store) -> int:
 def _report_line(one: Watched, now: float) -> str:
     held = one.held
     last = f'last snapshot {format_age(now - held.last_snapshot)} ago' if held.last_snapshot else ''
-    parts = [last or 'no snapshot', f'{held.objects["snapshots"]} in all', format_size(held.bytes)]
+    parts = [last or 'no snapshot yet', format_count(held.objects['snapshots'], 'snapshot'),
+             format_size(held.bytes)]
     if one.locks:
-        parts.append(f'{len(one.locks)} locks, the oldest {format_age(now - min(one.locks))}')
+        parts.append(f'{format_count(len(one.locks), "lock")}, the oldest {format_age(now - min(one.locks))}')
     parts.append(f'scrubbed {format_age(now - one.scrub.time)} ago, {one.scrub.damaged} damaged' if one.scrub
                  else 'never scrubbed')
     name = (one.name[1:] or '/').encode('utf-8', 'backslashreplace').decode()
@@ -11670,7 +11690,7 @@ def read_password(user: str) -> bytes:
     if sys.stdin.isatty():
         import getpass
         text = getpass.getpass(f'New password for {user}: ')
-        if text != getpass.getpass('Once more: '):
+        if text != getpass.getpass('Repeat password: '):
             raise ValueError('the passwords do not match')
     else:
         text = sys.stdin.readline().rstrip('\r\n')
@@ -11707,6 +11727,7 @@ def main(args: Optional[List[str]] = None) -> int:
     if options.show_rights:
         return show_rights(parser, options)
     directory, at = split_directory(parser, options, find_directory(parser, options.arguments))
+    check_jobs(parser, options)
     check_options(parser, options)
     check_directory(parser, options, directory)
     level = {0: NOTICE, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
