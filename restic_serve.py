@@ -8423,13 +8423,18 @@ class FlowControl:
             self._send_update(stream.receiving.increment(stream.limit()), stream.id)
 
     def open_window(self, stream: Stream) -> None:
-        """The content of a request is being read: let the client send it."""
-        if stream.opened is None and stream.may_receive:
-            extra = min(READ_WINDOW, stream.limit()) - stream.receiving.available
-            stream.opened = int(max(min(extra, self._spare), 0))
-            self._spare -= stream.opened
-            stream.receiving.resize(stream.receiving.size + stream.opened)
-            self._receiving.resize(self._receiving.size + stream.opened)
+        """The content of a request is being read: let the client send it.  A stream that came while others
+        had everything gets its part later, when that more than doubles its window."""
+        if stream.phase is not Phase.RECEIVING or not stream.may_receive:
+            return
+        receiving = stream.receiving
+        wanted = min(READ_WINDOW - receiving.size, stream.limit() - receiving.available)
+        extra = int(max(min(wanted, self._spare), 0))
+        if stream.opened is None or extra > receiving.size:
+            stream.opened = (stream.opened or 0) + extra
+            self._spare -= extra
+            receiving.resize(receiving.size + extra)
+            self._receiving.resize(self._receiving.size + extra)
             self.acknowledge(0, stream)
 
     def close_window(self, stream: Stream) -> None:

@@ -7771,6 +7771,28 @@ class Http2Test(Http2TestCase):
             wire.send_content(1, content)
             self.assertEqual(wire.answer()[0], 200)
 
+    def test_an_upload_that_came_while_others_had_everything_has_a_window_when_they_are_done(self):
+        wire = self.http2()
+        length = ('content-length', str(16 << 20))
+        for number in range(1, 11, 2):
+            wire.send(headers(number, fields('POST', f'/data/{"0" * 64}', length), 4))
+            wire.until(WINDOW_UPDATE, number=number)
+        content = os.urandom(3 << 20)
+        wire.send(headers(11, fields('POST', f'/data/{named(content)}'), 4))
+        http2 = self.server.connections.snapshot()[0].wire
+        self.wait_until(lambda: 11 in http2._streams.open and http2._streams.open[11].opened == 0,
+                        'the last upload to be read')
+        for number in range(1, 11, 2):
+            wire.send(frame(RST_STREAM, 0, number, word(8)))
+        self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW, 'the windows to close')
+        wire.send_content(11, content[:65535], last=False)
+        largest = 0
+        while largest < 1 << 20:
+            largest = int.from_bytes(wire.until(WINDOW_UPDATE, number=11)[3], 'big')
+        wire.send_content(11, content[65535:])
+        self.assertEqual(wire.answer(11)[0], 200)
+        self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW, 'the window to close')
+
     def test_an_upload_without_length_or_with_padding_goes_on_past_its_window(self):
         for step, more, padding in ((100_000, [], b''),
                                     (1000, [('content-length', str(3 << 20))], bytes(255))):
