@@ -3014,14 +3014,14 @@ class Scrub:
         """Check everything, on all cores; the number of damaged objects.  Raises OSError if the directory
         cannot be read."""
         from concurrent.futures import ThreadPoolExecutor
-        folders = list(self._find())
+        folders = collections.deque(self._find())
         for folder, _ in folders:
             with contextlib.suppress(OSError):  # it will be reported when it is read
                 self._total += sum(size for _, size in self._objects(folder))
         try:
             with ThreadPoolExecutor(len(CORES)) as pool:
                 try:
-                    for _ in pool.map(self._check_folder, *zip(*folders)):
+                    for _ in pool.map(self._check_folders, [folders] * len(CORES)):
                         pass
                 except BaseException:
                     self._stopped = True
@@ -3114,6 +3114,19 @@ class Scrub:
         for entry, status in self._store.object_entries(f'/{folder}', prefix):
             if max(status.st_mtime, status.st_ctime) >= skip:
                 yield entry, status.st_size
+
+    def _check_folders(self, folders: Deque[Tuple[str, ScrubTally]]) -> None:
+        """Check folders until there is none; for a thread.  A job for each one would take much memory."""
+        try:
+            while not self._stopped:
+                try:
+                    folder, tally = folders.popleft()
+                except IndexError:
+                    return
+                self._check_folder(folder, tally)
+        except BaseException:
+            self._stopped = True    # the other threads, too
+            raise
 
     def _check_folder(self, folder: str, tally: ScrubTally) -> None:
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0

@@ -2987,6 +2987,23 @@ class ScrubTest(TestCase):
         with mock.patch.object(restic_serve, 'PROGRESS_SECONDS', 0):
             self.assertEqual(restic_serve.Scrub(self.store, 0, None, self.fail, stream).run(), 0)
 
+    def test_a_million_folders_are_no_million_jobs(self):
+        from concurrent.futures import ThreadPoolExecutor
+        for number in range(256):
+            (self.root / f'host/data/{number:02x}').mkdir(exist_ok=True)
+        with mock.patch.object(ThreadPoolExecutor, 'submit', autospec=True,
+                               side_effect=ThreadPoolExecutor.submit) as submit:
+            self.assertEqual(self.scrub(), ({}, 9, 0))
+        self.assertEqual(submit.call_count, len(restic_serve.CORES))
+
+    def test_a_bug_in_one_thread_ends_the_others(self):
+        for number in range(256):
+            (self.root / f'host/data/{number:02x}').mkdir(exist_ok=True)
+        with mock.patch.object(restic_serve, 'CORES', [0, 1]), mock.patch.object(
+                restic_serve.Scrub, '_check_folder', side_effect=ZeroDivisionError) as check:
+            self.assertRaises(ZeroDivisionError, self.scrub)
+        self.assertLessEqual(check.call_count, 2)
+
     def test_a_deep_tree_is_no_repository_below_its_limit(self):
         path = self.root
         for _ in range(150):
