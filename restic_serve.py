@@ -10536,15 +10536,22 @@ def import_modules() -> None:
         codecs.lookup(encoding)
 
 
+ARENAS = 2                      # of the C library, from which threads take memory; few wait for each other.
+_M_ARENA_MAX = -8               # glibc's <malloc.h>
+
+
 def trim_memory() -> None:
     """Return the memory that compiling the program has taken, which the C library would keep, and exempt the
-    rest from garbage collection, so that forked processes go on sharing it."""
+    rest from garbage collection, so that forked processes go on sharing it.  Have threads share a few arenas:
+    the C library would make 8 for each core, and keep up to a MiB in each."""
     import gc
     gc.collect()
     getattr(gc, 'freeze', lambda: None)()   # PyPy has none
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):  # not every C library can
         import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)
+        library.mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def run_in_batches() -> None:
