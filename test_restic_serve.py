@@ -10393,7 +10393,7 @@ restic_serve.trim_memory = trim_and_forget
                 os.execve(sys.executable, [sys.executable, MODULE, '--htpasswd', str(file), '--add-user',
                                            'alice', '--bcrypt-cost', '4'], clean_environment())
             with open(fd, 'r+b', buffering=0) as terminal:
-                for prompt, answer in ((b'alice: ', 'secret'), (b'more: ', second)):
+                for prompt, answer in ((b'alice: ', 'secret'), (b'Repeat password: ', second)):
                     text = b''
                     while not text.endswith(prompt):
                         text += terminal.read(1)
