@@ -10330,7 +10330,7 @@ restic_serve.trim_memory = trim_and_forget
         self.assertEqual(PasswordFile(str(file)).entries, {'andr\u00e9': sha('new'), 'bob': sha('b')})
         file.write_text(f'andre\u0301:{sha("1")}\nandr\u00e9:{sha("2")}\n', encoding='utf-8')
         PasswordFile(str(file))
-        self.assertIn('line 2: duplicate user andr\u00e9; this line counts', self.log[-1])
+        self.assertIn('line 2: duplicate user andr\u00e9; the last entry is used', self.log[-1])
         self.assertTrue(restic_serve.change_password_file(str(file), 'andr\u00e9', ''))
         self.assertEqual(file.read_text(), '')
 
