@@ -2056,7 +2056,7 @@ class PastTest(PastTestCase):
         attacked = self.now
         self.now += 1
         after = self.view(attacked)
-        text = ('1 snapshot, 1 index, 1 key, 1 config, 1 pack (9 B) back, '
+        text = ('1 snapshot, 1 index, 1 key, 1 config, 1 pack (9 B) restored, '
                 '1 snapshot, 1 index, 1 key, 1 pack (8 B) set aside')
         self.assertEqual(self.roll_back(moment, dry=True), text)
         self.assertEqual(self.view(self.now), after)
@@ -2077,7 +2077,7 @@ class PastTest(PastTestCase):
         self.delete(pack)
         store = Store(str(self.root), verify=False)
         store.save(pack, Bytes(b'garbage'))
-        self.assertEqual(self.roll_back(moment), '1 pack (4 B) back')
+        self.assertEqual(self.roll_back(moment), '1 pack (4 B) restored')
         self.assertEqual(Path(path_of(self.store, pack)).read_bytes(), b'pack')
 
     def test_what_comes_while_a_roll_back_goes_on_stays(self):
@@ -2347,7 +2347,7 @@ class PastApiTest(PastTestCase):
         self.assertEqual(json.loads(sizes), [{'name': pack.name, 'size': 10}])
         for method, path in (('POST', f'data/{named(b"x")}'), ('DELETE', f'data/{pack.name}'),
                              ('POST', 'config'), ('DELETE', 'config'), ('POST', '?create=true')):
-            self.assertEqual(self.ask(method, f'{at}/{path}', b'x'), (403, b'the past is read-only\n'), path)
+            self.assertEqual(self.ask(method, f'{at}/{path}', b'x'), (403, b'earlier states (.at) are read-only\n'), path)
         self.assertEqual(self.ask('POST', f'{at}/locks/{named(b"mine")}', b'mine')[0], 200)
         self.assertTrue((self.root / 'host/locks' / named(b'mine')).exists())
         self.assertEqual(self.ask('DELETE', f'{at}/locks/{named(b"mine")}')[0], 200)
@@ -2524,7 +2524,7 @@ class DirectoryTest(TestCase):
         self.assertEqual(self.files(), [])
         failing = mock.patch.object(restic_serve.Scratch, '__init__', side_effect=OSError(errno.ENOSPC, 'x'))
         with failing as probe:
-            self.assertEqual(health(), (503, b'the directory cannot be written\n'))
+            self.assertEqual(health(), (503, b'the directory is not writable\n'))
             for _ in range(9):  # no stranger makes it write again and again
                 self.assertEqual(self.status('GET', '/health'), 503)
             self.assertEqual(probe.call_count, 1)
@@ -5205,11 +5205,11 @@ class WatchTest(TestCase):
     def test_the_report_says_it_on_a_terminal(self):
         status, lines = self.report()
         self.assertEqual((status, len(lines)), (1, 8))
-        self.assertRegex(lines[0], r'^DAMAGED: damaged: last snapshot .+ ago, 1 in all, \d+ B, scrubbed .*, '
+        self.assertRegex(lines[0], r'^DAMAGED: damaged: last snapshot .+ ago, 1 snapshot, \d+ B, scrubbed .*, '
                                    '1 damaged$')
-        self.assertRegex(lines[1], '^OVERDUE: never: no snapshot, 0 in all, 100 B, scrubbed .* ago, '
+        self.assertRegex(lines[1], '^OVERDUE: never: no snapshot yet, 0 snapshots, 100 B, scrubbed .* ago, '
                                    '0 damaged$')
-        self.assertIn('1 locks, the oldest 2 days', lines[4])
+        self.assertIn('1 lock, the oldest 2 days', lines[4])
         self.assertTrue(lines[-1].startswith('sound: sound-10: last snapshot '), lines[-1])
         status, lines = self.report('--log-format', 'json', '--stale-after', '30d', '--max-size', '1G')
         found = [json.loads(line) for line in lines]
@@ -5842,8 +5842,8 @@ class PageTest(WatchedTestCase):
         self.assertEqual(re.findall('<pre><code>(.*)</code></pre>', text.replace('</pre>', '</pre>\n')), [
             f'restic -r {url}/laptop/ init', f'restic -r {url}/laptop/ backup ~'])
         self.assertIn(f'restic -r {url}/desk/ init', self.look('/desk/')[1])
-        for right, said in (('read', 'no repository here that you may see'),
-                            ('append', 'no repository here yet')):
+        for right, said in (('read', 'cannot access any repository here'),
+                            ('append', 'No repositories yet')):
             self.watch(Policy(restic_serve.parse_rights(f'* / {right}', strangers=True)))
             self.assertIn(said, self.look()[1])
 
@@ -7906,7 +7906,7 @@ class Http2Test(Http2TestCase):
         self.assertEqual(wire.until(RST_STREAM)[3], word(2))
         wire.send(headers(3))
         self.assertEqual(wire.answer(3)[0], 404)
-        self.assertTrue(any('answer aborted' in line for line in self.log))
+        self.assertTrue(any('response aborted' in line for line in self.log))
 
     def test_headers_of_an_answer_may_be_long(self):
         self.server.api._headers.append(('X-Long', 'y' * 40_000))
@@ -9589,7 +9589,7 @@ class WorkersTest(TestCase):
         self.assertEqual(statuses(), {404})
         rights.write_text('* / none\n')
         self.wait_until(lambda: statuses() == {403}, 'the new rights')
-        self.wait_until(lambda: any('read 1 rules' in line for line in server.lines), 'the line of the first')
+        self.wait_until(lambda: any('read 1 rule ' in line for line in server.lines), 'the line of the first')
         rights.write_text('rubbish\n')
         self.wait_until(lambda: any('keeping the previous rights' in line for line in server.lines), 'a line')
         before = self.children(server)
