@@ -5627,7 +5627,7 @@ class PageTest(WatchedTestCase):
         snapshots = re.findall(r'<td>([0-9a-f]{8})</td><td class="n">([^<]*)<', text)
         self.assertEqual(sorted(name for name, _ in snapshots), sorted(
             path.name[:8] for path in (self.root / 'laptop' / 'snapshots').iterdir()))
-        self.assertNotIn('Deleted and kept', text)
+        self.assertNotIn('Kept deleted objects', text)
         self.server.api._page._looked.clear()
         with mock.patch.object(restic_serve, 'LOOK_AT_MOST', -1):
             self.assertIn('<td class="n">unknown<', self.look('/laptop/')[1])
@@ -10916,7 +10916,7 @@ class ResticScenarios:
         self.assertIn('403', output)
         # and to come back
         text = self.roll_back(moment, '--dry-run')
-        self.assertRegex(text, r'^host: 3 snapshots, .*1 key, .*packs? \([^)]*\) back, '
+        self.assertRegex(text, r'^host: 3 snapshots, .*1 key, .*packs? \([^)]*\) restored, '
                                r'1 snapshot, .*set aside$')
         self.assertEqual(self.roll_back(moment, '--force'), text)
         self.assertEqual([one['id'] for one in self.snapshots(url)], [one['id'] for one in wanted])
