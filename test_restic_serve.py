@@ -2347,7 +2347,8 @@ class PastApiTest(PastTestCase):
         self.assertEqual(json.loads(sizes), [{'name': pack.name, 'size': 10}])
         for method, path in (('POST', f'data/{named(b"x")}'), ('DELETE', f'data/{pack.name}'),
                              ('POST', 'config'), ('DELETE', 'config'), ('POST', '?create=true')):
-            self.assertEqual(self.ask(method, f'{at}/{path}', b'x'), (403, b'earlier states (.at) are read-only\n'), path)
+            self.assertEqual(self.ask(method, f'{at}/{path}', b'x'),
+                             (403, b'earlier states (.at) are read-only\n'), path)
         self.assertEqual(self.ask('POST', f'{at}/locks/{named(b"mine")}', b'mine')[0], 200)
         self.assertTrue((self.root / 'host/locks' / named(b'mine')).exists())
         self.assertEqual(self.ask('DELETE', f'{at}/locks/{named(b"mine")}')[0], 200)
@@ -5205,8 +5206,8 @@ class WatchTest(TestCase):
     def test_the_report_says_it_on_a_terminal(self):
         status, lines = self.report()
         self.assertEqual((status, len(lines)), (1, 8))
-        self.assertRegex(lines[0], r'^DAMAGED: damaged: last snapshot .+ ago, 1 snapshot, \d+ B, scrubbed .*, '
-                                   '1 damaged$')
+        self.assertRegex(lines[0], r'^DAMAGED: damaged: last snapshot .+ ago, 1 snapshot, \d+ B, '
+                                   'scrubbed .*, 1 damaged$')
         self.assertRegex(lines[1], '^OVERDUE: never: no snapshot yet, 0 snapshots, 100 B, scrubbed .* ago, '
                                    '0 damaged$')
         self.assertIn('1 lock, the oldest 2 days', lines[4])
