@@ -11385,9 +11385,8 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse what --stdio cannot do."""
     for option in OPTIONS:
         if not option.stdio and option.is_set(options):
-            parser.error(f'{option.name}: over --stdio there are no users, certificates, '
-                         'browsers or metrics; whoever starts the program may do all but what '
-                         '--append-only forbids')
+            parser.error(f'{option.name} cannot be combined with --stdio, which has no users, '
+                         'certificates, status page or metrics')
     if options.scrub:
         parser.error('--stdio cannot be combined with --scrub')
     if os.name == 'nt':
