@@ -1745,15 +1745,12 @@ class Store:
 
     def _open_below(self, path: str) -> Folder:
         """A folder below the root, opened for scanning; a missing one has no entries.  Raises OSError."""
-        for attempt in range(2):    # it may be made between the two looks
-            try:
-                return self.folders.open(path, by_descriptor=True)
-            except (FileNotFoundError, NotADirectoryError):
-                if not os.path.lexists(self.root + path):
-                    break
-                if attempt:
-                    raise
-        return self._nothing
+        try:
+            return self.folders.open(path, by_descriptor=True)
+        except (FileNotFoundError, NotADirectoryError):
+            if not os.path.lexists(self.root + path):
+                return self._nothing
+        return self.folders.open(path, by_descriptor=True)  # it was made between the two looks
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
@@ -6274,9 +6271,7 @@ class Api:
         self._at = at
         self.has_metrics = bool(prometheus)
         # They hide repositories of that name.
-        self._own_paths = {f'{baseurl}/health': self._get_health}
-        if page:
-            self._own_paths['/favicon.ico'] = self._get_icon
+        self._own_paths = {f'{baseurl}/health': self._get_health, '/favicon.ico': self._get_icon}
         if prometheus:
             self._own_paths[f'{baseurl}/metrics'] = self._get_metrics
         self._allow_origin = allow_origin
@@ -11734,6 +11729,14 @@ def arguments() -> List[str]:
         return [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in words]
 
 
+def log_level(options: argparse.Namespace) -> int:
+    """The level that the options ask for."""
+    if options.quiet or options.log_level:
+        return {'DEBUG': logging.DEBUG, 'INFO': logging.INFO, 'NOTICE': NOTICE}.get(
+            options.log_level, logging.ERROR)
+    return {0: NOTICE, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
+
+
 def main(args: Optional[List[str]] = None) -> int:
     """Run the command line `args` (default: the program's own); the exit status."""
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
@@ -11754,12 +11757,8 @@ def main(args: Optional[List[str]] = None) -> int:
     check_jobs(parser, options)
     check_options(parser, options)
     check_directory(parser, options, directory)
-    level = {0: NOTICE, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
-    if options.quiet or options.log_level:
-        level = {'DEBUG': logging.DEBUG, 'INFO': logging.INFO, 'NOTICE': NOTICE}.get(
-            options.log_level, logging.ERROR)
     try:
-        start_log(level, options.log_file, options.log_format == 'json')
+        start_log(log_level(options), options.log_file, options.log_format == 'json')
         if parser.passed_over:
             log.log(NOTICE, 'ignored, has no effect on a local directory: %s',
                     ' '.join(parser.passed_over))
