@@ -1764,7 +1764,7 @@ class FoldersOfOthersTest(TestCase):
         for owner in (0, self.OTHER):
             self.link(self.root / restic_serve.HIDDEN, self.secret, owner)
             if not self.store.nameless:     # nothing can be uploaded
-                with self.assertRaisesRegex(PermissionError, 'a link or a file, which the server does not'):
+                with self.assertRaisesRegex(PermissionError, 'expected a directory, found a link or file'):
                     self.store.prepare()
                 continue
             self.store.prepare()
@@ -4569,7 +4569,9 @@ class RightsTest(TestCase):
         for path in paths:
             self.prepare(store, path)
             restic_serve.Past(store, 86400).begin(path)
-        for _ in range(1000 if LONG_TESTS else 250):
+        for number in range(1000 if LONG_TESTS else 250):
+            if number % 8 == 0:
+                gc.collect()    # counters take address space, of which 32 bits have little
             rules = [(chance.choice([*users[:3], '*']), chance.choice(wheres),
                       chance.choice(restic_serve.RIGHTS)) for _ in range(chance.randrange(1, 8))]
             rules = [*{(who, where if who == '*' else where.replace('%u', who)): (who, where, may)
@@ -5735,7 +5737,7 @@ class PageTest(WatchedTestCase):
     def test_times_and_names_that_nobody_can_have_are_shown_all_the_same(self):
         self.fill('/late', 'snapshots')
         path = next((self.root / 'late' / 'snapshots').iterdir())
-        os.utime(path, (1 << 33, 1 << 33))
+        os.utime(path, (1 << 30, 1 << 30))
         for name in (b'latin-\xe9', b'two\nlines'):
             (self.root / os.fsdecode(name) / 'keys').mkdir(parents=True)
             (self.root / os.fsdecode(name) / 'config').write_bytes(b'config')
@@ -5743,8 +5745,8 @@ class PageTest(WatchedTestCase):
         text = self.look('/')[1]
         self.assertIn('<th scope="row" class="name">two\nlines', text)
         self.assertIn('<th scope="row" class="name">latin-\\udce9', text)
-        with mock.patch.object(restic_serve, 'LATEST_TIME', 1 << 32):
-            self.assertIn('2106-02-07', self.look('/late/')[1])
+        with mock.patch.object(restic_serve, 'LATEST_TIME', 1 << 29):
+            self.assertIn('1987-01-05', self.look('/late/')[1])
 
     def test_the_icon_needs_no_login(self):
         accounts = self.folder / 'htpasswd'
@@ -9167,7 +9169,8 @@ class ConnectionLimitTest(ListenerTestCase):
             path = Path('/proc/self/status')
             if path.exists():
                 resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
-                self.assertLess(resident, 200 * 1024)  # of the tests, the clients and the server
+                # Of the tests, the clients and the server.
+                self.assertLess(resident, (300 if PYPY else 200) * 1024)
 
 
 class ServerTest(WireTestCase):
