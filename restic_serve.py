@@ -5529,10 +5529,10 @@ class Events:
             try:
                 if not event:
                     self._look()
-                elif event.kind == 'refused':
-                    self._report('refused', event.repository, time.time(), event.message, event.user)
-                else:
+                elif event.kind != 'refused':
                     self._run(event)
+                elif self._is_present():    # else it could not be noted
+                    self._report('refused', event.repository, time.time(), event.message, event.user)
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
                 log.debug('traceback:', exc_info=True)
@@ -5671,17 +5671,17 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
 
 
 class ReportedEvents:
-    """Which events were reported, in a file that all servers of a directory share; in memory where it
-    cannot be written.  Each has a value."""
+    """Which events were reported, in a file that all servers of a directory share; in memory while it
+    cannot be written, such as on a full disk.  Each has a value."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: Reported = {}      # what the file said last
-        self._is_shared = not store.directory.read_only
+        self._known: Reported = {}
+        self._is_unsaved = False        # `_known` has more than the file
 
     def refresh(self) -> None:
         """Read the file again."""
-        if self._is_shared:
+        if not (self._is_unsaved or self._store.directory.read_only):
             self._known = self._read()
 
     def value(self, kind: str, name: str) -> Optional[float]:
@@ -5723,19 +5723,22 @@ class ReportedEvents:
     def _change(self, change: Callable[[Reported], bool]) -> bool:
         """Change what is known, if `change` says so; its answer."""
         import json
-        if self._is_shared:
-            try:
-                with self._store.hidden.exclusive():
-                    known = self._read()
-                    changed = change(known)
-                    if changed:
-                        self._store.hidden.write(EVENTS_FILE, json.dumps(known))
-                self._known = known
-                return changed
-            except OSError as error:
-                self._is_shared = False
+        if self._store.directory.read_only:
+            return change(self._known)
+        changed = None
+        try:
+            with self._store.hidden.exclusive():
+                if not self._is_unsaved:
+                    self._known = self._read()
+                changed = change(self._known)
+                if changed or self._is_unsaved:
+                    self._store.hidden.write(EVENTS_FILE, json.dumps(self._known))
+            self._is_unsaved = False
+        except OSError as error:
+            if not self._is_unsaved:
                 log.error('cannot save which events were reported, some may be reported again: %s', error)
-        return change(self._known)
+            self._is_unsaved = True
+        return change(self._known) if changed is None else changed
 
     def _read(self) -> Reported:
         import json

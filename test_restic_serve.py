@@ -5533,6 +5533,12 @@ class EventsTest(WatchedTestCase):
         events = self.events()
         with mock.patch.object(restic_serve.HiddenFolder, 'write', side_effect=OSError(30, 'read-only')):
             self.assertEqual([len(self.look(events)), self.look(events)], [1, []])
+        self.assertFalse(path.exists())
+        self.fill('/other', 'keys')     # the disk has room again: what was told meanwhile is saved, too
+        events._usage.census.count()
+        self.assertEqual(self.look(events), ['overdue|other||other: overdue, no snapshot yet'])
+        self.assertEqual(set(json.loads(path.read_text())['overdue']), {'/never', '/other'})
+        shutil.rmtree(self.root / 'other')
         path.write_text('{}')
         self.store.directory.read_only = True
         events = self.events()
