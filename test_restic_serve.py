@@ -10731,7 +10731,7 @@ class StdioTest(TestCase):
             done = subprocess.run([sys.executable, MODULE, '--stdio', *words, str(self.root)], text=True,
                                   stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
-            self.assertTrue(done.stderr.startswith(f'restic_serve: {words[0]}: '), done.stderr)
+            self.assertTrue(done.stderr.startswith(f'restic_serve: {words[0]} cannot be combined with --stdio'), done.stderr)
         done = subprocess.run([sys.executable, MODULE, '--stdio', '--scrub', str(self.root)], text=True,
                               stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
         self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1))
