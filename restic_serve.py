@@ -9,6 +9,7 @@ The chapters stand in the order in which each builds on those above it:
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
     Files         opening, listing and syncing files safely
+    Read ahead    reading folders of a slow disk several at a time
     Store         repositories and objects as files; an object is whole or absent
     Past          what was deleted, and repositories as they were
     Counters      statistics in memory that all processes of the server share
@@ -80,11 +81,14 @@ if __name__ == '__main__':
 TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost each start 5 ms
 if TYPE_CHECKING:
     import ssl
+    from concurrent.futures import Future
     from types import FrameType as CallFrame, TracebackType
     from typing import (
         Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn, Optional,
-        Protocol, Set, Tuple, Union)
+        Protocol, Set, Tuple, TypeVar, Union)
 
+    S = TypeVar('S')
+    T = TypeVar('T')
     Headers = List[Tuple[str, str]]
     Sample = Tuple[Any, ...]                # of a metric: perhaps a suffix of its name, labels, value
     Samples = Callable[[Any], Iterable[Sample]]     # of a metric, from Facts
@@ -948,24 +952,6 @@ def object_batches(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[os.D
             yield some, names
 
 
-def names_and_sizes(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
-    """Names and sizes in bytes of the objects in a folder, in batches as object_batches() has them."""
-    fd = folder.fd
-    for entries, names in object_batches(folder, prefix):
-        try:
-            # Faster than entry.stat().st_size by a tenth.
-            sizes = ([os.stat(name, dir_fd=fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
-                     if fd is not None else
-                     [entry.stat(follow_symlinks=False).st_size for entry in entries])
-        except FileNotFoundError:  # one was deleted since the directory was read
-            names, sizes = [], []
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    sizes.append(entry.stat(follow_symlinks=False).st_size)
-                    names.append(entry.name)
-        yield names, sizes
-
-
 def _digest(fd: int) -> str:
     """SHA-256 in hexadecimal of a file, from its beginning."""
     digest = hashlib.sha256()
@@ -1040,6 +1026,269 @@ def _exclusive(folder: Folder) -> Iterator[None]:
         yield
 
 
+# ==== Read ahead =================================================================================
+# On a network file system or a turning disk each inode costs a round trip, and a thread that asks for one
+# after the other waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read
+# meanwhile, and read_in_pieces() the next objects of a folder, by a few helpers.  Where none is free, whoever
+# needs something reads it without, so that nobody waits for a helper that is busy elsewhere.
+
+HELPERS = 8                       # Threads of a process that read ahead.
+UNUSED_AT_MOST = 32               # Folders and pieces that they have read and that nobody has used yet.
+HELPERS_AT_LEAST = 3              # For whoever waits: reading an inode keeps processors busy, too.
+PIECE = 16                        # Objects of one folder that a helper looks at,
+FAST_PIECE = 256                  # and that are looked at between two measurements without helpers.
+IDLE_SECONDS = 5                  # Time for which a thread without a job is kept.
+WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
+PACE_SECONDS = 0.005              # Time between two measurements of the pace.
+HELPED_READS = 64                 # Reads by helpers after which the pace is measured again, at first.
+
+
+class Pace:
+    """How fast reading is: how many `helpers` it is worth, 0 where it does not wait.  What is measured
+    while helpers read says little, since they wait for each other: they are granted for a number of
+    reads, each time for twice as many."""
+
+    __slots__ = ('helpers', '_due', '_grant', '_left')
+
+    def __init__(self) -> None:
+        self.helpers = 0
+        self._due = 0.0
+        self._grant = HELPED_READS
+        self._left = 0
+
+    def spend(self) -> None:
+        """Count a read by a helper."""
+        self._left -= 1
+        if self._left <= 0:
+            self.helpers = 0
+
+    def measure(self, read: Callable[[], T]) -> T:
+        """Call read(), and see how long it waits: for the disk, not for a processor that other programs
+        use, nor for the interpreter that other threads use."""
+        if self.helpers or time.perf_counter() < self._due:
+            return read()
+        begin, cpu_begin, sleeps_begin = _used()
+        try:
+            return read()
+        finally:
+            now, cpu, sleeps = _used()
+            wall, cpu = now - begin, cpu - cpu_begin
+            wait = wall - cpu
+            self._due = now + PACE_SECONDS
+            if sleeps > sleeps_begin and wait > max(WAIT_SECONDS, wall / 16):
+                self.helpers = min(HELPERS, HELPERS_AT_LEAST + int(wait / max(cpu, 1e-6)))
+                self._left, self._grant = self._grant, 2 * self._grant
+            else:
+                self._grant = HELPED_READS
+
+
+def _used() -> Tuple[float, float, int]:
+    """Now, processor seconds of this process, and how much more often this thread has slept than lost the
+    processor to others (getrusage(2))."""
+    try:
+        import resource
+    except ImportError:     # Windows, where a folder's entries come with all that is asked of them
+        return time.perf_counter(), time.process_time(), 0
+    usage = resource.getrusage(getattr(resource, 'RUSAGE_THREAD', resource.RUSAGE_SELF))
+    return time.perf_counter(), time.process_time(), usage.ru_nvcsw - usage.ru_nivcsw
+
+
+class Threads:
+    """Threads that do jobs, each at once: one that waits for a job, or a new one.  Up to `kept` wait for
+    another job when they have done one.  They are daemons, unlike those of ThreadPoolExecutor: a disk or
+    a client that does not answer cannot hold up the end of the process."""
+
+    def __init__(self, kept: int) -> None:
+        from queue import SimpleQueue
+        self._kept = kept
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._idle = 0                  # threads that wait for a job and have been given none
+        self._idle_lock = threading.Lock()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Have a thread do something.  Raises RuntimeError if there can be none."""
+        with self._idle_lock:
+            if not self._idle:
+                threading.Thread(target=self._work, daemon=True).start()
+            else:
+                self._idle -= 1
+            self._jobs.put(job)
+
+    def _work(self) -> None:
+        """What a thread does."""
+        from queue import Empty
+        while True:
+            try:
+                job = self._jobs.get(timeout=IDLE_SECONDS)
+            except Empty:
+                with self._idle_lock:
+                    if self._idle:
+                        self._idle -= 1
+                        return
+                continue  # a job was put at this moment
+            job()
+            del job     # and what it holds
+            with self._idle_lock:
+                if self._idle >= self._kept:
+                    return
+                self._idle += 1
+
+
+class Helpers:
+    """Up to `limit` threads that read ahead for whoever asks."""
+
+    def __init__(self, limit: int) -> None:
+        self._threads = Threads(limit)
+        self._free = threading.BoundedSemaphore(limit)
+        # What was read and is not used yet takes memory and descriptors.
+        self._unused = threading.BoundedSemaphore(UNUSED_AT_MOST)
+        self._idents: Set[int] = set()
+
+    def submit(self, job: Callable[[], T]) -> Optional[Future[T]]:
+        """Have a helper do something, if one is free.  The future is to be given to end()."""
+        from concurrent.futures import Future
+        if not self._unused.acquire(blocking=False):
+            return None
+        if self._free.acquire(blocking=False):
+            future: Future[T] = Future()
+            try:
+                self._threads.submit(functools.partial(self._do, future, job))
+                return future
+            except RuntimeError:    # no thread can be started
+                self._free.release()
+        self._unused.release()
+        return None
+
+    def end(self, future: Optional[Future[Any]]) -> bool:
+        """Wait until a job is done; whether there was one."""
+        if not future:
+            return False
+        future.exception()
+        self._unused.release()
+        return True
+
+    def are_calling(self) -> bool:
+        """Whether the calling thread is a helper."""
+        return threading.get_ident() in self._idents
+
+    def _do(self, future: Future[Any], job: Callable[[], Any]) -> None:
+        unpin(True)
+        self._idents.add(threading.get_ident())
+        try:
+            result = job()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            self._idents.discard(threading.get_ident())
+            self._free.release()
+
+
+@functools.lru_cache(maxsize=None)
+def helpers() -> Helpers:
+    """Those of this process."""
+    return Helpers(HELPERS)
+
+
+def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> Iterator[T]:
+    """The items of all iterators, one after the other.  Where reading waits for the disk, the first items
+    of the next iterators are read meanwhile."""
+    waiting, pace = iter(sources), pace or Pace()
+    ahead: Deque[Tuple[Iterator[T], Callable[[], List[T]], Optional[Future[List[T]]]]] = collections.deque()
+    try:
+        while True:
+            for source in itertools.islice(waiting, max(pace.helpers + 1 - len(ahead), 0)):
+                read = functools.partial(_first, source)
+                ahead.append((source, read, helpers().submit(read) if pace.helpers else None))
+            if not ahead:
+                return
+            source, first, future = ahead.popleft()
+            try:
+                if future and helpers().end(future):
+                    pace.spend()
+                    yield from future.result()
+                else:
+                    yield from pace.measure(first)
+                yield from source
+            finally:
+                _close(source)
+    finally:
+        for source, _, future in ahead:
+            helpers().end(future)       # before what it reads is closed
+            _close(source)
+
+
+def _close(source: Iterator[Any]) -> None:
+    getattr(source, 'close', lambda: None)()
+
+
+def _first(source: Iterator[T]) -> List[T]:
+    """The first item, or nothing."""
+    return list(itertools.islice(source, 1))
+
+
+def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: Pace, least: int = PIECE
+                   ) -> List[T]:
+    """read(entries), where that waits for the disk by helpers a piece each, unless there are only `least`
+    entries.  A helper has no others."""
+    if len(entries) <= least or helpers().are_calling():
+        return read(entries)
+
+    def pieces() -> Iterator[Iterator[List[T]]]:
+        begin = 0
+        while begin < len(entries):
+            end = begin + (PIECE if pace.helpers or not begin else FAST_PIECE)
+            yield map(read, [entries[begin:end]])
+            begin = end
+
+    return [item for piece in read_ahead(pieces(), pace) for item in piece]
+
+
+def names_and_sizes(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
+                    ) -> Iterator[Tuple[List[str], List[int]]]:
+    """Names and sizes in bytes of the objects in a folder, in batches as object_batches() has them."""
+    fd, pace, least = folder.fd, pace or Pace(), _least(prefix)
+
+    def read_sizes(names: List[str]) -> List[int]:
+        return [os.stat(name, dir_fd=fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
+
+    for entries, names in object_batches(folder, prefix):
+        try:
+            sizes = read_in_pieces(read_sizes, names, pace, least) if fd is not None else None
+        except FileNotFoundError:   # one was deleted since the directory was read
+            sizes = None
+        if sizes is None:
+            found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
+            names, sizes = [entry.name for entry, _ in found], [status.st_size for _, status in found]
+        yield names, sizes
+
+
+def entries_and_statuses(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
+                         ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+    """The objects in a folder and what stat(2) says of them."""
+    pace = pace or Pace()
+    for entries, _ in object_batches(folder, prefix):
+        yield from read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+
+
+def _least(prefix: str) -> int:
+    """How many objects are too few for pieces: more where the folder is one of many."""
+    return FAST_PIECE if prefix else PIECE
+
+
+def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
+              ) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
+    """The entries that have not been deleted since the directory was read, and what stat(2) says of them.
+    DirEntry.stat() would hold the interpreter's lock, and with it all requests, while the disk seeks."""
+    found = []
+    for entry in entries:
+        with contextlib.suppress(FileNotFoundError):
+            found.append((entry, entry.stat(follow_symlinks=False) if folder.fd is None else
+                          folder.stat(entry.name)))
+    return found
+
+
 # ==== Store ======================================================================================
 # Repositories and objects as files in restic's own local layout.  An object is whole or absent: it is
 # written where no list shows it, verified, synced to the disk, and then linked to its name, and the
@@ -1067,6 +1316,9 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, er
 # Folders in which file systems and NAS show their own snapshots and waste.
 _OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '@eadir', '#recycle',
                     'lost+found')
+# A folder of objects: its kind, path below DIR, how the objects' names begin, and open(), which gives the
+# Folder, one without entries if it is missing, or raises OSError.
+ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'path', 'prefix', 'open'])
 # Result of an upload: new objects (0 or 1), bytes of the object before and after, folders created.
 Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
@@ -1727,21 +1979,47 @@ class Store:
     def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
-        with self._open_below(location.folder) as folder:
-            if location.kind != 'data':
-                yield from self._batches(folder, sizes)
-                return
-            with _scan(folder.path, folder.fd) as entries:
-                for entry in entries:
-                    if _SUBDIRECTORY.fullmatch(entry.name):
-                        with self._open_below(f'{location.folder}/{entry.name}') as below:
-                            yield from self._batches(below, sizes, entry.name)
+        pace = Pace()
 
-    @staticmethod
-    def _batches(folder: Folder, sizes: bool, prefix: str = '') -> Iterator[Tuple[List[str], List[int]]]:
-        if sizes:
-            return names_and_sizes(folder, prefix)
-        return ((names, []) for _, names in object_batches(folder, prefix))
+        def batches(found: ObjectFolder) -> Iterator[Tuple[List[str], List[int]]]:
+            with found.open() as folder:
+                yield from (names_and_sizes(folder, found.prefix, pace) if sizes else
+                            ((names, []) for _, names in object_batches(folder, found.prefix)))
+
+        with self.object_folders(location.repository, location.kind) as folders:
+            yield from read_ahead(map(batches, folders), pace)
+
+    @contextlib.contextmanager
+    def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:
+        """The folders of objects in a repository, of some kinds or all, in the order of the directories.
+        They may be opened in this context."""
+        with contextlib.ExitStack() as stack:
+            yield itertools.chain.from_iterable(self._folders_of(f'{repository}/{kind}', kind, stack)
+                                                for kind in kinds or KINDS)
+
+    def _folders_of(self, path: str, kind: str, stack: contextlib.ExitStack) -> Iterator[ObjectFolder]:
+        if kind != 'data':
+            yield ObjectFolder(kind, path, '', functools.partial(self._open_below, path))
+            return
+        try:
+            data, entries = stack.enter_context(self.scan(path))
+            for entry in entries:
+                if _SUBDIRECTORY.fullmatch(entry.name):
+                    yield ObjectFolder(kind, f'{path}/{entry.name}', entry.name,
+                                       functools.partial(self._open_part, path, data, entry.name))
+        except OSError as error:    # for whoever reads it
+            yield ObjectFolder(kind, path, '', functools.partial(_raise, error))
+
+    def _open_part(self, path: str, folder: Folder, name: str) -> Folder:
+        """A folder in an open one, whose path below the root is `path`, opened for scanning.  Raises OSError.
+        Unless it is a link, it is opened without its path, which takes several times as many steps."""
+        if folder.fd is not None:
+            try:
+                return Folder(f'{folder.path}/{name}', folder.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
+                    raise
+        return self._open_below(f'{path}/{name}')
 
     def _open_below(self, path: str) -> Folder:
         """A folder below the root, opened for scanning; a missing one has no entries.  Raises OSError."""
@@ -1752,11 +2030,15 @@ class Store:
                 return self._nothing
         return self.folders.open(path, by_descriptor=True)  # it was made between the two looks
 
+    def is_missing(self, folder: Folder) -> bool:
+        """Whether a folder stands for a missing one."""
+        return folder is self._nothing
+
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
         """A folder below the root and its entries, none if it is missing.  Raises OSError."""
         with self._open_below(path) as folder:
-            if folder is self._nothing:
+            if self.is_missing(folder):
                 yield folder, iter(())
                 return
             with _scan(folder.path or os.sep, folder.fd) as entries:
@@ -1766,14 +2048,13 @@ class Store:
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
         """The objects in a folder below the root, their names beginning with `prefix`, and what stat(2)
         says of them.  Raises OSError."""
-        with self._open_below(path) as folder:
-            for entries, _ in object_batches(folder, prefix):
-                for entry in entries:
-                    try:
-                        status = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:  # deleted since the directory was read
-                        continue
-                    yield entry, status
+        return self.read(ObjectFolder('', path, prefix, functools.partial(self._open_below, path)))
+
+    @staticmethod
+    def read(found: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+        """The objects in a folder, and what stat(2) says of them.  Raises OSError."""
+        with found.open() as folder:
+            yield from entries_and_statuses(folder, found.prefix)
 
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
@@ -1803,19 +2084,6 @@ class Store:
                 continue
             if path.count('/') < DEEPEST:
                 paths += [f'{path}/{name}' for name in reversed(below)]
-
-    def object_folders(self, repository: str) -> Iterator[Tuple[str, str]]:
-        """Kind and path below the root of each folder of objects in a repository."""
-        for kind in KINDS:
-            if kind != 'data':
-                yield kind, f'{repository}/{kind}'
-                continue
-            try:
-                with self.scan(f'{repository}/data') as (_, entries):
-                    yield from [(kind, f'{repository}/data/{entry.name}') for entry in entries
-                                if _SUBDIRECTORY.fullmatch(entry.name) and entry.is_dir()]
-            except OSError:
-                yield kind, f'{repository}/data'  # whoever reads it will see
 
     def now(self) -> float:
         """Seconds since the epoch by the clock of the file system, which may be another host's; by our
@@ -1942,6 +2210,10 @@ class Store:
         except BaseException:
             folder.close()
             raise
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def try_file_system(store: Store, top: Folder) -> None:
@@ -2348,9 +2620,12 @@ class View:
     def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
         location = Location(location.repository, location.kind)
-        for present, deleted, prefix in self.folders(location):
-            found = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
-            yield list(found), list(found.values())
+        yield from read_ahead(self._names_and_sizes(*folders) for folders in self.folders(location))
+
+    def _names_and_sizes(self, present: str, deleted: str, prefix: str
+                         ) -> Iterator[Tuple[List[str], List[int]]]:
+        found = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
+        yield list(found), list(found.values())
 
     def folders(self, location: Location) -> Iterator[Tuple[str, str, str]]:
         """The folders of a kind's objects, those of what was deleted from them, and how names begin."""
@@ -3012,9 +3287,7 @@ class Scrub:
         cannot be read."""
         from concurrent.futures import ThreadPoolExecutor
         folders = collections.deque(self._find())
-        for folder, _ in folders:
-            with contextlib.suppress(OSError):  # it will be reported when it is read
-                self._total += sum(size for _, size in self._objects(folder))
+        self._total = sum(read_ahead(self._bytes_of(folder) for folder, _ in folders))
         try:
             with ThreadPoolExecutor(len(CORES)) as pool:
                 try:
@@ -3111,6 +3384,10 @@ class Scrub:
         for entry, status in self._store.object_entries(f'/{folder}', prefix):
             if max(status.st_mtime, status.st_ctime) >= skip:
                 yield entry, status.st_size
+
+    def _bytes_of(self, folder: str) -> Iterator[int]:
+        with contextlib.suppress(OSError):  # it will be reported when it is read
+            yield sum(size for _, size in self._objects(folder))
 
     def _check_folders(self, folders: Deque[Tuple[str, ScrubTally]]) -> None:
         """Check folders until there is none; for a thread.  A job for each one would take much memory."""
@@ -3514,12 +3791,29 @@ class Census:
             tally.add_other(found)
         tally.add(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
 
-    def _stored_before(self, before: float, folder: str, prefix: str) -> Iterator[os.stat_result]:
+    def _read(self, before: float, found: ObjectFolder
+              ) -> Iterator[Tuple[str, int, List[os.stat_result], Optional[OSError]]]:
+        """Of a folder of objects its kind, its charge, what stat(2) says of some objects that were stored
+        `before` a time, perhaps several times, and what has ended that."""
+        try:
+            with found.open() as folder:
+                charge = FOLDER_BYTES * (not self._store.is_missing(folder))
+                statuses = self._stored_before(before, folder, found.prefix)
+                while True:
+                    some = list(itertools.islice(statuses, LISTED_AT_ONCE))
+                    yield found.kind, charge, some, None
+                    if len(some) < LISTED_AT_ONCE:
+                        return
+                    charge = 0
+        except OSError as error:
+            yield found.kind, 0, [], error
+
+    def _stored_before(self, before: float, folder: Folder, prefix: str) -> Iterator[os.stat_result]:
         """What stat(2) says of the objects in a folder that were stored before a time of the file system's
         clock.  Those of a time to come are older than that: the clock has been set back, or is not right
         yet, as on a host without a battery for it."""
         later = []
-        for _, status in self._store.object_entries(folder, prefix):
+        for _, status in entries_and_statuses(folder, prefix):
             # Not files that were copied, or changed their owner.
             if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
                 later.append(status)
@@ -3547,14 +3841,15 @@ class Census:
                 held[_CHARGED] += charge_of(config)
         except OSError as error:
             unreadable += report(error)
-        folders = list(self._store.object_folders(repository))
         with contextlib.suppress(OSError):  # said where it is read
             held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(f'{repository}/data')
-        for kind, folder in folders:
-            begin = time.monotonic()
-            try:
-                held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(folder)
-                for status in self._stored_before(before, folder, folder[-2:] if kind == 'data' else ''):
+        begin = time.monotonic()
+        with self._store.object_folders(repository) as folders:
+            for kind, charge, statuses, fault in read_ahead(self._read(before, each) for each in folders):
+                held[_CHARGED] += charge
+                if fault:
+                    unreadable += report(fault)
+                for status in statuses:
                     held[_BYTES] += status.st_size
                     held[_CHARGED] += charge_of(status.st_size)
                     held[_OBJECTS + KINDS.index(kind)] += 1
@@ -3565,10 +3860,9 @@ class Census:
                         snapshots[day] += kind == 'snapshots'
                     if kind == 'snapshots':
                         last = max(last, stored_at)
-            except OSError as error:
-                unreadable += report(error)
-            if pause:  # leave half of the time to requests, unless they wait for the first census
-                time.sleep(time.monotonic() - begin)
+                if pause:  # leave half of the time to requests, unless they wait for the first census
+                    time.sleep(time.monotonic() - begin)
+                    begin = time.monotonic()
         yesterday, limit = (format_moment(int(when * 1e6)) for when in (before - _DAY_SECONDS, before))
         try:
             for _, entry, name in self._past.kept(repository):
@@ -5317,8 +5611,8 @@ class Watch:
             found = sorted((status.st_mtime, entry.name)
                            for entry, status in self._store.object_entries(f'{name}/snapshots'))
             added, times = [0] * (len(found) + 1), [when for when, _ in found]
-            for kind, folder in self._store.object_folders(name) if found else ():
-                for _, status in self._store.object_entries(folder, folder[-2:] if kind == 'data' else ''):
+            with self._store.object_folders(name) as folders:
+                for _, status in read_ahead(map(self._store.read, folders if found else ())):
                     added[bisect.bisect_left(times, status.st_mtime)] += status.st_size
                     if time.monotonic() >= end:
                         raise TimeoutError
@@ -8918,48 +9212,15 @@ STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 FLOOD_BURST = 1000           # useless frames that may arrive at once
 FLOOD_REFILL_SECOND = 100    # useless frames that may arrive each second
 FLOOD_REFILL_ANSWER = 2      # useless frames that may arrive with each answer
-IDLE_THREADS = 8             # request threads that are kept for another request
-IDLE_SECONDS = 5             # for which one is kept
+IDLE_THREADS = 8             # request threads that are kept for another request, for IDLE_SECONDS
 
 
 class RequestThreads(Shares):
-    """Places for the requests of HTTP/2 on all connections, and the threads that answer them.  Up to
-    IDLE_THREADS wait for another request when they have answered one."""
+    """Places for the requests of HTTP/2 on all connections, and the threads that answer them."""
 
     def __init__(self, limit: int, limit_each: int, exempt: Callable[[str], bool]) -> None:
-        from queue import SimpleQueue
         super().__init__(limit, limit_each, exempt)
-        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle = 0                  # threads that wait for a job and have been given none
-        self._idle_lock = threading.Lock()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Have a thread do something.  Raises RuntimeError if there can be none."""
-        with self._idle_lock:
-            if not self._idle:
-                threading.Thread(target=self._work, daemon=True).start()
-            else:
-                self._idle -= 1
-            self._jobs.put(job)
-
-    def _work(self) -> None:
-        """What a thread does."""
-        from queue import Empty
-        while True:
-            try:
-                job = self._jobs.get(timeout=IDLE_SECONDS)
-            except Empty:
-                with self._idle_lock:
-                    if self._idle:
-                        self._idle -= 1
-                        return
-                continue  # a job was put at this moment
-            job()
-            del job     # and the request with it
-            with self._idle_lock:
-                if self._idle >= IDLE_THREADS:
-                    return
-                self._idle += 1
+        self.submit = Threads(IDLE_THREADS).submit
 
 
 class FloodBudget:
