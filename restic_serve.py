@@ -6517,7 +6517,7 @@ def _figure(held: Holdings, now: float) -> str:
 # https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
 
 LIST_BYTES = 32 * 1024  # of a list that are sent at a time
-LIST_SECONDS = 2.5      # after which less is sent; wires keep one piece back: it takes up to twice as long
+LIST_SECONDS = 2.5      # after which less is sent
 _VERSION_2 = 'application/vnd.x.restic.rest.v2'
 _VERSION_1 = 'application/vnd.x.restic.rest.v1'
 # Answer to a browser's preflight request (the Fetch standard, CORS protocol).
@@ -6792,9 +6792,9 @@ class Api:
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
         objects = (view or self.store).objects(location, sizes)
-        chunks = json_list(objects, sizes)
+        chunks = json_list(objects, sizes, at_once=location.kind == 'data')
         first = next(chunks)  # before the status is sent, so that an error has its own
-        return Response(200, headers, _chain(first, chunks, objects))
+        return Response(200, headers, first if first.endswith(b']') else _chain(first, chunks, objects))
 
     def _get_repository(self, request: Request, location: Location) -> Response:
         raise HttpError(404, 'not found')
@@ -6849,10 +6849,12 @@ _REPOSITORY_HANDLERS = {'POST': Api._create, 'GET': Api._get_repository,
                         'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
 
 
-def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> Iterator[bytes]:
-    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`."""
+def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool, at_once: bool = False
+              ) -> Iterator[bytes]:
+    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first
+    chunk is of the first objects, if they are to be sent `at_once`; the last alone ends with a bracket."""
     parts: List[str] = []
-    length, separator, due = 0, '[', time.monotonic() + LIST_SECONDS
+    length, separator, due = 0, '[', time.monotonic() + (0 if at_once else LIST_SECONDS)
     for names, lengths in objects:
         if not names:
             continue
@@ -8079,18 +8081,17 @@ class Http1:
             self._sent = length - content.length
 
     def _send_stream(self, head: bytes, chunks: Iterator[bytes], chunked: bool) -> None:
-        """Send chunks as they are made, one behind, so that a short list fits into one packet."""
-        waiting = head
+        """Send chunks as they are made."""
         try:
             for chunk in chunks:
-                if len(waiting) > len(head) or self._sent:
-                    self._connection.transmit(waiting)
-                    waiting = b''
-                waiting += b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
+                framed = b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
+                self._connection.transmit(head + framed)
                 self._sent += len(chunk)
+                head = b''
         except OSError as error:
             self._connection.abort_answer(error)
-        self._connection.transmit(waiting + b'0\r\n\r\n' if chunked else waiting)
+        if chunked:
+            self._connection.transmit(head + b'0\r\n\r\n')
 
 
 def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,
@@ -8492,9 +8493,9 @@ class FrameWriter:
 
     def content_frames(self, stream_id: int, data: bytes | memoryview, last: bool
                        ) -> List[bytes | memoryview]:
-        """DATA frames of a stream, in pieces that are sent one after the other."""
+        """DATA frames of a stream, in pieces that are sent one after the other; an empty one ends it."""
         view, limit, parts = memoryview(data), self.frame_bytes, []  # type: memoryview, int, List[Any]
-        for at in range(0, len(view), limit):
+        for at in range(0, len(view) or 1, limit):
             part = view[at:at + limit]
             flags = _END_STREAM if last and at + limit >= len(view) else 0
             parts += (_FRAME_HEAD.pack(len(part) << 8 | FrameType.DATA, flags, stream_id), part)
@@ -9137,7 +9138,7 @@ class ResponseSender:
             self._send_content(content, True, wait=False)
             self.sent = len(content)
         else:
-            self._send_chunks(iter([content]))
+            self._send_chunk(content, last=True)
 
     def _send_slice(self, content: FileSlice) -> None:
         while content.length:
@@ -9152,17 +9153,18 @@ class ResponseSender:
             self.sent += len(data)
 
     def _send_chunks(self, chunks: Iterator[bytes]) -> None:
-        """Send chunks as they are made, one behind, so that a short list leaves in one packet."""
-        waiting = next(chunks, b'')
-        while waiting:
-            following = next(chunks, b'')
-            view = memoryview(waiting)
-            while view:
-                count = self._reserve(len(view))
-                self._send_content(view[:count], not following and count == len(view))
-                view = view[count:]
-                self.sent += count
-            waiting = following
+        """Send chunks as they are made."""
+        for chunk in chunks:
+            self._send_chunk(chunk)
+        self._send_content(b'', True)
+
+    def _send_chunk(self, chunk: bytes, last: bool = False) -> None:
+        view = memoryview(chunk)
+        while view:
+            count = self._reserve(len(view))
+            self._send_content(view[:count], last and count == len(view))
+            view = view[count:]
+            self.sent += count
 
     def _reserve(self, count: int) -> int:
         """How much content may be sent now.  While none may, the header goes ahead."""

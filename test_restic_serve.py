@@ -513,6 +513,17 @@ class Http2Wire(Wire):
             super().send(*parts)
 
 
+def slow_objects(go_on, waited):
+    """Store.objects() of a list whose second object comes when `go_on` is set."""
+    def objects(location, sizes):
+        for number in range(2000):
+            if number == 1:
+                waited.append(go_on.wait(PATIENCE))
+            yield [f'{number:064x}'], [1]
+
+    return objects
+
+
 class Http2TestCase(WireTestCase):
     def http2(self, **more):
         wire = Http2Wire(self.port, **more)
@@ -5571,14 +5582,14 @@ class WatchTest(TestCase):
     def test_what_cannot_be_read_is_not_sound(self):
         shutil.rmtree(self.root / 'damaged')
         usage = Usage(self.store, Counters())
-        real = restic_serve.entries_and_statuses
+        real = self.store._open_below
 
-        def entries(folder, prefix):
-            if folder.path.endswith('/sound-2/keys'):
+        def open_below(path):
+            if path == '/sound-2/keys':
                 raise PermissionError(13, 'Permission denied')
-            return real(folder, prefix)
+            return real(path)
 
-        with mock.patch.object(restic_serve, 'entries_and_statuses', entries):
+        with mock.patch.object(self.store, '_open_below', open_below):
             usage.census.count()
         found = restic_serve.Watch(self.store, usage, 48 * 3600).look(usage.names(), self.now)
         self.assertEqual((found[0].name, list(found[0].troubles)), ('/sound-2', ['unreadable']))
@@ -6469,8 +6480,9 @@ class ApiTest(TestCase):
         batches = iter([([named(b'x')], [1])] * 3)
         with mock.patch.object(restic_serve, 'LIST_SECONDS', 0):
             self.assertEqual(len(list(restic_serve.json_list(batches, True))), 4)
-        batches = iter([([named(b'x')], [1])] * 3)
-        self.assertEqual(len(list(restic_serve.json_list(batches, True))), 1)
+        for at_once, count in ((False, 1), (True, 2)):
+            batches = iter([([named(b'x')], [1])] * 3)
+            self.assertEqual(len(list(restic_serve.json_list(batches, True, at_once))), count)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
         name = named(b'x')
@@ -7287,20 +7299,15 @@ class Http1Test(WireTestCase):
         for first in (1, 4095, 4097, (2 << 20) + 7):
             self.assertEqual(wire.ask(get(path, f'Range: bytes={first}-'))[2], content[first:])
 
-    def test_first_chunks_leave_before_the_list_is_read(self):
-        go_on = threading.Event()
-
-        def objects(location, sizes):
-            for number in range(2000):
-                if number == 1000:
-                    go_on.wait(PATIENCE)
-                yield [f'{number:064x}'], [1]
-
-        with mock.patch.object(self.store, 'objects', objects):
+    def test_the_first_objects_leave_before_others_are_read(self):
+        go_on, waited = threading.Event(), []
+        with mock.patch.object(self.store, 'objects', slow_objects(go_on, waited)):
             wire = self.connect()
             wire.send(get('/data/'))
             self.assertTrue(wire.file.readline().startswith(b'HTTP/1.1 200'))
             go_on.set()
+            self.assertIn(b'0\r\n', iter(wire.file.readline, b''))
+        self.assertEqual(waited, [True])
 
     def test_many_connections_at_once(self):
         path = self.put(bytes(100_000))
@@ -8096,6 +8103,18 @@ class StreamRegistryTest(unittest.TestCase):
 
 class Http2Test(Http2TestCase):
     """Requests and answers."""
+
+    def test_the_first_objects_leave_before_others_are_read(self):
+        go_on, waited = threading.Event(), []
+        with mock.patch.object(self.store, 'objects', slow_objects(go_on, waited)):
+            wire = self.http2()
+            wire.send(headers(1, fields('GET', '/data/')))
+            self.assertEqual(wire.until(DATA)[3][:3], b'["0')
+            go_on.set()
+            frames = iter(functools.partial(wire.until, DATA), None)
+            content = b''.join(payload for _, flags, _, payload in
+                               itertools.takewhile(lambda got: not got[1] & END_STREAM, frames))
+        self.assertEqual((waited, content[-2:]), ([True], b'"]'))
 
     def test_all_that_goes_over_http_1(self):
         wire = self.http2()
