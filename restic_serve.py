@@ -1029,14 +1029,14 @@ def _exclusive(folder: Folder) -> Iterator[None]:
 # ==== Read ahead =================================================================================
 # On a network file system or a turning disk each inode costs a round trip, and a thread that asks for one
 # after the other waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read
-# meanwhile, and read_in_pieces() the next objects of a folder, by a few helpers.  Where none is free, whoever
-# needs something reads it without, so that nobody waits for a helper that is busy elsewhere.
+# meanwhile by a few helper threads, and read_in_pieces() the next objects of a large folder.  If no helper is
+# free, the caller reads by itself: nobody waits for a helper that is busy elsewhere.
 
 HELPERS = 8                       # Threads of a process that read ahead.
-UNUSED_AT_MOST = 32               # Folders and pieces that they have read and that nobody has used yet.
-HELPERS_AT_LEAST = 3              # For whoever waits: reading an inode keeps processors busy, too.
-PIECE = 16                        # Objects of one folder that a helper looks at,
-FAST_PIECE = 256                  # and that are looked at between two measurements without helpers.
+HELPERS_AT_LEAST = 3              # For one slow list: reading an inode also takes processor time.
+UNUSED_AT_MOST = 32               # Folders and pieces that have been read ahead and not been used.
+PIECE = 16                        # Objects of a large folder that a helper reads at a time.
+FAST_PIECE = 256                  # The same without helpers, until the pace is measured again.
 IDLE_SECONDS = 5                  # Time for which a thread without a job is kept.
 WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
 PACE_SECONDS = 0.005              # Time between two measurements of the pace.
@@ -1044,9 +1044,9 @@ HELPED_READS = 64                 # Reads by helpers after which the pace is mea
 
 
 class Pace:
-    """How fast reading is: how many `helpers` it is worth, 0 where it does not wait.  What is measured
-    while helpers read says little, since they wait for each other: they are granted for a number of
-    reads, each time for twice as many."""
+    """Decides how many `helpers` reading is worth, 0 if it does not wait for the disk.  A measurement while
+    helpers are reading says little, since they also wait for each other.  So helpers are granted for a
+    number of reads, each time for twice as many, and then the pace is measured again without them."""
 
     __slots__ = ('helpers', '_due', '_grant', '_left')
 
@@ -1063,8 +1063,8 @@ class Pace:
             self.helpers = 0
 
     def measure(self, read: Callable[[], T]) -> T:
-        """Call read(), and see how long it waits: for the disk, not for a processor that other programs
-        use, nor for the interpreter that other threads use."""
+        """Call read(), and find out how long it waits for the disk.  Time in which other programs have the
+        processor, or other threads the interpreter, does not count."""
         if self.helpers or time.perf_counter() < self._due:
             return read()
         begin, cpu_begin, sleeps_begin = _used()
@@ -1281,11 +1281,14 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
               ) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
     """The entries that have not been deleted since the directory was read, and what stat(2) says of them.
     DirEntry.stat() would hold the interpreter's lock, and with it all requests, while the disk seeks."""
-    found = []
+    found, fd = [], folder.fd
     for entry in entries:
-        with contextlib.suppress(FileNotFoundError):
-            found.append((entry, entry.stat(follow_symlinks=False) if folder.fd is None else
-                          folder.stat(entry.name)))
+        try:
+            status = (os.stat(entry.name, dir_fd=fd, follow_symlinks=False) if fd is not None else
+                      entry.stat(follow_symlinks=False))
+        except FileNotFoundError:
+            continue
+        found.append((entry, status))
     return found
 
 
