@@ -82,10 +82,11 @@ TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost e
 if TYPE_CHECKING:
     import ssl
     from concurrent.futures import Future
+    from queue import SimpleQueue
     from types import FrameType as CallFrame, TracebackType
     from typing import (
-        Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn, Optional,
-        Protocol, Set, Tuple, TypeVar, Union)
+        Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn,
+        Optional, Protocol, Set, Tuple, TypeVar, Union)
 
     S = TypeVar('S')
     T = TypeVar('T')
@@ -1027,7 +1028,7 @@ def _exclusive(folder: Folder) -> Iterator[None]:
 
 
 # ==== Read ahead =================================================================================
-# On a network file system or a turning disk each inode costs a round trip, and a thread that asks for one
+# On a network file system or a spinning disk each inode costs a round trip, and a thread that asks for one
 # after the other waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read
 # meanwhile by a few helper threads, and read_in_pieces() the next objects of a large folder.  If no helper is
 # free, the caller reads by itself: nobody waits for a helper that is busy elsewhere.
@@ -1036,7 +1037,7 @@ HELPERS = 8                       # Threads of a process that read ahead.
 HELPERS_AT_LEAST = 3              # For one slow list: reading an inode also takes processor time.
 UNUSED_AT_MOST = 32               # Folders and pieces that have been read ahead and not been used.
 PIECE = 16                        # Objects of a large folder that a helper reads at a time.
-FAST_PIECE = 256                  # The same without helpers, until the pace is measured again.
+FAST_PIECE = 256                  # The same without helpers; and the least for pieces in a folder of many.
 IDLE_SECONDS = 5                  # Time for which a thread without a job is kept.
 WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
 PACE_SECONDS = 0.005              # Time between two measurements of the pace.
@@ -1046,7 +1047,7 @@ HELPED_READS = 64                 # Reads by helpers after which the pace is mea
 class Pace:
     """Decides how many `helpers` reading is worth, 0 if it does not wait for the disk.  A measurement while
     helpers are reading says little, since they also wait for each other.  So helpers are granted for a
-    number of reads, each time for twice as many, and then the pace is measured again without them."""
+    number of reads, twice as many as the last time, and then the pace is measured again without them."""
 
     __slots__ = ('helpers', '_due', '_grant', '_left')
 
@@ -1075,7 +1076,9 @@ class Pace:
             wall, cpu = now - begin, cpu - cpu_begin
             wait = wall - cpu
             self._due = now + PACE_SECONDS
-            if sleeps > sleeps_begin and wait > max(WAIT_SECONDS, wall / 16):
+            if self.helpers:    # granted in read()
+                pass
+            elif sleeps > sleeps_begin and wait > max(WAIT_SECONDS, wall / 16):
                 self.helpers = min(HELPERS, HELPERS_AT_LEAST + int(wait / max(cpu, 1e-6)))
                 self._left, self._grant = self._grant, 2 * self._grant
             else:
@@ -1084,7 +1087,7 @@ class Pace:
 
 def _used() -> Tuple[float, float, int]:
     """Now, processor seconds of this process, and how much more often this thread has slept than lost the
-    processor to others (getrusage(2))."""
+    processor to others (getrusage(2)); where threads are not counted, as in macOS, the process."""
     try:
         import resource
     except ImportError:     # Windows, where a folder's entries come with all that is asked of them
@@ -1094,32 +1097,34 @@ def _used() -> Tuple[float, float, int]:
 
 
 class Threads:
-    """Threads that do jobs, each at once: one that waits for a job, or a new one.  Up to `kept` wait for
-    another job when they have done one.  They are daemons, unlike those of ThreadPoolExecutor: a disk or
+    """Threads for jobs, each of which begins at once, in a thread that waits for a job or in a new one.  Up
+    to `kept` threads wait for another job.  They are daemons, unlike those of ThreadPoolExecutor: a disk or
     a client that does not answer cannot hold up the end of the process."""
 
     def __init__(self, kept: int) -> None:
-        from queue import SimpleQueue
         self._kept = kept
-        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._jobs: Optional[SimpleQueue[Callable[[], None]]] = None    # made for the first job
         self._idle = 0                  # threads that wait for a job and have been given none
         self._idle_lock = threading.Lock()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have a thread do something.  Raises RuntimeError if there can be none."""
         with self._idle_lock:
+            if self._jobs is None:
+                from queue import SimpleQueue
+                self._jobs = SimpleQueue()
             if not self._idle:
-                threading.Thread(target=self._work, daemon=True).start()
+                threading.Thread(target=self._work, args=(self._jobs,), daemon=True).start()
             else:
                 self._idle -= 1
             self._jobs.put(job)
 
-    def _work(self) -> None:
+    def _work(self, jobs: SimpleQueue[Callable[[], None]]) -> None:
         """What a thread does."""
         from queue import Empty
         while True:
             try:
-                job = self._jobs.get(timeout=IDLE_SECONDS)
+                job = jobs.get(timeout=IDLE_SECONDS)
             except Empty:
                 with self._idle_lock:
                     if self._idle:
@@ -1160,10 +1165,12 @@ class Helpers:
         return None
 
     def end(self, future: Optional[Future[Any]]) -> bool:
-        """Wait until a job is done; whether there was one."""
+        """Wait until a job is done; whether there was one.  A helper does not wait, as when a garbage
+        collector ends there what nobody has closed."""
         if not future:
             return False
-        future.exception()
+        if not self.are_calling():
+            future.exception()
         self._unused.release()
         return True
 
@@ -1185,42 +1192,35 @@ class Helpers:
             self._free.release()
 
 
-@functools.lru_cache(maxsize=None)
-def helpers() -> Helpers:
-    """Those of this process."""
-    return Helpers(HELPERS)
+helpers = Helpers(HELPERS)     # of this process
 
 
-def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> Iterator[T]:
+def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> Generator[T, None, None]:
     """The items of all iterators, one after the other.  Where reading waits for the disk, the first items
-    of the next iterators are read meanwhile."""
+    of the next iterators are read meanwhile, until this generator is closed."""
     waiting, pace = iter(sources), pace or Pace()
     ahead: Deque[Tuple[Iterator[T], Callable[[], List[T]], Optional[Future[List[T]]]]] = collections.deque()
     try:
         while True:
             for source in itertools.islice(waiting, max(pace.helpers + 1 - len(ahead), 0)):
                 read = functools.partial(_first, source)
-                ahead.append((source, read, helpers().submit(read) if pace.helpers else None))
+                ahead.append((source, read, helpers.submit(read) if pace.helpers else None))
             if not ahead:
                 return
-            source, first, future = ahead.popleft()
-            try:
-                if future and helpers().end(future):
-                    pace.spend()
-                    yield from future.result()
-                else:
-                    yield from pace.measure(first)
-                yield from source
-            finally:
-                _close(source)
+            source, first, future = ahead[0]
+            if future and helpers.end(future):
+                ahead[0] = source, first, None
+                pace.spend()
+                yield from future.result()
+            else:
+                yield from pace.measure(first)
+            yield from source
+            ahead.popleft()
     finally:
         for source, _, future in ahead:
-            helpers().end(future)       # before what it reads is closed
-            _close(source)
-
-
-def _close(source: Iterator[Any]) -> None:
-    getattr(source, 'close', lambda: None)()
+            helpers.end(future)         # before what it reads is closed
+            if not future or future.done():
+                getattr(source, 'close', lambda: None)()
 
 
 def _first(source: Iterator[T]) -> List[T]:
@@ -1230,9 +1230,9 @@ def _first(source: Iterator[T]) -> List[T]:
 
 def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: Pace, least: int = PIECE
                    ) -> List[T]:
-    """read(entries), where that waits for the disk by helpers a piece each, unless there are only `least`
-    entries.  A helper has no others."""
-    if len(entries) <= least or helpers().are_calling():
+    """read(entries).  Where reading waits for the disk, helpers read a piece each, unless there are no more
+    than `least` entries.  A helper gets no help itself."""
+    if len(entries) <= least or helpers.are_calling():
         return read(entries)
 
     def pieces() -> Iterator[Iterator[List[T]]]:
@@ -1269,11 +1269,17 @@ def entries_and_statuses(folder: Folder, prefix: str = '', pace: Optional[Pace] 
     """The objects in a folder and what stat(2) says of them."""
     pace = pace or Pace()
     for entries, _ in object_batches(folder, prefix):
-        yield from read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+        try:
+            found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+        except OSError:     # give all before the one that cannot be read
+            for entry in entries:
+                yield from _statuses(folder, [entry])
+            continue
+        yield from found
 
 
 def _least(prefix: str) -> int:
-    """How many objects are too few for pieces: more where the folder is one of many."""
+    """Up to how many objects a folder is not read in pieces: more if the folder is one of many."""
     return FAST_PIECE if prefix else PIECE
 
 
@@ -1995,7 +2001,7 @@ class Store:
     @contextlib.contextmanager
     def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:
         """The folders of objects in a repository, of some kinds or all, in the order of the directories.
-        They may be opened in this context."""
+        They may be opened only within this context."""
         with contextlib.ExitStack() as stack:
             yield itertools.chain.from_iterable(self._folders_of(f'{repository}/{kind}', kind, stack)
                                                 for kind in kinds or KINDS)
@@ -2014,13 +2020,14 @@ class Store:
             yield ObjectFolder(kind, path, '', functools.partial(_raise, error))
 
     def _open_part(self, path: str, folder: Folder, name: str) -> Folder:
-        """A folder in an open one, whose path below the root is `path`, opened for scanning.  Raises OSError.
-        Unless it is a link, it is opened without its path, which takes several times as many steps."""
+        """A folder in `folder`, which is open and has this path below the root; opened for scanning.  Raises
+        OSError.  Its path is only used if it is a link: that takes several times as many steps."""
         if folder.fd is not None:
             try:
                 return Folder(f'{folder.path}/{name}', folder.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
+                    error.filename = f'{folder.path}/{name}'
                     raise
         return self._open_below(f'{path}/{name}')
 
@@ -3796,20 +3803,20 @@ class Census:
 
     def _read(self, before: float, found: ObjectFolder
               ) -> Iterator[Tuple[str, int, List[os.stat_result], Optional[OSError]]]:
-        """Of a folder of objects its kind, its charge, what stat(2) says of some objects that were stored
-        `before` a time, perhaps several times, and what has ended that."""
+        """A folder of objects, in parts: its kind, its charge (in the first part), what stat(2) says of
+        objects that were stored `before` a time, and the error that ended it (in the last)."""
+        charge, some, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
         try:
             with found.open() as folder:
                 charge = FOLDER_BYTES * (not self._store.is_missing(folder))
-                statuses = self._stored_before(before, folder, found.prefix)
-                while True:
-                    some = list(itertools.islice(statuses, LISTED_AT_ONCE))
-                    yield found.kind, charge, some, None
-                    if len(some) < LISTED_AT_ONCE:
-                        return
-                    charge = 0
+                for status in self._stored_before(before, folder, found.prefix):
+                    some.append(status)
+                    if len(some) == LISTED_AT_ONCE:
+                        yield found.kind, charge, some, None
+                        charge, some = 0, []
         except OSError as error:
-            yield found.kind, 0, [], error
+            fault = error
+        yield found.kind, charge, some, fault
 
     def _stored_before(self, before: float, folder: Folder, prefix: str) -> Iterator[os.stat_result]:
         """What stat(2) says of the objects in a folder that were stored before a time of the file system's
@@ -3847,8 +3854,9 @@ class Census:
         with contextlib.suppress(OSError):  # said where it is read
             held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(f'{repository}/data')
         begin = time.monotonic()
-        with self._store.object_folders(repository) as folders:
-            for kind, charge, statuses, fault in read_ahead(self._read(before, each) for each in folders):
+        with self._store.object_folders(repository) as folders, contextlib.closing(
+                read_ahead(self._read(before, each) for each in folders)) as parts:
+            for kind, charge, statuses, fault in parts:
                 held[_CHARGED] += charge
                 if fault:
                     unreadable += report(fault)
@@ -5614,8 +5622,9 @@ class Watch:
             found = sorted((status.st_mtime, entry.name)
                            for entry, status in self._store.object_entries(f'{name}/snapshots'))
             added, times = [0] * (len(found) + 1), [when for when, _ in found]
-            with self._store.object_folders(name) as folders:
-                for _, status in read_ahead(map(self._store.read, folders if found else ())):
+            with self._store.object_folders(name) as folders, contextlib.closing(
+                    read_ahead(map(self._store.read, folders if found else ()))) as objects:
+                for _, status in objects:
                     added[bisect.bisect_left(times, status.st_mtime)] += status.st_size
                     if time.monotonic() >= end:
                         raise TimeoutError
@@ -6520,7 +6529,8 @@ def _figure(held: Holdings, now: float) -> str:
 # https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
 
 LIST_BYTES = 32 * 1024  # of a list that are sent at a time
-LIST_SECONDS = 2.5      # after which less is sent
+LIST_SECONDS = 2.5      # after which less is sent,
+FIRST_SECONDS = 0.01    # and for the first time: faults that are found before still have a status
 _VERSION_2 = 'application/vnd.x.restic.rest.v2'
 _VERSION_1 = 'application/vnd.x.restic.rest.v1'
 # Answer to a browser's preflight request (the Fetch standard, CORS protocol).
@@ -6795,7 +6805,7 @@ class Api:
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
         objects = (view or self.store).objects(location, sizes)
-        chunks = json_list(objects, sizes, at_once=location.kind == 'data')
+        chunks = json_list(objects, sizes)
         first = next(chunks)  # before the status is sent, so that an error has its own
         return Response(200, headers, first if first.endswith(b']') else _chain(first, chunks, objects))
 
@@ -6852,12 +6862,11 @@ _REPOSITORY_HANDLERS = {'POST': Api._create, 'GET': Api._get_repository,
                         'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
 
 
-def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool, at_once: bool = False
-              ) -> Iterator[bytes]:
-    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first
-    chunk is of the first objects, if they are to be sent `at_once`; the last alone ends with a bracket."""
+def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> Iterator[bytes]:
+    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  Only the
+    last chunk ends with a bracket."""
     parts: List[str] = []
-    length, separator, due = 0, '[', time.monotonic() + (0 if at_once else LIST_SECONDS)
+    length, separator, due = 0, '[', time.monotonic() + FIRST_SECONDS
     for names, lengths in objects:
         if not names:
             continue
@@ -8496,7 +8505,8 @@ class FrameWriter:
 
     def content_frames(self, stream_id: int, data: bytes | memoryview, last: bool
                        ) -> List[bytes | memoryview]:
-        """DATA frames of a stream, in pieces that are sent one after the other; an empty one ends it."""
+        """DATA frames of a stream, in pieces that are sent one after the other; at least one,
+        which may be empty."""
         view, limit, parts = memoryview(data), self.frame_bytes, []  # type: memoryview, int, List[Any]
         for at in range(0, len(view) or 1, limit):
             part = view[at:at + limit]

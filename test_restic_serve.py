@@ -1683,6 +1683,14 @@ class PaceTest(unittest.TestCase):
             pace.spend()
         self.assertEqual(pace.helpers, 0)
 
+    def test_help_is_granted_once_where_a_read_consists_of_others(self):
+        pace = restic_serve.Pace()
+        with mock.patch.object(restic_serve, '_used', side_effect=[
+                (0.0, 0.0, 0), (0.0, 0.0, 0), (1.0, 0.0, 1), (2.0, 0.0, 2)]):
+            pace.measure(lambda: pace.measure(lambda: None))
+        self.assertEqual(pace._left, restic_serve.HELPED_READS)
+        self.assertEqual(pace._grant, 2 * restic_serve.HELPED_READS)
+
     def test_a_fast_disk_is_measured_once_in_a_while(self):
         pace, measured = restic_serve.Pace(), mock.Mock(return_value=(100.0, 0.0, 0))
         with mock.patch.object(restic_serve, '_used', measured):
@@ -1725,7 +1733,7 @@ class SlowDiskTest(StoreTest):
 
         self.helpers = restic_serve.Helpers(3)
         for name, value in (('_used', used), ('PIECE', 2), ('IDLE_SECONDS', 0.01),
-                            ('helpers', lambda: self.helpers)):
+                            ('helpers', self.helpers)):
             patch = mock.patch.object(restic_serve, name, value)
             patch.start()
             self.addCleanup(patch.stop)
@@ -1860,6 +1868,45 @@ class SlowDiskTest(StoreTest):
         self.assertFalse(leaving.is_alive())
         self.assertEqual(closed, opened)
         self.assertLess(len(opened), 20)
+
+    def test_an_interruption_is_all_that_who_waits_hears_of(self):
+        go_on, closed, real = threading.Event(), set(), self.helpers.end
+
+        def source(number):
+            try:
+                if number and self.helpers.are_calling():
+                    go_on.wait(PATIENCE)
+                yield number
+            finally:
+                closed.add(number)
+
+        def end(future):
+            if future and not go_on.is_set():
+                go_on.set()
+                raise SystemExit(1)
+            return real(future)
+
+        with mock.patch.object(self.helpers, 'end', end), self.assertRaises(SystemExit):
+            list(restic_serve.read_ahead([source(number) for number in range(20)]))
+        self.assertEqual(closed, set(range(len(closed))))
+        self.assertIn(1, closed)
+
+    def test_a_count_has_all_that_can_be_read(self):
+        self.fill(20)
+        last, real = list(os.scandir(self.root / 'host/keys'))[-1].name, os.stat
+
+        def fail(path, *args, **more):
+            if path == last:
+                raise OSError(errno.EIO, 'made by a test')
+            return real(path, *args, **more)
+
+        shutil.rmtree(self.root / 'host/data')
+        usage = Usage(self.store, Counters())
+        with mock.patch.object(os, 'stat', fail):
+            usage.census.count()
+        held = usage.repositories()['/host']
+        self.assertEqual((held.objects['keys'], held.unreadable), (20 - restic_serve._HAS_DIR_FD,
+                                                                   int(restic_serve._HAS_DIR_FD)))
 
     def test_what_cannot_be_read_is_said_in_its_place(self):
         folders = [path.name for path in os.scandir(self.fill()[0].parent)]     # in the list's order
@@ -6478,11 +6525,13 @@ class ApiTest(TestCase):
 
     def test_what_there_is_of_a_list_is_sent_after_a_while(self):
         batches = iter([([named(b'x')], [1])] * 3)
-        with mock.patch.object(restic_serve, 'LIST_SECONDS', 0):
+        with mock.patch.object(restic_serve, 'LIST_SECONDS', 0), \
+                mock.patch.object(restic_serve, 'FIRST_SECONDS', 0):
             self.assertEqual(len(list(restic_serve.json_list(batches, True))), 4)
-        for at_once, count in ((False, 1), (True, 2)):
+        for seconds, count in ((PATIENCE, 1), (0, 2)):
             batches = iter([([named(b'x')], [1])] * 3)
-            self.assertEqual(len(list(restic_serve.json_list(batches, True, at_once))), count)
+            with mock.patch.object(restic_serve, 'FIRST_SECONDS', seconds):
+                self.assertEqual(len(list(restic_serve.json_list(batches, True))), count)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
         name = named(b'x')
@@ -7068,10 +7117,12 @@ class Http1Test(WireTestCase):
     def test_a_list_for_http_1_0_ends_with_the_connection(self):
         path = self.put(b'content')
         wire = self.connect()
-        status, headers, content = wire.ask('GET /data/ HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
-        self.assertEqual(headers['connection'], 'close')
-        self.assertNotIn('transfer-encoding', headers)
-        self.assertEqual(json.loads(content), [path[-64:]])
+        for least, connection in ((1 << 20, 'keep-alive'), (1, 'close')):   # a short one has a length
+            with mock.patch.object(restic_serve, 'LIST_BYTES', least):
+                status, headers, content = wire.ask('GET /data/ HTTP/1.0\r\nConnection: keep-alive\r\n\r\n')
+            self.assertEqual(headers['connection'], connection)
+            self.assertNotIn('transfer-encoding', headers)
+            self.assertEqual(json.loads(content), [path[-64:]])
 
     def test_the_client_may_ask_to_close(self):
         wire = self.connect()
@@ -7301,7 +7352,8 @@ class Http1Test(WireTestCase):
 
     def test_the_first_objects_leave_before_others_are_read(self):
         go_on, waited = threading.Event(), []
-        with mock.patch.object(self.store, 'objects', slow_objects(go_on, waited)):
+        with mock.patch.object(restic_serve, 'FIRST_SECONDS', 0), \
+                mock.patch.object(self.store, 'objects', slow_objects(go_on, waited)):
             wire = self.connect()
             wire.send(get('/data/'))
             self.assertTrue(wire.file.readline().startswith(b'HTTP/1.1 200'))
@@ -8106,7 +8158,8 @@ class Http2Test(Http2TestCase):
 
     def test_the_first_objects_leave_before_others_are_read(self):
         go_on, waited = threading.Event(), []
-        with mock.patch.object(self.store, 'objects', slow_objects(go_on, waited)):
+        with mock.patch.object(restic_serve, 'FIRST_SECONDS', 0), \
+                mock.patch.object(self.store, 'objects', slow_objects(go_on, waited)):
             wire = self.http2()
             wire.send(headers(1, fields('GET', '/data/')))
             self.assertEqual(wire.until(DATA)[3][:3], b'["0')
