@@ -1422,6 +1422,7 @@ class Folders:
         # By path: until when the check holds, whether the folder is trusted, and whether it is behind a link.
         self._known: Dict[str, Tuple[float, bool, bool]] = {}
         self._has_proc = os.path.isdir('/proc/self/fd')     # shows the path of a descriptor
+        self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
 
     def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
         """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be
@@ -1433,6 +1434,31 @@ class Folders:
                 os.stat(where)  # for what open(2) would say
             return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
         return Folder(self.root + path, self._descend(path))
+
+    def open_to_scan(self, path: str) -> Folder:
+        """A folder below the root, opened for scanning; a missing one has no entries.  Raises OSError."""
+        try:
+            return self.open(path, by_descriptor=True)
+        except (FileNotFoundError, NotADirectoryError):
+            if not os.path.lexists(self.root + path):
+                return self._nothing
+        return self.open(path, by_descriptor=True)  # it was made between the two looks
+
+    def open_part(self, path: str, folder: Folder, name: str) -> Folder:
+        """A folder in `folder`, which is open and has this path below the root; opened for scanning.  Raises
+        OSError.  Its path is only used if it is a link: that takes several times as many steps."""
+        if folder.fd is not None:
+            try:
+                return Folder(f'{folder.path}/{name}', folder.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
+                    error.filename = f'{folder.path}/{name}'
+                    raise
+        return self.open_to_scan(f'{path}/{name}')
+
+    def is_missing(self, folder: Folder) -> bool:
+        """Whether a folder stands for a missing one."""
+        return folder is self._nothing
 
     def hidden(self, make: bool = True) -> Folder:
         """The folder for the server's own files, created if it is missing; never one behind a link."""
@@ -1918,7 +1944,6 @@ class Store:
         self.folders = Folders(self.root, shared)
         self.hidden = HiddenFolder(self.folders, self.file_mode)
         self.ignores_case = False   # whether the file system does
-        self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
@@ -2008,47 +2033,22 @@ class Store:
 
     def _folders_of(self, path: str, kind: str, stack: contextlib.ExitStack) -> Iterator[ObjectFolder]:
         if kind != 'data':
-            yield ObjectFolder(kind, path, '', functools.partial(self._open_below, path))
+            yield ObjectFolder(kind, path, '', functools.partial(self.folders.open_to_scan, path))
             return
         try:
             data, entries = stack.enter_context(self.scan(path))
             for entry in entries:
                 if _SUBDIRECTORY.fullmatch(entry.name):
                     yield ObjectFolder(kind, f'{path}/{entry.name}', entry.name,
-                                       functools.partial(self._open_part, path, data, entry.name))
+                                       functools.partial(self.folders.open_part, path, data, entry.name))
         except OSError as error:    # for whoever reads it
             yield ObjectFolder(kind, path, '', functools.partial(_raise, error))
-
-    def _open_part(self, path: str, folder: Folder, name: str) -> Folder:
-        """A folder in `folder`, which is open and has this path below the root; opened for scanning.  Raises
-        OSError.  Its path is only used if it is a link: that takes several times as many steps."""
-        if folder.fd is not None:
-            try:
-                return Folder(f'{folder.path}/{name}', folder.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
-                    error.filename = f'{folder.path}/{name}'
-                    raise
-        return self._open_below(f'{path}/{name}')
-
-    def _open_below(self, path: str) -> Folder:
-        """A folder below the root, opened for scanning; a missing one has no entries.  Raises OSError."""
-        try:
-            return self.folders.open(path, by_descriptor=True)
-        except (FileNotFoundError, NotADirectoryError):
-            if not os.path.lexists(self.root + path):
-                return self._nothing
-        return self.folders.open(path, by_descriptor=True)  # it was made between the two looks
-
-    def is_missing(self, folder: Folder) -> bool:
-        """Whether a folder stands for a missing one."""
-        return folder is self._nothing
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
         """A folder below the root and its entries, none if it is missing.  Raises OSError."""
-        with self._open_below(path) as folder:
-            if self.is_missing(folder):
+        with self.folders.open_to_scan(path) as folder:
+            if self.folders.is_missing(folder):
                 yield folder, iter(())
                 return
             with _scan(folder.path or os.sep, folder.fd) as entries:
@@ -2058,7 +2058,7 @@ class Store:
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
         """The objects in a folder below the root, their names beginning with `prefix`, and what stat(2)
         says of them.  Raises OSError."""
-        return self.read(ObjectFolder('', path, prefix, functools.partial(self._open_below, path)))
+        return self.read(ObjectFolder('', path, prefix, functools.partial(self.folders.open_to_scan, path)))
 
     @staticmethod
     def read(found: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
@@ -3808,7 +3808,7 @@ class Census:
         charge, some, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
         try:
             with found.open() as folder:
-                charge = FOLDER_BYTES * (not self._store.is_missing(folder))
+                charge = FOLDER_BYTES * (not self._store.folders.is_missing(folder))
                 for status in self._stored_before(before, folder, found.prefix):
                     some.append(status)
                     if len(some) == LISTED_AT_ONCE:

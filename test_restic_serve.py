@@ -5629,14 +5629,14 @@ class WatchTest(TestCase):
     def test_what_cannot_be_read_is_not_sound(self):
         shutil.rmtree(self.root / 'damaged')
         usage = Usage(self.store, Counters())
-        real = self.store._open_below
+        real = self.store.folders.open_to_scan
 
         def open_below(path):
             if path == '/sound-2/keys':
                 raise PermissionError(13, 'Permission denied')
             return real(path)
 
-        with mock.patch.object(self.store, '_open_below', open_below):
+        with mock.patch.object(self.store.folders, 'open_to_scan', open_below):
             usage.census.count()
         found = restic_serve.Watch(self.store, usage, 48 * 3600).look(usage.names(), self.now)
         self.assertEqual((found[0].name, list(found[0].troubles)), ('/sound-2', ['unreadable']))
