@@ -10016,6 +10016,7 @@ class WorkersTest(TestCase):
         rights.write_text('* / none\n')
         self.wait_until(lambda: statuses() == {403}, 'the new rights')
         self.wait_until(lambda: any('read 1 rule ' in line for line in server.lines), 'the line of the first')
+        time.sleep(3 * restic_serve.LOOK_SECONDS)   # nothing shows when the parent has read it
         rights.write_text('rubbish\n')
         self.wait_until(lambda: any('keeping the previous rights' in line for line in server.lines), 'a line')
         before = self.children(server)
