@@ -1144,24 +1144,23 @@ class Helpers:
 
     def __init__(self, limit: int) -> None:
         self._threads = Threads(limit)
-        self._free = threading.BoundedSemaphore(limit)
+        # Places are in deques, since a garbage collector may take and return them at any moment.
+        self._free = collections.deque(range(limit))
         # What was read and is not used yet takes memory and descriptors.
-        self._unused = threading.BoundedSemaphore(UNUSED_AT_MOST)
+        self._unused = collections.deque(range(UNUSED_AT_MOST))
         self._idents: Set[int] = set()
 
     def submit(self, job: Callable[[], T]) -> Optional[Future[T]]:
         """Have a helper do something, if one is free.  The future is to be given to end()."""
         from concurrent.futures import Future
-        if not self._unused.acquire(blocking=False):
-            return None
-        if self._free.acquire(blocking=False):
+        # IndexError: no place is left; RuntimeError: no thread can be started.
+        with contextlib.suppress(IndexError, RuntimeError), contextlib.ExitStack() as stack:
+            for places in (self._free, self._unused):
+                stack.callback(places.append, places.pop())
             future: Future[T] = Future()
-            try:
-                self._threads.submit(functools.partial(self._do, future, job))
-                return future
-            except RuntimeError:    # no thread can be started
-                self._free.release()
-        self._unused.release()
+            self._threads.submit(functools.partial(self._do, future, job))
+            stack.pop_all()
+            return future
         return None
 
     def end(self, future: Optional[Future[Any]]) -> bool:
@@ -1171,7 +1170,7 @@ class Helpers:
             return False
         if not self.are_calling():
             future.exception()
-        self._unused.release()
+        self._unused.append(0)
         return True
 
     def are_calling(self) -> bool:
@@ -1189,7 +1188,7 @@ class Helpers:
             future.set_result(result)
         finally:
             self._idents.discard(threading.get_ident())
-            self._free.release()
+            self._free.append(0)
 
 
 helpers = Helpers(HELPERS)     # of this process
@@ -1294,6 +1293,9 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
                       entry.stat(follow_symlinks=False))
         except FileNotFoundError:
             continue
+        except OSError as error:
+            error.filename = f'{folder.path}/{entry.name}'
+            raise
         found.append((entry, status))
     return found
 
@@ -6807,7 +6809,7 @@ class Api:
         objects = (view or self.store).objects(location, sizes)
         chunks = json_list(objects, sizes)
         first = next(chunks)  # before the status is sent, so that an error has its own
-        return Response(200, headers, first if first.endswith(b']') else _chain(first, chunks, objects))
+        return Response(200, headers, first if first.endswith(b']') else _Chunks(first, chunks, objects))
 
     def _get_repository(self, request: Request, location: Location) -> Response:
         raise HttpError(404, 'not found')
@@ -6883,13 +6885,22 @@ def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> It
     yield ''.join(parts).encode()
 
 
-def _chain(first: bytes, rest: Iterator[bytes], *sources: Any) -> Iterator[bytes]:
-    """A chunk and those that follow; at the end the generators are closed, and with them directories."""
-    try:
-        yield first
-        yield from rest
-    finally:
-        for source in (rest, *sources):
+class _Chunks:
+    """The chunks of a list, the `first` of which has been made.  close() closes the generators that make
+    them, and with these directories, also if nothing was read."""
+
+    def __init__(self, first: bytes, rest: Iterator[bytes], *sources: Any) -> None:
+        self._chunks = itertools.chain([first], rest)
+        self._sources = (rest, *sources)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        for source in self._sources:
             getattr(source, 'close', lambda: None)()
 
 
@@ -8102,8 +8113,8 @@ class Http1:
                 head = b''
         except OSError as error:
             self._connection.abort_answer(error)
-        if chunked:
-            self._connection.transmit(head + b'0\r\n\r\n')
+        if chunked or head:
+            self._connection.transmit(head + b'0\r\n\r\n' if chunked else head)
 
 
 def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,

@@ -1741,8 +1741,8 @@ class SlowDiskTest(StoreTest):
 
     def wait_for_helpers(self):
         """They have done everything, and nothing of what they have read is left."""
-        self.wait_until(lambda: self.helpers._free._value == 3, 'the helpers to be free')
-        self.assertEqual((self.helpers._idents, self.helpers._unused._value),
+        self.wait_until(lambda: len(self.helpers._free) == 3, 'the helpers to be free')
+        self.assertEqual((self.helpers._idents, len(self.helpers._unused)),
                          (set(), restic_serve.UNUSED_AT_MOST))
 
     def fill(self, count=60):
@@ -1907,6 +1907,8 @@ class SlowDiskTest(StoreTest):
         held = usage.repositories()['/host']
         self.assertEqual((held.objects['keys'], held.unreadable), (20 - restic_serve._HAS_DIR_FD,
                                                                    int(restic_serve._HAS_DIR_FD)))
+        if restic_serve._HAS_DIR_FD:
+            self.assertIn(f"made by a test: '{self.root}/host/keys/{last}'", ' '.join(self.log))
 
     def test_what_cannot_be_read_is_said_in_its_place(self):
         folders = [path.name for path in os.scandir(self.fill()[0].parent)]     # in the list's order
@@ -1989,7 +1991,7 @@ class SlowDiskTest(StoreTest):
         wanted = self.plainly()
         lists = [self.store.objects(Location('/host', 'data'), True) for _ in range(12)]
         begun = [[next(objects), next(objects)] for objects in lists]
-        self.assertLess(self.helpers._unused._value, restic_serve.UNUSED_AT_MOST)
+        self.assertLess(len(self.helpers._unused), restic_serve.UNUSED_AT_MOST)
         self.assertEqual([some + list(objects) for some, objects in zip(begun, lists)], [wanted] * 12)
 
     def test_where_no_helper_is_free_it_is_read_without(self):
@@ -6522,6 +6524,24 @@ class ApiTest(TestCase):
     def test_of_the_past_of_the_past_there_is_none_however_often_it_is_asked_for(self):
         for count in (1, 2, 300, 3000):
             self.assertEqual(self.ask('GET', '/.at/1d' * count + '/config')[0], 404)
+
+    def test_an_answer_that_is_not_sent_closes_its_list(self):
+        closed = []
+
+        def objects(location, sizes):
+            try:
+                for number in range(10):
+                    yield [f'{number:064x}'], [1]
+            finally:
+                closed.append(location.kind)
+
+        with mock.patch.object(restic_serve, 'FIRST_SECONDS', 0), \
+                mock.patch.object(self.store, 'objects', objects):
+            response = self.api.handle(Request('GET', '/data/', 'HTTP/1.1', {}, Bytes(b''), Peer('test')))
+            kept = response.body
+            response.close()
+        self.assertEqual(closed, ['data'])
+        self.assertEqual(list(kept)[1:], [])
 
     def test_what_there_is_of_a_list_is_sent_after_a_while(self):
         batches = iter([([named(b'x')], [1])] * 3)
