@@ -1144,7 +1144,7 @@ class Helpers:
 
     def __init__(self, limit: int) -> None:
         self._threads = Threads(limit)
-        # Places are in deques, since a garbage collector may take and return them at any moment.
+        # Each place is an item of a deque: a garbage collector may take and return some at any moment.
         self._free = collections.deque(range(limit))
         # What was read and is not used yet takes memory and descriptors.
         self._unused = collections.deque(range(UNUSED_AT_MOST))
