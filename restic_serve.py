@@ -2317,6 +2317,7 @@ AT = '.at'                        # Segment of a path before the moment at which
 PURGE_SECONDS = 3600              # Time between two purges.
 JUST_NOW_SECONDS = 60             # Time after which whoever made a mark has synced it.
 STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
+MOMENT_LETTERS = 40               # Longest text of a moment.
 _SINCE = 'since.'
 _MONTH_TO_SECOND = '(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]'
 _TIME_OF_NAME = rf'[0-9]{{4}}{_MONTH_TO_SECOND}\.[0-9]{{6}}Z'
@@ -2355,10 +2356,12 @@ def parse_deleted_name(name: str) -> Optional[DeletedName]:
 def parse_moment(text: str, now: float) -> int:
     """Microseconds since the epoch of a moment: `2026-11-20T12:00:00Z`, without Z in the local time zone,
     without seconds, a date alone, or a duration before `now` such as `36h`.  Raises ValueError."""
-    match = _MOMENT.fullmatch(text)
     try:
+        if len(text) > MOMENT_LETTERS or not text.isascii():    # before anything that takes longer for more
+            raise ValueError
+        match = _MOMENT.fullmatch(text)
         if not match:
-            if text.isdecimal() or not text.isascii():
+            if text.isdecimal():
                 raise ValueError
             return int(max(now - parse_duration(text), 0) * 1e6)
         date, clock, seconds, zone = match.groups()
@@ -2371,8 +2374,8 @@ def parse_moment(text: str, now: float) -> int:
             moment = int(time.mktime(parsed))
         return moment * 10 ** 6 + int(fraction.ljust(6, '0'))
     except (ValueError, OverflowError):
-        raise ValueError(f'invalid time {text!r}; use 2026-11-20T12:00:00Z, 2026-11-20T12:00, 2026-11-20, '
-                         '36h or 2d') from None
+        raise ValueError(f'invalid time {text[:MOMENT_LETTERS]!r}; use 2026-11-20T12:00:00Z, '
+                         '2026-11-20T12:00, 2026-11-20, 36h or 2d') from None
 
 
 def parse_past(text: str) -> int:

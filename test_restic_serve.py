@@ -2225,6 +2225,15 @@ class MomentTest(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, 'invalid time', msg=text):
                 restic_serve.parse_moment(text, self.NOW)
 
+    def test_a_time_of_more_than_40_bytes_is_refused_before_it_is_parsed(self):
+        digits = '9' * 7000
+        begin = time.process_time()
+        for text in (digits, f'{digits}x', f'{digits}.{digits}', '1d' * 3500, '2026-11-20T12:00:00.' + digits,
+                     'ä' * 21):
+            with self.assertRaisesRegex(ValueError, 'invalid time .{,60};', msg=text[:9]):
+                restic_serve.parse_moment(text, self.NOW)
+        self.assertLess(time.process_time() - begin, 0.1)
+
     def test_names_sort_by_time_and_are_read_back(self):
         moments = [0, 1, 999_999, 10 ** 6, 1_795_176_000_123_456, 2_000_000_000_000_000]
         names = [restic_serve.format_moment(moment) for moment in moments]
