@@ -334,7 +334,8 @@ def parse_header(text: str) -> Tuple[str, str]:
     return match[1], match[2]
 
 
-_USER = re.compile(r'(?!\.+$)[A-Za-z0-9@._-]{1,255}')
+USER_BYTES = 255             # Longest user name.
+_USER = re.compile(rf'(?!\.+$)[A-Za-z0-9@._-]{{1,{USER_BYTES}}}')
 
 
 # Letters and marks that nobody sees: fillers, joiners, and variation selectors.
@@ -350,8 +351,9 @@ def parse_user(text: str) -> str:
 
 
 def normalize_user(name: str) -> str:
-    """A name in Unicode's form NFC, so that letters with accents are the same from every keyboard."""
-    if name.isascii():
+    """A name in Unicode's form NFC, so that letters with accents are the same from every keyboard.  One that
+    is too long for a user's stays as it is: the time this takes grows with the square of its length."""
+    if name.isascii() or len(name.encode('utf-8', 'replace')) > USER_BYTES:
         return name
     import unicodedata
     return unicodedata.normalize('NFC', name)
@@ -363,7 +365,7 @@ def is_user(name: str) -> bool:
     if name.isascii():
         return bool(_USER.fullmatch(name))
     import unicodedata
-    return (len(name.encode('utf-8', 'replace')) <= 255 and normalize_user(name) == name
+    return (len(name.encode('utf-8', 'replace')) <= USER_BYTES and normalize_user(name) == name
             and all(letter in '@._-' or unicodedata.category(letter)[0] in 'LMN' for letter in name)
             and not _INVISIBLE.search(name))
 
@@ -4829,7 +4831,7 @@ class Accounts:
             if scheme.lower() != 'basic':
                 raise ValueError
             name, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b':')
-            if not colon or b'\0' in password:  # crypt(3) would end at the NUL
+            if not colon or b'\0' in password or len(name) > USER_BYTES:    # crypt(3) would end at the NUL
                 raise ValueError
             return normalize_user(name.decode()), password
         except ValueError:

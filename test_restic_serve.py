@@ -4757,6 +4757,19 @@ class SourcesTest(TestCase):
             self.assertEqual(self.identify(accounts, peer), user)
         self.assertEqual(self.identify(accounts, Peer('1.2.3.4')), '')  # by a listener without TLS
 
+    def test_a_name_of_more_than_255_bytes_is_refused_before_it_is_normalized(self):
+        long = 'a' + '\u0301\u0316' * 1500
+        by_header = Accounts(user_header='x-user')
+        with mock.patch('unicodedata.normalize', side_effect=AssertionError):
+            self.assertEqual(self.identify(Accounts(user='bob', password='b'), Peer('1.2.3.4'),
+                                           authorization=basic(long, 'b').partition(': ')[2]), 401)
+            self.assertEqual(self.identify(by_header, Peer('127.0.0.1'),
+                                           x_user=long.encode().decode('latin-1')), 401)
+            self.assertEqual(self.identify(Accounts(certificates=True), Peer('1.2.3.4', long)), '')
+        exact = 'é' * 127 + 'a'
+        self.assertEqual(self.identify(by_header, Peer('127.0.0.1'), x_user=exact.encode().decode('latin-1')),
+                         exact)
+
     def test_a_unix_socket_needs_no_password(self):
         accounts = Accounts(user='bob', password='b')
         self.assertEqual(self.identify(accounts, Peer('unix', 'alice', unix=True)), 'alice')
