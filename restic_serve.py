@@ -2623,7 +2623,7 @@ class View:
         """The whole content of an object, as Store.open() gives it."""
         deleted = deleted_folder(location)
         for _ in range(2):  # it may be deleted, or come back, between the two folders
-            names = self._history(deleted, location.file).get(location.file, [])
+            names = self._history(deleted, location.file).get(location.file, set())
             for path, file in ((location.folder, location.file),
                                *((deleted, file) for file in self._files(names))):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
@@ -2660,10 +2660,14 @@ class View:
     def find(self, present: str, deleted: str, prefix: str) -> Iterator[Tuple[str, str, os.stat_result]]:
         """The objects in a folder, and in that of what was deleted from it: name, name of the file if it
         was deleted since, else empty, and status."""
-        # First what is present: an object that is deleted meanwhile is in both.
-        found, latest = list(self._store.object_entries(present, prefix)), self._nanoseconds
+        # What is deleted while we look is among the deleted objects afterwards, and what a roll-back brings
+        # back was among them before.
+        before, latest = self._history(deleted), self._nanoseconds
+        objects = list(self._store.object_entries(present, prefix))
         history = self._history(deleted)
-        for entry, status in found:
+        for name, names in before.items():
+            history.setdefault(name, set()).update(names)
+        for entry, status in objects:
             if status.st_mtime_ns <= latest and (
                     entry.name not in history or self._existed(status, history[entry.name])):
                 yield entry.name, '', status
@@ -2683,17 +2687,17 @@ class View:
                     if self._existed(status, names):
                         yield name, file, status
 
-    def _history(self, path: str, file: str = '') -> Dict[str, List[DeletedName]]:
+    def _history(self, path: str, file: str = '') -> Dict[str, Set[DeletedName]]:
         """By object (or of one, whose name is `file`), the names in a folder of deleted ones that matter at
         this moment."""
-        history: Dict[str, List[DeletedName]] = {}
+        history: Dict[str, Set[DeletedName]] = {}
         with self._store.scan(path) as (_, entries):
             for entry in entries:
                 if not entry.name.startswith(file):
                     continue
                 name = parse_deleted_name(entry.name)
                 if name and max(name.deleted, name.returned) > self._text:
-                    history.setdefault(name.file, []).append(name)
+                    history.setdefault(name.file, set()).add(name)
         return history
 
     def _existed(self, status: os.stat_result, names: Iterable[DeletedName]) -> bool:
@@ -2703,7 +2707,7 @@ class View:
             name.returned and name.deleted <= self._text < name.returned
             and status.st_mtime_ns < read_moment(name.deleted) * 1000 for name in names)
 
-    def _files(self, names: List[DeletedName]) -> List[str]:
+    def _files(self, names: Iterable[DeletedName]) -> List[str]:
         """The files of an object that were deleted after this moment."""
         return [f'{name.file}.{name.deleted}' for name in names
                 if not name.returned and name.deleted > self._text]

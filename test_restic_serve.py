@@ -2327,6 +2327,34 @@ class PastTest(PastTestCase):
                     self.assertEqual(list(self.store.objects(Location(repository, kind), False)), [])
             self.assertEqual(list(self.store.walk(self.fail))[0].path, '')
 
+    def test_a_list_is_whole_whenever_a_roll_back_or_a_delete_comes_between_two_looks(self):
+        names = [self.upload(b'pack %d' % number, 'index').name for number in range(3)]
+        moment = self.now - 1
+        for name in names[:2]:
+            self.delete(Location('/host', 'index', name))
+        view = restic_serve.View(self.store, int(moment * 1e6))
+        deleted = Location('/host', 'index', names[2])
+        real = restic_serve.Folders.open_to_scan
+        for look in range(8):
+            for change in (lambda: self.roll_back(moment), lambda: self.past.delete(deleted)):
+                looks = itertools.count()
+
+                def open_to_scan(folders, path, look=look, change=change, looks=looks):
+                    if next(looks) == look:
+                        change()
+                    return real(folders, path)
+
+                with mock.patch.object(restic_serve.Folders, 'open_to_scan', open_to_scan):
+                    listed = [name for some, _ in view.objects(Location('/host', 'index'), True)
+                              for name in some]
+                self.assertEqual(sorted(listed), sorted(names), look)
+                self.now += 1
+            for name in names[:2]:
+                self.delete(Location('/host', 'index', name))
+            self.roll_back(moment)
+            for name in names[:2]:
+                self.delete(Location('/host', 'index', name))
+
     def synced_by(self, *calls):
         """The folders below the root that several calls at once have each synced by their end."""
         synced = [set() for _ in calls]
