@@ -711,8 +711,8 @@ class Limits:
 
 
 # ==== Files ======================================================================================
-# Opening folders so that no other user can redirect us, scanning folders of objects, and syncing.  All
-# errors are OSErrors; the Api has the table that turns them into answers.
+# Opening folders so that no other user can redirect us, scanning folders of objects, and syncing.  Errors are
+# OSErrors, and StorageErrors for what is refused; the Api has the tables that turn them into answers.
 
 COPY_BYTES = 512 * 1024           # Buffer for content.
 LISTED_AT_ONCE = 1024             # Names read from a directory at a time.
@@ -735,6 +735,58 @@ _UNSYNCED_FOLDERS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errn
 # Answers of file systems that cannot sync a file at all.
 _UNSYNCED_FILES = (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP)
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
+
+
+class StorageError(Exception):
+    """What files and folders cannot do for a client; the text is one line that says why."""
+
+
+class InvalidPath(StorageError):
+    """A path, or a moment in it, that must not reach the file system."""
+
+
+class ReservedName(StorageError):
+    """A path that no repository can have."""
+
+
+class NoRepository(StorageError):
+    """There is no repository, and an upload makes none."""
+
+
+class WrongContent(StorageError):
+    """The content is not what its name says."""
+
+
+class OtherConfig(StorageError):
+    """A repository has one config, which is not replaced."""
+
+
+class NotKept(StorageError):
+    """Deleted objects are not kept here."""
+
+
+class NoHistory(StorageError):
+    """A moment before all that is kept."""
+
+
+class ReadOnly(StorageError):
+    """Nothing may be changed."""
+
+
+class DirectoryGone(StorageError):
+    """The served directory is not there, or another is in its place."""
+
+
+class QuotaExceeded(StorageError):
+    """A quota leaves no room."""
+
+
+class Busy(StorageError):
+    """What may succeed when it is tried again, after `retry_seconds`."""
+
+    def __init__(self, reason: str, retry_seconds: int) -> None:
+        super().__init__(reason)
+        self.retry_seconds = retry_seconds
 
 
 class Folder:
@@ -1375,32 +1427,32 @@ _RESERVED = frozenset((*KINDS, 'config', *_OF_FILE_SYSTEMS))
 
 @functools.lru_cache(maxsize=1024)
 def check_repository(path: str, ignore_case: bool) -> str:
-    """A repository's path, if it is valid.  Raises HttpError 400 and 404."""
+    """A repository's path, if it is valid.  Raises InvalidPath and ReservedName."""
     if not path:
         return path
     if ignore_case:
         path = path.lower()
     segments = path.split('/')
     if segments.pop(0):
-        raise HttpError(400, 'path must begin with a slash')
+        raise InvalidPath('path must begin with a slash')
     for segment in segments:
         if segment in ('', '.', '..') or _NO_FILE_NAME.search(segment):
-            raise HttpError(400, 'path contains an invalid segment')
+            raise InvalidPath('path contains an invalid segment')
     if len(segments) > DEEPEST:
-        raise HttpError(400, f'path has more than {DEEPEST} segments')
+        raise InvalidPath(f'path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
-        raise HttpError(400, f'path is longer than {LONGEST} bytes')
+        raise InvalidPath(f'path is longer than {LONGEST} bytes')
     if ignore_case and any(segment.casefold() in _RESERVED for segment in segments):
-        raise HttpError(404, 'not found')
+        raise ReservedName('not found')
     if ignore_case and any(segment.casefold() != segment or segment.rstrip('. ') != segment
                            for segment in segments):    # which may be another's name here
-        raise HttpError(400, 'path contains a name that the file system cannot store')
+        raise InvalidPath('path contains a name that the file system cannot store')
     if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
-        raise HttpError(404, 'not found')
+        raise ReservedName('not found')
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
-        raise HttpError(400, 'path contains a character that is not allowed in file names') from None
+        raise InvalidPath('path contains a character that is not allowed in file names') from None
     return path
 
 
@@ -1896,7 +1948,7 @@ class Directory:
         return status.st_dev, status.st_ino
 
     def check_present(self) -> None:
-        """Raises HttpError 500 if the directory is not the one that was there at the start: its disk was
+        """Raises DirectoryGone if the directory is not the one that was there at the start: its disk was
         unmounted, and what is missing is not missing, and what is stored would be lost."""
         try:
             gone = self._identity not in (None, self._look())
@@ -1909,13 +1961,13 @@ class Directory:
             else:
                 log.log(NOTICE, '%s is back', self._root)
         if gone:
-            raise HttpError(500, "the server's directory is gone")
+            raise DirectoryGone("the server's directory is gone")
 
     def check_writable(self) -> None:
-        """Raises HttpError 500 as check_present() does, and 507 for a directory that is read-only."""
+        """Raises DirectoryGone, and ReadOnly."""
         self.check_present()
         if self.read_only:
-            raise HttpError(507, READ_ONLY)
+            raise ReadOnly(READ_ONLY)
 
     def find_fault(self) -> str:
         """Why the directory cannot be served, empty if it can: it has gone or, unless it is read-only, no
@@ -1924,7 +1976,7 @@ class Directory:
         if now >= self._next_probe:
             self._next_probe = now + LOOK_SECONDS
             self._fault = 'the directory is gone'
-            with contextlib.suppress(HttpError, OSError):
+            with contextlib.suppress(DirectoryGone, OSError):
                 self.check_present()
                 self._fault = 'the directory is not writable'
                 if not self.read_only:
@@ -2121,9 +2173,8 @@ class Store:
     def save(self, location: Location, body: Body) -> Saved:
         """Store an object; it is on the disk when this returns.
 
-        One that exists is compared with the body, and replaced if it is damaged.  Raises HttpError 400
-        if the content does not match its name, 403 if there is another config, 404 if there is no
-        repository, and OSError.
+        One that exists is compared with the body, and replaced if it is damaged.  Raises WrongContent,
+        OtherConfig, NoRepository and OSError.
         """
         made = 0
         if location.kind == 'config':
@@ -2139,10 +2190,10 @@ class Store:
         with folder, scratch:
             digest = scratch.receive(body, self.verify)
             if location.name and digest not in ('', location.name):
-                raise HttpError(400, f'SHA-256 of the content is {digest}, not the name')
+                raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
             saved = Saved(1, 0, os.fstat(scratch.fd).st_size, made)
             if not location.name and not saved.after:
-                raise HttpError(400, 'config is empty')
+                raise WrongContent('config is empty')
             sync_file(scratch.fd)
             while True:
                 try:
@@ -2151,8 +2202,7 @@ class Store:
                 except FileExistsError:
                     digest = digest or scratch.digest()
                     if location.name and digest != location.name:
-                        raise HttpError(400, f'SHA-256 of the content is {digest}, '
-                                             'not the name') from None
+                        raise WrongContent(f'SHA-256 of the content is {digest}, not the name') from None
                     before = self.size(location) or 0
                     if self._accept_existing(location, folder, digest, scratch):
                         saved = Saved(0, before, self.size(location) or 0, made)
@@ -2161,13 +2211,13 @@ class Store:
         return saved
 
     def check_repository(self, location: Location) -> None:
-        """Raises HttpError 404 where there is no repository, which no upload makes: its disk may be away."""
+        """Raises NoRepository where there is none, since no upload makes one: its disk may be away."""
         if not self.has_repository(location.repository):
-            raise HttpError(404, 'no repository here; create one with restic init')
+            raise NoRepository('no repository here; create one with restic init')
 
     def confirm(self, location: Location, body: Body) -> bool:
         """Compare an upload with the object that exists, instead of storing it again; False, without
-        reading the upload, if that is damaged or missing.  Raises HttpError as save() does."""
+        reading the upload, if that is damaged or missing.  Raises as save() does, and Busy."""
         try:
             found = self._stored_digest(location)
         except (FileNotFoundError, NotADirectoryError):
@@ -2179,16 +2229,16 @@ class Store:
         for count in iter(lambda: body.readinto(buffer), 0):
             digest.update(buffer[:count])
         if digest.hexdigest() != found and location.name:
-            raise HttpError(400, f'SHA-256 of the content is {digest.hexdigest()}, not the name')
+            raise WrongContent(f'SHA-256 of the content is {digest.hexdigest()}, not the name')
         if digest.hexdigest() != found:
-            raise HttpError(403, 'a different config already exists')
+            raise OtherConfig('a different config already exists')
         if self.size(location) is None:
-            raise HttpError(503, 'object was deleted during the upload', [('Retry-After', '1')])
+            raise Busy('object was deleted during the upload', 1)
         return True
 
     def _accept_existing(self, location: Location, folder: Folder, digest: str, scratch: Scratch) -> bool:
         """Compare the object that exists with the upload in `scratch`, which replaces it if it is damaged;
-        False if it has vanished.  Raises HttpError 403 for another config."""
+        False if it has vanished.  Raises OtherConfig."""
         try:
             found = self._stored_digest(location)
         except FileNotFoundError:
@@ -2196,7 +2246,7 @@ class Store:
         if found == digest:
             return True
         if location.kind == 'config':
-            raise HttpError(403, 'a different config already exists')
+            raise OtherConfig('a different config already exists')
         with contextlib.suppress(OSError):  # it was uploaded then, for the past
             status = folder.stat(location.file)
             os.utime(scratch.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -2525,20 +2575,20 @@ class Past:
         return now if since is None else int(max(since, now - self._keep))
 
     def view(self, location: Location) -> View:
-        """The repository of a location as it was at the location's moment.  Raises HttpError 400, 404 and
-        410."""
+        """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotKept
+        and NoHistory."""
         if not self.keeps:
-            raise HttpError(404, 'this server does not keep deleted objects (--keep-deleted)')
+            raise NotKept('this server does not keep deleted objects (--keep-deleted)')
         now = self.now()
         try:
             moment = parse_moment(location.at, now / 1e6)
         except ValueError as error:
-            raise HttpError(400, str(error)) from None
+            raise InvalidPath(str(error)) from None
         if moment > now:
-            raise HttpError(400, f'{location.at} is in the future')
+            raise InvalidPath(f'{location.at} is in the future')
         earliest = self.earliest(location.repository)
         if moment < earliest:
-            raise HttpError(410, f'no history before {moment_for_people(earliest)}')
+            raise NoHistory(f'no history before {moment_for_people(earliest)}')
         return View(self._store, moment)
 
     # ---- purging ----
@@ -3725,8 +3775,8 @@ class Census:
             log.error('cannot calculate sizes: %s', error)
 
     def count(self) -> None:
-        """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises HttpError if
-        the directory has gone: then nothing is deleted, it is missing."""
+        """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises DirectoryGone
+        if the directory has gone: then nothing is deleted, it is missing."""
         self._store.directory.check_present()
         begin, unreadable = time.monotonic(), []  # type: float, List[str]
 
@@ -3778,7 +3828,7 @@ class Census:
     def _count_all(self) -> None:
         try:
             self.count()
-        except HttpError as error:  # that was logged when it went
+        except DirectoryGone as error:  # that was logged when it went
             log.debug('sizes not calculated: %s', error)
         except Exception as error:  # a bug must not end all further counting
             log.error('cannot calculate sizes: %s: %s', type(error).__name__, error)
@@ -5099,8 +5149,10 @@ def _parse_rule(number: int, line: str) -> Optional[Rule]:
         raise ValueError(f'{where!r}: %u (the user name) must be a whole path segment')
     try:
         check_repository(where, False)
-    except HttpError as error:
-        raise ValueError(f'{where!r}: {RESERVED if error.status == 404 else error}') from None
+    except ReservedName:
+        raise ValueError(f'{where!r}: {RESERVED}') from None
+    except InvalidPath as error:
+        raise ValueError(f'{where!r}: {error}') from None
     if len(words) > 3 and where.count('/') > QUOTA_DEPTH:
         raise ValueError(f'{where!r}: a path with a quota may have at most {QUOTA_DEPTH} segments')
     if may not in RIGHTS:
@@ -5917,7 +5969,7 @@ class Events:
         gone = False
         try:
             self._store.directory.check_present()
-        except HttpError:
+        except DirectoryGone:
             gone = True
         if gone != bool(self._is_gone[0]):
             self._is_gone[0] = gone
@@ -6485,7 +6537,7 @@ def _is_path(path: str) -> bool:
     try:
         path.encode()
         check_repository(path, False)
-    except (UnicodeEncodeError, HttpError):
+    except (UnicodeEncodeError, StorageError):
         return False
     return True
 
@@ -6562,6 +6614,10 @@ _REASON_OF_STATUS = {400: 'the file system cannot store this name',
                      403: 'the server has no permission to access the file',
                      500: 'the server could not access the file', 503: 'too many open files',
                      507: 'disk full'}
+_STATUS_OF_ERROR = {
+    InvalidPath: 400, WrongContent: 400, OtherConfig: 403, ReservedName: 404, NoRepository: 404, NotKept: 404,
+    NoHistory: 410, DirectoryGone: 500, Busy: 503, ReadOnly: 507, QuotaExceeded: 507,
+}
 _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
@@ -6619,6 +6675,10 @@ class Api:
             if error.status == 429:
                 self.metrics.count_limited(LOGINS, request.client.name)
             return self.refuse(error)
+        except StorageError as error:
+            return self.refuse(HttpError(
+                _STATUS_OF_ERROR[type(error)], str(error),
+                [('Retry-After', str(error.retry_seconds))] if isinstance(error, Busy) else ()))
         except OSError as error:
             response = self.failure(request, error)
         except Exception as error:  # a bug must not end the connection
@@ -6646,7 +6706,7 @@ class Api:
         if status != 400:
             denial = ''
             if error.errno in (errno.EACCES, errno.EPERM):
-                with contextlib.suppress(HttpError, OSError):
+                with contextlib.suppress(StorageError, OSError):
                     location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
                     path = f'{location.folder}/{location.file}' if location.is_object else location.folder
                     denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
@@ -6686,8 +6746,8 @@ class Api:
         creates = request.method == 'POST' and 'create=true' in request.query.split('&')
         try:
             location = parse_path(path, self.store.ignores_case)
-        except HttpError as error:
-            if creates and error.status == 404:
+        except ReservedName:
+            if creates:
                 log.log(NOTICE, '%s: %s', path, RESERVED)
             raise
         if creates and location.kind:
@@ -6714,7 +6774,7 @@ class Api:
         self.store.directory.check_present()
         try:
             view = self.usage.past.view(location)
-        except HttpError as error:  # restic shows the status alone
+        except StorageError as error:  # restic shows the status alone
             log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, location.at, error)
             raise
         location = Location(location.repository, location.kind, location.name)
@@ -6918,9 +6978,9 @@ def parse_path(path: str, ignore_case: bool = False) -> Location:
     """The Location of a request's path, without the base URL; with `ignore_case` the repository's path is
     in lower case.
 
-    Raises HttpError 400 for a path that must not reach the file system, 404 for one that cannot name a
-    repository, a list or an object.  No segment of a repository's path is a kind or `config`, so that
-    no repository lies among the objects of another.
+    Raises InvalidPath, and ReservedName for a path that cannot name a repository, a list or an object.  No
+    segment of a repository's path is a kind or `config`, so that no repository lies among the objects of
+    another.
     """
     return _parse_decoded(_decode_path(path) if '%' in path else path, ignore_case)
 
@@ -6930,7 +6990,7 @@ def _parse_decoded(path: str, ignore_case: bool) -> Location:
     if mark:
         at, _, rest = after.partition('/')
         if not at or f'/{AT}/' in f'{before}/{rest}':
-            raise HttpError(404, 'not found')
+            raise ReservedName('not found')
         location = _parse_decoded(f'{before}/{rest}', ignore_case)
         return Location(location.repository, location.kind, location.name, at)
     parent, _, name = path.rpartition('/')
@@ -6944,14 +7004,14 @@ def _parse_decoded(path: str, ignore_case: bool) -> Location:
 
 def _decode_path(path: str) -> str:
     """Decode percent-encoding (RFC 3986 2.1).  An encoded slash would be part of a segment, which no file
-    name can contain.  Raises HttpError 400."""
+    name can contain.  Raises InvalidPath."""
     from urllib.parse import unquote_to_bytes
     if re.search(r'%(?![0-9A-Fa-f]{2})|%2[fF]', path):
-        raise HttpError(400, 'invalid percent-encoding in the path')
+        raise InvalidPath('invalid percent-encoding in the path')
     try:
         return unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
-        raise HttpError(400, 'the path is not UTF-8') from None
+        raise InvalidPath('the path is not UTF-8') from None
 
 
 # ==== Transport ==================================================================================

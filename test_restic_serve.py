@@ -45,8 +45,8 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, Counters, HttpError, Limits, Location, Metrics, Page, PasswordFile, Peer, Policy,
-    Request, Server, Store, Usage, short_rights)
+    Accounts, Api, Counters, HttpError, Limits, Location, Metrics, NoRepository, OtherConfig, Page,
+    PasswordFile, Peer, Policy, Request, Server, Store, Usage, WrongContent, short_rights)
 
 MODULE = restic_serve.__file__
 README = Path(MODULE).with_name('README.md')
@@ -974,9 +974,8 @@ class StoreTest(TestCase):
             self.assertEqual(self.names(kind), {})
 
     def test_nothing_stays_of_content_that_does_not_match_its_name(self):
-        with self.assertRaises(HttpError) as caught:
+        with self.assertRaises(WrongContent):
             self.store.save(Location('/host', 'data', '0' * 64), Bytes(b'x'))
-        self.assertEqual(caught.exception.status, 400)
         self.assertEqual(self.files(), [])
 
     def test_nothing_stays_of_content_that_is_cut_short(self):
@@ -1015,7 +1014,7 @@ class StoreTest(TestCase):
         self.path(location).write_bytes(b'cont')
         for verify in (True, False):
             self.store.verify = verify
-            with self.assertRaises(HttpError):
+            with self.assertRaises(WrongContent):
                 self.store.save(location, Bytes(b'other'))
             self.assertEqual(self.path(location).read_bytes(), b'cont')
 
@@ -1098,9 +1097,8 @@ class StoreTest(TestCase):
     def test_another_config_is_refused_and_the_same_is_not(self):
         self.save(b'one', 'config')
         self.save(b'one', 'config')
-        with self.assertRaises(HttpError) as caught:
+        with self.assertRaises(OtherConfig):
             self.save(b'two', 'config')
-        self.assertEqual(caught.exception.status, 403)
         self.assertEqual((self.root / 'host' / 'config').read_bytes(), b'one')
 
     def test_without_verification_any_content_is_stored_but_not_over_another(self):
@@ -1108,7 +1106,7 @@ class StoreTest(TestCase):
         location = Location('/host', 'keys', '1' * 64)
         self.store.save(location, Bytes(b'anything'))
         self.assertEqual(self.path(location).read_bytes(), b'anything')
-        with self.assertRaises(HttpError):
+        with self.assertRaises(WrongContent):
             self.store.save(location, Bytes(b'other'))
 
     def test_an_upload_is_synced_before_it_has_its_name_and_its_folder_after(self):
@@ -1244,7 +1242,7 @@ class StoreTest(TestCase):
             self.save(b'content')
             self.assertEqual(self.path(location).stat().st_ino, before)
             self.save(b'one', 'config')
-            with self.assertRaises(HttpError):
+            with self.assertRaises(OtherConfig):
                 self.save(b'two', 'config')
             self.path(location).write_bytes(b'cont')
             self.save(b'content')
@@ -1442,9 +1440,8 @@ class FileSystemsTest(TestCase):
         for location in (Location('/host', 'data', named(b'x')), Location('/host', 'config'),
                          Location('/office', 'config'), Location('/office', 'keys', named(b'x')),
                          Location('', 'locks', named(b'x'))):
-            with self.assertRaises(HttpError) as caught:
+            with self.assertRaises(NoRepository, msg=location):
                 store.save(location, Bytes(b'x'))
-            self.assertEqual(caught.exception.status, 404, location)
         self.assertEqual([path.name for path in self.root.rglob('*') if path.name != '.restic_serve'],
                          ['office'])
         store.create_repository('/host')
@@ -2450,9 +2447,9 @@ class PastTest(PastTestCase):
 
     def test_a_moment_that_cannot_be_known(self):
         def status(at, past=None):
-            with self.assertRaises(HttpError) as caught:
+            with self.assertRaises(restic_serve.StorageError) as caught:
                 (past or self.past).view(Location('/host', 'data', '', at))
-            return caught.exception.status
+            return restic_serve._STATUS_OF_ERROR[type(caught.exception)]
 
         begin = self.now
         self.assertEqual(status('x'), 400)
@@ -2926,7 +2923,7 @@ class DirectoryTest(TestCase):
         held = usage.quota('')
         self.root.rename(self.folder / 'disk')
         self.root.mkdir()
-        self.assertRaises(HttpError, usage.census.count)
+        self.assertRaises(restic_serve.DirectoryGone, usage.census.count)
         self.assertEqual(usage.quota(''), held)
         self.assertEqual(usage.names(), ['/host'])
 
@@ -3977,7 +3974,7 @@ class UsageTest(TestCase):
     def test_room_for_an_upload_that_failed_is_given_back(self):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         self.usage.census.count()
-        with self.assertRaises(HttpError):
+        with self.assertRaises(WrongContent):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
         with self.assertRaises(restic_serve.Gone):
             self.save(900, error=restic_serve.Gone('abort'))
@@ -3998,7 +3995,7 @@ class UsageTest(TestCase):
                 return super().readinto(view)
 
         def fail():
-            with contextlib.suppress(HttpError):
+            with contextlib.suppress(WrongContent):
                 self.usage.save(Location('/host', 'data', '0' * 64), Slow(b'x' * 900))
 
         first = threading.Thread(target=fail)
@@ -4033,10 +4030,9 @@ class UsageTest(TestCase):
                 remove()
                 return super().readinto(view)
 
-        for status in (503, 507):
-            with self.assertRaises(HttpError) as caught:
+        for error in (restic_serve.Busy, HttpError):
+            with self.assertRaises(error):
                 self.usage.save(location, Removing(content))
-            self.assertEqual(caught.exception.status, status)
             self.assertEqual(self.usage.quota(''), (900, 0, 1000))
 
     def use_blocks(self):
@@ -4127,15 +4123,13 @@ class UsageTest(TestCase):
         config = Location('/host', 'config')
         with mock.patch.object(restic_serve, 'Scratch', side_effect=AssertionError('a scratch file')):
             self.assertEqual(usage.save(location, Bytes(content)), (0, 0))
-            with self.assertRaises(HttpError) as caught:
+            with self.assertRaises(WrongContent):
                 usage.save(location, Bytes(b'other'))
-            self.assertEqual(caught.exception.status, 400)
         usage.delete(location)
         usage.save(config, Bytes(b'one'))
         self.assertEqual(usage.save(config, Bytes(b'one')), (0, 0))
-        with self.assertRaises(HttpError) as caught:
+        with self.assertRaises(OtherConfig):
             usage.save(config, Bytes(b'two'))
-        self.assertEqual(caught.exception.status, 403)
 
     def test_an_upload_reserves_room_for_all_of_its_content(self):
         self.use_blocks()
@@ -5220,9 +5214,8 @@ class RightsTest(TestCase):
         usage.census.count()
         with mock.patch.object(Store, 'has_repository', lambda store, repository: False):
             for number in range(5):
-                with self.assertRaises(HttpError) as caught:
+                with self.assertRaises(NoRepository):
                     usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
-                self.assertEqual(caught.exception.status, 404)
         self.assertEqual(usage._counters.keys('reserved'), set())
 
     def test_who_may_only_read_stores_nothing_but_locks(self):
@@ -6391,6 +6384,12 @@ class ApiTest(TestCase):
         self.assertEqual(self.status('DELETE', path), 200)
         self.assertEqual(self.status('DELETE', path), 200)
         self.assertEqual(self.status('POST', path), 400)
+
+    def test_whatever_the_file_layer_refuses_has_a_status(self):
+        self.assertEqual(set(restic_serve._STATUS_OF_ERROR), set(restic_serve.StorageError.__subclasses__()))
+        with mock.patch.object(Store, 'open', side_effect=restic_serve.Busy('wait', 7)):
+            status, headers, content = self.ask('GET', '/host/config')
+        self.assertEqual((status, headers['Retry-After'], content), (503, '7', b'wait\n'))
 
     def test_a_fifo_in_place_of_a_folder_holds_up_nobody(self):
         self.ask('POST', '/host/?create=true')
