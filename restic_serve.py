@@ -717,6 +717,9 @@ class Limits:
 COPY_BYTES = 512 * 1024           # Buffer for content.
 LISTED_AT_ONCE = 1024             # Names read from a directory at a time.
 LINKS_AT_MOST = 40                # Symbolic links followed on the way to a folder, as in Linux.
+SCRATCH_PREFIX = 'upload-'        # Name of a scratch file that its writer has locked,
+FRESH_PREFIX = 'new-'             # and of one that nobody has locked.
+SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 _NAME = re.compile('[0-9a-f]{64}')
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 # An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
@@ -822,12 +825,20 @@ class Folder:
         """What lstat(2) says of an entry."""
         return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such an entry."""
+        try:
+            self.stat(name)
+        except FileNotFoundError:
+            return False
+        return True
+
     def unlink(self, name: str) -> None:
         os.unlink(self.at(name), dir_fd=self.fd)
 
-    def duplicate(self) -> Folder:
-        """The same folder with a descriptor of its own."""
-        return Folder(self.path, None if self.fd is None else os.dup(self.fd))
+    def rename(self, name: str, target: Folder, new_name: str) -> None:
+        """Move an entry to another folder, or to another name, replacing what has that."""
+        os.replace(self.at(name), target.at(new_name), src_dir_fd=self.fd, dst_dir_fd=target.fd)
 
     def device(self) -> int:
         """The number of the file system."""
@@ -1062,6 +1073,114 @@ def lock_file(fd: int) -> Optional[bool]:
     except (ImportError, OSError):
         return None
     return True
+
+
+class ScratchFile:
+    """A new file in `folder` under a scratch `name`, which begins with a `prefix`, until it is given its own.
+    It is locked meanwhile, so that what a crash leaves can be told by its free lock.  A context manager
+    that removes the file unless it was given its name."""
+
+    def __init__(self, folder: Folder, mode: int, prefix: str = '') -> None:
+        self.folder = folder
+        self.name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
+        self.fd = folder.open(self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
+        try:    # a server that starts would take a name of locked ones for abandoned before it is locked
+            if lock_file(self.fd) is not None:
+                self._change_prefix(FRESH_PREFIX, SCRATCH_PREFIX)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self.name:
+            try:
+                self.folder.unlink(self.name)
+            except OSError as error:
+                log.error('cannot remove temporary file %s/%s: %s', self.folder.path, self.name, error)
+            self.name = ''
+
+    def rename(self, folder: Folder, name: str) -> None:
+        """Give the file its name, replacing what has it.  It is closed before, since some file systems do not
+        rename a file that is open (FAT, SMB), and so loses its lock."""
+        self._change_prefix(SCRATCH_PREFIX, FRESH_PREFIX)
+        fd, self.fd = self.fd, -1
+        os.close(fd)
+        self.folder.rename(self.name, folder, name)
+        self.name = ''
+
+    def _change_prefix(self, old: str, new: str) -> None:
+        if old in self.name:
+            name = self.name.replace(old, new)
+            self.folder.rename(self.name, self.folder, name)
+            self.name = name
+
+
+def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, *, prefix: str = '',
+                  owner: Optional[Tuple[int, int]] = None, times: Optional[Tuple[int, int]] = None) -> None:
+    """Write a file of some `parts` in a folder, replacing what has its name.  It is whole or absent at every
+    instant, and on the disk when this returns.  `owner` is a user and a group, `times` are nanoseconds of
+    access and modification; the scratch file's name has the `prefix`.  Raises OSError."""
+    with ScratchFile(folder, mode, prefix) as scratch:
+        for part in parts:
+            while part:
+                part = part[os.write(scratch.fd, part):]
+        if hasattr(os, 'fchmod'):
+            with contextlib.suppress(PermissionError):  # only root gives a file away
+                if owner:
+                    os.fchown(scratch.fd, *owner)
+            with contextlib.suppress(*_CHMOD_ERRORS):
+                os.fchmod(scratch.fd, mode)
+        if times:
+            os.utime(folder.at(scratch.name) if folder.fd is None else scratch.fd, ns=times)
+        sync_file(scratch.fd)
+        scratch.rename(folder, name)
+    folder.sync()
+
+
+def copy_durably(fd: int, status: os.stat_result, folder: Folder, name: str, mode: int) -> None:
+    """Copy a file that is open, with its times, as write_durably() writes it; closes it.  Raises OSError."""
+    try:
+        write_durably(folder, name, iter(functools.partial(os.read, fd, COPY_BYTES), b''), mode,
+                      times=(status.st_atime_ns, status.st_mtime_ns))
+    finally:
+        os.close(fd)
+
+
+def is_left_over(folder: Folder, name: str, now: float) -> bool:
+    """Whether a scratch file was abandoned; `now` is by the file system's clock.  Raises
+    FileNotFoundError."""
+    free = None
+    if SCRATCH_PREFIX in name:
+        with contextlib.suppress(OSError):
+            fd = folder.open(name, os.O_RDWR | _READ_FLAGS)
+            try:
+                free = lock_file(fd)
+            finally:
+                os.close(fd)
+    if free is None:
+        # Not the upload time, which is that of the object which an upload replaces.
+        return folder.stat(name).st_ctime < now - SCRATCH_SECONDS
+    return free
+
+
+def remove_left_overs(folder: Folder, names: Iterable[str], now: Callable[[], float]) -> None:
+    """Remove those of some scratch files that were abandoned; `now` is the file system's clock.  Raises
+    OSError."""
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # another server removes them, too
+            if is_left_over(folder, name, now()):
+                folder.unlink(name)
+                log.info('removed %s/%s, left by an interrupted upload', folder.path, name)
 
 
 _renaming = threading.Lock()
@@ -1367,10 +1486,7 @@ KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # Most segments of a repository's path.
 LONGEST = 255                     # Most bytes of a repository's path.
 HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
-SCRATCH_PREFIX = 'upload-'        # Scratch file in HIDDEN, locked by its writer.
-FRESH_PREFIX = 'new-'             # Scratch file that is not locked yet.
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
-SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
 LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
@@ -1673,18 +1789,16 @@ class Folders:
             above.sync()
 
 
-class Scratch:
+class Scratch(ScratchFile):
     """The content of an upload before it is published under its name in `folder`.
 
     The file has no name where the system has O_TMPFILE, so that not even a crash leaves it behind;
     elsewhere it has one in the hidden folder of DIR, or in `folder` if that is on another file system.
-    A context manager that removes the file unless it was published.
     """
 
     def __init__(self, store: Store, folder: Folder) -> None:
-        self._store = store
-        self.home: Optional[Folder] = None  # the folder in which the file has its name
-        self.name = ''                      # empty while the file has none
+        self.folder, self.name, self.fd = folder, '', -1
+        self._hidden: Optional[Folder] = None
         if store.nameless:
             try:
                 self.fd = folder.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
@@ -1692,35 +1806,24 @@ class Scratch:
                 # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                     raise
-            else:
-                try:
-                    self._share()
-                except BaseException:
-                    os.close(self.fd)
-                    raise
-                return
-        device = folder.device()
-        hidden = store.folders.hidden()
-        if hidden.device() == device:
-            self._make_named(hidden, '')
-        else:
-            hidden.close()
-            self._make_named(folder.duplicate(), f'{HIDDEN}-')
+        try:
+            if self.fd < 0:
+                self._hidden = store.folders.hidden()
+                if self._hidden.device() == folder.device():
+                    super().__init__(self._hidden, store.file_mode)
+                else:
+                    super().__init__(folder, store.file_mode, f'{HIDDEN}-')
+            if store.shared and hasattr(os, 'fchmod'):      # despite the umask
+                with contextlib.suppress(*_CHMOD_ERRORS):
+                    os.fchmod(self.fd, store.file_mode)
+        except BaseException:
+            self.close()
+            raise
 
-    def __enter__(self) -> Scratch:
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        if self.home:
-            try:
-                if self.name:
-                    self.home.unlink(self.name)
-            except OSError as problem:
-                log.error('cannot remove temporary file %s/%s: %s', self.home.path, self.name, problem)
-            self.home.close()
+    def close(self) -> None:
+        super().close()
+        if self._hidden:
+            self._hidden.close()
 
     def receive(self, body: Body, hashed: bool) -> str:
         """Write the whole body; its SHA-256 in hexadecimal if it is to be `hashed`, else empty."""
@@ -1743,120 +1846,30 @@ class Scratch:
 
     def publish(self, folder: Folder, name: str) -> None:
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
-        if not self.home:
+        if not self.name:
             # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
             # link(2) without one); the path is absolute, so which descriptor it is means nothing.
             os.link(f'/proc/self/fd/{self.fd}', folder.at(name), src_dir_fd=self.fd,
                     dst_dir_fd=folder.fd)
             return
         try:
-            os.link(self.home.at(self.name), folder.at(name), src_dir_fd=self.home.fd,
+            os.link(self.folder.at(self.name), folder.at(name), src_dir_fd=self.folder.fd,
                     dst_dir_fd=folder.fd)
-        except FileExistsError:
-            raise
         except OSError as error:
-            if error.errno == errno.EXDEV and self.home.path != folder.path:
-                # A bind mount: the device's number is the same.
-                self._move(self.home, folder)
-                self.publish(folder, name)
-            elif error.errno in (*_NO_HARD_LINKS, errno.EXDEV):
-                self._rename(self.home, folder, name)
-            else:
+            if error.errno not in _NO_HARD_LINKS:
                 raise
+            with _exclusive(folder):
+                if folder.has(name):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder.at(name)) from None
+                self.rename(folder, name)
 
     def replace(self, folder: Folder, name: str) -> None:
         """Give the content its name, replacing what is there."""
-        if not self.home:
-            home, named = self._store.folders.hidden(), f'{FRESH_PREFIX}{os.urandom(8).hex()}'
-            try:
-                self.publish(home, named)
-            except OSError as error:
-                home.close()
-                if error.errno != errno.EXDEV:
-                    raise
-                home, named = folder.duplicate(), f'{HIDDEN}-{named}'
-                try:
-                    self.publish(home, named)
-                except BaseException:
-                    home.close()
-                    raise
-            self.home, self.name = home, named
-        self._close_before_rename(self.home)
-        os.replace(self.home.at(self.name), folder.at(name), src_dir_fd=self.home.fd,
-                   dst_dir_fd=folder.fd)
-        self.name = ''
-
-    def _close_before_rename(self, home: Folder) -> None:
-        """Close the file, since some file systems do not rename one that is open (FAT, SMB).  Without its
-        lock a server that starts takes it for abandoned, unless it has the name of one that has no lock
-        yet."""
-        fresh = self.name.replace(SCRATCH_PREFIX, FRESH_PREFIX)
-        if fresh != self.name:
-            os.rename(home.at(self.name), home.at(fresh), src_dir_fd=home.fd, dst_dir_fd=home.fd)
-            self.name = fresh
-        fd, self.fd = self.fd, -1
-        os.close(fd)
-
-    def _make_named(self, home: Folder, prefix: str) -> None:
-        """Create the file in the folder `home`, which it owns from then on.  It is renamed when it is
-        locked, so that a server that starts meanwhile does not take it for abandoned; where there are
-        no locks it keeps its first name."""
-        suffix = os.urandom(8).hex()
-        fresh, name = f'{prefix}{FRESH_PREFIX}{suffix}', f'{prefix}{SCRATCH_PREFIX}{suffix}'
-        try:
-            fd = home.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY)
-            try:
-                if lock_file(fd) is None:
-                    name = fresh
-                else:
-                    os.rename(home.at(fresh), home.at(name), src_dir_fd=home.fd, dst_dir_fd=home.fd)
-            except BaseException:
-                os.close(fd)
-                home.unlink(fresh)
-                raise
-        except BaseException:
-            home.close()
-            raise
-        self.fd, self.home, self.name = fd, home, name
-        try:
-            self._share()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-
-    def _share(self) -> None:
-        """Give the group its rights despite the umask."""
-        if self._store.shared and hasattr(os, 'fchmod'):
-            with contextlib.suppress(*_CHMOD_ERRORS):
-                os.fchmod(self.fd, self._store.file_mode)
-
-    def _move(self, home: Folder, folder: Folder) -> None:
-        """Copy the content into another folder, on another file system."""
-        import shutil
-        old_fd, old_name = self.fd, self.name
-        self._make_named(folder.duplicate(), f'{HIDDEN}-')
-        try:
-            with open(old_fd, 'rb', closefd=False) as source, \
-                    open(self.fd, 'wb', closefd=False) as copy:
-                source.seek(0)
-                shutil.copyfileobj(source, copy)
-        finally:
-            os.close(old_fd)
-            home.unlink(old_name)
-            home.close()
-        sync_file(self.fd)
-
-    def _rename(self, home: Folder, folder: Folder, name: str) -> None:
-        """Rename into place without overwriting, where there are no hard links."""
-        with _exclusive(folder):
-            try:
-                folder.stat(name)
-            except FileNotFoundError:
-                self._close_before_rename(home)
-                os.rename(home.at(self.name), folder.at(name), src_dir_fd=home.fd, dst_dir_fd=folder.fd)
-            else:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder.at(name))
-        self.name = ''
+        if not self.name:
+            scratch = f'{HIDDEN}-{FRESH_PREFIX}{os.urandom(8).hex()}'
+            self.publish(folder, scratch)
+            self.folder, self.name = folder, scratch
+        self.rename(folder, name)
 
 
 # The server's own files there: what --scrub has found, and of what the command of --on-event was told.
@@ -1871,21 +1884,15 @@ class HiddenFolder:
         self._mode = mode
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file in the hidden folder.  Where root runs the server, the file belongs to the owner
-        of the directory.  Raises OSError."""
-        scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
+        """Replace a file in the hidden folder; it is on the disk when this returns.  Where root runs the
+        server, the file belongs to the owner of the directory.  Raises OSError."""
         with self._folders.hidden() as folder:
-            fd = folder.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, self._mode)
-            with open(fd, 'w', encoding='utf-8') as file:
-                lock_file(fd)
-                if folder.fd is not None:
-                    owner = os.stat(self._folders.root or os.sep)
-                    if os.geteuid() == 0:
-                        os.fchown(folder.fd, owner.st_uid, owner.st_gid)
-                        os.fchown(fd, owner.st_uid, owner.st_gid)
-                    os.fchmod(fd, self._mode)
-                file.write(text)
-            os.replace(folder.at(scratch), folder.at(name), src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+            owner = None
+            if folder.fd is not None and os.geteuid() == 0:
+                status = os.stat(self._folders.root or os.sep)
+                owner = status.st_uid, status.st_gid
+                os.fchown(folder.fd, *owner)
+            write_durably(folder, name, [text.encode()], self._mode, owner=owner)
 
     def read(self, name: str) -> str:
         """The text of a file in the hidden folder.  Raises OSError."""
@@ -1918,12 +1925,7 @@ class HiddenFolder:
         """Remove the abandoned files in a folder whose names begin so."""
         with _scan(folder.path or os.sep, folder.fd) as entries:
             names = [entry.name for entry in entries if entry.name.startswith(prefixes)]
-        moment = now() if names else 0.0
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # another server removes them, too
-                if is_left_over(folder, name, moment):
-                    folder.unlink(name)
-                    log.info('removed %s/%s, left by an interrupted upload', folder.path, name)
+        remove_left_overs(folder, names, now)
 
 
 class Directory:
@@ -2288,8 +2290,7 @@ def try_file_system(store: Store, top: Folder) -> None:
         if store.nameless:
             store.nameless = _can_name(store, top, linked, renamed)
         with Scratch(store, top) as scratch:
-            where, name = (scratch.home, scratch.name) if scratch.home else (top, renamed)
-            if is_there_in_other_case(where, name):
+            if is_there_in_other_case(scratch.folder, scratch.name or renamed):
                 store.ignores_case = True
             os.write(scratch.fd, b'ok')
             if not sync_file(scratch.fd):
@@ -2310,7 +2311,7 @@ def _can_name(store: Store, top: Folder, linked: str, renamed: str) -> bool:
     try:
         with Scratch(store, top) as scratch:
             scratch.publish(top, linked)
-            os.rename(top.at(linked), top.at(renamed), src_dir_fd=top.fd, dst_dir_fd=top.fd)
+            top.rename(linked, top, renamed)
         top.stat(renamed)   # over SMB it is gone with its descriptor
         return True
     except OSError as error:
@@ -2328,21 +2329,6 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
         return False
 
 
-def is_left_over(folder: Folder, name: str, now: float) -> bool:
-    """Whether a scratch file was abandoned; `now` is by the file system's clock.  Raises
-    FileNotFoundError."""
-    free = None
-    if FRESH_PREFIX not in name and not name.startswith(PROBE_PREFIX):
-        with contextlib.suppress(OSError):
-            fd = folder.open(name, os.O_RDWR | _READ_FLAGS)
-            try:
-                free = lock_file(fd)
-            finally:
-                os.close(fd)
-    if free is None:
-        # Not the upload time, which is that of the object which an upload replaces.
-        return folder.stat(name).st_ctime < now - SCRATCH_SECONDS
-    return free
 
 
 # ==== Past =======================================================================================
@@ -2544,8 +2530,7 @@ class Past:
             marks = sorted(entry.name for entry in entries if _SINCE_NAME.fullmatch(entry.name))
             if marks and marks[-1] < f'{_SINCE}{moment}':
                 with contextlib.suppress(FileNotFoundError):    # another server moves it, too
-                    os.rename(folder.at(marks.pop()), folder.at(f'{_SINCE}{moment}'),
-                              src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+                    folder.rename(marks.pop(), folder, f'{_SINCE}{moment}')
                     for mark in marks:
                         folder.unlink(mark)
                 folder.sync()
@@ -2595,6 +2580,13 @@ class Past:
 
     def kept(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str], DeletedName]]:
         """The deleted objects of a repository, and the marks of those that came back.  Raises OSError."""
+        for folder, entry in self._entries(repository):
+            name = parse_deleted_name(entry.name)
+            if name:
+                yield folder, entry, name
+
+    def _entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
+        """All that is in the folders of deleted objects.  Raises OSError."""
         for kind in (*KINDS, 'config'):
             paths = [f'{repository}/{DELETED}/{kind}']
             if kind == 'data':
@@ -2604,15 +2596,17 @@ class Past:
             for path in paths:
                 with self._store.scan(path) as (folder, entries):
                     for entry in entries:
-                        name = parse_deleted_name(entry.name)
-                        if name:
-                            yield folder, entry, name
+                        yield folder, entry
 
     def purge(self, repository: str) -> Iterator[int]:
-        """Remove what has been kept long enough; yields the size of each object.  Raises OSError."""
+        """Remove what has been kept long enough, and what a crash has left half-written; yields the size of
+        each object.  Raises OSError."""
         limit = format_moment(int(max(self.now() - self._keep, 0)))
-        for folder, entry, name in self.kept(repository):
-            if (name.returned or name.deleted) < limit:
+        for folder, entry in self._entries(repository):
+            name = parse_deleted_name(entry.name)
+            if not name and entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX)):
+                remove_left_overs(folder, [entry.name], self._store.now)
+            elif name and (name.returned or name.deleted) < limit:
                 self._set_since(repository, limit)  # also for who does not know how long it was kept
                 with contextlib.suppress(FileNotFoundError):  # another server is purging, too
                     size = entry.stat(follow_symlinks=False).st_size
@@ -2631,34 +2625,12 @@ def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) ->
     """Rename a file into another folder; between file systems it is copied, with its time, and removed.
     Raises OSError."""
     try:
-        os.rename(source.at(name), target.at(new_name), src_dir_fd=source.fd, dst_dir_fd=target.fd)
-        return
+        source.rename(name, target, new_name)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-    scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
-    fd, status = open_plain(source, name)
-    try:
-        copy = target.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
-        try:
-            try:
-                lock_file(copy)
-                for part in iter(functools.partial(os.read, fd, COPY_BYTES), b''):
-                    while part:
-                        part = part[os.write(copy, part):]
-                os.utime(copy if os.utime in os.supports_fd else target.at(scratch),
-                         ns=(status.st_atime_ns, status.st_mtime_ns))
-                sync_file(copy)
-            finally:
-                os.close(copy)
-            os.rename(target.at(scratch), target.at(new_name), src_dir_fd=target.fd, dst_dir_fd=target.fd)
-        except BaseException:
-            target.unlink(scratch)
-            raise
-    finally:
-        os.close(fd)
-    target.sync()
-    source.unlink(name)
+        copy_durably(*open_plain(source, name), target, new_name, mode)
+        source.unlink(name)
 
 
 class View:
@@ -2859,22 +2831,11 @@ class RollBack:
 
     def _keep_present(self, target: Folder, name: str, deleted: Folder, now: int) -> None:
         """Keep a copy of what is about to be replaced: its name is there at every instant."""
-        scratch = f'{SCRATCH_PREFIX}{os.urandom(8).hex()}'
         try:
             fd, status = open_plain(target, name)
         except FileNotFoundError:
             return
-        with open(fd, 'rb') as file:
-            copy = deleted.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY,
-                                self._store.file_mode)
-            with open(copy, 'wb') as kept:
-                kept.write(file.read())
-                kept.flush()
-                os.utime(copy if os.utime in os.supports_fd else deleted.at(scratch),
-                         ns=(status.st_atime_ns, status.st_mtime_ns))
-                sync_file(copy)
-        os.rename(deleted.at(scratch), deleted.at(f'{name}.{format_moment(now)}'),
-                  src_dir_fd=deleted.fd, dst_dir_fd=deleted.fd)
+        copy_durably(fd, status, deleted, f'{name}.{format_moment(now)}', self._store.file_mode)
 
     def _sync(self) -> None:
         """Sync what was renamed, before anything that relies on it."""
@@ -4964,12 +4925,12 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
     """Set a user's entry in an htpasswd file, or remove it if `entry` is empty; whether the user existed.
     Other lines, owner, group and mode stay.  The file, or the target of a link, is replaced
     atomically.  Raises OSError."""
-    import tempfile
-    path, status = os.path.realpath(path), None
+    path, mode, owner = os.path.realpath(path), 0o600, None
     lines: List[bytes] = []
     with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
         lines = file.read().splitlines(keepends=True)
         status = os.fstat(file.fileno())
+        mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
     mine = [normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip()) == user
             for line in lines]
     new = f'{user}:{entry}\n'.encode() if entry else b''
@@ -4980,22 +4941,8 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
         if kept and not kept[-1].endswith(b'\n'):
             kept[-1] += b'\n'
         kept.append(new)
-    folder = os.path.dirname(os.path.abspath(path))
-    fd, scratch = tempfile.mkstemp(dir=folder, prefix='.htpasswd-')  # with mode 0600
-    try:
-        with open(fd, 'wb') as file:
-            file.write(b''.join(kept))
-            file.flush()
-            if status and hasattr(os, 'fchown'):
-                with contextlib.suppress(PermissionError):  # only root gives a file away
-                    os.fchown(fd, status.st_uid, status.st_gid)
-                os.fchmod(fd, stat.S_IMODE(status.st_mode))
-            sync_file(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
-    sync_directory(folder)
+    folder, name = os.path.split(path)
+    write_durably(Folder(folder), name, kept, mode, prefix='.htpasswd-', owner=owner)
     return any(mine)
 
 

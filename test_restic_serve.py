@@ -1070,30 +1070,6 @@ class StoreTest(TestCase):
         self.assertEqual(self.files(), [])
         self.assertLessEqual(descriptors(), before)
 
-    def test_a_copy_that_fails_closes_each_descriptor_once(self):
-        self.store.nameless = False
-        self.store.create_repository('/host')
-        full = OSError(errno.ENOSPC, 'full')
-        with mock.patch.object(os, 'link', side_effect=OSError(errno.EXDEV, 'elsewhere')), \
-                mock.patch.object(restic_serve.Scratch, '_make_named', autospec=True,
-                                  side_effect=self.fail_second_time(full)), \
-                self.assertRaises(OSError) as caught:
-            self.save(b'content')
-        self.assertEqual(caught.exception.errno, errno.ENOSPC)
-        self.assertEqual(self.files(), [])
-
-    @staticmethod
-    def fail_second_time(error):
-        real, calls = restic_serve.Scratch._make_named, []
-
-        def make_named(scratch, folder, prefix):
-            calls.append(folder)
-            if len(calls) > 1:
-                folder.close()
-                raise error
-            real(scratch, folder, prefix)
-        return make_named
-
     def test_another_config_is_refused_and_the_same_is_not(self):
         self.save(b'one', 'config')
         self.save(b'one', 'config')
@@ -1152,7 +1128,7 @@ class StoreTest(TestCase):
     def test_scratch_files_with_a_name_lie_in_the_hidden_folder(self):
         self.store.nameless = False
         with self.scratch() as scratch:
-            self.assertEqual(scratch.home.path, str(self.root / restic_serve.HIDDEN))
+            self.assertEqual(scratch.folder.path, str(self.root / restic_serve.HIDDEN))
             self.assertEqual(self.files(), [f'{restic_serve.HIDDEN}/{scratch.name}'])
         self.assertEqual(self.files(), [])
 
@@ -1162,23 +1138,10 @@ class StoreTest(TestCase):
         with mock.patch.object(restic_serve.Folder, 'device', autospec=True,
                                side_effect=lambda folder: 'host' in folder.path), \
                 self.scratch('/host/keys') as scratch:
-            self.assertEqual(scratch.home.path, str(self.root / 'host' / 'keys'))
+            self.assertEqual(scratch.folder.path, str(self.root / 'host' / 'keys'))
             self.assertEqual(self.names('keys'), {})
             self.assertEqual(self.files(self.root / 'host'), [f'keys/{scratch.name}'])
         self.assertEqual(self.files(), [])
-
-    def is_hidden(self, name, dir_fd):
-        """Whether a file lies in the hidden folder."""
-        hidden = self.root / restic_serve.HIDDEN
-        return hidden.is_dir() and os.path.samestat(os.stat(hidden), os.fstat(dir_fd)) \
-            if dir_fd is not None else f'{restic_serve.HIDDEN}/' in name
-
-    def test_a_file_system_on_which_every_link_crosses_devices(self):
-        self.store.nameless = False
-        with mock.patch.object(os, 'link', side_effect=OSError(errno.EXDEV, 'Invalid cross-device link')):
-            location = self.save(b'content')
-        self.assertEqual(self.path(location).read_bytes(), b'content')
-        self.assertEqual(len(self.files()), 1)
 
     def test_a_file_system_that_cannot_sync_folders(self):
         real = os.fsync
@@ -1205,19 +1168,12 @@ class StoreTest(TestCase):
         found = [walked.path for walked in self.store.walk(self.fail) if walked.is_repository]
         self.assertEqual(found, ['/host/copy'])
 
-    def test_a_bind_mount_is_crossed_by_a_copy(self):
-        real = os.link
-
-        def link(source, target, **more):
-            if self.is_hidden(source, more['src_dir_fd']):
-                raise OSError(errno.EXDEV, 'Invalid cross-device link')
-            real(source, target, **more)
-
+    def test_a_bind_mount_that_no_link_crosses_is_an_error_and_leaves_nothing(self):
         self.store.nameless = False
-        with mock.patch.object(os, 'link', link):
-            location = self.save(b'content')
-        self.assertEqual(self.path(location).read_bytes(), b'content')
-        self.assertEqual(len(self.files()), 1)
+        with mock.patch.object(os, 'link', side_effect=OSError(errno.EXDEV, 'made by a test')), \
+                self.assertRaises(OSError):
+            self.save(b'content')
+        self.assertEqual(self.files(), [])
 
     def test_a_file_system_without_o_tmpfile(self):
         real = os.open
@@ -1253,6 +1209,21 @@ class StoreTest(TestCase):
         with mock.patch.object(os, 'link', side_effect=OSError(errno.ENOENT, 'no /proc')):
             store = self.make_store()
         self.assertFalse(store.nameless)
+
+    def test_a_file_of_the_servers_own_is_on_the_disk_or_as_it_was_and_nothing_is_left(self):
+        hidden, real = self.root / restic_serve.HIDDEN, os.fsync
+        self.store.hidden.write('state', 'old')
+        for fails in (True, False):
+            def fsync(fd, fails=fails):
+                if stat.S_ISDIR(os.fstat(fd).st_mode) == fails:
+                    real(fd)
+                else:
+                    self.assertEqual((hidden / 'state').read_text(), 'old' if fails else 'new')
+                    raise OSError(errno.EIO, 'made by a test')
+
+            with mock.patch.object(os, 'fsync', fsync), self.assertRaises(OSError):
+                self.store.hidden.write('state', 'new')
+            self.assertEqual(self.files(hidden), ['state'])
 
     def test_what_a_crash_left_behind_is_removed_and_no_upload_under_way(self):
         hidden = self.root / restic_serve.HIDDEN
@@ -1392,7 +1363,7 @@ class StoreTest(TestCase):
         shutil.rmtree(self.root / 'host')
         self.test_a_file_system_without_hard_links()
         shutil.rmtree(self.root / 'host')
-        self.test_a_bind_mount_is_crossed_by_a_copy()
+        self.test_a_bind_mount_that_no_link_crosses_is_an_error_and_leaves_nothing()
         self.assertLessEqual(descriptors(), before)
 
     def test_a_directory_that_is_missing_is_made_and_said(self):
@@ -1499,9 +1470,10 @@ class FileSystemsTest(TestCase):
         location = Location('/host', 'keys', named(b'x'))
         target, replace = Path(path_of(store, location)), os.replace
 
-        def start_another_first(*args, **more):
-            store.hidden.remove_left_overs(store.now)
-            replace(*args, **more)
+        def start_another_first(source, target, **more):
+            if target.endswith(location.file):
+                store.hidden.remove_left_overs(store.now)
+            replace(source, target, **more)
 
         for store.nameless in NAMELESS:
             target.write_bytes(b'damaged')
@@ -1538,8 +1510,7 @@ class FileSystemsTest(TestCase):
                 return call(old, new, **more)
             return rename
 
-        with mock.patch.object(os, 'rename', check(os.rename)), \
-                mock.patch.object(os, 'replace', check(os.replace)):
+        with mock.patch.object(os, 'replace', check(os.replace)):
             for store.nameless in NAMELESS:
                 target.write_bytes(b'damaged')
                 store.save(location, Bytes(b'x'))
@@ -2612,17 +2583,28 @@ class PastTest(PastTestCase):
     def test_what_leads_to_another_file_system_is_copied(self):
         pack = self.upload(b'pack')
         uploaded = self.now - 1
-        real = os.rename
+        real = os.replace
 
         def rename(source, target, **more):
             if os.path.basename(source) == pack.name:
                 raise OSError(errno.EXDEV, 'made by a test')
             return real(source, target, **more)
 
-        with mock.patch.object(os, 'rename', rename):
+        with mock.patch.object(os, 'replace', rename):
             self.delete(pack)
         self.assertEqual(self.view(uploaded), {'data': [pack.name]})
         self.assertEqual(list(self.store.objects(Location('/host', 'data'), False)), [])
+
+    def test_what_a_crash_left_of_a_copy_is_removed_by_the_purge_unless_it_is_being_written(self):
+        self.delete(self.upload(b'pack'))
+        folder = next((self.root / 'host/.restic_serve/deleted/data').iterdir())
+        for name in ('upload-dead', 'upload-alive', 'new-young'):
+            (folder / name).touch()
+        with open(folder / 'upload-alive', 'rb') as alive:
+            restic_serve.lock_file(alive.fileno())
+            list(self.past.purge('/host'))
+            self.assertEqual(sorted(name for name in self.files(folder) if '-' in name),
+                             ['new-young', 'upload-alive'])
 
     def test_the_folders_are_on_the_disk_before_it_is_answered(self):
         pack, synced = self.upload(b'pack'), []
@@ -2637,7 +2619,7 @@ class PastTest(PastTestCase):
 class PastDeathTest(PastTestCase):
     """A process that dies at any step of a delete, a purge or a roll-back."""
 
-    CALLS = ('rename', 'unlink', 'mkdir', 'open', 'fsync', 'utime')
+    CALLS = ('replace', 'unlink', 'mkdir', 'open', 'fsync', 'utime')
 
     def die_at_each_step(self, prepare, act, check):
         """Have a process do something, and die before one call after the other; what `prepare` returns is
