@@ -1937,32 +1937,34 @@ class Directory:
         self._probe = probe
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
         import mmap
-        self._gone = mmap.mmap(-1, 1)   # whether it has, for all processes, so that one of them says so
+        self._was_gone = mmap.mmap(-1, 1)   # for all processes, so that one of them says so
         self._fault = ''
         self._next_probe = -math.inf
 
     def identify(self) -> None:
         """Remember which directory it is.  Raises OSError."""
-        self._identity = self._look()
-
-    def _look(self) -> Tuple[int, int]:
         status = os.stat(self._root or os.sep)
-        return status.st_dev, status.st_ino
+        self._identity = status.st_dev, status.st_ino
 
-    def check_present(self) -> None:
-        """Raises DirectoryGone if the directory is not the one that was there at the start: its disk was
-        unmounted, and what is missing is not missing, and what is stored would be lost."""
+    def is_gone(self) -> bool:
+        """Whether the directory is not the one that was there at the start: its disk was unmounted, and what
+        is missing is not missing, and what is stored would be lost."""
         try:
-            gone = self._identity not in (None, self._look())
+            status = os.stat(self._root or os.sep)
+            gone = self._identity not in (None, (status.st_dev, status.st_ino))
         except OSError:
             gone = True
-        if gone != bool(self._gone[0]):
-            self._gone[0] = gone
+        if gone != self._was_gone[0]:
+            self._was_gone[0] = gone
             if gone:
                 log.error('%s is gone (disk unmounted?); all requests fail until it is back', self._root)
             else:
                 log.log(NOTICE, '%s is back', self._root)
-        if gone:
+        return gone
+
+    def check_present(self) -> None:
+        """Raises DirectoryGone."""
+        if self.is_gone():
             raise DirectoryGone("the server's directory is gone")
 
     def check_writable(self) -> None:
@@ -1977,13 +1979,13 @@ class Directory:
         now = time.monotonic()
         if now >= self._next_probe:
             self._next_probe = now + LOOK_SECONDS
-            self._fault = 'the directory is gone'
-            with contextlib.suppress(DirectoryGone, OSError):
-                self.check_present()
-                self._fault = 'the directory is not writable'
-                if not self.read_only:
+            fault = 'the directory is gone' if self.is_gone() else ''
+            if not fault and not self.read_only:
+                try:
                     self._probe()
-                self._fault = ''
+                except OSError:
+                    fault = 'the directory is not writable'
+            self._fault = fault     # at once, since other threads answer with it
         return self._fault
 
 
@@ -5717,8 +5719,7 @@ class Events:
         self._cut = threading.Event()       # what is running is killed
         self._next_look = 0.0
         self._reported = ReportedEvents(store)
-        import mmap
-        self._is_gone = mmap.mmap(-1, 1)    # whether it was reported, for all processes
+        self._was_gone = False
         for kind in EVENTS if command else ('snapshot', 'deleted', 'refused'):
             counters.add(('event', kind), 0)
 
@@ -5913,13 +5914,9 @@ class Events:
 
     def _is_present(self) -> bool:
         """Whether the directory is there; reports when it goes, and when it is back."""
-        gone = False
-        try:
-            self._store.directory.check_present()
-        except DirectoryGone:
-            gone = True
-        if gone != bool(self._is_gone[0]):
-            self._is_gone[0] = gone
+        gone = self._store.directory.is_gone()
+        if gone != self._was_gone:
+            self._was_gone = gone
             self._run(Event('gone', None, '', f'{self._store.root} is gone (disk unmounted?)') if gone else
                       Event('back', None, '', f'{self._store.root} is back'))
         return not gone

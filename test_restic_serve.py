@@ -2962,6 +2962,22 @@ class DirectoryTest(TestCase):
                 self.api.finish(request, 503, 0)
             self.assertEqual(info.call_count, logged)
 
+    def test_who_asks_while_another_looks_hears_the_last_answer(self):
+        heard, directory = [], self.store.directory
+        outcomes = iter((None, OSError(errno.ENOSPC, 'made by a test'), None))
+
+        def probe():
+            heard.append(directory.find_fault())
+            error = next(outcomes)
+            if error:
+                raise error
+
+        with mock.patch.object(directory, '_probe', probe):
+            for _ in range(3):
+                directory._next_probe = -math.inf
+                heard.append(directory.find_fault())
+        self.assertEqual(heard, ['', '', '', *['the directory is not writable'] * 2, ''])
+
     def test_a_directory_may_have_to_exist(self):
         for must_exist in (True, False):
             store = Store(str(self.root / 'missing'))
