@@ -716,6 +716,8 @@ class Limits:
 
 COPY_BYTES = 512 * 1024           # Buffer for content.
 LISTED_AT_ONCE = 1024             # Names read from a directory at a time.
+LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
+KNOWN_AT_MOST = 4096              # Checks of the last second that are remembered.
 LINKS_AT_MOST = 40                # Symbolic links followed on the way to a folder, as in Linux.
 SCRATCH_PREFIX = 'upload-'        # Name of a scratch file that its writer has locked,
 FRESH_PREFIX = 'new-'             # and of one that nobody has locked.
@@ -792,6 +794,27 @@ class Busy(StorageError):
         self.retry_seconds = retry_seconds
 
 
+class Remembered:
+    """Answers to a question about paths, each of which holds for LOOK_SECONDS."""
+
+    __slots__ = ('_answers',)
+
+    def __init__(self) -> None:
+        self._answers: Dict[str, Tuple[float, Any]] = {}    # until when an answer holds, and the answer
+
+    def get(self, path: str, find: Callable[[str], T]) -> T:
+        """What find(path) says now, or said in the last LOOK_SECONDS."""
+        now = time.monotonic()
+        until, answer = self._answers.get(path, (0.0, None))
+        if now >= until:
+            answer = find(path)
+            if len(self._answers) >= KNOWN_AT_MOST:
+                self._answers.clear()
+            self._answers[path] = now + LOOK_SECONDS, answer
+        known: T = answer
+        return known
+
+
 class Folder:
     """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
     trusted or the system has no openat(2).  A context manager that closes the descriptor."""
@@ -819,7 +842,7 @@ class Folder:
         return f'{self.path}/{name}' if self.fd is None else name
 
     def open(self, name: str, flags: int, mode: int = 0o600) -> int:
-        return os.open(self.at(name), flags, mode, dir_fd=self.fd)
+        return os.open(f'{self.path}/{name}' if self.fd is None else name, flags, mode, dir_fd=self.fd)
 
     def stat(self, name: str) -> os.stat_result:
         """What lstat(2) says of an entry."""
@@ -845,8 +868,20 @@ class Folder:
         return os.stat(self.path if self.fd is None else self.fd).st_dev
 
     def sync(self) -> None:
-        """Flush the entries to the disk."""
-        sync_directory(self.path if self.fd is None else self.fd)
+        """Flush the entries to the disk, where the system can."""
+        if os.name == 'nt':
+            return
+        fd = self.fd
+        try:
+            if fd is None:
+                fd = os.open(self.path, os.O_RDONLY)
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in _UNSYNCED_FOLDERS:
+                raise
+        finally:
+            if fd is not None and self.fd is None:
+                os.close(fd)
 
 
 def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
@@ -1044,22 +1079,6 @@ def sync_file(fd: int) -> bool:
             raise
         return False
     return True
-
-
-def sync_directory(path: str | int) -> None:
-    """Flush a directory's entries to the disk, where the system can; by its path or descriptor."""
-    if os.name == 'nt':
-        return
-    fd = -1
-    try:
-        fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _UNSYNCED_FOLDERS:
-            raise
-    finally:
-        if fd >= 0 and not isinstance(path, int):
-            os.close(fd)
 
 
 def lock_file(fd: int) -> Optional[bool]:
@@ -1489,8 +1508,6 @@ HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
-LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
-KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL)     # EACCES on Android
@@ -1582,6 +1599,11 @@ def _shows_repository(entry: os.DirEntry[str]) -> bool:
     return entry.name == 'config' or entry.name in KINDS
 
 
+# How a folder is reached: the `folder` if it is trusted, so that it can be opened by its path, else None; and
+# whether a link is on the way to it.
+Way = collections.namedtuple('Way', ['folder', 'has_link'])
+
+
 class Folders:
     """The folders below the directory `root`.  Trusted ones are opened by path, others step by step; see
     the chapter's opening.  With `shared` new ones are accessible to the group: 0770 instead of 0700."""
@@ -1591,8 +1613,7 @@ class Folders:
         self._shared = shared
         self._mode = 0o770 if shared else 0o700
         self._root_fd: Optional[int] = None
-        # By path: until when the check holds, whether the folder is trusted, and whether it is behind a link.
-        self._known: Dict[str, Tuple[float, bool, bool]] = {}
+        self._ways = Remembered()
         self._has_proc = os.path.isdir('/proc/self/fd')     # shows the path of a descriptor
         self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
 
@@ -1600,12 +1621,14 @@ class Folders:
         """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be
         missing only when it is used.  Raises OSError; PermissionError for a repository behind a link
         that leads out of the directory."""
-        if self.is_trusted(path):
-            where = self.root + path or os.sep
-            if by_descriptor and not _HAS_DIR_FD:
-                os.stat(where)  # for what open(2) would say
-            return Folder(where, os.open(where, _FOLDER_FLAGS) if by_descriptor and _HAS_DIR_FD else None)
-        return Folder(self.root + path, self._descend(path))
+        folder = self.find_trusted(path)
+        if not folder:
+            return Folder(self.root + path, self._descend(path))
+        if by_descriptor and not _HAS_DIR_FD:
+            os.stat(folder.path)    # for what open(2) would say
+        elif by_descriptor:
+            return Folder(folder.path, os.open(folder.path, _FOLDER_FLAGS))
+        return folder
 
     def open_to_scan(self, path: str) -> Folder:
         """A folder below the root, opened for scanning; a missing one has no entries.  Raises OSError."""
@@ -1659,33 +1682,28 @@ class Folders:
             path = path.rpartition('/')[0]
         return missing
 
-    def is_trusted(self, path: str) -> bool:
-        """Whether a folder can be opened by its path.  Raises PermissionError for a repository behind a
-        link that leads out of the directory."""
-        return self._look(path, time.monotonic())[1]
+    def find_trusted(self, path: str) -> Optional[Folder]:
+        """A folder that can be opened by its path, else None.  It may be missing.  Raises PermissionError for
+        a repository behind a link that leads out of the directory."""
+        folder: Optional[Folder] = self._ways.get(path, self._look).folder
+        return folder
 
-    def _look(self, path: str, now: float) -> Tuple[float, bool, bool]:
-        """Check a folder, after its parent, unless that was done in the last second."""
-        known = self._known.get(path, (0.0, True, False))
-        if now < known[0]:
-            return known
-        above, _, name = path.rpartition('/')
+    def _look(self, path: str) -> Way:
+        """Check a folder, after its parent."""
         if not path:
-            ours, linked = not _HAS_DIR_FD or is_trusted(self.root or os.sep), False
+            trusted, has_link = not _HAS_DIR_FD or is_trusted(self.root or os.sep), False
         else:
-            _, ours, linked = self._look(above, now)
-            if _HAS_DIR_FD:
-                ours, is_link = (is_trusted_entry(self.root + above or os.sep, name) if ours
-                                 else (False, False))
-            else:
-                is_link = os.path.islink(self.root + path)
-            linked = linked or is_link
-        if ours and linked:
+            above, _, name = path.rpartition('/')
+            parent = self._ways.get(above, self._look)
+            trusted, has_link = not _HAS_DIR_FD, False
+            if not _HAS_DIR_FD:
+                has_link = os.path.islink(self.root + path)
+            elif parent.folder:
+                trusted, has_link = is_trusted_entry(self.root + above or os.sep, name)
+            has_link = has_link or parent.has_link
+        if trusted and has_link:
             self._check_links(path)
-        if len(self._known) >= KNOWN_FOLDERS:
-            self._known.clear()
-        self._known[path] = known = now + LOOK_SECONDS, ours, linked
-        return known
+        return Way(Folder(self.root + path or os.sep) if trusted else None, has_link)
 
     def _check_links(self, path: str) -> None:
         """Raises PermissionError for a repository outside the directory; the folders in a repository may be
@@ -1733,8 +1751,9 @@ class Folders:
             os.close(fd)
 
     def is_there(self, path: str) -> bool:
-        if self.is_trusted(path):
-            return os.path.isdir(self.root + path or os.sep)
+        folder = self.find_trusted(path)
+        if folder:
+            return os.path.isdir(folder.path)
         try:
             os.close(self._descend(path))
         except (FileNotFoundError, NotADirectoryError):
@@ -1790,86 +1809,74 @@ class Folders:
 
 
 class Scratch(ScratchFile):
-    """The content of an upload before it is published under its name in `folder`.
+    """The content of an upload before it is published under its name in the folder `target`, which has this
+    path below the root of a store.
 
     The file has no name where the system has O_TMPFILE, so that not even a crash leaves it behind;
-    elsewhere it has one in the hidden folder of DIR, or in `folder` if that is on another file system.
+    elsewhere it has one in the hidden folder of DIR, or in `target` if that is on another file system.
     """
 
-    def __init__(self, store: Store, folder: Folder) -> None:
-        self.folder, self.name, self.fd = folder, '', -1
-        self._hidden: Optional[Folder] = None
-        if store.nameless:
-            try:
-                self.fd = folder.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
-            except OSError as error:
-                # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                    raise
+    def __init__(self, store: Store, path: str) -> None:
+        self.target = self.folder = store.folders.open(path)
+        self.name, self.fd = '', -1
         try:
-            if self.fd < 0:
-                self._hidden = store.folders.hidden()
-                if self._hidden.device() == folder.device():
-                    super().__init__(self._hidden, store.file_mode)
-                else:
-                    super().__init__(folder, store.file_mode, f'{HIDDEN}-')
-            if store.shared and hasattr(os, 'fchmod'):      # despite the umask
-                with contextlib.suppress(*_CHMOD_ERRORS):
-                    os.fchmod(self.fd, store.file_mode)
+            self._create(store)
         except BaseException:
             self.close()
             raise
 
+    def _create(self, store: Store) -> None:
+        if store.nameless:
+            try:
+                self.fd = self.target.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
+            except OSError as error:
+                # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                    raise
+        if self.fd < 0:
+            self.folder = store.folders.hidden()
+            if self.folder.device() == self.target.device():
+                super().__init__(self.folder, store.file_mode)
+            else:
+                self.folder.close()
+                super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
+        if store.shared and hasattr(os, 'fchmod'):      # despite the umask
+            with contextlib.suppress(*_CHMOD_ERRORS):
+                os.fchmod(self.fd, store.file_mode)
+
     def close(self) -> None:
         super().close()
-        if self._hidden:
-            self._hidden.close()
+        if self.folder is not self.target:
+            self.folder.close()
+        if self.target.fd is not None:
+            self.target.close()
 
-    def receive(self, body: Body, hashed: bool) -> str:
-        """Write the whole body; its SHA-256 in hexadecimal if it is to be `hashed`, else empty."""
-        digest = hashlib.sha256()
-        length = body.piece if body.length is None else min(body.length, body.piece)
-        buffer = memoryview(bytearray(max(length, 1)))
-        while True:
-            count = body.readinto(buffer)
-            if not count:
-                return digest.hexdigest() if hashed else ''
-            part = buffer[:count]
-            if hashed:
-                digest.update(part)
-            while part:
-                part = part[os.write(self.fd, part):]
-
-    def digest(self) -> str:
-        """SHA-256 in hexadecimal of what was written."""
-        return _digest(self.fd)
-
-    def publish(self, folder: Folder, name: str) -> None:
+    def publish(self, name: str) -> None:
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
+        target = self.target
+        new_name = f'{target.path}/{name}' if target.fd is None else name
         if not self.name:
             # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
             # link(2) without one); the path is absolute, so which descriptor it is means nothing.
-            os.link(f'/proc/self/fd/{self.fd}', folder.at(name), src_dir_fd=self.fd,
-                    dst_dir_fd=folder.fd)
+            os.link(f'/proc/self/fd/{self.fd}', new_name, src_dir_fd=self.fd, dst_dir_fd=target.fd)
             return
         try:
-            os.link(self.folder.at(self.name), folder.at(name), src_dir_fd=self.folder.fd,
-                    dst_dir_fd=folder.fd)
+            os.link(self.folder.at(self.name), new_name, src_dir_fd=self.folder.fd, dst_dir_fd=target.fd)
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise
-            with _exclusive(folder):
-                if folder.has(name):
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder.at(name)) from None
-                self.rename(folder, name)
+            with _exclusive(target):
+                if target.has(name):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new_name) from None
+                self.rename(target, name)
 
-    def replace(self, folder: Folder, name: str) -> None:
+    def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
         if not self.name:
             scratch = f'{HIDDEN}-{FRESH_PREFIX}{os.urandom(8).hex()}'
-            self.publish(folder, scratch)
-            self.folder, self.name = folder, scratch
-        self.rename(folder, name)
+            self.publish(scratch)
+            self.name = scratch
+        self.rename(self.target, name)
 
 
 # The server's own files there: what --scrub has found, and of what the command of --on-event was told.
@@ -2016,13 +2023,12 @@ class Store:
                                         self.root)
             self.folders.make_root(self.root)
             log.log(NOTICE, 'created directory %s', self.root)
-        if not self.folders.is_trusted(''):
+        if not self.folders.find_trusted(''):
             self.folders.hold_root()
         self.directory.identify()
         if not self.directory.read_only:
             try:
-                with self.folders.open('') as top:
-                    try_file_system(self, top)
+                try_file_system(self)
             except OSError as error:
                 if error.errno != errno.EROFS:
                     raise
@@ -2051,13 +2057,17 @@ class Store:
 
     def _probe(self) -> None:
         """Write a file.  Raises OSError."""
-        with self.folders.open('') as top, Scratch(self, top) as scratch:
+        with Scratch(self, '') as scratch:
             os.write(scratch.fd, b'ok')
 
     def open(self, location: Location) -> FileSlice:
         """The whole content of an object.  Raises OSError."""
-        with self.folders.open(location.folder) as folder:
+        folder = self.folders.find_trusted(location.folder)
+        if folder:
             fd, status = open_plain(folder, location.file)
+        else:
+            with self.folders.open(location.folder) as folder:
+                fd, status = open_plain(folder, location.file)
         return FileSlice(fd, 0, status.st_size)
 
     def create_repository(self, repository: str) -> int:
@@ -2159,7 +2169,7 @@ class Store:
         """Seconds since the epoch by the clock of the file system, which may be another host's; by our
         own if no file can be created."""
         try:
-            with self.folders.open('') as top, Scratch(self, top) as scratch:
+            with Scratch(self, '') as scratch:
                 return os.fstat(scratch.fd).st_ctime
         except OSError:
             return time.time()
@@ -2184,15 +2194,13 @@ class Store:
         if location.kind == 'config':
             self.check_repository(location)
         try:
-            folder = self.folders.open(location.folder)
-            scratch = self._scratch_in(folder)
+            scratch = Scratch(self, location.folder)
         except FileNotFoundError:
             self.check_repository(location)
             made = self.folders.make(location.folder)
-            folder = self.folders.open(location.folder)
-            scratch = self._scratch_in(folder)
-        with folder, scratch:
-            digest = scratch.receive(body, self.verify)
+            scratch = Scratch(self, location.folder)
+        try:
+            digest = receive(body, scratch.fd, self.verify)
             if location.name and digest not in ('', location.name):
                 raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
             saved = Saved(1, 0, os.fstat(scratch.fd).st_size, made)
@@ -2201,17 +2209,19 @@ class Store:
             sync_file(scratch.fd)
             while True:
                 try:
-                    scratch.publish(folder, location.file)
+                    scratch.publish(location.file)
                     break
                 except FileExistsError:
-                    digest = digest or scratch.digest()
+                    digest = digest or _digest(scratch.fd)
                     if location.name and digest != location.name:
                         raise WrongContent(f'SHA-256 of the content is {digest}, not the name') from None
                     before = self.size(location) or 0
-                    if self._accept_existing(location, folder, digest, scratch):
+                    if self._accept_existing(location, digest, scratch):
                         saved = Saved(0, before, self.size(location) or 0, made)
                         break
-            folder.sync()
+            scratch.target.sync()
+        finally:
+            scratch.close()
         return saved
 
     def check_repository(self, location: Location) -> None:
@@ -2228,19 +2238,16 @@ class Store:
             return False
         if location.name and found != location.name:
             return False
-        length = body.piece if body.length is None else min(body.length, body.piece)
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(max(length, 1)))
-        for count in iter(lambda: body.readinto(buffer), 0):
-            digest.update(buffer[:count])
-        if digest.hexdigest() != found and location.name:
-            raise WrongContent(f'SHA-256 of the content is {digest.hexdigest()}, not the name')
-        if digest.hexdigest() != found:
+        digest = receive(body)
+        if digest != found and location.name:
+            raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
+        if digest != found:
             raise OtherConfig('a different config already exists')
         if self.size(location) is None:
             raise Busy('object was deleted during the upload', 1)
         return True
 
-    def _accept_existing(self, location: Location, folder: Folder, digest: str, scratch: Scratch) -> bool:
+    def _accept_existing(self, location: Location, digest: str, scratch: Scratch) -> bool:
         """Compare the object that exists with the upload in `scratch`, which replaces it if it is damaged;
         False if it has vanished.  Raises OtherConfig."""
         try:
@@ -2252,11 +2259,11 @@ class Store:
         if location.kind == 'config':
             raise OtherConfig('a different config already exists')
         with contextlib.suppress(OSError):  # it was uploaded then, for the past
-            status = folder.stat(location.file)
+            status = scratch.target.stat(location.file)
             os.utime(scratch.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
-        scratch.replace(folder, location.file)
+        scratch.replace(location.file)
         log.log(NOTICE, '%s was damaged (SHA-256 %s); replaced it with a verified upload',
-                f'{folder.path}/{location.file}', found)
+                f'{scratch.target.path}/{location.file}', found)
         return True
 
     def _stored_digest(self, location: Location) -> str:
@@ -2271,27 +2278,36 @@ class Store:
                 raise
             return 'unreadable'
 
-    def _scratch_in(self, folder: Folder) -> Scratch:
-        """A scratch file for an object in a folder; after an error the folder is closed."""
-        try:
-            return Scratch(self, folder)
-        except BaseException:
-            folder.close()
-            raise
+
+def receive(body: Body, fd: int = -1, hashed: bool = True) -> str:
+    """Read an upload to its end, and write it to a file, if there is one; its SHA-256 in hexadecimal if it is
+    to be `hashed`, else empty."""
+    digest = hashlib.sha256()
+    length = body.piece if body.length is None else min(body.length, body.piece)
+    buffer = memoryview(bytearray(max(length, 1)))
+    while True:
+        count = body.readinto(buffer)
+        if not count:
+            return digest.hexdigest() if hashed else ''
+        part = buffer[:count]
+        if hashed:
+            digest.update(part)
+        while part and fd >= 0:
+            part = part[os.write(fd, part):]
 
 
 def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def try_file_system(store: Store, top: Folder) -> None:
+def try_file_system(store: Store) -> None:
     """Find out what the file system of a store can do, with files of our own; where it is full, what needs
     none of them.  Raises OSError if none can be created."""
     linked, renamed = (f'{PROBE_PREFIX}{os.urandom(8).hex()}' for _ in range(2))
     try:
         if store.nameless:
-            store.nameless = _can_name(store, top, linked, renamed)
-        with Scratch(store, top) as scratch:
+            store.nameless = _can_name(store, linked, renamed)
+        with Scratch(store, '') as scratch:
             if is_there_in_other_case(scratch.folder, scratch.name or renamed):
                 store.ignores_case = True
             os.write(scratch.fd, b'ok')
@@ -2303,23 +2319,25 @@ def try_file_system(store: Store, top: Folder) -> None:
             raise
         log.warning('%s: disk full: %s', store.root or os.sep, error.strerror)
     finally:
-        for name in (linked, renamed):
-            with contextlib.suppress(OSError):
-                top.unlink(name)
+        with store.folders.open('') as top:
+            for name in (linked, renamed):
+                with contextlib.suppress(OSError):
+                    top.unlink(name)
 
 
-def _can_name(store: Store, top: Folder, linked: str, renamed: str) -> bool:
+def _can_name(store: Store, linked: str, renamed: str) -> bool:
     """Whether a nameless file can be linked, renamed and closed, and then is there."""
     try:
-        with Scratch(store, top) as scratch:
-            scratch.publish(top, linked)
-            top.rename(linked, top, renamed)
-        top.stat(renamed)   # over SMB it is gone with its descriptor
+        with store.folders.open('') as top:
+            with Scratch(store, '') as scratch:
+                scratch.publish(linked)
+                top.rename(linked, top, renamed)
+            top.stat(renamed)   # over SMB it is gone with its descriptor
         return True
     except OSError as error:
         if error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
-        log.debug('no nameless files in %s: %s', top.path, error)
+        log.debug('no nameless files in %s: %s', store.root or os.sep, error)
         return False
 
 
@@ -2440,8 +2458,7 @@ class Past:
         self.keeps = keep_seconds > 0
         self._store = store
         self._keep = keep_seconds * 1e6
-        self._without_past: Dict[str, float] = {}   # until when that is taken for granted
-        self._begun: Dict[str, float] = {}          # likewise, of those with one
+        self._begun, self._has_past = Remembered(), Remembered()
         self._clock = clock
 
     def now(self) -> int:
@@ -2455,10 +2472,10 @@ class Past:
         if location.kind == 'locks':
             return self._store.delete(location)
         if not self.keeps:
-            self._end_known(location.repository)
+            self._end(location.repository)
             size = self._store.delete(location)
             if size is not None:
-                self._end_known(location.repository)
+                self._end(location.repository)
             return size
         try:
             source = self._store.folders.open(location.folder)
@@ -2475,7 +2492,7 @@ class Past:
                 return None
             if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, 'not a regular file', source.at(location.file))
-            self._begin_known(location.repository)
+            self._begun.get(location.repository, self.begin)
             moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
             name = f'{location.file}.{format_moment(moment)}'
             with self._open_or_make(deleted_folder(location)) as target:
@@ -2506,25 +2523,10 @@ class Past:
                                          os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
                 folder.sync()
 
-    def _begin_known(self, repository: str) -> None:
-        """Do what begin() says, once in a while."""
-        now = time.monotonic()
-        if now >= self._begun.get(repository, 0.0):
-            self.begin(repository)
-            if len(self._begun) >= KNOWN_FOLDERS:
-                self._begun.clear()
-            self._begun[repository] = now + LOOK_SECONDS
-
-    def _end_known(self, repository: str) -> None:
-        """An object was deleted and is not kept.  Repositories without a past are remembered a while."""
-        now = time.monotonic()
-        if now >= self._without_past.get(repository, 0.0):
-            if self._since(repository) is not None:
-                self._set_since(repository, format_moment(self.now()))
-                return
-            if len(self._without_past) >= KNOWN_FOLDERS:
-                self._without_past.clear()
-            self._without_past[repository] = now + LOOK_SECONDS
+    def _end(self, repository: str) -> None:
+        """An object was deleted and is not kept."""
+        if self._has_past.get(repository, lambda path: self._since(path) is not None):
+            self._set_since(repository, format_moment(self.now()))
 
     def _set_since(self, repository: str, moment: str) -> None:
         """Nothing before a moment is known any more."""

@@ -947,7 +947,7 @@ class StoreTest(TestCase):
 
     def scratch(self, folder=''):
         """A scratch file for a folder below the root."""
-        return restic_serve.Scratch(self.store, self.store.folders.open(folder))
+        return restic_serve.Scratch(self.store, folder)
 
     def names(self, kind, sizes=True):
         return {name: size for names, lengths in self.store.objects(Location('/host', kind), sizes)
@@ -1604,7 +1604,7 @@ class ByDescriptorTest(StoreTest):
 
     def make_store(self, **options):
         store = Store(str(self.root), **options)
-        store.folders.is_trusted = lambda path: False
+        store.folders.find_trusted = lambda path: None
         store.prepare()
         return store
 
@@ -2025,7 +2025,7 @@ class FoldersOfOthersTest(TestCase):
         (self.secret / 'upload-x').touch()
         for path in (self.root, *self.root.rglob('*')):
             os.chown(path, self.OTHER, self.OTHER)
-        self.store.folders._known.clear()
+        self.store.folders._ways = restic_serve.Remembered()
 
     def link(self, path, target, owner=OTHER):
         """What the user does, at any moment."""
@@ -2042,7 +2042,7 @@ class FoldersOfOthersTest(TestCase):
 
     def test_what_is_the_users_is_served(self):
         self.assertEqual(self.read(self.location), self.content)
-        self.assertFalse(self.store.folders.is_trusted('/host/keys'))
+        self.assertIsNone(self.store.folders.find_trusted('/host/keys'))
 
     def test_a_link_that_comes_within_the_second_leads_nowhere(self):
         for path, target in ((self.root / 'host', self.secret), (self.root / 'host' / 'keys',

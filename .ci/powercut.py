@@ -555,7 +555,7 @@ class Work:
             damaged.flush()
             os.utime(damaged.fileno(), ns=(was, was))
             os.fsync(damaged.fileno())
-        rs.sync_directory(str(file.parent))
+        rs.Folder(str(file.parent)).sync()
         event.end = self.history.instant()
         return was
 
@@ -766,8 +766,8 @@ class Trial:
         with recorded_disk(self._folder) as disk, \
                 mounted(disk, self._kind, FILE_SYSTEMS[self._kind].live, where):
             root.mkdir()
-            rs.sync_directory(str(root))
-            rs.sync_directory(str(where))
+            rs.Folder(str(root)).sync()
+            rs.Folder(str(where)).sync()
             with served(self._name, root, options.python, self._mutant, self._folder / 'log') as port:
                 work = Work(self.history, root, port, options.seed, options.uploads, self._name == OURS)
                 try:
