@@ -2862,15 +2862,12 @@ def _text_of_counts(counts: Dict[str, List[int]]) -> str:
 # Statistics in memory that all processes of the server share.
 #
 # Theory of operation.  Each process writes to a slot of its own and reads all slots, so that no process
-# waits for another; within a process, `lock` guards them.  A slot is a header (a generation, the words in
-# use, the epoch of its last cleaning) and rows; a row is its width, the length of its key in bytes, its
-# numbers and its key.  Rows are only appended.
+# waits for another; within a process, `lock` guards them.  A slot is the number of its words in use and
+# rows; a row is its width, the length of its key in bytes, its numbers and its key.  Rows are only
+# appended, and stay as long as the server runs, also those of a repository that was deleted.
 #
 # Rows of repositories are bounded: those below one top-level folder may use a part of a slot, and what
-# does not fit is counted under OTHER.  They are freed when their repository is deleted: bury() starts an
-# epoch, in which readers ignore those rows, and each process drops them from its slot at its next write.
-# It rewrites the slot then; the generation is odd meanwhile and another one afterwards, by which readers
-# know that they have to read again.
+# does not fit is counted under OTHER.
 
 # Address space for a slot, of which memory is used as rows are added: 80,000 repositories, or
 # 20,000 where addresses have 32 bits.
@@ -2882,13 +2879,11 @@ CONNECTIONS = ('connections',)  # Row: connections admitted, connections served.
 REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
 ADDRESSES = ('addresses',)      # Row: connections by the hash of their address.
 ADDRESS_BUCKETS = 4096
-READ_TRIES = 200                # Attempts to read a slot that is being rewritten, 5 ms apart.
 # Gauges: zeroed when their process dies.
 _GAUGES = ('connections', 'addresses', 'reserved')
 # Position of the repository in the keys of rows that belong to one.
 _OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
 _OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # kinds of rows of a quota's scope
-_GENERATION, _USED, _CLEANED, _HEADER = range(4)
 
 
 def shared_memory(length: int) -> memoryview:
@@ -2906,49 +2901,45 @@ def shared_memory(length: int) -> memoryview:
 
 class Counters:
     """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
-    a row half updated."""
+    a row half updated.
+
+    `rows` are those of this process, which may change their numbers with `lock`.  They last as long as the
+    process, until join() replaces `rows` in one that was forked: what keeps rows looks them up there."""
 
     def __init__(self, slots: int = 1) -> None:
         size = SLOT_BYTES
         while True:
             try:
-                self._words = shared_memory(slots * size)
+                words = shared_memory(slots * size)
                 break
             except OSError as error:    # a system that promises no more than it has (vm.overcommit_memory)
                 if size <= 4 << 20:
                     raise OSError(error.errno, f'{error.strerror} for the counters of {slots} processes'
                                   ) from None
                 size //= 2
-        self._size = size // 8
-        self._epoch = slots * self._size        # index of the word that holds the epoch
-        # Of each slot at the last look: its rows by kind, how far it was read, its generation.
-        self._rows: List[Dict[str, Dict[Key, memoryview]]] = [{} for _ in range(slots)]
-        self._looked = [_HEADER for _ in range(slots)]
-        self._seen = [0 for _ in range(slots)]
-        self._full = False
+        size //= 8
+        self._slots = [words[slot * size:(slot + 1) * size] for slot in range(slots)]
+        self._looked = [1] * slots      # how far each slot was read
+        self._by_kind: Dict[str, Dict[Key, List[memoryview]]] = {}     # what was read, of all slots
+        self._is_full = False
         self.join(0)
 
     def join(self, slot: int) -> None:
         """Write to `slot` from now on, and continue with the rows that are there."""
-        self._own = slot
+        self._own = self._slots[slot]
         self.lock = threading.Lock()
+        self.rows: Dict[Key, memoryview] = {}
         self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
         self.clear(slot)
-        for rows in self._rows[slot].values():
-            for key, row in rows.items():
-                self._take(key, len(row))
+        for key, row, words in _rows_of(self._own):
+            self.rows[key] = row
+            self._take(_folder_of(key), words)
 
     def clear(self, slot: int) -> None:
         """Zero the gauges in the slot of a process that has died."""
-        begin = slot * self._size
-        with self.lock:
-            if self._words[begin + _GENERATION] & 1:  # it died while it rewrote the slot
-                self._words[begin + _USED] = 0
-                self._words[begin + _GENERATION] += 1
-            self._look(slot)
-            for kind in _GAUGES:
-                for row in self._rows[slot].get(kind, {}).values():
-                    row[:] = memoryview(bytearray(8 * len(row))).cast('q')
+        for key, row, _ in _rows_of(self._slots[slot]):
+            if key[0] in _GAUGES:
+                row[:] = memoryview(bytes(row.nbytes)).cast('q')
 
     # ---- writing ----
 
@@ -2958,106 +2949,51 @@ class Counters:
             row = self.row(key, len(amounts))
             for position, amount in enumerate(amounts):
                 row[position] += amount
-            return self.has_row(key)
+            return key in self.rows
 
     def put(self, key: Key, *values: int) -> bool:
         """Set the numbers of this process's row; False if there is no room for one."""
         with self.lock:
             row = self.row(key, len(values))
-            if self.has_row(key):
+            if key in self.rows:
                 row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
-            return self.has_row(key)
-
-    def has_row(self, key: Key) -> bool:
-        """Whether this process has a row of its own under a key; with `lock`."""
-        return key in self._rows[self._own].get(key[0], {})
+            return key in self.rows
 
     def row(self, key: Key, width: int) -> memoryview:
         """The numbers of this process's row, which is added if it is missing; where there is no room that
         of OTHER, or a dummy.  With `lock`."""
-        if self._words[self._own * self._size + _CLEANED] != self._words[self._epoch]:
-            self._clean()
-        row = self._rows[self._own].get(key[0], {}).get(key)
+        row = self.rows.get(key)
         return row if row is not None else self._new_row(key, width)
 
-    def bury(self, repositories: List[str]) -> None:
-        """Drop the rows of deleted repositories, in all processes.  Only the process that runs the census
-        calls it."""
-        with self.lock:
-            for slot in range(len(self._rows)):
-                self._look(slot)
-            cleaned = min(self._words[slot * self._size + _CLEANED] for slot, rows in enumerate(self._rows)
-                          if any(rows.get(kind) for kind in _OF_REPOSITORIES)
-                          or slot == self._own)
-            done = [key for key, row in self._rows[self._own].get('gone', {}).items() if row[0] <= cleaned]
-            for repository in repositories:
-                self.row(('gone', repository), 1)[0] = self._words[self._epoch] + 1
-            if repositories or done:
-                self._words[self._epoch] += 1
-                self._clean(done)
-
     def _new_row(self, key: Key, width: int) -> memoryview:
-        begin, text = self._own * self._size, '\0'.join(key).encode('utf-8', 'surrogateescape')
-        at = begin + _HEADER + self._words[begin + _USED]
-        end = at + 2 + width + -(-len(text) // 8)
-        if not self._has_room(key, end - at, end - begin):
-            if not self._full:
-                self._full = True
+        slot, folder, text = self._own, _folder_of(key), '\0'.join(key).encode('utf-8', 'surrogateescape')
+        words = memoryview(struct.pack('2q', width, len(text)) + bytes(8 * width)
+                           + text + bytes(-len(text) % 8)).cast('q')
+        begin, end = 1 + slot[0], 1 + slot[0] + len(words)
+        limit = len(slot) - (SPARE_BYTES // 8 if folder else 0)
+        if end > limit or (folder and self._taken.get(folder, 0) + len(words) > limit // FOLDER_PART):
+            if not self._is_full:
+                self._is_full = True
                 log.warning('too many repositories to count each one; the rest is counted as "%s"', OTHER)
             position = _OF_REPOSITORIES.get(key[0], 0)
             if position and key[position] != OTHER:
                 return self.row((*key[:1], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
             return memoryview(bytearray(8 * width)).cast('q')
-        self._words[at], self._words[at + 1] = width, len(text)
-        self._words[at + 2:at + 2 + width] = memoryview(bytes(8 * width)).cast('q')
-        self._words.cast('B')[8 * (at + 2 + width):8 * (at + 2 + width) + len(text)] = text
-        self._words[begin + _USED] = end - begin - _HEADER
-        self._take(key, width)
-        row = self._words[at + 2:at + 2 + width]
-        self._rows[self._own].setdefault(key[0], {})[key] = row
+        slot[begin:end] = words
+        slot[0] += len(words)   # from now on, other processes see it
+        self._take(folder, len(words))
+        self.rows[key] = row = slot[begin + 2:begin + 2 + width]
         return row
 
-    def _has_room(self, key: Key, words: int, end: int) -> bool:
-        folder = _folder_of(key)
-        if not folder:
-            return end <= self._size
-        limit = self._size - SPARE_BYTES // 8
-        return end <= limit and self._taken.get(folder, 0) + words <= limit // FOLDER_PART
-
-    def _take(self, key: Key, width: int) -> None:
-        top = _folder_of(key)
-        if top:
-            words = 2 + width + -(-len('\0'.join(key).encode('utf-8', 'surrogateescape')) // 8)
-            self._taken[top] = self._taken.get(top, 0) + words
-
-    def _clean(self, done: Iterable[Key] = ()) -> None:
-        """Rewrite this process's slot without the rows of deleted repositories and without those in `done`,
-        which every process has read."""
-        begin, done = self._own * self._size, set(done)
-        for slot in range(len(self._rows)):
-            self._look(slot)
-        rows = [(key, row.tolist()) for rows in self._rows[self._own].values() for key, row in rows.items()
-                if key not in done and self._counts(self._own, key)]
-        rows.sort(key=lambda item: item[0][0] not in _OF_REPOSITORIES)  # bounded ones first
-        self._words[begin + _GENERATION] += 1
-        self._words[begin + _USED] = 0
-        self._words[begin + _CLEANED] = self._words[self._epoch]
-        self._rows[self._own], self._taken, self._full = {}, {}, False
-        for key, values in rows:
-            row = self._new_row(key, len(values))
-            row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
-        self._words[begin + _GENERATION] += 1
-        self._seen[self._own] = self._words[begin + _GENERATION]
-        self._looked[self._own] = _HEADER + self._words[begin + _USED]
+    def _take(self, folder: str, words: int) -> None:
+        self._taken[folder] = self._taken.get(folder, 0) + words
 
     # ---- reading ----
 
     def read(self, key: Key) -> List[List[int]]:
         """The rows under a key, one for each process that has one."""
-        found: List[List[int]] = self._reading(lambda: [
-            rows[key[0]][key].tolist() for slot, rows in enumerate(self._rows)
-            if key in rows.get(key[0], {}) and self._counts(slot, key)])
-        return found
+        with self.lock:
+            return [row.tolist() for row in self._find(key[0]).get(key, ())]
 
     def total(self, key: Key, width: int) -> List[int]:
         """The first `width` numbers under a key, summed over all processes."""
@@ -3065,65 +3001,38 @@ class Counters:
 
     def sum_at(self, key: Key, position: int) -> int:
         """One number of the rows under a key, summed over all processes."""
-        found: int = self._reading(lambda: sum(rows[key[0]][key][position] for rows in self._rows
-                                               if key in rows.get(key[0], {})))
-        return found
+        with self.lock:
+            return sum(row[position] for row in self._find(key[0]).get(key, ()))
 
     def keys(self, kind: str) -> Set[Key]:
         """The keys of all rows that begin with `kind`."""
-        found: Set[Key] = self._reading(lambda: {
-            key for slot, rows in enumerate(self._rows) for key in rows.get(kind, {})
-            if self._counts(slot, key)})
-        return found
+        with self.lock:
+            return set(self._find(kind))
 
-    def find(self, kind: str, merge: Callable[[int, int], int] = operator.add
-             ) -> Dict[Key, List[int]]:
-        """All rows whose keys begin with `kind`; those of several processes are merged number by number."""
-        found: Dict[Key, List[int]] = {}
-        for key, values in self._reading(lambda: [
-                (one, row.tolist()) for slot, rows in enumerate(self._rows)
-                for one, row in rows.get(kind, {}).items() if self._counts(slot, one)]):
-            found[key] = list(map(merge, found[key], values)) if key in found else values
-        return found
+    def find(self, kind: str) -> Dict[Key, List[int]]:
+        """All rows whose keys begin with `kind`, summed over all processes."""
+        with self.lock:
+            return {key: [sum(numbers) for numbers in zip(*rows)] for key, rows in self._find(kind).items()}
 
-    def _reading(self, read: Callable[[], Any]) -> Any:
-        """The result of a function that reads rows, called again if a slot was rewritten meanwhile."""
-        for _ in range(READ_TRIES):
-            with self.lock:
-                if all(self._look(slot) for slot in range(len(self._rows))):
-                    result = read()
-                    if all(self._words[slot * self._size + _GENERATION] == seen
-                           for slot, seen in enumerate(self._seen)):
-                        return result
-            time.sleep(0.005)
-        return read()  # the process died while it rewrote its slot; its successor repairs it
+    def _find(self, kind: str) -> Dict[Key, List[memoryview]]:
+        """The rows whose keys begin with `kind`, with those that were added since the last look."""
+        for number, slot in enumerate(self._slots):
+            if self._looked[number] <= slot[0]:
+                for key, row, words in _rows_of(slot, self._looked[number]):
+                    self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
+                    self._looked[number] += words
+        return self._by_kind.get(kind, {})
 
-    def _counts(self, slot: int, key: Key) -> bool:
-        """Whether a row belongs to no repository that was deleted since the slot was last cleaned."""
-        position = _OF_REPOSITORIES.get(key[0], 0)
-        if not position or not self._words[self._epoch]:
-            return True
-        gone, cleaned = ('gone', key[position]), self._words[slot * self._size + _CLEANED]
-        return all(rows['gone'][gone][0] <= cleaned for rows in self._rows if gone in rows.get('gone', {}))
 
-    def _look(self, slot: int) -> bool:
-        """Find the rows added since the last look; False if the slot is being rewritten."""
-        words, begin = self._words, slot * self._size
-        generation = words[begin + _GENERATION]
-        if generation & 1:
-            return False
-        if generation != self._seen[slot]:
-            self._rows[slot], self._looked[slot], self._seen[slot] = {}, _HEADER, generation
-        at, end = begin + self._looked[slot], begin + _HEADER + words[begin + _USED]
-        while at < end:
-            width, length = words[at:at + 2].tolist()
-            row, at = words[at + 2:at + 2 + width], at + 2 + width
-            text = bytes(words.cast('B')[8 * at:8 * at + length])
-            key = tuple(text.decode('utf-8', 'surrogateescape').split('\0'))
-            self._rows[slot].setdefault(key[0], {})[key] = row
-            at += -(-length // 8)
-        self._looked[slot] = at - begin
-        return True
+def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, int]]:
+    """The rows of a slot from a word on: the key, the numbers, and the words that they take."""
+    end = 1 + slot[0]
+    while at < end:
+        width, length = slot[at:at + 2].tolist()
+        words = 2 + width + -(-length // 8)
+        text = slot[at + 2 + width:at + words].tobytes()[:length].decode('utf-8', 'surrogateescape')
+        yield tuple(text.split('\0')), slot[at + 2:at + 2 + width], words
+        at += words
 
 
 def _folder_of(key: Key) -> str:
@@ -3584,8 +3493,9 @@ class Scrub:
 #
 # `added`, `removed` and `delta` count from the start of the server.  A census that finds `held` bytes sets
 # base = held - added + removed, as they were when it began to count the repository; what is added while
-# it counts is later than its clock and left to `added`.  The census sums up the bases of a scope to its
-# baseline; `other` is what the delta has of repositories without rows of their own, or deleted ones.
+# it counts is later than its clock and left to `added`.  The rows of a repository that was deleted remain,
+# and add up to 0.  The census sums up the bases of a scope to its baseline; `other` is what the delta has
+# of repositories without rows of their own.
 #
 # Where limits may change (--rights), all places of up to QUOTA_DEPTH names have rows, so that a new limit is
 # in force at once.
@@ -3746,34 +3656,23 @@ class Census:
                 tally.add(found.path, FOLDER_BYTES, 0)
         self._store.directory.check_present()
         self.unreadable = unreadable
-        gone = []   # type: List[str]
         for repository in known:
             if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
                 rows = self._counters.read(('base', repository))
                 base = _unpack(rows[0] if rows else None)._replace(unreadable=1)
                 self._counters.put(('base', repository), *_pack(base))
                 tally.add(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
-            else:
-                gone.append(repository)
-                self._forget(repository)
-        self._counters.bury(gone)
+            else:   # deleted: its rows say from now on that it holds nothing
+                self._set_base(repository, _unpack(None), tally)
         for scope, (charged, locks) in tally.held.items():
             other = self._counters.total(('other', scope), 2)
             self._counters.put(('baseline', scope), charged - other[0], locks - other[1])
         added, removed = (self._counters.total((kind, OTHER), len(_NOTHING)) for kind in ('added', 'removed'))
         held = [count - more + less for count, more, less in zip(tally.other.held, added, removed)]
-        if any(held):
+        if any(held) or self._counters.read(('base', OTHER)):
             self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
         self._counters.put(('counted',), int(time.monotonic() * 1e9))
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
-
-    def _forget(self, repository: str) -> None:
-        """A repository was deleted and its rows will be dropped: move what `delta` has of it to `other`."""
-        added, removed = (self._counters.total((kind, repository), len(_NOTHING))
-                          for kind in ('added', 'removed'))
-        charged, locks = (added[at] - removed[at] for at in (_CHARGED, _OBJECTS + KINDS.index('locks')))
-        for scope in self._scopes(repository):
-            self._counters.add(('other', scope), charged, locks)
 
     def _count_all(self) -> None:
         try:
@@ -4109,7 +4008,7 @@ class Usage:
                 row[column] += amount
             sign = 1 if direction == 'added' else -1
             charge, locks = sign * amounts[_CHARGED], sign * amounts.get(_OBJECTS + KINDS.index('locks'), 0)
-            kinds = ('delta',) if counters.has_row((direction, repository)) else ('delta', 'other')
+            kinds = ('delta',) if (direction, repository) in counters.rows else ('delta', 'other')
             for kind, scope in itertools.product(kinds, self.scopes(repository)):
                 row = counters.row((kind, scope), 2)
                 row[0] += charge
@@ -4123,8 +4022,10 @@ class Usage:
         with self._showing:
             self._forget_shown()
             if not self._names and self.census.wait(0):
-                self._names = sorted({key[1] for kind in ('base', 'added')
-                                      for key in self._counters.keys(kind)})
+                names = {name for _, name in self._counters.keys('base')}
+                if OTHER not in names:  # else it has those without a base
+                    names.update(name for _, name in self._counters.keys('added'))
+                self._names = sorted(names)
             if not below:
                 return list(self._names)
             begin = bisect.bisect_left(self._names, below)
