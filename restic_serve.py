@@ -737,6 +737,22 @@ _UNSYNCED_FILES = (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP)
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
+class StorageError(Exception):
+    """What files and folders cannot do for a client; the text is one line that says why."""
+
+
+class QuotaExceeded(StorageError):
+    """A quota leaves no room."""
+
+
+class Busy(StorageError):
+    """What may succeed when it is tried again, after `retry_seconds`."""
+
+    def __init__(self, reason: str, retry_seconds: int) -> None:
+        super().__init__(reason)
+        self.retry_seconds = retry_seconds
+
+
 class Folder:
     """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
     trusted or the system has no openat(2).  A context manager that closes the descriptor."""
@@ -2183,7 +2199,7 @@ class Store:
         if digest.hexdigest() != found:
             raise HttpError(403, 'a different config already exists')
         if self.size(location) is None:
-            raise HttpError(503, 'object was deleted during the upload', [('Retry-After', '1')])
+            raise Busy('object was deleted during the upload', 1)
         return True
 
     def _accept_existing(self, location: Location, folder: Folder, digest: str, scratch: Scratch) -> bool:
@@ -3515,6 +3531,7 @@ WARNING_SECONDS = 10         # Time between two warnings about a full quota.
 MASS_DELETE_SECONDS = 60     # Time in which the deletion of most snapshots is worth a warning.
 MASS_DELETE_PAUSE = 3600     # Time between two such warnings about a repository.
 READY_SECONDS = 20           # Longest wait of an upload for the first census.
+RETRY_SECONDS = 10           # After which a client may try again what had to wait for too long.
 SHOWN_SECONDS = 1.0          # Time for which computed holdings are used again.
 BLOCK_BYTES = 4096           # Unit of charge for an object.
 FOLDER_BYTES = 4096          # Charge for a folder.
@@ -3827,8 +3844,8 @@ class Usage:
     # ---- what passes through ----
 
     def save(self, location: Location, body: Body) -> Tuple[int, int]:
-        """Store an object as Store.save() does; the objects and bytes added.  Raises HttpError 507 where a
-        quota leaves no room, before the content is read if its length is known."""
+        """Store an object as Store.save() does; the objects and bytes added.  Raises QuotaExceeded, before
+        the content is read if its length is known, and Busy."""
         limited = self.limited(location.repository)
         if limited:     # before the place takes a row of the counters
             self._store.check_repository(location)
@@ -3845,7 +3862,7 @@ class Usage:
         return saved.objects, saved.after - saved.before
 
     def create(self, location: Location) -> None:
-        """Create a repository as Store.create_repository() does.  Raises HttpError 507 as save() does."""
+        """Create a repository as Store.create_repository() does.  Raises as save() does."""
         missing, repository = 0, location.repository
         if self.limited(repository):
             missing = self._store.folders.missing(repository)
@@ -3944,7 +3961,7 @@ class Usage:
         return baseline + delta, reserved, self.limits.limit(scope)
 
     def refuse(self, location: Location, count: int) -> NoReturn:
-        """Raises HttpError 507 for an upload of `count` bytes; logged once in WARNING_SECONDS."""
+        """Raises QuotaExceeded for an upload of `count` bytes; logged once in WARNING_SECONDS."""
         now = time.monotonic()
         quotas = {scope: self.quota(scope) for scope in self.limited(location.repository)}
         if now >= self._next_warning:
@@ -3955,7 +3972,7 @@ class Usage:
                         location.repository or '/', held, self._text_of_kept(location.repository))
         full = next((f' of /{scope}' for scope, (held, _, limit) in quotas.items()
                      if scope and held + count > limit), '')
-        raise HttpError(507, f'quota{full} exceeded')
+        raise QuotaExceeded(f'quota{full} exceeded')
 
     def _text_of_kept(self, repository: str) -> str:
         """How much of what a repository's quota scope holds was deleted, and when the first of it goes."""
@@ -4121,8 +4138,8 @@ def _age_days(days: List[int], passed: int) -> List[int]:
 
 
 class _Reservation:
-    """Reserves quota for `charge` bytes until the context ends.  Raises HttpError 507 if there is no room,
-    and 503 if there may be soon, or before the first census."""
+    """Reserves quota for `charge` bytes until the context ends.  Raises QuotaExceeded if there is no room,
+    Busy if there may be soon, or before the first census."""
 
     def __init__(self, usage: Usage, counters: Counters, location: Location, charge: int) -> None:
         self._usage = usage
@@ -4136,7 +4153,7 @@ class _Reservation:
         if self._scopes:
             self._usage.census.request()
             if not self._usage.census.wait(READY_SECONDS):
-                raise HttpError(503, 'still calculating sizes', [('Retry-After', '10')])
+                raise Busy('still calculating sizes', RETRY_SECONDS)
             self.take(self._charge)
         return self
 
@@ -4159,8 +4176,7 @@ class _Reservation:
             if any(held + self._taken + count > limit for held, _, limit in quotas):
                 self._usage.refuse(self._location, count)
             if time.monotonic() > end or not self._can_wait():
-                raise HttpError(503, 'other uploads have reserved the remaining quota',
-                                [('Retry-After', '10')])
+                raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
             time.sleep(0.01 + os.urandom(1)[0] / 10000)
 
     def _can_wait(self) -> bool:
@@ -6463,6 +6479,7 @@ _REASON_OF_STATUS = {400: 'the file system cannot store this name',
                      403: 'the server has no permission to access the file',
                      500: 'the server could not access the file', 503: 'too many open files',
                      507: 'disk full'}
+_STATUS_OF_ERROR = {Busy: 503, QuotaExceeded: 507}
 _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
@@ -6520,6 +6537,10 @@ class Api:
             if error.status == 429:
                 self.metrics.count_limited(LOGINS, request.client.name)
             return self.refuse(error)
+        except StorageError as error:
+            return self.refuse(HttpError(
+                _STATUS_OF_ERROR[type(error)], str(error),
+                [('Retry-After', str(error.retry_seconds))] if isinstance(error, Busy) else ()))
         except OSError as error:
             response = self.failure(request, error)
         except Exception as error:  # a bug must not end the connection

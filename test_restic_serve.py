@@ -46,8 +46,8 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, Counters, HttpError, Limits, Location, Metrics, Page, PasswordFile, Peer, Policy,
-    Request, Server, Store, Usage, short_rights)
+    Accounts, Api, Busy, Counters, HttpError, Limits, Location, Metrics, Page, PasswordFile, Peer, Policy,
+    QuotaExceeded, Request, Server, Store, Usage, short_rights)
 
 MODULE = restic_serve.__file__
 README = Path(MODULE).with_name('README.md')
@@ -3715,14 +3715,14 @@ class UsageTest(TestCase):
         usage = self.make(quotas=restic_serve.Quotas({'/': 100}))
         usage.census.count()
         usage.create(Location(''))
-        with self.assertRaises(HttpError):
+        with self.assertRaises(QuotaExceeded):
             usage.save(Location('', 'data', named(bytes(101))), Bytes(bytes(101)))
         for number in range(restic_serve.LOCKS + 1):
             content = b'%200d' % number
             location = Location('', 'locks', named(content))
             if number < restic_serve.LOCKS:
                 usage.save(location, Bytes(content))
-        with self.assertRaises(HttpError):
+        with self.assertRaises(QuotaExceeded):
             usage.save(location, Bytes(content))
         usage.delete(Location('', 'locks', named(b'%200d' % 0)))
         usage.save(location, Bytes(content))
@@ -3841,9 +3841,8 @@ class UsageTest(TestCase):
                 self.usage.census.count()
                 first = self.save(600)
                 unread = Bytes(b'x' * 401)
-                with self.assertRaises(HttpError) as caught:
+                with self.assertRaises(QuotaExceeded):
                     self.usage.save(Location('/host', 'data', '0' * 64), unread)
-                self.assertEqual(caught.exception.status, 507)
                 self.assertEqual(unread._file.tell(), 0)
                 self.assertEqual(self.log[-1], 'quota exceeded: rejected an upload of 401 B to /host; used: '
                                  f'600 B of 1.0 KiB in /{"" if more["quotas"].limit("") else "host"}')
@@ -3851,7 +3850,7 @@ class UsageTest(TestCase):
                 second = self.save(400)
                 # one that is there already needs no room
                 self.usage.save(second, Bytes(Path(path_of(self.store, second)).read_bytes()))
-                with self.assertRaises(HttpError):
+                with self.assertRaises(QuotaExceeded):
                     self.save(1)
                 self.usage.delete(first)
                 self.save(600)
@@ -3869,8 +3868,8 @@ class UsageTest(TestCase):
             try:
                 self.save(1000, **more)
                 answers.append(200)
-            except HttpError as error:
-                answers.append(error.status)
+            except (QuotaExceeded, Busy) as error:
+                answers.append(type(error))
 
         threads = [threading.Thread(target=upload) for _ in range(number)]
         for thread in threads:
@@ -3886,7 +3885,7 @@ class UsageTest(TestCase):
             self.usage.census.count()
             answers = self.upload_at_once(16, **more)
             stored = answers.count(200)
-            self.assertEqual(answers.count(507) + (answers.count(503) if more else 0), 16 - stored)
+            self.assertEqual(answers.count(QuotaExceeded) + (answers.count(Busy) if more else 0), 16 - stored)
             self.assertIn(stored, range(least, 5))
             self.assertEqual(self.usage.quota(''), (1000 * stored, 0, 4300))
             self.assertEqual(len(self.files(self.root / 'host')) if stored else 0, stored)
@@ -3898,9 +3897,8 @@ class UsageTest(TestCase):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
         with self.assertRaises(restic_serve.Gone):
             self.save(900, error=restic_serve.Gone('abort'))
-        with self.assertRaises(HttpError) as caught:
+        with self.assertRaises(QuotaExceeded):
             self.save(1001, length=None, step=300)
-        self.assertEqual(caught.exception.status, 507)
         self.save(1000, length=None, step=300)
         self.assertEqual(self.usage.quota(''), (1000, 0, 1000))
 
@@ -3921,13 +3919,11 @@ class UsageTest(TestCase):
         first = threading.Thread(target=fail)
         first.start()
         self.wait_until(lambda: self.usage.quota('')[1] == 900, 'the room')
-        with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
+        with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0.05), self.assertRaises(Busy) as caught:
             self.save(200)
-        self.assertEqual((caught.exception.status, list(caught.exception.headers)),
-                         (503, [('Retry-After', '10')]))
-        with self.assertRaises(HttpError) as caught:
+        self.assertEqual(caught.exception.retry_seconds, 10)
+        with self.assertRaises(QuotaExceeded):
             self.save(1001)
-        self.assertEqual(caught.exception.status, 507)  # at once: there never will be room
         second = threading.Thread(target=self.save, args=[200])
         second.start()
         go_on.set()
@@ -3950,10 +3946,9 @@ class UsageTest(TestCase):
                 remove()
                 return super().readinto(view)
 
-        for status in (503, 507):
-            with self.assertRaises(HttpError) as caught:
+        for expected in (Busy, QuotaExceeded):
+            with self.assertRaises(expected):
                 self.usage.save(location, Removing(content))
-            self.assertEqual(caught.exception.status, status)
             self.assertEqual(self.usage.quota(''), (900, 0, 1000))
 
     def use_blocks(self):
@@ -3969,11 +3964,11 @@ class UsageTest(TestCase):
         self.usage.create(Location('/host'))
         self.assertEqual(self.usage.quota('')[0], 6 * 4096)     # itself, and five kinds
         saved = 0
-        with self.assertRaises(HttpError) as caught:
+        with self.assertRaises(QuotaExceeded):
             for _ in range(1000):
                 self.save(4, kind='keys')
                 saved += 1
-        self.assertEqual((caught.exception.status, saved), (507, 100 - 6))
+        self.assertEqual(saved, 100 - 6)
         self.assertEqual(self.usage.quota(''), (400 * 1024, 0, 400 * 1024))
         self.usage.census.count()
         self.assertEqual(self.usage.quota('')[0], 400 * 1024)
@@ -3983,11 +3978,10 @@ class UsageTest(TestCase):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 20}))
         self.usage.census.count()
         made = 0
-        with self.assertRaises(HttpError) as caught:
+        with self.assertRaises(QuotaExceeded):
             for number in range(1000):
                 self.usage.create(Location(f'/a/b{number}'))
                 made += 1
-        self.assertEqual(caught.exception.status, 507)
         self.assertEqual(made, (256 - 1) // 6)
         folders = sum(path.is_dir() for path in self.root.rglob('*'))
         self.assertLessEqual(folders, 256)
@@ -4028,10 +4022,10 @@ class UsageTest(TestCase):
                 try:
                     usage.save(Location(f'/{"ab"[number % 2]}', 'locks', named(content)), Bytes(content))
                     answers.append(200)
-                except HttpError as error:
-                    answers.append(error.status)
-            self.assertEqual(answers, [200] * 10 + [507] * 10)
-            with self.assertRaises(HttpError):
+                except QuotaExceeded:
+                    answers.append(QuotaExceeded)
+            self.assertEqual(answers, [200] * 10 + [QuotaExceeded] * 10)
+            with self.assertRaises(QuotaExceeded):
                 usage.save(Location('/c/d/e', 'locks', named(b'x')), Bytes(b'x'))
         self.assertFalse((self.root / 'c').exists())
 
@@ -4164,7 +4158,7 @@ class UsageTest(TestCase):
         path.write_bytes(b'')
         self.usage.census.count()
         self.save(400)
-        with self.assertRaises(HttpError):
+        with self.assertRaises(QuotaExceeded):
             self.usage.save(location, Bytes(content))
 
     def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
@@ -4179,8 +4173,8 @@ class UsageTest(TestCase):
                     try:
                         self.save(10, f'/user{number}/x')
                         stored += 1
-                    except HttpError as error:
-                        self.assertEqual(error.status, 503)
+                    except Busy:
+                        pass
             self.assertIn(stored, range(5, 95))
             self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
             self.usage.census.count()
@@ -4203,10 +4197,9 @@ class UsageTest(TestCase):
 
     def test_before_the_first_count_an_upload_is_put_off(self):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(HttpError) as caught:
+        with mock.patch.object(restic_serve, 'READY_SECONDS', 0.05), self.assertRaises(Busy) as caught:
             self.save(1)
-        self.assertEqual((caught.exception.status, list(caught.exception.headers)),
-                         (503, [('Retry-After', '10')]))
+        self.assertEqual(caught.exception.retry_seconds, 10)
         self.serve(Api(self.store, Policy(), usage=self.usage))
         self.save(1)
 
@@ -5099,10 +5092,8 @@ class RightsTest(TestCase):
             return location
 
         save('/alice/pc', 20_000)
-        with self.assertRaises(HttpError) as caught:
+        with self.assertRaisesRegex(QuotaExceeded, '^quota of /bob exceeded$'):
             save('/bob/pc', 40_000)
-        self.assertEqual((caught.exception.status, str(caught.exception)),
-                         (507, 'quota of /bob exceeded'))
         location = save('/free/x/y', 4000)
         held = {scope: usage.quota(scope)[0] for scope in ('alice', 'alice/pc', 'bob', 'free', 'free/x', '')}
         usage.census.count()    # what was counted and what passed through agree
@@ -5111,7 +5102,7 @@ class RightsTest(TestCase):
         self.assertEqual(held[''], held['alice'] + held['bob'] + held['free'])
         usage.limits = restic_serve.Quotas({'/alice/pc': 30_000, '/free/x': 30_000})
         self.assertEqual(usage.limited('/alice/pc'), ['alice/pc'])
-        with self.assertRaises(HttpError):
+        with self.assertRaises(QuotaExceeded):
             save('/alice/pc', 8000)
         save('/free/x/y', 4000)
         usage.delete(location)
@@ -10120,7 +10111,7 @@ class WorkersTest(TestCase):
                 stored = 0
                 for _ in range(40):
                     content = os.urandom(1000)
-                    with contextlib.suppress(HttpError):
+                    with contextlib.suppress(Busy, QuotaExceeded):
                         usage.save(Location('/host', 'data', named(content)), Bytes(content))
                         stored += 1
                 os._exit(stored)
