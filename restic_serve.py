@@ -710,6 +710,42 @@ class Limits:
                    self.stall_seconds)
 
 
+class Channel:
+    """Messages from any process to the one that waits for its `receiver`, from open() to close().  Nobody
+    waits to send or to receive."""
+
+    def __init__(self) -> None:
+        self.receiver: Optional[socket.socket] = None   # can be read when there is a message
+        self._sender: Optional[socket.socket] = None
+
+    def open(self) -> None:
+        """Make the pair of sockets, before processes are forked."""
+        if self.receiver:
+            return
+        kind = socket.SOCK_DGRAM if hasattr(os, 'fork') else socket.SOCK_STREAM
+        self.receiver, self._sender = socket.socketpair(type=kind)
+        self.receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def close(self) -> None:
+        for end in (self.receiver, self._sender):
+            if end:
+                end.close()
+        self.receiver = self._sender = None
+
+    def send(self, message: bytes) -> None:
+        """Send a message, if the channel is open.  Raises OSError, such as where too many wait."""
+        if self._sender:
+            self._sender.send(message)
+
+    def receive(self) -> bytes:
+        """The next message, empty if there is none."""
+        if self.receiver:
+            with contextlib.suppress(OSError):
+                return self.receiver.recv(65536)
+        return b''
+
+
 # ==== Files ======================================================================================
 # Opening folders so that no other user can redirect us, scanning folders of objects, and syncing.  All
 # errors are OSErrors; the Api has the table that turns them into answers.
@@ -3602,54 +3638,46 @@ class Census:
         self._interval = interval
         self._scopes = scopes
         self._past = past
-        self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
-        self._requester: Optional[socket.socket] = None
+        self.requests = Channel()           # on_requested() is to be called when there is a message
         self._counting = False
         self.unreadable: List[str] = []     # folders that the last census could not read
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
-        """Wait for the first census, or until it is `fresh`; whether it was in time."""
-        end = time.monotonic() + seconds
-        while self._is_old() if fresh else not self._counters.read(('counted',)):
-            if time.monotonic() >= end:
+        """Wait for the first census or, with `fresh`, one that is not older than this call by more than the
+        interval; whether it was in time."""
+        begin = time.monotonic()
+        oldest = begin - self._interval if fresh else -math.inf
+        while self._ended() <= oldest:
+            if time.monotonic() >= begin + seconds:
                 return False
             time.sleep(0.02)
         return True
 
     def age(self) -> float:
         """Seconds since the last census, infinite before the first."""
+        return time.monotonic() - self._ended()
+
+    def _ended(self) -> float:
+        """When the last census ended, minus infinity before the first."""
         counted = self._counters.read(('counted',))
-        return time.monotonic() - counted[0][0] / 1e9 if counted else math.inf
-
-    def open(self) -> None:
-        """Make the pair of sockets through which a census is requested, before processes are forked."""
-        if not self.requests:
-            self.requests, self._requester = socket.socketpair()
-            for end in (self.requests, self._requester):
-                end.setblocking(False)
-
-    def close(self) -> None:
-        """Close the pair of sockets: no census is made any more."""
-        if self.requests and self._requester:
-            self.requests.close()
-            self._requester.close()
-            self.requests = self._requester = None
+        return counted[0][0] / 1e9 if counted else -math.inf
 
     def request(self) -> None:
         """Request a census if the last one is old; does not wait for it."""
-        if self._requester and self._is_old():
-            with contextlib.suppress(OSError):
-                self._requester.send(b'.')
+        if self._is_old():
+            with contextlib.suppress(OSError):  # one was requested
+                self.requests.send(b'.')
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
-        try:
-            if self.requests and self.requests.recv(4096) and self._is_old() and not self._counting:
-                self._counting = True
+        requests = list(iter(self.requests.receive, b''))
+        if requests and self._is_old() and not self._counting:
+            self._counting = True
+            try:
                 threading.Thread(target=self._count_all, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no thread could be started
-            self._counting = False
-            log.error('cannot calculate sizes: %s', error)
+            except RuntimeError as error:
+                self._counting = False
+                log.error('cannot calculate sizes: %s', error)
 
     def count(self) -> None:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises HttpError if
@@ -10587,7 +10615,7 @@ class Server:
         if self.listeners:
             # A connection of HTTP/2 takes three, and its file one.
             _allow_descriptors(4 * max_connections + 256)
-        api.usage.census.open()
+        api.usage.census.requests.open()
         api.events.open()
         if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
@@ -10637,8 +10665,8 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.requests and self._counts:
-            loop.watch(census.requests, census.on_requested)
+        if census.requests.receiver and self._counts:
+            loop.watch(census.requests.receiver, census.on_requested)
             loop.timers += [self._purge, events.tick]
         if events.receiver and self._counts:
             loop.watch(events.receiver, events.on_sent)
@@ -10671,7 +10699,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests, self.api.events.receiver):
+        for source in (*self.listeners, census.requests.receiver, self.api.events.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -10681,7 +10709,7 @@ class Server:
         connections.cut()
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
-        census.close()
+        census.requests.close()
         self.api.events.close()
         self.loop.close()
 
@@ -10896,7 +10924,7 @@ class Workers:
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
         loop.close()
-        server.api.usage.census.close()
+        server.api.usage.census.requests.close()
         server.api.events.close()
 
     # ---- timers ----
