@@ -710,6 +710,42 @@ class Limits:
                    self.stall_seconds)
 
 
+class Channel:
+    """Messages from any process to the one that waits for its `receiver`, from open() to close().  Nobody
+    waits to send or to receive."""
+
+    def __init__(self) -> None:
+        self.receiver: Optional[socket.socket] = None   # can be read when there is a message
+        self._sender: Optional[socket.socket] = None
+
+    def open(self) -> None:
+        """Make the pair of sockets, before processes are forked."""
+        if self.receiver:
+            return
+        kind = socket.SOCK_DGRAM if hasattr(os, 'fork') else socket.SOCK_STREAM
+        self.receiver, self._sender = socket.socketpair(type=kind)
+        self.receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def close(self) -> None:
+        for end in (self.receiver, self._sender):
+            if end:
+                end.close()
+        self.receiver = self._sender = None
+
+    def send(self, message: bytes) -> None:
+        """Send a message, if the channel is open.  Raises OSError, such as where too many wait."""
+        if self._sender:
+            self._sender.send(message)
+
+    def receive(self) -> bytes:
+        """The next message, empty if there is none."""
+        if self.receiver:
+            with contextlib.suppress(OSError):
+                return self.receiver.recv(65536)
+        return b''
+
+
 # ==== Files ======================================================================================
 # Opening folders so that no other user can redirect us, scanning folders of objects, and syncing.  Errors are
 # OSErrors, and StorageErrors for what is refused; the Api has the tables that turn them into answers.
@@ -2877,15 +2913,12 @@ def _text_of_counts(counts: Dict[str, List[int]]) -> str:
 # Statistics in memory that all processes of the server share.
 #
 # Theory of operation.  Each process writes to a slot of its own and reads all slots, so that no process
-# waits for another; within a process, `lock` guards them.  A slot is a header (a generation, the words in
-# use, the epoch of its last cleaning) and rows; a row is its width, the length of its key in bytes, its
-# numbers and its key.  Rows are only appended.
+# waits for another; within a process, `lock` guards them.  A slot is the number of its words in use and
+# rows; a row is its width, the length of its key in bytes, its numbers and its key.  Rows are only
+# appended, and stay as long as the server runs, also those of a repository that was deleted.
 #
 # Rows of repositories are bounded: those below one top-level folder may use a part of a slot, and what
-# does not fit is counted under OTHER.  They are freed when their repository is deleted: bury() starts an
-# epoch, in which readers ignore those rows, and each process drops them from its slot at its next write.
-# It rewrites the slot then; the generation is odd meanwhile and another one afterwards, by which readers
-# know that they have to read again.
+# does not fit is counted under OTHER.
 
 # Address space for a slot, of which memory is used as rows are added: 80,000 repositories, or
 # 20,000 where addresses have 32 bits.
@@ -2897,13 +2930,11 @@ CONNECTIONS = ('connections',)  # Row: connections admitted, connections served.
 REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
 ADDRESSES = ('addresses',)      # Row: connections by the hash of their address.
 ADDRESS_BUCKETS = 4096
-READ_TRIES = 200                # Attempts to read a slot that is being rewritten, 5 ms apart.
 # Gauges: zeroed when their process dies.
 _GAUGES = ('connections', 'addresses', 'reserved')
 # Position of the repository in the keys of rows that belong to one.
 _OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
 _OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # kinds of rows of a quota's scope
-_GENERATION, _USED, _CLEANED, _HEADER = range(4)
 
 
 def shared_memory(length: int) -> memoryview:
@@ -2921,49 +2952,45 @@ def shared_memory(length: int) -> memoryview:
 
 class Counters:
     """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
-    a row half updated."""
+    a row half updated.
+
+    `rows` are those of this process, which may change their numbers with `lock`.  They last as long as the
+    process, until join() replaces `rows` in one that was forked: what keeps rows looks them up there."""
 
     def __init__(self, slots: int = 1) -> None:
         size = SLOT_BYTES
         while True:
             try:
-                self._words = shared_memory(slots * size)
+                words = shared_memory(slots * size)
                 break
             except OSError as error:    # a system that promises no more than it has (vm.overcommit_memory)
                 if size <= 4 << 20:
                     raise OSError(error.errno, f'{error.strerror} for the counters of {slots} processes'
                                   ) from None
                 size //= 2
-        self._size = size // 8
-        self._epoch = slots * self._size        # index of the word that holds the epoch
-        # Of each slot at the last look: its rows by kind, how far it was read, its generation.
-        self._rows: List[Dict[str, Dict[Key, memoryview]]] = [{} for _ in range(slots)]
-        self._looked = [_HEADER for _ in range(slots)]
-        self._seen = [0 for _ in range(slots)]
-        self._full = False
+        size //= 8
+        self._slots = [words[slot * size:(slot + 1) * size] for slot in range(slots)]
+        self._looked = [1] * slots      # how far each slot was read
+        self._by_kind: Dict[str, Dict[Key, List[memoryview]]] = {}     # what was read, of all slots
+        self._is_full = False
         self.join(0)
 
     def join(self, slot: int) -> None:
         """Write to `slot` from now on, and continue with the rows that are there."""
-        self._own = slot
+        self._own = self._slots[slot]
         self.lock = threading.Lock()
+        self.rows: Dict[Key, memoryview] = {}
         self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
         self.clear(slot)
-        for rows in self._rows[slot].values():
-            for key, row in rows.items():
-                self._take(key, len(row))
+        for key, row, words in _rows_of(self._own):
+            self.rows[key] = row
+            self._take(_folder_of(key), words)
 
     def clear(self, slot: int) -> None:
         """Zero the gauges in the slot of a process that has died."""
-        begin = slot * self._size
-        with self.lock:
-            if self._words[begin + _GENERATION] & 1:  # it died while it rewrote the slot
-                self._words[begin + _USED] = 0
-                self._words[begin + _GENERATION] += 1
-            self._look(slot)
-            for kind in _GAUGES:
-                for row in self._rows[slot].get(kind, {}).values():
-                    row[:] = memoryview(bytearray(8 * len(row))).cast('q')
+        for key, row, _ in _rows_of(self._slots[slot]):
+            if key[0] in _GAUGES:
+                row[:] = memoryview(bytes(row.nbytes)).cast('q')
 
     # ---- writing ----
 
@@ -2973,106 +3000,51 @@ class Counters:
             row = self.row(key, len(amounts))
             for position, amount in enumerate(amounts):
                 row[position] += amount
-            return self.has_row(key)
+            return key in self.rows
 
     def put(self, key: Key, *values: int) -> bool:
         """Set the numbers of this process's row; False if there is no room for one."""
         with self.lock:
             row = self.row(key, len(values))
-            if self.has_row(key):
+            if key in self.rows:
                 row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
-            return self.has_row(key)
-
-    def has_row(self, key: Key) -> bool:
-        """Whether this process has a row of its own under a key; with `lock`."""
-        return key in self._rows[self._own].get(key[0], {})
+            return key in self.rows
 
     def row(self, key: Key, width: int) -> memoryview:
         """The numbers of this process's row, which is added if it is missing; where there is no room that
         of OTHER, or a dummy.  With `lock`."""
-        if self._words[self._own * self._size + _CLEANED] != self._words[self._epoch]:
-            self._clean()
-        row = self._rows[self._own].get(key[0], {}).get(key)
+        row = self.rows.get(key)
         return row if row is not None else self._new_row(key, width)
 
-    def bury(self, repositories: List[str]) -> None:
-        """Drop the rows of deleted repositories, in all processes.  Only the process that runs the census
-        calls it."""
-        with self.lock:
-            for slot in range(len(self._rows)):
-                self._look(slot)
-            cleaned = min(self._words[slot * self._size + _CLEANED] for slot, rows in enumerate(self._rows)
-                          if any(rows.get(kind) for kind in _OF_REPOSITORIES)
-                          or slot == self._own)
-            done = [key for key, row in self._rows[self._own].get('gone', {}).items() if row[0] <= cleaned]
-            for repository in repositories:
-                self.row(('gone', repository), 1)[0] = self._words[self._epoch] + 1
-            if repositories or done:
-                self._words[self._epoch] += 1
-                self._clean(done)
-
     def _new_row(self, key: Key, width: int) -> memoryview:
-        begin, text = self._own * self._size, '\0'.join(key).encode('utf-8', 'surrogateescape')
-        at = begin + _HEADER + self._words[begin + _USED]
-        end = at + 2 + width + -(-len(text) // 8)
-        if not self._has_room(key, end - at, end - begin):
-            if not self._full:
-                self._full = True
+        slot, folder, text = self._own, _folder_of(key), '\0'.join(key).encode('utf-8', 'surrogateescape')
+        words = memoryview(struct.pack('2q', width, len(text)) + bytes(8 * width)
+                           + text + bytes(-len(text) % 8)).cast('q')
+        begin, end = 1 + slot[0], 1 + slot[0] + len(words)
+        limit = len(slot) - (SPARE_BYTES // 8 if folder else 0)
+        if end > limit or (folder and self._taken.get(folder, 0) + len(words) > limit // FOLDER_PART):
+            if not self._is_full:
+                self._is_full = True
                 log.warning('too many repositories to count each one; the rest is counted as "%s"', OTHER)
             position = _OF_REPOSITORIES.get(key[0], 0)
             if position and key[position] != OTHER:
                 return self.row((*key[:1], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
             return memoryview(bytearray(8 * width)).cast('q')
-        self._words[at], self._words[at + 1] = width, len(text)
-        self._words[at + 2:at + 2 + width] = memoryview(bytes(8 * width)).cast('q')
-        self._words.cast('B')[8 * (at + 2 + width):8 * (at + 2 + width) + len(text)] = text
-        self._words[begin + _USED] = end - begin - _HEADER
-        self._take(key, width)
-        row = self._words[at + 2:at + 2 + width]
-        self._rows[self._own].setdefault(key[0], {})[key] = row
+        slot[begin:end] = words
+        slot[0] += len(words)   # from now on, other processes see it
+        self._take(folder, len(words))
+        self.rows[key] = row = slot[begin + 2:begin + 2 + width]
         return row
 
-    def _has_room(self, key: Key, words: int, end: int) -> bool:
-        folder = _folder_of(key)
-        if not folder:
-            return end <= self._size
-        limit = self._size - SPARE_BYTES // 8
-        return end <= limit and self._taken.get(folder, 0) + words <= limit // FOLDER_PART
-
-    def _take(self, key: Key, width: int) -> None:
-        top = _folder_of(key)
-        if top:
-            words = 2 + width + -(-len('\0'.join(key).encode('utf-8', 'surrogateescape')) // 8)
-            self._taken[top] = self._taken.get(top, 0) + words
-
-    def _clean(self, done: Iterable[Key] = ()) -> None:
-        """Rewrite this process's slot without the rows of deleted repositories and without those in `done`,
-        which every process has read."""
-        begin, done = self._own * self._size, set(done)
-        for slot in range(len(self._rows)):
-            self._look(slot)
-        rows = [(key, row.tolist()) for rows in self._rows[self._own].values() for key, row in rows.items()
-                if key not in done and self._counts(self._own, key)]
-        rows.sort(key=lambda item: item[0][0] not in _OF_REPOSITORIES)  # bounded ones first
-        self._words[begin + _GENERATION] += 1
-        self._words[begin + _USED] = 0
-        self._words[begin + _CLEANED] = self._words[self._epoch]
-        self._rows[self._own], self._taken, self._full = {}, {}, False
-        for key, values in rows:
-            row = self._new_row(key, len(values))
-            row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
-        self._words[begin + _GENERATION] += 1
-        self._seen[self._own] = self._words[begin + _GENERATION]
-        self._looked[self._own] = _HEADER + self._words[begin + _USED]
+    def _take(self, folder: str, words: int) -> None:
+        self._taken[folder] = self._taken.get(folder, 0) + words
 
     # ---- reading ----
 
     def read(self, key: Key) -> List[List[int]]:
         """The rows under a key, one for each process that has one."""
-        found: List[List[int]] = self._reading(lambda: [
-            rows[key[0]][key].tolist() for slot, rows in enumerate(self._rows)
-            if key in rows.get(key[0], {}) and self._counts(slot, key)])
-        return found
+        with self.lock:
+            return [row.tolist() for row in self._find(key[0]).get(key, ())]
 
     def total(self, key: Key, width: int) -> List[int]:
         """The first `width` numbers under a key, summed over all processes."""
@@ -3080,65 +3052,38 @@ class Counters:
 
     def sum_at(self, key: Key, position: int) -> int:
         """One number of the rows under a key, summed over all processes."""
-        found: int = self._reading(lambda: sum(rows[key[0]][key][position] for rows in self._rows
-                                               if key in rows.get(key[0], {})))
-        return found
+        with self.lock:
+            return sum(row[position] for row in self._find(key[0]).get(key, ()))
 
     def keys(self, kind: str) -> Set[Key]:
         """The keys of all rows that begin with `kind`."""
-        found: Set[Key] = self._reading(lambda: {
-            key for slot, rows in enumerate(self._rows) for key in rows.get(kind, {})
-            if self._counts(slot, key)})
-        return found
+        with self.lock:
+            return set(self._find(kind))
 
-    def find(self, kind: str, merge: Callable[[int, int], int] = operator.add
-             ) -> Dict[Key, List[int]]:
-        """All rows whose keys begin with `kind`; those of several processes are merged number by number."""
-        found: Dict[Key, List[int]] = {}
-        for key, values in self._reading(lambda: [
-                (one, row.tolist()) for slot, rows in enumerate(self._rows)
-                for one, row in rows.get(kind, {}).items() if self._counts(slot, one)]):
-            found[key] = list(map(merge, found[key], values)) if key in found else values
-        return found
+    def find(self, kind: str) -> Dict[Key, List[int]]:
+        """All rows whose keys begin with `kind`, summed over all processes."""
+        with self.lock:
+            return {key: [sum(numbers) for numbers in zip(*rows)] for key, rows in self._find(kind).items()}
 
-    def _reading(self, read: Callable[[], Any]) -> Any:
-        """The result of a function that reads rows, called again if a slot was rewritten meanwhile."""
-        for _ in range(READ_TRIES):
-            with self.lock:
-                if all(self._look(slot) for slot in range(len(self._rows))):
-                    result = read()
-                    if all(self._words[slot * self._size + _GENERATION] == seen
-                           for slot, seen in enumerate(self._seen)):
-                        return result
-            time.sleep(0.005)
-        return read()  # the process died while it rewrote its slot; its successor repairs it
+    def _find(self, kind: str) -> Dict[Key, List[memoryview]]:
+        """The rows whose keys begin with `kind`, with those that were added since the last look."""
+        for number, slot in enumerate(self._slots):
+            if self._looked[number] <= slot[0]:
+                for key, row, words in _rows_of(slot, self._looked[number]):
+                    self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
+                    self._looked[number] += words
+        return self._by_kind.get(kind, {})
 
-    def _counts(self, slot: int, key: Key) -> bool:
-        """Whether a row belongs to no repository that was deleted since the slot was last cleaned."""
-        position = _OF_REPOSITORIES.get(key[0], 0)
-        if not position or not self._words[self._epoch]:
-            return True
-        gone, cleaned = ('gone', key[position]), self._words[slot * self._size + _CLEANED]
-        return all(rows['gone'][gone][0] <= cleaned for rows in self._rows if gone in rows.get('gone', {}))
 
-    def _look(self, slot: int) -> bool:
-        """Find the rows added since the last look; False if the slot is being rewritten."""
-        words, begin = self._words, slot * self._size
-        generation = words[begin + _GENERATION]
-        if generation & 1:
-            return False
-        if generation != self._seen[slot]:
-            self._rows[slot], self._looked[slot], self._seen[slot] = {}, _HEADER, generation
-        at, end = begin + self._looked[slot], begin + _HEADER + words[begin + _USED]
-        while at < end:
-            width, length = words[at:at + 2].tolist()
-            row, at = words[at + 2:at + 2 + width], at + 2 + width
-            text = bytes(words.cast('B')[8 * at:8 * at + length])
-            key = tuple(text.decode('utf-8', 'surrogateescape').split('\0'))
-            self._rows[slot].setdefault(key[0], {})[key] = row
-            at += -(-length // 8)
-        self._looked[slot] = at - begin
-        return True
+def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, int]]:
+    """The rows of a slot from a word on: the key, the numbers, and the words that they take."""
+    end = 1 + slot[0]
+    while at < end:
+        width, length = slot[at:at + 2].tolist()
+        words = 2 + width + -(-length // 8)
+        text = slot[at + 2 + width:at + words].tobytes()[:length].decode('utf-8', 'surrogateescape')
+        yield tuple(text.split('\0')), slot[at + 2:at + 2 + width], words
+        at += words
 
 
 def _folder_of(key: Key) -> str:
@@ -3599,8 +3544,9 @@ class Scrub:
 #
 # `added`, `removed` and `delta` count from the start of the server.  A census that finds `held` bytes sets
 # base = held - added + removed, as they were when it began to count the repository; what is added while
-# it counts is later than its clock and left to `added`.  The census sums up the bases of a scope to its
-# baseline; `other` is what the delta has of repositories without rows of their own, or deleted ones.
+# it counts is later than its clock and left to `added`.  The rows of a repository that was deleted remain,
+# and add up to 0.  The census sums up the bases of a scope to its baseline; `other` is what the delta has
+# of repositories without rows of their own.
 #
 # Where limits may change (--rights), all places of up to QUOTA_DEPTH names have rows, so that a new limit is
 # in force at once.
@@ -3620,22 +3566,27 @@ WARNING_SECONDS = 10         # Time between two warnings about a full quota.
 MASS_DELETE_SECONDS = 60     # Time in which the deletion of most snapshots is worth a warning.
 MASS_DELETE_PAUSE = 3600     # Time between two such warnings about a repository.
 READY_SECONDS = 20           # Longest wait of an upload for the first census.
+RETRY_SECONDS = 10           # After which a client may try again what had to wait for too long.
 SHOWN_SECONDS = 1.0          # Time for which computed holdings are used again.
 BLOCK_BYTES = 4096           # Unit of charge for an object.
 FOLDER_BYTES = 4096          # Charge for a folder.
 _DAY_SECONDS = 86400
-_COUNTED = (*KINDS, 'config')
-# A row of what is held: bytes, bytes charged, deleted objects that are kept, their bytes, those deleted in
-# the last day, objects of each kind.
-_BYTES, _CHARGED, _KEPT, _KEPT_BYTES, _DELETED_DAY, _OBJECTS = range(6)
-_NOTHING = [0] * (_OBJECTS + len(_COUNTED))
 LOCK_BYTES = 4096            # Largest lock that needs no room: reading and making room require one.
 LOCKS = 1024                 # Locks in a quota's scope that need no room.
 QUOTA_DEPTH = 4              # Most names in the path of a place with a quota.
-# What a census found of a repository: such a row, the time of the last snapshot, the time of the count,
+# Numbers of a repository, as the rows `added` and `removed` have them: bytes, bytes charged, deleted objects
+# that are kept, their bytes, those deleted in the last day, and objects of each kind.
+Held = collections.namedtuple('Held', [
+    'bytes', 'charged', 'kept', 'kept_bytes', 'deleted',
+    'data', 'index', 'keys', 'locks', 'snapshots', 'config'])
+_COLUMNS = {name: column for column, name in enumerate(Held._fields)}
+# What a census found of a repository: its numbers, the time of the last snapshot, the time of the count,
 # bytes and snapshots at that time, folders that could not be read, and bytes and snapshots by day.
 Count = collections.namedtuple('Count', [
     'held', 'last_snapshot', 'time', 'bytes', 'snapshots', 'unreadable', 'days', 'snapshot_days'])
+_NOTHING = Count(Held(*[0] * len(_COLUMNS)), 0, 0, 0, 0, 0, [0] * DAYS, [0] * DAYS)
+# Bytes that a quota's scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none.
+Quota = collections.namedtuple('Quota', ['held', 'reserved', 'limit'])
 
 # What a repository holds: bytes, objects of each kind (and of `config`), the time of the last snapshot
 # (0 if there is none), and for each of the last DAYS days, today being the last, the bytes stored on it
@@ -3651,13 +3602,38 @@ def charge_of(size: int) -> int:
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
+def _to_row(count: Count) -> List[int]:
+    return [*count.held, *count[1:-2], *count.days, *count.snapshot_days]
+
+
+def _from_row(row: List[int]) -> Count:
+    numbers, days = row[:-2 * DAYS], row[-2 * DAYS:]
+    return Count._make([Held(*numbers[:len(_COLUMNS)]), *numbers[len(_COLUMNS):], days[:DAYS], days[DAYS:]])
+
+
+def _base(counters: Counters, repository: str) -> Count:
+    rows = counters.read(('base', repository))
+    return _from_row(rows[0]) if rows else _NOTHING
+
+
+def _passed(counters: Counters, repository: str) -> Tuple[List[int], List[int]]:
+    """What was added to a repository since the start of the server, and what was removed."""
+    return (counters.total(('added', repository), len(_COLUMNS)),
+            counters.total(('removed', repository), len(_COLUMNS)))
+
+
+def _sum(held: Held, added: List[int], removed: List[int]) -> Held:
+    return Held(*(number + more - less for number, more, less in zip(held, added, removed)))
+
+
 class Quotas:
     """Limits in bytes of what lies at and below places, such as `/alice` and `/%u`, in which %u stands for
     any name but those that lead to `written` places.  A scope is a place without its first slash."""
 
     def __init__(self, limits: Mapping[str, int], written: Iterable[str] = ()) -> None:
-        self._limits = {place.strip('/'): limit for place, limit in limits.items() if limit}
-        self._patterns = [(place.split('/'), limit) for place, limit in self._limits.items() if '%u' in place]
+        self.by_place = {place.strip('/'): limit for place, limit in limits.items() if limit}
+        self._patterns = [(place.split('/'), limit) for place, limit in self.by_place.items()
+                          if '%u' in place]
         self._written: Set[str] = set()     # the scopes of these places and those above them
         for place in written:
             names = place.strip('/').split('/')
@@ -3665,12 +3641,12 @@ class Quotas:
         self.limit = functools.lru_cache(maxsize=4096)(self._limit)
 
     def __bool__(self) -> bool:
-        return bool(self._limits)
+        return bool(self.by_place)
 
     def _limit(self, scope: str) -> int:
         """The bytes that a scope may hold, 0 where it has no limit."""
-        if '%u' not in scope and scope in self._limits:
-            return self._limits[scope]
+        if '%u' not in scope and scope in self.by_place:
+            return self.by_place[scope]
         names = scope.split('/')
         if not scope or scope in self._written:
             return 0
@@ -3690,16 +3666,17 @@ class Census:
         self._interval = interval
         self._scopes = scopes
         self._past = past
-        self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
-        self._requester: Optional[socket.socket] = None
+        self.requests = Channel()           # on_requested() is to be called when there is a message
         self._counting = False
         self.unreadable: List[str] = []     # folders that the last census could not read
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
-        """Wait for the first census, or until it is `fresh`; whether it was in time."""
-        end = time.monotonic() + seconds
-        while self._is_old() if fresh else not self._counters.read(('counted',)):
-            if time.monotonic() >= end:
+        """Wait for the first census or, with `fresh`, one that is not older than this call by more than the
+        interval; whether it was in time."""
+        begin = time.monotonic()
+        oldest = begin - self._interval if fresh else -math.inf
+        while time.monotonic() - self.age() <= oldest:
+            if time.monotonic() >= begin + seconds:
                 return False
             time.sleep(0.02)
         return True
@@ -3709,86 +3686,54 @@ class Census:
         counted = self._counters.read(('counted',))
         return time.monotonic() - counted[0][0] / 1e9 if counted else math.inf
 
-    def open(self) -> None:
-        """Make the pair of sockets through which a census is requested, before processes are forked."""
-        if not self.requests:
-            self.requests, self._requester = socket.socketpair()
-            for end in (self.requests, self._requester):
-                end.setblocking(False)
-
-    def close(self) -> None:
-        """Close the pair of sockets: no census is made any more."""
-        if self.requests and self._requester:
-            self.requests.close()
-            self._requester.close()
-            self.requests = self._requester = None
-
     def request(self) -> None:
         """Request a census if the last one is old; does not wait for it."""
-        if self._requester and self._is_old():
-            with contextlib.suppress(OSError):
-                self._requester.send(b'.')
+        if self.age() >= self._interval:
+            with contextlib.suppress(OSError):  # one was requested
+                self.requests.send(b'.')
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
-        try:
-            if self.requests and self.requests.recv(4096) and self._is_old() and not self._counting:
-                self._counting = True
+        requests = list(iter(self.requests.receive, b''))
+        if requests and self.age() >= self._interval and not self._counting:
+            self._counting = True
+            try:
                 threading.Thread(target=self._count_all, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no thread could be started
-            self._counting = False
-            log.error('cannot calculate sizes: %s', error)
+            except RuntimeError as error:
+                self._counting = False
+                log.error('cannot calculate sizes: %s', error)
 
     def count(self) -> None:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises DirectoryGone
         if the directory has gone: then nothing is deleted, it is missing."""
         self._store.directory.check_present()
-        begin, unreadable = time.monotonic(), []  # type: float, List[str]
-
-        def on_error(path: str, error: OSError) -> None:
-            log.warning('cannot read %s, keeping its last known size: %s', path or '/', error)
-            unreadable.append(path)
-
-        known = {key[1] for kind in ('base', 'added', 'removed') for key in self._counters.keys(kind)}
-        known.discard(OTHER)
-        tally = _Tally(self._scopes, [key[1] for kind in ('baseline', 'delta')
-                                      for key in self._counters.keys(kind)])
-        for found in self._store.walk(on_error):
-            known.discard(found.path)
-            if found.is_repository:
-                self._count(found.path, tally)
-            elif found.path:
-                tally.add(found.path, FOLDER_BYTES, 0)
+        begin, counters, self.unreadable, self._other = time.monotonic(), self._counters, [], _NOTHING
+        self._sums = {scope: [0, 0] for kind in ('baseline', 'delta') for _, scope in counters.keys(kind)}
+        known = {name for kind in ('base', 'added', 'removed') for _, name in counters.keys(kind)}
+        for folder in self._store.walk(self._on_error):
+            known.discard(folder.path)
+            if folder.is_repository:
+                self._count(folder.path)
+            elif folder.path:
+                self._add_to_scopes(folder.path, FOLDER_BYTES, 0)
         self._store.directory.check_present()
-        self.unreadable = unreadable
-        gone = []   # type: List[str]
-        for repository in known:
-            if any(f'{repository}/'.startswith(f'{path}/') for path in unreadable):
-                rows = self._counters.read(('base', repository))
-                base = _unpack(rows[0] if rows else None)._replace(unreadable=1)
-                self._counters.put(('base', repository), *_pack(base))
-                tally.add(repository, base.held[_CHARGED], base.held[_OBJECTS + KINDS.index('locks')])
-            else:
-                gone.append(repository)
-                self._forget(repository)
-        self._counters.bury(gone)
-        for scope, (charged, locks) in tally.held.items():
-            other = self._counters.total(('other', scope), 2)
-            self._counters.put(('baseline', scope), charged - other[0], locks - other[1])
-        added, removed = (self._counters.total((kind, OTHER), len(_NOTHING)) for kind in ('added', 'removed'))
-        held = [count - more + less for count, more, less in zip(tally.other.held, added, removed)]
-        if any(held):
-            self._counters.put(('base', OTHER), *_pack(tally.other._replace(held=held)))
-        self._counters.put(('counted',), int(time.monotonic() * 1e9))
+        for repository in known - {OTHER}:
+            found = _NOTHING    # it was deleted: its rows say from now on that it holds nothing
+            if any(f'{repository}/'.startswith(f'{path}/') for path in self.unreadable):
+                base = _base(counters, repository)
+                found = base._replace(unreadable=1, held=_sum(base.held, *_passed(counters, repository)))
+            self._set_base(repository, found, *_passed(counters, repository))
+        for scope, (charged, locks) in self._sums.items():
+            other = counters.total(('other', scope), 2)
+            counters.put(('baseline', scope), charged - other[0], locks - other[1])
+        if OTHER in known or self._other.time:
+            self._set_base(OTHER, self._other, *_passed(counters, OTHER))
+        counters.put(('counted',), int(time.monotonic() * 1e9))
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
 
-    def _forget(self, repository: str) -> None:
-        """A repository was deleted and its rows will be dropped: move what `delta` has of it to `other`."""
-        added, removed = (self._counters.total((kind, repository), len(_NOTHING))
-                          for kind in ('added', 'removed'))
-        charged, locks = (added[at] - removed[at] for at in (_CHARGED, _OBJECTS + KINDS.index('locks')))
-        for scope in self._scopes(repository):
-            self._counters.add(('other', scope), charged, locks)
+    def _on_error(self, path: str, error: OSError) -> None:
+        log.warning('cannot read %s, keeping its last known size: %s', path or '/', error)
+        self.unreadable.append(path)
 
     def _count_all(self) -> None:
         try:
@@ -3801,31 +3746,34 @@ class Census:
         finally:
             self._counting = False
 
-    def _is_old(self) -> bool:
-        return self.age() >= self._interval
-
-    def _count(self, repository: str, tally: _Tally) -> None:
+    def _count(self, repository: str) -> None:
         """Count a repository.  If objects are removed meanwhile, it is counted again, a few times; the last
         count is taken not to include them, so that the quota errs on the high side."""
         for _ in range(COUNTS_AT_MOST):
             before = self._store.now()
-            added, removed = (self._counters.total((kind, repository), len(_NOTHING))
-                              for kind in ('added', 'removed'))
+            added, removed_before = _passed(self._counters, repository)
             found = self._measure(repository, before)
-            if self._counters.total(('removed', repository), len(_NOTHING)) == removed:
+            removed = _passed(self._counters, repository)[1]
+            if removed == removed_before:
                 break
-        self._set_base(repository, found, tally, added)
+        self._set_base(repository, found, added, removed)
 
-    def _set_base(self, repository: str, found: Count, tally: _Tally,
-                  added: Optional[List[int]] = None) -> None:
-        """Set a repository's base from what was `found` when the row `added` was as given (default: now)."""
-        if added is None:
-            added = self._counters.total(('added', repository), len(_NOTHING))
-        removed = self._counters.total(('removed', repository), len(_NOTHING))
-        held: List[int] = [count - more + less for count, more, less in zip(found.held, added, removed)]
-        if not self._counters.put(('base', repository), *_pack(found._replace(held=held))):
-            tally.add_other(found)
-        tally.add(repository, held[_CHARGED], held[_OBJECTS + KINDS.index('locks')])
+    def _set_base(self, repository: str, found: Count, added: List[int], removed: List[int]) -> None:
+        """Set the base of a repository, or of OTHER, of which so much was `found` when its rows were as
+        given.  One for which there is no room is counted as OTHER."""
+        base = found._replace(held=_sum(found.held, removed, added))
+        if repository != OTHER:
+            self._add_to_scopes(repository, base.held.charged, base.held.locks)
+        if not self._counters.put(('base', repository), *_to_row(base)):
+            row = map(operator.add, _to_row(self._other), _to_row(found))
+            self._other = _from_row(list(row))._replace(
+                time=found.time, last_snapshot=max(self._other.last_snapshot, found.last_snapshot))
+
+    def _add_to_scopes(self, repository: str, charged: int, locks: int) -> None:
+        for scope in self._scopes(repository):
+            sums = self._sums.setdefault(scope, [0, 0])
+            sums[0] += charged
+            sums[1] += locks
 
     def _read(self, before: float, found: ObjectFolder
               ) -> Iterator[Tuple[str, int, List[os.stat_result], Optional[OSError]]]:
@@ -3861,35 +3809,30 @@ class Census:
 
     def _measure(self, repository: str, before: float) -> Count:
         """What a repository holds that was stored `before` a time of the file system's clock."""
-        now, held, last, unreadable = int(time.time()), list(_NOTHING), 0, 0
-        days, snapshots, today = [0] * DAYS, [0] * DAYS, int(before) // _DAY_SECONDS
+        now, last, unreadable, today = int(time.time()), 0, 0, int(before) // _DAY_SECONDS
+        held, days, snapshots = dict.fromkeys(_COLUMNS, 0), [0] * DAYS, [0] * DAYS
         pause = bool(self._counters.read(('counted',)))
 
         def report(error: OSError) -> int:
             log.error('cannot determine the full size of %s: %s', repository or '/', error)
             return 1
 
-        held[_CHARGED] = FOLDER_BYTES if repository else 0
-        try:
-            config = self._store.size(Location(repository, 'config'))
-            if config is not None:
-                held[_BYTES], held[-1] = config, 1
-                held[_CHARGED] += charge_of(config)
-        except OSError as error:
-            unreadable += report(error)
-        with contextlib.suppress(OSError):  # said where it is read
-            held[_CHARGED] += FOLDER_BYTES * self._store.folders.is_there(f'{repository}/data')
+        for measure in (self._measure_config, functools.partial(self._measure_kept, before)):
+            try:
+                measure(repository, held)
+            except OSError as error:
+                unreadable += report(error)
         begin = time.monotonic()
         with self._store.object_folders(repository) as folders, contextlib.closing(
                 read_ahead(self._read(before, each) for each in folders)) as parts:
             for kind, charge, statuses, fault in parts:
-                held[_CHARGED] += charge
+                held['charged'] += charge
                 if fault:
                     unreadable += report(fault)
                 for status in statuses:
-                    held[_BYTES] += status.st_size
-                    held[_CHARGED] += charge_of(status.st_size)
-                    held[_OBJECTS + KINDS.index(kind)] += 1
+                    held['bytes'] += status.st_size
+                    held['charged'] += charge_of(status.st_size)
+                    held[kind] += 1
                     stored_at = min(max(int(status.st_mtime), 0), int(before))
                     day = DAYS - 1 - today + stored_at // _DAY_SECONDS
                     if day >= 0:
@@ -3900,20 +3843,30 @@ class Census:
                 if pause:  # leave half of the time to requests, unless they wait for the first census
                     time.sleep(time.monotonic() - begin)
                     begin = time.monotonic()
+        return Count(Held(**held), last, now, held['bytes'], held['snapshots'], unreadable, days, snapshots)
+
+    def _measure_config(self, repository: str, held: Dict[str, int]) -> None:
+        """Add the config of a repository, and its folders but those of objects.  Raises OSError."""
+        folders = self._store.folders
+        with contextlib.suppress(OSError):  # said where it is read
+            held['charged'] += FOLDER_BYTES * folders.is_there(f'{repository}/data')
+        held['charged'] += FOLDER_BYTES if repository else 0
+        size = self._store.size(Location(repository, 'config'))
+        if size is not None:
+            held['bytes'], held['config'] = size, 1
+            held['charged'] += charge_of(size)
+
+    def _measure_kept(self, before: float, repository: str, held: Dict[str, int]) -> None:
+        """Add the objects of a repository that were deleted and are kept.  Raises OSError."""
         yesterday, limit = (format_moment(int(when * 1e6)) for when in (before - _DAY_SECONDS, before))
-        try:
-            for _, entry, name in self._past.kept(repository):
-                if not name.returned and name.deleted <= limit:
-                    with contextlib.suppress(FileNotFoundError):
-                        size = entry.stat(follow_symlinks=False).st_size
-                        held[_KEPT] += 1
-                        held[_KEPT_BYTES] += size
-                        held[_DELETED_DAY] += name.deleted > yesterday
-                        held[_CHARGED] += charge_of(size)
-        except OSError as error:
-            unreadable += report(error)
-        return Count(held, last, now, held[_BYTES], held[_OBJECTS + KINDS.index('snapshots')], unreadable,
-                     days, snapshots)
+        for _, entry, name in self._past.kept(repository):
+            if not name.returned and name.deleted <= limit:
+                with contextlib.suppress(FileNotFoundError):
+                    size = entry.stat(follow_symlinks=False).st_size
+                    held['kept'] += 1
+                    held['kept_bytes'] += size
+                    held['deleted'] += name.deleted > yesterday
+                    held['charged'] += charge_of(size)
 
 
 class Usage:
@@ -3943,45 +3896,65 @@ class Usage:
     # ---- what passes through ----
 
     def save(self, location: Location, body: Body) -> Tuple[int, int]:
-        """Store an object as Store.save() does; the objects and bytes added.  Raises HttpError 507 where a
-        quota leaves no room, before the content is read if its length is known."""
-        limited = self.limited(location.repository)
-        if limited:     # before the place takes a row of the counters
-            self._store.check_repository(location)
-        present = self._store.size(location) if limited else None
+        """Store an object as Store.save() does; the objects and bytes added.  Raises QuotaExceeded, before
+        the content is read if its length is known, and Busy."""
+        scopes = self.limited(location.repository) if self.limits.by_place else []
+        if not scopes:
+            return self._save(location, body)
+        self._store.check_repository(location)      # before the place takes a row of the counters
+        present = self._store.size(location)
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
-        with _Upload(self, self._counters, location, body, present) as content:
-            saved = self._store.save(location, content)
-            charge = charge_of(saved.after) - (0 if saved.objects else charge_of(saved.before))
-            self._count_change('added', location, saved.objects, saved.after - saved.before,
-                       charge + saved.folders * FOLDER_BYTES)
+        if self._is_free(location, body.length, scopes):
+            return self._save(location, body)
+        folders = self._store.folders.missing(location.folder) * FOLDER_BYTES
+        # What replaces a damaged object is charged the difference.
+        fixed = folders - (0 if present is None else charge_of(present))
+        with _Reservation(self, self._counters, location.repository, scopes) as reservation:
+            if body.length is None:
+                return self._save(location, _GrowingBody(
+                    body, lambda received: reservation.take(fixed + charge_of(received), 0)))
+            reservation.take(fixed + charge_of(body.length))
+            return self._save(location, body)
+
+    def _save(self, location: Location, body: Body) -> Tuple[int, int]:
+        """Store an object, and count it."""
+        saved = self._store.save(location, body)
+        size = saved.after - saved.before
+        charged = charge_of(saved.after) + saved.folders * FOLDER_BYTES
+        if not saved.objects:   # it has replaced a damaged one
+            charged -= charge_of(saved.before)
+        self._count_change('added', location.repository, bytes=size, charged=charged,
+                           **{location.kind: saved.objects})
         if location.kind == 'snapshots' and saved.objects:
             self._counters.put(('snapshot', location.repository), int(time.time()))
-        return saved.objects, saved.after - saved.before
+        return saved.objects, size
 
     def create(self, location: Location) -> None:
-        """Create a repository as Store.create_repository() does.  Raises HttpError 507 as save() does."""
-        missing, repository = 0, location.repository
-        if self.limited(repository):
-            missing = self._store.folders.missing(repository)
-            missing += len(KINDS) if missing else sum(
-                self._store.folders.missing(f'{repository}/{kind}') for kind in KINDS)
-        with _Reservation(self, self._counters, location, missing * FOLDER_BYTES):
-            made = self._store.create_repository(location.repository)
-            self.past.begin(location.repository)
-            self._count_change('added', location, 0, 0, made * FOLDER_BYTES)
+        """Create a repository as Store.create_repository() does.  Raises as save() does."""
+        repository = location.repository
+        scopes = self.limited(repository)
+        with _Reservation(self, self._counters, repository, scopes) as reservation:
+            if scopes:
+                missing = self._store.folders.missing(repository)
+                missing += len(KINDS) if missing else sum(
+                    self._store.folders.missing(f'{repository}/{kind}') for kind in KINDS)
+                reservation.take(missing * FOLDER_BYTES)
+            made = self._store.create_repository(repository)
+            self.past.begin(repository)
+            self._count_change('added', repository, charged=made * FOLDER_BYTES)
 
     def delete(self, location: Location) -> Optional[int]:
         """Delete an object as Past.delete() does."""
         size = self.past.delete(location)
-        if size is not None and self.past.keeps_object(location):
-            self._count_change('removed', location, 1, size, 0)
-            self._count_kept('added', location.repository, size, 0)
-        elif size is not None:
-            self._count_change('removed', location, 1, size, charge_of(size))
-        if size is not None and location.kind == 'snapshots':
-            self._note_forgotten(location.repository)
+        if size is not None:
+            keeps = self.past.keeps_object(location)
+            self._count_change('removed', location.repository, bytes=size,
+                               charged=0 if keeps else charge_of(size), **{location.kind: 1})
+            if keeps:
+                self._count_change('added', location.repository, kept=1, kept_bytes=size, deleted=1)
+            if location.kind == 'snapshots':
+                self._note_forgotten(location.repository)
         return size
 
     def _note_forgotten(self, repository: str) -> None:
@@ -4013,36 +3986,33 @@ class Usage:
         if not self._purging.acquire(blocking=False):
             return  # the last one is still at it
         try:
-            self._purge_until(end)
+            for folder in self._store.walk(lambda path, error: log.debug('cannot purge %s: %s', path, error)):
+                if time.monotonic() >= end:
+                    break
+                if folder.is_repository:
+                    self._purge(folder.path, end)
         finally:
             self._purging.release()
 
-    def _purge_until(self, end: float) -> None:
-        """Do what purge() says, until a time."""
-        for found in self._store.walk(lambda path, error: log.debug('cannot purge %s: %s', path, error)):
-            if not found.is_repository:
-                continue
-            try:
-                self.past.begin(found.path)
+    def _purge(self, repository: str, end: float) -> None:
+        """Remove from the past of a repository until the time is `end`."""
+        try:
+            self.past.begin(repository)
+            begun = time.monotonic()
+            for size in self.past.purge(repository):
+                self._count_change('removed', repository, charged=charge_of(size), kept=1, kept_bytes=size)
+                now = time.monotonic()
+                if now >= end:
+                    return
+                time.sleep(min(now - begun, 1))     # leave half of the time to requests
                 begun = time.monotonic()
-                for size in self.past.purge(found.path):
-                    self._count_kept('removed', found.path, size, charge_of(size))
-                    now = time.monotonic()
-                    if now >= end:
-                        return
-                    time.sleep(min(now - begun, 1))     # leave half of the time to requests
-                    begun = time.monotonic()
-            except OSError as error:
-                log.error('cannot purge deleted objects of %s: %s', found.path or '/', error)
-
-    def charge(self, location: Location, size: int) -> int:
-        """Bytes charged for an upload of `size` bytes, with the folders that it will create."""
-        return charge_of(size) + self._store.folders.missing(location.folder) * FOLDER_BYTES
+        except OSError as error:
+            log.error('cannot purge deleted objects of %s: %s', repository or '/', error)
 
     def scopes(self, repository: str) -> List[str]:
         """The quota scopes of a repository that are counted: its path and those above it, as far as they
         have a limit or may be given one; `` is all that is stored."""
-        if not (self.limits or self._may_change):
+        if not (self.limits.by_place or self._may_change):
             return []
         names = repository.split('/')[1:QUOTA_DEPTH + 1]
         found = ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
@@ -4052,83 +4022,68 @@ class Usage:
         """The scopes of a repository that have a limit now."""
         return list(filter(self.limits.limit, self.scopes(repository)))
 
-    def quota(self, scope: str) -> Tuple[int, int, int]:
-        """Bytes that a scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none."""
+    def quota(self, scope: str) -> Quota:
+        """The Quota of a scope."""
         # An upload that ends moves from reserved to delta; reading in this order never misses it.
         reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
-        return baseline + delta, reserved, self.limits.limit(scope)
-
-    def refuse(self, location: Location, count: int) -> NoReturn:
-        """Raises HttpError 507 for an upload of `count` bytes; logged once in WARNING_SECONDS."""
-        now = time.monotonic()
-        quotas = {scope: self.quota(scope) for scope in self.limited(location.repository)}
-        if now >= self._next_warning:
-            self._next_warning = now + WARNING_SECONDS
-            held = ', '.join(f'{format_size(held)} of {format_size(limit)} in /{scope}'
-                             for scope, (held, _, limit) in quotas.items())
-            log.warning('quota exceeded: rejected an upload of %s to %s; used: %s%s', format_size(count),
-                        location.repository or '/', held, self._text_of_kept(location.repository))
-        full = next((f' of /{scope}' for scope, (held, _, limit) in quotas.items()
-                     if scope and held + count > limit), '')
-        raise HttpError(507, f'quota{full} exceeded')
-
-    def _text_of_kept(self, repository: str) -> str:
-        """How much of what a repository's quota scope holds was deleted, and when the first of it goes."""
-        scope = next(filter(None, self.limited(repository)), '')
-        kept, oldest = 0, ''
-        for name, held in self.holdings(self.names(f'/{scope}' if scope else '')).items():
-            if held.kept:
-                kept += held.kept_bytes
-                with contextlib.suppress(OSError):
-                    first = min((name.deleted for _, _, name in self.past.kept(name) if not name.returned),
-                                default='')
-                    oldest = min(filter(None, (oldest, first)), default='')
-        if not kept:
-            return ''
-        until = self.past.until(oldest) if oldest else ''
-        return f'; {format_size(kept)} of that are deleted objects, the first of which expire on {until}'
+        return Quota(baseline + delta, reserved, self.limits.limit(scope))
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
         """Bytes held and the limit, by the scopes of some repositories."""
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
-        return {scope: self.quota(scope)[::2] for scope in sorted(scopes)}
+        quotas = {scope: self.quota(scope) for scope in sorted(scopes)}
+        return {scope: (quota.held, quota.limit) for scope, quota in quotas.items()}
 
-    def is_free(self, location: Location, length: Optional[int]) -> bool:
+    def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
+        """Raises QuotaExceeded for an upload that is charged so much; logged once in WARNING_SECONDS."""
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + WARNING_SECONDS
+            held = ', '.join(f'{format_size(quota.held)} of {format_size(quota.limit)} in /{scope}'
+                             for scope, quota in quotas.items())
+            log.warning('quota exceeded: rejected an upload of %s to %s; used: %s%s', format_size(charge),
+                        repository or '/', held, self._text_of_kept(next(filter(None, quotas), '')))
+        full = next((f' of /{scope}' for scope, quota in quotas.items()
+                     if scope and quota.held + charge > quota.limit), '')
+        raise QuotaExceeded(f'quota{full} exceeded')
+
+    def _text_of_kept(self, scope: str) -> str:
+        """How much of what a scope holds was deleted, and when the first of it goes."""
+        kept, oldest = 0, []    # type: int, List[str]
+        for name, held in self.holdings(self.names(f'/{scope}' if scope else '')).items():
+            if held.kept:
+                kept += held.kept_bytes
+                with contextlib.suppress(OSError, ValueError):
+                    oldest.append(min(name.deleted for _, _, name in self.past.kept(name)
+                                      if not name.returned))
+        if not oldest:
+            return ''
+        return (f'; {format_size(kept)} of that are deleted objects, the first of which expire on '
+                f'{self.past.until(min(oldest))}')
+
+    def _is_free(self, location: Location, length: Optional[int], scopes: List[str]) -> bool:
         """Whether an upload is not charged: restic needs a lock to read and to delete, also where the
         quota is full."""
         if location.kind != 'locks' or length is None or length > LOCK_BYTES:
             return False
         return all(sum(self._counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
-                   for scope in self.limited(location.repository)
-                   ) and not self._store.folders.missing(location.folder)
+                   for scope in scopes) and not self._store.folders.missing(location.folder)
 
-    def _count_change(self, direction: str, location: Location, objects: int, size: int, charge: int) -> None:
-        """Count objects that were added or removed."""
-        amounts = {_BYTES: size, _CHARGED: charge}
-        if objects:
-            amounts[_OBJECTS + _COUNTED.index(location.kind)] = objects
-        self._add_to_row(direction, location.repository, amounts)
-
-    def _count_kept(self, direction: str, repository: str, size: int, charge: int) -> None:
-        """Count a deleted object that is kept from now on, or was purged."""
-        self._add_to_row(direction, repository, {
-            _KEPT: 1, _KEPT_BYTES: size, _CHARGED: charge, _DELETED_DAY: int(direction == 'added')})
-
-    def _add_to_row(self, direction: str, repository: str, amounts: Dict[int, int]) -> None:
+    def _count_change(self, direction: str, repository: str, **amounts: int) -> None:
         """Add to the row `added` or `removed` of a repository, and to those of its quota scopes."""
-        counters = self._counters
+        counters, key = self._counters, (direction, repository)
         with counters.lock:
-            row = counters.row((direction, repository), len(_NOTHING))
-            for column, amount in amounts.items():
-                row[column] += amount
-            sign = 1 if direction == 'added' else -1
-            charge, locks = sign * amounts[_CHARGED], sign * amounts.get(_OBJECTS + KINDS.index('locks'), 0)
-            kinds = ('delta',) if counters.has_row((direction, repository)) else ('delta', 'other')
-            for kind, scope in itertools.product(kinds, self.scopes(repository)):
-                row = counters.row((kind, scope), 2)
-                row[0] += charge
-                row[1] += locks
+            row = counters.row(key, len(_COLUMNS))
+            for name, amount in amounts.items():
+                row[_COLUMNS[name]] += amount
+            if self.limits.by_place or self._may_change:
+                sign = 1 if direction == 'added' else -1
+                kinds = ('delta',) if key in counters.rows else ('delta', 'other')
+                for kind, scope in itertools.product(kinds, self.scopes(repository)):
+                    row = counters.row((kind, scope), 2)
+                    row[0] += sign * amounts.get('charged', 0)
+                    row[1] += sign * amounts.get('locks', 0)
 
     # ---- what is there ----
 
@@ -4138,8 +4093,10 @@ class Usage:
         with self._showing:
             self._forget_shown()
             if not self._names and self.census.wait(0):
-                self._names = sorted({key[1] for kind in ('base', 'added')
-                                      for key in self._counters.keys(kind)})
+                names = {name for _, name in self._counters.keys('base')}
+                if OTHER not in names:  # else it has those without a base
+                    names.update(name for _, name in self._counters.keys('added'))
+                self._names = sorted(names)
             if not below:
                 return list(self._names)
             begin = bisect.bisect_left(self._names, below)
@@ -4149,16 +4106,13 @@ class Usage:
     def holdings(self, names: Iterable[str]) -> Dict[str, Holdings]:
         """What repositories hold now; empty ones are left out.  Each is computed once in SHOWN_SECONDS at
         the most, by one thread at a time."""
-        found = {}
         with self._showing:
             self._forget_shown()
+            names = list(names)
             for name in names:
                 if name not in self._shown:
                     self._shown[name] = self._holdings(name)
-                held = self._shown[name]
-                if held:
-                    found[name] = held
-        return found
+            return {name: held for name in names for held in [self._shown[name]] if held}
 
     def repositories(self) -> Dict[str, Holdings]:
         """All repositories and what they hold now; none before the first census."""
@@ -4170,88 +4124,43 @@ class Usage:
             self._shown_at, self._names, self._shown = now, [], {}
 
     def _holdings(self, name: str) -> Optional[Holdings]:
-        rows = self._counters.read(('base', name))
-        base, now = _unpack(rows[0] if rows else None), int(time.time())
-        added, removed = (self._counters.total((kind, name), len(_NOTHING)) for kind in ('added', 'removed'))
-        size, _, kept, kept_bytes, deleted, *numbers = (
-            known + more - less for known, more, less in zip(base.held, added, removed))
-        if not any(numbers) and not base.unreadable and not kept:
+        base = _base(self._counters, name)
+        held = _sum(base.held, *_passed(self._counters, name))
+        objects = {kind: getattr(held, kind) for kind in (*KINDS, 'config')}
+        if not any(objects.values()) and not base.unreadable and not held.kept:
             return None
-        objects = dict(zip(_COUNTED, numbers))
         last = max((row[0] for row in self._counters.read(('snapshot', name))), default=0)
-        if rows and last < base.time:
+        if last < base.time:
             last = base.last_snapshot
-        days, snapshots = (_age_days(part, now // _DAY_SECONDS - base.time // _DAY_SECONDS)
-                           for part in (base.days, base.snapshot_days))
-        days[-1] += max(size - base.bytes, 0)  # since the count, so today
-        snapshots[-1] += max(objects['snapshots'] - base.snapshots, 0)
-        excess = sum(days) - size
+        passed = min(max(int(time.time()) // _DAY_SECONDS - base.time // _DAY_SECONDS, 0), DAYS)
+        days, snapshots = ([*part, *[0] * passed][-DAYS:] for part in (base.days, base.snapshot_days))
+        days[-1] += max(held.bytes - base.bytes, 0)  # since the count, so today
+        snapshots[-1] += max(held.snapshots - base.snapshots, 0)
+        excess = sum(days) - held.bytes
         for day in range(DAYS - 1, -1, -1):  # assume that the latest was removed
             less = max(min(excess, days[day]), 0)
             days[day] -= less
             excess -= less
-        return Holdings(size, objects, last if objects['snapshots'] else 0, days, snapshots, base.unreadable,
-                        kept, kept_bytes, deleted)
-
-
-class _Tally:
-    """Sums of a census: bytes charged and locks by quota scope, and all repositories under OTHER."""
-
-    def __init__(self, scopes_of: Callable[[str], List[str]], scopes: Iterable[str]) -> None:
-        self._scopes_of = scopes_of
-        self.held = {scope: [0, 0] for scope in scopes}
-        self.other = _unpack(None)
-
-    def add(self, repository: str, charged: int, locks: int) -> None:
-        for scope in self._scopes_of(repository):
-            held = self.held.setdefault(scope, [0, 0])
-            held[0] += charged
-            held[1] += locks
-
-    def add_other(self, found: Count) -> None:
-        old = self.other
-        self.other = Count(
-            *(list(map(operator.add, old.held, found.held)), max(old.last_snapshot, found.last_snapshot),
-              found.time, old.bytes + found.bytes, old.snapshots + found.snapshots,
-              old.unreadable + found.unreadable, list(map(operator.add, old.days, found.days)),
-              list(map(operator.add, old.snapshot_days, found.snapshot_days))))
-
-
-def _pack(count: Count) -> List[int]:
-    return [*count.held, *count[1:-2], *count.days, *count.snapshot_days]
-
-
-def _unpack(row: Optional[List[int]]) -> Count:
-    """The inverse of _pack(); without a row an empty Count of now."""
-    if not row:
-        return Count(_NOTHING, 0, int(time.time()), 0, 0, 0, [0] * DAYS, [0] * DAYS)
-    rest = row[len(_NOTHING):]
-    return Count._make([row[:len(_NOTHING)], *rest[:5], rest[5:5 + DAYS], rest[5 + DAYS:]])
-
-
-def _age_days(days: List[int], passed: int) -> List[int]:
-    """The numbers of the last DAYS days, shifted by the days that have passed."""
-    return [*days, *[0] * min(max(passed, 0), DAYS)][-DAYS:]
+        return Holdings(held.bytes, objects, last if held.snapshots else 0, days, snapshots, base.unreadable,
+                        held.kept, held.kept_bytes, held.deleted)
 
 
 class _Reservation:
-    """Reserves quota for `charge` bytes until the context ends.  Raises HttpError 507 if there is no room,
-    and 503 if there may be soon, or before the first census."""
+    """Room in the quotas of some scopes for an upload to a repository, until the context ends.  Raises Busy
+    before the first census."""
 
-    def __init__(self, usage: Usage, counters: Counters, location: Location, charge: int) -> None:
+    def __init__(self, usage: Usage, counters: Counters, repository: str, scopes: List[str]) -> None:
         self._usage = usage
         self._counters = counters
-        self._location = location
-        self._charge = charge
-        self._scopes = usage.limited(location.repository)
+        self._repository = repository
+        self._scopes = scopes
         self._taken = 0
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> _Reservation:
         if self._scopes:
             self._usage.census.request()
             if not self._usage.census.wait(READY_SECONDS):
-                raise HttpError(503, 'still calculating sizes', [('Retry-After', '10')])
-            self.take(self._charge)
+                raise Busy('still calculating sizes', RETRY_SECONDS)
         return self
 
     def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
@@ -4259,70 +4168,50 @@ class _Reservation:
         if self._taken:
             self._add(-self._taken)
 
-    def take(self, charge: int) -> None:
-        """Raise the reservation to `charge` bytes.  Waits while other uploads have reserved what is left,
-        since they may fail, or another process has tried at the same time."""
-        end, count = time.monotonic() + ROOM_SECONDS, charge - self._taken
+    def take(self, charge: int, seconds: Optional[float] = None) -> None:
+        """Raise the reservation to `charge` bytes.  Waits for some seconds, by default ROOM_SECONDS, while
+        other uploads have reserved what is left, since they may fail, or another process has tried at the
+        same time.  Raises QuotaExceeded if there is no room, and Busy if there may be soon."""
+        end = time.monotonic() + (ROOM_SECONDS if seconds is None else seconds)
+        count = charge - self._taken
         while count > 0:
             with self._usage.reserving:
                 fits = self._add(count)
-                quotas = [quota for quota in map(self._usage.quota, self._scopes) if quota[2]]
-                if fits and all(held + reserved <= limit for held, reserved, limit in quotas):
+                quotas = {scope: quota for scope in self._scopes
+                          for quota in [self._usage.quota(scope)] if quota.limit}
+                if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
                     return
                 self._add(-count)
-            if any(held + self._taken + count > limit for held, _, limit in quotas):
-                self._usage.refuse(self._location, count)
-            if time.monotonic() > end or not self._can_wait():
-                raise HttpError(503, 'other uploads have reserved the remaining quota',
-                                [('Retry-After', '10')])
+            if any(quota.held + charge > quota.limit for quota in quotas.values()):
+                self._usage.refuse(self._repository, charge, quotas)
+            if time.monotonic() >= end:
+                raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
             time.sleep(0.01 + os.urandom(1)[0] / 10000)
-
-    def _can_wait(self) -> bool:
-        return True
 
     def _add(self, count: int) -> bool:
         """Change what is reserved; False if Counters has no room to count it."""
         self._taken += count
-        fits = True
-        for scope in self._scopes:
-            fits = self._counters.add(('reserved', scope), count) and fits
-        return fits
+        fits = [self._counters.add(('reserved', scope), count) for scope in self._scopes]
+        return all(fits)
 
 
-class _Upload(_Reservation):
-    """The content of an upload, with a reservation for all of it, or for what has been read where its
-    length is not known.  One that replaces a damaged object of `present` bytes is charged the
-    difference."""
+class _GrowingBody:
+    """The content of an upload whose length is not known; `reserve` is called with the bytes that have
+    arrived."""
 
-    def __init__(self, usage: Usage, counters: Counters, location: Location, body: Body,
-                 present: Optional[int]) -> None:
-        self.length = body.length
+    length = None
+
+    def __init__(self, body: Body, reserve: Callable[[int], None]) -> None:
         self.piece = body.piece
         self._body = body
+        self._reserve = reserve
         self._received = 0
-        self._present = 0 if present is None else charge_of(present)
-        super().__init__(usage, counters, location, 0)
-        if self._scopes:
-            self._charge = self._missing(body.length or 0)
-
-    def __enter__(self) -> Body:
-        if not self._scopes or self._usage.is_free(self._location, self.length):
-            return self._body
-        super().__enter__()
-        return self
 
     def readinto(self, view: memoryview) -> int:
         count = self._body.readinto(view)
-        if self.length is None:
-            self._received += count
-            self.take(self._missing(self._received))
+        self._received += count
+        self._reserve(self._received)
         return count
-
-    def _missing(self, size: int) -> int:
-        return max(self._usage.charge(self._location, size) - self._present, 0)
-
-    def _can_wait(self) -> bool:
-        return self.length is not None
 
 
 # ==== Accounts ===================================================================================
@@ -5623,8 +5512,8 @@ class Watch:
 
     def _is_full(self, scope: str) -> bool:
         """Whether a quota's scope is nearly full.  Many repositories share one."""
-        used, _, limit = self._usage.quota(scope)
-        return used >= NEARLY_FULL * limit
+        quota = self._usage.quota(scope)
+        return bool(quota.held >= NEARLY_FULL * quota.limit)
 
     def snapshots(self, name: str) -> Tuple[List[Snapshot], bool]:
         """The snapshots of a repository by time, and whether what came with each is known: not where that
@@ -10671,7 +10560,7 @@ class Server:
         if self.listeners:
             # A connection of HTTP/2 takes three, and its file one.
             _allow_descriptors(4 * max_connections + 256)
-        api.usage.census.open()
+        api.usage.census.requests.open()
         api.events.open()
         if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
@@ -10721,8 +10610,8 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.requests and self._counts:
-            loop.watch(census.requests, census.on_requested)
+        if census.requests.receiver and self._counts:
+            loop.watch(census.requests.receiver, census.on_requested)
             loop.timers += [self._purge, events.tick]
         if events.receiver and self._counts:
             loop.watch(events.receiver, events.on_sent)
@@ -10755,7 +10644,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests, self.api.events.receiver):
+        for source in (*self.listeners, census.requests.receiver, self.api.events.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -10765,7 +10654,7 @@ class Server:
         connections.cut()
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
-        census.close()
+        census.requests.close()
         self.api.events.close()
         self.loop.close()
 
@@ -10980,7 +10869,7 @@ class Workers:
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
         loop.close()
-        server.api.usage.census.close()
+        server.api.usage.census.requests.close()
         server.api.events.close()
 
     # ---- timers ----
