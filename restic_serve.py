@@ -717,6 +717,7 @@ class Limits:
 COPY_BYTES = 512 * 1024           # Buffer for content.
 LISTED_AT_ONCE = 1024             # Names read from a directory at a time.
 LINKS_AT_MOST = 40                # Symbolic links followed on the way to a folder, as in Linux.
+LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
 _NAME = re.compile('[0-9a-f]{64}')
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 # An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
@@ -919,6 +920,50 @@ def stamp(path: str) -> Tuple[int, ...]:
     except OSError:
         return ()
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+class WatchedFiles:
+    """Files that are read again when one of them changes; a base class of what they hold.  While they are no
+    good, what was read last stays in force.  For one thread at a time.
+
+    Files that belong together are replaced one after the other: a failure is tried once more, at the next
+    look, before it is logged.
+    """
+
+    kept = ''       # What stays in force after a failure, for the log.
+
+    def __init__(self, *paths: str) -> None:
+        self._paths = paths
+        self._stamps = [stamp(path) for path in paths]
+        self._next_look = 0.0
+        self._failed = False    # at the last look, for the first time
+        self.load()
+
+    def load(self) -> str:
+        """Read the files and put them in force; what was read, for the log.  Raises OSError, or ValueError
+        with a line for each fault."""
+        raise NotImplementedError
+
+    def look(self, force: bool = False) -> float:
+        """A timer of each process: read the files again if one of them has changed, at most once a second, or
+        in any case with `force`; seconds until the next look."""
+        now = time.monotonic()
+        if force or now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            stamps = [stamp(path) for path in self._paths]
+            if force or self._failed or stamps != self._stamps:
+                self._stamps = stamps
+                self._reload()
+        return self._next_look - now
+
+    def _reload(self) -> None:
+        try:
+            reload_log.log(NOTICE, '%s', self.load())
+            self._failed = False
+        except (OSError, ValueError) as error:
+            for fault in str(error).splitlines() if self._failed else ():
+                reload_log.error('%s: %s', self.kept, fault)
+            self._failed = not self._failed
 
 
 @contextlib.contextmanager
@@ -1321,7 +1366,6 @@ PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
-LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
 KNOWN_FOLDERS = 4096              # Folders whose check of the last second is remembered.
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
@@ -4606,36 +4650,23 @@ def _bcrypt_decode(text: str) -> bytes:
 _BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 
 
-class PasswordFile:
+class PasswordFile(WatchedFiles):
     """The users of an htpasswd file and their entries.  Raises OSError if it cannot be read."""
+
+    kept = 'keeping the previous users'
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp = stamp(path)
-        self._next_look = 0.0
-        self.entries = self._load()
-        self.slowest = slowest_entries(self.entries.values())
+        self.entries: Dict[str, str] = {}
+        self.slowest: Dict[str, str] = {}
+        super().__init__(path)
 
-    def refresh(self, force: bool = False) -> None:
-        """Read the file again if it has changed, or anyway with `force`.  While it cannot be read, the
-        last users stay in force."""
-        now = time.monotonic()
-        if not force and now < self._next_look:
-            return
-        self._next_look = now + LOOK_SECONDS
-        found = stamp(self._path)
-        if found == self._stamp and not force:
-            return
-        self._stamp = found
-        try:
-            self.entries = self._load()
-        except OSError as error:
-            reload_log.error('keeping the previous users: %s', error)
-            return
+    def load(self) -> str:
+        self.entries = self._parse()
         self.slowest = slowest_entries(self.entries.values())
-        reload_log.log(NOTICE, 'read %s from %s', format_count(len(self.entries), 'user'), self._path)
+        return f'read {format_count(len(self.entries), "user")} from {self._path}'
 
-    def _load(self) -> Dict[str, str]:
+    def _parse(self) -> Dict[str, str]:
         entries = {}
         with open(self._path, 'rb') as file:
             if file.read(2) in (b'\xff\xfe', b'\xfe\xff'):
@@ -4750,7 +4781,7 @@ class Accounts:
                  salt: str = '', realm: str = '', user_header: str = '',
                  proxies: Iterable[Any] = (), certificates: bool = False, socket_auth: bool = False,
                  counters: Optional[Counters] = None) -> None:
-        self._file = file
+        self.file = file
         self._user = user
         self._salt = salt.encode()
         self._password = self._salted(password.encode())
@@ -4767,7 +4798,7 @@ class Accounts:
     @property
     def demanded(self) -> bool:
         """Whether clients have to log in (but perhaps not over a unix socket)."""
-        return bool(self._file or self._user or self._user_header or self._certificates)
+        return bool(self.file or self._user or self._user_header or self._certificates)
 
     def identify(self, request: Request) -> str:
         """The user of a request, empty if nothing names one.  Raises HttpError 401, 403 and 429."""
@@ -4783,7 +4814,7 @@ class Accounts:
             return user
         if peer.unix and not self._socket_auth:
             return peer.user
-        if self._file or self._user:
+        if self.file or self._user:
             return self._check_basic(request)
         if self._user_header:
             raise HttpError(403, 'requests must come through the proxy')
@@ -4795,14 +4826,9 @@ class Accounts:
 
     def users(self) -> Optional[List[str]]:
         """The names of all users, None where another program knows them."""
-        if self._file:
-            return list(self._file.entries)
+        if self.file:
+            return list(self.file.entries)
         return [self._user] if self._user else None
-
-    def reload(self) -> None:
-        """Read the htpasswd file again."""
-        if self._file:
-            self._file.refresh(force=True)
 
     def _check_basic(self, request: Request) -> str:
         """The user of the Authorization header (RFC 7617)."""
@@ -4810,10 +4836,9 @@ class Accounts:
         if not header:
             self._refuse('authentication required')
         user, password = self._parse_basic(header)
-        if self._file:
-            self._file.refresh()
-            right = (self._is_remembered(self._file, user, password)
-                     or self._verify(self._file, user, password, request.client.group))
+        if self.file:
+            right = (self._is_remembered(self.file, user, password)
+                     or self._verify(self.file, user, password, request.client.group))
         else:
             import hmac
             right_user = hmac.compare_digest(user.encode(), self._user.encode())
@@ -5112,44 +5137,30 @@ class RightsFault(ValueError):
     """What is wrong with a rights file, one fault a line."""
 
 
-class RightsFile:
-    """The table in a file, which is read again when it changes.  Raises OSError if it cannot be read, and
-    RightsFault if it is no good."""
+class RightsFile(WatchedFiles):
+    """The table in a file.  Raises OSError if it cannot be read, and RightsFault if it is no good.
+    `on_change` is called with each new table."""
+
+    kept = 'keeping the previous rights'
 
     def __init__(self, path: str, strangers: bool = False, ignore_case: bool = False) -> None:
         self._path = path
         self._options = strangers, ignore_case
-        self._stamp = stamp(path)
-        self.next_look = 0.0        # when it is to be looked at again
-        self.rights = self._load()
+        self.on_change: Callable[[Rights], object] = lambda rights: None
+        super().__init__(path)
 
-    def refresh(self) -> bool:
-        """Read the file again if it has changed; whether there is another table.  While the file is no good
-        the last table stays in force.  For one thread at a time."""
-        self.next_look = time.monotonic() + LOOK_SECONDS
-        found = stamp(self._path)
-        if found == self._stamp:
-            return False
-        self._stamp = found
-        try:
-            self.rights = self._load()
-        except (OSError, RightsFault) as error:
-            for fault in str(error).splitlines():
-                reload_log.error('keeping the previous rights: %s', fault)
-            return False
-        reload_log.log(NOTICE, 'read %s from %s', format_count(len(self.rights.rules), 'rule'), self._path)
-        return True
-
-    def _load(self) -> Rights:
+    def load(self) -> str:
         with open(self._path, 'rb') as file:
             data = file.read()
         try:
-            return parse_rights(data.decode('utf-8-sig'), *self._options)
+            self.rights = parse_rights(data.decode('utf-8-sig'), *self._options)
         except UnicodeDecodeError:
             raise RightsFault(f'{self._path}: file is not UTF-8') from None
         except ValueError as error:
             raise RightsFault('\n'.join(f'{self._path}, {fault}'
                                        for fault in str(error).splitlines())) from None
+        self.on_change(self.rights)
+        return f'read {format_count(len(self.rights.rules), "rule")} from {self._path}'
 
 
 class Policy:
@@ -5157,26 +5168,16 @@ class Policy:
     ones, `on_refused_delete` with the repository, the user, who that is, and the right he has."""
 
     def __init__(self, rights: Optional[Rights] = None, file: Optional[RightsFile] = None) -> None:
-        self._file = file
+        self.file = file
         self.rights = file.rights if file else rights or short_rights()
         self.on_change: Callable[[Rights], object] = lambda rights: None
         self.on_refused_delete: Callable[[str, str, object, str], object] = lambda *what: None
-        self._refreshing = threading.Lock()
+        if file:
+            file.on_change = self._change
 
-    def refresh(self) -> float:
-        """A timer of each process: read the file again if it has changed, at most once a second; seconds
-        until the next time."""
-        if not self._file:
-            return math.inf
-        now = time.monotonic()
-        if now >= self._file.next_look and self._refreshing.acquire(blocking=False):
-            try:
-                if self._file.refresh():
-                    self.rights = self._file.rights
-                    self.on_change(self.rights)
-            finally:
-                self._refreshing.release()
-        return max(self._file.next_look - now, 0.01)
+    def _change(self, rights: Rights) -> None:
+        self.rights = rights
+        self.on_change(rights)
 
     def right(self, user: str, repository: str) -> str:
         """What a user may do in a repository: one of RIGHTS."""
@@ -5185,7 +5186,7 @@ class Policy:
     @property
     def is_for_all(self) -> bool:
         """Whether the options give everybody the same rights everywhere, but for the user of --prometheus."""
-        return not self._file and all(
+        return not self.file and all(
             rule.where == '' and (rule.who == '*' or (rule.who == METRICS_USER and rule.may == METRICS))
             for rule in self.rights.rules)
 
@@ -10038,63 +10039,34 @@ class SystemdNotifier:
 
 BACKLOG = 1024              # Connections that the kernel may queue.
 EXHAUSTED_SECONDS = 0.1     # Pause where the system has no descriptors left.
-RENEWAL_SECONDS = 0.2       # Time between the replacement of a certificate and that of its key.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Certificates:
-    """TLS contexts from PEM files, which are read again when they change.
-
-    `client_ca` is the CA that signs the clients' certificates, and `authority` the content of that
-    file.  `minimum` is the lowest version, `tls1.0` to `tls1.3`; without one the TLS library decides.
-    Raises OSError, and ImportError where Python has no TLS.
-    """
+class Certificates(WatchedFiles):
+    """TLS contexts from PEM files.  `client_ca` is the CA that signs the clients' certificates.  `minimum` is
+    the lowest version, `tls1.0` to `tls1.3`; without one the TLS library decides.  Raises OSError, and
+    ImportError where Python has no TLS."""
 
     def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
         self._cert = cert
         self._key = key
         self._client_ca = client_ca
         self._minimum = minimum
-        self._lock = threading.Lock()
-        self._stamp = self._look()
-        self._next_look = 0.0
-        self._context, self.authority = self._load()
+        self.kept = f'invalid certificate {cert}, keeping the previous one'
+        super().__init__(cert, key, *([client_ca] if client_ca else ()))
+
+    @property
+    def authority(self) -> bytes:
+        """The content of the file `client_ca`."""
+        return self._loaded[1]
 
     def wrap(self, below: SocketTransport) -> TlsTransport:
         """The server's side of TLS on a connection, before its handshake."""
-        self.refresh()
-        return TlsTransport(below, self._context, self.authority)
+        return TlsTransport(below, *self._loaded)
 
-    def refresh(self) -> None:
-        """Read the files again if one of them has changed, at most once a second."""
-        if self.is_stale():
-            self._next_look = time.monotonic() + LOOK_SECONDS
-            if self._look() != self._stamp:
-                self.reload()
-
-    def is_stale(self) -> bool:
-        """Whether it is time to look at the files again."""
-        return time.monotonic() >= self._next_look
-
-    def reload(self) -> None:
-        """Read the files again; if they cannot be used, the last ones stay in use."""
-        with self._lock:
-            for last_try in (False, False, True):
-                self._stamp = self._look()
-                try:
-                    self._context, self.authority = self._load()
-                    reload_log.log(NOTICE, 'loaded certificate %s', self._cert)
-                    break
-                except OSError as error:
-                    if last_try:
-                        reload_log.error('invalid certificate %s, keeping the previous one: %s',
-                                         self._cert, error)
-                    else:
-                        time.sleep(RENEWAL_SECONDS)
-
-    def _look(self) -> List[Tuple[int, ...]]:
-        """A fingerprint that changes when one of the files does."""
-        return [stamp(path) for path in (self._cert, self._key, self._client_ca)]
+    def load(self) -> str:
+        self._loaded = self._load()
+        return f'loaded certificate {self._cert}'
 
     def _load(self) -> Tuple[ssl.SSLContext, bytes]:
         """A context from the files, and the authority."""
@@ -10614,8 +10586,6 @@ class Connections:
     def _end_those_of_another_authority(self) -> None:
         """End connections whose certificate was checked against an authority that was replaced."""
         if self._certificates and self._certificates.authority:
-            if self._certificates.is_stale():  # reading the files may take a moment
-                threading.Thread(target=self._certificates.refresh, daemon=True).start()
             for connection in self.snapshot():
                 if not (connection.stopping or connection.is_of(self._certificates.authority)):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
@@ -10652,6 +10622,7 @@ class Server:
         self.listeners: List[Any] = []
         self.stops = 0                  # stop signals seen; the second skips the grace period
         self.certificates = certificates
+        self._files = [files for files in (certificates, api.accounts.file, api.policy.file) if files]
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._processes = 1             # that serve the listeners
@@ -10720,13 +10691,18 @@ class Server:
             loop.timers += [self._purge, events.tick]
         if events.receiver and self._counts:
             loop.watch(events.receiver, events.on_sent)
-        loop.timers += [self.api.policy.refresh, self.connections.sweep, self.notifier.ping,
+        loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
         self.notifier.notify('READY=1')
         loop.run(lambda: self.stops > 0)
         self.notifier.notify('STOPPING=1')
         self._finish()
+
+    def look_at_files(self, force: bool = False) -> float:
+        """A timer: read certificates, passwords and rights that have changed, or all of them with `force`;
+        seconds until the next look."""
+        return min([files.look(force) for files in self._files], default=math.inf)
 
     def _accept(self, listener: Listener) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
@@ -10786,10 +10762,7 @@ class Server:
     def reload(self) -> None:
         """SIGHUP: read again what may have changed."""
         self.notifier.notify_reloading()
-        if self.certificates:
-            self.certificates.reload()
-        self.api.accounts.reload()
-        self.api.policy.refresh()
+        self.look_at_files(force=True)
         for handler in log.handlers:
             handler.close()  # LogFile's
         self.notifier.notify('READY=1')
@@ -10969,7 +10942,7 @@ class Workers:
         for slot in range(1, self._count + 1):
             self._start(slot)
         server.notifier.notify('READY=1')
-        loop.timers = [server.api.policy.refresh, server.notifier.ping, lambda: server.stats.tick(True),
+        loop.timers = [server.look_at_files, server.notifier.ping, lambda: server.stats.tick(True),
                        self._start_due, self._kill_late]
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)

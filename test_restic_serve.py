@@ -925,6 +925,60 @@ class AccessLogTest(WireTestCase):
         self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
 
 
+# ---- Files -----------------------------------------------------------------------------------------
+
+class WatchedFilesTest(TestCase):
+    """What users, rights and certificates have in common, with users."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / 'htpasswd'
+        self.write('alice')
+        self.file = PasswordFile(str(self.path))
+        self.clock = 0
+        patch = mock.patch.object(restic_serve.time, 'monotonic', lambda: self.clock)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def write(self, *names):
+        self.path.write_text(''.join(f'{name}:{sha(name)}\n' for name in names))
+
+    def users_after(self, seconds, force=False):
+        self.clock += seconds
+        self.assertLessEqual(self.file.look(force), restic_serve.LOOK_SECONDS)
+        return list(self.file.entries)
+
+    def test_a_change_is_seen_within_a_second_and_said_and_with_sighup_at_once(self):
+        self.assertEqual(self.users_after(1), ['alice'])
+        self.write('bob')
+        self.assertEqual(self.users_after(0.9), ['alice'])
+        self.assertEqual(self.log, [])
+        self.assertEqual(self.users_after(0.1), ['bob'])
+        self.write('bob', 'carol')
+        self.assertEqual(self.users_after(0, force=True), ['bob', 'carol'])
+        self.users_after(0, force=True)     # whether or not it seems to have changed
+        self.users_after(5)
+        self.assertEqual(self.log, [f'read {count} from {self.path}' for count in (
+            '1 user', '2 users', '2 users')])
+
+    def test_while_a_file_is_no_good_the_last_content_stays_and_that_is_said_once(self):
+        self.path.unlink()
+        for _ in range(4):
+            self.assertEqual(self.users_after(1), ['alice'])
+        self.assertEqual(len(self.log), 1)
+        self.assertIn('keeping the previous users: ', self.log[0])
+        self.write('bob')
+        self.assertEqual(self.users_after(1), ['bob'])
+
+    def test_a_fault_that_is_gone_at_the_next_look_is_none(self):
+        for force in (False, True):
+            self.path.unlink()
+            self.assertEqual(self.users_after(1, force), ['alice'])
+            self.write('alice')
+            self.assertEqual(self.users_after(1), ['alice'])
+        self.assertEqual(self.log, 2 * [f'read 1 user from {self.path}'])
+
+
 # ---- Store -----------------------------------------------------------------------------------------
 
 class StoreTest(TestCase):
@@ -4417,9 +4471,6 @@ class PasswordFileTest(TestCase):
     def setUp(self):
         super().setUp()
         self.path = self.folder / 'htpasswd'
-        patch = mock.patch.object(restic_serve, 'LOOK_SECONDS', 0)
-        patch.start()
-        self.addCleanup(patch.stop)
 
     def write(self, text):
         self.path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -4461,33 +4512,15 @@ class PasswordFileTest(TestCase):
         accounts = Accounts(PasswordFile(str(self.path)))
         self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
         self.write(f'alice:{sha("new")}\nbob:{sha("b")}\n')
+        accounts.file.look()
         self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
         self.assertEqual(self.identify(accounts, 'alice', 'new'), 'alice')
         self.assertEqual(self.identify(accounts, 'bob', 'b'), 'bob')
         self.write(f'alice:{sha("new")}\n')
+        accounts.file.look(force=True)
         self.assertEqual(self.identify(accounts, 'bob', 'b'), 401)
-
-    def test_while_the_file_is_missing_the_last_users_stay(self):
-        self.write(f'alice:{sha("a")}\n')
-        accounts = Accounts(PasswordFile(str(self.path)))
-        self.path.unlink()
-        for _ in range(3):
-            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
-        self.assertEqual(len([line for line in self.log if 'keeping the previous users' in line]), 1)
-        self.write(f'bob:{sha("b")}\n')
-        self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
         with self.assertRaises(FileNotFoundError):
             PasswordFile(str(self.folder / 'missing'))
-
-    def test_the_file_is_looked_at_at_most_once_a_second(self):
-        self.write(f'alice:{sha("a")}\n')
-        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 60):
-            accounts = Accounts(PasswordFile(str(self.path)))
-            self.identify(accounts, 'alice', 'a')
-            self.write('')
-            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
-            accounts.reload()
-            self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
 
     def test_a_verified_password_is_compared_once_however_its_header_is_written(self):
         self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
@@ -4645,11 +4678,11 @@ class PasswordFileTest(TestCase):
         self.guess(accounts, 1)
         self.wait_until(lambda: running, 'a guess')
         self.write(f'bob:{sha("b")}\n')
-        accounts.reload()  # as SIGHUP does: it waits for nobody
+        accounts.file.look(force=True)  # as SIGHUP does: it waits for nobody
         with mock.patch.object(restic_serve, 'WAITING_LOGINS', 0):
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 429)
         self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
-        accounts.reload()
+        accounts.file.look(force=True)
         self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
 
     def test_what_one_process_has_verified_the_others_know(self):
@@ -4664,6 +4697,7 @@ class PasswordFileTest(TestCase):
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
             self.assertEqual(self.identify(accounts, 'alice', 'b'), 401)
             self.write(f'alice:{sha("other")}\n')
+            accounts.file.look(force=True)
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
 
     def test_a_hash_that_python_takes_long_for_is_said_and_holds_up_nobody(self):
@@ -5088,10 +5122,10 @@ class RightsTest(TestCase):
         api = Api(store, policy, Accounts(certificates=True))
 
         def ask(method):
-            with mock.patch.object(restic_serve, 'LOOK_SECONDS', -1):
-                policy.refresh()
-                response = api.handle(Request(method, f'/a/data/{self.NAME}', 'HTTP/1.1', {}, Bytes(b'x'),
-                                              Peer('1.2.3.4', 'alice')))
+            for _ in range(2):
+                policy.file.look(force=True)
+            response = api.handle(Request(method, f'/a/data/{self.NAME}', 'HTTP/1.1', {}, Bytes(b'x'),
+                                          Peer('1.2.3.4', 'alice')))
             return response.status, bytes(response.body) if method == 'POST' else b''
 
         self.assertEqual(ask('POST'), (403, b'alice may not add to /a; only read access\n'))
@@ -5105,33 +5139,6 @@ class RightsTest(TestCase):
         self.assertIn('no rules; use ', self.log[-1])
         path.write_text('bob / write')
         self.assertEqual(ask('POST'), (403, b'alice may not access /a\n'))
-
-    def test_of_two_threads_that_read_it_the_later_table_stays(self):
-        path = self.folder / 'rights'
-        path.write_text('* / write\n')
-        file = restic_serve.RightsFile(str(path))
-        policy, load, inside, go_on = Policy(file=file), file._load, threading.Event(), threading.Event()
-
-        def load_slowly():
-            rights = load()
-            inside.set()
-            go_on.wait(PATIENCE)
-            return rights
-
-        path.write_text('* / append\n* /x append\n')
-        file.next_look = 0
-        with mock.patch.object(file, '_load', load_slowly):
-            thread = threading.Thread(target=policy.refresh)
-            thread.start()
-            self.assertTrue(inside.wait(PATIENCE))
-            path.write_text('* / none\n')
-            file.next_look = 0
-            policy.refresh()    # does not wait, and changes nothing meanwhile
-            go_on.set()
-            thread.join(PATIENCE)
-        file.next_look = 0
-        policy.refresh()
-        self.assertEqual(policy.right('', '/x'), 'none')
 
     def test_the_short_options_stand_for_a_table(self):
         for words, table in (
@@ -9316,7 +9323,7 @@ class TlsTest(ListenerTestCase):
         self.assertEqual(self.connect_tls(port, 'client').ask(get('/alice/config'))[0], 404)
 
     def test_connections_end_when_their_authority_does(self):
-        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
+        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0.01):
             server = self.start('127.0.0.1:0', certificates=self.certificates(
                 client_ca=str(self.authority.path)))
             port = server.listeners[0].server_address[1]
@@ -9334,32 +9341,35 @@ class TlsTest(ListenerTestCase):
             self.assertIn('the client CA has changed', self.log[-1])
 
     def test_a_renewed_certificate_is_used_for_the_next_connection(self):
-        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
-            port = self.start_tls()
-            before = self.connect_tls(port)
-            self.assertEqual(self.serial(port), 1)
-            self.authority.issue('server')
-            self.assertEqual(self.serial(port), 2)
-            self.assertEqual(before.ask(get('/config'))[0], 404)
-            (self.folder / 'server.pem').write_text('nonsense')
-            self.assertEqual([self.serial(port) for _ in range(3)], [2, 2, 2])
-            self.assertEqual(len([line for line in self.log if 'invalid certificate' in line]), 1)
-            (self.folder / 'server.key').unlink()
-            self.assertEqual(self.serial(port), 2)
-            self.authority.issue('server')
-            self.assertEqual(self.serial(port), 3)
+        certificates = self.certificates()
+        port = self.start('127.0.0.1:0', certificates=certificates).listeners[0].server_address[1]
+
+        def serial_after(looks):
+            for _ in range(looks):
+                certificates.look(force=True)
+            return self.serial(port)
+
+        before = self.connect_tls(port)
+        self.assertEqual(self.serial(port), 1)
+        self.authority.issue('server')
+        self.assertEqual(serial_after(1), 2)
+        self.assertEqual(before.ask(get('/config'))[0], 404)
+        self.log.clear()
+        (self.folder / 'server.pem').write_text('nonsense')
+        self.assertEqual(serial_after(2), 2)
+        self.assertIn('server.pem, keeping the previous one: --cert: no PEM certificate in ', self.log[0])
+        self.authority.issue('server')
+        self.assertEqual(serial_after(1), 3)
 
     def test_a_certificate_whose_key_comes_a_moment_later_is_no_error(self):
         certificates = self.certificates()
-        before = (self.folder / 'server.pem').read_bytes()
+        old_key = (self.folder / 'server.key').read_bytes()
         self.authority.issue('server')
-        new = (self.folder / 'server.pem').read_bytes()
-        (self.folder / 'server.pem').write_bytes(before)
-        with mock.patch.object(restic_serve.time, 'sleep',
-                               lambda seconds: (self.folder / 'server.pem').write_bytes(new)):
-            certificates.reload()
-        self.assertIn('loaded certificate', self.log[-1])
-        self.assertFalse([line for line in self.log if 'invalid certificate' in line])
+        new_key = (self.folder / 'server.key').read_bytes()
+        for key in (old_key, new_key):
+            (self.folder / 'server.key').write_bytes(key)
+            certificates.look(force=True)
+        self.assertEqual(self.log[1:], [f'loaded certificate {self.folder}/server.pem'])
 
     def test_versions(self):
         """The default is the library's policy; a version that is given is made to work."""
