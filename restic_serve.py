@@ -11355,6 +11355,14 @@ OPTIONS = (
            'rights of USER', '[USER]', environment=False, stdio=False),
     Option('jobs', '--bcrypt-cost', parse_cost, 'cost of new bcrypt passwords, 4 to 31', 'NUMBER',
            shown='10, or 5 where bcrypt runs in Python'),
+
+    # Options in scripts for rclone that mean nothing to a local directory; they are ignored and logged.
+    *(Option('rclone', name, parse_bool, argparse.SUPPRESS, environment=False)
+      for name in ('--fast-list', '--progress', '--stats-one-line', '--use-mmap')),
+    *(Option('rclone', name, str, argparse.SUPPRESS, environment=False)
+      for name in ('--buffer-size', '--cache-dir', '--checkers', '--contimeout', '--low-level-retries',
+                   '--retries', '--timeout', '--tpslimit', '--tpslimit-burst', '--transfers',
+                   '--user-agent')),
 )
 
 
@@ -11374,15 +11382,15 @@ class Parser(argparse.ArgumentParser):
                    '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
         self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
-        self.passed_over: List[str] = []    # options of rclone that mean nothing here
         self.add_argument('arguments', nargs='*', help=argparse.SUPPRESS)
         groups = {title: self.add_argument_group(title)
                   for title in dict.fromkeys(option.group for option in OPTIONS)}
         groups['logging'].add_argument(
             '-v', '--verbose', action='count', default=self._verbosity(), help='log each request, in the '
             'Combined Log Format; -vv also logs debugging information')
-        groups['logging'].add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
-                                       help=argparse.SUPPRESS)
+        for letter, name in (('-q', 'quiet'), ('-P', 'progress')):
+            self.add_argument(letter, dest=name, action='store_true', default=argparse.SUPPRESS,
+                              help=argparse.SUPPRESS)
         for option in OPTIONS:
             self._add_option(groups[option.group], option)
         groups['jobs'].add_argument('--version', action='version',
@@ -11406,7 +11414,6 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, args: List[str]) -> argparse.Namespace:
         """The options that `args` set.  Exits after an error, --help and --version."""
-        args = self._pass_over(args)
         flags = {option.name for option in OPTIONS if option.is_flag}
         end = args.index('--') if '--' in args else len(args)
         # A bool takes a value only after '=', or it would swallow DIR.
@@ -11428,35 +11435,6 @@ class Parser(argparse.ArgumentParser):
         named = bool(user) and not user[0].startswith('-') and is_user(normalize_user(user[0]))
         return [*args[:at], f'--show-rights={user[0] if named else "*"}', *args[at + 1 + named:]]
 
-    def _pass_over(self, args: List[str]) -> List[str]:
-        """`args` without rclone's options that mean nothing to a local directory, which scripts have."""
-        kept: List[str] = []
-        words = collections.deque(args)
-        ours = {option.name: option.is_flag for option in OPTIONS}
-        while words:
-            word = words.popleft()
-            if word == '--':
-                return [*kept, word, *words]
-            name, equals, _ = word.partition('=')
-            has_value = bool(_RCLONE_VALUE.fullmatch(name))
-            is_of_family = bool(_RCLONE_FAMILY.match(name))
-            if name in ours or not (has_value or is_of_family or _RCLONE_FLAG.fullmatch(name)):
-                kept.append(word)
-                if words and not equals and not ours.get(name, True):
-                    kept.append(words.popleft())    # its value
-                elif re.fullmatch('-[vqP]*P[vqP]*', word):  # --progress
-                    self.passed_over.append('-P')
-                    kept[-1:] = [word.replace('P', '')] if word != '-P' else []
-                continue
-            if has_value and not equals and (not words or words[0].startswith('-')):
-                self.error(f'{name}: expected one argument')
-            self.passed_over.append(word)
-            # An option of another storage system may have a value; DIR is none.
-            if words and not equals and (has_value or (
-                    is_of_family and not words[0].startswith('-') and not os.path.isdir(words[0]))):
-                self.passed_over.append(words.popleft())
-        return kept
-
     def _verbosity(self) -> int:
         """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
         text = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
@@ -11468,9 +11446,8 @@ class Parser(argparse.ArgumentParser):
     def _hint_at(name: str) -> str:
         """What is meant by an option that does not exist here."""
         import difflib
-        ours = _OF_REST_SERVER.get(name)
-        if ours:
-            return f'; use {ours}'
+        if name in _HINTS:
+            return f'; {_HINTS[name]}'
         close = difflib.get_close_matches(name, [option.name for option in OPTIONS], 1)
         return f'; did you mean {close[0]}?' if close else ''
 
@@ -11491,43 +11468,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2.  An unknown option is answered by one of ours."""
-        unknown = re.match('unrecognized arguments: (--?[a-z][a-z-]*)', message)
+        unknown = re.match('unrecognized arguments: (--?[a-z][a-z0-9-]*)', message)
         if unknown:
             message = f'{unknown[1]}: unknown option{self._hint_at(unknown[1])}'
         self.exit(2, f"restic_serve: {one_line(re.sub('^argument ', '', message))}\n")
 
 
-# Options of rclone that mean nothing to a server of a local directory: without a value, with one, and those
-# of its other storage systems and of its remote control.
-_RCLONE_FLAG = re.compile(
-    '--(ask-password|auto-confirm|disable-http-keep-alives|disable-http2|disable-zip|error-on-no-transfer|'
-    'fast-list|human-readable|no-check-certificate|no-console|no-gzip-encoding|no-traverse|progress|'
-    'progress-terminal-title|rc|stats-one-line|stats-one-line-date|use-cookies|use-mmap|use-server-modtime)')
-_RCLONE_VALUE = re.compile(
-    '--(bind|buffer-size|ca-cert|cache-dir|checkers|client-cert|client-key|client-pass|color|config|'
-    'contimeout|cpuprofile|default-time|disable|dscp|dump|expect-continue-timeout|'
-    'fs-cache-expire-duration|fs-cache-expire-interval|header|header-download|header-upload|http-proxy|'
-    'kv-lock-time|low-level-retries|max-backlog|max-buffer-memory|max-stats-groups|memprofile|modify-window|'
-    'multi-thread-chunk-size|multi-thread-cutoff|multi-thread-streams|multi-thread-write-buffer-size|'
-    'password-command|retries|retries-sleep|stats-file-name-length|stats-log-level|'
-    'stats-one-line-date-format|stats-unit|streaming-upload-cutoff|temp-dir|timeout|tpslimit|'
-    'tpslimit-burst|transfers|user-agent)')
-_RCLONE_FAMILY = re.compile(
-    '--(alias|azureblob|azurefiles|b2|box|chunker|combine|compress|crypt|drive|dropbox|fichier|'
-    'filefabric|ftp|gcs|gphotos|hasher|hdfs|hidrive|http|iclouddrive|imagekit|internetarchive|jottacloud|'
-    'koofr|linkbox|mailru|mega|memory|netstorage|onedrive|oos|opendrive|pcloud|pikpak|pixeldrain|'
-    'premiumizeme|protondrive|putio|qingstor|quatrix|rc|s3|seafile|sftp|sharefile|sia|smb|storj|sugarsync|'
-    'swift|ulozto|union|uptobox|vfs|webdav|yandex|zoho)-')
-# What options and variables of rest-server and its container are called here.
+# Variables of rest-server's container, and what to use instead.
 _VARIABLES_OF_REST_SERVER = {
     'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'RESTIC_SERVE_HTPASSWD',
     'OPTIONS': 'RESTIC_SERVE_… for each'}
-_OF_REST_SERVER = {
-    '--listen': '--addr', '--path': 'DIR as the last word', '--tls': '--cert and --key',
-    '--tls-cert': '--cert', '--tls-key': '--key', '--tls-min-ver': '--min-tls-version',
-    '--htpasswd-file': '--htpasswd',
-    '--group-accessible-repos': '--group-accessible', '--log': '--log-file and -v', '--debug': '-vv',
-    '--proxy-auth-username': '--user-from-header'}
+# What to use instead of options of rest-server and rclone.
+_HINTS = {
+    '--config': 'there is no configuration file, and only local directories are served',
+    '--listen': 'use --addr', '--path': 'use DIR as the last word', '--tls': 'use --cert and --key',
+    '--tls-cert': 'use --cert', '--tls-key': 'use --key', '--tls-min-ver': 'use --min-tls-version',
+    '--htpasswd-file': 'use --htpasswd', '--group-accessible-repos': 'use --group-accessible',
+    '--log': 'use --log-file and -v', '--debug': 'use -vv',
+    '--proxy-auth-username': 'use --user-from-header'}
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -11547,9 +11505,7 @@ def find_directory(parser: Parser, args: List[str]) -> str:
     if args[:2] == ['serve', 'restic']:
         args = args[2:]
     if not args or not args[0]:
-        taken = ' '.join(parser.passed_over)
-        parser.error('DIR is missing; use restic_serve.py /srv/backup'
-                     + (f' (ignored: {taken})' if taken else ''))
+        parser.error('DIR is missing; use restic_serve.py /srv/backup')
     if len(args) > 1:
         parser.error(f'unexpected argument {args[1]!r}; boolean options are written '
                      '--append-only or --append-only=false')
@@ -12031,9 +11987,9 @@ def main(args: Optional[List[str]] = None) -> int:
     check_directory(parser, options, directory)
     try:
         start_log(log_level(options), options.log_file, options.log_format == 'json')
-        if parser.passed_over:
-            log.log(NOTICE, 'ignored, has no effect on a local directory: %s',
-                    ' '.join(parser.passed_over))
+        ignored = [option.name for option in OPTIONS if option.group == 'rclone' and option.is_set(options)]
+        if ignored:
+            log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
         for name, ours in sorted(parser.unknown_variables().items()):
             log.warning('unknown environment variable %s%s', name, f'; use {ours}' if ours else '')
         if options.allow_origin == '*':

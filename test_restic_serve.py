@@ -10397,30 +10397,29 @@ class OtherServersTest(TestCase):
                 (['--qqqqqqq'], '--qqqqqqq: unknown option\n')):
             self.assertEqual(self.refusal(*args, 'dir'), f'restic_serve: {expected}')
 
-    def test_options_of_rclone_that_mean_nothing_here_are_passed_over(self):
-        for args in (['--transfers', '4'], ['--transfers=4'], ['--fast-list'], ['--use-mmap'], ['-P'],
-                     ['-vP'],
-                     ['--config', '/etc/rclone.conf'], ['--drive-use-trash'], ['--drive-chunk-size', '8M'],
-                     ['--rc'], ['--rc-addr', ':5572'], ['--s3-no-check-bucket=true'],
-                     ['--vfs-cache-mode', 'full'],
-                     ['--stats-one-line', '--tpslimit', '10']):
-            parser = restic_serve.Parser({})
-            options = parser.parse(['serve', 'restic', *args, '--append-only', str(self.folder)])
-            self.assertEqual(restic_serve.find_directory(parser, options.arguments), str(self.folder))
-            self.assertEqual((options.append_only, options.verbose), (True, args == ['-vP']))
-            self.assertEqual(parser.passed_over, args if args != ['-vP'] else ['-P'])
-        parser = restic_serve.Parser({})
-        self.assertEqual(parser.parse(['--', '--transfers']).arguments, ['--transfers'])
-        parser.parse(['--stdio', '--b2-hard-delete', 'dir'])
-        self.assertEqual(parser.passed_over, [])
+    def test_options_of_rclone_that_mean_nothing_here_are_ignored_and_logged(self):
+        for args, said in (([], ''), (['-vP', '--transfers=4', '--use-mmap', '--tpslimit', '1'],
+                                      '--progress --use-mmap --tpslimit --transfers')):
+            done = subprocess.run(
+                [sys.executable, MODULE, 'serve', 'restic', *args, '--report', str(self.folder)],
+                capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+            self.assertEqual(done.returncode, 1)
+            lines = done.stderr.splitlines()[:-1]
+            self.assertEqual([line.partition(' NOTICE: ')[2] for line in lines],
+                             [f'ignored, has no effect on a local directory: {said}'] if said else [])
+        self.assertEqual(restic_serve.Parser({}).parse(['--', '--transfers']).arguments, ['--transfers'])
+        self.assertEqual(self.refusal('--stdio', '--b2-hard-delete', '--cache-objects', '--', 'dir'), '')
         for args in (['--cache-dir', '--append-only'], ['--transfers'], ['--log-file', '-P'],
                      ['--realm', '-P']):
-            self.assertIn('expected one argument', self.refusal(*args, 'dir') if len(args) > 1
-                          else self.refusal('dir', *args))
-        self.assertIn('DIR is missing; use restic_serve.py /srv/backup (ignored: --rc-no-auth '
-                      'new)', self.refusal('--rc-no-auth', 'new'))
-        for name in ('--include', '--immutable', '--copy-links', '--crypto', '--cache-object'):
-            self.assertIn(f'{name}: unknown option', self.refusal(name, 'dir'))
+            self.assertIn('expected one argument', self.refusal('dir', *args))
+
+    def test_options_for_other_remotes_are_unknown(self):
+        for args in (['--drive-use-trash'], ['--s3-chunk-size', '8M'], ['--rc-addr=:5572'], ['--include'],
+                     ['--vfs-cache-mode', 'full'], ['--cache-object']):
+            self.assertIn(f'restic_serve: {args[0].partition("=")[0]}: unknown option',
+                          self.refusal(*args, 'dir'))
+        self.assertIn('--config: unknown option; there is no configuration file',
+                      self.refusal('--config', '/etc/rclone.conf', 'dir'))
 
     def test_a_timetable_without_a_bandwidth_is_refused(self):
         self.assertIn("invalid bandwidth '08:00'", self.refusal('--bwlimit', '08:00', 'dir'))
