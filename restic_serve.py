@@ -11373,7 +11373,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__(
             prog='restic_serve', usage='restic_serve.py [options] DIR', allow_abbrev=False,
-            add_help=False, formatter_class=_HelpFormatter,
+            add_help=False,
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=100),
             description='Serve the directory DIR as a storage backend for restic, over HTTP, HTTPS, a unix '
                         'socket or ssh.',
             epilog='All options except --stdio and jobs can also be set in the environment: --append-only as '
@@ -11381,7 +11382,7 @@ class Parser(argparse.ArgumentParser):
                    'addresses. With --stdio the environment is ignored. Sizes are written as 100B, 512k, '
                    '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
-        self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
+        self._lists: Dict[str, List[Any]] = {}  # defaults of options that may be repeated
         self.add_argument('arguments', nargs='*', help=argparse.SUPPRESS)
         groups = {title: self.add_argument_group(title)
                   for title in dict.fromkeys(option.group for option in OPTIONS)}
@@ -11404,13 +11405,10 @@ class Parser(argparse.ArgumentParser):
                 default = option.read(text)
             except ValueError as error:
                 self.error(f'{option.variable}: {error}')
-        if option.repeated:
-            self._lists[option.dest] = default
-            group.add_argument(option.name, type=option.value, action='append', help=option.help,
-                               metavar=option.metavar)
-        else:
-            group.add_argument(option.name, type=option.value, default=default, help=option.help,
-                               metavar=option.metavar)
+        if option.repeated:     # argparse would add to the default, rather than replace it
+            self._lists[option.dest], default = default, None
+        group.add_argument(option.name, type=option.value, action='append' if option.repeated else 'store',
+                           default=default, help=option.help, metavar=option.metavar)
 
     def parse(self, args: List[str]) -> argparse.Namespace:
         """The options that `args` set.  Exits after an error, --help and --version."""
@@ -11431,9 +11429,9 @@ class Parser(argparse.ArgumentParser):
         if '--show-rights' not in args:
             return args
         at = args.index('--show-rights')
-        user = args[at + 1:at + 2]
-        named = bool(user) and not user[0].startswith('-') and is_user(normalize_user(user[0]))
-        return [*args[:at], f'--show-rights={user[0] if named else "*"}', *args[at + 1 + named:]]
+        user = ''.join(args[at + 1:at + 2])
+        named = not user.startswith('-') and is_user(normalize_user(user))
+        return [*args[:at], f'--show-rights={user if named else "*"}', *args[at + 1 + named:]]
 
     def _verbosity(self) -> int:
         """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
@@ -11454,17 +11452,12 @@ class Parser(argparse.ArgumentParser):
     def unknown_variables(self) -> Dict[str, str]:
         """Variables of the environment that look like options but are not, and what to use instead, which
         may be empty: ours, rclone's, and those of rest-server's container."""
-        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
-        found = {name: '' for name in self._environment
-                 if name.startswith('RESTIC_SERVE_') and name not in known
-                 and not name.startswith('RESTIC_SERVE_TEST_')}
-        for variable in known:
-            theirs = variable.replace('RESTIC_SERVE_', 'RCLONE_')
-            if variable and theirs in self._environment:
-                found[theirs] = variable
-        found.update((theirs, ours) for theirs, ours in _VARIABLES_OF_REST_SERVER.items()
-                     if theirs in self._environment)
-        return found
+        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS if option.variable)}
+        instead = {**{name.replace('RESTIC_SERVE_', 'RCLONE_'): name for name in known},
+                   **_VARIABLES_OF_REST_SERVER}
+        return {name: instead.get(name, '') for name in self._environment
+                if name in instead or (name not in known and name.startswith('RESTIC_SERVE_')
+                                       and not name.startswith('RESTIC_SERVE_TEST_'))}
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2.  An unknown option is answered by one of ours."""
@@ -11488,11 +11481,6 @@ _HINTS = {
     '--proxy-auth-username': 'use --user-from-header'}
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
-
-
 def says_stdio(args: List[str]) -> bool:
     """Whether a command line has --stdio.  Then the environment is ignored: ssh clients may set variables
     (AcceptEnv in sshd_config(5)), and a forced command must mean what it says."""
@@ -11500,25 +11488,21 @@ def says_stdio(args: List[str]) -> bool:
     return any(word.partition('=')[0] == '--stdio' for word in args[:end])
 
 
-def find_directory(parser: Parser, args: List[str]) -> str:
-    """DIR among the positional arguments; `serve restic` before it is for rclone's sake."""
-    if args[:2] == ['serve', 'restic']:
-        args = args[2:]
-    if not args or not args[0]:
+def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, str]:
+    """DIR among the positional arguments, where rclone's `serve restic` may come before it; and the TIME of
+    DIR/.at/TIME, with which --stdio serves repositories as they were."""
+    words = options.arguments
+    if words[:2] == ['serve', 'restic']:
+        words = words[2:]
+    if not words or not words[0]:
         parser.error('DIR is missing; use restic_serve.py /srv/backup')
-    if len(args) > 1:
-        parser.error(f'unexpected argument {args[1]!r}; boolean options are written '
+    if len(words) > 1:
+        parser.error(f'unexpected argument {words[1]!r}; boolean options are written '
                      '--append-only or --append-only=false')
-    local = args[0][len(':local:'):] if args[0].startswith(':local:') else ''    # as rclone has it
-    return local or args[0]
-
-
-def split_directory(parser: Parser, options: argparse.Namespace, directory: str) -> Tuple[str, str]:
-    """DIR, and the TIME of DIR/.at/TIME, with which --stdio serves repositories as they were."""
+    directory = re.sub('^:local:(?=.)', '', words[0])   # as rclone has it
     before, mark, at = f'./{directory}'.rstrip('/').rpartition(f'/{AT}/')
     if not mark:
         return directory, ''
-    before = before[2:]
     if not options.stdio:
         parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP, put TIME in the URL: '
                      f'rest:http://HOST/PATH/{AT}/TIME/')
@@ -11526,15 +11510,7 @@ def split_directory(parser: Parser, options: argparse.Namespace, directory: str)
         at = moment_for_people(parse_past(at))
     except ValueError as error:
         parser.error(f'{directory}: {error}')
-    return before or ('/' if directory.startswith('/') else '.'), at
-
-
-def check_jobs(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse two jobs at once."""
-    jobs = [f'--{name.replace("_", "-")}' for name in ('report', 'scrub', 'roll_back')
-            if getattr(options, name) not in (None, False)]
-    if len(jobs) > 1:
-        parser.error(f'{jobs[0]} cannot be combined with {jobs[1]}')
+    return before[2:] or ('/' if directory.startswith('/') else '.'), at
 
 
 def check_directory(parser: Parser, options: argparse.Namespace, directory: str) -> None:
@@ -11544,10 +11520,9 @@ def check_directory(parser: Parser, options: argparse.Namespace, directory: str)
         parser.error(f'DIR: {directory!r} is an rclone remote; only local directories can be served. Use '
                      f'./{directory} for a directory of that name')
     passwords = os.path.join(directory, '.htpasswd')
-    asks = (options.htpasswd or options.user or options.user_from_header or options.client_ca
-            or options.no_auth or options.stdio or options.scrub or options.report
-            or options.roll_back is not None)
-    if not asks and os.path.exists(passwords):
+    settled = (*_SOURCES, '--client-ca', '--no-auth', '--stdio', '--scrub', '--report', '--roll-back')
+    if os.path.exists(passwords) and not any(
+            option.is_set(options) for option in OPTIONS if option.name in settled):
         parser.error(f'{passwords} exists (used by rest-server); add --htpasswd {passwords}, or '
                      '--no-auth to allow access without a password')
 
@@ -11561,57 +11536,64 @@ def check_requirements(parser: Parser, options: argparse.Namespace, group: str =
                 parser.error(f'{option.name} requires {name}')
 
 
+# Pairs that cannot be combined, and why if that is not plain.
+_CONFLICTS = (
+    ('--report', '--scrub', ''), ('--report', '--roll-back', ''), ('--scrub', '--roll-back', ''),
+    ('--roll-back', '--read-only', ''), ('--stdio', '--scrub', ''),
+    ('--socket-auth', '--user-from-header', ': over a unix socket, the proxy names the user'))
+_SOURCES = ('--htpasswd', '--user', '--user-from-header')       # of users
 _SHORT_RIGHTS = ('--append-only', '--private-repos', '--admin', '--max-size-per-user')
+
+
+def rights_of(options: argparse.Namespace, ignore_case: bool = False) -> Rights:
+    """The table for which --append-only and the like stand."""
+    return short_rights(options.append_only, options.private_repos,
+                        [user.lower() if ignore_case else user for user in options.admin],
+                        bool(options.prometheus), options.max_size_per_user)
 
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse combinations that make no sense, with one line and exit status 2."""
+    given = [option.name for option in OPTIONS if option.is_set(options)]
+    for first, second, reason in _CONFLICTS:
+        if first in given and second in given:
+            parser.error(f'{first} cannot be combined with {second}{reason}')
     if options.stdio:
-        check_stdio(parser, options)
+        check_stdio(parser, given)
         return
     check_requirements(parser, options)
-    sources = [name for name in ('htpasswd', 'user', 'user_from_header') if getattr(options, name)]
+    sources = [name for name in _SOURCES if name in given]
     if len(sources) > 1:
-        names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
-        parser.error(f'{names} cannot be combined: use one source of users')
+        parser.error(f'{" and ".join(sources)} cannot be combined: use one source of users')
     if options.no_auth and (sources or options.client_ca):
         parser.error('--no-auth cannot be combined with options that define users')
-    if options.rights:
-        table = short_rights(options.append_only, options.private_repos, options.admin,
-                             bool(options.prometheus), options.max_size_per_user or 0
-                             ).text().replace('\n', '; ')
-        for option in OPTIONS:
-            if option.name in _SHORT_RIGHTS and option.is_set(options):
-                parser.error(f'{option.name} cannot be combined with --rights; '
-                             f'put this into {options.rights} instead: {" ".join(table.split(" "))}')
-    for name in ('private_repos', 'admin'):
-        # Over a unix socket the user is the login name, and inherited sockets may be unix.
-        if (getattr(options, name) and not sources and not options.client_ca
-                and not os.environ.get('LISTEN_FDS')
-                and any(not address.path for address in options.addr)):
-            parser.error(f'--{name.replace("_", "-")}: no users are defined; add '
-                         '--htpasswd, --user, --client-ca or --user-from-header')
+    if options.socket_auth and not sources:
+        parser.error('--socket-auth requires --htpasswd or --user')
+    # Over a unix socket the user is the login name, and inherited sockets may be unix.
+    have_names = (sources or options.client_ca or os.environ.get('LISTEN_FDS')
+                  or all(address.path for address in options.addr))
+    for name in given:
+        if name in _SHORT_RIGHTS and options.rights:
+            table = rights_of(options).text().replace('\n', '; ')
+            parser.error(f'{name} cannot be combined with --rights; put this into {options.rights} instead: '
+                         f'{table}')
+        if name in ('--private-repos', '--admin') and not have_names:
+            parser.error(f'{name}: no users are defined; add --htpasswd, --user, --client-ca or '
+                         '--user-from-header')
     if options.workers > 1 and not hasattr(os, 'fork'):
         parser.error('--workers: must be 1, because this system has no fork')
-    if options.socket_auth and not (options.htpasswd or options.user or options.user_from_header):
-        parser.error('--socket-auth requires --htpasswd or --user')
-    if options.socket_auth and options.user_from_header:
-        parser.error('--socket-auth cannot be combined with --user-from-header: over a unix socket, the '
-                     'proxy names the user')
     if options.on_event and os.name == 'nt':    # whose shell takes variables for commands
         parser.error('--on-event is not supported on Windows')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
         parser.error('--addr: tls:// requires --cert and --key')
 
 
-def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
+def check_stdio(parser: Parser, given: List[str]) -> None:
     """Refuse what --stdio cannot do."""
     for option in OPTIONS:
-        if not option.stdio and option.is_set(options):
+        if not option.stdio and option.name in given:
             parser.error(f'{option.name} cannot be combined with --stdio, which has no users, '
                          'certificates, status page or metrics')
-    if options.scrub:
-        parser.error('--stdio cannot be combined with --scrub')
     if os.name == 'nt':
         parser.error('--stdio is not supported on this system; use --addr')
     if sys.stdin is None or sys.stdout is None:
@@ -11627,68 +11609,61 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log the addresses of the server and what is in force, and warn of what may not be meant."""
-    has_passwords = bool(options.htpasswd or options.user)
+    accounts = server.api.accounts
     certified = server.certificates.warn() if server.certificates else ''
-    user = next(iter(server.api.accounts.users() or ()), 'USER') if options.private_repos else ''
+    folder = f'{next(iter(accounts.users() or ()), "USER")}/' if options.private_repos else ''
     for listener in server.listeners:
         where = listener.server_address
-        if not isinstance(where, tuple):
-            url = f'http+unix://{where}:{options.baseurl}/'
-            if has_passwords and not options.socket_auth:
-                log.warning('no password is required on unix socket %s: anyone who may connect to it is '
-                            'let in, and a proxy lets in all its clients; use --socket-auth to require one',
-                            where)
-        else:
+        if isinstance(where, tuple):
             host, port = where[:2]
-            is_open = not (has_passwords or options.user_from_header
-                           or (options.client_ca and listener.tls))
-            if is_open and not is_loopback(host) and not options.no_auth:
-                log.warning('no authentication: anyone who can connect to port %d can read, add and '
-                            'delete the backups in %s', port, root)
-            if options.user_from_header and is_loopback(host):
-                log.warning('any program on this host can claim any user name with header %s at %s; let '
-                            'the proxy connect to a unix socket (--addr unix:///PATH)',
-                            options.user_from_header, host)
+            warn_of_access(host, port, listener.tls, root, options)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
+        else:
+            url = f'http+unix://{where}:{options.baseurl}/'
+            if (options.htpasswd or options.user) and not options.socket_auth:
+                log.warning('no password is required on unix socket %s: anyone who may connect to it is '
+                            'let in, and a proxy lets in all its clients; use --socket-auth to require one',
+                            where)
         log.log(NOTICE, 'serving %s on %s%s', root, url,
                 f' (socket {listener.name})' if listener.name else '')
         if certified and listener.tls:
             url = f'https://{certified}:{port}{options.baseurl}/'
-        log.log(NOTICE, 'try: restic -r rest:%s init', url + (f'{user}/' if user else ''))
+        log.log(NOTICE, 'try: restic -r rest:%s init', url + folder)
     log.log(NOTICE, 'settings: %s', in_force(server.api, options))
     warn_of_users(server.api, options)
 
 
+def warn_of_access(host: str, port: int, tls: bool, root: str, options: argparse.Namespace) -> None:
+    """Warn where a TCP address lets in more than it seems."""
+    is_open = not (options.htpasswd or options.user or options.user_from_header
+                   or (options.client_ca and tls))
+    if is_open and not is_loopback(host) and not options.no_auth:
+        log.warning('no authentication: anyone who can connect to port %d can read, add and '
+                    'delete the backups in %s', port, root)
+    if options.user_from_header and is_loopback(host):
+        log.warning('any program on this host can claim any user name with header %s at %s; let '
+                    'the proxy connect to a unix socket (--addr unix:///PATH)',
+                    options.user_from_header, host)
+
+
 def in_force(api: Api, options: argparse.Namespace) -> str:
     """What clients may do and how much, in a line."""
-    users = api.accounts.users()
-    if api.store.directory.read_only:
-        parts = ['read-only']
-    elif options.rights:
-        parts = [f'{format_count(len(api.policy.rights.rules), "rule")} from {options.rights}']
-    elif options.append_only:
-        parts = ['append-only' + (f' except for {", ".join(options.admin)}' if options.admin else '')]
-    else:
-        parts = ['deletes allowed']
-    if options.htpasswd:
-        parts.append(f'{format_count(len(users or ()), "user")} from {options.htpasswd}')
-    elif options.user:
-        parts.append(f'user: {options.user}')
-    elif options.user_from_header:
-        parts.append(f'users from header {options.user_from_header}')
-    else:
-        parts.append('users from client certificates' if options.client_ca else 'no authentication')
-    if options.private_repos:
-        parts.append('private repositories')
-    if options.max_size:
-        parts.append(f'quota {format_size(options.max_size)}')
-    if options.max_size_per_user:
-        parts.append(f'quota {format_size(options.max_size_per_user)} per user')
-    if options.keep_deleted:
-        parts.append(f'deleted objects kept for {format_duration(options.keep_deleted)}')
-    return '; '.join(parts)
+    rules, users = len(api.policy.rights.rules), len(api.accounts.users() or ())
+    administrators = f' except for {", ".join(options.admin)}' if options.admin else ''
+    access = ('read-only' if api.store.directory.read_only
+              else f'{format_count(rules, "rule")} from {options.rights}' if options.rights
+              else f'append-only{administrators}' if options.append_only else 'deletes allowed')
+    login = (f'{format_count(users, "user")} from {options.htpasswd}' if options.htpasswd
+             else f'user: {options.user}' if options.user
+             else f'users from header {options.user_from_header}' if options.user_from_header
+             else 'users from client certificates' if options.client_ca else 'no authentication')
+    more = ((options.private_repos, 'private repositories'),
+            (options.max_size, f'quota {format_size(options.max_size)}'),
+            (options.max_size_per_user, f'quota {format_size(options.max_size_per_user)} per user'),
+            (options.keep_deleted, f'deleted objects kept for {format_duration(options.keep_deleted)}'))
+    return '; '.join([access, login, *(text for is_set, text in more if is_set)])
 
 
 def warn_of_users(api: Api, options: argparse.Namespace) -> None:
@@ -11732,19 +11707,17 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
     Raises OSError and RightsFault with a message for the user."""
     if options.rights:
         return Policy(file=RightsFile(options.rights, not login, store.ignores_case))
-    administrators = [user.lower() if store.ignores_case else user for user in options.admin]
-    return Policy(short_rights(options.append_only, options.private_repos, administrators,
-                               bool(options.prometheus), options.max_size_per_user or 0))
+    return Policy(rights_of(options, store.ignores_case))
 
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None, at: str = '') -> Api:
     """The Api that the options describe."""
-    usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size or 0),
+    usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
 
     def on_change(rights: Rights) -> None:
-        usage.limits = rights.quotas(options.max_size or 0)
+        usage.limits = rights.quotas(options.max_size)
 
     policy.on_change = on_change
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
@@ -11752,7 +11725,7 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
                options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
                Page(store, usage, options.stale_after) if options.status else None, at,
                Events(store, counters, usage, Watch(store, usage, options.stale_after),
-                      options.on_event or ''))
+                      options.on_event))
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -11807,7 +11780,7 @@ def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
     store.find()
-    quotas = make_policy(options, store, False).rights.quotas(options.max_size or 0)
+    quotas = make_policy(options, store, False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
     usage.census.count()
     now = time.time()
@@ -11885,7 +11858,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
-    """Do --add-user or --remove-user; the exit status."""
+    """Do --add-user or --remove-user; the exit status.  Raises OSError."""
     check_requirements(parser, options, 'jobs')
     if options.arguments:
         parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user take --htpasswd FILE and no '
@@ -11908,17 +11881,11 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
 
 
 def show_rights(parser: Parser, options: argparse.Namespace) -> int:
-    """Do --show-rights; the exit status."""
+    """Do --show-rights; the exit status.  Raises OSError and RightsFault."""
     check_options(parser, options)
-    try:
-        rights = (RightsFile(options.rights).rights if options.rights else short_rights(
-            options.append_only, options.private_repos, options.admin, bool(options.prometheus),
-            options.max_size_per_user or 0))
-    except (OSError, RightsFault) as error:
-        print_faults(error)
-        return 1
+    rights = RightsFile(options.rights).rights if options.rights else rights_of(options)
     user = options.show_rights
-    print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size or 0)))
+    print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size)))
     return 0
 
 
@@ -11965,6 +11932,17 @@ def log_level(options: argparse.Namespace) -> int:
     return {0: NOTICE, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
 
 
+def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Log what is ignored, and what may not be meant."""
+    ignored = [option.name for option in OPTIONS if option.group == 'rclone' and option.is_set(options)]
+    if ignored:
+        log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
+    for name, instead in sorted(parser.unknown_variables().items()):
+        log.warning('unknown environment variable %s%s', name, f'; use {instead}' if instead else '')
+    if options.allow_origin == '*':
+        log.warning('--allow-origin: * lets scripts of any web site use the server')
+
+
 def main(args: Optional[List[str]] = None) -> int:
     """Run the command line `args` (default: the program's own); the exit status."""
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
@@ -11973,34 +11951,21 @@ def main(args: Optional[List[str]] = None) -> int:
     # The variables of a command of --on-event are none of ours.
     parser = Parser({} if says_stdio(args) or 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
-    if options.add_user or options.remove_user:
-        try:
-            return change_users(parser, options)
-        except OSError as error:
-            print(f'restic_serve: {error.filename}: {error.strerror}', file=sys.stderr)
-            return 1
-    if options.show_rights:
-        return show_rights(parser, options)
-    directory, at = split_directory(parser, options, find_directory(parser, options.arguments))
-    check_jobs(parser, options)
-    check_options(parser, options)
-    check_directory(parser, options, directory)
     try:
+        if options.add_user or options.remove_user:
+            return change_users(parser, options)
+        if options.show_rights:
+            return show_rights(parser, options)
+        directory, at = find_directory(parser, options)
+        check_options(parser, options)
+        check_directory(parser, options, directory)
         start_log(log_level(options), options.log_file, options.log_format == 'json')
-        ignored = [option.name for option in OPTIONS if option.group == 'rclone' and option.is_set(options)]
-        if ignored:
-            log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
-        for name, ours in sorted(parser.unknown_variables().items()):
-            log.warning('unknown environment variable %s%s', name, f'; use {ours}' if ours else '')
-        if options.allow_origin == '*':
-            log.warning('--allow-origin: * lets scripts of any web site use the server')
+        warn_of_options(parser, options)
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
         if options.scrub or options.report:
             return (scrub if options.scrub else report)(options, store)
         if options.roll_back is not None:
-            if options.read_only:
-                parser.error('--roll-back cannot be combined with --read-only')
             return roll_back(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
         run_in_batches()

@@ -10357,7 +10357,7 @@ class PastOptionsTest(unittest.TestCase):
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
                     self.assertRaises(SystemExit) as caught:
                 options = parser.parse(args)
-                restic_serve.split_directory(parser, options, options.arguments[0])
+                restic_serve.find_directory(parser, options)
             self.assertEqual((caught.exception.code, error.getvalue().count('\n')), (2, 1))
             self.assertIn(text, error.getvalue())
 
@@ -10371,7 +10371,7 @@ class OtherServersTest(TestCase):
         with mock.patch.object(sys, 'stderr', io.StringIO()) as error:
             try:
                 options = parser.parse(list(args))
-                directory = restic_serve.find_directory(parser, options.arguments)
+                directory, _ = restic_serve.find_directory(parser, options)
                 restic_serve.check_options(parser, options)
                 restic_serve.check_directory(parser, options, directory)
             except SystemExit as end:
@@ -10387,7 +10387,8 @@ class OtherServersTest(TestCase):
         for name in ('really:meant', './remote:x', '/srv/a:b', 'plain', ':local:/srv/backup'):
             self.assertEqual(self.refusal(name), '')
         parser = restic_serve.Parser({})
-        self.assertEqual(restic_serve.find_directory(parser, [':local:/srv/backup']), '/srv/backup')
+        self.assertEqual(restic_serve.find_directory(parser, parser.parse([':local:/srv/backup'])),
+                         ('/srv/backup', ''))
 
     def test_an_unknown_option_is_answered_by_one_of_ours(self):
         for args, expected in (
@@ -10533,8 +10534,8 @@ class CommandLineTest(TestCase):
                       ['--addr', ':1', 'serve', 'restic', '-v', 'dir'], ['--', 'dir'],
                       ['-vq', 'serve', '--append-only', 'restic', 'dir']):
             parser = restic_serve.Parser({})
-            self.assertEqual(restic_serve.find_directory(parser, parser.parse(words).arguments), 'dir')
-        self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir']).arguments), '-dir')
+            self.assertEqual(restic_serve.find_directory(parser, parser.parse(words)), ('dir', ''))
+        self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir'])), ('-dir', ''))
 
     def test_every_option_may_come_from_the_environment(self):
         options = self.parse('dir', RESTIC_SERVE_APPEND_ONLY='true', RESTIC_SERVE_VERBOSE='2',
