@@ -4373,62 +4373,70 @@ _SHA2 = re.compile(r'\$([56])\$(?:rounds=([0-9]{1,9})\$)?([^$:]{0,16})\$([./0-9A
 _SHA1 = re.compile(r'\{SHA\}[A-Za-z0-9+/]{27}=')
 
 
-def hash_cost(entry: str) -> int:
-    """Cost of verifying a password against an entry of an htpasswd file, roughly in MD5 rounds; 0 for an
-    unknown scheme."""
-    bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
-    if bcrypt:
-        return 1000 << int(bcrypt[1])
-    if sha2:
-        return int(sha2[2] or 5000)
-    return 1000 if _MD5.fullmatch(entry) else 1 if _SHA1.fullmatch(entry) else 0
+class Entry(str):
+    """A password's hash in an htpasswd file.  `scheme` is how it begins, such as `$6$`; it is `$2` for all
+    variants of bcrypt and empty for SHA-1.  `cost` is that of verifying a password, roughly in MD5 rounds.
+    Raises ValueError for an unknown scheme."""
+
+    def __init__(self, text: str) -> None:
+        bcrypt, sha2 = _BCRYPT.fullmatch(text), _SHA2.fullmatch(text)
+        if not (bcrypt or sha2 or _MD5.fullmatch(text) or _SHA1.fullmatch(text)):
+            raise ValueError('unknown password scheme')
+        self.scheme = '$2' if bcrypt else prefix_of(text)
+        self.cost = (1000 << int(bcrypt[1]) if bcrypt else int(sha2[2] or 5000) if sha2
+                     else 1000 if self.scheme else 1)
+
+    def rest_of_cost(self, slowest: Entry) -> List[Entry]:
+        """Dummies that take as long to verify as `slowest`, of the same scheme, less what this one takes."""
+        if self.scheme == '$2':     # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
+            return [Entry(f'{slowest[:4]}{cost:02d}{slowest[6:]}')
+                    for cost in range(int(self[4:6]), int(slowest[4:6]))]
+        rounds = slowest.cost - self.cost
+        return [Entry(re.sub(r'^(\$.\$)(rounds=\d+\$)?', rf'\g<1>rounds={rounds}$', slowest))
+                ] if rounds >= 1000 else []     # the fewest that there are
+
+    def seconds_in_python(self) -> float:
+        """Estimated seconds to verify it in Python."""
+        sample = Entry(cheapest_of(prefix_of(self)))
+        return _seconds_of(sample) * self.cost / sample.cost
+
+    def is_slow(self) -> bool:
+        """Whether verifying it takes so long that others must not wait for it."""
+        return not is_in_c(self) and self.seconds_in_python() > SLOW_SECONDS
 
 
-def scheme_of(entry: str) -> str:
-    """The scheme of an entry, such as `$6$`; `$2` for all variants of bcrypt."""
-    scheme = entry[:entry.find('$', 1) + 1]
-    return '$2' if scheme.startswith('$2') else scheme
+def prefix_of(entry: str) -> str:
+    """How an entry begins: the name of its scheme in crypt(3), such as `$2y$`; empty for SHA-1."""
+    return entry[:entry.find('$', 1) + 1]
 
 
-def slowest_entries(entries: Iterable[str]) -> Dict[str, str]:
-    """The slowest entry of each scheme."""
-    found: Dict[str, str] = {}
-    for entry in entries:
-        scheme = scheme_of(entry)
-        if hash_cost(entry) > hash_cost(found.get(scheme, '')):
-            found[scheme] = entry
-    return found
+def cheapest_of(prefix: str) -> str:
+    """An entry that is verified as fast as the scheme allows."""
+    return {'': f'{{SHA}}{27 * "A"}=', '$1$': f'$1$x${22 * "."}', '$apr1$': f'$apr1$x${22 * "."}',
+            '$5$': f'$5$rounds=1000$x${43 * "."}', '$6$': f'$6$rounds=1000$x${86 * "."}'}.get(
+                prefix, f'{prefix}04${53 * "."}')
 
 
-def rest_of_cost(entry: str, slowest: str) -> List[str]:
-    """Dummy entries that take as long to verify as `slowest`, of the same scheme, less what `entry` takes."""
-    bcrypt, target = _BCRYPT.fullmatch(entry), _BCRYPT.fullmatch(slowest)
-    if bcrypt and target:  # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
-        return [f'{slowest[:4]}{cost:02d}{slowest[6:]}' for cost in range(int(bcrypt[1]), int(target[1]))]
-    sha2, rounds = _SHA2.fullmatch(slowest), hash_cost(slowest) - hash_cost(entry)
-    if sha2 and rounds >= 1000:     # the fewest that there are
-        return [f'${sha2[1]}$rounds={rounds}${sha2[3]}${sha2[4]}']
-    return []
+@functools.lru_cache(maxsize=16)
+def _seconds_of(entry: str) -> float:
+    """Measured seconds to verify an entry in Python."""
+    begin = time.perf_counter()
+    crypt(b'x', entry)
+    return time.perf_counter() - begin
 
 
 def verify(password: bytes, entry: str) -> bool:
     """Whether a password matches an entry: bcrypt, SHA-crypt, MD5-crypt (Apache's and the original) or
     SHA-1.  Uses the C library for schemes that it supports, else Python.  A password with a NUL never
     matches, nor one longer than PASSWORD_BYTES, except for bcrypt."""
-    import base64
     import hmac
     if b'\0' in password:
         return False
-    whole = password
-    password = password[:BCRYPT_BYTES if _BCRYPT.fullmatch(entry) else PASSWORD_BYTES]
-    if _SHA1.fullmatch(entry):
-        found = '{SHA}' + base64.b64encode(hashlib.sha1(password).digest()).decode()
-    elif is_in_c(entry):
-        found = crypt_in_c(password, entry)
-    else:
-        found = crypt(password, entry)
-    is_whole = len(whole) <= PASSWORD_BYTES or bool(_BCRYPT.fullmatch(entry))
-    return hmac.compare_digest(found.encode(), entry.encode()) and is_whole
+    is_bcrypt = _BCRYPT.fullmatch(entry) is not None
+    used = password[:BCRYPT_BYTES if is_bcrypt else PASSWORD_BYTES]
+    computed = crypt_in_c(used, entry) if is_in_c(entry) else crypt(used, entry)
+    return (hmac.compare_digest(computed.encode(), entry.encode())
+            and (is_bcrypt or len(password) <= PASSWORD_BYTES))
 
 
 def crypt_in_c(password: bytes, entry: str) -> str:
@@ -4438,39 +4446,17 @@ def crypt_in_c(password: bytes, entry: str) -> str:
 
 def is_in_c(entry: str) -> bool:
     """Whether the C library supports an entry's scheme.  Python takes a hundred times as long."""
-    return _knows_scheme(_c_crypt(), entry[:entry.find('$', 1) + 1])
+    return _knows_scheme(_c_crypt(), prefix_of(entry))
 
 
 @functools.lru_cache(maxsize=16)
-def _knows_scheme(function: Any, scheme: str) -> bool:
+def _knows_scheme(function: Any, prefix: str) -> bool:
     """Whether crypt(3) supports a scheme: try its cheapest hash."""
-    if not function or scheme == '$apr1$':
+    if not function or prefix in ('', '$apr1$'):
         return False
-    sample = {'$5$': '$5$rounds=1000$x$', '$6$': '$6$rounds=1000$x$', '$1$': '$1$x$'}.get(
-        scheme, f'{scheme}04${53 * "."}')
-    found = (function(b'x', sample.encode()) or b'').decode('latin-1')
-    return found.startswith(scheme) and hash_cost(found) > 0
-
-
-def seconds_in_python(entry: str) -> float:
-    """Estimated seconds to verify an entry in Python."""
-    bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
-    if bcrypt:
-        return _sample_seconds('bcrypt') * (1 << int(bcrypt[1]) - 4)
-    return _sample_seconds('sha2') * int(sha2[2] or 5000) / 1000 if sha2 else 0.0
-
-
-@functools.lru_cache(maxsize=None)
-def _sample_seconds(scheme: str) -> float:
-    """Measured seconds of the cheapest hash of a scheme in Python."""
-    begin = time.perf_counter()
-    crypt(b'x', f'$2b$04${53 * "."}' if scheme == 'bcrypt' else f'$6$rounds=1000$x${86 * "."}')
-    return time.perf_counter() - begin
-
-
-def is_slow(entry: str) -> bool:
-    """Whether verifying an entry takes so long that others must not wait for it."""
-    return not is_in_c(entry) and seconds_in_python(entry) > SLOW_SECONDS
+    sample = cheapest_of(prefix)
+    computed = (function(b'x', sample.encode()) or b'').decode('latin-1')
+    return computed.startswith(prefix) and len(computed) == len(sample)
 
 
 @functools.lru_cache(maxsize=None)
@@ -4490,7 +4476,10 @@ def _c_crypt() -> Any:
 
 
 def crypt(password: bytes, entry: str) -> str:
-    """Hash a password with the scheme and salt of an entry; empty for an unknown scheme."""
+    """Hash a password with the scheme and salt of an entry, in Python; empty for an unknown scheme."""
+    if _SHA1.fullmatch(entry):
+        import base64
+        return '{SHA}' + base64.b64encode(hashlib.sha1(password).digest()).decode()
     bcrypt, md5, sha2 = (form.fullmatch(entry) for form in (_BCRYPT, _MD5, _SHA2))
     if bcrypt:
         return bcrypt_crypt(password, entry[:29])
@@ -4657,17 +4646,18 @@ class PasswordFile(WatchedFiles):
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self.entries: Dict[str, str] = {}
-        self.slowest: Dict[str, str] = {}
+        self.entries: Dict[str, Entry] = {}
+        self.slowest: Dict[str, Entry] = {}     # by scheme
         super().__init__(path)
 
     def load(self) -> str:
         self.entries = self._parse()
-        self.slowest = slowest_entries(self.entries.values())
+        self.slowest = {entry.scheme: entry for entry in sorted(
+            self.entries.values(), key=lambda entry: entry.cost)}
         return f'read {format_count(len(self.entries), "user")} from {self._path}'
 
-    def _parse(self) -> Dict[str, str]:
-        entries = {}
+    def _parse(self) -> Dict[str, Entry]:
+        entries: Dict[str, Entry] = {}
         with open(self._path, 'rb') as file:
             if file.read(2) in (b'\xff\xfe', b'\xfe\xff'):
                 raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
@@ -4678,34 +4668,27 @@ class PasswordFile(WatchedFiles):
                     continue
                 user, _, rest = text.partition(':')
                 user = normalize_user(user)
-                entry = rest.partition(':')[0].strip()
                 if not is_user(user):
                     reload_log.error('%s, line %d (%s): user names may contain only letters, digits and '
                                      '@ . _ -', self._path, line_number, user[:64])
-                elif not hash_cost(entry):
+                    continue
+                try:
+                    entry = Entry(rest.partition(':')[0].strip())
+                except ValueError:
                     reload_log.error('%s, line %d (%s): unknown or unsafe password scheme; use bcrypt '
                                      '(htpasswd -B)', self._path, line_number, user)
-                else:
-                    if user in entries:
-                        reload_log.warning('%s, line %d: duplicate user %s; the last entry is used',
-                                           self._path, line_number, user)
-                    entries[user] = entry
-                    if is_slow(entry):
-                        reload_log.warning(
-                            '%s, line %d: the C library of this system does not support the scheme of '
-                            "%s's password, and Python takes %.0f s for each login; use a lower cost "
-                            '(htpasswd -B -C %d)', self._path, line_number, user, seconds_in_python(entry),
-                            SLOW_COST)
+                    continue
+                if user in entries:
+                    reload_log.warning('%s, line %d: duplicate user %s; the last entry is used',
+                                       self._path, line_number, user)
+                entries[user] = entry
+                if entry.is_slow():
+                    reload_log.warning(
+                        '%s, line %d: the C library of this system does not support the scheme of '
+                        "%s's password, and Python takes %.0f s for each login; use a lower cost "
+                        '(htpasswd -B -C %d)', self._path, line_number, user, entry.seconds_in_python(),
+                        SLOW_COST)
         return entries
-
-
-class Turn:
-    """A thread's turn in a FairQueue; `failed` is set by the thread."""
-
-    __slots__ = ('failed',)
-
-    def __init__(self) -> None:
-        self.failed = False
 
 
 class FairQueue:
@@ -4720,9 +4703,8 @@ class FairQueue:
         # By group, in the order of their turns: locks on which threads wait.
         self._waiting: Dict[str, collections.deque[threading.Lock]] = {}
 
-    @contextlib.contextmanager
-    def turn(self, group: str) -> Iterator[Turn]:
-        """Wait for a turn, and keep it until the context ends.  Raises HttpError 429."""
+    def run(self, group: str, attempt: Callable[[], bool]) -> bool:
+        """Wait for a turn and make an attempt; whether it has succeeded.  Raises HttpError 429."""
         gate = None
         with self._lock:
             if self._busy or group in self._resting:
@@ -4735,22 +4717,23 @@ class FairQueue:
                 self._busy = True
         if gate:
             gate.acquire()  # released by _give_turn()
-        turn, begin = Turn(), time.monotonic()
+        succeeded, begin = True, time.monotonic()
         try:
-            yield turn
+            succeeded = attempt()
         finally:
             with self._lock:
-                if turn.failed:
+                if not succeeded:
                     self._resting.add(group)
                 if group in self._waiting:  # move it to the end
                     self._waiting[group] = self._waiting.pop(group)
                 self._busy = False
                 self._give_turn()
-        if turn.failed:
+        if not succeeded:
             time.sleep(time.monotonic() - begin)
             with self._lock:
                 self._resting.discard(group)
                 self._give_turn()
+        return succeeded
 
     def _give_turn(self) -> None:
         """Wake the first thread of the next group that is not pausing, unless somebody has the turn."""
@@ -4787,7 +4770,7 @@ class Accounts:
         self._password = self._salted(password.encode())
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._user_header = user_header.lower()
-        self._proxies = list(proxies)
+        self.proxies = list(proxies)
         self._certificates = certificates and not (file or user or user_header)
         self._socket_auth = socket_auth and bool(file or user)
         self._secret = os.urandom(32)
@@ -4810,7 +4793,7 @@ class Accounts:
             if not is_user(user):
                 log.log(NOTICE, 'request from %s without a valid user name in header %s', peer,
                         self._user_header)
-                self._refuse('the proxy sent no valid user name')
+                raise self._unauthorized('the proxy sent no valid user name')
             return user
         if peer.unix and not self._socket_auth:
             return peer.user
@@ -4818,10 +4801,10 @@ class Accounts:
             return self._check_basic(request)
         if self._user_header:
             raise HttpError(403, 'requests must come through the proxy')
-        if is_user(peer.user):
+        if peer.user and is_user(peer.user):
             return peer.user
         if self._certificates and peer.certified:
-            self._refuse('the common name of the client certificate is not a valid user name')
+            raise self._unauthorized('the common name of the client certificate is not a valid user name')
         return ''
 
     def users(self) -> Optional[List[str]]:
@@ -4834,7 +4817,7 @@ class Accounts:
         """The user of the Authorization header (RFC 7617)."""
         header = request.headers.get('authorization', '')
         if not header:
-            self._refuse('authentication required')
+            raise self._unauthorized('authentication required')
         user, password = self._parse_basic(header)
         if self.file:
             right = (self._is_remembered(self.file, user, password)
@@ -4849,22 +4832,19 @@ class Accounts:
                     user if is_user(user) else re.sub(
                         r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:64]),
                     request.client)
-            self._refuse('wrong user or password')
+            raise self._unauthorized('wrong user or password')
         return user
 
     def _parse_basic(self, header: str) -> Tuple[str, bytes]:
         """User and password of the header's value.  Raises HttpError 401."""
         import base64
         scheme, _, encoded = header.partition(' ')
-        try:
-            if scheme.lower() != 'basic':
-                raise ValueError
+        with contextlib.suppress(ValueError):   # neither base64 nor UTF-8
             name, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b':')
-            if not colon or b'\0' in password or len(name) > USER_BYTES:    # crypt(3) would end at the NUL
-                raise ValueError
-            return normalize_user(name.decode()), password
-        except ValueError:
-            self._refuse('malformed credentials')
+            # crypt(3) would end at a NUL.
+            if scheme.lower() == 'basic' and colon and b'\0' not in password and len(name) <= USER_BYTES:
+                return normalize_user(name.decode()), password
+        raise self._unauthorized('malformed credentials')
 
     def _is_remembered(self, file: PasswordFile, user: str, password: bytes) -> bool:
         """Whether a password has been verified, by this process or another."""
@@ -4883,21 +4863,26 @@ class Accounts:
         """Whether a password is the user's, by its hash.  Every failure takes the same time, that of the
         slowest entry of each scheme in the file, so that it does not show which users exist."""
         entry, slowest = file.entries.get(user), dict(file.slowest)
-        entries = []
+        entries: List[Entry] = []
         if entry is not None:
-            entries = [entry, *rest_of_cost(entry, slowest.pop(scheme_of(entry), entry))]
-        entries += sorted(slowest.values(), key=is_slow)
-        for slow, some in itertools.groupby(entries, is_slow):
-            with (self._slow_queue if slow else self._queue).turn(group) as turn:
-                for one in some:
-                    if one is entry and self._is_remembered(file, user, password):
-                        return True  # another request has verified it meanwhile
-                    if verify(password, one) and one is entry:
-                        digest = self._digest(user, password, entry)
-                        self._verified[user] = digest
-                        self._counters.put(('login', user), *struct.unpack('4q', digest))
-                        return True
-                turn.failed = True
+            entries = [entry, *entry.rest_of_cost(slowest.pop(entry.scheme, entry))]
+        entries += sorted(slowest.values(), key=Entry.is_slow)
+
+        def matches(candidates: List[Entry]) -> bool:
+            for candidate in candidates:
+                if candidate is entry and self._is_remembered(file, user, password):
+                    return True     # another request has verified it meanwhile
+                if verify(password, candidate) and candidate is entry:
+                    digest = self._digest(user, password, entry)
+                    self._verified[user] = digest
+                    self._counters.put(('login', user), *struct.unpack('4q', digest))
+                    return True
+            return False
+
+        for is_slow, candidates in itertools.groupby(entries, Entry.is_slow):
+            queue = self._slow_queue if is_slow else self._queue
+            if queue.run(group, functools.partial(matches, list(candidates))):
+                return True
         return False
 
     def _digest(self, user: str, password: bytes, entry: str) -> bytes:
@@ -4911,17 +4896,17 @@ class Accounts:
 
     def is_proxy(self, name: str) -> bool:
         """Whether an address belongs to a proxy, which may name users."""
-        return is_loopback(name) or (bool(self._proxies) and self._is_trusted(name))
+        return is_loopback(name) or (bool(self.proxies) and self._is_trusted(name))
 
     def _is_trusted(self, name: str) -> bool:
         import ipaddress
         address = ipaddress.ip_address(name.partition('%')[0])
-        return any(address in network for network in self._proxies)
+        return any(address in network for network in self.proxies)
 
     def find_client(self, request: Request) -> None:
-        """Set a request's client: where trusted proxies are named, and one of them or a unix socket sends
-        it, the last address it is forwarded for that is none of theirs."""
-        if not self._proxies or not (request.peer.unix or self._is_trusted(request.peer.name)):
+        """Set a request's client: where one of the trusted `proxies` or a unix socket sends it, the last
+        address it is forwarded for that is no proxy's."""
+        if not (request.peer.unix or self._is_trusted(request.peer.name)):
             return
         client = ''
         for address in forwarded_addresses(request.headers):
@@ -4931,8 +4916,8 @@ class Accounts:
         if client:
             request.client = Peer(client)
 
-    def _refuse(self, reason: str) -> NoReturn:
-        raise HttpError(401, reason, [('WWW-Authenticate', self._challenge)])
+    def _unauthorized(self, reason: str) -> HttpError:
+        return HttpError(401, reason, [('WWW-Authenticate', self._challenge)])
 
 
 def change_password_file(path: str, user: str, entry: str) -> bool:
@@ -6606,9 +6591,10 @@ class Api:
     def handle(self, request: Request) -> Response:
         """The answer to a request, also where it fails.  Raises only Gone."""
         try:
-            self.accounts.find_client(request)
-            if request.client is not request.peer:
-                self._take_share(request)
+            if self.accounts.proxies:
+                self.accounts.find_client(request)
+                if request.client is not request.peer:
+                    self._take_share(request)
             self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
                 response = Response(200, list(_PREFLIGHT))

@@ -4449,7 +4449,8 @@ class PasswordSchemeTest(unittest.TestCase):
     def test_unknown_schemes_and_plain_text_are_nothing(self):
         for entry in ('secret', '', '$7$x', '$2x$05$' + 53 * '.', '$2b$03$' + 53 * '.', '{SHA}short',
                       '$6$salt$short', '{PLAIN}x', 'rl.3StKT.4T8M', '$2b$32$' + 53 * '.'):
-            self.assertEqual(restic_serve.hash_cost(entry), 0, entry)
+            with self.assertRaises(ValueError, msg=entry):
+                restic_serve.Entry(entry)
             self.assertFalse(restic_serve.verify(b'secret', entry or '-'))
 
     def test_entries_of_apaches_htpasswd(self):
@@ -4459,7 +4460,7 @@ class PasswordSchemeTest(unittest.TestCase):
                 done = subprocess.run([htpasswd, '-nb', *words, 'bob', password], check=True,
                                       capture_output=True, text=True)
                 entry = done.stdout.strip().partition(':')[2]
-                self.assertGreater(restic_serve.hash_cost(entry), 0, entry)
+                self.assertGreater(restic_serve.Entry(entry).cost, 0, entry)
                 for hidden in (False, True):
                     with mock.patch.object(restic_serve, '_c_crypt', return_value=None) if hidden \
                             else contextlib.nullcontext():
@@ -4544,10 +4545,10 @@ class PasswordFileTest(TestCase):
             self.assertEqual(self.identify(Accounts(PasswordFile(str(self.path))), 'bob', '\0'), 401)
 
     def test_whoever_fails_costs_as_much_as_the_entry_that_takes_longest(self):
-        costs = []
+        by_scheme = collections.Counter()   # since nobody knows how the schemes' costs compare
 
         def verify(password, entry):
-            costs.append((entry, restic_serve.hash_cost(entry)))
+            by_scheme[entry.scheme] += entry.cost
             return False
 
         self.write(f'alice:{sha("a")}\nbob:$2b$12${53 * "."}\ncarol:$2y$07${53 * "x"}\ndave:$6$x${86 * "."}\n'
@@ -4555,12 +4556,8 @@ class PasswordFileTest(TestCase):
         accounts = Accounts(PasswordFile(str(self.path)))
         with mock.patch.object(restic_serve, 'verify', verify):
             for user in ('nobody', 'alice', 'bob', 'carol', 'dave', 'erin', 'frank'):
-                costs.clear()
+                by_scheme.clear()
                 self.assertEqual(self.identify(accounts, user, 'x'), 401)
-                # By scheme, since nobody knows how the schemes' costs compare.
-                by_scheme = collections.Counter()
-                for entry, cost in costs:
-                    by_scheme[restic_serve.scheme_of(entry)] += cost
                 self.assertEqual(by_scheme, {'': 1, '$2': 1000 << 12, '$6$': 500_000, '$5$': 5000}, user)
 
     def guess(self, accounts, number, user='bob', peer='1.2.3.4', answers=None):
@@ -4627,14 +4624,13 @@ class PasswordFileTest(TestCase):
         queue, order = restic_serve.FairQueue(), []
         go_on = threading.Event()
 
-        def take(group):
-            with queue.turn(group):
-                order.append(group)
-                go_on.wait(PATIENCE)
+        def attempt(group):
+            order.append(group)
+            return go_on.wait(PATIENCE)
 
         threads = []
         for group in 'aaaabcb':
-            thread = threading.Thread(target=take, args=(group,))
+            thread = threading.Thread(target=queue.run, args=(group, functools.partial(attempt, group)))
             thread.start()
             threads.append(thread)
             self.wait_until(lambda: len(order) + sum(map(len, queue._waiting.values())) == len(threads),
@@ -4647,13 +4643,11 @@ class PasswordFileTest(TestCase):
     def test_an_address_that_has_failed_rests_while_others_have_their_turns(self):
         queue, order, rested = restic_serve.FairQueue(), [], threading.Event()
 
-        def take(group, failed=False):
-            with queue.turn(group) as turn:
-                order.append(group)
-                turn.failed = failed
+        def take(group, succeeds=True):
+            queue.run(group, lambda: order.append(group) or succeeds)
 
         with mock.patch.object(restic_serve.time, 'sleep', lambda seconds: rested.wait(PATIENCE)):
-            guess = threading.Thread(target=take, args=('a', True))
+            guess = threading.Thread(target=take, args=('a', False))
             guess.start()
             real_sleep = threading.Event().wait
             while queue._resting != {'a'}:
