@@ -5015,13 +5015,10 @@ class Rights:
 
     def _find(self, user: str, repository: str) -> Tuple[str, str]:
         """What a user may do in a repository, and the place whose rule says so."""
-        rules, repository = self.of_user(user), normalize_user(repository)
-        while True:
-            if repository in rules:
-                return rules[repository].may, repository
-            if not repository:
-                return NONE, ''
-            repository = repository.rpartition('/')[0]
+        rules, place = self.of_user(user), normalize_user(repository)
+        while place and place not in rules:
+            place = place.rpartition('/')[0]
+        return (rules[place].may if place in rules else NONE), place
 
     def text(self) -> str:
         """The table as a file would have it."""
@@ -5033,15 +5030,15 @@ class Rights:
 
     def words(self, user: str, limit: int = 0) -> List[str]:
         """What a user may do where, in sentences; everything together may hold `limit` bytes."""
-        found, quotas = [], self.quotas(limit)
+        sentences, quotas = [], self.quotas(limit)
         for place, rule in sorted(self.of_user(user).items()):
             names = place.split('/')
             scopes = ['/'.join(names[1:depth]) for depth in range(len(names), 0, -1)]
             sizes = [f'{format_size(quotas.limit(scope))} in /{scope}' for scope in scopes
                      if quotas.limit(scope)]
-            found.append(f'{user} {_WORDS_OF_RIGHTS[rule.may]} at and below {place or "/"}'
-                         + (f', within {", ".join(sizes)}' if sizes else ''))
-        return found or [f'{user} may do nothing']
+            sentences.append(f'{user} {_WORDS_OF_RIGHTS[rule.may]} at and below {place or "/"}'
+                             + (f', within {", ".join(sizes)}' if sizes else ''))
+        return sentences or [f'{user} may do nothing']
 
 
 def _quoted(word: str) -> str:
@@ -5062,31 +5059,35 @@ def short_rights(append_only: bool = False, private: bool = False, administrator
     return Rights(rules)
 
 
-def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False) -> Rights:
-    """The table in the text of a rights file.  Raises ValueError with all faults, one a line."""
-    rules: List[Rule] = []
+class RightsFault(ValueError):
+    """What is wrong with a rights file, one fault a line."""
+
+
+def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False, source: str = '') -> Rights:
+    """The table in the text of a rights file.  Raises RightsFault with all faults, each after `source`."""
+    rules: Dict[Tuple[str, str], Rule] = {}     # by who and where
+    quotas: Dict[str, Rule] = {}                # by where
     faults: List[str] = []
-    places: Dict[Tuple[str, str], int] = {}     # the lines of who and where
-    quotas: Dict[str, Rule] = {}
     for number, line in enumerate(text.split('\n'), 1):
         try:
             rule = _parse_rule(number, line.lower() if ignore_case else line)
-            if not rule:
-                continue
-            if places.setdefault((rule.who, rule.where), number) != number:
-                raise ValueError(f'{rule.who} already has a rule for {rule.where or "/"}, '
-                                 f'line {places[rule.who, rule.where]}')
-            if rule.quota and quotas.setdefault(rule.where, rule).quota != rule.quota:
-                raise ValueError(f'{rule.where or "/"} has a different quota in line '
-                                 f'{quotas[rule.where].line}')
-            rules.append(rule)
         except ValueError as error:
             faults.append(f'line {number}: {error}')
+            continue
+        if not rule:
+            continue
+        same = rules.setdefault((rule.who, rule.where), rule)
+        limited = quotas.setdefault(rule.where, rule) if rule.quota else rule
+        if same is not rule:
+            faults.append(f'line {number}: {rule.who} already has a rule for {rule.where or "/"}, '
+                          f'line {same.line}')
+        elif limited.quota != rule.quota:
+            faults.append(f'line {number}: {rule.where or "/"} has a different quota in line {limited.line}')
     if not rules and not faults:    # perhaps half of a file that is being written
         faults.append('no rules; use "* / none" to deny all access')
     if faults:
-        raise ValueError('\n'.join(faults))
-    return Rights(rules, strangers)
+        raise RightsFault('\n'.join(source + fault for fault in faults))
+    return Rights(rules.values(), strangers)
 
 
 def _parse_rule(number: int, line: str) -> Optional[Rule]:
@@ -5118,10 +5119,6 @@ def _parse_rule(number: int, line: str) -> Optional[Rule]:
     return Rule(who, where, may, parse_quota(words[3]) if len(words) > 3 else 0, number)
 
 
-class RightsFault(ValueError):
-    """What is wrong with a rights file, one fault a line."""
-
-
 class RightsFile(WatchedFiles):
     """The table in a file.  Raises OSError if it cannot be read, and RightsFault if it is no good.
     `on_change` is called with each new table."""
@@ -5135,15 +5132,12 @@ class RightsFile(WatchedFiles):
         super().__init__(path)
 
     def load(self) -> str:
-        with open(self._path, 'rb') as file:
-            data = file.read()
         try:
-            self.rights = parse_rights(data.decode('utf-8-sig'), *self._options)
+            with open(self._path, encoding='utf-8-sig', newline='') as file:
+                text = file.read()
         except UnicodeDecodeError:
             raise RightsFault(f'{self._path}: file is not UTF-8') from None
-        except ValueError as error:
-            raise RightsFault('\n'.join(f'{self._path}, {fault}'
-                                       for fault in str(error).splitlines())) from None
+        self.rights = parse_rights(text, *self._options, f'{self._path}, ')
         self.on_change(self.rights)
         return f'read {format_count(len(self.rights.rules), "rule")} from {self._path}'
 
@@ -5177,35 +5171,35 @@ class Policy:
 
     def places(self, user: str) -> List[str]:
         """Where a user may do anything; there may be rules below that say otherwise."""
-        found = [place for place, rule in self.rights.of_user(user).items() if rule.may != NONE]
-        return [''] if '' in found else found
+        places = [place for place, rule in self.rights.of_user(user).items() if rule.may != NONE]
+        return [''] if '' in places else places
 
     def who_may(self, repository: str, users: Iterable[str]) -> Dict[str, List[str]]:
-        """Who of `users`, and of those whom the rules name, has which right in a repository, the highest
-        right first."""
+        """Who of `users` and of the names in the rules has which right in a repository, the highest right
+        first."""
         names = {*users, *(rule.who for rule in self.rights.rules if rule.who != '*')}
         owner = repository.split('/', 2)[1] if repository else ''
         if is_user(owner) and any('%u' in rule.where for rule in self.rights.rules):
             names.add(owner)
-        found: Dict[str, List[str]] = {}
+        holders: Dict[str, List[str]] = {right: [] for right in reversed(RIGHTS)}
         for name in sorted(names):
-            found.setdefault(self.right(name, repository), []).append(name)
-        found.setdefault(self.right('*', repository), []).append('anyone else')
-        return {right: found[right] for right in reversed(RIGHTS[1:]) if right in found}
+            holders[self.right(name, repository)].append(name)
+        holders[self.right('*', repository)].append('anyone else')
+        return {right: names for right, names in holders.items() if names and right != NONE}
 
     def metrics_of(self, user: str) -> Optional[Callable[[str], bool]]:
         """Which repositories' metrics a user may see; None if there are none.  They belong to the right
         `metrics`, and to `write` for everything in a rule of the user's own."""
-        rules = self.rights.of_user(user)
-        if not (self.sees_server(user) or any(rule.may == METRICS for rule in rules.values())):
+        granted = {rule.may for rule in self.rights.of_user(user).values()}
+        sees_all = self.sees_server(user)
+        if not sees_all and METRICS not in granted:
             return None
-        shown = (METRICS, READ, APPEND, WRITE) if self.sees_server(user) else (METRICS,)
-        denies = any(rule.may == NONE for rule in rules.values())
 
         def shows(repository: str) -> bool:
             if repository == OTHER:     # of any place
-                return self.sees_server(user) and not denies
-            return self.right(user, repository) in shown
+                return sees_all and NONE not in granted
+            right = self.right(user, repository)
+            return right == METRICS or (sees_all and right != NONE)
 
         return shows
 
