@@ -1055,6 +1055,50 @@ def stamp(path: str) -> Tuple[int, ...]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
+class WatchedFiles:
+    """Files that are read again when one of them changes; a base class of what they hold.  While they are no
+    good, what was read last stays in force.  For one thread at a time.
+
+    Files that belong together are replaced one after the other: a failure is tried once more, at the next
+    look, before it is logged.
+    """
+
+    kept = ''       # What stays in force after a failure, for the log.
+
+    def __init__(self, *paths: str) -> None:
+        self._paths = paths
+        self._stamps = [stamp(path) for path in paths]
+        self._next_look = 0.0
+        self._failed = False    # at the last look, for the first time
+        self.load()
+
+    def load(self) -> str:
+        """Read the files and put them in force; what was read, for the log.  Raises OSError, or ValueError
+        with a line for each fault."""
+        raise NotImplementedError
+
+    def look(self, force: bool = False) -> float:
+        """A timer of each process: read the files again if one of them has changed, at most once a second, or
+        in any case with `force`; seconds until the next look."""
+        now = time.monotonic()
+        if force or now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            stamps = [stamp(path) for path in self._paths]
+            if force or self._failed or stamps != self._stamps:
+                self._stamps = stamps
+                self._reload()
+        return self._next_look - now
+
+    def _reload(self) -> None:
+        try:
+            reload_log.log(NOTICE, '%s', self.load())
+            self._failed = False
+        except (OSError, ValueError) as error:
+            for fault in str(error).splitlines() if self._failed else ():
+                reload_log.error('%s: %s', self.kept, fault)
+            self._failed = not self._failed
+
+
 @contextlib.contextmanager
 def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntry[str]]]:
     """The entries of a directory, by its descriptor if there is one; none if it is missing.  Raises
@@ -4233,62 +4277,70 @@ _SHA2 = re.compile(r'\$([56])\$(?:rounds=([0-9]{1,9})\$)?([^$:]{0,16})\$([./0-9A
 _SHA1 = re.compile(r'\{SHA\}[A-Za-z0-9+/]{27}=')
 
 
-def hash_cost(entry: str) -> int:
-    """Cost of verifying a password against an entry of an htpasswd file, roughly in MD5 rounds; 0 for an
-    unknown scheme."""
-    bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
-    if bcrypt:
-        return 1000 << int(bcrypt[1])
-    if sha2:
-        return int(sha2[2] or 5000)
-    return 1000 if _MD5.fullmatch(entry) else 1 if _SHA1.fullmatch(entry) else 0
+class Entry(str):
+    """A password's hash in an htpasswd file.  `scheme` is how it begins, such as `$6$`; it is `$2` for all
+    variants of bcrypt and empty for SHA-1.  `cost` is that of verifying a password, roughly in MD5 rounds.
+    Raises ValueError for an unknown scheme."""
+
+    def __init__(self, text: str) -> None:
+        bcrypt, sha2 = _BCRYPT.fullmatch(text), _SHA2.fullmatch(text)
+        if not (bcrypt or sha2 or _MD5.fullmatch(text) or _SHA1.fullmatch(text)):
+            raise ValueError('unknown password scheme')
+        self.scheme = '$2' if bcrypt else prefix_of(text)
+        self.cost = (1000 << int(bcrypt[1]) if bcrypt else int(sha2[2] or 5000) if sha2
+                     else 1000 if self.scheme else 1)
+
+    def rest_of_cost(self, slowest: Entry) -> List[Entry]:
+        """Dummies that take as long to verify as `slowest`, of the same scheme, less what this one takes."""
+        if self.scheme == '$2':     # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
+            return [Entry(f'{slowest[:4]}{cost:02d}{slowest[6:]}')
+                    for cost in range(int(self[4:6]), int(slowest[4:6]))]
+        rounds = slowest.cost - self.cost
+        return [Entry(re.sub(r'^(\$.\$)(rounds=\d+\$)?', rf'\g<1>rounds={rounds}$', slowest))
+                ] if rounds >= 1000 else []     # the fewest that there are
+
+    def seconds_in_python(self) -> float:
+        """Estimated seconds to verify it in Python."""
+        sample = Entry(cheapest_of(prefix_of(self)))
+        return _seconds_of(sample) * self.cost / sample.cost
+
+    def is_slow(self) -> bool:
+        """Whether verifying it takes so long that others must not wait for it."""
+        return not is_in_c(self) and self.seconds_in_python() > SLOW_SECONDS
 
 
-def scheme_of(entry: str) -> str:
-    """The scheme of an entry, such as `$6$`; `$2` for all variants of bcrypt."""
-    scheme = entry[:entry.find('$', 1) + 1]
-    return '$2' if scheme.startswith('$2') else scheme
+def prefix_of(entry: str) -> str:
+    """How an entry begins: the name of its scheme in crypt(3), such as `$2y$`; empty for SHA-1."""
+    return entry[:entry.find('$', 1) + 1]
 
 
-def slowest_entries(entries: Iterable[str]) -> Dict[str, str]:
-    """The slowest entry of each scheme."""
-    found: Dict[str, str] = {}
-    for entry in entries:
-        scheme = scheme_of(entry)
-        if hash_cost(entry) > hash_cost(found.get(scheme, '')):
-            found[scheme] = entry
-    return found
+def cheapest_of(prefix: str) -> str:
+    """An entry that is verified as fast as the scheme allows."""
+    return {'': f'{{SHA}}{27 * "A"}=', '$1$': f'$1$x${22 * "."}', '$apr1$': f'$apr1$x${22 * "."}',
+            '$5$': f'$5$rounds=1000$x${43 * "."}', '$6$': f'$6$rounds=1000$x${86 * "."}'}.get(
+                prefix, f'{prefix}04${53 * "."}')
 
 
-def rest_of_cost(entry: str, slowest: str) -> List[str]:
-    """Dummy entries that take as long to verify as `slowest`, of the same scheme, less what `entry` takes."""
-    bcrypt, target = _BCRYPT.fullmatch(entry), _BCRYPT.fullmatch(slowest)
-    if bcrypt and target:  # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
-        return [f'{slowest[:4]}{cost:02d}{slowest[6:]}' for cost in range(int(bcrypt[1]), int(target[1]))]
-    sha2, rounds = _SHA2.fullmatch(slowest), hash_cost(slowest) - hash_cost(entry)
-    if sha2 and rounds >= 1000:     # the fewest that there are
-        return [f'${sha2[1]}$rounds={rounds}${sha2[3]}${sha2[4]}']
-    return []
+@functools.lru_cache(maxsize=16)
+def _seconds_of(entry: str) -> float:
+    """Measured seconds to verify an entry in Python."""
+    begin = time.perf_counter()
+    crypt(b'x', entry)
+    return time.perf_counter() - begin
 
 
 def verify(password: bytes, entry: str) -> bool:
     """Whether a password matches an entry: bcrypt, SHA-crypt, MD5-crypt (Apache's and the original) or
     SHA-1.  Uses the C library for schemes that it supports, else Python.  A password with a NUL never
     matches, nor one longer than PASSWORD_BYTES, except for bcrypt."""
-    import base64
     import hmac
     if b'\0' in password:
         return False
-    whole = password
-    password = password[:BCRYPT_BYTES if _BCRYPT.fullmatch(entry) else PASSWORD_BYTES]
-    if _SHA1.fullmatch(entry):
-        found = '{SHA}' + base64.b64encode(hashlib.sha1(password).digest()).decode()
-    elif is_in_c(entry):
-        found = crypt_in_c(password, entry)
-    else:
-        found = crypt(password, entry)
-    is_whole = len(whole) <= PASSWORD_BYTES or bool(_BCRYPT.fullmatch(entry))
-    return hmac.compare_digest(found.encode(), entry.encode()) and is_whole
+    is_bcrypt = _BCRYPT.fullmatch(entry) is not None
+    used = password[:BCRYPT_BYTES if is_bcrypt else PASSWORD_BYTES]
+    computed = crypt_in_c(used, entry) if is_in_c(entry) else crypt(used, entry)
+    return (hmac.compare_digest(computed.encode(), entry.encode())
+            and (is_bcrypt or len(password) <= PASSWORD_BYTES))
 
 
 def crypt_in_c(password: bytes, entry: str) -> str:
@@ -4298,39 +4350,17 @@ def crypt_in_c(password: bytes, entry: str) -> str:
 
 def is_in_c(entry: str) -> bool:
     """Whether the C library supports an entry's scheme.  Python takes a hundred times as long."""
-    return _knows_scheme(_c_crypt(), entry[:entry.find('$', 1) + 1])
+    return _knows_scheme(_c_crypt(), prefix_of(entry))
 
 
 @functools.lru_cache(maxsize=16)
-def _knows_scheme(function: Any, scheme: str) -> bool:
+def _knows_scheme(function: Any, prefix: str) -> bool:
     """Whether crypt(3) supports a scheme: try its cheapest hash."""
-    if not function or scheme == '$apr1$':
+    if not function or prefix in ('', '$apr1$'):
         return False
-    sample = {'$5$': '$5$rounds=1000$x$', '$6$': '$6$rounds=1000$x$', '$1$': '$1$x$'}.get(
-        scheme, f'{scheme}04${53 * "."}')
-    found = (function(b'x', sample.encode()) or b'').decode('latin-1')
-    return found.startswith(scheme) and hash_cost(found) > 0
-
-
-def seconds_in_python(entry: str) -> float:
-    """Estimated seconds to verify an entry in Python."""
-    bcrypt, sha2 = _BCRYPT.fullmatch(entry), _SHA2.fullmatch(entry)
-    if bcrypt:
-        return _sample_seconds('bcrypt') * (1 << int(bcrypt[1]) - 4)
-    return _sample_seconds('sha2') * int(sha2[2] or 5000) / 1000 if sha2 else 0.0
-
-
-@functools.lru_cache(maxsize=None)
-def _sample_seconds(scheme: str) -> float:
-    """Measured seconds of the cheapest hash of a scheme in Python."""
-    begin = time.perf_counter()
-    crypt(b'x', f'$2b$04${53 * "."}' if scheme == 'bcrypt' else f'$6$rounds=1000$x${86 * "."}')
-    return time.perf_counter() - begin
-
-
-def is_slow(entry: str) -> bool:
-    """Whether verifying an entry takes so long that others must not wait for it."""
-    return not is_in_c(entry) and seconds_in_python(entry) > SLOW_SECONDS
+    sample = cheapest_of(prefix)
+    computed = (function(b'x', sample.encode()) or b'').decode('latin-1')
+    return computed.startswith(prefix) and len(computed) == len(sample)
 
 
 @functools.lru_cache(maxsize=None)
@@ -4350,7 +4380,10 @@ def _c_crypt() -> Any:
 
 
 def crypt(password: bytes, entry: str) -> str:
-    """Hash a password with the scheme and salt of an entry; empty for an unknown scheme."""
+    """Hash a password with the scheme and salt of an entry, in Python; empty for an unknown scheme."""
+    if _SHA1.fullmatch(entry):
+        import base64
+        return '{SHA}' + base64.b64encode(hashlib.sha1(password).digest()).decode()
     bcrypt, md5, sha2 = (form.fullmatch(entry) for form in (_BCRYPT, _MD5, _SHA2))
     if bcrypt:
         return bcrypt_crypt(password, entry[:29])
@@ -4510,37 +4543,25 @@ def _bcrypt_decode(text: str) -> bytes:
 _BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
 
 
-class PasswordFile:
+class PasswordFile(WatchedFiles):
     """The users of an htpasswd file and their entries.  Raises OSError if it cannot be read."""
+
+    kept = 'keeping the previous users'
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp = stamp(path)
-        self._next_look = 0.0
-        self.entries = self._load()
-        self.slowest = slowest_entries(self.entries.values())
+        self.entries: Dict[str, Entry] = {}
+        self.slowest: Dict[str, Entry] = {}     # by scheme
+        super().__init__(path)
 
-    def refresh(self, force: bool = False) -> None:
-        """Read the file again if it has changed, or anyway with `force`.  While it cannot be read, the
-        last users stay in force."""
-        now = time.monotonic()
-        if not force and now < self._next_look:
-            return
-        self._next_look = now + LOOK_SECONDS
-        found = stamp(self._path)
-        if found == self._stamp and not force:
-            return
-        self._stamp = found
-        try:
-            self.entries = self._load()
-        except OSError as error:
-            reload_log.error('keeping the previous users: %s', error)
-            return
-        self.slowest = slowest_entries(self.entries.values())
-        reload_log.log(NOTICE, 'read %s from %s', format_count(len(self.entries), 'user'), self._path)
+    def load(self) -> str:
+        self.entries = self._parse()
+        self.slowest = {entry.scheme: entry for entry in sorted(
+            self.entries.values(), key=lambda entry: entry.cost)}
+        return f'read {format_count(len(self.entries), "user")} from {self._path}'
 
-    def _load(self) -> Dict[str, str]:
-        entries = {}
+    def _parse(self) -> Dict[str, Entry]:
+        entries: Dict[str, Entry] = {}
         with open(self._path, 'rb') as file:
             if file.read(2) in (b'\xff\xfe', b'\xfe\xff'):
                 raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
@@ -4551,34 +4572,27 @@ class PasswordFile:
                     continue
                 user, _, rest = text.partition(':')
                 user = normalize_user(user)
-                entry = rest.partition(':')[0].strip()
                 if not is_user(user):
                     reload_log.error('%s, line %d (%s): user names may contain only letters, digits and '
                                      '@ . _ -', self._path, line_number, user[:64])
-                elif not hash_cost(entry):
+                    continue
+                try:
+                    entry = Entry(rest.partition(':')[0].strip())
+                except ValueError:
                     reload_log.error('%s, line %d (%s): unknown or unsafe password scheme; use bcrypt '
                                      '(htpasswd -B)', self._path, line_number, user)
-                else:
-                    if user in entries:
-                        reload_log.warning('%s, line %d: duplicate user %s; the last entry is used',
-                                           self._path, line_number, user)
-                    entries[user] = entry
-                    if is_slow(entry):
-                        reload_log.warning(
-                            '%s, line %d: the C library of this system does not support the scheme of '
-                            "%s's password, and Python takes %.0f s for each login; use a lower cost "
-                            '(htpasswd -B -C %d)', self._path, line_number, user, seconds_in_python(entry),
-                            SLOW_COST)
+                    continue
+                if user in entries:
+                    reload_log.warning('%s, line %d: duplicate user %s; the last entry is used',
+                                       self._path, line_number, user)
+                entries[user] = entry
+                if entry.is_slow():
+                    reload_log.warning(
+                        '%s, line %d: the C library of this system does not support the scheme of '
+                        "%s's password, and Python takes %.0f s for each login; use a lower cost "
+                        '(htpasswd -B -C %d)', self._path, line_number, user, entry.seconds_in_python(),
+                        SLOW_COST)
         return entries
-
-
-class Turn:
-    """A thread's turn in a FairQueue; `failed` is set by the thread."""
-
-    __slots__ = ('failed',)
-
-    def __init__(self) -> None:
-        self.failed = False
 
 
 class FairQueue:
@@ -4593,9 +4607,8 @@ class FairQueue:
         # By group, in the order of their turns: locks on which threads wait.
         self._waiting: Dict[str, collections.deque[threading.Lock]] = {}
 
-    @contextlib.contextmanager
-    def turn(self, group: str) -> Iterator[Turn]:
-        """Wait for a turn, and keep it until the context ends.  Raises HttpError 429."""
+    def run(self, group: str, attempt: Callable[[], bool]) -> bool:
+        """Wait for a turn and make an attempt; whether it has succeeded.  Raises HttpError 429."""
         gate = None
         with self._lock:
             if self._busy or group in self._resting:
@@ -4608,22 +4621,23 @@ class FairQueue:
                 self._busy = True
         if gate:
             gate.acquire()  # released by _give_turn()
-        turn, begin = Turn(), time.monotonic()
+        succeeded, begin = True, time.monotonic()
         try:
-            yield turn
+            succeeded = attempt()
         finally:
             with self._lock:
-                if turn.failed:
+                if not succeeded:
                     self._resting.add(group)
                 if group in self._waiting:  # move it to the end
                     self._waiting[group] = self._waiting.pop(group)
                 self._busy = False
                 self._give_turn()
-        if turn.failed:
+        if not succeeded:
             time.sleep(time.monotonic() - begin)
             with self._lock:
                 self._resting.discard(group)
                 self._give_turn()
+        return succeeded
 
     def _give_turn(self) -> None:
         """Wake the first thread of the next group that is not pausing, unless somebody has the turn."""
@@ -4654,13 +4668,13 @@ class Accounts:
                  salt: str = '', realm: str = '', user_header: str = '',
                  proxies: Iterable[Any] = (), certificates: bool = False, socket_auth: bool = False,
                  counters: Optional[Counters] = None) -> None:
-        self._file = file
+        self.file = file
         self._user = user
         self._salt = salt.encode()
         self._password = self._salted(password.encode())
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._user_header = user_header.lower()
-        self._proxies = list(proxies)
+        self.proxies = list(proxies)
         self._certificates = certificates and not (file or user or user_header)
         self._socket_auth = socket_auth and bool(file or user)
         self._secret = os.urandom(32)
@@ -4671,7 +4685,7 @@ class Accounts:
     @property
     def demanded(self) -> bool:
         """Whether clients have to log in (but perhaps not over a unix socket)."""
-        return bool(self._file or self._user or self._user_header or self._certificates)
+        return bool(self.file or self._user or self._user_header or self._certificates)
 
     def identify(self, request: Request) -> str:
         """The user of a request, empty if nothing names one.  Raises HttpError 401, 403 and 429."""
@@ -4683,41 +4697,35 @@ class Accounts:
             if not is_user(user):
                 log.log(NOTICE, 'request from %s without a valid user name in header %s', peer,
                         self._user_header)
-                self._refuse('the proxy sent no valid user name')
+                raise self._unauthorized('the proxy sent no valid user name')
             return user
         if peer.unix and not self._socket_auth:
             return peer.user
-        if self._file or self._user:
+        if self.file or self._user:
             return self._check_basic(request)
         if self._user_header:
             raise HttpError(403, 'requests must come through the proxy')
-        if is_user(peer.user):
+        if peer.user and is_user(peer.user):
             return peer.user
         if self._certificates and peer.certified:
-            self._refuse('the common name of the client certificate is not a valid user name')
+            raise self._unauthorized('the common name of the client certificate is not a valid user name')
         return ''
 
     def users(self) -> Optional[List[str]]:
         """The names of all users, None where another program knows them."""
-        if self._file:
-            return list(self._file.entries)
+        if self.file:
+            return list(self.file.entries)
         return [self._user] if self._user else None
-
-    def reload(self) -> None:
-        """Read the htpasswd file again."""
-        if self._file:
-            self._file.refresh(force=True)
 
     def _check_basic(self, request: Request) -> str:
         """The user of the Authorization header (RFC 7617)."""
         header = request.headers.get('authorization', '')
         if not header:
-            self._refuse('authentication required')
+            raise self._unauthorized('authentication required')
         user, password = self._parse_basic(header)
-        if self._file:
-            self._file.refresh()
-            right = (self._is_remembered(self._file, user, password)
-                     or self._verify(self._file, user, password, request.client.group))
+        if self.file:
+            right = (self._is_remembered(self.file, user, password)
+                     or self._verify(self.file, user, password, request.client.group))
         else:
             import hmac
             right_user = hmac.compare_digest(user.encode(), self._user.encode())
@@ -4728,22 +4736,19 @@ class Accounts:
                     user if is_user(user) else re.sub(
                         r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:64]),
                     request.client)
-            self._refuse('wrong user or password')
+            raise self._unauthorized('wrong user or password')
         return user
 
     def _parse_basic(self, header: str) -> Tuple[str, bytes]:
         """User and password of the header's value.  Raises HttpError 401."""
         import base64
         scheme, _, encoded = header.partition(' ')
-        try:
-            if scheme.lower() != 'basic':
-                raise ValueError
+        with contextlib.suppress(ValueError):   # neither base64 nor UTF-8
             name, colon, password = base64.b64decode(encoded.strip(), validate=True).partition(b':')
-            if not colon or b'\0' in password or len(name) > USER_BYTES:    # crypt(3) would end at the NUL
-                raise ValueError
-            return normalize_user(name.decode()), password
-        except ValueError:
-            self._refuse('malformed credentials')
+            # crypt(3) would end at a NUL.
+            if scheme.lower() == 'basic' and colon and b'\0' not in password and len(name) <= USER_BYTES:
+                return normalize_user(name.decode()), password
+        raise self._unauthorized('malformed credentials')
 
     def _is_remembered(self, file: PasswordFile, user: str, password: bytes) -> bool:
         """Whether a password has been verified, by this process or another."""
@@ -4762,21 +4767,26 @@ class Accounts:
         """Whether a password is the user's, by its hash.  Every failure takes the same time, that of the
         slowest entry of each scheme in the file, so that it does not show which users exist."""
         entry, slowest = file.entries.get(user), dict(file.slowest)
-        entries = []
+        entries: List[Entry] = []
         if entry is not None:
-            entries = [entry, *rest_of_cost(entry, slowest.pop(scheme_of(entry), entry))]
-        entries += sorted(slowest.values(), key=is_slow)
-        for slow, some in itertools.groupby(entries, is_slow):
-            with (self._slow_queue if slow else self._queue).turn(group) as turn:
-                for one in some:
-                    if one is entry and self._is_remembered(file, user, password):
-                        return True  # another request has verified it meanwhile
-                    if verify(password, one) and one is entry:
-                        digest = self._digest(user, password, entry)
-                        self._verified[user] = digest
-                        self._counters.put(('login', user), *struct.unpack('4q', digest))
-                        return True
-                turn.failed = True
+            entries = [entry, *entry.rest_of_cost(slowest.pop(entry.scheme, entry))]
+        entries += sorted(slowest.values(), key=Entry.is_slow)
+
+        def matches(candidates: List[Entry]) -> bool:
+            for candidate in candidates:
+                if candidate is entry and self._is_remembered(file, user, password):
+                    return True     # another request has verified it meanwhile
+                if verify(password, candidate) and candidate is entry:
+                    digest = self._digest(user, password, entry)
+                    self._verified[user] = digest
+                    self._counters.put(('login', user), *struct.unpack('4q', digest))
+                    return True
+            return False
+
+        for is_slow, candidates in itertools.groupby(entries, Entry.is_slow):
+            queue = self._slow_queue if is_slow else self._queue
+            if queue.run(group, functools.partial(matches, list(candidates))):
+                return True
         return False
 
     def _digest(self, user: str, password: bytes, entry: str) -> bytes:
@@ -4790,17 +4800,17 @@ class Accounts:
 
     def is_proxy(self, name: str) -> bool:
         """Whether an address belongs to a proxy, which may name users."""
-        return is_loopback(name) or (bool(self._proxies) and self._is_trusted(name))
+        return is_loopback(name) or (bool(self.proxies) and self._is_trusted(name))
 
     def _is_trusted(self, name: str) -> bool:
         import ipaddress
         address = ipaddress.ip_address(name.partition('%')[0])
-        return any(address in network for network in self._proxies)
+        return any(address in network for network in self.proxies)
 
     def find_client(self, request: Request) -> None:
-        """Set a request's client: where trusted proxies are named, and one of them or a unix socket sends
-        it, the last address it is forwarded for that is none of theirs."""
-        if not self._proxies or not (request.peer.unix or self._is_trusted(request.peer.name)):
+        """Set a request's client: where one of the trusted `proxies` or a unix socket sends it, the last
+        address it is forwarded for that is no proxy's."""
+        if not (request.peer.unix or self._is_trusted(request.peer.name)):
             return
         client = ''
         for address in forwarded_addresses(request.headers):
@@ -4810,8 +4820,8 @@ class Accounts:
         if client:
             request.client = Peer(client)
 
-    def _refuse(self, reason: str) -> NoReturn:
-        raise HttpError(401, reason, [('WWW-Authenticate', self._challenge)])
+    def _unauthorized(self, reason: str) -> HttpError:
+        return HttpError(401, reason, [('WWW-Authenticate', self._challenge)])
 
 
 def change_password_file(path: str, user: str, entry: str) -> bool:
@@ -4895,13 +4905,10 @@ class Rights:
 
     def _find(self, user: str, repository: str) -> Tuple[str, str]:
         """What a user may do in a repository, and the place whose rule says so."""
-        rules, repository = self.of_user(user), normalize_user(repository)
-        while True:
-            if repository in rules:
-                return rules[repository].may, repository
-            if not repository:
-                return NONE, ''
-            repository = repository.rpartition('/')[0]
+        rules, place = self.of_user(user), normalize_user(repository)
+        while place and place not in rules:
+            place = place.rpartition('/')[0]
+        return (rules[place].may if place in rules else NONE), place
 
     def text(self) -> str:
         """The table as a file would have it."""
@@ -4913,15 +4920,15 @@ class Rights:
 
     def words(self, user: str, limit: int = 0) -> List[str]:
         """What a user may do where, in sentences; everything together may hold `limit` bytes."""
-        found, quotas = [], self.quotas(limit)
+        sentences, quotas = [], self.quotas(limit)
         for place, rule in sorted(self.of_user(user).items()):
             names = place.split('/')
             scopes = ['/'.join(names[1:depth]) for depth in range(len(names), 0, -1)]
             sizes = [f'{format_size(quotas.limit(scope))} in /{scope}' for scope in scopes
                      if quotas.limit(scope)]
-            found.append(f'{user} {_WORDS_OF_RIGHTS[rule.may]} at and below {place or "/"}'
-                         + (f', within {", ".join(sizes)}' if sizes else ''))
-        return found or [f'{user} may do nothing']
+            sentences.append(f'{user} {_WORDS_OF_RIGHTS[rule.may]} at and below {place or "/"}'
+                             + (f', within {", ".join(sizes)}' if sizes else ''))
+        return sentences or [f'{user} may do nothing']
 
 
 def _quoted(word: str) -> str:
@@ -4942,31 +4949,35 @@ def short_rights(append_only: bool = False, private: bool = False, administrator
     return Rights(rules)
 
 
-def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False) -> Rights:
-    """The table in the text of a rights file.  Raises ValueError with all faults, one a line."""
-    rules: List[Rule] = []
+class RightsFault(ValueError):
+    """What is wrong with a rights file, one fault a line."""
+
+
+def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False, source: str = '') -> Rights:
+    """The table in the text of a rights file.  Raises RightsFault with all faults, each after `source`."""
+    rules: Dict[Tuple[str, str], Rule] = {}     # by who and where
+    quotas: Dict[str, Rule] = {}                # by where
     faults: List[str] = []
-    places: Dict[Tuple[str, str], int] = {}     # the lines of who and where
-    quotas: Dict[str, Rule] = {}
     for number, line in enumerate(text.split('\n'), 1):
         try:
             rule = _parse_rule(number, line.lower() if ignore_case else line)
-            if not rule:
-                continue
-            if places.setdefault((rule.who, rule.where), number) != number:
-                raise ValueError(f'{rule.who} already has a rule for {rule.where or "/"}, '
-                                 f'line {places[rule.who, rule.where]}')
-            if rule.quota and quotas.setdefault(rule.where, rule).quota != rule.quota:
-                raise ValueError(f'{rule.where or "/"} has a different quota in line '
-                                 f'{quotas[rule.where].line}')
-            rules.append(rule)
         except ValueError as error:
             faults.append(f'line {number}: {error}')
+            continue
+        if not rule:
+            continue
+        same = rules.setdefault((rule.who, rule.where), rule)
+        limited = quotas.setdefault(rule.where, rule) if rule.quota else rule
+        if same is not rule:
+            faults.append(f'line {number}: {rule.who} already has a rule for {rule.where or "/"}, '
+                          f'line {same.line}')
+        elif limited.quota != rule.quota:
+            faults.append(f'line {number}: {rule.where or "/"} has a different quota in line {limited.line}')
     if not rules and not faults:    # perhaps half of a file that is being written
         faults.append('no rules; use "* / none" to deny all access')
     if faults:
-        raise ValueError('\n'.join(faults))
-    return Rights(rules, strangers)
+        raise RightsFault('\n'.join(source + fault for fault in faults))
+    return Rights(rules.values(), strangers)
 
 
 def _parse_rule(number: int, line: str) -> Optional[Rule]:
@@ -5000,48 +5011,27 @@ def _parse_rule(number: int, line: str) -> Optional[Rule]:
     return Rule(who, where, may, parse_quota(words[3]) if len(words) > 3 else 0, number)
 
 
-class RightsFault(ValueError):
-    """What is wrong with a rights file, one fault a line."""
+class RightsFile(WatchedFiles):
+    """The table in a file.  Raises OSError if it cannot be read, and RightsFault if it is no good.
+    `on_change` is called with each new table."""
 
-
-class RightsFile:
-    """The table in a file, which is read again when it changes.  Raises OSError if it cannot be read, and
-    RightsFault if it is no good."""
+    kept = 'keeping the previous rights'
 
     def __init__(self, path: str, strangers: bool = False, ignore_case: bool = False) -> None:
         self._path = path
         self._options = strangers, ignore_case
-        self._stamp = stamp(path)
-        self.next_look = 0.0        # when it is to be looked at again
-        self.rights = self._load()
+        self.on_change: Callable[[Rights], object] = lambda rights: None
+        super().__init__(path)
 
-    def refresh(self) -> bool:
-        """Read the file again if it has changed; whether there is another table.  While the file is no good
-        the last table stays in force.  For one thread at a time."""
-        self.next_look = time.monotonic() + LOOK_SECONDS
-        found = stamp(self._path)
-        if found == self._stamp:
-            return False
-        self._stamp = found
+    def load(self) -> str:
         try:
-            self.rights = self._load()
-        except (OSError, RightsFault) as error:
-            for fault in str(error).splitlines():
-                reload_log.error('keeping the previous rights: %s', fault)
-            return False
-        reload_log.log(NOTICE, 'read %s from %s', format_count(len(self.rights.rules), 'rule'), self._path)
-        return True
-
-    def _load(self) -> Rights:
-        with open(self._path, 'rb') as file:
-            data = file.read()
-        try:
-            return parse_rights(data.decode('utf-8-sig'), *self._options)
+            with open(self._path, encoding='utf-8-sig', newline='') as file:
+                text = file.read()
         except UnicodeDecodeError:
             raise RightsFault(f'{self._path}: file is not UTF-8') from None
-        except ValueError as error:
-            raise RightsFault('\n'.join(f'{self._path}, {fault}'
-                                       for fault in str(error).splitlines())) from None
+        self.rights = parse_rights(text, *self._options, f'{self._path}, ')
+        self.on_change(self.rights)
+        return f'read {format_count(len(self.rights.rules), "rule")} from {self._path}'
 
 
 class Policy:
@@ -5049,26 +5039,16 @@ class Policy:
     ones, `on_refused_delete` with the repository, the user, who that is, and the right he has."""
 
     def __init__(self, rights: Optional[Rights] = None, file: Optional[RightsFile] = None) -> None:
-        self._file = file
+        self.file = file
         self.rights = file.rights if file else rights or short_rights()
         self.on_change: Callable[[Rights], object] = lambda rights: None
         self.on_refused_delete: Callable[[str, str, object, str], object] = lambda *what: None
-        self._refreshing = threading.Lock()
+        if file:
+            file.on_change = self._change
 
-    def refresh(self) -> float:
-        """A timer of each process: read the file again if it has changed, at most once a second; seconds
-        until the next time."""
-        if not self._file:
-            return math.inf
-        now = time.monotonic()
-        if now >= self._file.next_look and self._refreshing.acquire(blocking=False):
-            try:
-                if self._file.refresh():
-                    self.rights = self._file.rights
-                    self.on_change(self.rights)
-            finally:
-                self._refreshing.release()
-        return max(self._file.next_look - now, 0.01)
+    def _change(self, rights: Rights) -> None:
+        self.rights = rights
+        self.on_change(rights)
 
     def right(self, user: str, repository: str) -> str:
         """What a user may do in a repository: one of RIGHTS."""
@@ -5077,41 +5057,41 @@ class Policy:
     @property
     def is_for_all(self) -> bool:
         """Whether the options give everybody the same rights everywhere, but for the user of --prometheus."""
-        return not self._file and all(
+        return not self.file and all(
             rule.where == '' and (rule.who == '*' or (rule.who == METRICS_USER and rule.may == METRICS))
             for rule in self.rights.rules)
 
     def places(self, user: str) -> List[str]:
         """Where a user may do anything; there may be rules below that say otherwise."""
-        found = [place for place, rule in self.rights.of_user(user).items() if rule.may != NONE]
-        return [''] if '' in found else found
+        places = [place for place, rule in self.rights.of_user(user).items() if rule.may != NONE]
+        return [''] if '' in places else places
 
     def who_may(self, repository: str, users: Iterable[str]) -> Dict[str, List[str]]:
-        """Who of `users`, and of those whom the rules name, has which right in a repository, the highest
-        right first."""
+        """Who of `users` and of the names in the rules has which right in a repository, the highest right
+        first."""
         names = {*users, *(rule.who for rule in self.rights.rules if rule.who != '*')}
         owner = repository.split('/', 2)[1] if repository else ''
         if is_user(owner) and any('%u' in rule.where for rule in self.rights.rules):
             names.add(owner)
-        found: Dict[str, List[str]] = {}
+        holders: Dict[str, List[str]] = {right: [] for right in reversed(RIGHTS)}
         for name in sorted(names):
-            found.setdefault(self.right(name, repository), []).append(name)
-        found.setdefault(self.right('*', repository), []).append('anyone else')
-        return {right: found[right] for right in reversed(RIGHTS[1:]) if right in found}
+            holders[self.right(name, repository)].append(name)
+        holders[self.right('*', repository)].append('anyone else')
+        return {right: names for right, names in holders.items() if names and right != NONE}
 
     def metrics_of(self, user: str) -> Optional[Callable[[str], bool]]:
         """Which repositories' metrics a user may see; None if there are none.  They belong to the right
         `metrics`, and to `write` for everything in a rule of the user's own."""
-        rules = self.rights.of_user(user)
-        if not (self.sees_server(user) or any(rule.may == METRICS for rule in rules.values())):
+        granted = {rule.may for rule in self.rights.of_user(user).values()}
+        sees_all = self.sees_server(user)
+        if not sees_all and METRICS not in granted:
             return None
-        shown = (METRICS, READ, APPEND, WRITE) if self.sees_server(user) else (METRICS,)
-        denies = any(rule.may == NONE for rule in rules.values())
 
         def shows(repository: str) -> bool:
             if repository == OTHER:     # of any place
-                return self.sees_server(user) and not denies
-            return self.right(user, repository) in shown
+                return sees_all and NONE not in granted
+            right = self.right(user, repository)
+            return right == METRICS or (sees_all and right != NONE)
 
         return shows
 
@@ -6496,9 +6476,10 @@ class Api:
     def handle(self, request: Request) -> Response:
         """The answer to a request, also where it fails.  Raises only Gone."""
         try:
-            self.accounts.find_client(request)
-            if request.client is not request.peer:
-                self._take_share(request)
+            if self.accounts.proxies:
+                self.accounts.find_client(request)
+                if request.client is not request.peer:
+                    self._take_share(request)
             self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
                 response = Response(200, list(_PREFLIGHT))
@@ -9933,63 +9914,34 @@ class SystemdNotifier:
 
 BACKLOG = 1024              # Connections that the kernel may queue.
 EXHAUSTED_SECONDS = 0.1     # Pause where the system has no descriptors left.
-RENEWAL_SECONDS = 0.2       # Time between the replacement of a certificate and that of its key.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Certificates:
-    """TLS contexts from PEM files, which are read again when they change.
-
-    `client_ca` is the CA that signs the clients' certificates, and `authority` the content of that
-    file.  `minimum` is the lowest version, `tls1.0` to `tls1.3`; without one the TLS library decides.
-    Raises OSError, and ImportError where Python has no TLS.
-    """
+class Certificates(WatchedFiles):
+    """TLS contexts from PEM files.  `client_ca` is the CA that signs the clients' certificates.  `minimum` is
+    the lowest version, `tls1.0` to `tls1.3`; without one the TLS library decides.  Raises OSError, and
+    ImportError where Python has no TLS."""
 
     def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
         self._cert = cert
         self._key = key
         self._client_ca = client_ca
         self._minimum = minimum
-        self._lock = threading.Lock()
-        self._stamp = self._look()
-        self._next_look = 0.0
-        self._context, self.authority = self._load()
+        self.kept = f'invalid certificate {cert}, keeping the previous one'
+        super().__init__(cert, key, *([client_ca] if client_ca else ()))
+
+    @property
+    def authority(self) -> bytes:
+        """The content of the file `client_ca`."""
+        return self._loaded[1]
 
     def wrap(self, below: SocketTransport) -> TlsTransport:
         """The server's side of TLS on a connection, before its handshake."""
-        self.refresh()
-        return TlsTransport(below, self._context, self.authority)
+        return TlsTransport(below, *self._loaded)
 
-    def refresh(self) -> None:
-        """Read the files again if one of them has changed, at most once a second."""
-        if self.is_stale():
-            self._next_look = time.monotonic() + LOOK_SECONDS
-            if self._look() != self._stamp:
-                self.reload()
-
-    def is_stale(self) -> bool:
-        """Whether it is time to look at the files again."""
-        return time.monotonic() >= self._next_look
-
-    def reload(self) -> None:
-        """Read the files again; if they cannot be used, the last ones stay in use."""
-        with self._lock:
-            for last_try in (False, False, True):
-                self._stamp = self._look()
-                try:
-                    self._context, self.authority = self._load()
-                    reload_log.log(NOTICE, 'loaded certificate %s', self._cert)
-                    break
-                except OSError as error:
-                    if last_try:
-                        reload_log.error('invalid certificate %s, keeping the previous one: %s',
-                                         self._cert, error)
-                    else:
-                        time.sleep(RENEWAL_SECONDS)
-
-    def _look(self) -> List[Tuple[int, ...]]:
-        """A fingerprint that changes when one of the files does."""
-        return [stamp(path) for path in (self._cert, self._key, self._client_ca)]
+    def load(self) -> str:
+        self._loaded = self._load()
+        return f'loaded certificate {self._cert}'
 
     def _load(self) -> Tuple[ssl.SSLContext, bytes]:
         """A context from the files, and the authority."""
@@ -10509,8 +10461,6 @@ class Connections:
     def _end_those_of_another_authority(self) -> None:
         """End connections whose certificate was checked against an authority that was replaced."""
         if self._certificates and self._certificates.authority:
-            if self._certificates.is_stale():  # reading the files may take a moment
-                threading.Thread(target=self._certificates.refresh, daemon=True).start()
             for connection in self.snapshot():
                 if not (connection.stopping or connection.is_of(self._certificates.authority)):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
@@ -10547,6 +10497,7 @@ class Server:
         self.listeners: List[Any] = []
         self.stops = 0                  # stop signals seen; the second skips the grace period
         self.certificates = certificates
+        self._files = [files for files in (certificates, api.accounts.file, api.policy.file) if files]
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._processes = 1             # that serve the listeners
@@ -10615,13 +10566,18 @@ class Server:
             loop.timers += [self._purge, events.tick]
         if events.receiver and self._counts:
             loop.watch(events.receiver, events.on_sent)
-        loop.timers += [self.api.policy.refresh, self.connections.sweep, self.notifier.ping,
+        loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
         self.notifier.notify('READY=1')
         loop.run(lambda: self.stops > 0)
         self.notifier.notify('STOPPING=1')
         self._finish()
+
+    def look_at_files(self, force: bool = False) -> float:
+        """A timer: read certificates, passwords and rights that have changed, or all of them with `force`;
+        seconds until the next look."""
+        return min([files.look(force) for files in self._files], default=math.inf)
 
     def _accept(self, listener: Listener) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
@@ -10681,10 +10637,7 @@ class Server:
     def reload(self) -> None:
         """SIGHUP: read again what may have changed."""
         self.notifier.notify_reloading()
-        if self.certificates:
-            self.certificates.reload()
-        self.api.accounts.reload()
-        self.api.policy.refresh()
+        self.look_at_files(force=True)
         for handler in log.handlers:
             handler.close()  # LogFile's
         self.notifier.notify('READY=1')
@@ -10864,7 +10817,7 @@ class Workers:
         for slot in range(1, self._count + 1):
             self._start(slot)
         server.notifier.notify('READY=1')
-        loop.timers = [server.api.policy.refresh, server.notifier.ping, lambda: server.stats.tick(True),
+        loop.timers = [server.look_at_files, server.notifier.ping, lambda: server.stats.tick(True),
                        self._start_due, self._kill_late]
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
@@ -11277,6 +11230,14 @@ OPTIONS = (
            'rights of USER', '[USER]', environment=False, stdio=False),
     Option('jobs', '--bcrypt-cost', parse_cost, 'cost of new bcrypt passwords, 4 to 31', 'NUMBER',
            shown='10, or 5 where bcrypt runs in Python'),
+
+    # Options in scripts for rclone that mean nothing to a local directory; they are ignored and logged.
+    *(Option('rclone', name, parse_bool, argparse.SUPPRESS, environment=False)
+      for name in ('--fast-list', '--progress', '--stats-one-line', '--use-mmap')),
+    *(Option('rclone', name, str, argparse.SUPPRESS, environment=False)
+      for name in ('--buffer-size', '--cache-dir', '--checkers', '--contimeout', '--low-level-retries',
+                   '--retries', '--timeout', '--tpslimit', '--tpslimit-burst', '--transfers',
+                   '--user-agent')),
 )
 
 
@@ -11287,7 +11248,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__(
             prog='restic_serve', usage='restic_serve.py [options] DIR', allow_abbrev=False,
-            add_help=False, formatter_class=_HelpFormatter,
+            add_help=False,
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=100),
             description='Serve the directory DIR as a storage backend for restic, over HTTP, HTTPS, a unix '
                         'socket or ssh.',
             epilog='All options except --stdio and jobs can also be set in the environment: --append-only as '
@@ -11295,16 +11257,16 @@ class Parser(argparse.ArgumentParser):
                    'addresses. With --stdio the environment is ignored. Sizes are written as 100B, 512k, '
                    '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
         self._environment = environment
-        self._lists: Dict[str, List[Any]] = {}  # options that may be repeated: their default
-        self.passed_over: List[str] = []    # options of rclone that mean nothing here
+        self._lists: Dict[str, List[Any]] = {}  # defaults of options that may be repeated
         self.add_argument('arguments', nargs='*', help=argparse.SUPPRESS)
         groups = {title: self.add_argument_group(title)
                   for title in dict.fromkeys(option.group for option in OPTIONS)}
         groups['logging'].add_argument(
             '-v', '--verbose', action='count', default=self._verbosity(), help='log each request, in the '
             'Combined Log Format; -vv also logs debugging information')
-        groups['logging'].add_argument('-q', dest='quiet', action='store_true', default=argparse.SUPPRESS,
-                                       help=argparse.SUPPRESS)
+        for letter, name in (('-q', 'quiet'), ('-P', 'progress')):
+            self.add_argument(letter, dest=name, action='store_true', default=argparse.SUPPRESS,
+                              help=argparse.SUPPRESS)
         for option in OPTIONS:
             self._add_option(groups[option.group], option)
         groups['jobs'].add_argument('--version', action='version',
@@ -11318,17 +11280,13 @@ class Parser(argparse.ArgumentParser):
                 default = option.read(text)
             except ValueError as error:
                 self.error(f'{option.variable}: {error}')
-        if option.repeated:
-            self._lists[option.dest] = default
-            group.add_argument(option.name, type=option.value, action='append', help=option.help,
-                               metavar=option.metavar)
-        else:
-            group.add_argument(option.name, type=option.value, default=default, help=option.help,
-                               metavar=option.metavar)
+        if option.repeated:     # argparse would add to the default, rather than replace it
+            self._lists[option.dest], default = default, None
+        group.add_argument(option.name, type=option.value, action='append' if option.repeated else 'store',
+                           default=default, help=option.help, metavar=option.metavar)
 
     def parse(self, args: List[str]) -> argparse.Namespace:
         """The options that `args` set.  Exits after an error, --help and --version."""
-        args = self._pass_over(args)
         flags = {option.name for option in OPTIONS if option.is_flag}
         end = args.index('--') if '--' in args else len(args)
         # A bool takes a value only after '=', or it would swallow DIR.
@@ -11346,38 +11304,9 @@ class Parser(argparse.ArgumentParser):
         if '--show-rights' not in args:
             return args
         at = args.index('--show-rights')
-        user = args[at + 1:at + 2]
-        named = bool(user) and not user[0].startswith('-') and is_user(normalize_user(user[0]))
-        return [*args[:at], f'--show-rights={user[0] if named else "*"}', *args[at + 1 + named:]]
-
-    def _pass_over(self, args: List[str]) -> List[str]:
-        """`args` without rclone's options that mean nothing to a local directory, which scripts have."""
-        kept: List[str] = []
-        words = collections.deque(args)
-        ours = {option.name: option.is_flag for option in OPTIONS}
-        while words:
-            word = words.popleft()
-            if word == '--':
-                return [*kept, word, *words]
-            name, equals, _ = word.partition('=')
-            has_value = bool(_RCLONE_VALUE.fullmatch(name))
-            is_of_family = bool(_RCLONE_FAMILY.match(name))
-            if name in ours or not (has_value or is_of_family or _RCLONE_FLAG.fullmatch(name)):
-                kept.append(word)
-                if words and not equals and not ours.get(name, True):
-                    kept.append(words.popleft())    # its value
-                elif re.fullmatch('-[vqP]*P[vqP]*', word):  # --progress
-                    self.passed_over.append('-P')
-                    kept[-1:] = [word.replace('P', '')] if word != '-P' else []
-                continue
-            if has_value and not equals and (not words or words[0].startswith('-')):
-                self.error(f'{name}: expected one argument')
-            self.passed_over.append(word)
-            # An option of another storage system may have a value; DIR is none.
-            if words and not equals and (has_value or (
-                    is_of_family and not words[0].startswith('-') and not os.path.isdir(words[0]))):
-                self.passed_over.append(words.popleft())
-        return kept
+        user = ''.join(args[at + 1:at + 2])
+        named = not user.startswith('-') and is_user(normalize_user(user))
+        return [*args[:at], f'--show-rights={user if named else "*"}', *args[at + 1 + named:]]
 
     def _verbosity(self) -> int:
         """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
@@ -11390,71 +11319,41 @@ class Parser(argparse.ArgumentParser):
     def _hint_at(name: str) -> str:
         """What is meant by an option that does not exist here."""
         import difflib
-        ours = _OF_REST_SERVER.get(name)
-        if ours:
-            return f'; use {ours}'
+        if name in _HINTS:
+            return f'; {_HINTS[name]}'
         close = difflib.get_close_matches(name, [option.name for option in OPTIONS], 1)
         return f'; did you mean {close[0]}?' if close else ''
 
     def unknown_variables(self) -> Dict[str, str]:
         """Variables of the environment that look like options but are not, and what to use instead, which
         may be empty: ours, rclone's, and those of rest-server's container."""
-        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
-        found = {name: '' for name in self._environment
-                 if name.startswith('RESTIC_SERVE_') and name not in known
-                 and not name.startswith('RESTIC_SERVE_TEST_')}
-        for variable in known:
-            theirs = variable.replace('RESTIC_SERVE_', 'RCLONE_')
-            if variable and theirs in self._environment:
-                found[theirs] = variable
-        found.update((theirs, ours) for theirs, ours in _VARIABLES_OF_REST_SERVER.items()
-                     if theirs in self._environment)
-        return found
+        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS if option.variable)}
+        instead = {**{name.replace('RESTIC_SERVE_', 'RCLONE_'): name for name in known},
+                   **_VARIABLES_OF_REST_SERVER}
+        return {name: instead.get(name, '') for name in self._environment
+                if name in instead or (name not in known and name.startswith('RESTIC_SERVE_')
+                                       and not name.startswith('RESTIC_SERVE_TEST_'))}
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2.  An unknown option is answered by one of ours."""
-        unknown = re.match('unrecognized arguments: (--?[a-z][a-z-]*)', message)
+        unknown = re.match('unrecognized arguments: (--?[a-z][a-z0-9-]*)', message)
         if unknown:
             message = f'{unknown[1]}: unknown option{self._hint_at(unknown[1])}'
         self.exit(2, f"restic_serve: {one_line(re.sub('^argument ', '', message))}\n")
 
 
-# Options of rclone that mean nothing to a server of a local directory: without a value, with one, and those
-# of its other storage systems and of its remote control.
-_RCLONE_FLAG = re.compile(
-    '--(ask-password|auto-confirm|disable-http-keep-alives|disable-http2|disable-zip|error-on-no-transfer|'
-    'fast-list|human-readable|no-check-certificate|no-console|no-gzip-encoding|no-traverse|progress|'
-    'progress-terminal-title|rc|stats-one-line|stats-one-line-date|use-cookies|use-mmap|use-server-modtime)')
-_RCLONE_VALUE = re.compile(
-    '--(bind|buffer-size|ca-cert|cache-dir|checkers|client-cert|client-key|client-pass|color|config|'
-    'contimeout|cpuprofile|default-time|disable|dscp|dump|expect-continue-timeout|'
-    'fs-cache-expire-duration|fs-cache-expire-interval|header|header-download|header-upload|http-proxy|'
-    'kv-lock-time|low-level-retries|max-backlog|max-buffer-memory|max-stats-groups|memprofile|modify-window|'
-    'multi-thread-chunk-size|multi-thread-cutoff|multi-thread-streams|multi-thread-write-buffer-size|'
-    'password-command|retries|retries-sleep|stats-file-name-length|stats-log-level|'
-    'stats-one-line-date-format|stats-unit|streaming-upload-cutoff|temp-dir|timeout|tpslimit|'
-    'tpslimit-burst|transfers|user-agent)')
-_RCLONE_FAMILY = re.compile(
-    '--(alias|azureblob|azurefiles|b2|box|chunker|combine|compress|crypt|drive|dropbox|fichier|'
-    'filefabric|ftp|gcs|gphotos|hasher|hdfs|hidrive|http|iclouddrive|imagekit|internetarchive|jottacloud|'
-    'koofr|linkbox|mailru|mega|memory|netstorage|onedrive|oos|opendrive|pcloud|pikpak|pixeldrain|'
-    'premiumizeme|protondrive|putio|qingstor|quatrix|rc|s3|seafile|sftp|sharefile|sia|smb|storj|sugarsync|'
-    'swift|ulozto|union|uptobox|vfs|webdav|yandex|zoho)-')
-# What options and variables of rest-server and its container are called here.
+# Variables of rest-server's container, and what to use instead.
 _VARIABLES_OF_REST_SERVER = {
     'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'RESTIC_SERVE_HTPASSWD',
     'OPTIONS': 'RESTIC_SERVE_… for each'}
-_OF_REST_SERVER = {
-    '--listen': '--addr', '--path': 'DIR as the last word', '--tls': '--cert and --key',
-    '--tls-cert': '--cert', '--tls-key': '--key', '--tls-min-ver': '--min-tls-version',
-    '--htpasswd-file': '--htpasswd',
-    '--group-accessible-repos': '--group-accessible', '--log': '--log-file and -v', '--debug': '-vv',
-    '--proxy-auth-username': '--user-from-header'}
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
+# What to use instead of options of rest-server and rclone.
+_HINTS = {
+    '--config': 'there is no configuration file, and only local directories are served',
+    '--listen': 'use --addr', '--path': 'use DIR as the last word', '--tls': 'use --cert and --key',
+    '--tls-cert': 'use --cert', '--tls-key': 'use --key', '--tls-min-ver': 'use --min-tls-version',
+    '--htpasswd-file': 'use --htpasswd', '--group-accessible-repos': 'use --group-accessible',
+    '--log': 'use --log-file and -v', '--debug': 'use -vv',
+    '--proxy-auth-username': 'use --user-from-header'}
 
 
 def says_stdio(args: List[str]) -> bool:
@@ -11464,27 +11363,21 @@ def says_stdio(args: List[str]) -> bool:
     return any(word.partition('=')[0] == '--stdio' for word in args[:end])
 
 
-def find_directory(parser: Parser, args: List[str]) -> str:
-    """DIR among the positional arguments; `serve restic` before it is for rclone's sake."""
-    if args[:2] == ['serve', 'restic']:
-        args = args[2:]
-    if not args or not args[0]:
-        taken = ' '.join(parser.passed_over)
-        parser.error('DIR is missing; use restic_serve.py /srv/backup'
-                     + (f' (ignored: {taken})' if taken else ''))
-    if len(args) > 1:
-        parser.error(f'unexpected argument {args[1]!r}; boolean options are written '
+def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, str]:
+    """DIR among the positional arguments, where rclone's `serve restic` may come before it; and the TIME of
+    DIR/.at/TIME, with which --stdio serves repositories as they were."""
+    words = options.arguments
+    if words[:2] == ['serve', 'restic']:
+        words = words[2:]
+    if not words or not words[0]:
+        parser.error('DIR is missing; use restic_serve.py /srv/backup')
+    if len(words) > 1:
+        parser.error(f'unexpected argument {words[1]!r}; boolean options are written '
                      '--append-only or --append-only=false')
-    local = args[0][len(':local:'):] if args[0].startswith(':local:') else ''    # as rclone has it
-    return local or args[0]
-
-
-def split_directory(parser: Parser, options: argparse.Namespace, directory: str) -> Tuple[str, str]:
-    """DIR, and the TIME of DIR/.at/TIME, with which --stdio serves repositories as they were."""
+    directory = re.sub('^:local:(?=.)', '', words[0])   # as rclone has it
     before, mark, at = f'./{directory}'.rstrip('/').rpartition(f'/{AT}/')
     if not mark:
         return directory, ''
-    before = before[2:]
     if not options.stdio:
         parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP, put TIME in the URL: '
                      f'rest:http://HOST/PATH/{AT}/TIME/')
@@ -11492,15 +11385,7 @@ def split_directory(parser: Parser, options: argparse.Namespace, directory: str)
         at = moment_for_people(parse_past(at))
     except ValueError as error:
         parser.error(f'{directory}: {error}')
-    return before or ('/' if directory.startswith('/') else '.'), at
-
-
-def check_jobs(parser: Parser, options: argparse.Namespace) -> None:
-    """Refuse two jobs at once."""
-    jobs = [f'--{name.replace("_", "-")}' for name in ('report', 'scrub', 'roll_back')
-            if getattr(options, name) not in (None, False)]
-    if len(jobs) > 1:
-        parser.error(f'{jobs[0]} cannot be combined with {jobs[1]}')
+    return before[2:] or ('/' if directory.startswith('/') else '.'), at
 
 
 def check_directory(parser: Parser, options: argparse.Namespace, directory: str) -> None:
@@ -11510,10 +11395,9 @@ def check_directory(parser: Parser, options: argparse.Namespace, directory: str)
         parser.error(f'DIR: {directory!r} is an rclone remote; only local directories can be served. Use '
                      f'./{directory} for a directory of that name')
     passwords = os.path.join(directory, '.htpasswd')
-    asks = (options.htpasswd or options.user or options.user_from_header or options.client_ca
-            or options.no_auth or options.stdio or options.scrub or options.report
-            or options.roll_back is not None)
-    if not asks and os.path.exists(passwords):
+    settled = (*_SOURCES, '--client-ca', '--no-auth', '--stdio', '--scrub', '--report', '--roll-back')
+    if os.path.exists(passwords) and not any(
+            option.is_set(options) for option in OPTIONS if option.name in settled):
         parser.error(f'{passwords} exists (used by rest-server); add --htpasswd {passwords}, or '
                      '--no-auth to allow access without a password')
 
@@ -11527,57 +11411,64 @@ def check_requirements(parser: Parser, options: argparse.Namespace, group: str =
                 parser.error(f'{option.name} requires {name}')
 
 
+# Pairs that cannot be combined, and why if that is not plain.
+_CONFLICTS = (
+    ('--report', '--scrub', ''), ('--report', '--roll-back', ''), ('--scrub', '--roll-back', ''),
+    ('--roll-back', '--read-only', ''), ('--stdio', '--scrub', ''),
+    ('--socket-auth', '--user-from-header', ': over a unix socket, the proxy names the user'))
+_SOURCES = ('--htpasswd', '--user', '--user-from-header')       # of users
 _SHORT_RIGHTS = ('--append-only', '--private-repos', '--admin', '--max-size-per-user')
+
+
+def rights_of(options: argparse.Namespace, ignore_case: bool = False) -> Rights:
+    """The table for which --append-only and the like stand."""
+    return short_rights(options.append_only, options.private_repos,
+                        [user.lower() if ignore_case else user for user in options.admin],
+                        bool(options.prometheus), options.max_size_per_user)
 
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse combinations that make no sense, with one line and exit status 2."""
+    given = [option.name for option in OPTIONS if option.is_set(options)]
+    for first, second, reason in _CONFLICTS:
+        if first in given and second in given:
+            parser.error(f'{first} cannot be combined with {second}{reason}')
     if options.stdio:
-        check_stdio(parser, options)
+        check_stdio(parser, given)
         return
     check_requirements(parser, options)
-    sources = [name for name in ('htpasswd', 'user', 'user_from_header') if getattr(options, name)]
+    sources = [name for name in _SOURCES if name in given]
     if len(sources) > 1:
-        names = ' and '.join(f'--{name.replace("_", "-")}' for name in sources)
-        parser.error(f'{names} cannot be combined: use one source of users')
+        parser.error(f'{" and ".join(sources)} cannot be combined: use one source of users')
     if options.no_auth and (sources or options.client_ca):
         parser.error('--no-auth cannot be combined with options that define users')
-    if options.rights:
-        table = short_rights(options.append_only, options.private_repos, options.admin,
-                             bool(options.prometheus), options.max_size_per_user or 0
-                             ).text().replace('\n', '; ')
-        for option in OPTIONS:
-            if option.name in _SHORT_RIGHTS and option.is_set(options):
-                parser.error(f'{option.name} cannot be combined with --rights; '
-                             f'put this into {options.rights} instead: {" ".join(table.split(" "))}')
-    for name in ('private_repos', 'admin'):
-        # Over a unix socket the user is the login name, and inherited sockets may be unix.
-        if (getattr(options, name) and not sources and not options.client_ca
-                and not os.environ.get('LISTEN_FDS')
-                and any(not address.path for address in options.addr)):
-            parser.error(f'--{name.replace("_", "-")}: no users are defined; add '
-                         '--htpasswd, --user, --client-ca or --user-from-header')
+    if options.socket_auth and not sources:
+        parser.error('--socket-auth requires --htpasswd or --user')
+    # Over a unix socket the user is the login name, and inherited sockets may be unix.
+    have_names = (sources or options.client_ca or os.environ.get('LISTEN_FDS')
+                  or all(address.path for address in options.addr))
+    for name in given:
+        if name in _SHORT_RIGHTS and options.rights:
+            table = rights_of(options).text().replace('\n', '; ')
+            parser.error(f'{name} cannot be combined with --rights; put this into {options.rights} instead: '
+                         f'{table}')
+        if name in ('--private-repos', '--admin') and not have_names:
+            parser.error(f'{name}: no users are defined; add --htpasswd, --user, --client-ca or '
+                         '--user-from-header')
     if options.workers > 1 and not hasattr(os, 'fork'):
         parser.error('--workers: must be 1, because this system has no fork')
-    if options.socket_auth and not (options.htpasswd or options.user or options.user_from_header):
-        parser.error('--socket-auth requires --htpasswd or --user')
-    if options.socket_auth and options.user_from_header:
-        parser.error('--socket-auth cannot be combined with --user-from-header: over a unix socket, the '
-                     'proxy names the user')
     if options.on_event and os.name == 'nt':    # whose shell takes variables for commands
         parser.error('--on-event is not supported on Windows')
     if not options.cert and any(address.scheme == 'tls' for address in options.addr):
         parser.error('--addr: tls:// requires --cert and --key')
 
 
-def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
+def check_stdio(parser: Parser, given: List[str]) -> None:
     """Refuse what --stdio cannot do."""
     for option in OPTIONS:
-        if not option.stdio and option.is_set(options):
+        if not option.stdio and option.name in given:
             parser.error(f'{option.name} cannot be combined with --stdio, which has no users, '
                          'certificates, status page or metrics')
-    if options.scrub:
-        parser.error('--stdio cannot be combined with --scrub')
     if os.name == 'nt':
         parser.error('--stdio is not supported on this system; use --addr')
     if sys.stdin is None or sys.stdout is None:
@@ -11593,68 +11484,61 @@ def check_stdio(parser: Parser, options: argparse.Namespace) -> None:
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log the addresses of the server and what is in force, and warn of what may not be meant."""
-    has_passwords = bool(options.htpasswd or options.user)
+    accounts = server.api.accounts
     certified = server.certificates.warn() if server.certificates else ''
-    user = next(iter(server.api.accounts.users() or ()), 'USER') if options.private_repos else ''
+    folder = f'{next(iter(accounts.users() or ()), "USER")}/' if options.private_repos else ''
     for listener in server.listeners:
         where = listener.server_address
-        if not isinstance(where, tuple):
-            url = f'http+unix://{where}:{options.baseurl}/'
-            if has_passwords and not options.socket_auth:
-                log.warning('no password is required on unix socket %s: anyone who may connect to it is '
-                            'let in, and a proxy lets in all its clients; use --socket-auth to require one',
-                            where)
-        else:
+        if isinstance(where, tuple):
             host, port = where[:2]
-            is_open = not (has_passwords or options.user_from_header
-                           or (options.client_ca and listener.tls))
-            if is_open and not is_loopback(host) and not options.no_auth:
-                log.warning('no authentication: anyone who can connect to port %d can read, add and '
-                            'delete the backups in %s', port, root)
-            if options.user_from_header and is_loopback(host):
-                log.warning('any program on this host can claim any user name with header %s at %s; let '
-                            'the proxy connect to a unix socket (--addr unix:///PATH)',
-                            options.user_from_header, host)
+            warn_of_access(host, port, listener.tls, root, options)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
+        else:
+            url = f'http+unix://{where}:{options.baseurl}/'
+            if (options.htpasswd or options.user) and not options.socket_auth:
+                log.warning('no password is required on unix socket %s: anyone who may connect to it is '
+                            'let in, and a proxy lets in all its clients; use --socket-auth to require one',
+                            where)
         log.log(NOTICE, 'serving %s on %s%s', root, url,
                 f' (socket {listener.name})' if listener.name else '')
         if certified and listener.tls:
             url = f'https://{certified}:{port}{options.baseurl}/'
-        log.log(NOTICE, 'try: restic -r rest:%s init', url + (f'{user}/' if user else ''))
+        log.log(NOTICE, 'try: restic -r rest:%s init', url + folder)
     log.log(NOTICE, 'settings: %s', in_force(server.api, options))
     warn_of_users(server.api, options)
 
 
+def warn_of_access(host: str, port: int, tls: bool, root: str, options: argparse.Namespace) -> None:
+    """Warn where a TCP address lets in more than it seems."""
+    is_open = not (options.htpasswd or options.user or options.user_from_header
+                   or (options.client_ca and tls))
+    if is_open and not is_loopback(host) and not options.no_auth:
+        log.warning('no authentication: anyone who can connect to port %d can read, add and '
+                    'delete the backups in %s', port, root)
+    if options.user_from_header and is_loopback(host):
+        log.warning('any program on this host can claim any user name with header %s at %s; let '
+                    'the proxy connect to a unix socket (--addr unix:///PATH)',
+                    options.user_from_header, host)
+
+
 def in_force(api: Api, options: argparse.Namespace) -> str:
     """What clients may do and how much, in a line."""
-    users = api.accounts.users()
-    if api.store.directory.read_only:
-        parts = ['read-only']
-    elif options.rights:
-        parts = [f'{format_count(len(api.policy.rights.rules), "rule")} from {options.rights}']
-    elif options.append_only:
-        parts = ['append-only' + (f' except for {", ".join(options.admin)}' if options.admin else '')]
-    else:
-        parts = ['deletes allowed']
-    if options.htpasswd:
-        parts.append(f'{format_count(len(users or ()), "user")} from {options.htpasswd}')
-    elif options.user:
-        parts.append(f'user: {options.user}')
-    elif options.user_from_header:
-        parts.append(f'users from header {options.user_from_header}')
-    else:
-        parts.append('users from client certificates' if options.client_ca else 'no authentication')
-    if options.private_repos:
-        parts.append('private repositories')
-    if options.max_size:
-        parts.append(f'quota {format_size(options.max_size)}')
-    if options.max_size_per_user:
-        parts.append(f'quota {format_size(options.max_size_per_user)} per user')
-    if options.keep_deleted:
-        parts.append(f'deleted objects kept for {format_duration(options.keep_deleted)}')
-    return '; '.join(parts)
+    rules, users = len(api.policy.rights.rules), len(api.accounts.users() or ())
+    administrators = f' except for {", ".join(options.admin)}' if options.admin else ''
+    access = ('read-only' if api.store.directory.read_only
+              else f'{format_count(rules, "rule")} from {options.rights}' if options.rights
+              else f'append-only{administrators}' if options.append_only else 'deletes allowed')
+    login = (f'{format_count(users, "user")} from {options.htpasswd}' if options.htpasswd
+             else f'user: {options.user}' if options.user
+             else f'users from header {options.user_from_header}' if options.user_from_header
+             else 'users from client certificates' if options.client_ca else 'no authentication')
+    more = ((options.private_repos, 'private repositories'),
+            (options.max_size, f'quota {format_size(options.max_size)}'),
+            (options.max_size_per_user, f'quota {format_size(options.max_size_per_user)} per user'),
+            (options.keep_deleted, f'deleted objects kept for {format_duration(options.keep_deleted)}'))
+    return '; '.join([access, login, *(text for is_set, text in more if is_set)])
 
 
 def warn_of_users(api: Api, options: argparse.Namespace) -> None:
@@ -11698,19 +11582,17 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
     Raises OSError and RightsFault with a message for the user."""
     if options.rights:
         return Policy(file=RightsFile(options.rights, not login, store.ignores_case))
-    administrators = [user.lower() if store.ignores_case else user for user in options.admin]
-    return Policy(short_rights(options.append_only, options.private_repos, administrators,
-                               bool(options.prometheus), options.max_size_per_user or 0))
+    return Policy(rights_of(options, store.ignores_case))
 
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
              accounts: Optional[Accounts] = None, at: str = '') -> Api:
     """The Api that the options describe."""
-    usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size or 0),
+    usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
 
     def on_change(rights: Rights) -> None:
-        usage.limits = rights.quotas(options.max_size or 0)
+        usage.limits = rights.quotas(options.max_size)
 
     policy.on_change = on_change
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
@@ -11718,7 +11600,7 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
                options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
                Page(store, usage, options.stale_after) if options.status else None, at,
                Events(store, counters, usage, Watch(store, usage, options.stale_after),
-                      options.on_event or ''))
+                      options.on_event))
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -11773,7 +11655,7 @@ def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
     store.find()
-    quotas = make_policy(options, store, False).rights.quotas(options.max_size or 0)
+    quotas = make_policy(options, store, False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
     usage.census.count()
     now = time.time()
@@ -11851,7 +11733,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
-    """Do --add-user or --remove-user; the exit status."""
+    """Do --add-user or --remove-user; the exit status.  Raises OSError."""
     check_requirements(parser, options, 'jobs')
     if options.arguments:
         parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user take --htpasswd FILE and no '
@@ -11874,17 +11756,11 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
 
 
 def show_rights(parser: Parser, options: argparse.Namespace) -> int:
-    """Do --show-rights; the exit status."""
+    """Do --show-rights; the exit status.  Raises OSError and RightsFault."""
     check_options(parser, options)
-    try:
-        rights = (RightsFile(options.rights).rights if options.rights else short_rights(
-            options.append_only, options.private_repos, options.admin, bool(options.prometheus),
-            options.max_size_per_user or 0))
-    except (OSError, RightsFault) as error:
-        print_faults(error)
-        return 1
+    rights = RightsFile(options.rights).rights if options.rights else rights_of(options)
     user = options.show_rights
-    print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size or 0)))
+    print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size)))
     return 0
 
 
@@ -11931,6 +11807,17 @@ def log_level(options: argparse.Namespace) -> int:
     return {0: NOTICE, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
 
 
+def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
+    """Log what is ignored, and what may not be meant."""
+    ignored = [option.name for option in OPTIONS if option.group == 'rclone' and option.is_set(options)]
+    if ignored:
+        log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
+    for name, instead in sorted(parser.unknown_variables().items()):
+        log.warning('unknown environment variable %s%s', name, f'; use {instead}' if instead else '')
+    if options.allow_origin == '*':
+        log.warning('--allow-origin: * lets scripts of any web site use the server')
+
+
 def main(args: Optional[List[str]] = None) -> int:
     """Run the command line `args` (default: the program's own); the exit status."""
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
@@ -11939,34 +11826,21 @@ def main(args: Optional[List[str]] = None) -> int:
     # The variables of a command of --on-event are none of ours.
     parser = Parser({} if says_stdio(args) or 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
-    if options.add_user or options.remove_user:
-        try:
-            return change_users(parser, options)
-        except OSError as error:
-            print(f'restic_serve: {error.filename}: {error.strerror}', file=sys.stderr)
-            return 1
-    if options.show_rights:
-        return show_rights(parser, options)
-    directory, at = split_directory(parser, options, find_directory(parser, options.arguments))
-    check_jobs(parser, options)
-    check_options(parser, options)
-    check_directory(parser, options, directory)
     try:
+        if options.add_user or options.remove_user:
+            return change_users(parser, options)
+        if options.show_rights:
+            return show_rights(parser, options)
+        directory, at = find_directory(parser, options)
+        check_options(parser, options)
+        check_directory(parser, options, directory)
         start_log(log_level(options), options.log_file, options.log_format == 'json')
-        if parser.passed_over:
-            log.log(NOTICE, 'ignored, has no effect on a local directory: %s',
-                    ' '.join(parser.passed_over))
-        for name, ours in sorted(parser.unknown_variables().items()):
-            log.warning('unknown environment variable %s%s', name, f'; use {ours}' if ours else '')
-        if options.allow_origin == '*':
-            log.warning('--allow-origin: * lets scripts of any web site use the server')
+        warn_of_options(parser, options)
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
         if options.scrub or options.report:
             return (scrub if options.scrub else report)(options, store)
         if options.roll_back is not None:
-            if options.read_only:
-                parser.error('--roll-back cannot be combined with --read-only')
             return roll_back(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
         run_in_batches()

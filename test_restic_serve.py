@@ -926,6 +926,60 @@ class AccessLogTest(WireTestCase):
         self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
 
 
+# ---- Files -----------------------------------------------------------------------------------------
+
+class WatchedFilesTest(TestCase):
+    """What users, rights and certificates have in common, with users."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / 'htpasswd'
+        self.write('alice')
+        self.file = PasswordFile(str(self.path))
+        self.clock = 0
+        patch = mock.patch.object(restic_serve.time, 'monotonic', lambda: self.clock)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def write(self, *names):
+        self.path.write_text(''.join(f'{name}:{sha(name)}\n' for name in names))
+
+    def users_after(self, seconds, force=False):
+        self.clock += seconds
+        self.assertLessEqual(self.file.look(force), restic_serve.LOOK_SECONDS)
+        return list(self.file.entries)
+
+    def test_a_change_is_seen_within_a_second_and_said_and_with_sighup_at_once(self):
+        self.assertEqual(self.users_after(1), ['alice'])
+        self.write('bob')
+        self.assertEqual(self.users_after(0.9), ['alice'])
+        self.assertEqual(self.log, [])
+        self.assertEqual(self.users_after(0.1), ['bob'])
+        self.write('bob', 'carol')
+        self.assertEqual(self.users_after(0, force=True), ['bob', 'carol'])
+        self.users_after(0, force=True)     # whether or not it seems to have changed
+        self.users_after(5)
+        self.assertEqual(self.log, [f'read {count} from {self.path}' for count in (
+            '1 user', '2 users', '2 users')])
+
+    def test_while_a_file_is_no_good_the_last_content_stays_and_that_is_said_once(self):
+        self.path.unlink()
+        for _ in range(4):
+            self.assertEqual(self.users_after(1), ['alice'])
+        self.assertEqual(len(self.log), 1)
+        self.assertIn('keeping the previous users: ', self.log[0])
+        self.write('bob')
+        self.assertEqual(self.users_after(1), ['bob'])
+
+    def test_a_fault_that_is_gone_at_the_next_look_is_none(self):
+        for force in (False, True):
+            self.path.unlink()
+            self.assertEqual(self.users_after(1, force), ['alice'])
+            self.write('alice')
+            self.assertEqual(self.users_after(1), ['alice'])
+        self.assertEqual(self.log, 2 * [f'read 1 user from {self.path}'])
+
+
 # ---- Store -----------------------------------------------------------------------------------------
 
 class StoreTest(TestCase):
@@ -4297,7 +4351,8 @@ class PasswordSchemeTest(unittest.TestCase):
     def test_unknown_schemes_and_plain_text_are_nothing(self):
         for entry in ('secret', '', '$7$x', '$2x$05$' + 53 * '.', '$2b$03$' + 53 * '.', '{SHA}short',
                       '$6$salt$short', '{PLAIN}x', 'rl.3StKT.4T8M', '$2b$32$' + 53 * '.'):
-            self.assertEqual(restic_serve.hash_cost(entry), 0, entry)
+            with self.assertRaises(ValueError, msg=entry):
+                restic_serve.Entry(entry)
             self.assertFalse(restic_serve.verify(b'secret', entry or '-'))
 
     def test_entries_of_apaches_htpasswd(self):
@@ -4307,7 +4362,7 @@ class PasswordSchemeTest(unittest.TestCase):
                 done = subprocess.run([htpasswd, '-nb', *words, 'bob', password], check=True,
                                       capture_output=True, text=True)
                 entry = done.stdout.strip().partition(':')[2]
-                self.assertGreater(restic_serve.hash_cost(entry), 0, entry)
+                self.assertGreater(restic_serve.Entry(entry).cost, 0, entry)
                 for hidden in (False, True):
                     with mock.patch.object(restic_serve, '_c_crypt', return_value=None) if hidden \
                             else contextlib.nullcontext():
@@ -4319,9 +4374,6 @@ class PasswordFileTest(TestCase):
     def setUp(self):
         super().setUp()
         self.path = self.folder / 'htpasswd'
-        patch = mock.patch.object(restic_serve, 'LOOK_SECONDS', 0)
-        patch.start()
-        self.addCleanup(patch.stop)
 
     def write(self, text):
         self.path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -4363,33 +4415,15 @@ class PasswordFileTest(TestCase):
         accounts = Accounts(PasswordFile(str(self.path)))
         self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
         self.write(f'alice:{sha("new")}\nbob:{sha("b")}\n')
+        accounts.file.look()
         self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
         self.assertEqual(self.identify(accounts, 'alice', 'new'), 'alice')
         self.assertEqual(self.identify(accounts, 'bob', 'b'), 'bob')
         self.write(f'alice:{sha("new")}\n')
+        accounts.file.look(force=True)
         self.assertEqual(self.identify(accounts, 'bob', 'b'), 401)
-
-    def test_while_the_file_is_missing_the_last_users_stay(self):
-        self.write(f'alice:{sha("a")}\n')
-        accounts = Accounts(PasswordFile(str(self.path)))
-        self.path.unlink()
-        for _ in range(3):
-            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
-        self.assertEqual(len([line for line in self.log if 'keeping the previous users' in line]), 1)
-        self.write(f'bob:{sha("b")}\n')
-        self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
         with self.assertRaises(FileNotFoundError):
             PasswordFile(str(self.folder / 'missing'))
-
-    def test_the_file_is_looked_at_at_most_once_a_second(self):
-        self.write(f'alice:{sha("a")}\n')
-        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 60):
-            accounts = Accounts(PasswordFile(str(self.path)))
-            self.identify(accounts, 'alice', 'a')
-            self.write('')
-            self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
-            accounts.reload()
-            self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
 
     def test_a_verified_password_is_compared_once_however_its_header_is_written(self):
         self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
@@ -4413,10 +4447,10 @@ class PasswordFileTest(TestCase):
             self.assertEqual(self.identify(Accounts(PasswordFile(str(self.path))), 'bob', '\0'), 401)
 
     def test_whoever_fails_costs_as_much_as_the_entry_that_takes_longest(self):
-        costs = []
+        by_scheme = collections.Counter()   # since nobody knows how the schemes' costs compare
 
         def verify(password, entry):
-            costs.append((entry, restic_serve.hash_cost(entry)))
+            by_scheme[entry.scheme] += entry.cost
             return False
 
         self.write(f'alice:{sha("a")}\nbob:$2b$12${53 * "."}\ncarol:$2y$07${53 * "x"}\ndave:$6$x${86 * "."}\n'
@@ -4424,12 +4458,8 @@ class PasswordFileTest(TestCase):
         accounts = Accounts(PasswordFile(str(self.path)))
         with mock.patch.object(restic_serve, 'verify', verify):
             for user in ('nobody', 'alice', 'bob', 'carol', 'dave', 'erin', 'frank'):
-                costs.clear()
+                by_scheme.clear()
                 self.assertEqual(self.identify(accounts, user, 'x'), 401)
-                # By scheme, since nobody knows how the schemes' costs compare.
-                by_scheme = collections.Counter()
-                for entry, cost in costs:
-                    by_scheme[restic_serve.scheme_of(entry)] += cost
                 self.assertEqual(by_scheme, {'': 1, '$2': 1000 << 12, '$6$': 500_000, '$5$': 5000}, user)
 
     def guess(self, accounts, number, user='bob', peer='1.2.3.4', answers=None):
@@ -4496,14 +4526,13 @@ class PasswordFileTest(TestCase):
         queue, order = restic_serve.FairQueue(), []
         go_on = threading.Event()
 
-        def take(group):
-            with queue.turn(group):
-                order.append(group)
-                go_on.wait(PATIENCE)
+        def attempt(group):
+            order.append(group)
+            return go_on.wait(PATIENCE)
 
         threads = []
         for group in 'aaaabcb':
-            thread = threading.Thread(target=take, args=(group,))
+            thread = threading.Thread(target=queue.run, args=(group, functools.partial(attempt, group)))
             thread.start()
             threads.append(thread)
             self.wait_until(lambda: len(order) + sum(map(len, queue._waiting.values())) == len(threads),
@@ -4516,13 +4545,11 @@ class PasswordFileTest(TestCase):
     def test_an_address_that_has_failed_rests_while_others_have_their_turns(self):
         queue, order, rested = restic_serve.FairQueue(), [], threading.Event()
 
-        def take(group, failed=False):
-            with queue.turn(group) as turn:
-                order.append(group)
-                turn.failed = failed
+        def take(group, succeeds=True):
+            queue.run(group, lambda: order.append(group) or succeeds)
 
         with mock.patch.object(restic_serve.time, 'sleep', lambda seconds: rested.wait(PATIENCE)):
-            guess = threading.Thread(target=take, args=('a', True))
+            guess = threading.Thread(target=take, args=('a', False))
             guess.start()
             real_sleep = threading.Event().wait
             while queue._resting != {'a'}:
@@ -4547,11 +4574,11 @@ class PasswordFileTest(TestCase):
         self.guess(accounts, 1)
         self.wait_until(lambda: running, 'a guess')
         self.write(f'bob:{sha("b")}\n')
-        accounts.reload()  # as SIGHUP does: it waits for nobody
+        accounts.file.look(force=True)  # as SIGHUP does: it waits for nobody
         with mock.patch.object(restic_serve, 'WAITING_LOGINS', 0):
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 429)
         self.write(f'alice:{sha("a")}\nbob:{sha("b")}\n')
-        accounts.reload()
+        accounts.file.look(force=True)
         self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
 
     def test_what_one_process_has_verified_the_others_know(self):
@@ -4566,6 +4593,7 @@ class PasswordFileTest(TestCase):
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 'alice')
             self.assertEqual(self.identify(accounts, 'alice', 'b'), 401)
             self.write(f'alice:{sha("other")}\n')
+            accounts.file.look(force=True)
             self.assertEqual(self.identify(accounts, 'alice', 'a'), 401)
 
     def test_a_hash_that_python_takes_long_for_is_said_and_holds_up_nobody(self):
@@ -4990,10 +5018,10 @@ class RightsTest(TestCase):
         api = Api(store, policy, Accounts(certificates=True))
 
         def ask(method):
-            with mock.patch.object(restic_serve, 'LOOK_SECONDS', -1):
-                policy.refresh()
-                response = api.handle(Request(method, f'/a/data/{self.NAME}', 'HTTP/1.1', {}, Bytes(b'x'),
-                                              Peer('1.2.3.4', 'alice')))
+            for _ in range(2):
+                policy.file.look(force=True)
+            response = api.handle(Request(method, f'/a/data/{self.NAME}', 'HTTP/1.1', {}, Bytes(b'x'),
+                                          Peer('1.2.3.4', 'alice')))
             return response.status, bytes(response.body) if method == 'POST' else b''
 
         self.assertEqual(ask('POST'), (403, b'alice may not add to /a; only read access\n'))
@@ -5007,33 +5035,6 @@ class RightsTest(TestCase):
         self.assertIn('no rules; use ', self.log[-1])
         path.write_text('bob / write')
         self.assertEqual(ask('POST'), (403, b'alice may not access /a\n'))
-
-    def test_of_two_threads_that_read_it_the_later_table_stays(self):
-        path = self.folder / 'rights'
-        path.write_text('* / write\n')
-        file = restic_serve.RightsFile(str(path))
-        policy, load, inside, go_on = Policy(file=file), file._load, threading.Event(), threading.Event()
-
-        def load_slowly():
-            rights = load()
-            inside.set()
-            go_on.wait(PATIENCE)
-            return rights
-
-        path.write_text('* / append\n* /x append\n')
-        file.next_look = 0
-        with mock.patch.object(file, '_load', load_slowly):
-            thread = threading.Thread(target=policy.refresh)
-            thread.start()
-            self.assertTrue(inside.wait(PATIENCE))
-            path.write_text('* / none\n')
-            file.next_look = 0
-            policy.refresh()    # does not wait, and changes nothing meanwhile
-            go_on.set()
-            thread.join(PATIENCE)
-        file.next_look = 0
-        policy.refresh()
-        self.assertEqual(policy.right('', '/x'), 'none')
 
     def test_the_short_options_stand_for_a_table(self):
         for words, table in (
@@ -9221,7 +9222,7 @@ class TlsTest(ListenerTestCase):
         self.assertEqual(self.connect_tls(port, 'client').ask(get('/alice/config'))[0], 404)
 
     def test_connections_end_when_their_authority_does(self):
-        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
+        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0.01):
             server = self.start('127.0.0.1:0', certificates=self.certificates(
                 client_ca=str(self.authority.path)))
             port = server.listeners[0].server_address[1]
@@ -9239,32 +9240,35 @@ class TlsTest(ListenerTestCase):
             self.assertIn('the client CA has changed', self.log[-1])
 
     def test_a_renewed_certificate_is_used_for_the_next_connection(self):
-        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
-            port = self.start_tls()
-            before = self.connect_tls(port)
-            self.assertEqual(self.serial(port), 1)
-            self.authority.issue('server')
-            self.assertEqual(self.serial(port), 2)
-            self.assertEqual(before.ask(get('/config'))[0], 404)
-            (self.folder / 'server.pem').write_text('nonsense')
-            self.assertEqual([self.serial(port) for _ in range(3)], [2, 2, 2])
-            self.assertEqual(len([line for line in self.log if 'invalid certificate' in line]), 1)
-            (self.folder / 'server.key').unlink()
-            self.assertEqual(self.serial(port), 2)
-            self.authority.issue('server')
-            self.assertEqual(self.serial(port), 3)
+        certificates = self.certificates()
+        port = self.start('127.0.0.1:0', certificates=certificates).listeners[0].server_address[1]
+
+        def serial_after(looks):
+            for _ in range(looks):
+                certificates.look(force=True)
+            return self.serial(port)
+
+        before = self.connect_tls(port)
+        self.assertEqual(self.serial(port), 1)
+        self.authority.issue('server')
+        self.assertEqual(serial_after(1), 2)
+        self.assertEqual(before.ask(get('/config'))[0], 404)
+        self.log.clear()
+        (self.folder / 'server.pem').write_text('nonsense')
+        self.assertEqual(serial_after(2), 2)
+        self.assertIn('server.pem, keeping the previous one: --cert: no PEM certificate in ', self.log[0])
+        self.authority.issue('server')
+        self.assertEqual(serial_after(1), 3)
 
     def test_a_certificate_whose_key_comes_a_moment_later_is_no_error(self):
         certificates = self.certificates()
-        before = (self.folder / 'server.pem').read_bytes()
+        old_key = (self.folder / 'server.key').read_bytes()
         self.authority.issue('server')
-        new = (self.folder / 'server.pem').read_bytes()
-        (self.folder / 'server.pem').write_bytes(before)
-        with mock.patch.object(restic_serve.time, 'sleep',
-                               lambda seconds: (self.folder / 'server.pem').write_bytes(new)):
-            certificates.reload()
-        self.assertIn('loaded certificate', self.log[-1])
-        self.assertFalse([line for line in self.log if 'invalid certificate' in line])
+        new_key = (self.folder / 'server.key').read_bytes()
+        for key in (old_key, new_key):
+            (self.folder / 'server.key').write_bytes(key)
+            certificates.look(force=True)
+        self.assertEqual(self.log[1:], [f'loaded certificate {self.folder}/server.pem'])
 
     def test_versions(self):
         """The default is the library's policy; a version that is given is made to work."""
@@ -10251,7 +10255,7 @@ class PastOptionsTest(unittest.TestCase):
             with mock.patch.object(sys, 'stderr', io.StringIO()) as error, \
                     self.assertRaises(SystemExit) as caught:
                 options = parser.parse(args)
-                restic_serve.split_directory(parser, options, options.arguments[0])
+                restic_serve.find_directory(parser, options)
             self.assertEqual((caught.exception.code, error.getvalue().count('\n')), (2, 1))
             self.assertIn(text, error.getvalue())
 
@@ -10265,7 +10269,7 @@ class OtherServersTest(TestCase):
         with mock.patch.object(sys, 'stderr', io.StringIO()) as error:
             try:
                 options = parser.parse(list(args))
-                directory = restic_serve.find_directory(parser, options.arguments)
+                directory, _ = restic_serve.find_directory(parser, options)
                 restic_serve.check_options(parser, options)
                 restic_serve.check_directory(parser, options, directory)
             except SystemExit as end:
@@ -10281,7 +10285,8 @@ class OtherServersTest(TestCase):
         for name in ('really:meant', './remote:x', '/srv/a:b', 'plain', ':local:/srv/backup'):
             self.assertEqual(self.refusal(name), '')
         parser = restic_serve.Parser({})
-        self.assertEqual(restic_serve.find_directory(parser, [':local:/srv/backup']), '/srv/backup')
+        self.assertEqual(restic_serve.find_directory(parser, parser.parse([':local:/srv/backup'])),
+                         ('/srv/backup', ''))
 
     def test_an_unknown_option_is_answered_by_one_of_ours(self):
         for args, expected in (
@@ -10291,30 +10296,29 @@ class OtherServersTest(TestCase):
                 (['--qqqqqqq'], '--qqqqqqq: unknown option\n')):
             self.assertEqual(self.refusal(*args, 'dir'), f'restic_serve: {expected}')
 
-    def test_options_of_rclone_that_mean_nothing_here_are_passed_over(self):
-        for args in (['--transfers', '4'], ['--transfers=4'], ['--fast-list'], ['--use-mmap'], ['-P'],
-                     ['-vP'],
-                     ['--config', '/etc/rclone.conf'], ['--drive-use-trash'], ['--drive-chunk-size', '8M'],
-                     ['--rc'], ['--rc-addr', ':5572'], ['--s3-no-check-bucket=true'],
-                     ['--vfs-cache-mode', 'full'],
-                     ['--stats-one-line', '--tpslimit', '10']):
-            parser = restic_serve.Parser({})
-            options = parser.parse(['serve', 'restic', *args, '--append-only', str(self.folder)])
-            self.assertEqual(restic_serve.find_directory(parser, options.arguments), str(self.folder))
-            self.assertEqual((options.append_only, options.verbose), (True, args == ['-vP']))
-            self.assertEqual(parser.passed_over, args if args != ['-vP'] else ['-P'])
-        parser = restic_serve.Parser({})
-        self.assertEqual(parser.parse(['--', '--transfers']).arguments, ['--transfers'])
-        parser.parse(['--stdio', '--b2-hard-delete', 'dir'])
-        self.assertEqual(parser.passed_over, [])
+    def test_options_of_rclone_that_mean_nothing_here_are_ignored_and_logged(self):
+        for args, said in (([], ''), (['-vP', '--transfers=4', '--use-mmap', '--tpslimit', '1'],
+                                      '--progress --use-mmap --tpslimit --transfers')):
+            done = subprocess.run(
+                [sys.executable, MODULE, 'serve', 'restic', *args, '--report', str(self.folder)],
+                capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+            self.assertEqual(done.returncode, 1)
+            lines = done.stderr.splitlines()[:-1]
+            self.assertEqual([line.partition(' NOTICE: ')[2] for line in lines],
+                             [f'ignored, has no effect on a local directory: {said}'] if said else [])
+        self.assertEqual(restic_serve.Parser({}).parse(['--', '--transfers']).arguments, ['--transfers'])
+        self.assertEqual(self.refusal('--stdio', '--b2-hard-delete', '--cache-objects', '--', 'dir'), '')
         for args in (['--cache-dir', '--append-only'], ['--transfers'], ['--log-file', '-P'],
                      ['--realm', '-P']):
-            self.assertIn('expected one argument', self.refusal(*args, 'dir') if len(args) > 1
-                          else self.refusal('dir', *args))
-        self.assertIn('DIR is missing; use restic_serve.py /srv/backup (ignored: --rc-no-auth '
-                      'new)', self.refusal('--rc-no-auth', 'new'))
-        for name in ('--include', '--immutable', '--copy-links', '--crypto', '--cache-object'):
-            self.assertIn(f'{name}: unknown option', self.refusal(name, 'dir'))
+            self.assertIn('expected one argument', self.refusal('dir', *args))
+
+    def test_options_for_other_remotes_are_unknown(self):
+        for args in (['--drive-use-trash'], ['--s3-chunk-size', '8M'], ['--rc-addr=:5572'], ['--include'],
+                     ['--vfs-cache-mode', 'full'], ['--cache-object']):
+            self.assertIn(f'restic_serve: {args[0].partition("=")[0]}: unknown option',
+                          self.refusal(*args, 'dir'))
+        self.assertIn('--config: unknown option; there is no configuration file',
+                      self.refusal('--config', '/etc/rclone.conf', 'dir'))
 
     def test_a_timetable_without_a_bandwidth_is_refused(self):
         self.assertIn("invalid bandwidth '08:00'", self.refusal('--bwlimit', '08:00', 'dir'))
@@ -10428,8 +10432,8 @@ class CommandLineTest(TestCase):
                       ['--addr', ':1', 'serve', 'restic', '-v', 'dir'], ['--', 'dir'],
                       ['-vq', 'serve', '--append-only', 'restic', 'dir']):
             parser = restic_serve.Parser({})
-            self.assertEqual(restic_serve.find_directory(parser, parser.parse(words).arguments), 'dir')
-        self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir']).arguments), '-dir')
+            self.assertEqual(restic_serve.find_directory(parser, parser.parse(words)), ('dir', ''))
+        self.assertEqual(restic_serve.find_directory(parser, parser.parse(['--', '-dir'])), ('-dir', ''))
 
     def test_every_option_may_come_from_the_environment(self):
         options = self.parse('dir', RESTIC_SERVE_APPEND_ONLY='true', RESTIC_SERVE_VERBOSE='2',
