@@ -8,6 +8,7 @@ The chapters stand in the order in which each builds on those above it:
 
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
+    Tuning        cores, scheduling, memory and open files of this process
     Files         opening, listing and syncing files safely
     Read ahead    reading folders of a slow disk several at a time
     Store         repositories and objects as files; an object is whole or absent
@@ -116,12 +117,6 @@ NOTICE = 25  # rclone's level between INFO and WARNING: shown unless --quiet
 log = logging.getLogger('restic_serve')
 access_log = logging.getLogger('restic_serve.access')
 reload_log = logging.getLogger('restic_serve.reload')  # enabled in one process of several
-
-# The processor's cores that this process may use.
-try:
-    CORES = sorted(os.sched_getaffinity(0))
-except (AttributeError, OSError):
-    CORES = list(range(os.cpu_count() or 1))
 
 
 # ==== Units ======================================================================================
@@ -708,6 +703,82 @@ class Limits:
         """The shortest of the times, in seconds."""
         return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds,
                    self.stall_seconds)
+
+
+# ==== Tuning =====================================================================================
+# How the operating system treats this process: its cores, its turns, its memory, its open files.
+
+STACK_BYTES = 512 * 1024        # Stack of a thread: a thousand connections fit into a 32-bit process.
+ARENAS = 2                      # of the C library, from which threads take memory; few wait for each other.
+_M_ARENA_MAX = -8               # glibc's <malloc.h>
+# The processor's cores that this process may use.
+try:
+    CORES = sorted(os.sched_getaffinity(0))
+except (AttributeError, OSError):
+    CORES = list(range(os.cpu_count() or 1))
+# Without an interpreter lock, or where that is not known, pinning does not help.
+_MAY_PIN = (hasattr(os, 'sched_setaffinity') and len(CORES) > 1
+            and getattr(sys, '_is_gil_enabled', lambda: True)())
+_core = None     # type: Optional[int]  # of pin_process(); PyPy forbids another annotation of a global
+
+
+def unpin(unpinned: bool) -> None:
+    """Let this thread run on any core, or only on that of this process (see pin_process()).
+
+    Threads that share the interpreter lock wake each other many times in a small request.  On one core
+    that is nearly free; across cores it halves the requests a second.  Threads that work for long
+    without the lock are not pinned: transfers, and hashing.
+    """
+    if _core is not None:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, CORES if unpinned else [_core])
+
+
+def pin_process(slot: int) -> None:
+    """Give this process's threads a core to share; each worker takes another.  A single process is not
+    pinned: a busy program on its core would cost it two thirds of its requests."""
+    global _core
+    if _MAY_PIN:
+        _core = CORES[slot % len(CORES)]
+
+
+def trim_memory() -> None:
+    """Return the memory that compiling the program has taken, which the C library would keep, and exempt the
+    rest from garbage collection, so that forked processes go on sharing it.  Have threads share a few arenas:
+    the C library would make 8 for each core, and keep up to a MiB in each."""
+    import gc
+    gc.collect()
+    if hasattr(gc, 'freeze'):   # PyPy has none
+        gc.freeze()
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):  # not every C library can
+        import ctypes
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)
+        library.mallopt(_M_ARENA_MAX, ARENAS)
+
+
+def run_in_batches() -> None:
+    """Have threads that are woken wait for their turn rather than interrupt the running one: the client on
+    this host, or a thread before them, which has mostly more for them by then (SCHED_BATCH in sched(7)).
+    Worth 1.04, 1.14 and 1.27 times the pieces a second at 1, 5 and 64 connections.  A policy that the
+    administrator chose stays."""
+    if hasattr(os, 'SCHED_BATCH'):
+        with contextlib.suppress(OSError):
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def allow_descriptors(count: int) -> None:
+    """Raise the process's limit on open files to `count`, as far as the system lets it."""
+    try:
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY:
+            count = min(count, hard)
+        if soft != resource.RLIM_INFINITY and soft < count:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    except (ImportError, OSError, ValueError) as error:
+        log.debug('cannot raise the limit on open files: %s', error)
 
 
 # ==== Files ======================================================================================
@@ -7378,32 +7449,6 @@ LINGER_BYTES = 64 << 20      # Most unwanted input that is discarded.
 LINGER_SECONDS = 5           # Longest time without any of it.
 LINGER_MOST_SECONDS = 60     # Longest time in all.
 _UNWANTED = memoryview(bytearray(64 * 1024))    # shared buffer for input that is discarded
-# Without an interpreter lock, or where that is not known, pinning does not help.
-_MAY_PIN = (hasattr(os, 'sched_setaffinity') and len(CORES) > 1
-            and getattr(sys, '_is_gil_enabled', lambda: True)())
-
-
-def unpin(unpinned: bool) -> None:
-    """Let this thread run on any core, or only on that of this process (see pin_process()).
-
-    Threads that share the interpreter lock wake each other many times in a small request.  On one core
-    that is nearly free; across cores it halves the requests a second.  Threads that work for long
-    without the lock are not pinned: transfers, and hashing.
-    """
-    if _core is not None:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, CORES if unpinned else [_core])
-
-
-def pin_process(slot: int) -> None:
-    """Give this process's threads a core to share; each worker takes another.  A single process is not
-    pinned: a busy program on its core would cost it two thirds of its requests."""
-    global _core
-    if _MAY_PIN:
-        _core = CORES[slot % len(CORES)]
-
-
-_core = None     # type: Optional[int]  # PyPy forbids another annotation of a global
 
 
 class Shares:
@@ -10390,7 +10435,6 @@ SWEEP_SECONDS = 0.5         # Longest time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
 EXPIRED_SECONDS = 0.05      # Time until the next ones.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
-STACK_BYTES = 512 * 1024    # Stack of a thread: a thousand connections fit into a 32-bit process.
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
 NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
 YIELD_SECONDS = 0.001       # Pause for another process that has fewer connections.
@@ -10663,8 +10707,8 @@ class Server:
                                        lambda: self.loop.wake())
         self._listen(addresses, inherited)
         if self.listeners:
-            # A connection of HTTP/2 takes three, and its file one.
-            _allow_descriptors(4 * max_connections + 256)
+            # Each takes one, and a request's file and folders a few.
+            allow_descriptors(4 * max_connections + 256)
         api.usage.census.open()
         api.events.open()
         if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
@@ -10828,48 +10872,6 @@ def import_modules() -> None:
             import_module(name)
     for encoding in ('ascii', 'idna', 'latin-1', 'unicode_escape', 'utf-8', 'utf-8-sig'):
         codecs.lookup(encoding)
-
-
-ARENAS = 2                      # of the C library, from which threads take memory; few wait for each other.
-_M_ARENA_MAX = -8               # glibc's <malloc.h>
-
-
-def trim_memory() -> None:
-    """Return the memory that compiling the program has taken, which the C library would keep, and exempt the
-    rest from garbage collection, so that forked processes go on sharing it.  Have threads share a few arenas:
-    the C library would make 8 for each core, and keep up to a MiB in each."""
-    import gc
-    gc.collect()
-    getattr(gc, 'freeze', lambda: None)()   # PyPy has none
-    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):  # not every C library can
-        import ctypes
-        library = ctypes.CDLL(None)
-        library.malloc_trim(0)
-        library.mallopt(_M_ARENA_MAX, ARENAS)
-
-
-def run_in_batches() -> None:
-    """Have threads that are woken wait for their turn rather than interrupt the running one: the client on
-    this host, or a thread before them, which has mostly more for them by then (SCHED_BATCH in sched(7)).
-    Worth 1.04, 1.14 and 1.27 times the pieces a second at 1, 5 and 64 connections.  A policy that the
-    administrator chose stays."""
-    if hasattr(os, 'SCHED_BATCH'):
-        with contextlib.suppress(OSError):
-            if os.sched_getscheduler(0) == os.SCHED_OTHER:
-                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _allow_descriptors(count: int) -> None:
-    """Raise the process's limit on open files to `count`, as far as the system lets it."""
-    try:
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY:
-            count = min(count, hard)
-        if soft != resource.RLIM_INFINITY and soft < count:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-    except (ImportError, OSError, ValueError) as error:
-        log.debug('cannot raise the limit on open files: %s', error)
 
 
 # ==== Workers ====================================================================================
