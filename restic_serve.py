@@ -23,6 +23,7 @@ The chapters stand in the order in which each builds on those above it:
     Watch         what is wrong with repositories
     Events        runs a command when something happens
     Page          the status page for browsers
+    Admission     places for connections, and the share of each client
     Api           routes and answers
     Transport     bytes over a socket, TLS, or standard input and output
     Connection    one client: its time limits, its share of the bandwidth
@@ -444,7 +445,7 @@ class Request:
     the connection, `client` whom it forwards for if it is a proxy."""
 
     __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'client', 'user', 'begun',
-                 'location', 'is_probe', 'has_share')
+                 'location', 'is_probe')
 
     def __init__(self, method: str, target: str, version: str, headers: Dict[str, str],
                  body: Body, peer: Peer) -> None:
@@ -458,7 +459,6 @@ class Request:
         self.begun = time.monotonic()
         self.location: Optional[Location] = None    # of the object that is being sent
         self.is_probe = False           # of a monitor, every few seconds
-        self.has_share = False          # counts against the client's share, behind a proxy
 
     @property
     def url(self) -> str:
@@ -6606,6 +6606,110 @@ def _figure(held: Holdings, now: float) -> str:
     return f'<figure><div class="scale">{sizes}</div>{_plot(held)}<div class="days">{days}</div></figure>\n'
 
 
+# ==== Admission ==================================================================================
+# Who has how much of the server: places for connections, and the share of each client.
+#
+# Theory of operation.  What is taken is counted in Counters, so that a limit holds over all processes, and
+# what a process has taken is free when it dies.  Counted are
+#
+#     places      of connections, `limit` at the most.  Those beyond get a ticket, too, which says why they
+#                 are turned away; if there are too many of these, they are closed without a word.
+#     shares      of each client, `limit_each` at the most: its connections or, where a proxy forwards them,
+#                 its requests.  A client is a group of addresses (Peer.group).  Proxies, this host and unix
+#                 sockets have no share to exceed: they are `exempt`.
+#
+#     Listener    ──▶ admit(peer) ──▶ Ticket ──▶ the connection's thread ──▶ leave(ticket)
+#     Api.handle() ──▶ begin_request(client)      Api.finish() ──▶ end_request(client)
+#
+# Nobody waits for a place.  admit() decides alone who has none when all are taken: the one that comes last.
+
+TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
+NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
+
+# A connection's place: the group whose share it takes, empty for none, and the reason why the connection is
+# turned away, empty if it is served.
+Ticket = collections.namedtuple('Ticket', ['group', 'refusal'])
+
+
+class Admission:
+    """Places for `limit` connections at a time, and `limit_each` connections or forwarded requests for each
+    client (without a number, a default share).  `exempt` tells of an address whether it has no share."""
+
+    def __init__(self, metrics: Metrics, exempt: Callable[[str], bool], limit: int = 1024,
+                 limit_each: Optional[int] = None) -> None:
+        self.limit = limit
+        self.limit_each = limit_each or default_share(limit)
+        self.exempt = exempt
+        self._metrics = metrics
+        self._counters = metrics.counters
+
+    def admit(self, peer: Peer) -> Optional[Ticket]:
+        """A place for a connection, if only to turn it away; None if there is none.  leave() follows."""
+        connected, served = self._counters.total(CONNECTIONS, 2)
+        ticket = Ticket(self._group(peer), '')
+        if served >= self.limit:
+            ticket = Ticket('', CONNECTIONS_IN_ALL)
+        elif self._taken(ticket.group) >= self.limit_each:
+            ticket = Ticket('', CONNECTIONS_PER_ADDRESS)
+        if ticket.refusal and connected - served >= TURNED_AWAY:
+            self._metrics.count_limited(CONNECTIONS_IN_ALL, peer.name)
+            return None
+        self._count(ticket, 1)
+        if (not ticket.refusal and served + NEAR_LIMIT >= self.limit
+                and self._counters.total(CONNECTIONS, 2)[1] > self.limit):
+            # Of two processes that take the last place at the same time neither keeps it.
+            self.leave(ticket)
+            ticket = Ticket('', CONNECTIONS_IN_ALL)
+            self._count(ticket, 1)
+        if ticket.refusal:
+            self._metrics.count_limited(ticket.refusal, peer.name)
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """A connection has ended."""
+        self._count(ticket, -1)
+
+    def begin_request(self, client: Peer) -> None:
+        """Count a request that a proxy forwards against the share of its client; end_request() follows in
+        any case.  Raises HttpError 503 where the share is used up."""
+        group = self._group(client)
+        self._count_share(group, 1)
+        if self._taken(group) > self.limit_each:
+            self._metrics.count_limited(REQUESTS_PER_ADDRESS, client.name)
+            raise HttpError(503, REQUESTS_PER_ADDRESS, [('Retry-After', '10')])
+
+    def end_request(self, client: Peer) -> None:
+        """A request has been answered that a proxy has forwarded."""
+        self._count_share(self._group(client), -1)
+
+    def _group(self, peer: Peer) -> str:
+        return '' if peer.unix or self.exempt(peer.name) else peer.group
+
+    def _count(self, ticket: Ticket, change: int) -> None:
+        self._counters.add(CONNECTIONS, change, 0 if ticket.refusal else change)
+        self._count_share(ticket.group, change)
+
+    def _count_share(self, group: str, change: int) -> None:
+        if group:
+            with self._counters.lock:
+                self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[_bucket(group)] += change
+
+    def _taken(self, group: str) -> int:
+        """What a group has of its share, in all processes."""
+        return self._counters.sum_at(ADDRESSES, _bucket(group)) if group else 0
+
+
+def _bucket(group: str) -> int:
+    """The position where a group is counted.  Forked processes hash alike, with a seed that strangers do not
+    know; groups that collide share their limit."""
+    return hash(group) % ADDRESS_BUCKETS
+
+
+def default_share(connections: int) -> int:
+    """Default of --max-connections-per-address: a quarter, but at least 8, since restic uses five."""
+    return max(connections // 4, min(8, connections))
+
+
 # ==== Api ========================================================================================
 # Routes and answers of restic's REST protocol: a Request in, a Response out.
 # https://restic.readthedocs.io/en/stable/100_references.html#rest-backend
@@ -6646,7 +6750,7 @@ class Api:
                  baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
                  usage: Optional[Usage] = None, metrics: Optional[Metrics] = None,
                  prometheus: str = '', page: Optional[Page] = None, at: str = '',
-                 events: Optional[Events] = None) -> None:
+                 events: Optional[Events] = None, admission: Optional[Admission] = None) -> None:
         counters = Counters()
         self.store = store
         self.policy = policy
@@ -6654,7 +6758,7 @@ class Api:
         self.baseurl = baseurl
         self.usage = usage or Usage(store, counters)
         self.metrics = metrics or Metrics(counters, self.usage, store)
-        self.admission: Optional[Admission] = None  # has the shares of clients behind proxies
+        self.admission = admission or Admission(self.metrics, self.accounts.is_proxy)
         self.events = events or Events(store, counters, self.usage, Watch(store, self.usage, 0))
         self.usage.on_mass_delete = self.events.on_mass_delete
         policy.on_refused_delete = self.events.on_refused_delete
@@ -6678,7 +6782,7 @@ class Api:
         try:
             self.accounts.find_client(request)
             if request.client is not request.peer:
-                self._take_share(request)
+                self.admission.begin_request(request.client)
             self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
                 response = Response(200, list(_PREFLIGHT))
@@ -6702,8 +6806,8 @@ class Api:
 
     def finish(self, request: Request, status: int, sent: int) -> None:
         """Count and log a request that was answered with `sent` bytes of content."""
-        if request.has_share and self.admission:
-            self.admission.count_request(request.client.name, -1)
+        if request.client is not request.peer:
+            self.admission.end_request(request.client)
         self.metrics.count(request, status, sent)
         log_access(request, status, sent)
 
@@ -6723,16 +6827,6 @@ class Api:
                     denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
             log.error('%s %s: %s%s', request.method, request.path, error, denial and f'; {denial}')
         return text_response(status, READ_ONLY if error.errno == errno.EROFS else _REASON_OF_STATUS[status])
-
-    def _take_share(self, request: Request) -> None:
-        """Count a request that a proxy forwards against the share of its client.  Raises HttpError 503
-        where that is used up."""
-        if not self.admission:
-            return
-        request.has_share = True
-        if self.admission.count_request(request.client.name, 1):
-            self.metrics.count_limited(REQUESTS_PER_ADDRESS, request.client.name)
-            raise HttpError(503, REQUESTS_PER_ADDRESS, [('Retry-After', '10')])
 
     def _check_origin(self, request: Request) -> None:
         """Raises HttpError 403 for requests of web pages that may not use the server.  Browsers send Origin
@@ -10312,7 +10406,7 @@ class Listener(_ThreadingHTTPServer):
         """Leave the removal of the socket's file to another process."""
         self._path = ''
 
-    def get_request(self) -> Tuple[socket.socket, Any]:
+    def get_request(self) -> Tuple[socket.socket, Peer]:
         try:
             sock, address = self.socket.accept()
         except OSError as error:
@@ -10323,39 +10417,12 @@ class Listener(_ThreadingHTTPServer):
         sock.setblocking(True)
         if self.address_family != _AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock, address
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        self._ticket = self._owner.admit(host_of(client_address))
-        return self._ticket is not None
+        return sock, peer_at(address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        ticket = self._ticket
-        try:
-            super().process_request(request, (client_address, ticket))
-        except Exception:  # no thread could be started
-            if ticket:
-                self._owner.dismiss(ticket)
-            raise
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        address, ticket = client_address
-        try:
-            peer = find_peer(request, address)
-        except BaseException:
-            self._owner.dismiss(ticket)
-            raise
-        self._owner.serve_socket(request, peer, self.tls, ticket)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a socket whose thread could not be started; serve_socket() has closed the others."""
-        request.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if isinstance(client_address, tuple) and isinstance(client_address[-1], Ticket):
-            client_address = client_address[0]      # process_request() has added the ticket
-        log.error('a connection from %s failed: %s', host_of(client_address) or 'unix', sys.exc_info()[1])
-        log.debug('traceback:', exc_info=True)
+        serve = functools.partial(self._owner.serve_socket, request, client_address, self.tls)
+        if not self._owner.begin(client_address, serve):
+            self.shutdown_request(request)
 
 
 @functools.lru_cache(maxsize=None)
@@ -10380,24 +10447,21 @@ def keep_alive(listening: socket.socket) -> None:
             listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def host_of(address: Any) -> str:
-    """The IP address of an end of a connection, empty for a unix socket's."""
+def peer_at(address: Any) -> Peer:
+    """The peer at an address as accept() returns it."""
     if not isinstance(address, tuple):
-        return ''
+        return Peer('unix', unix=True)
     host = str(address[0])
-    return host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host
+    return Peer(host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host)
 
 
-def find_peer(sock: socket.socket, address: Any) -> Peer:
-    """The peer of a connection; over a unix socket with the login name of its process."""
-    if isinstance(address, tuple):
-        return Peer(host_of(address))
-    user = ''
-    if sys.platform.startswith(('linux', 'android')):    # elsewhere the option has another layout
-        option = getattr(socket, 'SO_PEERCRED', 17)      # PyPy does not know its name
-        credentials = sock.getsockopt(socket.SOL_SOCKET, option, struct.calcsize('iII'))
-        user = user_name(struct.unpack('iII', credentials)[1])   # unix(7), struct ucred
-    return Peer('unix', user, unix=True)
+def login_name(sock: socket.socket) -> str:
+    """The name of the user whose process has connected to a unix socket, empty if it is not known."""
+    if not sys.platform.startswith(('linux', 'android')):   # elsewhere the option has another layout
+        return ''
+    option = getattr(socket, 'SO_PEERCRED', 17)     # PyPy does not know its name
+    credentials = sock.getsockopt(socket.SOL_SOCKET, option, struct.calcsize('iII'))
+    return user_name(struct.unpack('iII', credentials)[1])  # unix(7), struct ucred
 
 
 def resolve(address: Address) -> Tuple[int, Any]:
@@ -10435,8 +10499,6 @@ SWEEP_SECONDS = 0.5         # Longest time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
 EXPIRED_SECONDS = 0.05      # Time until the next ones.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
-TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
-NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
 YIELD_SECONDS = 0.001       # Pause for another process that has fewer connections.
 
 
@@ -10467,85 +10529,18 @@ class StatsLog:
         return self._next - now
 
 
-# A connection's place: the group of addresses whose share it counts for, empty for none, and the reason
-# why it is turned away, empty if it is served.
-Ticket = collections.namedtuple('Ticket', ['group', 'refusal'])
-
-
-class Admission:
-    """Places for connections in all processes: `limit` at a time, of which one group of addresses may
-    take `limit_each` unless it is `exempt`; and TURNED_AWAY for those that are told so."""
-
-    def __init__(self, counters: Counters, limit: int, limit_each: int,
-                 exempt: Callable[[str], bool]) -> None:
-        self.limit = limit
-        self.limit_each = limit_each
-        self.exempt = exempt
-        self._counters = counters
-
-    def admit(self, host: str) -> Optional[Ticket]:
-        """A place for a connection from an address, if only to turn it away; None if there is none."""
-        group = '' if not host or self.exempt(host) else address_group(host)
-        threads, served = self._counters.total(CONNECTIONS, 2)
-        refusal = ''
-        if served >= self.limit:
-            refusal = CONNECTIONS_IN_ALL
-        elif group and self._of_group(group) >= self.limit_each:
-            refusal = CONNECTIONS_PER_ADDRESS
-        if refusal and threads - served >= TURNED_AWAY:
-            return None
-        self._add(1, Ticket(group, refusal))
-        if (not refusal and served + NEAR_LIMIT >= self.limit
-                and self._counters.total(CONNECTIONS, 2)[1] > self.limit):
-            # Of two processes that take the last place at the same time neither keeps it.
-            self._add(-1, Ticket(group, ''))
-            refusal = CONNECTIONS_IN_ALL
-            self._add(1, Ticket(group, refusal))
-        return Ticket(group, refusal)
-
-    def leave(self, ticket: Ticket) -> None:
-        """A connection has ended."""
-        self._add(-1, ticket)
-
-    def count_request(self, host: str, change: int) -> bool:
-        """A request has begun (1) or ended (-1) that a proxy forwards for an address; whether the address
-        has more than its share now."""
-        if self.exempt(host):
-            return False
-        bucket = self._bucket(address_group(host))
-        with self._counters.lock:
-            self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[bucket] += change
-        return self._counters.sum_at(ADDRESSES, bucket) > self.limit_each
-
-    def _add(self, count: int, ticket: Ticket) -> None:
-        self._counters.add(CONNECTIONS, count, 0 if ticket.refusal else count)
-        if ticket.group and not ticket.refusal:
-            with self._counters.lock:
-                self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[self._bucket(ticket.group)] += count
-
-    def _of_group(self, group: str) -> int:
-        return self._counters.sum_at(ADDRESSES, self._bucket(group))
-
-    @staticmethod
-    def _bucket(group: str) -> int:
-        """The position where a group is counted.  Forked processes hash alike, with a seed that strangers
-        do not know; groups that collide share their limit."""
-        return hash(group) % ADDRESS_BUCKETS
-
-
 class Connections:
     """The connections of this process, each in a thread of its own, and their time limits.
 
-    `admission` has their places in all processes, `bandwidth` is what all of them may pass; requests of
-    HTTP/2 take threads of `threads`.  `on_last_end` is called by a thread when the last one has ended
-    after stop().
+    `bandwidth` is what all of them may pass; requests of HTTP/2 take threads of `threads`.  `on_last_end`
+    is called by a thread when the last one has ended.
     """
 
-    def __init__(self, api: Api, limits: Limits, admission: Admission, bandwidth: Optional[Bandwidth],
+    def __init__(self, api: Api, limits: Limits, bandwidth: Optional[Bandwidth],
                  certificates: Optional[Certificates], on_last_end: Callable[[], None]) -> None:
-        self.active = 0                 # connections admitted, whether or not their thread runs already
+        self.active = 0                 # connections that have begun
         self.stopping = False
-        self.admission = admission
+        self.admission = api.admission
         self.threads = self.make_threads(1)
         self._api = api
         self._limits = limits
@@ -10569,35 +10564,48 @@ class Connections:
         """Whether the group may read and write what is stored, and so use the unix sockets."""
         return self._api.store.shared
 
-    def admit(self, host: str) -> Optional[Ticket]:
-        """A place for a connection from an address, if only to turn it away; None if there is none.
-        dismiss() follows."""
-        ticket = self.admission.admit(host)
-        if ticket is None or ticket.refusal:
-            self._api.metrics.count_limited(ticket.refusal if ticket else CONNECTIONS_IN_ALL, host)
-        if ticket is not None:
-            with self._lock:
-                self.active += 1
-        return ticket
+    def begin(self, peer: Peer, serve: Callable[[Ticket], None]) -> bool:
+        """Have a connection served in a thread of its own, if there is a place for it; whether it is."""
+        ticket = self.admission.admit(peer)
+        if not ticket:
+            return False
+        with self._lock:
+            self.active += 1
+        try:
+            threading.Thread(target=self._run, args=(peer, serve, ticket), daemon=True).start()
+            return True
+        except RuntimeError as error:
+            self._fail(peer, error)
+            self._leave(ticket)
+            return False
 
-    def dismiss(self, ticket: Ticket) -> None:
-        """An admitted connection has ended."""
+    def _run(self, peer: Peer, serve: Callable[[Ticket], None], ticket: Ticket) -> None:
+        try:
+            serve(ticket)
+        except Exception as error:
+            self._fail(peer, error)
+        finally:
+            self._leave(ticket)
+
+    @staticmethod
+    def _fail(peer: Peer, error: Exception) -> None:
+        log.error('a connection from %s failed: %s', peer, error)
+        log.debug('traceback:', exc_info=True)
+
+    def _leave(self, ticket: Ticket) -> None:
         self.admission.leave(ticket)
         with self._lock:
             self.active -= 1
-        if self.stopping and not self.active:
+        if not self.active:
             self._on_last_end()
 
     def serve_socket(self, sock: socket.socket, peer: Peer, tls: bool, ticket: Ticket) -> None:
-        """Serve one admitted connection to its end; called in its own thread."""
-        try:
+        """Serve an accepted connection to its end."""
+        with sock:
+            if peer.unix:
+                peer.user = login_name(sock)
             plain = SocketTransport(sock, self._limits.stall_seconds)
-            transport: Transport = self._certificates.wrap(plain) if tls and self._certificates else plain
-        except OSError as error:
-            log.error('%s: TLS: %s', peer, error)
-            self.dismiss(ticket)
-            return
-        self.serve(transport, peer, ticket)
+            self.serve(self._certificates.wrap(plain) if tls and self._certificates else plain, peer, ticket)
 
     def serve(self, transport: Transport, peer: Peer, ticket: Ticket) -> None:
         """Serve an admitted connection by way of a transport, to its end."""
@@ -10625,7 +10633,6 @@ class Connections:
             connection.close()
             with self._lock:
                 self._served.discard(connection)
-            self.dismiss(ticket)
 
     def _may_tell(self) -> bool:
         """Whether a failed handshake may be logged: one in a second."""
@@ -10679,16 +10686,14 @@ class Connections:
 
 
 class Server:
-    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any.  At most
-    `max_connections` are served at a time, and in each process a part of as many requests of HTTP/2;
-    `per_address` of either are of one group of addresses, but for proxies and this host.  `bandwidth`
-    is all of theirs.  What was done is logged every `stats_seconds`.  Raises OSError."""
+    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any; all connections share
+    `bandwidth`.  What was done is logged every `stats_seconds`.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
-                 inherited: Iterable[Tuple[socket.socket, str]] = (), max_connections: int = 1024,
+                 inherited: Iterable[Tuple[socket.socket, str]] = (),
                  notifier: Optional[SystemdNotifier] = None, bandwidth: Optional[Bandwidth] = None,
-                 stats_seconds: float = math.inf, per_address: Optional[int] = None) -> None:
+                 stats_seconds: float = math.inf) -> None:
         self.api = api
         self.limits = limits
         self.notifier = notifier or SystemdNotifier({})
@@ -10700,15 +10705,11 @@ class Server:
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._processes = 1             # that serve the listeners
         self._counts = True             # what is stored, when the usage asks for it
-        admission = Admission(self._counters, max_connections,
-                              per_address or default_share(max_connections), api.accounts.is_proxy)
-        api.admission = admission
-        self.connections = Connections(api, limits, admission, bandwidth, certificates,
-                                       lambda: self.loop.wake())
+        self.connections = Connections(api, limits, bandwidth, certificates, lambda: self.loop.wake())
         self._listen(addresses, inherited)
         if self.listeners:
             # Each takes one, and a request's file and folders a few.
-            allow_descriptors(4 * max_connections + 256)
+            allow_descriptors(4 * api.admission.limit + 256)
         api.usage.census.open()
         api.events.open()
         if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
@@ -10768,7 +10769,7 @@ class Server:
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
         self.notifier.notify('READY=1')
-        loop.run(lambda: self.stops > 0)
+        loop.run(lambda: self.stops > 0 or not (self.listeners or self.connections.active))
         self.notifier.notify('STOPPING=1')
         self._finish()
 
@@ -10808,14 +10809,8 @@ class Server:
         self.loop.close()
 
     def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
-        """Serve a connection that was not accepted, and stop when it ends."""
-        def serve(ticket: Ticket) -> None:
-            try:
-                self.connections.serve(pipes, peer, ticket)
-            finally:
-                self.stop()
-
-        threading.Thread(target=serve, args=(self.connections.admit(''),), daemon=True).start()
+        """Serve a connection that was not accepted.  Without listeners the server stops when it ends."""
+        self.connections.begin(peer, functools.partial(self.connections.serve, pipes, peer))
 
     # ---- signals ----
 
@@ -10848,11 +10843,6 @@ class Server:
         if bandwidth:
             lifted = bandwidth.toggle()
             log.log(NOTICE, '--bwlimit is %s', 'off' if lifted else 'on again')
-
-
-def default_share(connections: int) -> int:
-    """Default of --max-connections-per-address: a quarter, but at least 8, since restic uses five."""
-    return max(connections // 4, min(8, connections))
 
 
 # Modules that requests over sockets may need, beyond those at the top; and those that some systems lack.
@@ -11795,9 +11785,8 @@ def make_server(options: argparse.Namespace, store: Store) -> Server:
                     write_seconds=options.server_write_timeout,
                     stall_seconds=options.stall_timeout)
     return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
-                  certificates, inherited_sockets(os.environ), options.max_connections,
-                  SystemdNotifier(os.environ), make_bandwidth(options, counters), stats_seconds(options),
-                  options.max_connections_per_address)
+                  certificates, inherited_sockets(os.environ), SystemdNotifier(os.environ),
+                  make_bandwidth(options, counters), stats_seconds(options))
 
 
 def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Policy:
@@ -11811,7 +11800,7 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
 
 
 def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
-             accounts: Optional[Accounts] = None, at: str = '') -> Api:
+             accounts: Accounts, at: str = '') -> Api:
     """The Api that the options describe."""
     usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size or 0),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
@@ -11821,11 +11810,14 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
 
     policy.on_change = on_change
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
+    metrics = Metrics(counters, usage, store)
     return Api(store, policy, accounts, options.baseurl, options.response_header,
-               options.allow_origin or '', usage, Metrics(counters, usage, store), prometheus,
+               options.allow_origin or '', usage, metrics, prometheus,
                Page(store, usage, options.stale_after) if options.status else None, at,
                Events(store, counters, usage, Watch(store, usage, options.stale_after),
-                      options.on_event or ''))
+                      options.on_event or ''),
+               Admission(metrics, accounts.is_proxy, options.max_connections,
+                         options.max_connections_per_address))
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -11842,7 +11834,7 @@ def stats_seconds(options: argparse.Namespace) -> float:
 def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
     """Serve standard input and output until they end; with `at` the repositories of that moment."""
     counters = Counters()
-    api = make_api(options, store, counters, Policy(short_rights(options.append_only)), at=at)
+    api = make_api(options, store, counters, Policy(short_rights(options.append_only)), Accounts(), at)
     limits = Limits(options.max_header_bytes + HEADER_SLACK, math.inf, math.inf, options.server_read_timeout,
                     options.server_write_timeout, options.stall_timeout)
     server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
