@@ -10179,6 +10179,7 @@ BACKLOG = 1024              # Connections that the kernel may queue.
 EXHAUSTED_SECONDS = 0.1     # Pause where the system has no descriptors left.
 RENEWAL_SECONDS = 0.2       # Time between the replacement of a certificate and that of its key.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_AF_UNIX = getattr(socket, 'AF_UNIX', None)
 
 
 class Certificates:
@@ -10307,6 +10308,54 @@ class Certificates:
         return str(names[0]) if names and '*' not in names[0] else ''
 
 
+def listen(address: Address, shared: bool) -> socket.socket:
+    """A listening socket.  The group may connect to that of a path if `shared` or if the umask allows it.
+    Raises OSError."""
+    family, where = resolve(address)
+    sock = socket.socket(family)
+    try:
+        if address.path:
+            bind_unix(sock, address.path, shared)
+        else:
+            if os.name == 'posix':  # elsewhere it would allow two servers on a port
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:   # `:8080` accepts IPv4, too; an IPv6 address does not
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != '::')
+            sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def resolve(address: Address) -> Tuple[int, Any]:
+    """Family and address to bind to.  Without a host it is every address, of IPv6 and IPv4 where there are
+    both; for a name with several addresses it is that of IPv4.  Raises OSError."""
+    if address.path:
+        if _AF_UNIX is None:
+            raise OSError(errno.EAFNOSUPPORT, 'unix sockets are not supported on this system')
+        return _AF_UNIX, address.path
+    if not address.host:
+        return ((socket.AF_INET6, ('::', address.port)) if _has_ipv6()
+                else (socket.AF_INET, ('0.0.0.0', address.port)))
+    addresses = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM,
+                                   flags=socket.AI_PASSIVE)
+    family, _, _, _, where = min(addresses, key=lambda info: info[0] != socket.AF_INET)
+    return family, where
+
+
+def _has_ipv6() -> bool:
+    """Whether a socket can be bound to every address of both families."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.bind(('::', 0))
+        return True
+    except OSError:
+        return False
+
+
 def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
     """Bind to a path to which only the user may connect, and the group if `shared` or if the umask allows
     it.  A socket left behind by a dead server is replaced.  Raises OSError."""
@@ -10334,8 +10383,8 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
     values = [environment.pop(name, '') for name in ('LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES')]
     if values[0] != str(os.getpid()) or not values[1].isdecimal():
         return []
-    names = values[2].split(':')
-    found = []
+    names = values[2].split(':') + int(values[1]) * ['']
+    inherited = []
     for i in range(int(values[1])):
         sock = socket.socket(fileno=3 + i)
         sock.set_inheritable(False)
@@ -10343,97 +10392,58 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
                 or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
             raise OSError(errno.EINVAL, 'systemd passed a socket that does not '
                                         'listen; use Accept=no and ListenStream= in the unit')
-        found.append((sock, names[i] if i < len(names) else ''))
-    return found
-
-
-if TYPE_CHECKING:
-    from http.server import ThreadingHTTPServer as _ThreadingHTTPServer
-else:
-    _ThreadingHTTPServer = object  # until _listener_class() puts in the real one
-
-
-class Listener(_ThreadingHTTPServer):
-    """A listening socket whose connections `owner` serves.  An `inherited` one listens already, under the
-    `name` that the service manager has given it.  Raises OSError."""
-
-    allow_reuse_address = os.name == 'posix'  # elsewhere it would allow two servers on a port
-    request_queue_size = BACKLOG
-    timeout = 0
-    block_on_close = False  # Server waits for the connections, and not for ever
-
-    def __init__(self, owner: Connections, address: Address,
-                 inherited: Optional[socket.socket] = None, name: str = '') -> None:
-        from socketserver import BaseRequestHandler
-        self.name = name
-        self._owner = owner
-        self.tls = address.scheme != 'http' and not address.path
-        self._path, self._inode = '', 0
-        if inherited:
-            self.address_family = inherited.family
-            super().__init__(inherited.getsockname(), BaseRequestHandler, False)
-            self.socket.close()
-            self.socket = inherited
-            self.tls = inherited.family != _AF_UNIX
-        else:
-            self.address_family, where = resolve(address)
-            super().__init__(where, BaseRequestHandler)
-        self.socket.setblocking(False)  # the client may disconnect before accept()
-        keep_alive(self.socket)
-
-    def server_bind(self) -> None:
-        """Bind, without HTTPServer's reverse lookup of the host's name, which can hang for seconds."""
-        if self.address_family == _AF_UNIX:
-            self._path = str(self.server_address)
-            bind_unix(self.socket, self._path, self._owner.shared_files)
-            self._inode = os.stat(self._path).st_ino
-            return
-        if self.address_family == socket.AF_INET6:
-            # `:8080` accepts IPv4, too; an IPv6 address does not.
-            both = self.server_address[0] == '::'
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-        from socketserver import TCPServer
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
-    def server_close(self) -> None:
-        super().server_close()
-        with contextlib.suppress(OSError):
-            if self._path and os.stat(self._path).st_ino == self._inode:
-                os.unlink(self._path)
-
-    def leave_path(self) -> None:
-        """Leave the removal of the socket's file to another process."""
-        self._path = ''
-
-    def get_request(self) -> Tuple[socket.socket, Peer]:
-        try:
-            sock, address = self.socket.accept()
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                log.error('cannot accept connections: %s', error)
-                time.sleep(EXHAUSTED_SECONDS)
-            raise
-        sock.setblocking(True)
-        if self.address_family != _AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock, peer_at(address)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        serve = functools.partial(self._owner.serve_socket, request, client_address, self.tls)
-        if not self._owner.begin(client_address, serve):
-            self.shutdown_request(request)
+        inherited.append((sock, names[i]))
+    return inherited
 
 
 @functools.lru_cache(maxsize=None)
-def _listener_class() -> Any:
-    """Listener with its base class, made when it is needed: importing http.server takes half of the time
-    of a start."""
+def listener_class() -> Any:
+    """The class Listener, which is made when it is needed: importing http.server takes half of the time of
+    a start."""
     from http.server import ThreadingHTTPServer
-    return type('Listener', (Listener, ThreadingHTTPServer), {})
+    from socketserver import BaseRequestHandler
 
+    class Listener(ThreadingHTTPServer):
+        """A listening socket whose connections are served, with TLS if `tls`.  `name` is what the service
+        manager calls it; a unix socket that we have bound is removed from its `path` at the end."""
 
-_AF_UNIX = getattr(socket, 'AF_UNIX', None)
+        timeout = 0
+
+        def __init__(self, connections: Connections, sock: socket.socket, tls: bool, name: str = '',
+                     path: str = '') -> None:
+            self.address_family = sock.family
+            super().__init__(sock.getsockname(), BaseRequestHandler, bind_and_activate=False)
+            self.socket.close()
+            self.socket = sock
+            self.socket.setblocking(False)  # the client may disconnect before accept()
+            keep_alive(self.socket)
+            self.tls = tls and sock.family != _AF_UNIX
+            self.name = name
+            self.path = path
+            self._inode = os.stat(path).st_ino if path else 0
+            self._connections = connections
+
+        def server_close(self) -> None:
+            super().server_close()
+            with contextlib.suppress(OSError):
+                if self.path and os.stat(self.path).st_ino == self._inode:
+                    os.unlink(self.path)
+
+        def get_request(self) -> Tuple[socket.socket, Peer]:
+            try:
+                return accept(self.socket)
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    log.error('cannot accept connections: %s', error)
+                    time.sleep(EXHAUSTED_SECONDS)
+                raise
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            serve = functools.partial(self._connections.serve_socket, request, client_address, self.tls)
+            if not self._connections.begin(client_address, serve):
+                self.shutdown_request(request)
+
+    return Listener
 
 
 def keep_alive(listening: socket.socket) -> None:
@@ -10447,12 +10457,19 @@ def keep_alive(listening: socket.socket) -> None:
             listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def peer_at(address: Any) -> Peer:
-    """The peer at an address as accept() returns it."""
-    if not isinstance(address, tuple):
-        return Peer('unix', unix=True)
-    host = str(address[0])
-    return Peer(host[len('::ffff:'):] if host.startswith('::ffff:') and '.' in host else host)
+def accept(listening: socket.socket) -> Tuple[socket.socket, Peer]:
+    """Accept a connection.  Raises OSError."""
+    sock, address = listening.accept()
+    sock.setblocking(True)
+    if listening.family == _AF_UNIX:
+        return sock, Peer('unix', unix=True)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock, Peer(host_of(address[0]))
+
+
+def host_of(address: str) -> str:
+    """An IP address as it is written: that of IPv4 that an IPv6 address contains (RFC 4291 2.5.5.2)."""
+    return address[len('::ffff:'):] if address.startswith('::ffff:') and '.' in address else address
 
 
 def login_name(sock: socket.socket) -> str:
@@ -10462,33 +10479,6 @@ def login_name(sock: socket.socket) -> str:
     option = getattr(socket, 'SO_PEERCRED', 17)     # PyPy does not know its name
     credentials = sock.getsockopt(socket.SOL_SOCKET, option, struct.calcsize('iII'))
     return user_name(struct.unpack('iII', credentials)[1])  # unix(7), struct ucred
-
-
-def resolve(address: Address) -> Tuple[int, Any]:
-    """Family and address to bind to.  Without a host it is every address, of IPv6 and IPv4 where there are
-    both; for a name with several addresses it is that of IPv4.  Raises OSError."""
-    if address.path:
-        if _AF_UNIX is None:
-            raise OSError(errno.EAFNOSUPPORT, 'unix sockets are not supported on this system')
-        return _AF_UNIX, address.path
-    if not address.host:
-        return ((socket.AF_INET6, ('::', address.port)) if _has_ipv6()
-                else (socket.AF_INET, ('0.0.0.0', address.port)))
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM,
-                               flags=socket.AI_PASSIVE)
-    found.sort(key=lambda info: info[0] != socket.AF_INET)
-    return found[0][0], found[0][4]
-
-
-def _has_ipv6() -> bool:
-    """Whether a socket can be bound to every address of both families."""
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            sock.bind(('::', 0))
-        return True
-    except OSError:
-        return False
 
 
 # ==== Server =====================================================================================
@@ -10558,11 +10548,6 @@ class Connections:
         admission = self.admission
         return RequestThreads(max(admission.limit // processes, min(16, admission.limit)),
                               admission.limit_each, admission.exempt)
-
-    @property
-    def shared_files(self) -> bool:
-        """Whether the group may read and write what is stored, and so use the unix sockets."""
-        return self._api.store.shared
 
     def begin(self, peer: Peer, serve: Callable[[Ticket], None]) -> bool:
         """Have a connection served in a thread of its own, if there is a place for it; whether it is."""
@@ -10721,18 +10706,18 @@ class Server:
 
     def _listen(self, addresses: List[Address], inherited: Iterable[Tuple[socket.socket, str]]) -> None:
         """Open the listeners.  Raises OSError, which says which of them failed."""
-        where = 'socket from systemd'
+        tls, where = self.certificates is not None, 'socket from systemd'
         try:
             for sock, name in inherited:
-                self.listeners.append(_listener_class()(self.connections, Address('', '', 0, ''), sock, name))
+                self.listeners.append(listener_class()(self.connections, sock, tls, name))
             for address in () if self.listeners else addresses:
                 where = f'--addr {address.path or f"{address.host}:{address.port}"}'
-                self.listeners.append(_listener_class()(self.connections, address))
+                sock = listen(address, self.api.store.shared)
+                self.listeners.append(listener_class()(
+                    self.connections, sock, tls and address.scheme != 'http', path=address.path))
         except OSError as error:
             self.close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
-        for listener in self.listeners:
-            listener.tls = listener.tls and self.certificates is not None
 
     def close_listeners(self) -> None:
         """Accept no more."""
@@ -10747,7 +10732,7 @@ class Server:
         self.notifier = SystemdNotifier({})
         self.stats.stop()
         for listener in self.listeners:
-            listener.leave_path()
+            listener.path = ''  # the parent removes it
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then let running requests finish."""
@@ -10773,7 +10758,7 @@ class Server:
         self.notifier.notify('STOPPING=1')
         self._finish()
 
-    def _accept(self, listener: Listener) -> None:
+    def _accept(self, listener: Any) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
         if self._processes > 1 and self.connections.active > min(
                 row[0] for row in self._counters.read(CONNECTIONS)):

@@ -9774,8 +9774,8 @@ class ServerTest(WireTestCase):
         server.serve()
 
     def test_names_of_peers(self):
-        self.assertEqual(str(restic_serve.peer_at(('::ffff:1.2.3.4', 1, 0, 0))), '1.2.3.4')
-        self.assertEqual(str(restic_serve.peer_at(('::1', 1, 0, 0))), '::1')
+        self.assertEqual(restic_serve.host_of('::ffff:1.2.3.4'), '1.2.3.4')
+        self.assertEqual(restic_serve.host_of('::1'), '::1')
         self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
         self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
 
