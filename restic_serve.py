@@ -10359,18 +10359,12 @@ def _has_ipv6() -> bool:
 def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
     """Bind to a path to which only the user may connect, and the group if `shared` or if the umask allows
     it.  A socket left behind by a dead server is replaced.  Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
     umask = os.umask(0o177)
     try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(path) != errno.ECONNREFUSED:
-                    raise
-            os.unlink(path)
-            sock.bind(path)
+        sock.bind(path)
     finally:
         os.umask(umask)
     if shared or not umask & 0o060:
@@ -10380,19 +10374,17 @@ def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
 def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socket.socket, str]]:
     """The listening sockets that the service manager has opened, and their names (sd_listen_fds(3)).  Removes
     the variables, which are not for child processes.  Raises OSError."""
-    values = [environment.pop(name, '') for name in ('LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES')]
-    if values[0] != str(os.getpid()) or not values[1].isdecimal():
+    pid, count, names = (environment.pop(name, '') for name in ('LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES'))
+    if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    names = values[2].split(':') + int(values[1]) * ['']
     inherited = []
-    for i in range(int(values[1])):
-        sock = socket.socket(fileno=3 + i)
+    for fd, name in zip(range(3, 3 + int(count)), itertools.chain(names.split(':'), itertools.repeat(''))):
+        sock = socket.socket(fileno=fd)
         sock.set_inheritable(False)
-        if (sock.type != socket.SOCK_STREAM
-                or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise OSError(errno.EINVAL, 'systemd passed a socket that does not '
                                         'listen; use Accept=no and ListenStream= in the unit')
-        inherited.append((sock, names[i]))
+        inherited.append((sock, name))
     return inherited
 
 
