@@ -699,11 +699,6 @@ class Limits:
             return TRANSFER_SECONDS, 1 / SLOWEST_RATE
         return seconds or math.inf, 0.0  # 0 is no limit, as in rclone
 
-    def shortest(self) -> float:
-        """The shortest of the times, in seconds."""
-        return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds,
-                   self.stall_seconds)
-
 
 # ==== Tuning =====================================================================================
 # How the operating system treats this process: its cores, its turns, its memory, its open files.
@@ -10477,7 +10472,7 @@ def login_name(sock: socket.socket) -> str:
 # Admission of connections, their threads and deadlines, start, reload and stop.  The main thread accepts
 # connections in its Loop; each connection has a thread.
 
-SWEEP_SECONDS = 0.5         # Longest time between two checks of the deadlines.
+SWEEP_SECONDS = 0.5         # Time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
 EXPIRED_SECONDS = 0.05      # Time until the next ones.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
@@ -10485,16 +10480,12 @@ YIELD_SECONDS = 0.001       # Pause for another process that has fewer connectio
 
 
 class StatsLog:
-    """Logs a summary every `seconds`, if anything has happened."""
+    """Logs a summary every `seconds` (infinite: never), if anything has happened."""
 
     def __init__(self, metrics: Metrics, seconds: float) -> None:
         self._metrics = metrics
         self._seconds = seconds
         self._next = math.inf       # time of the next line, infinite while idle
-
-    def stop(self) -> None:
-        """Log nothing any more: another process does."""
-        self._seconds = math.inf
 
     def tick(self, active: bool) -> float:
         """Log a line if it is due; seconds until the next one.  Infinite where nothing has happened and no
@@ -10531,7 +10522,7 @@ class Connections:
         self._on_last_end = on_last_end
         self._served: Set[Connection] = set()
         self._lock = threading.Lock()   # of this and `active`
-        self.sweep_seconds = max(0.01, min(SWEEP_SECONDS, limits.shortest() / 4))
+        self.sweep_seconds = SWEEP_SECONDS
         self._next_sweep = 0.0
         self._next_word = 0.0           # when a failed handshake may be logged again
 
@@ -10631,15 +10622,16 @@ class Connections:
             return math.inf
         now = time.monotonic()
         if now >= self._next_sweep:
-            self._end_those_of_another_authority()
-            overdue = [one for one in self.snapshot() if one.next_deadline() < one.clock()]
+            self._check_certificates()
+            overdue = [connection for connection in self.snapshot()
+                       if connection.next_deadline() < connection.clock()]
             for connection in overdue[:EXPIRED_AT_ONCE]:
                 connection.expire()
             more = len(overdue) > EXPIRED_AT_ONCE
             self._next_sweep = now + (EXPIRED_SECONDS if more else self.sweep_seconds)
         return self._next_sweep - now
 
-    def _end_those_of_another_authority(self) -> None:
+    def _check_certificates(self) -> None:
         """End connections whose certificate was checked against an authority that was replaced."""
         if self._certificates and self._certificates.authority:
             if self._certificates.is_stale():  # reading the files may take a moment
@@ -10680,7 +10672,6 @@ class Server:
         self.certificates = certificates
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
-        self._processes = 1             # that serve the listeners
         self._counts = True             # what is stored, when the usage asks for it
         self.connections = Connections(api, limits, bandwidth, certificates, lambda: self.loop.wake())
         self._listen(addresses, inherited)
@@ -10718,11 +10709,10 @@ class Server:
 
     def become_worker(self, processes: int, counts: bool) -> None:
         """Serve as one of several processes; the one that `counts` makes the censuses."""
-        self._processes = processes
         self._counts = counts
         self.connections.threads = self.connections.make_threads(processes)
         self.notifier = SystemdNotifier({})
-        self.stats.stop()
+        self.stats = StatsLog(self.api.metrics, math.inf)
         for listener in self.listeners:
             listener.path = ''  # the parent removes it
 
@@ -10752,8 +10742,7 @@ class Server:
 
     def _accept(self, listener: Any) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
-        if self._processes > 1 and self.connections.active > min(
-                row[0] for row in self._counters.read(CONNECTIONS)):
+        if self.connections.active > min((row[0] for row in self._counters.read(CONNECTIONS)), default=0):
             time.sleep(YIELD_SECONDS)
         listener.handle_request()
 
@@ -10822,19 +10811,14 @@ class Server:
             log.log(NOTICE, '--bwlimit is %s', 'off' if lifted else 'on again')
 
 
-# Modules that requests over sockets may need, beyond those at the top; and those that some systems lack.
-_LATE_MODULES = ('base64', 'calendar', 'hmac', 'html', 'http.server', 'ipaddress', 'json', 'mmap', 'queue',
-                 'shutil', 'unicodedata', 'urllib.parse')
-_OPTIONAL_MODULES = ('ctypes', 'fcntl', 'pwd', 'resource')
-
-
 def import_modules() -> None:
     """Import what requests may need, so that what this Python lacks is said at the start, and an upgrade of
     Python takes nothing from a running server.  Raises ImportError."""
     from importlib import import_module
-    for name in _LATE_MODULES:
+    for name in ('base64', 'calendar', 'hmac', 'html', 'http.server', 'ipaddress', 'json', 'mmap', 'queue',
+                 'shutil', 'unicodedata', 'urllib.parse'):
         import_module(name)
-    for name in _OPTIONAL_MODULES:
+    for name in ('ctypes', 'fcntl', 'pwd', 'resource'):     # which some systems lack
         with contextlib.suppress(ImportError):
             import_module(name)
     for encoding in ('ascii', 'idna', 'latin-1', 'unicode_escape', 'utf-8', 'utf-8-sig'):

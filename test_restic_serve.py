@@ -249,6 +249,7 @@ class TestCase(unittest.TestCase):
         api.admission = restic_serve.Admission(api.metrics, api.accounts.is_proxy, max_connections,
                                                per_address)
         server = Server(api, limits or Limits(), list(addresses), **more)
+        server.connections.sweep_seconds = 0.05
         thread = threading.Thread(target=server.serve)
         thread.start()
         self.addCleanup(thread.join, PATIENCE)
@@ -9469,8 +9470,9 @@ class StatsLogTest(unittest.TestCase):
         self.metrics.line.assert_not_called()
 
     def test_workers_leave_it_to_their_parent(self):
-        self.stats.stop()
+        self.stats = restic_serve.StatsLog(self.metrics, math.inf)
         self.assertEqual(self.tick(active=True), math.inf)
+        self.metrics.begin_period.assert_not_called()
 
 
 class SharesTest(Http2TestCase):
