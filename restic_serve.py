@@ -10056,9 +10056,8 @@ class Loop:
         # Not epoll(7), whose descriptor a forked process would share; few descriptors are watched.
         self._selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)()
         self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self.watch(self._wake_reader, self._on_wake_up)
+        self._wake_writer.setblocking(False)    # it is full of what ends the wait
+        self.watch(self._wake_reader, lambda: self.handle(self._wake_reader.recv(4096)))
 
     def catch(self, signums: Iterable[int]) -> None:
         """Handle signals from now on, also those that were blocked by block_signals().  For the main thread
@@ -10080,17 +10079,16 @@ class Loop:
     def run(self, until: Callable[[], bool]) -> None:
         """Wait and call timers, handlers and callbacks until a condition holds."""
         while not until():
-            wait = min([timer() for timer in self.timers], default=math.inf)
+            wait = max(min([timer() for timer in self.timers], default=math.inf), 0)
             # poll(2) waits for 24 days at the most.
-            for key, _ in self._selector.select(min(max(wait, 0), 86400) if wait < math.inf else None):
+            for key, _ in self._selector.select(min(wait, 86400) if wait < math.inf else None):
                 key.data()
 
     def handle(self, signums: bytes) -> None:
         """Call the handlers of signals."""
         for signum in signums:
-            handler = self.handlers.get(signum)
-            if handler:
-                handler()
+            if signum in self.handlers:
+                self.handlers[signum]()
 
     def send(self, signum: int) -> None:
         """Act as if a signal had arrived."""
@@ -10106,12 +10104,6 @@ class Loop:
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
-
-    def _on_wake_up(self) -> None:
-        signums = b''
-        with contextlib.suppress(BlockingIOError):
-            signums = self._wake_reader.recv(4096)
-        self.handle(signums)
 
 
 def block_signals(signums: Iterable[int]) -> None:
@@ -10138,11 +10130,9 @@ class SystemdNotifier:
         self._path = '\0' + path[1:] if path.startswith('@') else path
         microseconds = environment.pop('WATCHDOG_USEC', '')
         pid = environment.pop('WATCHDOG_PID', '') or str(os.getpid())
-        self._ping_seconds = math.inf
-        self._next_ping = math.inf
-        if self._path and microseconds.isdecimal() and pid == str(os.getpid()):
-            self._ping_seconds = int(microseconds) / 1e6 / 2
-            self._next_ping = 0.0
+        is_watched = self._path and microseconds.isdecimal() and pid == str(os.getpid())
+        self._ping_seconds = int(microseconds) / 2e6 if is_watched else math.inf
+        self._next_ping = 0.0 if is_watched else math.inf
 
     def notify(self, *lines: str) -> None:
         """Send `VARIABLE=value` lines."""
