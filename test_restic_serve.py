@@ -245,9 +245,12 @@ class TestCase(unittest.TestCase):
         self.addCleanup(os.close, ours)
         return ours, theirs
 
-    def serve(self, api, limits=None, addresses=(LOCAL,), **more):
+    def serve(self, api, limits=None, addresses=(LOCAL,), max_connections=1024, per_address=None, **more):
         """A server in a thread of its own."""
+        api.admission = restic_serve.Admission(api.metrics, api.accounts.is_proxy, max_connections,
+                                               per_address)
         server = Server(api, limits or Limits(), list(addresses), **more)
+        server.connections.sweep_seconds = 0.05
         thread = threading.Thread(target=server.serve)
         thread.start()
         self.addCleanup(thread.join, PATIENCE)
@@ -5169,7 +5172,7 @@ class RightsOnWiresTest(WatchedTestCase):
     def test_each_right_with_each_request(self):
         self.policy = Policy()
         api = Api(self.store, self.policy, Accounts(user_header='X-User'))
-        port = self.serve(api).listeners[0].server_port
+        port = self.serve(api).listeners[0].server_address[1]
         path, other = f'/a/data/{named(b"x")}', f'/a/data/{named(b"y")}'
         lock = f'/a/locks/{named(b"x")}'
         requests = (('GET', path), ('HEAD', path), ('GET', '/a/data/'), ('POST', path), ('POST', lock),
@@ -9376,8 +9379,9 @@ class StatsLogTest(unittest.TestCase):
         self.metrics.line.assert_not_called()
 
     def test_workers_leave_it_to_their_parent(self):
-        self.stats.stop()
+        self.stats = restic_serve.StatsLog(self.metrics, math.inf)
         self.assertEqual(self.tick(active=True), math.inf)
+        self.metrics.begin_period.assert_not_called()
 
 
 class SharesTest(Http2TestCase):
@@ -9397,37 +9401,40 @@ class SharesTest(Http2TestCase):
             more = stack.enter_context(Wire(port))
             status, _, content = more.ask(get('/config'))
             self.assertEqual((status, content), (503, b'too many connections from your address\n'))
-            self.assertEqual(server.connections.admission.admit('10.0.0.1').refusal, '')
+            self.assertEqual(server.connections.admission.admit(Peer('10.0.0.1')).refusal, '')
             server.connections.admission.exempt = lambda name: True
             self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
             server.connections.admission.exempt = lambda name: False
             wires[0].__exit__()
             self.wait_for_room(port)
 
+    def admission(self, limit_each, counters=None, exempt=lambda name: False):
+        metrics = Metrics(counters or Counters(), self.server.api.usage, self.store)
+        return restic_serve.Admission(metrics, exempt, 100, limit_each)
+
     def test_shares_hold_over_all_processes(self):
         counters, admissions = Counters(3), []
         for slot in (1, 2):
             of_process = copy.copy(counters)
             of_process.join(slot)
-            admissions.append(restic_serve.Admission(of_process, 100, 4, lambda name: False))
-        tickets = [admission.admit('2001:db8::1') for admission in 2 * admissions]
+            admissions.append(self.admission(4, of_process))
+        tickets = [admission.admit(Peer('2001:db8::1')) for admission in 2 * admissions]
         self.assertEqual([ticket.refusal for ticket in tickets], [''] * 4)
-        self.assertTrue(admissions[1].admit('2001:db8::2').refusal)     # of the same /64 network
-        self.assertFalse(admissions[1].admit('2001:db8:0:1::1').refusal)
+        self.assertTrue(admissions[1].admit(Peer('2001:db8::2')).refusal)   # of the same /64 network
+        self.assertFalse(admissions[1].admit(Peer('2001:db8:0:1::1')).refusal)
         counters.clear(1)   # a worker has died, and with it its connections
-        self.assertFalse(admissions[1].admit('2001:db8::2').refusal)
+        self.assertFalse(admissions[1].admit(Peer('2001:db8::2')).refusal)
 
     def test_those_that_are_turned_away_keep_no_places(self):
         with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
-            counters = Counters()
-            admission = restic_serve.Admission(counters, 100, 2, lambda name: False)
-            got = [admission.admit('10.0.0.1') for _ in range(10)]
+            admission = self.admission(2)
+            got = [admission.admit(Peer('10.0.0.1')) for _ in range(10)]
             self.assertEqual([ticket and bool(ticket.refusal) for ticket in got],
                              [False, False, True, True] + [None] * 6)
-            self.assertFalse(admission.admit('10.0.0.2').refusal)
+            self.assertFalse(admission.admit(Peer('10.0.0.2')).refusal)
             for ticket in got[:4]:
                 admission.leave(ticket)
-            self.assertFalse(admission.admit('10.0.0.1').refusal)
+            self.assertFalse(admission.admit(Peer('10.0.0.1')).refusal)
 
     def test_a_client_of_http_2_has_as_many_requests_however_many_processes_serve(self):
         server, _ = self.start(max_connections=16)
@@ -9460,10 +9467,11 @@ class SharesTest(Http2TestCase):
 
     def test_who_is_not_bound(self):
         accounts = Accounts(user_header='X', proxies=[restic_serve.parse_network('10.0.0.0/8')])
-        shares = restic_serve.Shares(10, 0, accounts.is_proxy)
+        admission = self.admission(1, exempt=accounts.is_proxy)
         for peer, bound in ((Peer('127.0.0.1'), False), (Peer('::1'), False), (Peer('10.1.2.3'), False),
                             (Peer('unix', unix=True), False), (Peer('11.1.2.3'), True)):
-            self.assertEqual(shares.is_greedy(peer), bound, peer.name)
+            tickets = [admission.admit(peer) for _ in range(2)]
+            self.assertEqual([bool(ticket.refusal) for ticket in tickets], [False, bound], peer.name)
 
 
 class ForwardedClientsTest(ListenerTestCase):
@@ -9480,7 +9488,7 @@ class ForwardedClientsTest(ListenerTestCase):
         server = self.serve(self.api)
         with mock.patch.object(restic_serve.access_log, 'info') as info, \
                 mock.patch.object(restic_serve.access_log, 'isEnabledFor', return_value=True), \
-                Wire(server.listeners[0].server_port) as wire:
+                Wire(server.listeners[0].server_address[1]) as wire:
             status = wire.ask(get('/config', 'X-Forwarded-For: 6.6.6.6, 1.2.3.4', basic('alice', 'no')))[0]
             self.assertEqual(status, 401)
             self.wait_until(lambda: info.called, 'a line in the access log')
@@ -9490,7 +9498,7 @@ class ForwardedClientsTest(ListenerTestCase):
     def test_each_has_a_share_of_its_own(self):
         server = self.serve(self.api, max_connections=100, per_address=2)
         (self.root / 'keys').mkdir()
-        port, credentials = server.listeners[0].server_port, basic('alice', 'secret')
+        port, credentials = server.listeners[0].server_address[1], basic('alice', 'secret')
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(5)]
             for number, wire in enumerate(wires[:4]):
@@ -9505,7 +9513,8 @@ class ForwardedClientsTest(ListenerTestCase):
             self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
             wires[0].sock.shutdown(socket.SHUT_RDWR)
             self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
-        self.wait_until(lambda: not self.api.admission._of_group('1.2.3.1'), 'the end of all shares')
+        self.wait_until(lambda: not any(map(sum, self.api.metrics.counters.read(restic_serve.ADDRESSES))),
+                        'the end of all shares')
 
 
 class ConnectionLimitTest(ListenerTestCase):
@@ -9675,9 +9684,8 @@ class ServerTest(WireTestCase):
         server.serve()
 
     def test_names_of_peers(self):
-        find = restic_serve.find_peer
-        self.assertEqual(str(find(None, ('::ffff:1.2.3.4', 1, 0, 0))), '1.2.3.4')
-        self.assertEqual(str(find(None, ('::1', 1, 0, 0))), '::1')
+        self.assertEqual(restic_serve.host_of('::ffff:1.2.3.4'), '1.2.3.4')
+        self.assertEqual(restic_serve.host_of('::1'), '::1')
         self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
         self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
 
