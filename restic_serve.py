@@ -131,8 +131,6 @@ except (AttributeError, OSError):
 _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0,
             'd': 86400.0, 'w': 7 * 86400.0, 'M': 30 * 86400.0, 'y': 365 * 86400.0}
 _DURATION_PART = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|[smhdwMy])')
-
-
 LATEST_TIME = 253402300799 - 86400     # The last day of the year 9999 but one, for any zone.
 
 
@@ -154,10 +152,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if not match:
         raise ValueError(f'invalid size {text!r}; use 500G, 1.5M, 512k or bytes')
-    count = float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper())
-    if count >= 2 ** 63:
+    size = float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper())
+    if size >= 2 ** 63:
         raise ValueError(f'size {text!r} is too large')
-    return int(count)
+    return int(size)
 
 
 def parse_quota(text: str) -> int:
@@ -196,13 +194,13 @@ def parse_timetable(text: str) -> List[TimetableEntry]:
     return entries
 
 
-def format_size(count: float) -> str:
+def format_size(size: float) -> str:
     """Bytes for people: `0 B`, `999 B`, `1.5 KiB`, `12.0 GiB`."""
     units = ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB']
-    while abs(count) >= 1000 and len(units) > 1:
-        count /= 1024
+    while abs(size) >= 1000 and len(units) > 1:
+        size /= 1024
         units.pop(0)
-    return f'{count:.0f} B' if units[0] == 'B' else f'{count:.1f} {units[0]}'
+    return f'{size:.0f} B' if units[0] == 'B' else f'{size:.1f} {units[0]}'
 
 
 def format_exact(count: int) -> str:
@@ -215,13 +213,12 @@ def format_exact(count: int) -> str:
 
 def format_duration(seconds: float) -> str:
     """A time for people, in its two largest units: `9 s`, `3 m 20 s`, `2 d 5 h`."""
-    left = int(seconds)
-    parts: List[str] = []
+    left, parts = int(seconds), []  # type: int, List[str]
     for unit, size in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
-        if left >= size or (unit == 's' and not parts):
+        if left >= size:
             parts.append(f'{left // size} {unit}')
             left %= size
-    return ' '.join(parts[:2])
+    return ' '.join(parts[:2]) or '0 s'
 
 
 def format_age(seconds: float) -> str:
@@ -232,12 +229,14 @@ def format_age(seconds: float) -> str:
     return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
-def format_count(count: int, word: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A noun as it stands behind a count."""
+    return noun if count == 1 else {'index': 'indexes', 'repository': 'repositories'}.get(noun, f'{noun}s')
+
+
+def format_count(count: int, noun: str) -> str:
     """A count with its noun, such as `2 indexes`."""
-    if count == 1:
-        return f'1 {word}'
-    return f'{count:,} ' + (f'{word[:-1]}ies' if word.endswith('y') and word != 'key' else
-                            f'{word}es' if word.endswith('x') else f'{word}s')
+    return f'{count:,} {plural(count, noun)}'
 
 
 def local_time(seconds: float) -> time.struct_time:
@@ -335,8 +334,6 @@ def parse_header(text: str) -> Tuple[str, str]:
 
 
 _USER = re.compile(r'(?!\.+$)[A-Za-z0-9@._-]{1,255}')
-
-
 # Letters and marks that nobody sees: fillers, joiners, and variation selectors.
 _INVISIBLE = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0]')
 
@@ -511,18 +508,8 @@ def _forwarded_for(element: str) -> str:
 
 def _split_unquoted(text: str, separator: str) -> List[str]:
     """The parts of a text between separators that do not stand in quotes (RFC 9110 5.6.4)."""
-    parts, begin, quoted, escaped = [], 0, False, False
-    for at, letter in enumerate(text):
-        if escaped:
-            escaped = False
-        elif letter == '"':
-            quoted = not quoted
-        elif letter == '\\':
-            escaped = quoted
-        elif letter == separator and not quoted:
-            parts.append(text[begin:at])
-            begin = at + 1
-    return [*parts, text[begin:]]
+    part = rf'{separator}((?:[^"{separator}]|"(?:[^"\\]|\\.?)*"?)*)'
+    return re.findall(part, separator + text)
 
 
 def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
@@ -593,10 +580,9 @@ class Response:
 
     def close(self) -> None:
         """Close the files behind the body."""
-        if not isinstance(self.body, bytes):
-            close = getattr(self.body, 'close', None)
-            if close:
-                close()
+        close = getattr(self.body, 'close', None)
+        if close:
+            close()
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -663,11 +649,8 @@ def _for_log(text: str) -> str:
 def one_line(text: object) -> str:
     """A message as one line: control characters, line separators and those that change the direction of
     writing are escaped."""
-    words = str(text)
-    if words.isprintable():
-        return words
-    return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape', 'replace').decode()
-                   if not '\ud800' <= letter <= '\udfff' else f'\\u{ord(letter):04x}' for letter in words)
+    return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape').decode()
+                   for letter in str(text))
 
 
 HEADER_SLACK = 4096          # Bytes that a header section may exceed --max-header-bytes, as in Go's servers.

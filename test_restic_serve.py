@@ -766,6 +766,11 @@ class UnitsTest(unittest.TestCase):
                               (190000, '2 d 4 h')):
             self.assertEqual(restic_serve.format_duration(seconds), text)
 
+    def test_a_count_has_its_noun_in_the_right_number(self):
+        for count, noun, text in ((1, 'index', '1 index'), (2, 'index', '2 indexes'), (0, 'key', '0 keys'),
+                                  (1234, 'repository', '1,234 repositories')):
+            self.assertEqual(restic_serve.format_count(count, noun), text)
+
     def test_an_error_names_the_value_and_what_would_be_right(self):
         for parse, text in ((restic_serve.parse_duration, '10x'), (restic_serve.parse_duration, ''),
                             (restic_serve.parse_duration, '5s 3m'), (restic_serve.parse_count, '0'),
