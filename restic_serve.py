@@ -1010,6 +1010,15 @@ def _exclusive(folder: Folder) -> Iterator[None]:
         yield
 
 
+def disk_space(path: str) -> Any:
+    """The bytes of a file system, `total` and `free`; None where they are not known."""
+    import shutil
+    try:
+        return shutil.disk_usage(path or os.sep)
+    except OSError:
+        return None
+
+
 # ==== Read ahead =================================================================================
 # On a network file system or a spinning disk each inode costs a round trip, and a thread that asks for one
 # after the other waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read
@@ -2900,6 +2909,7 @@ class Counters:
         self._looked = [_HEADER for _ in range(slots)]
         self._seen = [0 for _ in range(slots)]
         self._full = False
+        self.on_moved: Callable[[], None] = lambda: None    # called when rows of this process have moved
         self.join(0)
 
     def join(self, slot: int) -> None:
@@ -3013,6 +3023,7 @@ class Counters:
         rows = [(key, row.tolist()) for rows in self._rows[self._own].values() for key, row in rows.items()
                 if key not in done and self._counts(self._own, key)]
         rows.sort(key=lambda item: item[0][0] not in _OF_REPOSITORIES)  # bounded ones first
+        self.on_moved()
         self._words[begin + _GENERATION] += 1
         self._words[begin + _USED] = 0
         self._words[begin + _CLEANED] = self._words[self._epoch]
@@ -3603,6 +3614,8 @@ Count = collections.namedtuple('Count', [
 Holdings = collections.namedtuple('Holdings', [
     'bytes', 'objects', 'last_snapshot', 'days', 'snapshots', 'unreadable', 'kept', 'kept_bytes',
     'deleted'])
+# Bytes that a quota's scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none.
+Quota = collections.namedtuple('Quota', ['held', 'reserved', 'limit'])
 
 
 def charge_of(size: int) -> int:
@@ -4011,12 +4024,12 @@ class Usage:
         """The scopes of a repository that have a limit now."""
         return list(filter(self.limits.limit, self.scopes(repository)))
 
-    def quota(self, scope: str) -> Tuple[int, int, int]:
-        """Bytes that a scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none."""
+    def quota(self, scope: str) -> Quota:
+        """What is known of a quota's scope."""
         # An upload that ends moves from reserved to delta; reading in this order never misses it.
         reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
-        return baseline + delta, reserved, self.limits.limit(scope)
+        return Quota(baseline + delta, reserved, self.limits.limit(scope))
 
     def refuse(self, location: Location, count: int) -> NoReturn:
         """Raises HttpError 507 for an upload of `count` bytes; logged once in WARNING_SECONDS."""
@@ -4048,10 +4061,10 @@ class Usage:
         until = self.past.until(oldest) if oldest else ''
         return f'; {format_size(kept)} of that are deleted objects, the first of which expire on {until}'
 
-    def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
-        """Bytes held and the limit, by the scopes of some repositories."""
+    def quotas(self, repositories: Iterable[str]) -> Dict[str, Quota]:
+        """The quotas of some repositories, by their scopes."""
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
-        return {scope: self.quota(scope)[::2] for scope in sorted(scopes)}
+        return {scope: self.quota(scope) for scope in sorted(scopes)}
 
     def is_free(self, location: Location, length: Optional[int]) -> bool:
         """Whether an upload is not charged: restic needs a lock to read and to delete, also where the
@@ -5239,9 +5252,15 @@ LOGINS = 'too many logins from your address'
 LIMITED_SECONDS = 60         # Time between two lines about the same limit.
 LIMITED_ADDRESSES = 10       # Addresses in such a line.
 REMEMBERED = 1024            # Addresses that are counted between two lines.
+KEPT_ROWS = 1024             # Rows of Counters that are found without asking it.
 
 METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+# What happened since the start: requests, errors among them, objects and bytes received and sent.
+Activity = collections.namedtuple('Activity', [
+    'requests', 'errors', 'received', 'received_bytes', 'sent', 'sent_bytes'])
 
 
 class Metrics:
@@ -5259,6 +5278,9 @@ class Metrics:
         self._usage = usage
         self._store = store
         self._begin = time.time()
+        # Some of this process's rows: by method and status, and by user, repository and type.
+        self._rows: Dict[Tuple[object, ...], memoryview] = {}
+        counters.on_moved = self._rows.clear
         self._reported = self._activity()   # as of the last line
         self._reported_at = time.monotonic()
         self._exposing = threading.Lock()
@@ -5266,28 +5288,45 @@ class Metrics:
         self._limited: Dict[str, collections.Counter[str]] = {}     # not logged yet, by limit and address
         self._logged_at: Dict[str, float] = {}  # when a limit was last logged
 
+    def join(self, slot: int) -> None:
+        """Count in a `slot` of the Counters from now on, as one of several processes."""
+        self._rows.clear()
+        self.counters.join(slot)
+
     def count(self, request: Request, status: int, sent: int) -> None:
         """Count a request that was answered with `sent` bytes of content."""
         method = request.method if request.method in METHODS else 'other'
-        seconds = time.monotonic() - request.begun
-        counters, location = self.counters, request.location
-        with counters.lock:
-            row = counters.row(('request', method, str(status)), 2 + len(SECONDS))
+        seconds, location = time.monotonic() - request.begun, request.location
+        with self.counters.lock:
+            row = self._rows.get((method, status)) or self._row_of_requests(method, status)
             row[0] += int(seconds * 1e6)
             row[1 + bisect.bisect_left(SECONDS, seconds)] += 1
-            if location and method == 'GET' and status in (200, 206):
-                self._count_blob(request, location, self.READ, sent)
+            if location and location.name and method == 'GET' and status in (200, 206):
+                blob = request.user, location.repository, location.kind
+                row = self._rows.get(blob) or self._row_of_blobs(blob)
+                row[self.READ] += 1
+                row[self.READ + 1] += sent
 
     def count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
-        """Count a blob that was WRITTEN, READ or DELETED."""
-        with self.counters.lock:
-            self._count_blob(request, location, what, size)
-
-    def _count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
+        """Count a blob that was WRITTEN or DELETED; count() does what was READ."""
         if location.name:
-            row = self.counters.row(('blob', request.user, location.repository, location.kind), 6)
-            row[what] += 1
-            row[what + 1] += size
+            blob = request.user, location.repository, location.kind
+            with self.counters.lock:
+                row = self._rows.get(blob) or self._row_of_blobs(blob)
+                row[what] += 1
+                row[what + 1] += size
+
+    def _row_of_requests(self, method: str, status: int) -> memoryview:
+        row = self._rows[method, status] = self.counters.row(
+            ('request', method, str(status)), 2 + len(SECONDS))
+        return row
+
+    def _row_of_blobs(self, blob: Tuple[str, str, str]) -> memoryview:
+        row = self.counters.row(('blob', *blob), 6)
+        if len(self._rows) >= KEPT_ROWS:
+            self._rows.clear()
+        self._rows[blob] = row
+        return row
 
     def connections(self) -> int:
         """Connections that are being served."""
@@ -5334,70 +5373,52 @@ class Metrics:
         """A summary since the last line.  Without `final` the next line includes it again."""
         activity, now = self._activity(), time.monotonic()
         seconds = max(now - self._reported_at, 0.001)
-        requests, errors, received, received_bytes, sent, sent_bytes = (
-            new - old for new, old in zip(activity, self._reported))
-        connections = self.connections()
+        new = Activity(*map(operator.sub, activity, self._reported))
         if final:
             self._reported, self._reported_at = activity, now
-        return (f'in {format_duration(seconds)}: sent {format_size(sent_bytes)} in {sent} objects '
-                f'({format_size(sent_bytes / seconds)}/s), received {format_size(received_bytes)} in '
-                f'{received} objects ({format_size(received_bytes / seconds)}/s), {requests} requests '
-                f'({requests / seconds:.1f}/s), {errors} error{"s" * (errors != 1)}; '
-                f'{connections} connection{"s" * (connections != 1)}')
+        connections = self.connections()
+        return (f'in {format_duration(seconds)}: sent {format_size(new.sent_bytes)} in {new.sent} objects '
+                f'({format_size(new.sent_bytes / seconds)}/s), received {format_size(new.received_bytes)} in '
+                f'{new.received} objects ({format_size(new.received_bytes / seconds)}/s), {new.requests} '
+                f'requests ({new.requests / seconds:.1f}/s), {new.errors} {plural(new.errors, "error")}; '
+                f'{connections} {plural(connections, "connection")}')
 
-    def _activity(self) -> List[int]:
-        """Requests, errors among them, objects and bytes received, objects and bytes sent."""
-        activity = [0] * 6
-        for (_, _, status), (_, *numbers) in self.counters.find('request').items():
-            count = sum(numbers)
-            activity[0] += count
+    def _activity(self) -> Activity:
+        requests = errors = 0
+        for (_, _, status), (_, *histogram) in self.counters.find('request').items():
+            requests += sum(histogram)
             # restic looks for objects that need not exist.
-            activity[1] += count if int(status) >= 400 and status != '404' else 0
-        for blob in self.counters.find('blob').values():
-            for i in range(4):
-                activity[2 + i] += blob[i]
-        return activity
+            errors += sum(histogram) if int(status) >= 400 and status != '404' else 0
+        blobs = [sum(numbers) for numbers in zip(*self.counters.find('blob').values())] or [0] * 6
+        return Activity(requests, errors, *blobs[self.WRITTEN:self.DELETED])
 
     # ---- for Prometheus ----
 
     def exposition(self, shows: Optional[Callable[[str], bool]] = None, of_server: bool = True) -> str:
-        """All metrics in the text format, or those of the repositories and quotas that it `shows`, and
-        perhaps of the server.  One thread at a time computes them."""
+        """The metrics of repositories and quotas, all of them or those that it `shows`, and perhaps those of
+        the server, in the text format.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
             facts = self._facts()
             if shows:
                 facts = facts._replace(
                     blobs={key: row for key, row in facts.blobs.items() if shows(key[2])},
-                    repositories={name: held for name, held in facts.repositories.items() if shows(name)},
+                    repositories={name: item for name, item in facts.repositories.items() if shows(name)},
                     scrubs={name: result for name, result in facts.scrubs.items() if shows(name)},
                     quotas={scope: quota for scope, quota in facts.quotas.items()
                             if shows(f'/{scope}' if scope else '')})
-            return ''.join(line for family in _FAMILIES if of_server or not family.of_server
-                           for line in family.lines(facts))
+            families = (*_SERVER_FAMILIES, *_REPOSITORY_FAMILIES) if of_server else _REPOSITORY_FAMILIES
+            return ''.join(line for family in families for line in family.lines(facts))
 
     def _facts(self) -> Facts:
-        repositories = self._usage.repositories()
-        return Facts(self.counters.find('blob'), self.counters.find('request'), self.counters.find('limited'),
-                     self.counters.find('event'),
-                     self.connections(), self._begin, repositories, last_scrubs(self._store),
-                     self._usage.quotas(repositories), self.counters.total(REFUSED_LOGINS, 1)[0],
-                     self._disk())
+        repositories, find = self._usage.repositories(), self.counters.find
+        return Facts(find('blob'), find('request'), find('limited'), find('event'), self.connections(),
+                     self._begin, repositories, last_scrubs(self._store), self._usage.quotas(repositories),
+                     self.counters.total(REFUSED_LOGINS, 1)[0], disk_space(self._store.root))
 
-    def _disk(self) -> List[int]:
-        """Bytes of the disk in all, and free ones; empty where that is not known."""
-        import shutil
-        with contextlib.suppress(OSError):
-            usage = shutil.disk_usage(self._store.root or os.sep)
-            return [usage.total, usage.free]
-        return []
-
-
-# What may happen, for Events to tell.
-EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')
 
 # What the metrics are computed from: rows of Counters, repositories, scrubs and quotas by name, logins that
-# were refused, and the disk's bytes.
+# were refused, and the disk's bytes, None where they are not known.
 Facts = collections.namedtuple('Facts', [
     'blobs', 'requests', 'limited', 'events', 'connections', 'begin', 'repositories', 'scrubs', 'quotas',
     'refused_logins', 'disk'])
@@ -5405,12 +5426,10 @@ Facts = collections.namedtuple('Facts', [
 
 class Family:
     """A metric.  `samples` yields labels and values from Facts, preceded by a suffix of the name where the
-    type has some.  It is of the repositories, or `of_server`."""
+    type has some."""
 
-    def __init__(self, name: str, kind: str, help_text: str, samples: Samples, of_server: bool = False
-                 ) -> None:
+    def __init__(self, name: str, kind: str, help_text: str, samples: Samples) -> None:
         self._name = name
-        self.of_server = of_server
         self._head = f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n'
         self._samples = samples
 
@@ -5421,13 +5440,6 @@ class Family:
             text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
             yield f'{head}{"".join([self._name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
             head = ''
-
-
-def _blobs(at: int) -> Samples:
-    """Samples of one number of the rows `blob`."""
-    return lambda facts: (
-        ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[at])
-        for (_, user, repository, kind), row in facts.blobs.items() if row[at & ~1])
 
 
 def _durations(facts: Facts) -> Iterator[Sample]:
@@ -5442,82 +5454,85 @@ def _durations(facts: Facts) -> Iterator[Sample]:
         yield '_count', {'method': method}, sum(counts)
 
 
-def _repositories(value: Callable[[Holdings], float]) -> Samples:
-    """Samples of a number of each repository, unless it is 0."""
-    return lambda facts: (({'repo': repository_label(name)}, value(held))
-                          for name, held in facts.repositories.items() if value(held))
+def _counted(kind: str, label: str) -> Samples:
+    """The first number of rows of Counters, by the word in their keys."""
+    return lambda facts: (({label: word}, row[0]) for (_, word), row in getattr(facts, kind).items())
 
 
-def _scrubs(at: int) -> Samples:
-    """Samples of one field of each repository's ScrubResult."""
-    return lambda facts: (({'repo': repository_label(name)}, result[at])
-                          for name, result in facts.scrubs.items())
+def _blobs(what: int, in_bytes: bool = False) -> Samples:
+    """Blobs that were WRITTEN, READ or DELETED, or their bytes."""
+    return lambda facts: (
+        ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[what + in_bytes])
+        for (_, user, repository, kind), row in facts.blobs.items() if row[what])
 
 
-def _quotas(at: int) -> Samples:
-    return lambda facts: (({'folder': scope}, quota[at]) for scope, quota in facts.quotas.items())
+def _of_each(kind: str, field: str) -> Samples:
+    """A field of the Holdings or the ScrubResult of each repository."""
+    return lambda facts: (({'repo': repository_label(name)}, getattr(item, field))
+                          for name, item in getattr(facts, kind).items())
 
 
-_FAMILIES = (
-    # As rest-server has them
-    Family('rest_server_blob_write_total', 'counter', 'Total number of blobs written', _blobs(0)),
-    Family('rest_server_blob_write_bytes_total', 'counter', 'Total number of bytes of blobs written',
-           _blobs(1)),
-    Family('rest_server_blob_read_total', 'counter', 'Total number of blobs read', _blobs(2)),
-    Family('rest_server_blob_read_bytes_total', 'counter', 'Total number of bytes of blobs read', _blobs(3)),
-    Family('rest_server_blob_delete_total', 'counter', 'Total number of blobs deleted', _blobs(4)),
-    Family('rest_server_blob_delete_bytes_total', 'counter', 'Total number of bytes of blobs deleted',
-           _blobs(5)),
-
+_SERVER_FAMILIES = (
     Family('restic_serve_requests_total', 'counter', 'Requests answered.', lambda facts: (
         ({'method': method, 'status': status}, sum(row[1:]))
-        for (_, method, status), row in facts.requests.items()), of_server=True),
+        for (_, method, status), row in facts.requests.items())),
     Family('restic_serve_request_duration_seconds', 'histogram',
-           "Time from the end of a request's header to the end of its answer.", _durations, of_server=True),
-    Family('restic_serve_connections', 'gauge', 'Connections that are open.', lambda facts: [
-        ({}, facts.connections)], of_server=True),
+           "Time from the end of a request's header to the end of its answer.", _durations),
+    Family('restic_serve_connections', 'gauge', 'Connections that are open.',
+           lambda facts: [({}, facts.connections)]),
     Family('restic_serve_limited_total', 'counter', 'Requests and connections closed or rejected by a limit.',
-           lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items()),
-           of_server=True),
+           _counted('limited', 'limit')),
     Family('restic_serve_events_total', 'counter', 'Events, as passed to --on-event.',
-           lambda facts: (({'event': kind}, facts.events.get(('event', kind), [0])[0]) for kind in EVENTS),
-           of_server=True),
+           _counted('events', 'event')),
     Family('restic_serve_refused_logins_total', 'counter', 'Logins with a wrong user or password.',
-           lambda facts: [({}, facts.refused_logins)], of_server=True),
-    Family('restic_serve_disk_bytes', 'gauge', 'Size of the file system that holds DIR.', lambda facts: [
-        ({}, total) for total in facts.disk[:1]], of_server=True),
+           lambda facts: [({}, facts.refused_logins)]),
+    Family('restic_serve_disk_bytes', 'gauge', 'Size of the file system that holds DIR.',
+           lambda facts: [({}, facts.disk.total)] if facts.disk else []),
     Family('restic_serve_disk_free_bytes', 'gauge', 'Free space on the file system that holds DIR.',
-           lambda facts: [({}, free) for free in facts.disk[1:]], of_server=True),
-    Family('restic_serve_start_time_seconds', 'gauge', 'Start time of the server.', lambda facts: [
-        ({}, int(facts.begin))], of_server=True),
+           lambda facts: [({}, facts.disk.free)] if facts.disk else []),
+    Family('restic_serve_start_time_seconds', 'gauge', 'Start time of the server.',
+           lambda facts: [({}, int(facts.begin))]),
     Family('restic_serve_build_info', 'gauge', 'The version of the server.', lambda facts: [
-        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)], of_server=True),
+        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]),
+)
+_REPOSITORY_FAMILIES = (
+    # As rest-server has them
+    Family('rest_server_blob_write_total', 'counter', 'Total number of blobs written',
+           _blobs(Metrics.WRITTEN)),
+    Family('rest_server_blob_write_bytes_total', 'counter', 'Total number of bytes of blobs written',
+           _blobs(Metrics.WRITTEN, True)),
+    Family('rest_server_blob_read_total', 'counter', 'Total number of blobs read', _blobs(Metrics.READ)),
+    Family('rest_server_blob_read_bytes_total', 'counter', 'Total number of bytes of blobs read',
+           _blobs(Metrics.READ, True)),
+    Family('rest_server_blob_delete_total', 'counter', 'Total number of blobs deleted',
+           _blobs(Metrics.DELETED)),
+    Family('rest_server_blob_delete_bytes_total', 'counter', 'Total number of bytes of blobs deleted',
+           _blobs(Metrics.DELETED, True)),
 
-    Family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.', lambda facts: (
-        ({'repo': repository_label(name)}, held.bytes) for name, held in facts.repositories.items())),
+    Family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.',
+           _of_each('repositories', 'bytes')),
     Family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', lambda facts: (
         ({'repo': repository_label(name), 'type': kind}, count)
-        for name, held in facts.repositories.items() for kind, count in held.objects.items())),
+        for name, holdings in facts.repositories.items() for kind, count in holdings.objects.items())),
     Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge', 'Time of the last snapshot.',
-           _repositories(operator.attrgetter('last_snapshot'))),
+           lambda facts: (({'repo': repository_label(name)}, holdings.last_snapshot)
+                          for name, holdings in facts.repositories.items() if holdings.last_snapshot)),
     Family('restic_serve_repository_deleted_kept_bytes', 'gauge', 'Bytes of deleted objects that are kept.',
-           lambda facts: (({'repo': repository_label(name)}, held.kept_bytes)
-                          for name, held in facts.repositories.items())),
+           _of_each('repositories', 'kept_bytes')),
     Family('restic_serve_repository_deleted_kept_objects', 'gauge', 'Deleted objects that are kept.',
-           lambda facts: (({'repo': repository_label(name)}, held.kept)
-                          for name, held in facts.repositories.items())),
+           _of_each('repositories', 'kept')),
     Family('restic_serve_repository_deleted_last_day_objects', 'gauge',
-           'Objects deleted in the last day that are kept.',
-           lambda facts: (({'repo': repository_label(name)}, held.deleted)
-                          for name, held in facts.repositories.items())),
+           'Objects deleted in the last day that are kept.', _of_each('repositories', 'deleted')),
     Family('restic_serve_repository_scrub_timestamp_seconds', 'gauge', 'Time of the last scrub.',
-           _scrubs(0)),
+           _of_each('scrubs', 'time')),
     Family('restic_serve_repository_scrub_checked_objects', 'gauge', 'Objects that the last --scrub read.',
-           _scrubs(1)),
+           _of_each('scrubs', 'checked')),
     Family('restic_serve_repository_scrub_damaged_objects', 'gauge',
-           'Objects that the last --scrub found damaged.', _scrubs(2)),
-    Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes stored under the quota.', _quotas(0)),
-    Family('restic_serve_quota_limit_bytes', 'gauge', 'Limit of the quota.', _quotas(1)),
+           'Objects that the last --scrub found damaged.', _of_each('scrubs', 'damaged')),
+    Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes stored under the quota.', lambda facts: (
+        ({'folder': scope}, quota.held) for scope, quota in facts.quotas.items())),
+    Family('restic_serve_quota_limit_bytes', 'gauge', 'Limit of the quota.', lambda facts: (
+        ({'folder': scope}, quota.limit) for scope, quota in facts.quotas.items())),
 )
 
 
@@ -5594,8 +5609,8 @@ class Watch:
 
     def _is_full(self, scope: str) -> bool:
         """Whether a quota's scope is nearly full.  Many repositories share one."""
-        used, _, limit = self._usage.quota(scope)
-        return used >= NEARLY_FULL * limit
+        quota = self._usage.quota(scope)
+        return bool(quota.held >= NEARLY_FULL * quota.limit)
 
     def snapshots(self, name: str) -> Tuple[List[Snapshot], bool]:
         """The snapshots of a repository by time, and whether what came with each is known: not where that
@@ -5663,6 +5678,7 @@ QUEUED_BY_CLIENTS = 500      # Of these, events that a client causes as often as
 NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
 REFUSED_SECONDS = 60         # Time between two events of refused deletes from one process ...
 REFUSED_PAUSE = 3600         # ... and in one repository.
+EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
 _BY_CLIENTS = ('snapshot', 'refused')
 # `repository` is a path, None for what is about none.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message'])
@@ -5694,7 +5710,7 @@ class Events:
         self._reported = ReportedEvents(store)
         import mmap
         self._is_gone = mmap.mmap(-1, 1)    # whether it was reported, for all processes
-        for kind in EVENTS if command else ('snapshot', 'deleted', 'refused'):
+        for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
     def __bool__(self) -> bool:
@@ -5901,10 +5917,10 @@ class Events:
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
-        import shutil
-        rooms = {f'/{scope}': room for scope, room in self._usage.quotas(repositories).items()}
-        with contextlib.suppress(OSError):
-            disk = shutil.disk_usage(self._store.root or os.sep)
+        rooms = {f'/{scope}': (quota.held, quota.limit)
+                 for scope, quota in self._usage.quotas(repositories).items()}
+        disk = disk_space(self._store.root)
+        if disk:
             rooms[''] = disk.total - disk.free, disk.total
         for place, (held, limit) in rooms.items():
             if held >= NEARLY_FULL * limit and self._reported.value('full', place) is None:
@@ -6219,11 +6235,8 @@ class Page:
             parts += [format_size(sum(one.held.bytes for one in shown)),
                       _bad(count_troubles(shown)) if any(one.troubles for one in shown) else 'all is well']
         line = ', '.join(parts)
-        with contextlib.suppress(OSError):
-            if not visit.sees_disk or self._fault():
-                raise FileNotFoundError
-            import shutil
-            disk = shutil.disk_usage(self._store.root or os.sep)
+        disk = disk_space(self._store.root) if visit.sees_disk and not self._fault() else None
+        if disk:
             free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
             line += '; ' + (_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free)
         if not fresh:
@@ -6232,7 +6245,8 @@ class Page:
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
         """Bars of the quotas of repositories that the visitor may know of."""
-        bars = ''.join(_quota(scope, *quota) for scope, quota in self._usage.quotas(repositories).items()
+        quotas = self._usage.quotas(repositories)
+        bars = ''.join(_quota(scope, quota.held, quota.limit) for scope, quota in quotas.items()
                        if visit.right(f'/{scope}' if scope else '') != NONE)
         return f'<div class="quotas">{bars}</div>' if bars else ''
 
@@ -10887,7 +10901,7 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     """Serve as one of several processes, with `slot` of the Counters.  `control` delivers signals as their
     numbers, and its end means that the parent has died."""
     counters = server.api.metrics.counters
-    counters.join(slot)
+    server.api.metrics.join(slot)
     counters.add(CONNECTIONS, 0, 0)
     reload_log.disabled = slot != 1
     pin_process(slot)

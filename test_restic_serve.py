@@ -5484,7 +5484,7 @@ class MetricsTest(WatchedTestCase):
         self.ask(get(path))
         self.ask(get('/config'))
         self.ask(get('/../config'))
-        self.wait_until(lambda: self.metrics._activity()[0] == 4, 'the four requests')
+        self.wait_until(lambda: ' 4 requests' in self.metrics.line(final=False), 'the four requests')
         line = (r'in \d+ s: sent 4\.9 KiB in 1 objects \([\d.]+ [KM]?i?B/s\), received 4\.9 KiB in 1 objects '
                 r'\([\d.]+ [KM]?i?B/s\), 4 requests \([\d.]+/s\), 1 error; \d connections?')
         self.assertRegex(self.metrics.line(final=False), f'^{line}$')
