@@ -5298,12 +5298,13 @@ class Metrics:
         method = request.method if request.method in METHODS else 'other'
         seconds, location = time.monotonic() - request.begun, request.location
         with self.counters.lock:
-            row = self._rows.get((method, status)) or self._row_of_requests(method, status)
+            row = self._rows.get((method, status)) or self._keep(
+                (method, status), ('request', method, str(status)), 2 + len(SECONDS))
             row[0] += int(seconds * 1e6)
             row[1 + bisect.bisect_left(SECONDS, seconds)] += 1
             if location and location.name and method == 'GET' and status in (200, 206):
                 blob = request.user, location.repository, location.kind
-                row = self._rows.get(blob) or self._row_of_blobs(blob)
+                row = self._rows.get(blob) or self._keep(blob, ('blob', *blob), 6)
                 row[self.READ] += 1
                 row[self.READ + 1] += sent
 
@@ -5312,20 +5313,16 @@ class Metrics:
         if location.name:
             blob = request.user, location.repository, location.kind
             with self.counters.lock:
-                row = self._rows.get(blob) or self._row_of_blobs(blob)
+                row = self._rows.get(blob) or self._keep(blob, ('blob', *blob), 6)
                 row[what] += 1
                 row[what + 1] += size
 
-    def _row_of_requests(self, method: str, status: int) -> memoryview:
-        row = self._rows[method, status] = self.counters.row(
-            ('request', method, str(status)), 2 + len(SECONDS))
-        return row
-
-    def _row_of_blobs(self, blob: Tuple[str, str, str]) -> memoryview:
-        row = self.counters.row(('blob', *blob), 6)
+    def _keep(self, shorter: Tuple[object, ...], key: Key, width: int) -> memoryview:
+        """A row of Counters, to be found in `_rows` from now on."""
+        row = self.counters.row(key, width)
         if len(self._rows) >= KEPT_ROWS:
             self._rows.clear()
-        self._rows[blob] = row
+        self._rows[shorter] = row
         return row
 
     def connections(self) -> int:
@@ -5342,22 +5339,19 @@ class Metrics:
     def log_limited(self, at_once: bool = False) -> float:
         """Log what limits have ended or refused, each once in LIMITED_SECONDS; seconds until there is more
         to log."""
-        now, lines, wait = time.monotonic(), [], math.inf
+        now = time.monotonic()
         with self._lock:
-            for limit in list(self._limited):
-                left = self._logged_at.get(limit, -math.inf) + LIMITED_SECONDS - now
-                if left <= 0 or at_once:
-                    lines.append((limit, self._limited.pop(limit)))
-                    self._logged_at[limit] = now
-                else:
-                    wait = min(wait, left)
-        for limit, by_address in lines:
+            waits = {limit: self._logged_at.get(limit, -math.inf) + LIMITED_SECONDS - now
+                     for limit in self._limited}
+            due = {limit: self._limited.pop(limit) for limit, wait in waits.items() if wait <= 0 or at_once}
+            self._logged_at.update(dict.fromkeys(due, now))
+        for limit, by_address in due.items():
             listed = by_address.most_common(LIMITED_ADDRESSES)
             rest = len(by_address) - len(listed)
             log.warning('%s: closed or rejected %d, from %s', limit, sum(by_address.values()), ', '.join(
                 f'{address or "unix"} ({count})' for address, count in listed)
                 + (f' and {rest} more' if rest else ''))
-        return wait
+        return min((wait for limit, wait in waits.items() if limit not in due), default=math.inf)
 
     # ---- for the log ----
 
@@ -5425,10 +5419,11 @@ Facts = collections.namedtuple('Facts', [
 
 
 class Family:
-    """A metric.  `samples` yields labels and values from Facts, preceded by a suffix of the name where the
-    type has some."""
+    """A metric: by its name a counter or a gauge, or a histogram.  `samples` yields labels and values from
+    Facts, for a histogram preceded by a suffix of the name."""
 
-    def __init__(self, name: str, kind: str, help_text: str, samples: Samples) -> None:
+    def __init__(self, name: str, help_text: str, samples: Samples, kind: str = '') -> None:
+        kind = kind or ('counter' if name.endswith('_total') else 'gauge')
         self._name = name
         self._head = f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n'
         self._samples = samples
@@ -5467,72 +5462,66 @@ def _blobs(what: int, in_bytes: bool = False) -> Samples:
 
 
 def _of_each(kind: str, field: str) -> Samples:
-    """A field of the Holdings or the ScrubResult of each repository."""
-    return lambda facts: (({'repo': repository_label(name)}, getattr(item, field))
-                          for name, item in getattr(facts, kind).items())
+    """A field of the Holdings or the ScrubResult of each repository, or of each Quota."""
+    return lambda facts: (
+        ({'folder': name} if kind == 'quotas' else {'repo': repository_label(name)}, getattr(item, field))
+        for name, item in getattr(facts, kind).items())
 
 
 _SERVER_FAMILIES = (
-    Family('restic_serve_requests_total', 'counter', 'Requests answered.', lambda facts: (
+    Family('restic_serve_requests_total', 'Requests answered.', lambda facts: (
         ({'method': method, 'status': status}, sum(row[1:]))
         for (_, method, status), row in facts.requests.items())),
-    Family('restic_serve_request_duration_seconds', 'histogram',
-           "Time from the end of a request's header to the end of its answer.", _durations),
-    Family('restic_serve_connections', 'gauge', 'Connections that are open.',
+    Family('restic_serve_request_duration_seconds',
+           "Time from the end of a request's header to the end of its answer.", _durations, 'histogram'),
+    Family('restic_serve_connections', 'Connections that are open.',
            lambda facts: [({}, facts.connections)]),
-    Family('restic_serve_limited_total', 'counter', 'Requests and connections closed or rejected by a limit.',
+    Family('restic_serve_limited_total', 'Requests and connections closed or rejected by a limit.',
            _counted('limited', 'limit')),
-    Family('restic_serve_events_total', 'counter', 'Events, as passed to --on-event.',
-           _counted('events', 'event')),
-    Family('restic_serve_refused_logins_total', 'counter', 'Logins with a wrong user or password.',
+    Family('restic_serve_events_total', 'Events, as passed to --on-event.', _counted('events', 'event')),
+    Family('restic_serve_refused_logins_total', 'Logins with a wrong user or password.',
            lambda facts: [({}, facts.refused_logins)]),
-    Family('restic_serve_disk_bytes', 'gauge', 'Size of the file system that holds DIR.',
+    Family('restic_serve_disk_bytes', 'Size of the file system that holds DIR.',
            lambda facts: [({}, facts.disk.total)] if facts.disk else []),
-    Family('restic_serve_disk_free_bytes', 'gauge', 'Free space on the file system that holds DIR.',
+    Family('restic_serve_disk_free_bytes', 'Free space on the file system that holds DIR.',
            lambda facts: [({}, facts.disk.free)] if facts.disk else []),
-    Family('restic_serve_start_time_seconds', 'gauge', 'Start time of the server.',
+    Family('restic_serve_start_time_seconds', 'Start time of the server.',
            lambda facts: [({}, int(facts.begin))]),
-    Family('restic_serve_build_info', 'gauge', 'The version of the server.', lambda facts: [
+    Family('restic_serve_build_info', 'The version of the server.', lambda facts: [
         ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]),
 )
 _REPOSITORY_FAMILIES = (
     # As rest-server has them
-    Family('rest_server_blob_write_total', 'counter', 'Total number of blobs written',
-           _blobs(Metrics.WRITTEN)),
-    Family('rest_server_blob_write_bytes_total', 'counter', 'Total number of bytes of blobs written',
+    Family('rest_server_blob_write_total', 'Total number of blobs written', _blobs(Metrics.WRITTEN)),
+    Family('rest_server_blob_write_bytes_total', 'Total number of bytes of blobs written',
            _blobs(Metrics.WRITTEN, True)),
-    Family('rest_server_blob_read_total', 'counter', 'Total number of blobs read', _blobs(Metrics.READ)),
-    Family('rest_server_blob_read_bytes_total', 'counter', 'Total number of bytes of blobs read',
+    Family('rest_server_blob_read_total', 'Total number of blobs read', _blobs(Metrics.READ)),
+    Family('rest_server_blob_read_bytes_total', 'Total number of bytes of blobs read',
            _blobs(Metrics.READ, True)),
-    Family('rest_server_blob_delete_total', 'counter', 'Total number of blobs deleted',
-           _blobs(Metrics.DELETED)),
-    Family('rest_server_blob_delete_bytes_total', 'counter', 'Total number of bytes of blobs deleted',
+    Family('rest_server_blob_delete_total', 'Total number of blobs deleted', _blobs(Metrics.DELETED)),
+    Family('rest_server_blob_delete_bytes_total', 'Total number of bytes of blobs deleted',
            _blobs(Metrics.DELETED, True)),
 
-    Family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.',
-           _of_each('repositories', 'bytes')),
-    Family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', lambda facts: (
+    Family('restic_serve_repository_bytes', 'Bytes of all objects.', _of_each('repositories', 'bytes')),
+    Family('restic_serve_repository_objects', 'Objects of each type.', lambda facts: (
         ({'repo': repository_label(name), 'type': kind}, count)
         for name, holdings in facts.repositories.items() for kind, count in holdings.objects.items())),
-    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge', 'Time of the last snapshot.',
-           lambda facts: (({'repo': repository_label(name)}, holdings.last_snapshot)
-                          for name, holdings in facts.repositories.items() if holdings.last_snapshot)),
-    Family('restic_serve_repository_deleted_kept_bytes', 'gauge', 'Bytes of deleted objects that are kept.',
+    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'Time of the last snapshot.',
+           lambda facts: filter(operator.itemgetter(1), _of_each('repositories', 'last_snapshot')(facts))),
+    Family('restic_serve_repository_deleted_kept_bytes', 'Bytes of deleted objects that are kept.',
            _of_each('repositories', 'kept_bytes')),
-    Family('restic_serve_repository_deleted_kept_objects', 'gauge', 'Deleted objects that are kept.',
+    Family('restic_serve_repository_deleted_kept_objects', 'Deleted objects that are kept.',
            _of_each('repositories', 'kept')),
-    Family('restic_serve_repository_deleted_last_day_objects', 'gauge',
+    Family('restic_serve_repository_deleted_last_day_objects',
            'Objects deleted in the last day that are kept.', _of_each('repositories', 'deleted')),
-    Family('restic_serve_repository_scrub_timestamp_seconds', 'gauge', 'Time of the last scrub.',
+    Family('restic_serve_repository_scrub_timestamp_seconds', 'Time of the last scrub.',
            _of_each('scrubs', 'time')),
-    Family('restic_serve_repository_scrub_checked_objects', 'gauge', 'Objects that the last --scrub read.',
+    Family('restic_serve_repository_scrub_checked_objects', 'Objects that the last --scrub read.',
            _of_each('scrubs', 'checked')),
-    Family('restic_serve_repository_scrub_damaged_objects', 'gauge',
-           'Objects that the last --scrub found damaged.', _of_each('scrubs', 'damaged')),
-    Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes stored under the quota.', lambda facts: (
-        ({'folder': scope}, quota.held) for scope, quota in facts.quotas.items())),
-    Family('restic_serve_quota_limit_bytes', 'gauge', 'Limit of the quota.', lambda facts: (
-        ({'folder': scope}, quota.limit) for scope, quota in facts.quotas.items())),
+    Family('restic_serve_repository_scrub_damaged_objects', 'Objects that the last --scrub found damaged.',
+           _of_each('scrubs', 'damaged')),
+    Family('restic_serve_quota_used_bytes', 'Bytes stored under the quota.', _of_each('quotas', 'held')),
+    Family('restic_serve_quota_limit_bytes', 'Limit of the quota.', _of_each('quotas', 'limit')),
 )
 
 
