@@ -5538,21 +5538,65 @@ def _label(text: str) -> str:
 
 
 # ==== Watch ======================================================================================
-# What is wrong with the repositories: decided here, for pages, report and events.
+# What is wrong with the repositories, and how it is said: decided here, for pages, report and events.
 
 LOCK_SECONDS = 86400         # Age from which a lock is stale.
 LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
-DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (
+DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
     'damaged', 'unreadable', 'overdue', 'locked', 'nearly full')
-# A repository: its path, what it holds, the result of the last scrub or None, the times of its locks or None
-# if they cannot be read, and what is wrong with it, each since a time.
-Watched = collections.namedtuple('Watched', ['name', 'held', 'scrub', 'locks', 'troubles'])
-
-
 # A snapshot of a repository: when it came, its name, and the bytes that came since the one before and are
-# still there.
+# still there, None where they are not known.
 Snapshot = collections.namedtuple('Snapshot', ['time', 'name', 'added'])
+
+
+class Watched:
+    """A repository as it is `now`: its path, what it holds, the result of its last scrub (None: never), the
+    times of its locks in order (None: they cannot be read), and its `troubles`, each since a time."""
+
+    __slots__ = ('name', 'holdings', 'scrub', 'locks', 'now', 'troubles')
+
+    def __init__(self, name: str, holdings: Holdings, scrub: Optional[ScrubResult],
+                 locks: Optional[List[float]], now: float) -> None:
+        self.name = name
+        self.holdings = holdings
+        self.scrub = scrub
+        self.locks = locks
+        self.now = now
+        self.troubles: Dict[str, float] = {}
+
+    @property
+    def title(self) -> str:
+        """Its path for people."""
+        return self.name[1:] or '/'
+
+    def ago(self, moment: float) -> str:
+        """How long ago a time was."""
+        return f'{format_age(self.now - moment)} ago'
+
+    def last_snapshot(self) -> str:
+        """When the last one has come."""
+        last = self.holdings.last_snapshot
+        return f'last snapshot {self.ago(last)}' if last else 'no snapshot yet'
+
+    def text_of(self, trouble: str) -> str:
+        """A trouble in words."""
+        age = format_age(self.now - self.troubles[trouble])
+        if trouble == DAMAGED and self.scrub:
+            return f'{format_count(self.scrub.damaged, "object")} damaged'
+        if trouble == OVERDUE:
+            return f'overdue for {age}' if self.holdings.last_snapshot else 'overdue: no snapshot yet'
+        return {LOCKED: f'locked for {age}', UNREADABLE: 'cannot be read completely'}.get(trouble, trouble)
+
+    def text_of_troubles(self) -> str:
+        """What is wrong with it."""
+        return ', '.join(self.text_of(trouble) for trouble in (DAMAGED, OVERDUE, LOCKED, UNREADABLE, FULL)
+                         if trouble in self.troubles)
+
+    def worst(self) -> Tuple[int, float]:
+        """The rank of its worst trouble, and since when it has that."""
+        return next(((rank, self.troubles[trouble]) for rank, trouble in enumerate(TROUBLES)
+                     if trouble in self.troubles), (len(TROUBLES), 0.0))
 
 
 class Watch:
@@ -5568,26 +5612,27 @@ class Watch:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
-        found = [self._look_at(name, held, scrubs.get(name), self._locks(name) if locks else None, now)
-                 for name, held in self._usage.holdings(names).items()]
-        for one in found:
-            if any(sees(scope) and is_full(scope) for scope in self._usage.limited(one.name)):
-                one.troubles[FULL] = now
-        return sorted(found, key=lambda one: (*_worst(one.troubles), natural_order(one.name)))
+        repositories = [Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now)
+                        for name, holdings in self._usage.holdings(names).items()]
+        for repository in repositories:
+            self._judge(repository)
+            if any(sees(scope) and is_full(scope) for scope in self._usage.limited(repository.name)):
+                repository.troubles[FULL] = now
+        return sorted(repositories, key=lambda repository: (
+            *repository.worst(), natural_order(repository.name)))
 
-    def _look_at(self, name: str, held: Holdings, scrub: Optional[ScrubResult],
-                 locks: Optional[List[float]], now: float) -> Watched:
-        troubles: Dict[str, float] = {}
-        if scrub and scrub.damaged:
-            troubles[DAMAGED] = scrub.time
-        if held.unreadable:
+    def _judge(self, repository: Watched) -> None:
+        """Note what is wrong with a repository, but for its quotas."""
+        troubles, now, holdings = repository.troubles, repository.now, repository.holdings
+        if repository.scrub and repository.scrub.damaged:
+            troubles[DAMAGED] = repository.scrub.time
+        if holdings.unreadable:
             troubles[UNREADABLE] = now
-        begin = held.last_snapshot or self._made_at(name)
+        begin = holdings.last_snapshot or self._made_at(repository.name)
         if begin + self.stale_after < now:
             troubles[OVERDUE] = begin and begin + self.stale_after
-        if locks and min(locks) < now - LOCK_SECONDS:
-            troubles[LOCKED] = min(locks)
-        return Watched(name, held, scrub, locks, troubles)
+        if repository.locks and repository.locks[0] < now - LOCK_SECONDS:
+            troubles[LOCKED] = repository.locks[0]
 
     def _made_at(self, name: str) -> float:
         """When a repository was created, by its config; 0 where that is not known."""
@@ -5601,38 +5646,34 @@ class Watch:
         quota = self._usage.quota(scope)
         return bool(quota.held >= NEARLY_FULL * quota.limit)
 
-    def snapshots(self, name: str) -> Tuple[List[Snapshot], bool]:
-        """The snapshots of a repository by time, and whether what came with each is known: not where that
-        takes longer than LOOK_AT_MOST, or not all can be read."""
-        end = time.monotonic() + LOOK_AT_MOST
-        found: List[Tuple[float, str]] = []
-        added, is_whole = [], False     # type: List[int], bool
-        with contextlib.suppress(OSError):
-            found = sorted((status.st_mtime, entry.name)
-                           for entry, status in self._store.object_entries(f'{name}/snapshots'))
-            added, times = [0] * (len(found) + 1), [when for when, _ in found]
-            with self._store.object_folders(name) as folders, contextlib.closing(
-                    read_ahead(map(self._store.read, folders if found else ()))) as objects:
-                for _, status in objects:
-                    added[bisect.bisect_left(times, status.st_mtime)] += status.st_size
-                    if time.monotonic() >= end:
-                        raise TimeoutError
-            is_whole = True
-        return [Snapshot(when, name, size) for (when, name), size in zip(found, added)], is_whole
-
     def _locks(self, name: str) -> Optional[List[float]]:
         try:
-            return [status.st_mtime for _, status in self._store.object_entries(f'{name}/locks')]
+            return sorted(status.st_mtime for _, status in self._store.object_entries(f'{name}/locks'))
         except OSError:
             return None
 
+    def snapshots(self, name: str) -> List[Snapshot]:
+        """The snapshots of a repository by time.  What came with each is not known where that takes longer
+        than LOOK_AT_MOST, or not all can be read."""
+        snapshots, added = [], None     # type: List[Tuple[float, str]], Optional[List[int]]
+        with contextlib.suppress(OSError):
+            snapshots = sorted((status.st_mtime, entry.name)
+                               for entry, status in self._store.object_entries(f'{name}/snapshots'))
+            added = self._bytes_between(name, [moment for moment, _ in snapshots]) if snapshots else None
+        return [Snapshot(moment, snapshot, added[index] if added else None)
+                for index, (moment, snapshot) in enumerate(snapshots)]
 
-def _worst(troubles: Dict[str, float]) -> Tuple[int, float]:
-    """The rank of the worst trouble, and since when."""
-    for rank, trouble in enumerate(TROUBLES):
-        if trouble in troubles:
-            return rank, troubles[trouble]
-    return len(TROUBLES), 0.0
+    def _bytes_between(self, name: str, moments: List[float]) -> Optional[List[int]]:
+        """Bytes of the objects of a repository that came up to each of some moments, since the one before,
+        and after the last; None if there are too many to look at.  Raises OSError."""
+        added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
+        with self._store.object_folders(name) as folders, contextlib.closing(
+                read_ahead(map(self._store.read, folders))) as objects:
+            for _, status in objects:
+                added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
+                if time.monotonic() >= end:
+                    return None
+        return added
 
 
 def natural_order(name: str) -> List[Tuple[int, str]]:
@@ -5640,9 +5681,9 @@ def natural_order(name: str) -> List[Tuple[int, str]]:
     return [(int(part), '') if part.isdecimal() else (0, part) for part in re.split('([0-9]+)', name)]
 
 
-def count_troubles(found: Iterable[Watched]) -> str:
+def count_troubles(repositories: Iterable[Watched]) -> str:
     """How many repositories have which trouble, such as `2 damaged, 1 overdue`; empty if none has any."""
-    numbers = collections.Counter(trouble for one in found for trouble in one.troubles)
+    numbers = collections.Counter(trouble for repository in repositories for trouble in repository.troubles)
     return ', '.join(f'{numbers[trouble]} {trouble}' for trouble in TROUBLES if numbers[trouble])
 
 
@@ -5865,7 +5906,7 @@ class Events:
         now = time.time()
         found = {one.name: one for one in self._watch.look(self._usage.names(), now, locks=False)}
         for one in found.values():
-            self._look_at(one, now)
+            self._look_at(one)
         for kind in ('damaged', 'overdue', 'back'):
             for name in self._reported.names(kind):
                 with contextlib.suppress(OSError):
@@ -5873,23 +5914,23 @@ class Events:
                         self._reported.release(kind, name)
         self._look_at_room(list(found))
 
-    def _look_at(self, one: Watched, now: float) -> None:
+    def _look_at(self, repository: Watched) -> None:
         """Report what is new of a repository."""
-        name, last, reported = one.name, one.held.last_snapshot, self._reported
-        if DAMAGED in one.troubles:
+        name, title, reported = repository.name, repository.title, self._reported
+        last, troubles = repository.holdings.last_snapshot, repository.troubles
+        if DAMAGED in troubles and repository.scrub:
             import zlib
-            which = zlib.crc32(repr((one.scrub.damaged, sorted(one.scrub.names))).encode())
-            self._report('damaged', name, which, f'{name[1:] or "/"}: '
-                         f'{format_count(one.scrub.damaged, "object")} damaged: '
-                         + ', '.join(one.scrub.names[:3]))
+            scrub = repository.scrub
+            which = zlib.crc32(repr((scrub.damaged, sorted(scrub.names))).encode())
+            self._report('damaged', name, which, f'{title}: {repository.text_of(DAMAGED)}: '
+                         + ', '.join(scrub.names[:3]))
         elif reported.value('damaged', name) is not None:
             reported.release('damaged', name)
         overdue, back = reported.value('overdue', name), reported.value('back', name)
-        if OVERDUE in one.troubles and last >= (back or 0) and last > (-1 if overdue is None else overdue):
-            since = f'last snapshot {format_age(now - last)} ago' if last else 'no snapshot yet'
-            self._report('overdue', name, last, f'{name[1:] or "/"}: overdue, {since}')
-        elif OVERDUE not in one.troubles and overdue is not None and last > max(overdue, back or 0):
-            self._report('back', name, last, f'{name[1:] or "/"}: no longer overdue')
+        if OVERDUE in troubles and last >= (back or 0) and last > (-1 if overdue is None else overdue):
+            self._report('overdue', name, last, f'{title}: overdue, {repository.last_snapshot()}')
+        elif OVERDUE not in troubles and overdue is not None and last > max(overdue, back or 0):
+            self._report('back', name, last, f'{title}: no longer overdue')
 
     def _is_present(self) -> bool:
         """Whether the directory is there; reports when it goes, and when it is back."""
@@ -6061,9 +6102,9 @@ SNAPSHOTS_SHOWN = 200
 LOOKED_AT_MOST = 16          # Repositories whose snapshots are remembered.
 NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
 SORTS: Dict[str, Callable[[Watched], Any]] = {
-    'name': lambda one: natural_order(one.name),
-    'age': lambda one: (one.held.last_snapshot, natural_order(one.name)),
-    'size': lambda one: (-one.held.bytes, natural_order(one.name)),
+    'name': lambda repository: natural_order(repository.name),
+    'age': lambda repository: (repository.holdings.last_snapshot, natural_order(repository.name)),
+    'size': lambda repository: (-repository.holdings.bytes, natural_order(repository.name)),
 }
 _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
 _KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
@@ -6126,12 +6167,31 @@ th,td{padding:.25rem .6rem .25rem 0}}
 ICON = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" '
          'fill="#1a66b8"/><path d="M4 4h8v2.4H4zM4 7h8v2.4H4zM4 10h8v2.4H4z" fill="#fff"/></svg>\n')
 
-# A request for a page: the path and the order, the user and what the user may see.  `right` gives the right
-# in a repository, which is not NONE only at and below `places`; `users` gives the users of a repository by
-# right (None: the user may not know them), `sees_disk` whether the disk's size is shown.  `url` is the
-# server's address for restic, `base` the path in it.
-Visit = collections.namedtuple('Visit', [
-    'top', 'sort', 'user', 'right', 'places', 'users', 'sees_disk', 'url', 'base'])
+
+class Visit(collections.namedtuple('Visit', [
+        'top', 'sort', 'user', 'right', 'places', 'users', 'sees_disk', 'url', 'base'])):
+    """A request for a page: the path and the order, the user and what the user may see.  `right` gives the
+    right in a repository, which is not NONE only at and below `places`; `users` gives the users of a
+    repository by right (None: the user may not know them), `sees_disk` whether the disk's size is shown.
+    `url` is the server's address for restic, `base` the path in it."""
+
+    __slots__ = ()
+
+    def sees(self, scope: str) -> bool:
+        """Whether the user may see a quota's scope."""
+        return bool(self.right(f'/{scope}' if scope else '') != NONE)
+
+    def address(self, path: str) -> str:
+        """A repository's address for restic."""
+        return _text(f'rest:{self.url}{_quoted_path(path)}/')
+
+    def link(self, path: str, text: str, query: str = '') -> str:
+        """A link to the page at a path."""
+        return f'<a href="{_text(f"{self.base}{_quoted_path(path)}/")}{query}">{text}</a>'
+
+    def sorted_by(self, sort: str, text: str = '') -> str:
+        """A link to the same repositories in another order."""
+        return self.link(self.top, text or sort, f'?sort={sort}')
 
 
 class Page:
@@ -6142,8 +6202,9 @@ class Page:
         self._usage = usage
         self._watch = Watch(store, usage, stale_after)
         self._rendering = threading.Lock()
-        self._looking = threading.Lock()    # at the objects of a repository
-        self._looked: Dict[str, Any] = {}   # a few of the last results, with what they depend on
+        # Used again while nothing was added or deleted: the `state` is the same.
+        self._snapshots = functools.lru_cache(maxsize=LOOKED_AT_MOST)(
+            lambda name, *state: self._watch.snapshots(name))
 
     def headers(self) -> Headers:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
@@ -6169,260 +6230,241 @@ class Page:
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
         shown = self._watch.look([name for place in below for name in self._usage.names(place)
-                                  if visit.right(name) != NONE], now,
-                                 sees=lambda scope: visit.right(f'/{scope}' if scope else '') != NONE)
-        itself = next((one for one in shown if one.name == top), None)
-        if itself and top:
-            shown.remove(itself)
-        troubles, fault = count_troubles([*shown, itself] if itself and top else shown), self._fault()
+                                  if visit.right(name) != NONE], now, sees=visit.sees)
+        troubles, fault = count_troubles(shown), self._store.directory.find_fault()
+        itself = next((repository for repository in shown if top and repository.name == top), None)
+        others = [repository for repository in shown if repository is not itself]
         host = _text(socket.gethostname())
         return ''.join((
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<title>{host}: {fault or troubles or "backups"}</title>'
             '<meta name="viewport" content="width=device-width">'
             f'<style>{_STYLE}</style></head><body><main>',
-            f'<p><a href="{_link(visit.base, "")}">All repositories</a></p>' if top else '',
+            f'<p>{visit.link("", "All repositories")}</p>' if top else '',
             f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>',
             f'<p>{_bad(fault)}</p>' if fault else '',
-            self._repository(itself, visit, now) if itself and top else '',
-            f'<h2>Below {_text(top[1:])}</h2>' if itself and top and shown else '',
-            self._overview(shown, visit, now, fresh) if shown or not (itself and top) else '',
+            self._repository(itself, visit) if itself else '',
+            f'<h2>Below {_text(top[1:])}</h2>' if itself and others else '',
+            self._overview(others, visit, fresh, not fault) if others or not itself else '',
             f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
             'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
-            if shown or itself else '', '</footer></body></html>\n'))
-
-    def _fault(self) -> str:
-        """What is wrong with the whole directory, empty if nothing is."""
-        return self._store.directory.find_fault()
+            if shown else '', '</footer></body></html>\n'))
 
     # ---- several repositories ----
 
-    def _overview(self, shown: List[Watched], visit: Visit, now: float, fresh: bool) -> str:
+    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, is_present: bool) -> str:
         if self._usage.census.age() == math.inf:
             return '<p>Calculating sizes …</p>'
-        bad, sound = ([one for one in shown if bool(one.troubles) == wrong] for wrong in (True, False))
-        folded = len(shown) >= FOLD_FROM and visit.sort not in SORTS
         key = SORTS.get(visit.sort)
         if key:
-            bad.sort(key=key)
-            sound.sort(key=key)
-        limited = any(visit.right(one.name) != WRITE for one in shown)      # else nobody needs to be told
+            shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
+        folds = len(shown) >= FOLD_FROM and not key
+        table = functools.partial(_table, visit, any(visit.right(repository.name) != WRITE
+                                                     for repository in shown))
+        sound = [repository for repository in shown if not repository.troubles]
         return ''.join((
-            self._summary(shown, visit, fresh),
-            self._quotas([*(one.name for one in shown), *visit.places], visit),
-            '' if shown else self._first_backup(visit),
-            f'<p>Show all by {_sorted_by("name", visit)}, {_sorted_by("age", visit, "last snapshot")} or '
-            f'{_sorted_by("size", visit)}</p>' if folded else '',
-            _table('Repositories', bad if folded else bad + sound, visit, limited, now),
-            *(_folded(folder, ones, visit, limited, now) for folder, ones in _by_folder(
-                sound if folded else [], visit.top))))
+            self._summary(shown, disk_space(self._store.root) if visit.sees_disk and is_present else None,
+                          fresh),
+            self._quotas([*(repository.name for repository in shown), *visit.places], visit),
+            '' if shown else _first_backup(visit),
+            f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
+            f'{visit.sorted_by("size")}</p>' if folds else '',
+            table('Repositories', shown[:-len(sound)] if folds and sound else shown),
+            *(_folded(folder, inside, visit, table)
+              for folder, inside in (_by_folder(sound, visit.top) if folds else {}).items())))
 
-    def _summary(self, shown: List[Watched], visit: Visit, fresh: bool) -> str:
+    def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:
         """What there is, in a line."""
-        parts = [format_count(len(shown), 'repository')]
+        line = format_count(len(shown), 'repository')
         if shown:
-            parts += [format_size(sum(one.held.bytes for one in shown)),
-                      _bad(count_troubles(shown)) if any(one.troubles for one in shown) else 'all is well']
-        line = ', '.join(parts)
-        disk = disk_space(self._store.root) if visit.sees_disk and not self._fault() else None
+            troubles = count_troubles(shown)
+            line += f', {_size(shown)}, {_bad(troubles) if troubles else "all is well"}'
         if disk:
             free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
-            line += '; ' + (_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free)
+            line += f'; {_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free}'
         if not fresh:
             line += f'; counted {format_age(self._usage.census.age())} ago'
         return f'<p>{line}</p>'
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
         """Bars of the quotas of repositories that the visitor may know of."""
-        quotas = self._usage.quotas(repositories)
-        bars = ''.join(_quota(scope, quota.held, quota.limit) for scope, quota in quotas.items()
-                       if visit.right(f'/{scope}' if scope else '') != NONE)
+        bars = ''.join(_bar(scope, quota) for scope, quota in self._usage.quotas(repositories).items()
+                       if visit.sees(scope))
         return f'<div class="quotas">{bars}</div>' if bars else ''
-
-    @staticmethod
-    def _first_backup(visit: Visit) -> str:
-        """The commands that make a first backup, if the visitor may make one."""
-        places = [visit.top] if visit.top else ['/laptop', *(
-            [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
-        place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
-        if place is None:
-            return '<p>You cannot access any repository here.</p>'
-        url = _text(f'rest:{visit.url}{_quoted_path(place)}/')
-        return (f'<p>No repositories yet. To create one and back up to it:</p>'
-                f'<pre><code>restic -r {url} init</code></pre>'
-                f'<pre><code>restic -r {url} backup ~</code></pre>')
 
     # ---- one repository ----
 
-    def _repository(self, one: Watched, visit: Visit, now: float) -> str:
-        held, right = one.held, visit.right(one.name)
+    def _repository(self, repository: Watched, visit: Visit) -> str:
+        name, holdings, right = repository.name, repository.holdings, visit.right(repository.name)
         reads = right != METRICS
-        kinds = ', '.join(format_count(held.objects[kind], word) for kind, word in _KINDS.items())
+        kinds = ', '.join(format_count(holdings.objects[kind], noun) for kind, noun in _KINDS.items())
         facts = [
-            ('Address', reads and f'<code>{_text(f"rest:{visit.url}{_quoted_path(one.name)}/")}</code>'),
-            ('Last snapshot', _last_snapshot(one, now)),
-            ('Size', f'{format_size(held.bytes)}: {kinds}' + (
-                f' {_bad("incomplete")}' if held.unreadable else '')),
-            ('Growth', f'{format_size(sum(held.days[-30:]))} in 30 days'),
-            ('Kept deleted objects', self._kept(one, visit)),
-            ('Locks', _locks(one, now)),
-            ('Last scrub', _scrub(one, now, names=reads)),
+            ('Address', reads and f'<code>{visit.address(name)}</code>'),
+            ('Last snapshot', _last_snapshot(repository)),
+            ('Size', f'{format_size(holdings.bytes)}: {kinds}' + (
+                f' {_bad("incomplete")}' if holdings.unreadable else '')),
+            ('Growth', f'{_growth(repository)} in 30 days'),
+            ('Kept deleted objects', self._kept(repository, visit)),
+            ('Locks', _locks(repository, ', '.join(
+                f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN]))),
+            ('Last scrub', _scrub(repository, repository.scrub.names if repository.scrub and reads else [])),
             ('You may', right),
             ('Rights', '' if visit.users is None else '; '.join(
-                f'{may}: {_listed(users)}' for may, users in visit.users(one.name).items())),
+                f'{may}: {_listed(users)}' for may, users in visit.users(name).items())),
         ]
+        snapshots = self._snapshots(name, holdings.bytes, holdings.last_snapshot, *holdings.objects.values())
         return ''.join((
-            f'<p>{_bad(_text_of_troubles(one, now)) if one.troubles else "All is well."}</p>',
+            f'<p>{_bad(repository.text_of_troubles()) if repository.troubles else "All is well."}</p>',
             f'<dl>{"".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in facts if text)}</dl>',
-            self._quotas([one.name], visit),
-            f'<h2>Size, {DAYS} days</h2>', _figure(held, now),
-            '<h2>Snapshots</h2>', _snapshots(*self._look_into(one), now, reads)))
+            self._quotas([name], visit),
+            f'<h2>Size, {DAYS} days</h2>', _figure(holdings, repository.now),
+            '<h2>Snapshots</h2>', _list_of_snapshots(snapshots, repository, reads)))
 
-    def _look_into(self, one: Watched) -> Tuple[List[Snapshot], bool]:
-        """What Watch.snapshots() says, again while nothing has been added or deleted."""
-        with self._looking:
-            state = one.held.objects, one.held.bytes, one.held.last_snapshot
-            known = self._looked.get(one.name)
-            if not known or known[0] != state:
-                if len(self._looked) >= LOOKED_AT_MOST:
-                    self._looked.clear()
-                known = self._looked[one.name] = state, self._watch.snapshots(one.name)
-            result: Tuple[List[Snapshot], bool] = known[1]
-            return result
-
-    def _kept(self, one: Watched, visit: Visit) -> str:
+    def _kept(self, repository: Watched, visit: Visit) -> str:
         """What was deleted from a repository and is kept, and from when on it can be read."""
-        held, past = one.held, self._usage.past
-        if not (past.keeps or held.kept):
+        holdings, past = repository.holdings, self._usage.past
+        if not (past.keeps or holdings.kept):
             return ''
-        text = (f'{format_size(held.kept_bytes)} in {format_count(held.kept, "object")}, {held.deleted:,} of '
-                'them deleted in the last day' if held.kept else 'nothing')
-        if past.keeps and visit.right(one.name) != METRICS:
+        text = 'nothing'
+        if holdings.kept:
+            text = (f'{format_size(holdings.kept_bytes)} in {format_count(holdings.kept, "object")}, '
+                    f'{holdings.deleted:,} of them deleted in the last day')
+        if past.keeps and visit.right(repository.name) != METRICS:
             with contextlib.suppress(OSError):
-                earliest = time.gmtime(past.earliest(one.name) // 1_000_000 + 1)
+                earliest = time.gmtime(past.earliest(repository.name) // 1_000_000 + 1)
                 moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', earliest)
-                text += _small(f'Earlier states, since {moment}: <code>' + _text(
-                    f'rest:{visit.url}{_quoted_path(one.name)}/{AT}/{moment}/') + '</code>')
+                text += _small(f'Earlier states, since {moment}: '
+                               f'<code>{visit.address(repository.name)}{AT}/{moment}/</code>')
         return text
 
 
-def _table(caption: str, shown: List[Watched], visit: Visit, limited: bool, now: float) -> str:
-    if not shown:
-        return ''
-
-    may = '<th scope="col" class="more">You may</th>' if limited else ''
-    return (f'<table><caption class="quiet">{caption}</caption><thead><tr>'
-            f'<th scope="col">{_sorted_by("name", visit, "Repository")}</th>{may}'
-            f'<th scope="col">{_sorted_by("age", visit, "Last snapshot")}</th>'
-            '<th scope="col" class="n more">Snapshots</th>'
-            f'<th scope="col" class="n">{_sorted_by("size", visit, "Size")}</th>'
-            '<th scope="col" class="n more">Growth, 30 days</th>'
-            f'<th scope="col" class="more">Size, {DAYS} days</th><th scope="col" class="more">Locks</th>'
-            '<th scope="col" class="more">Last scrub</th></tr></thead>\n<tbody>'
-            + ''.join(_row(one, visit, limited, now) for one in shown) + '</tbody></table>')
+def _first_backup(visit: Visit) -> str:
+    """The commands that make a first backup, if the visitor may make one."""
+    places = [visit.top] if visit.top else ['/laptop', *(
+        [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
+    place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
+    if place is None:
+        return '<p>You cannot access any repository here.</p>'
+    return (f'<p>No repositories yet. To create one and back up to it:</p>'
+            f'<pre><code>restic -r {visit.address(place)} init</code></pre>'
+            f'<pre><code>restic -r {visit.address(place)} backup ~</code></pre>')
 
 
-def _sorted_by(sort: str, visit: Visit, text: str = '') -> str:
-    """A link to the same repositories in another order."""
-    return f'<a href="{_link(visit.base, visit.top)}?sort={sort}">{text or sort}</a>'
-
-
-def _row(one: Watched, visit: Visit, limited: bool, now: float) -> str:
-    """A repository's row."""
-    held = one.held
-    name = _text(one.name[1:] or '/')
-    if _is_path(one.name):
-        name = f'<a href="{_link(visit.base, one.name)}">{name}</a>'
-    cells = (*((('right more', visit.right(one.name)),) if limited else ()),
-             ('age', _last_snapshot(one, now)),
-             ('n more', f'{held.objects["snapshots"]:,}'),
-             ('n', format_size(held.bytes) + (
-                 _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
-                 _small('incomplete', 'bad') if held.unreadable else '')),
-             ('n more', f'+{format_size(sum(held.days[-30:]))}'),
-             ('graph more', _plot(held) + _small(f'0 to {format_size(held.bytes)}')),
-             ('locks more', _locks(one, now, names=False)),
-             ('scrub more', _scrub(one, now, names=False)))
-    wrong = _small(f'⚠ {_text_of_troubles(one, now)}', 'bad') if one.troubles else ''
-    return (f'<tr{" class=late" if wrong else ""}><th scope="row" class="name">{name}{wrong}</th>' + ''.join(
-        f'<td class="{kind}">{content}</td>' for kind, content in cells) + '</tr>\n')
-
-
-def _by_folder(shown: List[Watched], top: str) -> List[Tuple[str, List[Watched]]]:
-    """Repositories by folder below the path `top`; those that share theirs with none come last, without
-    one."""
+def _by_folder(shown: List[Watched], top: str) -> Dict[str, List[Watched]]:
+    """Repositories by folder below the path `top`; those that are alone in theirs come last, under ``."""
     folders: Dict[str, List[Watched]] = {}
-    for one in shown:
-        name = one.name[len(top):].partition('/')[2].partition('/')[0]
-        folders.setdefault(f'{top}/{name}' if name else '', []).append(one)
-    alone = [one for ones in folders.values() if len(ones) == 1 for one in ones]
-    return [*((folder, ones) for folder, ones in folders.items() if len(ones) > 1),
-            *([('', alone)] if alone else [])]
+    for repository in shown:
+        name = repository.name[len(top):].partition('/')[2].partition('/')[0]
+        folders.setdefault(f'{top}/{name}' if name else '', []).append(repository)
+    alone = [inside[0] for inside in folders.values() if len(inside) == 1]
+    shared = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
+    return {**shared, '': alone} if alone else shared
 
 
-def _folded(folder: str, shown: List[Watched], visit: Visit, limited: bool, now: float) -> str:
+def _folded(folder: str, inside: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]
+            ) -> str:
     """The sound repositories of a folder, as a line that unfolds."""
-    number, name = format_count(len(shown), 'repository'), _text(folder[1:])
+    number, name = format_count(len(inside), 'repository'), _text(folder[1:])
     head, alone, caption = f'<b>{number}</b>', '', 'Other repositories'
     if folder:
         head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
-        alone = f'<p><a href="{_link(visit.base, folder)}">Only {name}/</a></p>' if _is_path(folder) else ''
-    oldest = min(one.held.last_snapshot for one in shown)
-    return (f'<details><summary>{head}, all is well; {format_size(sum(one.held.bytes for one in shown))}, '
-            f'oldest last snapshot {format_age(now - oldest)} ago</summary>{alone}'
-            + _table(caption, shown, visit, limited, now) + '</details>\n')
+        alone = f'<p>{visit.link(folder, f"Only {name}/")}</p>' if _is_path(folder) else ''
+    last = [repository.holdings.last_snapshot for repository in inside if repository.holdings.last_snapshot]
+    oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
+    return (f'<details><summary>{head}, all is well; {_size(inside)}{oldest}</summary>{alone}'
+            f'{table(caption, inside)}</details>\n')
 
 
-def _text_of_troubles(one: Watched, now: float) -> str:
-    """What is wrong with a repository."""
-    held, texts = one.held, []
-    if DAMAGED in one.troubles:
-        texts.append(f'{format_count(one.scrub.damaged, "object")} damaged')
-    if OVERDUE in one.troubles:
-        texts.append(f'overdue for {format_age(now - one.troubles[OVERDUE])}' if held.last_snapshot
-                     else 'overdue: no snapshot yet')
-    if LOCKED in one.troubles:
-        texts.append(f'locked for {format_age(now - one.troubles[LOCKED])}')
-    if UNREADABLE in one.troubles:
-        texts.append('cannot be read completely')
-    return ', '.join([*texts, *([FULL] if FULL in one.troubles else [])])
+def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) -> str:
+    """A table of repositories, perhaps with the visitor's right in each."""
+    if not shown:
+        return ''
+    columns = [*([Column('right more', 'You may', '', lambda repository: visit.right(repository.name))]
+                 if tells_right else []), *_COLUMNS]
+    heads = ''.join(f'<th scope="col" class="{column.kind}">'
+                    f'{visit.sorted_by(column.sort, column.head) if column.sort else column.head}</th>'
+                    for column in columns)
+    return (f'<table><caption class="quiet">{caption}</caption><thead><tr>'
+            f'<th scope="col">{visit.sorted_by("name", "Repository")}</th>{heads}</tr></thead>\n<tbody>'
+            + ''.join(_row(repository, visit, columns) for repository in shown) + '</tbody></table>')
 
 
-def _last_snapshot(one: Watched, now: float) -> str:
-    last = one.held.last_snapshot
-    return f'{format_age(now - last)} ago{_small(_moment(last))}' if last else '<span class="dim">none</span>'
+def _row(repository: Watched, visit: Visit, columns: List[Column]) -> str:
+    """A repository's row."""
+    name, wrong = _text(repository.title), ''
+    if _is_path(repository.name):
+        name = visit.link(repository.name, name)
+    if repository.troubles:
+        wrong = _small(f'⚠ {repository.text_of_troubles()}', 'bad')
+    cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
+    kind = ' class=late' if wrong else ''
+    return f'<tr{kind}><th scope="row" class="name">{name}{wrong}</th>{cells}</tr>\n'
 
 
-def _locks(one: Watched, now: float, names: bool = True) -> str:
-    """The locks of a repository: each since when, if they are to be told."""
-    if not one.locks:
-        return 'unknown' if one.locks is None else '<span class="dim">none</span>'
-    kind = 'bad' if LOCKED in one.troubles else ''
-    if not names:
-        return f'{len(one.locks)}{_small(f"oldest {format_age(now - min(one.locks))}", kind)}'
-    ages = [f'since {_moment(when)}' for when in sorted(one.locks)[:NAMES_SHOWN]]
-    return f'{len(one.locks)}{_small(", ".join(ages), kind)}'
+def _size(repositories: List[Watched]) -> str:
+    return format_size(sum(repository.holdings.bytes for repository in repositories))
 
 
-def _scrub(one: Watched, now: float, names: bool) -> str:
-    """The result of a repository's last scrub, with the names of damaged objects if they are to be told."""
-    if not one.scrub:
+def _growth(repository: Watched) -> str:
+    return format_size(sum(repository.holdings.days[-30:]))
+
+
+def _last_snapshot(repository: Watched) -> str:
+    last = repository.holdings.last_snapshot
+    return f'{repository.ago(last)}{_small(_moment(last))}' if last else _NONE
+
+
+def _stored(repository: Watched) -> str:
+    """The size of a repository, and what is to be known of it."""
+    holdings = repository.holdings
+    kept = _small(f'and {format_size(holdings.kept_bytes)} deleted') if holdings.kept else ''
+    return f'{format_size(holdings.bytes)}{kept}{_small("incomplete", "bad") if holdings.unreadable else ""}'
+
+
+def _locks(repository: Watched, ages: str = '') -> str:
+    """How many locks a repository has, and since when: the oldest, or as `ages` has it."""
+    locks = repository.locks
+    if not locks:
+        return 'unknown' if locks is None else _NONE
+    ages = ages or f'oldest {format_age(repository.now - locks[0])}'
+    return f'{len(locks)}{_small(ages, "bad" if LOCKED in repository.troubles else "")}'
+
+
+def _scrub(repository: Watched, names: Iterable[str] = ()) -> str:
+    """The result of a repository's last scrub, with `names` of damaged objects."""
+    scrub = repository.scrub
+    if not scrub:
         return '<span class="dim">never</span>'
-    result = _bad(f'{one.scrub.damaged} damaged') if one.scrub.damaged else 'sound'
-    listed = ''.join(_small(_text(name)) for name in one.scrub.names[:NAMES_SHOWN]) if names else ''
-    return f'{result}{_small(f"{format_age(now - one.scrub.time)} ago")}{listed}'
+    result = _bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound'
+    listed = ''.join(_small(_text(name)) for name in itertools.islice(names, NAMES_SHOWN))
+    return f'{result}{_small(repository.ago(scrub.time))}{listed}'
 
 
-def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float, ids: bool) -> str:
+_NONE = '<span class="dim">none</span>'
+# A column of the table: its class and its heading, the order to which that leads, what is in a cell.
+Column = collections.namedtuple('Column', ['kind', 'head', 'sort', 'cell'])
+_COLUMNS = (
+    Column('age', 'Last snapshot', 'age', _last_snapshot),
+    Column('n more', 'Snapshots', '', lambda repository: f'{repository.holdings.objects["snapshots"]:,}'),
+    Column('n', 'Size', 'size', _stored),
+    Column('n more', 'Growth, 30 days', '', lambda repository: f'+{_growth(repository)}'),
+    Column('graph more', f'Size, {DAYS} days', '', lambda repository: (
+        _plot(repository.holdings) + _small(f'0 to {format_size(repository.holdings.bytes)}'))),
+    Column('locks more', 'Locks', '', _locks),
+    Column('scrub more', 'Last scrub', '', _scrub),
+)
+
+
+def _list_of_snapshots(snapshots: List[Snapshot], repository: Watched, names: bool) -> str:
     """A table of snapshots, the latest first, with what came with each, and perhaps their IDs."""
     if not snapshots:
         return '<p>No snapshots yet.</p>'
     rows = ''.join(
-        f'<tr><th scope="row" class="plain">{_moment(one.time)}'
-        f'{_small(f"{format_age(now - one.time)} ago")}</th>'
-        f'<td>{_text(one.name[:8]) if ids else ""}</td>'
-        f'<td class="n">{f"+{format_size(one.added)}" if is_whole else "unknown"}</td></tr>\n'
-        for one in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
+        f'<tr><th scope="row" class="plain">{_moment(snapshot.time)}'
+        f'{_small(repository.ago(snapshot.time))}</th><td>{_text(snapshot.name[:8]) if names else ""}</td>'
+        f'<td class="n">{"unknown" if snapshot.added is None else f"+{format_size(snapshot.added)}"}</td>'
+        '</tr>\n'
+        for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
     older = len(snapshots) - SNAPSHOTS_SHOWN
     return ('<table><caption class="quiet">Snapshots</caption><thead><tr><th scope="col">Time</th>'
             '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
@@ -6467,20 +6509,16 @@ def _is_path(path: str) -> bool:
     return True
 
 
-def _link(base: str, path: str) -> str:
-    return _text(f'{base}{_quoted_path(path)}/')
-
-
 def _listed(names: List[str]) -> str:
     """Some names, and how many more there are."""
     more = len(names) - NAMES_SHOWN
     return _text(', '.join(names[:NAMES_SHOWN])) + (f' and {more} more' if more > 0 else '')
 
 
-def _quota(scope: str, held: int, limit: int) -> str:
+def _bar(scope: str, quota: Quota) -> str:
     """A bar that shows how much of a quota is used."""
-    part = min(held / limit, 1.0)
-    text = f'{format_size(held)} of {format_size(limit)}'
+    part = min(quota.held / quota.limit, 1.0)
+    text = f'{format_size(quota.held)} of {format_size(quota.limit)}'
     return (f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
             '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
             '<rect class="room" width="100" height="1"/>'
@@ -6488,28 +6526,28 @@ def _quota(scope: str, held: int, limit: int) -> str:
             f'</svg><span>{text if part < NEARLY_FULL else _bad(text)}</span></div>\n')
 
 
-def _plot(held: Holdings) -> str:
+def _plot(holdings: Holdings) -> str:
     """A curve of the bytes stored over the days, with a tick below it for each day with a snapshot."""
-    size, heights = held.bytes - sum(held.days), []
-    for added in held.days:
-        size += added
-        heights.append(_PLOT_HEIGHT * (1 - size / max(held.bytes, 1)))
-    curve = 'M' + 'L'.join(f'{day} {height:.1f}' for day, height in enumerate(heights))
-    ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day, count in enumerate(held.snapshots) if count)
-    active = sum(count > 0 for count in held.snapshots)
+    begin = holdings.bytes - sum(holdings.days)
+    sizes = itertools.accumulate(holdings.days[1:], initial=begin + holdings.days[0])
+    curve = 'M' + 'L'.join(f'{day} {_PLOT_HEIGHT * (1 - size / max(holdings.bytes, 1)):.1f}'
+                           for day, size in enumerate(sizes))
+    days = [day for day, count in enumerate(holdings.snapshots) if count]
+    ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day in days)
     return (f'<svg class="plot" viewBox="-1 -1 {DAYS + 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
-            f'role="img"><title>{DAYS} days: from {format_size(held.bytes - sum(held.days))} to '
-            f'{format_size(held.bytes)}, days with a snapshot: {active}</title>'
+            f'role="img"><title>{DAYS} days: from {format_size(begin)} to '
+            f'{format_size(holdings.bytes)}, days with a snapshot: {len(days)}</title>'
             f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
 
 
-def _figure(held: Holdings, now: float) -> str:
+def _figure(holdings: Holdings, now: float) -> str:
     """The plot of a repository, with its scales."""
-    sizes = ''.join(f'<span>{format_size(held.bytes * part / 2)}</span>' for part in (2, 1, 0))
+    sizes = ''.join(f'<span>{format_size(holdings.bytes * part / 2)}</span>' for part in (2, 1, 0))
     days = ''.join(f'<span>{time.strftime("%Y-%m-%d", time.localtime(now - ago * 86400))}</span>'
                    for ago in (DAYS - 1, DAYS // 2, 0))
-    return f'<figure><div class="scale">{sizes}</div>{_plot(held)}<div class="days">{days}</div></figure>\n'
+    return (f'<figure><div class="scale">{sizes}</div>{_plot(holdings)}<div class="days">{days}</div>'
+            '</figure>\n')
 
 
 # ==== Api ========================================================================================
@@ -11858,41 +11896,39 @@ def report(options: argparse.Namespace, store: Store) -> int:
     quotas = make_policy(options, store, False).rights.quotas(options.max_size or 0)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
     usage.census.count()
-    now = time.time()
-    found = Watch(store, usage, options.stale_after).look(usage.names(), now)
+    repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
     for path in usage.census.unreadable:
         print(f'restic_serve: cannot read {one_line(path[1:] or "/")}', file=sys.stderr)
-    for one in found:
-        if options.quiet and not one.troubles:
-            continue    # so that cron has nothing to mail
-        print(_report_as_json(one) if options.log_format == 'json' else one_line(_report_line(one, now)))
-    if not found:
+    for repository in repositories:
+        if repository.troubles or not options.quiet:    # so that cron has nothing to mail
+            print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
+    if not repositories:
         print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
-    return int(not found or bool(usage.census.unreadable) or any(one.troubles for one in found))
+    return int(not repositories or bool(usage.census.unreadable)
+               or any(repository.troubles for repository in repositories))
 
 
-def _report_line(one: Watched, now: float) -> str:
-    held = one.held
-    last = f'last snapshot {format_age(now - held.last_snapshot)} ago' if held.last_snapshot else ''
-    parts = [last or 'no snapshot yet', format_count(held.objects['snapshots'], 'snapshot'),
-             format_size(held.bytes)]
-    if one.locks:
-        parts.append(f'{format_count(len(one.locks), "lock")}, the oldest {format_age(now - min(one.locks))}')
-    parts.append(f'scrubbed {format_age(now - one.scrub.time)} ago, {one.scrub.damaged} damaged' if one.scrub
+def _report_line(repository: Watched) -> str:
+    holdings, locks, scrub = repository.holdings, repository.locks, repository.scrub
+    parts = [repository.last_snapshot(), format_count(holdings.objects['snapshots'], 'snapshot'),
+             format_size(holdings.bytes)]
+    if locks:
+        parts += [format_count(len(locks), 'lock'), f'the oldest {format_age(repository.now - locks[0])}']
+    parts.append(f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub
                  else 'never scrubbed')
-    name = (one.name[1:] or '/').encode('utf-8', 'backslashreplace').decode()
-    return f'{", ".join(one.troubles).upper() or "sound"}: {name}: {", ".join(parts)}'
+    return one_line(f'{", ".join(repository.troubles).upper() or "sound"}: {repository.title}: '
+                    + ', '.join(parts))
 
 
-def _report_as_json(one: Watched) -> str:
+def _report_as_json(repository: Watched) -> str:
     import json
-    held = one.held
+    holdings, locks, scrub = repository.holdings, repository.locks, repository.scrub
     return json.dumps({
-        'repository': one.name[1:] or '/', 'troubles': list(one.troubles), 'bytes': held.bytes,
-        'objects': held.objects, 'last_snapshot': held.last_snapshot or None, 'locks': len(one.locks or ()),
-        'oldest_lock': int(min(one.locks)) if one.locks else None,
-        'scrub': {'time': int(one.scrub.time), 'damaged': one.scrub.damaged, 'names': one.scrub.names}
-                 if one.scrub else None})
+        'repository': repository.title, 'troubles': list(repository.troubles), 'bytes': holdings.bytes,
+        'objects': holdings.objects, 'last_snapshot': holdings.last_snapshot or None,
+        'locks': len(locks or ()), 'oldest_lock': int(locks[0]) if locks else None,
+        'scrub': {'time': int(scrub.time), 'damaged': scrub.damaged, 'names': scrub.names}
+                 if scrub else None})
 
 
 def roll_back(options: argparse.Namespace, store: Store) -> int:

@@ -6045,7 +6045,7 @@ class PageTest(WatchedTestCase):
         self.assertEqual(sorted(name for name, _ in snapshots), sorted(
             path.name[:8] for path in (self.root / 'laptop' / 'snapshots').iterdir()))
         self.assertNotIn('Kept deleted objects', text)
-        self.server.api._page._looked.clear()
+        self.watch()
         with mock.patch.object(restic_serve, 'LOOK_AT_MOST', -1):
             self.assertIn('<td class="n">unknown<', self.look('/laptop/')[1])
 
@@ -6059,10 +6059,9 @@ class PageTest(WatchedTestCase):
             self.store.save(location, Bytes(content))
             os.utime(path_of(self.store, location), (now - age,) * 2)
         watch = restic_serve.Watch(self.store, self.usage, 3600)
-        found, is_whole = watch.snapshots('/a')
-        self.assertEqual(([(round(now - one.time), one.added) for one in found], is_whole),
-                         ([(7000, 115), (5000, 231)], True))
-        self.assertEqual(watch.snapshots('/none'), ([], True))
+        self.assertEqual([(round(now - snapshot.time), snapshot.added) for snapshot in watch.snapshots('/a')],
+                         [(7000, 115), (5000, 231)])
+        self.assertEqual(watch.snapshots('/none'), [])
 
     def test_what_was_deleted_is_kept_and_can_be_read(self):
         self.fill('/laptop', 'data', 'snapshots', 'snapshots')
@@ -6093,14 +6092,18 @@ class PageTest(WatchedTestCase):
             self.fill(f'/south/host-{number}', 'snapshots', 'keys', age=50 * number)
         for name in ('/alone', '/lonely', '/north/late'):
             self.fill(name, 'snapshots', age=7200 * (name == '/north/late'))
+        self.fill('/new')
+        (self.root / 'new' / 'config').write_bytes(b'config')
         self.watch()
         text = self.look()[1]
         folded = re.findall('<details><summary><b>([^<]*)</b>', text)
-        self.assertEqual(folded, ['north/', 'south/', '2 repositories'])
+        self.assertEqual(folded, ['north/', 'south/', '3 repositories'])
+        self.assertEqual(re.findall('oldest last snapshot ([^<]*)', text),
+                         ['a moment ago', '8 minutes ago', 'a moment ago'])
         self.assertEqual(self.names()[:4], ['north/late', 'north/host-0', 'north/host-1', 'north/host-2'])
-        self.assertEqual(len(self.names()), 25)
+        self.assertEqual(len(self.names()), 26)
         self.assertEqual(self.names('/?sort=name')[:3], ['north/late', 'alone', 'lonely'])
-        self.assertEqual(self.names('/?sort=age')[:3], ['north/late', 'south/host-10', 'south/host-9'])
+        self.assertEqual(self.names('/?sort=age')[:4], ['north/late', 'new', 'south/host-10', 'south/host-9'])
         self.assertEqual(self.names('/?sort=size')[:3], ['north/late', 'south/host-0', 'south/host-1'])
         self.assertNotIn('<details', self.look('/?sort=size')[1])
         self.assertNotIn('<details', self.look('/north/')[1])
