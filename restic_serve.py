@@ -566,6 +566,41 @@ class FileSlice:
         self.close()
 
 
+class Channel:
+    """Messages from threads, and from processes that are forked once it is open, to the process that watches
+    `receiver`.  Nobody waits.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them."""
+
+    def __init__(self, kind: int) -> None:
+        self._kind = kind
+        self.receiver: Optional[socket.socket] = None   # can be read when a message has come
+        self.sender: Optional[socket.socket] = None
+
+    def open(self) -> None:
+        """Make the pair of sockets.  Raises OSError."""
+        if not self.receiver:
+            self.receiver, self.sender = socket.socketpair(type=self._kind)
+            self.receiver.setblocking(False)
+            self.sender.setblocking(False)
+
+    def send(self, message: bytes) -> None:
+        """Send a message, unless the channel is closed.  Raises OSError where there is no room for it."""
+        if self.sender:
+            self.sender.send(message)
+
+    def receive(self) -> Iterator[bytes]:
+        """The messages that have come."""
+        with contextlib.suppress(OSError):      # there are no more
+            while self.receiver:
+                yield self.receiver.recv(65536)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        if self.receiver and self.sender:
+            self.receiver.close()
+            self.sender.close()
+            self.receiver = self.sender = None
+
+
 class Response:
     """An answer.  Its body is bytes, a FileSlice, or an iterator of chunks whose length is not known.  An
     iterator may raise OSError; what has been sent by then must not look complete."""
@@ -1874,6 +1909,7 @@ class Directory:
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
         import mmap
         self._gone = mmap.mmap(-1, 1)   # whether it has, for all processes, so that one of them says so
+        self.on_change: Callable[[bool], object] = lambda is_gone: None     # called in that one
         self._fault = ''
         self._next_probe = -math.inf
 
@@ -1885,9 +1921,9 @@ class Directory:
         status = os.stat(self._root or os.sep)
         return status.st_dev, status.st_ino
 
-    def check_present(self) -> None:
-        """Raises HttpError 500 if the directory is not the one that was there at the start: its disk was
-        unmounted, and what is missing is not missing, and what is stored would be lost."""
+    def is_gone(self) -> bool:
+        """Whether the directory is not the one that was there at the start: its disk was unmounted, and what
+        is missing is not missing, and what is stored would be lost.  Who notices a change first tells."""
         try:
             gone = self._identity not in (None, self._look())
         except OSError:
@@ -1898,7 +1934,12 @@ class Directory:
                 log.error('%s is gone (disk unmounted?); all requests fail until it is back', self._root)
             else:
                 log.log(NOTICE, '%s is back', self._root)
-        if gone:
+            self.on_change(gone)
+        return gone
+
+    def check_present(self) -> None:
+        """Raises HttpError 500 if the directory is_gone()."""
+        if self.is_gone():
             raise HttpError(500, "the server's directory is gone")
 
     def check_writable(self) -> None:
@@ -5716,6 +5757,29 @@ if TYPE_CHECKING:
     Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
 
+class EventQueue:
+    """Events that wait for the command: who comes next, and who finds no room, is decided here.  Those that
+    clients cause as often as they like wait behind all others, and have a part of the places."""
+
+    def __init__(self) -> None:
+        self._events: Deque[Event] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def put(self, event: Event) -> bool:
+        """Let an event wait; False if there is no room."""
+        by_clients = event.kind in _BY_CLIENTS
+        if len(self._events) >= (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS):
+            return False
+        (self._events.append if by_clients else self._events.appendleft)(event)
+        return True
+
+    def take(self) -> Event:
+        """The event that is next."""
+        return self._events.popleft()
+
+
 class Events:
     """What happens to the repositories of `usage`, and a shell `command` that is run then; none if it is
     empty.  `watch` finds problems."""
@@ -5727,19 +5791,17 @@ class Events:
         self._usage = usage
         self._watch = watch
         self._command = command
-        self.receiver: Optional[socket.socket] = None   # can be read when on_sent() is to be called
-        self._sender: Optional[socket.socket] = None
+        self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
         self._next_refused = 0.0
         self._lock = threading.Lock()       # of the next three
-        self._queue: Deque[Event] = collections.deque()
+        self._queue = EventQueue()
         self._is_due = False                # the next look
         self._thread: Optional[threading.Thread] = None
         self._stopped = threading.Event()   # nothing is begun any more
         self._cut = threading.Event()       # what is running is killed
         self._next_look = 0.0
         self._reported = ReportedEvents(store)
-        import mmap
-        self._is_gone = mmap.mmap(-1, 1)    # whether it was reported, for all processes
+        store.directory.on_change = self.on_directory_change
         for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
@@ -5747,34 +5809,25 @@ class Events:
         return bool(self._command)
 
     def open(self) -> None:
-        """Make the sockets over which other processes send events, before they are forked."""
+        """Let other processes, which are forked later, send events."""
         if self._command and hasattr(os, 'fork'):
-            self.receiver, self._sender = socket.socketpair(type=socket.SOCK_DGRAM)
-            for end in (self.receiver, self._sender):
-                end.setblocking(False)
-
-    def close(self) -> None:
-        """Close the sockets."""
-        for end in (self.receiver, self._sender):
-            if end:
-                end.close()
-        self.receiver = self._sender = None
+            self.channel.open()
 
     # ---- in any process ----
 
-    def emit(self, kind: str, repository: str, message: str, user: str = '') -> None:
+    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '') -> None:
         """Something has happened; never waits."""
         event = Event(kind, repository, user, message)
         if not self._command:
             self._counters.add(('event', kind), 1)
-        if self._sender:
+        elif not self.channel.receiver:
+            self._enqueue(event)
+        else:
             import json
             try:
-                self._sender.send(json.dumps(event).encode())
+                self.channel.send(json.dumps(event).encode())
             except OSError as error:
                 log.error('--on-event: command not run for "%s": %s', message, error)
-        elif self._command:
-            self._enqueue(event)
 
     def on_refused_delete(self, repository: str, user: str, who: object, may: str) -> None:
         """A delete was refused, since `who` has only another right.  Reported once in REFUSED_SECONDS, so
@@ -5795,16 +5848,19 @@ class Events:
         self.emit('snapshot', location.repository, f'{location.repository[1:] or "/"}: snapshot '
                   f'{location.name[:8]} received from {request.user or request.client}', request.user)
 
+    def on_directory_change(self, is_gone: bool) -> None:
+        """The directory of all repositories has gone, or is back."""
+        if self._command:
+            kind, what = ('gone', 'gone (disk unmounted?)') if is_gone else ('back', 'back')
+            self.emit(kind, None, f'{self._store.root} is {what}')
+
     # ---- in the process that runs the command ----
 
     def on_sent(self) -> None:
         """Take the events that were sent."""
-        if not self.receiver:
-            return
         import json
-        with contextlib.suppress(OSError):      # there are no more
-            while True:
-                self._enqueue(Event(*json.loads(self.receiver.recv(65536))))
+        for message in self.channel.receive():
+            self._enqueue(Event(*json.loads(message)))
 
     def tick(self) -> float:
         """Look for problems if it is time; seconds until it will be."""
@@ -5832,14 +5888,9 @@ class Events:
             thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
-        by_clients = event.kind in _BY_CLIENTS
         with self._lock:
-            is_full = len(self._queue) >= (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)
-            if not is_full and by_clients:
-                self._queue.append(event)
-            elif not is_full:
-                self._queue.appendleft(event)
-        if is_full:
+            has_room = self._queue.put(event)
+        if not has_room:
             log.error('--on-event: command not run for "%s": too many events are queued', event.message)
         self._start()
 
@@ -5858,17 +5909,17 @@ class Events:
         unpin(True)
         while True:
             with self._lock:
-                looks, self._is_due = self._is_due, False
-                if self._stopped.is_set() or not (looks or self._queue):
+                if self._stopped.is_set() or not (self._is_due or self._queue):
                     self._thread = None
                     return
-                event = None if looks else self._queue.popleft()
+                event = None if self._is_due else self._queue.take()
+                self._is_due = False
             try:
                 if not event:
                     self._look()
                 elif event.kind != 'refused':
                     self._run(event)
-                elif self._is_present():    # else it could not be noted
+                elif not self._store.directory.is_gone():   # else it could not be noted
                     self._report('refused', event.repository, time.time(), event.message, event.user)
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
@@ -5897,69 +5948,53 @@ class Events:
 
     def _look(self) -> None:
         """Report new problems, and what is right again."""
-        if not self._is_present():
+        if self._store.directory.is_gone():
             return
         self._usage.census.request()
         if not self._usage.census.wait(0):
             return
         self._reported.refresh()
-        now = time.time()
-        found = {one.name: one for one in self._watch.look(self._usage.names(), now, locks=False)}
-        for one in found.values():
-            self._look_at(one)
-        for kind in ('damaged', 'overdue', 'back'):
+        repositories = {repository.name: repository for repository in self._watch.look(
+            self._usage.names(), time.time(), locks=False)}
+        for repository in repositories.values():
+            self._look_at(repository)
+        for kind in ('damaged', 'overdue', 'back', 'refused'):
             for name in self._reported.names(kind):
                 with contextlib.suppress(OSError):
-                    if name not in found and not self._store.has_repository(name):
+                    if name not in repositories and not self._store.has_repository(name):
                         self._reported.release(kind, name)
-        self._look_at_room(list(found))
+        self._look_at_room(repositories)
 
     def _look_at(self, repository: Watched) -> None:
         """Report what is new of a repository."""
-        name, title, reported = repository.name, repository.title, self._reported
-        last, troubles = repository.holdings.last_snapshot, repository.troubles
+        name, title, troubles = repository.name, repository.title, repository.troubles
         if DAMAGED in troubles and repository.scrub:
             import zlib
-            scrub = repository.scrub
-            which = zlib.crc32(repr((scrub.damaged, sorted(scrub.names))).encode())
-            self._report('damaged', name, which, f'{title}: {repository.text_of(DAMAGED)}: '
-                         + ', '.join(scrub.names[:3]))
-        elif reported.value('damaged', name) is not None:
-            reported.release('damaged', name)
-        overdue, back = reported.value('overdue', name), reported.value('back', name)
-        if OVERDUE in troubles and last >= (back or 0) and last > (-1 if overdue is None else overdue):
+            damaged, names = repository.scrub.damaged, repository.scrub.names
+            self._report('damaged', name, zlib.crc32(repr((damaged, sorted(names))).encode()),
+                         f'{title}: {repository.text_of(DAMAGED)}: ' + ', '.join(names[:3]))
+        else:
+            self._reported.release('damaged', name)
+        last, overdue = repository.holdings.last_snapshot, self._reported.value('overdue', name)
+        if OVERDUE in troubles and last >= (self._reported.value('back', name) or 0):
             self._report('overdue', name, last, f'{title}: overdue, {repository.last_snapshot()}')
-        elif OVERDUE not in troubles and overdue is not None and last > max(overdue, back or 0):
+        elif OVERDUE not in troubles and overdue is not None and last > overdue:
             self._report('back', name, last, f'{title}: no longer overdue')
-
-    def _is_present(self) -> bool:
-        """Whether the directory is there; reports when it goes, and when it is back."""
-        gone = False
-        try:
-            self._store.directory.check_present()
-        except HttpError:
-            gone = True
-        if gone != bool(self._is_gone[0]):
-            self._is_gone[0] = gone
-            self._run(Event('gone', None, '', f'{self._store.root} is gone (disk unmounted?)') if gone else
-                      Event('back', None, '', f'{self._store.root} is back'))
-        return not gone
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
         rooms = {f'/{scope}': (quota.held, quota.limit)
                  for scope, quota in self._usage.quotas(repositories).items()}
         disk = disk_space(self._store.root)
-        if disk:
+        if disk and disk.total:     # a network file system may not know
             rooms[''] = disk.total - disk.free, disk.total
-        for place, (held, limit) in rooms.items():
-            if held >= NEARLY_FULL * limit and self._reported.value('full', place) is None:
+        for place in (*rooms, *self._reported.names('full')):
+            used, size = rooms.get(place, (0, 1))
+            if used >= NEARLY_FULL * size:
                 what = 'disk' if not place else f'quota of {place}'
-                self._report('full', place or None, 1, f'{what} is {100 * held // limit} % used: '
-                             f'{format_size(held)} of {format_size(limit)}')
-        for place in self._reported.names('full'):
-            held, limit = rooms.get(place, (0, 1))
-            if held < NO_LONGER_FULL * limit:
+                self._report('full', place or None, 1, f'{what} is {100 * used // size} % used: '
+                             f'{format_size(used)} of {format_size(size)}')
+            elif used < NO_LONGER_FULL * size:
                 self._reported.release('full', place)
 
     def _report(self, kind: str, repository: Optional[str], value: float, message: str,
@@ -5978,31 +6013,27 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
     try:
         process: Any = subprocess.Popen(    # noqa: S602 - the administrator's own command
             command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, close_fds=True)
+            stderr=subprocess.STDOUT, start_new_session=True, close_fds=True, bufsize=0)
     except OSError as error:
         return str(error)
-    output, tail, end = process.stdout.fileno(), b'', time.monotonic() + COMMAND_SECONDS
-    with process.stdout, selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        killed = ''
+    tail, killed, pause, end = b'', '', 0.0, time.monotonic() + COMMAND_SECONDS
+    with process.stdout:
+        os.set_blocking(process.stdout.fileno(), False)
         while not killed:
-            ready = bool(selector.get_map()) and bool(selector.select(0.1))
-            data = os.read(output, 65536) if ready else b''
-            tail = (tail + data)[-OUTPUT_BYTES:]
-            if ready and not data:      # it has closed its output
-                selector.unregister(output)
-            elif not data and process.poll() is not None:
+            has_ended = process.poll() is not None
+            output = process.stdout.read(65536)
+            if has_ended and not output:
                 break       # something that it has started may go on
-            elif not selector.get_map():
-                time.sleep(0.05)
-            if time.monotonic() >= end:
-                killed = f'killed after {COMMAND_SECONDS} s'
-            elif cut.is_set():
+            tail = (tail + (output or b''))[-OUTPUT_BYTES:]
+            pause = 0.0 if output else min(2 * pause + 0.001, 0.05)
+            if cut.wait(pause):
                 killed = 'killed, the server is stopping'
+            elif time.monotonic() >= end:
+                killed = f'killed after {COMMAND_SECONDS} s'
         if killed:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
+    status = process.wait()
     last = tail.decode('utf-8', 'replace').rstrip().rpartition('\n')[2][-200:]
     return (killed or f'status {status}') + (last and f': {last}') if killed or status else ''
 
@@ -6030,52 +6061,50 @@ class ReportedEvents:
         return list(self._known.get(kind, ()))
 
     def claim(self, kind: str, name: str, value: float) -> bool:
-        """Note an event as reported; False if another server was faster."""
-        def change(known: Reported) -> bool:
-            names = known.setdefault(kind, {})
+        """Note an event as reported; False if it was, perhaps by another server."""
+        def is_new() -> bool:
+            known = self.value(kind, name)
+            if known is None:
+                return True
             if kind == 'refused':       # a time
-                for old in [old for old, when in names.items() if not 0 <= value - when < REFUSED_PAUSE]:
-                    del names[old]
-                is_new = name not in names
-            else:
-                is_new = names.get(name) != value and not (
-                    kind in ('overdue', 'back') and names.get(name, -1) > value)
-            if is_new:
-                names[name] = value
-            return is_new
+                return not 0 <= value - known < REFUSED_PAUSE
+            return value > known if kind in ('overdue', 'back') else value != known
 
-        return self._change(change)
+        return self._set(kind, name, value, is_new)
 
     def release(self, kind: str, name: str, before: Optional[float] = None) -> None:
         """Take an event for not reported, or for reported with another value `before`."""
-        def change(known: Reported) -> bool:
-            names = known.setdefault(kind, {})
-            if before is not None:
-                names[name] = before
-                return True
-            return names.pop(name, None) is not None
+        self._set(kind, name, before, lambda: self.value(kind, name) != before)
 
-        self._change(change)
-
-    def _change(self, change: Callable[[Reported], bool]) -> bool:
-        """Change what is known, if `change` says so; its answer."""
-        import json
-        if self._store.directory.read_only:
-            return change(self._known)
-        changed = None
-        try:
-            with self._store.hidden.exclusive():
-                if not self._is_unsaved:
-                    self._known = self._read()
-                changed = change(self._known)
-                if changed or self._is_unsaved:
+    def _set(self, kind: str, name: str, value: Optional[float], is_due: Callable[[], bool]) -> bool:
+        """Set a value, or remove it (None), if that is due by what is known here and by the file; whether it
+        was."""
+        if not is_due():
+            return False
+        if not self._store.directory.read_only:
+            import json
+            try:
+                with self._store.hidden.exclusive():
+                    if not self._is_unsaved:
+                        self._known = self._read()
+                    if not is_due():
+                        return False
+                    self._put(kind, name, value)
                     self._store.hidden.write(EVENTS_FILE, json.dumps(self._known))
-            self._is_unsaved = False
-        except OSError as error:
-            if not self._is_unsaved:
-                log.error('cannot save which events were reported, some may be reported again: %s', error)
-            self._is_unsaved = True
-        return change(self._known) if changed is None else changed
+                self._is_unsaved = False
+            except OSError as error:
+                if not self._is_unsaved:
+                    log.error('cannot save which events were reported, some may be reported again: %s', error)
+                self._is_unsaved = True
+        self._put(kind, name, value)
+        return True
+
+    def _put(self, kind: str, name: str, value: Optional[float]) -> None:
+        names = self._known.setdefault(kind, {})
+        if value is None:
+            names.pop(name, None)
+        else:
+            names[name] = value
 
     def _read(self) -> Reported:
         import json
@@ -10733,8 +10762,8 @@ class Server:
         if census.requests and self._counts:
             loop.watch(census.requests, census.on_requested)
             loop.timers += [self._purge, events.tick]
-        if events.receiver and self._counts:
-            loop.watch(events.receiver, events.on_sent)
+        if events.channel.receiver and self._counts:
+            loop.watch(events.channel.receiver, events.on_sent)
         loop.timers += [self.api.policy.refresh, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
@@ -10764,7 +10793,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests, self.api.events.receiver):
+        for source in (*self.listeners, census.requests, self.api.events.channel.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -10775,7 +10804,7 @@ class Server:
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
         census.close()
-        self.api.events.close()
+        self.api.events.channel.close()
         self.loop.close()
 
     def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
@@ -10990,7 +11019,7 @@ class Workers:
         signal.set_wakeup_fd(-1)
         loop.close()
         server.api.usage.census.close()
-        server.api.events.close()
+        server.api.events.channel.close()
 
     # ---- timers ----
 

@@ -5829,6 +5829,8 @@ class EventsTest(WatchedTestCase):
         self.assertEqual(self.look(), [])
         self.assertIn('/alice', self.reported('full'))      # 88 % is too near to 90 %
         self.quotas = {'/alice': held * 2}
+        with mock.patch.object(shutil, 'disk_usage', lambda path: mock.Mock(total=0, free=0)):
+            self.assertEqual(self.look(), [])
         with mock.patch.object(shutil, 'disk_usage', lambda path: mock.Mock(total=100 << 30, free=5 << 30)):
             self.assertEqual(self.look(), ['full|||disk is 95 % used: 95.0 GiB of 100.0 GiB'])
         self.assertEqual(self.reported('full'), [''])
@@ -5844,11 +5846,15 @@ class EventsTest(WatchedTestCase):
         self.assertEqual(self.look(events), [])
         self.root.rename(self.folder / 'away')
         self.root.mkdir()
-        self.assertEqual(self.look(events), [f'gone|||{self.root} is gone (disk unmounted?)'])
+        self.assertEqual(self.look(events), [])
+        self.wait_until(self.told, 'the first event')
         self.assertEqual(self.look(events), [])
         self.root.rmdir()
         (self.folder / 'away').rename(self.root)
-        self.assertEqual(self.look(events), [f'back|||{self.root} is back'])
+        self.look(events)
+        self.wait_until(lambda: len(self.told()) == 2, 'the second event')
+        self.assertEqual(self.told(), [f'gone|||{self.root} is gone (disk unmounted?)',
+                                       f'back|||{self.root} is back'])
 
     def test_no_name_is_a_command(self):
         wild = '$(touch x);`touch x`"\'|& touch x'
