@@ -5959,7 +5959,7 @@ class Events:
         for repository in repositories.values():
             self._look_at(repository)
         for kind in ('damaged', 'overdue', 'back', 'refused'):
-            for name in self._reported.names(kind):
+            for name in list(self._reported.known[kind]):
                 with contextlib.suppress(OSError):
                     if name not in repositories and not self._store.has_repository(name):
                         self._reported.release(kind, name)
@@ -5975,10 +5975,10 @@ class Events:
                          f'{title}: {repository.text_of(DAMAGED)}: ' + ', '.join(names[:3]))
         else:
             self._reported.release('damaged', name)
-        last, overdue = repository.holdings.last_snapshot, self._reported.value('overdue', name)
-        if OVERDUE in troubles and last >= (self._reported.value('back', name) or 0):
+        last, known = repository.holdings.last_snapshot, self._reported.known
+        if OVERDUE in troubles and last >= known['back'].get(name, 0):
             self._report('overdue', name, last, f'{title}: overdue, {repository.last_snapshot()}')
-        elif OVERDUE not in troubles and overdue is not None and last > overdue:
+        elif OVERDUE not in troubles and last > known['overdue'].get(name, math.inf):
             self._report('back', name, last, f'{title}: no longer overdue')
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
@@ -5988,7 +5988,7 @@ class Events:
         disk = disk_space(self._store.root)
         if disk and disk.total:     # a network file system may not know
             rooms[''] = disk.total - disk.free, disk.total
-        for place in (*rooms, *self._reported.names('full')):
+        for place in (*rooms, *self._reported.known['full']):
             used, size = rooms.get(place, (0, 1))
             if used >= NEARLY_FULL * size:
                 what = 'disk' if not place else f'quota of {place}'
@@ -6000,10 +6000,9 @@ class Events:
     def _report(self, kind: str, repository: Optional[str], value: float, message: str,
                 user: str = '') -> None:
         """Run the command for something that all servers of the directory find, unless another has."""
-        before = self._reported.value(kind, repository or '')
         if self._reported.claim(kind, repository or '', value) and not self._run(
                 Event(kind, repository, user, message)):
-            self._reported.release(kind, repository or '', before)
+            self._reported.release(kind, repository or '')
 
 
 def run_command(command: str, environment: Dict[str, str], cut: threading.Event) -> str:
@@ -6040,83 +6039,66 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
 
 class ReportedEvents:
     """Which events were reported, in a file that all servers of a directory share; in memory while it
-    cannot be written, such as on a full disk.  Each has a value."""
+    cannot be written, such as on a full disk.  By kind and name they have a value."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: Reported = {}
-        self._is_unsaved = False        # `_known` has more than the file
+        self.known: Reported = collections.defaultdict(dict)
+        self._is_unsaved = False        # `known` has more than the file
 
     def refresh(self) -> None:
         """Read the file again."""
         if not (self._is_unsaved or self._store.directory.read_only):
-            self._known = self._read()
-
-    def value(self, kind: str, name: str) -> Optional[float]:
-        """The value with which an event was reported, None if it was not."""
-        return self._known.get(kind, {}).get(name)
-
-    def names(self, kind: str) -> List[str]:
-        """The names with which events of a kind were reported."""
-        return list(self._known.get(kind, ()))
+            self.known = self._read()
 
     def claim(self, kind: str, name: str, value: float) -> bool:
         """Note an event as reported; False if it was, perhaps by another server."""
         def is_new() -> bool:
-            known = self.value(kind, name)
+            known = self.known[kind].get(name)
             if known is None:
                 return True
             if kind == 'refused':       # a time
                 return not 0 <= value - known < REFUSED_PAUSE
             return value > known if kind in ('overdue', 'back') else value != known
 
-        return self._set(kind, name, value, is_new)
+        return self._change(is_new, lambda: self.known[kind].update({name: value}))
 
-    def release(self, kind: str, name: str, before: Optional[float] = None) -> None:
-        """Take an event for not reported, or for reported with another value `before`."""
-        self._set(kind, name, before, lambda: self.value(kind, name) != before)
+    def release(self, kind: str, name: str) -> None:
+        """Take an event for not reported."""
+        self._change(lambda: name in self.known[kind], lambda: self.known[kind].pop(name, None))
 
-    def _set(self, kind: str, name: str, value: Optional[float], is_due: Callable[[], bool]) -> bool:
-        """Set a value, or remove it (None), if that is due by what is known here and by the file; whether it
-        was."""
+    def _change(self, is_due: Callable[[], bool], change: Callable[[], object]) -> bool:
+        """Change what is known, and the file, if that is due by both; whether it was.  May change twice."""
         if not is_due():
             return False
         if not self._store.directory.read_only:
             import json
             try:
                 with self._store.hidden.exclusive():
-                    if not self._is_unsaved:
-                        self._known = self._read()
+                    self.refresh()
                     if not is_due():
                         return False
-                    self._put(kind, name, value)
-                    self._store.hidden.write(EVENTS_FILE, json.dumps(self._known))
+                    change()
+                    self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
                 self._is_unsaved = False
             except OSError as error:
                 if not self._is_unsaved:
                     log.error('cannot save which events were reported, some may be reported again: %s', error)
                 self._is_unsaved = True
-        self._put(kind, name, value)
+        change()
         return True
-
-    def _put(self, kind: str, name: str, value: Optional[float]) -> None:
-        names = self._known.setdefault(kind, {})
-        if value is None:
-            names.pop(name, None)
-        else:
-            names[name] = value
 
     def _read(self) -> Reported:
         import json
+        known: Reported = collections.defaultdict(dict)
         try:
-            known = json.loads(self._store.hidden.read(EVENTS_FILE))
-            return {str(kind): {str(name): _finite(value) for name, value in names.items()}
-                    for kind, names in known.items()}
+            for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
+                known[kind] = {name: _finite(value) for name, value in names.items()}
         except FileNotFoundError:
-            return {}
+            pass
         except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
-            return {}
+        return known
 
 
 # ==== Page =======================================================================================

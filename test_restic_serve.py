@@ -5838,7 +5838,7 @@ class EventsTest(WatchedTestCase):
     def reported(self, kind):
         found = restic_serve.ReportedEvents(self.store)
         found.refresh()
-        return found.names(kind)
+        return list(found.known[kind])
 
     def test_a_directory_that_goes_is_told_and_its_return(self):
         self.fill('/laptop', 'snapshots')
