@@ -127,8 +127,6 @@ reload_log = logging.getLogger('restic_serve.reload')  # enabled in one process 
 _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0,
             'd': 86400.0, 'w': 7 * 86400.0, 'M': 30 * 86400.0, 'y': 365 * 86400.0}
 _DURATION_PART = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|[smhdwMy])')
-
-
 LATEST_TIME = 253402300799 - 86400     # The last day of the year 9999 but one, for any zone.
 
 
@@ -150,10 +148,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if not match:
         raise ValueError(f'invalid size {text!r}; use 500G, 1.5M, 512k or bytes')
-    count = float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper())
-    if count >= 2 ** 63:
+    size = float(match[1]) * 1024 ** 'BKMGTPE'.index((match[2] or match[3] or 'K').upper())
+    if size >= 2 ** 63:
         raise ValueError(f'size {text!r} is too large')
-    return int(count)
+    return int(size)
 
 
 def parse_quota(text: str) -> int:
@@ -192,13 +190,13 @@ def parse_timetable(text: str) -> List[TimetableEntry]:
     return entries
 
 
-def format_size(count: float) -> str:
+def format_size(size: float) -> str:
     """Bytes for people: `0 B`, `999 B`, `1.5 KiB`, `12.0 GiB`."""
     units = ['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB']
-    while abs(count) >= 1000 and len(units) > 1:
-        count /= 1024
+    while abs(size) >= 1000 and len(units) > 1:
+        size /= 1024
         units.pop(0)
-    return f'{count:.0f} B' if units[0] == 'B' else f'{count:.1f} {units[0]}'
+    return f'{size:.0f} B' if units[0] == 'B' else f'{size:.1f} {units[0]}'
 
 
 def format_exact(count: int) -> str:
@@ -211,13 +209,12 @@ def format_exact(count: int) -> str:
 
 def format_duration(seconds: float) -> str:
     """A time for people, in its two largest units: `9 s`, `3 m 20 s`, `2 d 5 h`."""
-    left = int(seconds)
-    parts: List[str] = []
+    left, parts = int(seconds), []  # type: int, List[str]
     for unit, size in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
-        if left >= size or (unit == 's' and not parts):
+        if left >= size:
             parts.append(f'{left // size} {unit}')
             left %= size
-    return ' '.join(parts[:2])
+    return ' '.join(parts[:2]) or '0 s'
 
 
 def format_age(seconds: float) -> str:
@@ -228,12 +225,14 @@ def format_age(seconds: float) -> str:
     return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
 
 
-def format_count(count: int, word: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A noun as it stands behind a count."""
+    return noun if count == 1 else {'index': 'indexes', 'repository': 'repositories'}.get(noun, f'{noun}s')
+
+
+def format_count(count: int, noun: str) -> str:
     """A count with its noun, such as `2 indexes`."""
-    if count == 1:
-        return f'1 {word}'
-    return f'{count:,} ' + (f'{word[:-1]}ies' if word.endswith('y') and word != 'key' else
-                            f'{word}es' if word.endswith('x') else f'{word}s')
+    return f'{count:,} {plural(count, noun)}'
 
 
 def local_time(seconds: float) -> time.struct_time:
@@ -508,18 +507,8 @@ def _forwarded_for(element: str) -> str:
 
 def _split_unquoted(text: str, separator: str) -> List[str]:
     """The parts of a text between separators that do not stand in quotes (RFC 9110 5.6.4)."""
-    parts, begin, quoted, escaped = [], 0, False, False
-    for at, letter in enumerate(text):
-        if escaped:
-            escaped = False
-        elif letter == '"':
-            quoted = not quoted
-        elif letter == '\\':
-            escaped = quoted
-        elif letter == separator and not quoted:
-            parts.append(text[begin:at])
-            begin = at + 1
-    return [*parts, text[begin:]]
+    part = rf'{separator}((?:[^"{separator}]|"(?:[^"\\]|\\.?)*"?)*)'
+    return re.findall(part, separator + text)
 
 
 def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
@@ -576,6 +565,41 @@ class FileSlice:
         self.close()
 
 
+class Channel:
+    """Messages from threads, and from processes that are forked once it is open, to the process that watches
+    `receiver`.  Nobody waits.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them."""
+
+    def __init__(self, kind: int) -> None:
+        self._kind = kind
+        self.receiver: Optional[socket.socket] = None   # can be read when a message has come
+        self.sender: Optional[socket.socket] = None
+
+    def open(self) -> None:
+        """Make the pair of sockets.  Raises OSError."""
+        if not self.receiver:
+            self.receiver, self.sender = socket.socketpair(type=self._kind)
+            self.receiver.setblocking(False)
+            self.sender.setblocking(False)
+
+    def send(self, message: bytes) -> None:
+        """Send a message, unless the channel is closed.  Raises OSError where there is no room for it."""
+        if self.sender:
+            self.sender.send(message)
+
+    def receive(self) -> Iterator[bytes]:
+        """The messages that have come."""
+        with contextlib.suppress(OSError):      # there are no more
+            while self.receiver:
+                yield self.receiver.recv(65536)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        if self.receiver and self.sender:
+            self.receiver.close()
+            self.sender.close()
+            self.receiver = self.sender = None
+
+
 class Response:
     """An answer.  Its body is bytes, a FileSlice, or an iterator of chunks whose length is not known.  An
     iterator may raise OSError; what has been sent by then must not look complete."""
@@ -590,10 +614,9 @@ class Response:
 
     def close(self) -> None:
         """Close the files behind the body."""
-        if not isinstance(self.body, bytes):
-            close = getattr(self.body, 'close', None)
-            if close:
-                close()
+        close = getattr(self.body, 'close', None)
+        if close:
+            close()
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -660,11 +683,8 @@ def _for_log(text: str) -> str:
 def one_line(text: object) -> str:
     """A message as one line: control characters, line separators and those that change the direction of
     writing are escaped."""
-    words = str(text)
-    if words.isprintable():
-        return words
-    return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape', 'replace').decode()
-                   if not '\ud800' <= letter <= '\udfff' else f'\\u{ord(letter):04x}' for letter in words)
+    return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape').decode()
+                   for letter in str(text))
 
 
 HEADER_SLACK = 4096          # Bytes that a header section may exceed --max-header-bytes, as in Go's servers.
@@ -774,42 +794,6 @@ def allow_descriptors(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     except (ImportError, OSError, ValueError) as error:
         log.debug('cannot raise the limit on open files: %s', error)
-
-
-class Channel:
-    """Messages from any process to the one that waits for its `receiver`, from open() to close().  Nobody
-    waits to send or to receive."""
-
-    def __init__(self) -> None:
-        self.receiver: Optional[socket.socket] = None   # can be read when there is a message
-        self._sender: Optional[socket.socket] = None
-
-    def open(self) -> None:
-        """Make the pair of sockets, before processes are forked."""
-        if self.receiver:
-            return
-        kind = socket.SOCK_DGRAM if hasattr(os, 'fork') else socket.SOCK_STREAM
-        self.receiver, self._sender = socket.socketpair(type=kind)
-        self.receiver.setblocking(False)
-        self._sender.setblocking(False)
-
-    def close(self) -> None:
-        for end in (self.receiver, self._sender):
-            if end:
-                end.close()
-        self.receiver = self._sender = None
-
-    def send(self, message: bytes) -> None:
-        """Send a message, if the channel is open.  Raises OSError, such as where too many wait."""
-        if self._sender:
-            self._sender.send(message)
-
-    def receive(self) -> bytes:
-        """The next message, empty if there is none."""
-        if self.receiver:
-            with contextlib.suppress(OSError):
-                return self.receiver.recv(65536)
-        return b''
 
 
 # ==== Files ======================================================================================
@@ -1363,6 +1347,15 @@ def _exclusive(folder: Folder) -> Iterator[None]:
         except (ImportError, OSError) as error:
             log.debug('cannot lock %s: %s', folder.path, error)
         yield
+
+
+def disk_space(path: str) -> Any:
+    """The bytes of a file system, `total` and `free`; None where they are not known."""
+    import shutil
+    try:
+        return shutil.disk_usage(path or os.sep)
+    except OSError:
+        return None
 
 
 # ==== Read ahead =================================================================================
@@ -2091,6 +2084,7 @@ class Directory:
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
         import mmap
         self._was_gone = mmap.mmap(-1, 1)   # for all processes, so that one of them says so
+        self.on_change: Callable[[bool], object] = lambda is_gone: None     # called in that one
         self._fault = ''
         self._next_probe = -math.inf
 
@@ -2101,7 +2095,7 @@ class Directory:
 
     def is_gone(self) -> bool:
         """Whether the directory is not the one that was there at the start: its disk was unmounted, and what
-        is missing is not missing, and what is stored would be lost."""
+        is missing is not missing, and what is stored would be lost.  Who notices a change first tells."""
         try:
             status = os.stat(self._root or os.sep)
             gone = self._identity not in (None, (status.st_dev, status.st_ino))
@@ -2113,6 +2107,7 @@ class Directory:
                 log.error('%s is gone (disk unmounted?); all requests fail until it is back', self._root)
             else:
                 log.log(NOTICE, '%s is back', self._root)
+            self.on_change(gone)
         return gone
 
     def check_present(self) -> None:
@@ -3776,7 +3771,7 @@ class Census:
         self._interval = interval
         self._scopes = scopes
         self._past = past
-        self.requests = Channel()           # on_requested() is to be called when there is a message
+        self.requests = Channel(socket.SOCK_STREAM)     # on_requested() is called for a message
         self._counting = False
         self.unreadable: List[str] = []     # folders that the last census could not read
 
@@ -3804,8 +3799,7 @@ class Census:
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
-        requests = list(iter(self.requests.receive, b''))
-        if requests and self.age() >= self._interval and not self._counting:
+        if list(self.requests.receive()) and self.age() >= self._interval and not self._counting:
             self._counting = True
             try:
                 threading.Thread(target=self._count_all, daemon=True).start()
@@ -4133,17 +4127,16 @@ class Usage:
         return list(filter(self.limits.limit, self.scopes(repository)))
 
     def quota(self, scope: str) -> Quota:
-        """The Quota of a scope."""
+        """What is known of a quota's scope."""
         # An upload that ends moves from reserved to delta; reading in this order never misses it.
         reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
         return Quota(baseline + delta, reserved, self.limits.limit(scope))
 
-    def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
-        """Bytes held and the limit, by the scopes of some repositories."""
+    def quotas(self, repositories: Iterable[str]) -> Dict[str, Quota]:
+        """The quotas of some repositories, by their scopes."""
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
-        quotas = {scope: self.quota(scope) for scope in sorted(scopes)}
-        return {scope: (quota.held, quota.limit) for scope, quota in quotas.items()}
+        return {scope: self.quota(scope) for scope in sorted(scopes)}
 
     def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
         """Raises QuotaExceeded for an upload that is charged so much; logged once in WARNING_SECONDS."""
@@ -5208,6 +5201,11 @@ METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
+# What happened since the start: requests, errors among them, objects and bytes received and sent.
+Activity = collections.namedtuple('Activity', [
+    'requests', 'errors', 'received', 'received_bytes', 'sent', 'sent_bytes'])
+
+
 class Metrics:
     """Counts requests, and reports what was counted.
 
@@ -5233,25 +5231,23 @@ class Metrics:
     def count(self, request: Request, status: int, sent: int) -> None:
         """Count a request that was answered with `sent` bytes of content."""
         method = request.method if request.method in METHODS else 'other'
-        seconds = time.monotonic() - request.begun
-        counters, location = self.counters, request.location
-        with counters.lock:
-            row = counters.row(('request', method, str(status)), 2 + len(SECONDS))
+        seconds, location = time.monotonic() - request.begun, request.location
+        with self.counters.lock:
+            row = self.counters.row(('request', method, str(status)), 2 + len(SECONDS))
             row[0] += int(seconds * 1e6)
             row[1 + bisect.bisect_left(SECONDS, seconds)] += 1
-            if location and method == 'GET' and status in (200, 206):
-                self._count_blob(request, location, self.READ, sent)
+            if location and location.name and method == 'GET' and status in (200, 206):
+                row = self.counters.row(('blob', request.user, location.repository, location.kind), 6)
+                row[self.READ] += 1
+                row[self.READ + 1] += sent
 
     def count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
-        """Count a blob that was WRITTEN, READ or DELETED."""
-        with self.counters.lock:
-            self._count_blob(request, location, what, size)
-
-    def _count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
+        """Count a blob that was WRITTEN or DELETED; count() does what was READ."""
         if location.name:
-            row = self.counters.row(('blob', request.user, location.repository, location.kind), 6)
-            row[what] += 1
-            row[what + 1] += size
+            with self.counters.lock:
+                row = self.counters.row(('blob', request.user, location.repository, location.kind), 6)
+                row[what] += 1
+                row[what + 1] += size
 
     def connections(self) -> int:
         """Connections that are being served."""
@@ -5267,22 +5263,19 @@ class Metrics:
     def log_limited(self, at_once: bool = False) -> float:
         """Log what limits have ended or refused, each once in LIMITED_SECONDS; seconds until there is more
         to log."""
-        now, lines, wait = time.monotonic(), [], math.inf
+        now = time.monotonic()
         with self._lock:
-            for limit in list(self._limited):
-                left = self._logged_at.get(limit, -math.inf) + LIMITED_SECONDS - now
-                if left <= 0 or at_once:
-                    lines.append((limit, self._limited.pop(limit)))
-                    self._logged_at[limit] = now
-                else:
-                    wait = min(wait, left)
-        for limit, by_address in lines:
+            waits = {limit: self._logged_at.get(limit, -math.inf) + LIMITED_SECONDS - now
+                     for limit in self._limited}
+            due = {limit: self._limited.pop(limit) for limit, wait in waits.items() if wait <= 0 or at_once}
+            self._logged_at.update(dict.fromkeys(due, now))
+        for limit, by_address in due.items():
             listed = by_address.most_common(LIMITED_ADDRESSES)
             rest = len(by_address) - len(listed)
             log.warning('%s: closed or rejected %d, from %s', limit, sum(by_address.values()), ', '.join(
                 f'{address or "unix"} ({count})' for address, count in listed)
                 + (f' and {rest} more' if rest else ''))
-        return wait
+        return min((wait for limit, wait in waits.items() if limit not in due), default=math.inf)
 
     # ---- for the log ----
 
@@ -5298,83 +5291,64 @@ class Metrics:
         """A summary since the last line.  Without `final` the next line includes it again."""
         activity, now = self._activity(), time.monotonic()
         seconds = max(now - self._reported_at, 0.001)
-        requests, errors, received, received_bytes, sent, sent_bytes = (
-            new - old for new, old in zip(activity, self._reported))
-        connections = self.connections()
+        new = Activity(*map(operator.sub, activity, self._reported))
         if final:
             self._reported, self._reported_at = activity, now
-        return (f'in {format_duration(seconds)}: sent {format_size(sent_bytes)} in {sent} objects '
-                f'({format_size(sent_bytes / seconds)}/s), received {format_size(received_bytes)} in '
-                f'{received} objects ({format_size(received_bytes / seconds)}/s), {requests} requests '
-                f'({requests / seconds:.1f}/s), {errors} error{"s" * (errors != 1)}; '
-                f'{connections} connection{"s" * (connections != 1)}')
+        connections = self.connections()
+        return (f'in {format_duration(seconds)}: sent {format_size(new.sent_bytes)} in {new.sent} objects '
+                f'({format_size(new.sent_bytes / seconds)}/s), received {format_size(new.received_bytes)} in '
+                f'{new.received} objects ({format_size(new.received_bytes / seconds)}/s), {new.requests} '
+                f'requests ({new.requests / seconds:.1f}/s), {new.errors} {plural(new.errors, "error")}; '
+                f'{connections} {plural(connections, "connection")}')
 
-    def _activity(self) -> List[int]:
-        """Requests, errors among them, objects and bytes received, objects and bytes sent."""
-        activity = [0] * 6
-        for (_, _, status), (_, *numbers) in self.counters.find('request').items():
-            count = sum(numbers)
-            activity[0] += count
+    def _activity(self) -> Activity:
+        requests = errors = 0
+        for (_, _, status), (_, *histogram) in self.counters.find('request').items():
+            requests += sum(histogram)
             # restic looks for objects that need not exist.
-            activity[1] += count if int(status) >= 400 and status != '404' else 0
-        for blob in self.counters.find('blob').values():
-            for i in range(4):
-                activity[2 + i] += blob[i]
-        return activity
+            errors += sum(histogram) if int(status) >= 400 and status != '404' else 0
+        blobs = [sum(numbers) for numbers in zip(*self.counters.find('blob').values())] or [0] * 6
+        return Activity(requests, errors, *blobs[self.WRITTEN:self.DELETED])
 
     # ---- for Prometheus ----
 
     def exposition(self, shows: Optional[Callable[[str], bool]] = None, of_server: bool = True) -> str:
-        """All metrics in the text format, or those of the repositories and quotas that it `shows`, and
-        perhaps of the server.  One thread at a time computes them."""
+        """The metrics of repositories and quotas, all of them or those that it `shows`, and perhaps those of
+        the server, in the text format.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
             facts = self._facts()
             if shows:
                 facts = facts._replace(
                     blobs={key: row for key, row in facts.blobs.items() if shows(key[2])},
-                    repositories={name: held for name, held in facts.repositories.items() if shows(name)},
+                    repositories={name: item for name, item in facts.repositories.items() if shows(name)},
                     scrubs={name: result for name, result in facts.scrubs.items() if shows(name)},
                     quotas={scope: quota for scope, quota in facts.quotas.items()
                             if shows(f'/{scope}' if scope else '')})
-            return ''.join(line for family in _FAMILIES if of_server or not family.of_server
-                           for line in family.lines(facts))
+            families = (*_SERVER_FAMILIES, *_REPOSITORY_FAMILIES) if of_server else _REPOSITORY_FAMILIES
+            return ''.join(line for family in families for line in family.lines(facts))
 
     def _facts(self) -> Facts:
-        repositories = self._usage.repositories()
-        return Facts(self.counters.find('blob'), self.counters.find('request'), self.counters.find('limited'),
-                     self.counters.find('event'),
-                     self.connections(), self._begin, repositories, last_scrubs(self._store),
-                     self._usage.quotas(repositories), self.counters.total(REFUSED_LOGINS, 1)[0],
-                     self._disk())
+        repositories, find = self._usage.repositories(), self.counters.find
+        return Facts(find('blob'), find('request'), find('limited'), find('event'), self.connections(),
+                     self._begin, repositories, last_scrubs(self._store), self._usage.quotas(repositories),
+                     self.counters.total(REFUSED_LOGINS, 1)[0], disk_space(self._store.root))
 
-    def _disk(self) -> List[int]:
-        """Bytes of the disk in all, and free ones; empty where that is not known."""
-        import shutil
-        with contextlib.suppress(OSError):
-            usage = shutil.disk_usage(self._store.root or os.sep)
-            return [usage.total, usage.free]
-        return []
-
-
-# What may happen, for Events to tell.
-EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')
 
 # What the metrics are computed from: rows of Counters, repositories, scrubs and quotas by name, logins that
-# were refused, and the disk's bytes.
+# were refused, and the disk's bytes, None where they are not known.
 Facts = collections.namedtuple('Facts', [
     'blobs', 'requests', 'limited', 'events', 'connections', 'begin', 'repositories', 'scrubs', 'quotas',
     'refused_logins', 'disk'])
 
 
 class Family:
-    """A metric.  `samples` yields labels and values from Facts, preceded by a suffix of the name where the
-    type has some.  It is of the repositories, or `of_server`."""
+    """A metric: by its name a counter or a gauge, or a histogram.  `samples` yields labels and values from
+    Facts, for a histogram preceded by a suffix of the name."""
 
-    def __init__(self, name: str, kind: str, help_text: str, samples: Samples, of_server: bool = False
-                 ) -> None:
+    def __init__(self, name: str, help_text: str, samples: Samples, kind: str = '') -> None:
+        kind = kind or ('counter' if name.endswith('_total') else 'gauge')
         self._name = name
-        self.of_server = of_server
         self._head = f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n'
         self._samples = samples
 
@@ -5385,13 +5359,6 @@ class Family:
             text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
             yield f'{head}{"".join([self._name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
             head = ''
-
-
-def _blobs(at: int) -> Samples:
-    """Samples of one number of the rows `blob`."""
-    return lambda facts: (
-        ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[at])
-        for (_, user, repository, kind), row in facts.blobs.items() if row[at & ~1])
 
 
 def _durations(facts: Facts) -> Iterator[Sample]:
@@ -5406,82 +5373,79 @@ def _durations(facts: Facts) -> Iterator[Sample]:
         yield '_count', {'method': method}, sum(counts)
 
 
-def _repositories(value: Callable[[Holdings], float]) -> Samples:
-    """Samples of a number of each repository, unless it is 0."""
-    return lambda facts: (({'repo': repository_label(name)}, value(held))
-                          for name, held in facts.repositories.items() if value(held))
+def _counted(kind: str, label: str) -> Samples:
+    """The first number of rows of Counters, by the word in their keys."""
+    return lambda facts: (({label: word}, row[0]) for (_, word), row in getattr(facts, kind).items())
 
 
-def _scrubs(at: int) -> Samples:
-    """Samples of one field of each repository's ScrubResult."""
-    return lambda facts: (({'repo': repository_label(name)}, result[at])
-                          for name, result in facts.scrubs.items())
+def _blobs(what: int, in_bytes: bool = False) -> Samples:
+    """Blobs that were WRITTEN, READ or DELETED, or their bytes."""
+    return lambda facts: (
+        ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[what + in_bytes])
+        for (_, user, repository, kind), row in facts.blobs.items() if row[what])
 
 
-def _quotas(at: int) -> Samples:
-    return lambda facts: (({'folder': scope}, quota[at]) for scope, quota in facts.quotas.items())
+def _of_each(kind: str, field: str) -> Samples:
+    """A field of the Holdings or the ScrubResult of each repository, or of each Quota."""
+    return lambda facts: (
+        ({'folder': name} if kind == 'quotas' else {'repo': repository_label(name)}, getattr(item, field))
+        for name, item in getattr(facts, kind).items())
 
 
-_FAMILIES = (
-    # As rest-server has them
-    Family('rest_server_blob_write_total', 'counter', 'Total number of blobs written', _blobs(0)),
-    Family('rest_server_blob_write_bytes_total', 'counter', 'Total number of bytes of blobs written',
-           _blobs(1)),
-    Family('rest_server_blob_read_total', 'counter', 'Total number of blobs read', _blobs(2)),
-    Family('rest_server_blob_read_bytes_total', 'counter', 'Total number of bytes of blobs read', _blobs(3)),
-    Family('rest_server_blob_delete_total', 'counter', 'Total number of blobs deleted', _blobs(4)),
-    Family('rest_server_blob_delete_bytes_total', 'counter', 'Total number of bytes of blobs deleted',
-           _blobs(5)),
-
-    Family('restic_serve_requests_total', 'counter', 'Requests answered.', lambda facts: (
+_SERVER_FAMILIES = (
+    Family('restic_serve_requests_total', 'Requests answered.', lambda facts: (
         ({'method': method, 'status': status}, sum(row[1:]))
-        for (_, method, status), row in facts.requests.items()), of_server=True),
-    Family('restic_serve_request_duration_seconds', 'histogram',
-           "Time from the end of a request's header to the end of its answer.", _durations, of_server=True),
-    Family('restic_serve_connections', 'gauge', 'Connections that are open.', lambda facts: [
-        ({}, facts.connections)], of_server=True),
-    Family('restic_serve_limited_total', 'counter', 'Requests and connections closed or rejected by a limit.',
-           lambda facts: (({'limit': limit}, row[0]) for (_, limit), row in facts.limited.items()),
-           of_server=True),
-    Family('restic_serve_events_total', 'counter', 'Events, as passed to --on-event.',
-           lambda facts: (({'event': kind}, facts.events.get(('event', kind), [0])[0]) for kind in EVENTS),
-           of_server=True),
-    Family('restic_serve_refused_logins_total', 'counter', 'Logins with a wrong user or password.',
-           lambda facts: [({}, facts.refused_logins)], of_server=True),
-    Family('restic_serve_disk_bytes', 'gauge', 'Size of the file system that holds DIR.', lambda facts: [
-        ({}, total) for total in facts.disk[:1]], of_server=True),
-    Family('restic_serve_disk_free_bytes', 'gauge', 'Free space on the file system that holds DIR.',
-           lambda facts: [({}, free) for free in facts.disk[1:]], of_server=True),
-    Family('restic_serve_start_time_seconds', 'gauge', 'Start time of the server.', lambda facts: [
-        ({}, int(facts.begin))], of_server=True),
-    Family('restic_serve_build_info', 'gauge', 'The version of the server.', lambda facts: [
-        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)], of_server=True),
+        for (_, method, status), row in facts.requests.items())),
+    Family('restic_serve_request_duration_seconds',
+           "Time from the end of a request's header to the end of its answer.", _durations, 'histogram'),
+    Family('restic_serve_connections', 'Connections that are open.',
+           lambda facts: [({}, facts.connections)]),
+    Family('restic_serve_limited_total', 'Requests and connections closed or rejected by a limit.',
+           _counted('limited', 'limit')),
+    Family('restic_serve_events_total', 'Events, as passed to --on-event.', _counted('events', 'event')),
+    Family('restic_serve_refused_logins_total', 'Logins with a wrong user or password.',
+           lambda facts: [({}, facts.refused_logins)]),
+    Family('restic_serve_disk_bytes', 'Size of the file system that holds DIR.',
+           lambda facts: [({}, facts.disk.total)] if facts.disk else []),
+    Family('restic_serve_disk_free_bytes', 'Free space on the file system that holds DIR.',
+           lambda facts: [({}, facts.disk.free)] if facts.disk else []),
+    Family('restic_serve_start_time_seconds', 'Start time of the server.',
+           lambda facts: [({}, int(facts.begin))]),
+    Family('restic_serve_build_info', 'The version of the server.', lambda facts: [
+        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]),
+)
+_REPOSITORY_FAMILIES = (
+    # As rest-server has them
+    Family('rest_server_blob_write_total', 'Total number of blobs written', _blobs(Metrics.WRITTEN)),
+    Family('rest_server_blob_write_bytes_total', 'Total number of bytes of blobs written',
+           _blobs(Metrics.WRITTEN, True)),
+    Family('rest_server_blob_read_total', 'Total number of blobs read', _blobs(Metrics.READ)),
+    Family('rest_server_blob_read_bytes_total', 'Total number of bytes of blobs read',
+           _blobs(Metrics.READ, True)),
+    Family('rest_server_blob_delete_total', 'Total number of blobs deleted', _blobs(Metrics.DELETED)),
+    Family('rest_server_blob_delete_bytes_total', 'Total number of bytes of blobs deleted',
+           _blobs(Metrics.DELETED, True)),
 
-    Family('restic_serve_repository_bytes', 'gauge', 'Bytes of all objects.', lambda facts: (
-        ({'repo': repository_label(name)}, held.bytes) for name, held in facts.repositories.items())),
-    Family('restic_serve_repository_objects', 'gauge', 'Objects of each type.', lambda facts: (
+    Family('restic_serve_repository_bytes', 'Bytes of all objects.', _of_each('repositories', 'bytes')),
+    Family('restic_serve_repository_objects', 'Objects of each type.', lambda facts: (
         ({'repo': repository_label(name), 'type': kind}, count)
-        for name, held in facts.repositories.items() for kind, count in held.objects.items())),
-    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'gauge', 'Time of the last snapshot.',
-           _repositories(operator.attrgetter('last_snapshot'))),
-    Family('restic_serve_repository_deleted_kept_bytes', 'gauge', 'Bytes of deleted objects that are kept.',
-           lambda facts: (({'repo': repository_label(name)}, held.kept_bytes)
-                          for name, held in facts.repositories.items())),
-    Family('restic_serve_repository_deleted_kept_objects', 'gauge', 'Deleted objects that are kept.',
-           lambda facts: (({'repo': repository_label(name)}, held.kept)
-                          for name, held in facts.repositories.items())),
-    Family('restic_serve_repository_deleted_last_day_objects', 'gauge',
-           'Objects deleted in the last day that are kept.',
-           lambda facts: (({'repo': repository_label(name)}, held.deleted)
-                          for name, held in facts.repositories.items())),
-    Family('restic_serve_repository_scrub_timestamp_seconds', 'gauge', 'Time of the last scrub.',
-           _scrubs(0)),
-    Family('restic_serve_repository_scrub_checked_objects', 'gauge', 'Objects that the last --scrub read.',
-           _scrubs(1)),
-    Family('restic_serve_repository_scrub_damaged_objects', 'gauge',
-           'Objects that the last --scrub found damaged.', _scrubs(2)),
-    Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes stored under the quota.', _quotas(0)),
-    Family('restic_serve_quota_limit_bytes', 'gauge', 'Limit of the quota.', _quotas(1)),
+        for name, holdings in facts.repositories.items() for kind, count in holdings.objects.items())),
+    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'Time of the last snapshot.',
+           lambda facts: filter(operator.itemgetter(1), _of_each('repositories', 'last_snapshot')(facts))),
+    Family('restic_serve_repository_deleted_kept_bytes', 'Bytes of deleted objects that are kept.',
+           _of_each('repositories', 'kept_bytes')),
+    Family('restic_serve_repository_deleted_kept_objects', 'Deleted objects that are kept.',
+           _of_each('repositories', 'kept')),
+    Family('restic_serve_repository_deleted_last_day_objects',
+           'Objects deleted in the last day that are kept.', _of_each('repositories', 'deleted')),
+    Family('restic_serve_repository_scrub_timestamp_seconds', 'Time of the last scrub.',
+           _of_each('scrubs', 'time')),
+    Family('restic_serve_repository_scrub_checked_objects', 'Objects that the last --scrub read.',
+           _of_each('scrubs', 'checked')),
+    Family('restic_serve_repository_scrub_damaged_objects', 'Objects that the last --scrub found damaged.',
+           _of_each('scrubs', 'damaged')),
+    Family('restic_serve_quota_used_bytes', 'Bytes stored under the quota.', _of_each('quotas', 'held')),
+    Family('restic_serve_quota_limit_bytes', 'Limit of the quota.', _of_each('quotas', 'limit')),
 )
 
 
@@ -5498,21 +5462,65 @@ def _label(text: str) -> str:
 
 
 # ==== Watch ======================================================================================
-# What is wrong with the repositories: decided here, for pages, report and events.
+# What is wrong with the repositories, and how it is said: decided here, for pages, report and events.
 
 LOCK_SECONDS = 86400         # Age from which a lock is stale.
 LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
-DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (
+DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
     'damaged', 'unreadable', 'overdue', 'locked', 'nearly full')
-# A repository: its path, what it holds, the result of the last scrub or None, the times of its locks or None
-# if they cannot be read, and what is wrong with it, each since a time.
-Watched = collections.namedtuple('Watched', ['name', 'held', 'scrub', 'locks', 'troubles'])
-
-
 # A snapshot of a repository: when it came, its name, and the bytes that came since the one before and are
-# still there.
+# still there, None where they are not known.
 Snapshot = collections.namedtuple('Snapshot', ['time', 'name', 'added'])
+
+
+class Watched:
+    """A repository as it is `now`: its path, what it holds, the result of its last scrub (None: never), the
+    times of its locks in order (None: they cannot be read), and its `troubles`, each since a time."""
+
+    __slots__ = ('name', 'holdings', 'scrub', 'locks', 'now', 'troubles')
+
+    def __init__(self, name: str, holdings: Holdings, scrub: Optional[ScrubResult],
+                 locks: Optional[List[float]], now: float) -> None:
+        self.name = name
+        self.holdings = holdings
+        self.scrub = scrub
+        self.locks = locks
+        self.now = now
+        self.troubles: Dict[str, float] = {}
+
+    @property
+    def title(self) -> str:
+        """Its path for people."""
+        return self.name[1:] or '/'
+
+    def ago(self, moment: float) -> str:
+        """How long ago a time was."""
+        return f'{format_age(self.now - moment)} ago'
+
+    def last_snapshot(self) -> str:
+        """When the last one has come."""
+        last = self.holdings.last_snapshot
+        return f'last snapshot {self.ago(last)}' if last else 'no snapshot yet'
+
+    def text_of(self, trouble: str) -> str:
+        """A trouble in words."""
+        age = format_age(self.now - self.troubles[trouble])
+        if trouble == DAMAGED and self.scrub:
+            return f'{format_count(self.scrub.damaged, "object")} damaged'
+        if trouble == OVERDUE:
+            return f'overdue for {age}' if self.holdings.last_snapshot else 'overdue: no snapshot yet'
+        return {LOCKED: f'locked for {age}', UNREADABLE: 'cannot be read completely'}.get(trouble, trouble)
+
+    def text_of_troubles(self) -> str:
+        """What is wrong with it."""
+        return ', '.join(self.text_of(trouble) for trouble in (DAMAGED, OVERDUE, LOCKED, UNREADABLE, FULL)
+                         if trouble in self.troubles)
+
+    def worst(self) -> Tuple[int, float]:
+        """The rank of its worst trouble, and since when it has that."""
+        return next(((rank, self.troubles[trouble]) for rank, trouble in enumerate(TROUBLES)
+                     if trouble in self.troubles), (len(TROUBLES), 0.0))
 
 
 class Watch:
@@ -5528,26 +5536,27 @@ class Watch:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
-        found = [self._look_at(name, held, scrubs.get(name), self._locks(name) if locks else None, now)
-                 for name, held in self._usage.holdings(names).items()]
-        for one in found:
-            if any(sees(scope) and is_full(scope) for scope in self._usage.limited(one.name)):
-                one.troubles[FULL] = now
-        return sorted(found, key=lambda one: (*_worst(one.troubles), natural_order(one.name)))
+        repositories = [Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now)
+                        for name, holdings in self._usage.holdings(names).items()]
+        for repository in repositories:
+            self._judge(repository)
+            if any(sees(scope) and is_full(scope) for scope in self._usage.limited(repository.name)):
+                repository.troubles[FULL] = now
+        return sorted(repositories, key=lambda repository: (
+            *repository.worst(), natural_order(repository.name)))
 
-    def _look_at(self, name: str, held: Holdings, scrub: Optional[ScrubResult],
-                 locks: Optional[List[float]], now: float) -> Watched:
-        troubles: Dict[str, float] = {}
-        if scrub and scrub.damaged:
-            troubles[DAMAGED] = scrub.time
-        if held.unreadable:
+    def _judge(self, repository: Watched) -> None:
+        """Note what is wrong with a repository, but for its quotas."""
+        troubles, now, holdings = repository.troubles, repository.now, repository.holdings
+        if repository.scrub and repository.scrub.damaged:
+            troubles[DAMAGED] = repository.scrub.time
+        if holdings.unreadable:
             troubles[UNREADABLE] = now
-        begin = held.last_snapshot or self._made_at(name)
+        begin = holdings.last_snapshot or self._made_at(repository.name)
         if begin + self.stale_after < now:
             troubles[OVERDUE] = begin and begin + self.stale_after
-        if locks and min(locks) < now - LOCK_SECONDS:
-            troubles[LOCKED] = min(locks)
-        return Watched(name, held, scrub, locks, troubles)
+        if repository.locks and repository.locks[0] < now - LOCK_SECONDS:
+            troubles[LOCKED] = repository.locks[0]
 
     def _made_at(self, name: str) -> float:
         """When a repository was created, by its config; 0 where that is not known."""
@@ -5561,38 +5570,34 @@ class Watch:
         quota = self._usage.quota(scope)
         return bool(quota.held >= NEARLY_FULL * quota.limit)
 
-    def snapshots(self, name: str) -> Tuple[List[Snapshot], bool]:
-        """The snapshots of a repository by time, and whether what came with each is known: not where that
-        takes longer than LOOK_AT_MOST, or not all can be read."""
-        end = time.monotonic() + LOOK_AT_MOST
-        found: List[Tuple[float, str]] = []
-        added, is_whole = [], False     # type: List[int], bool
-        with contextlib.suppress(OSError):
-            found = sorted((status.st_mtime, entry.name)
-                           for entry, status in self._store.object_entries(f'{name}/snapshots'))
-            added, times = [0] * (len(found) + 1), [when for when, _ in found]
-            with self._store.object_folders(name) as folders, contextlib.closing(
-                    read_ahead(map(self._store.read, folders if found else ()))) as objects:
-                for _, status in objects:
-                    added[bisect.bisect_left(times, status.st_mtime)] += status.st_size
-                    if time.monotonic() >= end:
-                        raise TimeoutError
-            is_whole = True
-        return [Snapshot(when, name, size) for (when, name), size in zip(found, added)], is_whole
-
     def _locks(self, name: str) -> Optional[List[float]]:
         try:
-            return [status.st_mtime for _, status in self._store.object_entries(f'{name}/locks')]
+            return sorted(status.st_mtime for _, status in self._store.object_entries(f'{name}/locks'))
         except OSError:
             return None
 
+    def snapshots(self, name: str) -> List[Snapshot]:
+        """The snapshots of a repository by time.  What came with each is not known where that takes longer
+        than LOOK_AT_MOST, or not all can be read."""
+        snapshots, added = [], None     # type: List[Tuple[float, str]], Optional[List[int]]
+        with contextlib.suppress(OSError):
+            snapshots = sorted((status.st_mtime, entry.name)
+                               for entry, status in self._store.object_entries(f'{name}/snapshots'))
+            added = self._bytes_between(name, [moment for moment, _ in snapshots]) if snapshots else None
+        return [Snapshot(moment, snapshot, added[index] if added else None)
+                for index, (moment, snapshot) in enumerate(snapshots)]
 
-def _worst(troubles: Dict[str, float]) -> Tuple[int, float]:
-    """The rank of the worst trouble, and since when."""
-    for rank, trouble in enumerate(TROUBLES):
-        if trouble in troubles:
-            return rank, troubles[trouble]
-    return len(TROUBLES), 0.0
+    def _bytes_between(self, name: str, moments: List[float]) -> Optional[List[int]]:
+        """Bytes of the objects of a repository that came up to each of some moments, since the one before,
+        and after the last; None if there are too many to look at.  Raises OSError."""
+        added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
+        with self._store.object_folders(name) as folders, contextlib.closing(
+                read_ahead(map(self._store.read, folders))) as objects:
+            for _, status in objects:
+                added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
+                if time.monotonic() >= end:
+                    return None
+        return added
 
 
 def natural_order(name: str) -> List[Tuple[int, str]]:
@@ -5600,9 +5605,9 @@ def natural_order(name: str) -> List[Tuple[int, str]]:
     return [(int(part), '') if part.isdecimal() else (0, part) for part in re.split('([0-9]+)', name)]
 
 
-def count_troubles(found: Iterable[Watched]) -> str:
+def count_troubles(repositories: Iterable[Watched]) -> str:
     """How many repositories have which trouble, such as `2 damaged, 1 overdue`; empty if none has any."""
-    numbers = collections.Counter(trouble for one in found for trouble in one.troubles)
+    numbers = collections.Counter(trouble for repository in repositories for trouble in repository.troubles)
     return ', '.join(f'{numbers[trouble]} {trouble}' for trouble in TROUBLES if numbers[trouble])
 
 
@@ -5627,11 +5632,35 @@ QUEUED_BY_CLIENTS = 500      # Of these, events that a client causes as often as
 NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
 REFUSED_SECONDS = 60         # Time between two events of refused deletes from one process ...
 REFUSED_PAUSE = 3600         # ... and in one repository.
+EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
 _BY_CLIENTS = ('snapshot', 'refused')
 # `repository` is a path, None for what is about none.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message'])
 if TYPE_CHECKING:
     Reported = Dict[str, Dict[str, float]]      # by kind of event and path
+
+
+class EventQueue:
+    """Events that wait for the command: who comes next, and who finds no room, is decided here.  Those that
+    clients cause as often as they like wait behind all others, and have a part of the places."""
+
+    def __init__(self) -> None:
+        self._events: Deque[Event] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def put(self, event: Event) -> bool:
+        """Let an event wait; False if there is no room."""
+        by_clients = event.kind in _BY_CLIENTS
+        if len(self._events) >= (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS):
+            return False
+        (self._events.append if by_clients else self._events.appendleft)(event)
+        return True
+
+    def take(self) -> Event:
+        """The event that is next."""
+        return self._events.popleft()
 
 
 class Events:
@@ -5645,53 +5674,43 @@ class Events:
         self._usage = usage
         self._watch = watch
         self._command = command
-        self.receiver: Optional[socket.socket] = None   # can be read when on_sent() is to be called
-        self._sender: Optional[socket.socket] = None
+        self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
         self._next_refused = 0.0
         self._lock = threading.Lock()       # of the next three
-        self._queue: Deque[Event] = collections.deque()
+        self._queue = EventQueue()
         self._is_due = False                # the next look
         self._thread: Optional[threading.Thread] = None
         self._stopped = threading.Event()   # nothing is begun any more
         self._cut = threading.Event()       # what is running is killed
         self._next_look = 0.0
         self._reported = ReportedEvents(store)
-        self._was_gone = False
-        for kind in EVENTS if command else ('snapshot', 'deleted', 'refused'):
+        store.directory.on_change = self.on_directory_change
+        for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
     def __bool__(self) -> bool:
         return bool(self._command)
 
     def open(self) -> None:
-        """Make the sockets over which other processes send events, before they are forked."""
+        """Let other processes, which are forked later, send events."""
         if self._command and hasattr(os, 'fork'):
-            self.receiver, self._sender = socket.socketpair(type=socket.SOCK_DGRAM)
-            for end in (self.receiver, self._sender):
-                end.setblocking(False)
-
-    def close(self) -> None:
-        """Close the sockets."""
-        for end in (self.receiver, self._sender):
-            if end:
-                end.close()
-        self.receiver = self._sender = None
+            self.channel.open()
 
     # ---- in any process ----
 
-    def emit(self, kind: str, repository: str, message: str, user: str = '') -> None:
+    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '') -> None:
         """Something has happened; never waits."""
         event = Event(kind, repository, user, message)
         if not self._command:
             self._counters.add(('event', kind), 1)
-        if self._sender:
+        elif not self.channel.receiver:
+            self._enqueue(event)
+        else:
             import json
             try:
-                self._sender.send(json.dumps(event).encode())
+                self.channel.send(json.dumps(event).encode())
             except OSError as error:
                 log.error('--on-event: command not run for "%s": %s', message, error)
-        elif self._command:
-            self._enqueue(event)
 
     def on_refused_delete(self, repository: str, user: str, who: object, may: str) -> None:
         """A delete was refused, since `who` has only another right.  Reported once in REFUSED_SECONDS, so
@@ -5712,16 +5731,19 @@ class Events:
         self.emit('snapshot', location.repository, f'{location.repository[1:] or "/"}: snapshot '
                   f'{location.name[:8]} received from {request.user or request.client}', request.user)
 
+    def on_directory_change(self, is_gone: bool) -> None:
+        """The directory of all repositories has gone, or is back."""
+        if self._command:
+            kind, what = ('gone', 'gone (disk unmounted?)') if is_gone else ('back', 'back')
+            self.emit(kind, None, f'{self._store.root} is {what}')
+
     # ---- in the process that runs the command ----
 
     def on_sent(self) -> None:
         """Take the events that were sent."""
-        if not self.receiver:
-            return
         import json
-        with contextlib.suppress(OSError):      # there are no more
-            while True:
-                self._enqueue(Event(*json.loads(self.receiver.recv(65536))))
+        for message in self.channel.receive():
+            self._enqueue(Event(*json.loads(message)))
 
     def tick(self) -> float:
         """Look for problems if it is time; seconds until it will be."""
@@ -5749,14 +5771,9 @@ class Events:
             thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
-        by_clients = event.kind in _BY_CLIENTS
         with self._lock:
-            is_full = len(self._queue) >= (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)
-            if not is_full and by_clients:
-                self._queue.append(event)
-            elif not is_full:
-                self._queue.appendleft(event)
-        if is_full:
+            has_room = self._queue.put(event)
+        if not has_room:
             log.error('--on-event: command not run for "%s": too many events are queued', event.message)
         self._start()
 
@@ -5775,17 +5792,17 @@ class Events:
         unpin(True)
         while True:
             with self._lock:
-                looks, self._is_due = self._is_due, False
-                if self._stopped.is_set() or not (looks or self._queue):
+                if self._stopped.is_set() or not (self._is_due or self._queue):
                     self._thread = None
                     return
-                event = None if looks else self._queue.popleft()
+                event = None if self._is_due else self._queue.take()
+                self._is_due = False
             try:
                 if not event:
                     self._look()
                 elif event.kind != 'refused':
                     self._run(event)
-                elif self._is_present():    # else it could not be noted
+                elif not self._store.directory.is_gone():   # else it could not be noted
                     self._report('refused', event.repository, time.time(), event.message, event.user)
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
@@ -5814,74 +5831,61 @@ class Events:
 
     def _look(self) -> None:
         """Report new problems, and what is right again."""
-        if not self._is_present():
+        if self._store.directory.is_gone():
             return
         self._usage.census.request()
         if not self._usage.census.wait(0):
             return
         self._reported.refresh()
-        now = time.time()
-        found = {one.name: one for one in self._watch.look(self._usage.names(), now, locks=False)}
-        for one in found.values():
-            self._look_at(one, now)
-        for kind in ('damaged', 'overdue', 'back'):
-            for name in self._reported.names(kind):
+        repositories = {repository.name: repository for repository in self._watch.look(
+            self._usage.names(), time.time(), locks=False)}
+        for repository in repositories.values():
+            self._look_at(repository)
+        for kind in ('damaged', 'overdue', 'back', 'refused'):
+            for name in list(self._reported.known[kind]):
                 with contextlib.suppress(OSError):
-                    if name not in found and not self._store.has_repository(name):
+                    if name not in repositories and not self._store.has_repository(name):
                         self._reported.release(kind, name)
-        self._look_at_room(list(found))
+        self._look_at_room(repositories)
 
-    def _look_at(self, one: Watched, now: float) -> None:
+    def _look_at(self, repository: Watched) -> None:
         """Report what is new of a repository."""
-        name, last, reported = one.name, one.held.last_snapshot, self._reported
-        if DAMAGED in one.troubles:
+        name, title, troubles = repository.name, repository.title, repository.troubles
+        if DAMAGED in troubles and repository.scrub:
             import zlib
-            which = zlib.crc32(repr((one.scrub.damaged, sorted(one.scrub.names))).encode())
-            self._report('damaged', name, which, f'{name[1:] or "/"}: '
-                         f'{format_count(one.scrub.damaged, "object")} damaged: '
-                         + ', '.join(one.scrub.names[:3]))
-        elif reported.value('damaged', name) is not None:
-            reported.release('damaged', name)
-        overdue, back = reported.value('overdue', name), reported.value('back', name)
-        if OVERDUE in one.troubles and last >= (back or 0) and last > (-1 if overdue is None else overdue):
-            since = f'last snapshot {format_age(now - last)} ago' if last else 'no snapshot yet'
-            self._report('overdue', name, last, f'{name[1:] or "/"}: overdue, {since}')
-        elif OVERDUE not in one.troubles and overdue is not None and last > max(overdue, back or 0):
-            self._report('back', name, last, f'{name[1:] or "/"}: no longer overdue')
-
-    def _is_present(self) -> bool:
-        """Whether the directory is there; reports when it goes, and when it is back."""
-        gone = self._store.directory.is_gone()
-        if gone != self._was_gone:
-            self._was_gone = gone
-            self._run(Event('gone', None, '', f'{self._store.root} is gone (disk unmounted?)') if gone else
-                      Event('back', None, '', f'{self._store.root} is back'))
-        return not gone
+            damaged, names = repository.scrub.damaged, repository.scrub.names
+            self._report('damaged', name, zlib.crc32(repr((damaged, sorted(names))).encode()),
+                         f'{title}: {repository.text_of(DAMAGED)}: ' + ', '.join(names[:3]))
+        else:
+            self._reported.release('damaged', name)
+        last, known = repository.holdings.last_snapshot, self._reported.known
+        if OVERDUE in troubles and last >= known['back'].get(name, 0):
+            self._report('overdue', name, last, f'{title}: overdue, {repository.last_snapshot()}')
+        elif OVERDUE not in troubles and last > known['overdue'].get(name, math.inf):
+            self._report('back', name, last, f'{title}: no longer overdue')
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
-        import shutil
-        rooms = {f'/{scope}': room for scope, room in self._usage.quotas(repositories).items()}
-        with contextlib.suppress(OSError):
-            disk = shutil.disk_usage(self._store.root or os.sep)
+        rooms = {f'/{scope}': (quota.held, quota.limit)
+                 for scope, quota in self._usage.quotas(repositories).items()}
+        disk = disk_space(self._store.root)
+        if disk and disk.total:     # a network file system may not know
             rooms[''] = disk.total - disk.free, disk.total
-        for place, (held, limit) in rooms.items():
-            if held >= NEARLY_FULL * limit and self._reported.value('full', place) is None:
+        for place in (*rooms, *self._reported.known['full']):
+            used, size = rooms.get(place, (0, 1))
+            if used >= NEARLY_FULL * size:
                 what = 'disk' if not place else f'quota of {place}'
-                self._report('full', place or None, 1, f'{what} is {100 * held // limit} % used: '
-                             f'{format_size(held)} of {format_size(limit)}')
-        for place in self._reported.names('full'):
-            held, limit = rooms.get(place, (0, 1))
-            if held < NO_LONGER_FULL * limit:
+                self._report('full', place or None, 1, f'{what} is {100 * used // size} % used: '
+                             f'{format_size(used)} of {format_size(size)}')
+            elif used < NO_LONGER_FULL * size:
                 self._reported.release('full', place)
 
     def _report(self, kind: str, repository: Optional[str], value: float, message: str,
                 user: str = '') -> None:
         """Run the command for something that all servers of the directory find, unless another has."""
-        before = self._reported.value(kind, repository or '')
         if self._reported.claim(kind, repository or '', value) and not self._run(
                 Event(kind, repository, user, message)):
-            self._reported.release(kind, repository or '', before)
+            self._reported.release(kind, repository or '')
 
 
 def run_command(command: str, environment: Dict[str, str], cut: threading.Event) -> str:
@@ -5891,116 +5895,93 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
     try:
         process: Any = subprocess.Popen(    # noqa: S602 - the administrator's own command
             command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, close_fds=True)
+            stderr=subprocess.STDOUT, start_new_session=True, close_fds=True, bufsize=0)
     except OSError as error:
         return str(error)
-    output, tail, end = process.stdout.fileno(), b'', time.monotonic() + COMMAND_SECONDS
-    with process.stdout, selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        killed = ''
+    tail, killed, pause, end = b'', '', 0.0, time.monotonic() + COMMAND_SECONDS
+    with process.stdout:
+        os.set_blocking(process.stdout.fileno(), False)
         while not killed:
-            ready = bool(selector.get_map()) and bool(selector.select(0.1))
-            data = os.read(output, 65536) if ready else b''
-            tail = (tail + data)[-OUTPUT_BYTES:]
-            if ready and not data:      # it has closed its output
-                selector.unregister(output)
-            elif not data and process.poll() is not None:
+            has_ended = process.poll() is not None
+            output = process.stdout.read(65536)
+            if has_ended and not output:
                 break       # something that it has started may go on
-            elif not selector.get_map():
-                time.sleep(0.05)
-            if time.monotonic() >= end:
-                killed = f'killed after {COMMAND_SECONDS} s'
-            elif cut.is_set():
+            tail = (tail + (output or b''))[-OUTPUT_BYTES:]
+            pause = 0.0 if output else min(2 * pause + 0.001, 0.05)
+            if cut.wait(pause):
                 killed = 'killed, the server is stopping'
+            elif time.monotonic() >= end:
+                killed = f'killed after {COMMAND_SECONDS} s'
         if killed:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
+    status = process.wait()
     last = tail.decode('utf-8', 'replace').rstrip().rpartition('\n')[2][-200:]
     return (killed or f'status {status}') + (last and f': {last}') if killed or status else ''
 
 
 class ReportedEvents:
     """Which events were reported, in a file that all servers of a directory share; in memory while it
-    cannot be written, such as on a full disk.  Each has a value."""
+    cannot be written, such as on a full disk.  By kind and name they have a value."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: Reported = {}
-        self._is_unsaved = False        # `_known` has more than the file
+        self.known: Reported = collections.defaultdict(dict)
+        self._is_unsaved = False        # `known` has more than the file
 
     def refresh(self) -> None:
         """Read the file again."""
         if not (self._is_unsaved or self._store.directory.read_only):
-            self._known = self._read()
-
-    def value(self, kind: str, name: str) -> Optional[float]:
-        """The value with which an event was reported, None if it was not."""
-        return self._known.get(kind, {}).get(name)
-
-    def names(self, kind: str) -> List[str]:
-        """The names with which events of a kind were reported."""
-        return list(self._known.get(kind, ()))
+            self.known = self._read()
 
     def claim(self, kind: str, name: str, value: float) -> bool:
-        """Note an event as reported; False if another server was faster."""
-        def change(known: Reported) -> bool:
-            names = known.setdefault(kind, {})
-            if kind == 'refused':       # a time
-                for old in [old for old, when in names.items() if not 0 <= value - when < REFUSED_PAUSE]:
-                    del names[old]
-                is_new = name not in names
-            else:
-                is_new = names.get(name) != value and not (
-                    kind in ('overdue', 'back') and names.get(name, -1) > value)
-            if is_new:
-                names[name] = value
-            return is_new
-
-        return self._change(change)
-
-    def release(self, kind: str, name: str, before: Optional[float] = None) -> None:
-        """Take an event for not reported, or for reported with another value `before`."""
-        def change(known: Reported) -> bool:
-            names = known.setdefault(kind, {})
-            if before is not None:
-                names[name] = before
+        """Note an event as reported; False if it was, perhaps by another server."""
+        def is_new() -> bool:
+            known = self.known[kind].get(name)
+            if known is None:
                 return True
-            return names.pop(name, None) is not None
+            if kind == 'refused':       # a time
+                return not 0 <= value - known < REFUSED_PAUSE
+            return value > known if kind in ('overdue', 'back') else value != known
 
-        self._change(change)
+        return self._change(is_new, lambda: self.known[kind].update({name: value}))
 
-    def _change(self, change: Callable[[Reported], bool]) -> bool:
-        """Change what is known, if `change` says so; its answer."""
-        import json
-        if self._store.directory.read_only:
-            return change(self._known)
-        changed = None
-        try:
-            with self._store.hidden.exclusive():
+    def release(self, kind: str, name: str) -> None:
+        """Take an event for not reported."""
+        self._change(lambda: name in self.known[kind], lambda: self.known[kind].pop(name, None))
+
+    def _change(self, is_due: Callable[[], bool], change: Callable[[], object]) -> bool:
+        """Change what is known, and the file, if that is due by both; whether it was.  May change twice."""
+        if not is_due():
+            return False
+        if not self._store.directory.read_only:
+            import json
+            try:
+                with self._store.hidden.exclusive():
+                    self.refresh()
+                    if not is_due():
+                        return False
+                    change()
+                    self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
+                self._is_unsaved = False
+            except OSError as error:
                 if not self._is_unsaved:
-                    self._known = self._read()
-                changed = change(self._known)
-                if changed or self._is_unsaved:
-                    self._store.hidden.write(EVENTS_FILE, json.dumps(self._known))
-            self._is_unsaved = False
-        except OSError as error:
-            if not self._is_unsaved:
-                log.error('cannot save which events were reported, some may be reported again: %s', error)
-            self._is_unsaved = True
-        return change(self._known) if changed is None else changed
+                    log.error('cannot save which events were reported, some may be reported again: %s', error)
+                self._is_unsaved = True
+        change()
+        return True
 
     def _read(self) -> Reported:
         import json
+        known: Reported = collections.defaultdict(dict)
         try:
-            known = json.loads(self._store.hidden.read(EVENTS_FILE))
-            return {str(kind): {str(name): _finite(value) for name, value in names.items()}
-                    for kind, names in known.items()}
+            for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
+                known[kind] = {name: _finite(value) for name, value in names.items()}
         except FileNotFoundError:
-            return {}
+            pass
         except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
-            return {}
+        return known
 
 
 # ==== Page =======================================================================================
@@ -6015,9 +5996,9 @@ SNAPSHOTS_SHOWN = 200
 LOOKED_AT_MOST = 16          # Repositories whose snapshots are remembered.
 NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
 SORTS: Dict[str, Callable[[Watched], Any]] = {
-    'name': lambda one: natural_order(one.name),
-    'age': lambda one: (one.held.last_snapshot, natural_order(one.name)),
-    'size': lambda one: (-one.held.bytes, natural_order(one.name)),
+    'name': lambda repository: natural_order(repository.name),
+    'age': lambda repository: (repository.holdings.last_snapshot, natural_order(repository.name)),
+    'size': lambda repository: (-repository.holdings.bytes, natural_order(repository.name)),
 }
 _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
 _KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
@@ -6080,12 +6061,31 @@ th,td{padding:.25rem .6rem .25rem 0}}
 ICON = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" '
          'fill="#1a66b8"/><path d="M4 4h8v2.4H4zM4 7h8v2.4H4zM4 10h8v2.4H4z" fill="#fff"/></svg>\n')
 
-# A request for a page: the path and the order, the user and what the user may see.  `right` gives the right
-# in a repository, which is not NONE only at and below `places`; `users` gives the users of a repository by
-# right (None: the user may not know them), `sees_disk` whether the disk's size is shown.  `url` is the
-# server's address for restic, `base` the path in it.
-Visit = collections.namedtuple('Visit', [
-    'top', 'sort', 'user', 'right', 'places', 'users', 'sees_disk', 'url', 'base'])
+
+class Visit(collections.namedtuple('Visit', [
+        'top', 'sort', 'user', 'right', 'places', 'users', 'sees_disk', 'url', 'base'])):
+    """A request for a page: the path and the order, the user and what the user may see.  `right` gives the
+    right in a repository, which is not NONE only at and below `places`; `users` gives the users of a
+    repository by right (None: the user may not know them), `sees_disk` whether the disk's size is shown.
+    `url` is the server's address for restic, `base` the path in it."""
+
+    __slots__ = ()
+
+    def sees(self, scope: str) -> bool:
+        """Whether the user may see a quota's scope."""
+        return bool(self.right(f'/{scope}' if scope else '') != NONE)
+
+    def address(self, path: str) -> str:
+        """A repository's address for restic."""
+        return _text(f'rest:{self.url}{_quoted_path(path)}/')
+
+    def link(self, path: str, text: str, query: str = '') -> str:
+        """A link to the page at a path."""
+        return f'<a href="{_text(f"{self.base}{_quoted_path(path)}/")}{query}">{text}</a>'
+
+    def sorted_by(self, sort: str, text: str = '') -> str:
+        """A link to the same repositories in another order."""
+        return self.link(self.top, text or sort, f'?sort={sort}')
 
 
 class Page:
@@ -6096,8 +6096,9 @@ class Page:
         self._usage = usage
         self._watch = Watch(store, usage, stale_after)
         self._rendering = threading.Lock()
-        self._looking = threading.Lock()    # at the objects of a repository
-        self._looked: Dict[str, Any] = {}   # a few of the last results, with what they depend on
+        # Used again while nothing was added or deleted: the `state` is the same.
+        self._snapshots = functools.lru_cache(maxsize=LOOKED_AT_MOST)(
+            lambda name, *state: self._watch.snapshots(name))
 
     def headers(self) -> Headers:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
@@ -6123,262 +6124,241 @@ class Page:
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
         shown = self._watch.look([name for place in below for name in self._usage.names(place)
-                                  if visit.right(name) != NONE], now,
-                                 sees=lambda scope: visit.right(f'/{scope}' if scope else '') != NONE)
-        itself = next((one for one in shown if one.name == top), None)
-        if itself and top:
-            shown.remove(itself)
-        troubles, fault = count_troubles([*shown, itself] if itself and top else shown), self._fault()
+                                  if visit.right(name) != NONE], now, sees=visit.sees)
+        troubles, fault = count_troubles(shown), self._store.directory.find_fault()
+        itself = next((repository for repository in shown if top and repository.name == top), None)
+        others = [repository for repository in shown if repository is not itself]
         host = _text(socket.gethostname())
         return ''.join((
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<title>{host}: {fault or troubles or "backups"}</title>'
             '<meta name="viewport" content="width=device-width">'
             f'<style>{_STYLE}</style></head><body><main>',
-            f'<p><a href="{_link(visit.base, "")}">All repositories</a></p>' if top else '',
+            f'<p>{visit.link("", "All repositories")}</p>' if top else '',
             f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>',
             f'<p>{_bad(fault)}</p>' if fault else '',
-            self._repository(itself, visit, now) if itself and top else '',
-            f'<h2>Below {_text(top[1:])}</h2>' if itself and top and shown else '',
-            self._overview(shown, visit, now, fresh) if shown or not (itself and top) else '',
+            self._repository(itself, visit) if itself else '',
+            f'<h2>Below {_text(top[1:])}</h2>' if itself and others else '',
+            self._overview(others, visit, fresh, not fault) if others or not itself else '',
             f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
             'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
-            if shown or itself else '', '</footer></body></html>\n'))
-
-    def _fault(self) -> str:
-        """What is wrong with the whole directory, empty if nothing is."""
-        return self._store.directory.find_fault()
+            if shown else '', '</footer></body></html>\n'))
 
     # ---- several repositories ----
 
-    def _overview(self, shown: List[Watched], visit: Visit, now: float, fresh: bool) -> str:
+    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, is_present: bool) -> str:
         if self._usage.census.age() == math.inf:
             return '<p>Calculating sizes …</p>'
-        bad, sound = ([one for one in shown if bool(one.troubles) == wrong] for wrong in (True, False))
-        folded = len(shown) >= FOLD_FROM and visit.sort not in SORTS
         key = SORTS.get(visit.sort)
         if key:
-            bad.sort(key=key)
-            sound.sort(key=key)
-        limited = any(visit.right(one.name) != WRITE for one in shown)      # else nobody needs to be told
+            shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
+        folds = len(shown) >= FOLD_FROM and not key
+        table = functools.partial(_table, visit, any(visit.right(repository.name) != WRITE
+                                                     for repository in shown))
+        sound = [repository for repository in shown if not repository.troubles]
         return ''.join((
-            self._summary(shown, visit, fresh),
-            self._quotas([*(one.name for one in shown), *visit.places], visit),
-            '' if shown else self._first_backup(visit),
-            f'<p>Show all by {_sorted_by("name", visit)}, {_sorted_by("age", visit, "last snapshot")} or '
-            f'{_sorted_by("size", visit)}</p>' if folded else '',
-            _table('Repositories', bad if folded else bad + sound, visit, limited, now),
-            *(_folded(folder, ones, visit, limited, now) for folder, ones in _by_folder(
-                sound if folded else [], visit.top))))
+            self._summary(shown, disk_space(self._store.root) if visit.sees_disk and is_present else None,
+                          fresh),
+            self._quotas([*(repository.name for repository in shown), *visit.places], visit),
+            '' if shown else _first_backup(visit),
+            f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
+            f'{visit.sorted_by("size")}</p>' if folds else '',
+            table('Repositories', shown[:-len(sound)] if folds and sound else shown),
+            *(_folded(folder, inside, visit, table)
+              for folder, inside in (_by_folder(sound, visit.top) if folds else {}).items())))
 
-    def _summary(self, shown: List[Watched], visit: Visit, fresh: bool) -> str:
+    def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:
         """What there is, in a line."""
-        parts = [format_count(len(shown), 'repository')]
+        line = format_count(len(shown), 'repository')
         if shown:
-            parts += [format_size(sum(one.held.bytes for one in shown)),
-                      _bad(count_troubles(shown)) if any(one.troubles for one in shown) else 'all is well']
-        line = ', '.join(parts)
-        with contextlib.suppress(OSError):
-            if not visit.sees_disk or self._fault():
-                raise FileNotFoundError
-            import shutil
-            disk = shutil.disk_usage(self._store.root or os.sep)
+            troubles = count_troubles(shown)
+            line += f', {_size(shown)}, {_bad(troubles) if troubles else "all is well"}'
+        if disk:
             free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
-            line += '; ' + (_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free)
+            line += f'; {_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free}'
         if not fresh:
             line += f'; counted {format_age(self._usage.census.age())} ago'
         return f'<p>{line}</p>'
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
         """Bars of the quotas of repositories that the visitor may know of."""
-        bars = ''.join(_quota(scope, *quota) for scope, quota in self._usage.quotas(repositories).items()
-                       if visit.right(f'/{scope}' if scope else '') != NONE)
+        bars = ''.join(_bar(scope, quota) for scope, quota in self._usage.quotas(repositories).items()
+                       if visit.sees(scope))
         return f'<div class="quotas">{bars}</div>' if bars else ''
-
-    @staticmethod
-    def _first_backup(visit: Visit) -> str:
-        """The commands that make a first backup, if the visitor may make one."""
-        places = [visit.top] if visit.top else ['/laptop', *(
-            [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
-        place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
-        if place is None:
-            return '<p>You cannot access any repository here.</p>'
-        url = _text(f'rest:{visit.url}{_quoted_path(place)}/')
-        return (f'<p>No repositories yet. To create one and back up to it:</p>'
-                f'<pre><code>restic -r {url} init</code></pre>'
-                f'<pre><code>restic -r {url} backup ~</code></pre>')
 
     # ---- one repository ----
 
-    def _repository(self, one: Watched, visit: Visit, now: float) -> str:
-        held, right = one.held, visit.right(one.name)
+    def _repository(self, repository: Watched, visit: Visit) -> str:
+        name, holdings, right = repository.name, repository.holdings, visit.right(repository.name)
         reads = right != METRICS
-        kinds = ', '.join(format_count(held.objects[kind], word) for kind, word in _KINDS.items())
+        kinds = ', '.join(format_count(holdings.objects[kind], noun) for kind, noun in _KINDS.items())
         facts = [
-            ('Address', reads and f'<code>{_text(f"rest:{visit.url}{_quoted_path(one.name)}/")}</code>'),
-            ('Last snapshot', _last_snapshot(one, now)),
-            ('Size', f'{format_size(held.bytes)}: {kinds}' + (
-                f' {_bad("incomplete")}' if held.unreadable else '')),
-            ('Growth', f'{format_size(sum(held.days[-30:]))} in 30 days'),
-            ('Kept deleted objects', self._kept(one, visit)),
-            ('Locks', _locks(one, now)),
-            ('Last scrub', _scrub(one, now, names=reads)),
+            ('Address', reads and f'<code>{visit.address(name)}</code>'),
+            ('Last snapshot', _last_snapshot(repository)),
+            ('Size', f'{format_size(holdings.bytes)}: {kinds}' + (
+                f' {_bad("incomplete")}' if holdings.unreadable else '')),
+            ('Growth', f'{_growth(repository)} in 30 days'),
+            ('Kept deleted objects', self._kept(repository, visit)),
+            ('Locks', _locks(repository, ', '.join(
+                f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN]))),
+            ('Last scrub', _scrub(repository, repository.scrub.names if repository.scrub and reads else [])),
             ('You may', right),
             ('Rights', '' if visit.users is None else '; '.join(
-                f'{may}: {_listed(users)}' for may, users in visit.users(one.name).items())),
+                f'{may}: {_listed(users)}' for may, users in visit.users(name).items())),
         ]
+        snapshots = self._snapshots(name, holdings.bytes, holdings.last_snapshot, *holdings.objects.values())
         return ''.join((
-            f'<p>{_bad(_text_of_troubles(one, now)) if one.troubles else "All is well."}</p>',
+            f'<p>{_bad(repository.text_of_troubles()) if repository.troubles else "All is well."}</p>',
             f'<dl>{"".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in facts if text)}</dl>',
-            self._quotas([one.name], visit),
-            f'<h2>Size, {DAYS} days</h2>', _figure(held, now),
-            '<h2>Snapshots</h2>', _snapshots(*self._look_into(one), now, reads)))
+            self._quotas([name], visit),
+            f'<h2>Size, {DAYS} days</h2>', _figure(holdings, repository.now),
+            '<h2>Snapshots</h2>', _list_of_snapshots(snapshots, repository, reads)))
 
-    def _look_into(self, one: Watched) -> Tuple[List[Snapshot], bool]:
-        """What Watch.snapshots() says, again while nothing has been added or deleted."""
-        with self._looking:
-            state = one.held.objects, one.held.bytes, one.held.last_snapshot
-            known = self._looked.get(one.name)
-            if not known or known[0] != state:
-                if len(self._looked) >= LOOKED_AT_MOST:
-                    self._looked.clear()
-                known = self._looked[one.name] = state, self._watch.snapshots(one.name)
-            result: Tuple[List[Snapshot], bool] = known[1]
-            return result
-
-    def _kept(self, one: Watched, visit: Visit) -> str:
+    def _kept(self, repository: Watched, visit: Visit) -> str:
         """What was deleted from a repository and is kept, and from when on it can be read."""
-        held, past = one.held, self._usage.past
-        if not (past.keeps or held.kept):
+        holdings, past = repository.holdings, self._usage.past
+        if not (past.keeps or holdings.kept):
             return ''
-        text = (f'{format_size(held.kept_bytes)} in {format_count(held.kept, "object")}, {held.deleted:,} of '
-                'them deleted in the last day' if held.kept else 'nothing')
-        if past.keeps and visit.right(one.name) != METRICS:
+        text = 'nothing'
+        if holdings.kept:
+            text = (f'{format_size(holdings.kept_bytes)} in {format_count(holdings.kept, "object")}, '
+                    f'{holdings.deleted:,} of them deleted in the last day')
+        if past.keeps and visit.right(repository.name) != METRICS:
             with contextlib.suppress(OSError):
-                earliest = time.gmtime(past.earliest(one.name) // 1_000_000 + 1)
+                earliest = time.gmtime(past.earliest(repository.name) // 1_000_000 + 1)
                 moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', earliest)
-                text += _small(f'Earlier states, since {moment}: <code>' + _text(
-                    f'rest:{visit.url}{_quoted_path(one.name)}/{AT}/{moment}/') + '</code>')
+                text += _small(f'Earlier states, since {moment}: '
+                               f'<code>{visit.address(repository.name)}{AT}/{moment}/</code>')
         return text
 
 
-def _table(caption: str, shown: List[Watched], visit: Visit, limited: bool, now: float) -> str:
-    if not shown:
-        return ''
-
-    may = '<th scope="col" class="more">You may</th>' if limited else ''
-    return (f'<table><caption class="quiet">{caption}</caption><thead><tr>'
-            f'<th scope="col">{_sorted_by("name", visit, "Repository")}</th>{may}'
-            f'<th scope="col">{_sorted_by("age", visit, "Last snapshot")}</th>'
-            '<th scope="col" class="n more">Snapshots</th>'
-            f'<th scope="col" class="n">{_sorted_by("size", visit, "Size")}</th>'
-            '<th scope="col" class="n more">Growth, 30 days</th>'
-            f'<th scope="col" class="more">Size, {DAYS} days</th><th scope="col" class="more">Locks</th>'
-            '<th scope="col" class="more">Last scrub</th></tr></thead>\n<tbody>'
-            + ''.join(_row(one, visit, limited, now) for one in shown) + '</tbody></table>')
+def _first_backup(visit: Visit) -> str:
+    """The commands that make a first backup, if the visitor may make one."""
+    places = [visit.top] if visit.top else ['/laptop', *(
+        [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
+    place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
+    if place is None:
+        return '<p>You cannot access any repository here.</p>'
+    return (f'<p>No repositories yet. To create one and back up to it:</p>'
+            f'<pre><code>restic -r {visit.address(place)} init</code></pre>'
+            f'<pre><code>restic -r {visit.address(place)} backup ~</code></pre>')
 
 
-def _sorted_by(sort: str, visit: Visit, text: str = '') -> str:
-    """A link to the same repositories in another order."""
-    return f'<a href="{_link(visit.base, visit.top)}?sort={sort}">{text or sort}</a>'
-
-
-def _row(one: Watched, visit: Visit, limited: bool, now: float) -> str:
-    """A repository's row."""
-    held = one.held
-    name = _text(one.name[1:] or '/')
-    if _is_path(one.name):
-        name = f'<a href="{_link(visit.base, one.name)}">{name}</a>'
-    cells = (*((('right more', visit.right(one.name)),) if limited else ()),
-             ('age', _last_snapshot(one, now)),
-             ('n more', f'{held.objects["snapshots"]:,}'),
-             ('n', format_size(held.bytes) + (
-                 _small(f'and {format_size(held.kept_bytes)} deleted') if held.kept else '') + (
-                 _small('incomplete', 'bad') if held.unreadable else '')),
-             ('n more', f'+{format_size(sum(held.days[-30:]))}'),
-             ('graph more', _plot(held) + _small(f'0 to {format_size(held.bytes)}')),
-             ('locks more', _locks(one, now, names=False)),
-             ('scrub more', _scrub(one, now, names=False)))
-    wrong = _small(f'⚠ {_text_of_troubles(one, now)}', 'bad') if one.troubles else ''
-    return (f'<tr{" class=late" if wrong else ""}><th scope="row" class="name">{name}{wrong}</th>' + ''.join(
-        f'<td class="{kind}">{content}</td>' for kind, content in cells) + '</tr>\n')
-
-
-def _by_folder(shown: List[Watched], top: str) -> List[Tuple[str, List[Watched]]]:
-    """Repositories by folder below the path `top`; those that share theirs with none come last, without
-    one."""
+def _by_folder(shown: List[Watched], top: str) -> Dict[str, List[Watched]]:
+    """Repositories by folder below the path `top`; those that are alone in theirs come last, under ``."""
     folders: Dict[str, List[Watched]] = {}
-    for one in shown:
-        name = one.name[len(top):].partition('/')[2].partition('/')[0]
-        folders.setdefault(f'{top}/{name}' if name else '', []).append(one)
-    alone = [one for ones in folders.values() if len(ones) == 1 for one in ones]
-    return [*((folder, ones) for folder, ones in folders.items() if len(ones) > 1),
-            *([('', alone)] if alone else [])]
+    for repository in shown:
+        name = repository.name[len(top):].partition('/')[2].partition('/')[0]
+        folders.setdefault(f'{top}/{name}' if name else '', []).append(repository)
+    alone = [inside[0] for inside in folders.values() if len(inside) == 1]
+    shared = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
+    return {**shared, '': alone} if alone else shared
 
 
-def _folded(folder: str, shown: List[Watched], visit: Visit, limited: bool, now: float) -> str:
+def _folded(folder: str, inside: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]
+            ) -> str:
     """The sound repositories of a folder, as a line that unfolds."""
-    number, name = format_count(len(shown), 'repository'), _text(folder[1:])
+    number, name = format_count(len(inside), 'repository'), _text(folder[1:])
     head, alone, caption = f'<b>{number}</b>', '', 'Other repositories'
     if folder:
         head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
-        alone = f'<p><a href="{_link(visit.base, folder)}">Only {name}/</a></p>' if _is_path(folder) else ''
-    oldest = min(one.held.last_snapshot for one in shown)
-    return (f'<details><summary>{head}, all is well; {format_size(sum(one.held.bytes for one in shown))}, '
-            f'oldest last snapshot {format_age(now - oldest)} ago</summary>{alone}'
-            + _table(caption, shown, visit, limited, now) + '</details>\n')
+        alone = f'<p>{visit.link(folder, f"Only {name}/")}</p>' if _is_path(folder) else ''
+    last = [repository.holdings.last_snapshot for repository in inside if repository.holdings.last_snapshot]
+    oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
+    return (f'<details><summary>{head}, all is well; {_size(inside)}{oldest}</summary>{alone}'
+            f'{table(caption, inside)}</details>\n')
 
 
-def _text_of_troubles(one: Watched, now: float) -> str:
-    """What is wrong with a repository."""
-    held, texts = one.held, []
-    if DAMAGED in one.troubles:
-        texts.append(f'{format_count(one.scrub.damaged, "object")} damaged')
-    if OVERDUE in one.troubles:
-        texts.append(f'overdue for {format_age(now - one.troubles[OVERDUE])}' if held.last_snapshot
-                     else 'overdue: no snapshot yet')
-    if LOCKED in one.troubles:
-        texts.append(f'locked for {format_age(now - one.troubles[LOCKED])}')
-    if UNREADABLE in one.troubles:
-        texts.append('cannot be read completely')
-    return ', '.join([*texts, *([FULL] if FULL in one.troubles else [])])
+def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) -> str:
+    """A table of repositories, perhaps with the visitor's right in each."""
+    if not shown:
+        return ''
+    columns = [*([Column('right more', 'You may', '', lambda repository: visit.right(repository.name))]
+                 if tells_right else []), *_TABLE_COLUMNS]
+    heads = ''.join(f'<th scope="col" class="{column.kind}">'
+                    f'{visit.sorted_by(column.sort, column.head) if column.sort else column.head}</th>'
+                    for column in columns)
+    return (f'<table><caption class="quiet">{caption}</caption><thead><tr>'
+            f'<th scope="col">{visit.sorted_by("name", "Repository")}</th>{heads}</tr></thead>\n<tbody>'
+            + ''.join(_row(repository, visit, columns) for repository in shown) + '</tbody></table>')
 
 
-def _last_snapshot(one: Watched, now: float) -> str:
-    last = one.held.last_snapshot
-    return f'{format_age(now - last)} ago{_small(_moment(last))}' if last else '<span class="dim">none</span>'
+def _row(repository: Watched, visit: Visit, columns: List[Column]) -> str:
+    """A repository's row."""
+    name, wrong = _text(repository.title), ''
+    if _is_path(repository.name):
+        name = visit.link(repository.name, name)
+    if repository.troubles:
+        wrong = _small(f'⚠ {repository.text_of_troubles()}', 'bad')
+    cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
+    kind = ' class=late' if wrong else ''
+    return f'<tr{kind}><th scope="row" class="name">{name}{wrong}</th>{cells}</tr>\n'
 
 
-def _locks(one: Watched, now: float, names: bool = True) -> str:
-    """The locks of a repository: each since when, if they are to be told."""
-    if not one.locks:
-        return 'unknown' if one.locks is None else '<span class="dim">none</span>'
-    kind = 'bad' if LOCKED in one.troubles else ''
-    if not names:
-        return f'{len(one.locks)}{_small(f"oldest {format_age(now - min(one.locks))}", kind)}'
-    ages = [f'since {_moment(when)}' for when in sorted(one.locks)[:NAMES_SHOWN]]
-    return f'{len(one.locks)}{_small(", ".join(ages), kind)}'
+def _size(repositories: List[Watched]) -> str:
+    return format_size(sum(repository.holdings.bytes for repository in repositories))
 
 
-def _scrub(one: Watched, now: float, names: bool) -> str:
-    """The result of a repository's last scrub, with the names of damaged objects if they are to be told."""
-    if not one.scrub:
+def _growth(repository: Watched) -> str:
+    return format_size(sum(repository.holdings.days[-30:]))
+
+
+def _last_snapshot(repository: Watched) -> str:
+    last = repository.holdings.last_snapshot
+    return f'{repository.ago(last)}{_small(_moment(last))}' if last else _NONE
+
+
+def _stored(repository: Watched) -> str:
+    """The size of a repository, and what is to be known of it."""
+    holdings = repository.holdings
+    kept = _small(f'and {format_size(holdings.kept_bytes)} deleted') if holdings.kept else ''
+    return f'{format_size(holdings.bytes)}{kept}{_small("incomplete", "bad") if holdings.unreadable else ""}'
+
+
+def _locks(repository: Watched, ages: str = '') -> str:
+    """How many locks a repository has, and since when: the oldest, or as `ages` has it."""
+    locks = repository.locks
+    if not locks:
+        return 'unknown' if locks is None else _NONE
+    ages = ages or f'oldest {format_age(repository.now - locks[0])}'
+    return f'{len(locks)}{_small(ages, "bad" if LOCKED in repository.troubles else "")}'
+
+
+def _scrub(repository: Watched, names: Iterable[str] = ()) -> str:
+    """The result of a repository's last scrub, with `names` of damaged objects."""
+    scrub = repository.scrub
+    if not scrub:
         return '<span class="dim">never</span>'
-    result = _bad(f'{one.scrub.damaged} damaged') if one.scrub.damaged else 'sound'
-    listed = ''.join(_small(_text(name)) for name in one.scrub.names[:NAMES_SHOWN]) if names else ''
-    return f'{result}{_small(f"{format_age(now - one.scrub.time)} ago")}{listed}'
+    result = _bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound'
+    listed = ''.join(_small(_text(name)) for name in itertools.islice(names, NAMES_SHOWN))
+    return f'{result}{_small(repository.ago(scrub.time))}{listed}'
 
 
-def _snapshots(snapshots: List[Snapshot], is_whole: bool, now: float, ids: bool) -> str:
+_NONE = '<span class="dim">none</span>'
+# A column of the table: its class and its heading, the order to which that leads, what is in a cell.
+Column = collections.namedtuple('Column', ['kind', 'head', 'sort', 'cell'])
+_TABLE_COLUMNS = (
+    Column('age', 'Last snapshot', 'age', _last_snapshot),
+    Column('n more', 'Snapshots', '', lambda repository: f'{repository.holdings.objects["snapshots"]:,}'),
+    Column('n', 'Size', 'size', _stored),
+    Column('n more', 'Growth, 30 days', '', lambda repository: f'+{_growth(repository)}'),
+    Column('graph more', f'Size, {DAYS} days', '', lambda repository: (
+        _plot(repository.holdings) + _small(f'0 to {format_size(repository.holdings.bytes)}'))),
+    Column('locks more', 'Locks', '', _locks),
+    Column('scrub more', 'Last scrub', '', _scrub),
+)
+
+
+def _list_of_snapshots(snapshots: List[Snapshot], repository: Watched, names: bool) -> str:
     """A table of snapshots, the latest first, with what came with each, and perhaps their IDs."""
     if not snapshots:
         return '<p>No snapshots yet.</p>'
     rows = ''.join(
-        f'<tr><th scope="row" class="plain">{_moment(one.time)}'
-        f'{_small(f"{format_age(now - one.time)} ago")}</th>'
-        f'<td>{_text(one.name[:8]) if ids else ""}</td>'
-        f'<td class="n">{f"+{format_size(one.added)}" if is_whole else "unknown"}</td></tr>\n'
-        for one in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
+        f'<tr><th scope="row" class="plain">{_moment(snapshot.time)}'
+        f'{_small(repository.ago(snapshot.time))}</th><td>{_text(snapshot.name[:8]) if names else ""}</td>'
+        f'<td class="n">{"unknown" if snapshot.added is None else f"+{format_size(snapshot.added)}"}</td>'
+        '</tr>\n'
+        for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
     older = len(snapshots) - SNAPSHOTS_SHOWN
     return ('<table><caption class="quiet">Snapshots</caption><thead><tr><th scope="col">Time</th>'
             '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
@@ -6423,20 +6403,16 @@ def _is_path(path: str) -> bool:
     return True
 
 
-def _link(base: str, path: str) -> str:
-    return _text(f'{base}{_quoted_path(path)}/')
-
-
 def _listed(names: List[str]) -> str:
     """Some names, and how many more there are."""
     more = len(names) - NAMES_SHOWN
     return _text(', '.join(names[:NAMES_SHOWN])) + (f' and {more} more' if more > 0 else '')
 
 
-def _quota(scope: str, held: int, limit: int) -> str:
+def _bar(scope: str, quota: Quota) -> str:
     """A bar that shows how much of a quota is used."""
-    part = min(held / limit, 1.0)
-    text = f'{format_size(held)} of {format_size(limit)}'
+    part = min(quota.held / quota.limit, 1.0)
+    text = f'{format_size(quota.held)} of {format_size(quota.limit)}'
     return (f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
             '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
             '<rect class="room" width="100" height="1"/>'
@@ -6444,28 +6420,28 @@ def _quota(scope: str, held: int, limit: int) -> str:
             f'</svg><span>{text if part < NEARLY_FULL else _bad(text)}</span></div>\n')
 
 
-def _plot(held: Holdings) -> str:
+def _plot(holdings: Holdings) -> str:
     """A curve of the bytes stored over the days, with a tick below it for each day with a snapshot."""
-    size, heights = held.bytes - sum(held.days), []
-    for added in held.days:
-        size += added
-        heights.append(_PLOT_HEIGHT * (1 - size / max(held.bytes, 1)))
-    curve = 'M' + 'L'.join(f'{day} {height:.1f}' for day, height in enumerate(heights))
-    ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day, count in enumerate(held.snapshots) if count)
-    active = sum(count > 0 for count in held.snapshots)
+    begin = holdings.bytes - sum(holdings.days)
+    sizes = itertools.accumulate(holdings.days[1:], initial=begin + holdings.days[0])
+    curve = 'M' + 'L'.join(f'{day} {_PLOT_HEIGHT * (1 - size / max(holdings.bytes, 1)):.1f}'
+                           for day, size in enumerate(sizes))
+    days = [day for day, count in enumerate(holdings.snapshots) if count]
+    ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day in days)
     return (f'<svg class="plot" viewBox="-1 -1 {DAYS + 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
-            f'role="img"><title>{DAYS} days: from {format_size(held.bytes - sum(held.days))} to '
-            f'{format_size(held.bytes)}, days with a snapshot: {active}</title>'
+            f'role="img"><title>{DAYS} days: from {format_size(begin)} to '
+            f'{format_size(holdings.bytes)}, days with a snapshot: {len(days)}</title>'
             f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
 
 
-def _figure(held: Holdings, now: float) -> str:
+def _figure(holdings: Holdings, now: float) -> str:
     """The plot of a repository, with its scales."""
-    sizes = ''.join(f'<span>{format_size(held.bytes * part / 2)}</span>' for part in (2, 1, 0))
+    sizes = ''.join(f'<span>{format_size(holdings.bytes * part / 2)}</span>' for part in (2, 1, 0))
     days = ''.join(f'<span>{time.strftime("%Y-%m-%d", time.localtime(now - ago * 86400))}</span>'
                    for ago in (DAYS - 1, DAYS // 2, 0))
-    return f'<figure><div class="scale">{sizes}</div>{_plot(held)}<div class="days">{days}</div></figure>\n'
+    return (f'<figure><div class="scale">{sizes}</div>{_plot(holdings)}<div class="days">{days}</div>'
+            '</figure>\n')
 
 
 # ==== Admission ==================================================================================
@@ -10566,8 +10542,8 @@ class Server:
         if census.requests.receiver and self._counts:
             loop.watch(census.requests.receiver, census.on_requested)
             loop.timers += [self._purge, events.tick]
-        if events.receiver and self._counts:
-            loop.watch(events.receiver, events.on_sent)
+        if events.channel.receiver and self._counts:
+            loop.watch(events.channel.receiver, events.on_sent)
         loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
@@ -10601,7 +10577,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests.receiver, self.api.events.receiver):
+        for source in (*self.listeners, census.requests.receiver, self.api.events.channel.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -10612,7 +10588,7 @@ class Server:
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
         census.requests.close()
-        self.api.events.close()
+        self.api.events.channel.close()
         self.loop.close()
 
     def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
@@ -10704,7 +10680,7 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     """Serve as one of several processes, with `slot` of the Counters.  `control` delivers signals as their
     numbers, and its end means that the parent has died."""
     counters = server.api.metrics.counters
-    counters.join(slot)
+    server.api.metrics.counters.join(slot)
     counters.add(CONNECTIONS, 0, 0)
     reload_log.disabled = slot != 1
     pin_process(slot)
@@ -10766,7 +10742,7 @@ class Workers:
         signal.set_wakeup_fd(-1)
         loop.close()
         server.api.usage.census.requests.close()
-        server.api.events.close()
+        server.api.events.channel.close()
 
     # ---- timers ----
 
@@ -11603,41 +11579,39 @@ def report(options: argparse.Namespace, store: Store) -> int:
     quotas = make_policy(options, store, False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
     usage.census.count()
-    now = time.time()
-    found = Watch(store, usage, options.stale_after).look(usage.names(), now)
+    repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
     for path in usage.census.unreadable:
         print(f'restic_serve: cannot read {one_line(path[1:] or "/")}', file=sys.stderr)
-    for one in found:
-        if options.quiet and not one.troubles:
-            continue    # so that cron has nothing to mail
-        print(_report_as_json(one) if options.log_format == 'json' else one_line(_report_line(one, now)))
-    if not found:
+    for repository in repositories:
+        if repository.troubles or not options.quiet:    # so that cron has nothing to mail
+            print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
+    if not repositories:
         print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
-    return int(not found or bool(usage.census.unreadable) or any(one.troubles for one in found))
+    return int(not repositories or bool(usage.census.unreadable)
+               or any(repository.troubles for repository in repositories))
 
 
-def _report_line(one: Watched, now: float) -> str:
-    held = one.held
-    last = f'last snapshot {format_age(now - held.last_snapshot)} ago' if held.last_snapshot else ''
-    parts = [last or 'no snapshot yet', format_count(held.objects['snapshots'], 'snapshot'),
-             format_size(held.bytes)]
-    if one.locks:
-        parts.append(f'{format_count(len(one.locks), "lock")}, the oldest {format_age(now - min(one.locks))}')
-    parts.append(f'scrubbed {format_age(now - one.scrub.time)} ago, {one.scrub.damaged} damaged' if one.scrub
+def _report_line(repository: Watched) -> str:
+    holdings, locks, scrub = repository.holdings, repository.locks, repository.scrub
+    parts = [repository.last_snapshot(), format_count(holdings.objects['snapshots'], 'snapshot'),
+             format_size(holdings.bytes)]
+    if locks:
+        parts += [format_count(len(locks), 'lock'), f'the oldest {format_age(repository.now - locks[0])}']
+    parts.append(f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub
                  else 'never scrubbed')
-    name = (one.name[1:] or '/').encode('utf-8', 'backslashreplace').decode()
-    return f'{", ".join(one.troubles).upper() or "sound"}: {name}: {", ".join(parts)}'
+    return one_line(f'{", ".join(repository.troubles).upper() or "sound"}: {repository.title}: '
+                    + ', '.join(parts))
 
 
-def _report_as_json(one: Watched) -> str:
+def _report_as_json(repository: Watched) -> str:
     import json
-    held = one.held
+    holdings, locks, scrub = repository.holdings, repository.locks, repository.scrub
     return json.dumps({
-        'repository': one.name[1:] or '/', 'troubles': list(one.troubles), 'bytes': held.bytes,
-        'objects': held.objects, 'last_snapshot': held.last_snapshot or None, 'locks': len(one.locks or ()),
-        'oldest_lock': int(min(one.locks)) if one.locks else None,
-        'scrub': {'time': int(one.scrub.time), 'damaged': one.scrub.damaged, 'names': one.scrub.names}
-                 if one.scrub else None})
+        'repository': repository.title, 'troubles': list(repository.troubles), 'bytes': holdings.bytes,
+        'objects': holdings.objects, 'last_snapshot': holdings.last_snapshot or None,
+        'locks': len(locks or ()), 'oldest_lock': int(locks[0]) if locks else None,
+        'scrub': {'time': int(scrub.time), 'damaged': scrub.damaged, 'names': scrub.names}
+                 if scrub else None})
 
 
 def roll_back(options: argparse.Namespace, store: Store) -> int:

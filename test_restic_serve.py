@@ -770,6 +770,11 @@ class UnitsTest(unittest.TestCase):
                               (190000, '2 d 4 h')):
             self.assertEqual(restic_serve.format_duration(seconds), text)
 
+    def test_a_count_has_its_noun_in_the_right_number(self):
+        for count, noun, text in ((1, 'index', '1 index'), (2, 'index', '2 indexes'), (0, 'key', '0 keys'),
+                                  (1234, 'repository', '1,234 repositories')):
+            self.assertEqual(restic_serve.format_count(count, noun), text)
+
     def test_an_error_names_the_value_and_what_would_be_right(self):
         for parse, text in ((restic_serve.parse_duration, '10x'), (restic_serve.parse_duration, ''),
                             (restic_serve.parse_duration, '5s 3m'), (restic_serve.parse_count, '0'),
@@ -5432,7 +5437,7 @@ class MetricsTest(WatchedTestCase):
         self.ask(get(path))
         self.ask(get('/config'))
         self.ask(get('/../config'))
-        self.wait_until(lambda: self.metrics._activity()[0] == 4, 'the four requests')
+        self.wait_until(lambda: ' 4 requests' in self.metrics.line(final=False), 'the four requests')
         line = (r'in \d+ s: sent 4\.9 KiB in 1 objects \([\d.]+ [KM]?i?B/s\), received 4\.9 KiB in 1 objects '
                 r'\([\d.]+ [KM]?i?B/s\), 4 requests \([\d.]+/s\), 1 error; \d connections?')
         self.assertRegex(self.metrics.line(final=False), f'^{line}$')
@@ -5777,6 +5782,8 @@ class EventsTest(WatchedTestCase):
         self.assertEqual(self.look(), [])
         self.assertIn('/alice', self.reported('full'))      # 88 % is too near to 90 %
         self.quotas = {'/alice': held * 2}
+        with mock.patch.object(shutil, 'disk_usage', lambda path: mock.Mock(total=0, free=0)):
+            self.assertEqual(self.look(), [])
         with mock.patch.object(shutil, 'disk_usage', lambda path: mock.Mock(total=100 << 30, free=5 << 30)):
             self.assertEqual(self.look(), ['full|||disk is 95 % used: 95.0 GiB of 100.0 GiB'])
         self.assertEqual(self.reported('full'), [''])
@@ -5784,7 +5791,7 @@ class EventsTest(WatchedTestCase):
     def reported(self, kind):
         found = restic_serve.ReportedEvents(self.store)
         found.refresh()
-        return found.names(kind)
+        return list(found.known[kind])
 
     def test_a_directory_that_goes_is_told_and_its_return(self):
         self.fill('/laptop', 'snapshots')
@@ -5792,11 +5799,15 @@ class EventsTest(WatchedTestCase):
         self.assertEqual(self.look(events), [])
         self.root.rename(self.folder / 'away')
         self.root.mkdir()
-        self.assertEqual(self.look(events), [f'gone|||{self.root} is gone (disk unmounted?)'])
+        self.assertEqual(self.look(events), [])
+        self.wait_until(self.told, 'the first event')
         self.assertEqual(self.look(events), [])
         self.root.rmdir()
         (self.folder / 'away').rename(self.root)
-        self.assertEqual(self.look(events), [f'back|||{self.root} is back'])
+        self.look(events)
+        self.wait_until(lambda: len(self.told()) == 2, 'the second event')
+        self.assertEqual(self.told(), [f'gone|||{self.root} is gone (disk unmounted?)',
+                                       f'back|||{self.root} is back'])
 
     def test_no_name_is_a_command(self):
         wild = '$(touch x);`touch x`"\'|& touch x'
@@ -5993,7 +6004,7 @@ class PageTest(WatchedTestCase):
         self.assertEqual(sorted(name for name, _ in snapshots), sorted(
             path.name[:8] for path in (self.root / 'laptop' / 'snapshots').iterdir()))
         self.assertNotIn('Kept deleted objects', text)
-        self.server.api._page._looked.clear()
+        self.watch()
         with mock.patch.object(restic_serve, 'LOOK_AT_MOST', -1):
             self.assertIn('<td class="n">unknown<', self.look('/laptop/')[1])
 
@@ -6007,10 +6018,9 @@ class PageTest(WatchedTestCase):
             self.store.save(location, Bytes(content))
             os.utime(path_of(self.store, location), (now - age,) * 2)
         watch = restic_serve.Watch(self.store, self.usage, 3600)
-        found, is_whole = watch.snapshots('/a')
-        self.assertEqual(([(round(now - one.time), one.added) for one in found], is_whole),
-                         ([(7000, 115), (5000, 231)], True))
-        self.assertEqual(watch.snapshots('/none'), ([], True))
+        self.assertEqual([(round(now - snapshot.time), snapshot.added) for snapshot in watch.snapshots('/a')],
+                         [(7000, 115), (5000, 231)])
+        self.assertEqual(watch.snapshots('/none'), [])
 
     def test_what_was_deleted_is_kept_and_can_be_read(self):
         self.fill('/laptop', 'data', 'snapshots', 'snapshots')
@@ -6041,14 +6051,18 @@ class PageTest(WatchedTestCase):
             self.fill(f'/south/host-{number}', 'snapshots', 'keys', age=50 * number)
         for name in ('/alone', '/lonely', '/north/late'):
             self.fill(name, 'snapshots', age=7200 * (name == '/north/late'))
+        self.fill('/new')
+        (self.root / 'new' / 'config').write_bytes(b'config')
         self.watch()
         text = self.look()[1]
         folded = re.findall('<details><summary><b>([^<]*)</b>', text)
-        self.assertEqual(folded, ['north/', 'south/', '2 repositories'])
+        self.assertEqual(folded, ['north/', 'south/', '3 repositories'])
+        self.assertEqual(re.findall('oldest last snapshot ([^<]*)', text),
+                         ['a moment ago', '8 minutes ago', 'a moment ago'])
         self.assertEqual(self.names()[:4], ['north/late', 'north/host-0', 'north/host-1', 'north/host-2'])
-        self.assertEqual(len(self.names()), 25)
+        self.assertEqual(len(self.names()), 26)
         self.assertEqual(self.names('/?sort=name')[:3], ['north/late', 'alone', 'lonely'])
-        self.assertEqual(self.names('/?sort=age')[:3], ['north/late', 'south/host-10', 'south/host-9'])
+        self.assertEqual(self.names('/?sort=age')[:4], ['north/late', 'new', 'south/host-10', 'south/host-9'])
         self.assertEqual(self.names('/?sort=size')[:3], ['north/late', 'south/host-0', 'south/host-1'])
         self.assertNotIn('<details', self.look('/?sort=size')[1])
         self.assertNotIn('<details', self.look('/north/')[1])
