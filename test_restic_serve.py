@@ -18,6 +18,7 @@ import bisect
 import collections
 import contextlib
 import errno
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -55,6 +56,7 @@ LOCAL = restic_serve.parse_address('127.0.0.1:0')
 LONG_TESTS = os.environ.get('RESTIC_SERVE_TEST_LONG') == '1'
 PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
+TEST_SECONDS = 600 if LONG_TESTS else 120   # that a test may take
 PYPY = sys.implementation.name == 'pypy'
 # Of PyPy, where a test hides what its own modules need.
 NO_WARNING = ('-W', 'ignore::RuntimeWarning:hashlib')
@@ -80,6 +82,27 @@ def long(test):
 
 def setUpModule():
     atexit.register(say_what_was_left_out)
+    patch = mock.patch.object(unittest.TestCase, 'run', run_with_limit)
+    patch.start()
+    unittest.addModuleCleanup(patch.stop)
+    # A thread that a test has left behind may not keep this process from its end.
+    unittest.addModuleCleanup(faulthandler.dump_traceback_later, 60, exit=True)
+
+
+def run_with_limit(test, result=None, run=unittest.TestCase.run):
+    """unittest.TestCase.run() of a test that fails, and shows where each thread is, when it takes too
+    long, and every 10 seconds from then on, since what it cleans up may hang, too."""
+    def fail(number, frame):
+        raise AssertionError(f'{test.id()} took too long; its threads are shown above')
+
+    signal.signal(signal.SIGALRM, fail)
+    faulthandler.register(signal.SIGALRM, chain=True)   # shows the threads even if Python does not run
+    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS, 10)
+    try:
+        return run(test, result)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.unregister(signal.SIGALRM)
 
 
 def say_what_was_left_out():
@@ -195,10 +218,7 @@ class Bytes:
 
 
 class TestCase(unittest.TestCase):
-    """A test with a folder of its own and an eye on the log.  Unless `repositories_are_made_first`, an
-    upload makes its repository, which spares most tests a step that has nothing to do with them."""
-
-    repositories_are_made_first = False
+    """A test with a folder of its own and an eye on the log."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
@@ -213,14 +233,10 @@ class TestCase(unittest.TestCase):
         restic_serve.log.propagate = False
         restic_serve.log.setLevel(logging.INFO)
         self.addCleanup(restic_serve.log.removeHandler, handler)
-        if not self.repositories_are_made_first:
-            patch = mock.patch.object(Store, 'has_repository', lambda store, repository: True)
-            patch.start()
-            self.addCleanup(patch.stop)
 
     def make_repository(self, path=''):
-        """The folders of a repository, or enough of them to be taken for one."""
-        (self.root / path / 'keys').mkdir(parents=True)
+        """A folder in the root that is taken for a repository; one may be there already."""
+        (self.root / path.lstrip('/') / 'keys').mkdir(parents=True, exist_ok=True)
 
     def wait_until(self, condition, what):
         end = time.monotonic() + PATIENCE
@@ -353,11 +369,14 @@ class WireTestCase(TestCase):
     """A test against a server in a thread of its own."""
 
     limits = {}
+    repositories = '', 'host'   # that are there from the start
 
     def setUp(self):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
+        for path in self.repositories:
+            self.make_repository(path)
         self.policy = Policy()
         self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
         self.port = self.server.listeners[0].server_address[1]
@@ -373,8 +392,9 @@ class WireTestCase(TestCase):
             return wire.ask(*parts, **more)
 
     def put(self, content, kind='data', repository=''):
-        """Store an object beneath the server; its path."""
+        """Store an object beneath the server, in a repository of that name; its path."""
         name = named(content)
+        self.make_repository(repository)
         self.store.save(Location(repository, kind, name), Bytes(content))
         return f'{repository}/{kind}/{name}'
 
@@ -554,6 +574,8 @@ def rendered(store, usage):
 
 class WatchedTestCase(Http2TestCase):
     """A server whose page and metrics are looked at."""
+
+    repositories = ()
 
     def setUp(self):
         super().setUp()
@@ -931,6 +953,7 @@ class StoreTest(TestCase):
     def setUp(self):
         super().setUp()
         self.store = self.make_store()
+        self.make_repository('host')
 
     def make_store(self, **options):
         store = Store(str(self.root), **options)
@@ -1034,7 +1057,6 @@ class StoreTest(TestCase):
     def test_what_is_no_file_in_an_objects_place_is_an_error(self):
         content = b'content'
         folder = self.root / 'host' / 'keys'
-        folder.mkdir(parents=True)
         for make in (lambda path: path.mkdir(), os.mkfifo,
                      lambda path: path.symlink_to('/etc/passwd'), lambda path: path.symlink_to(path)):
             path = folder / named(content)
@@ -1205,7 +1227,7 @@ class StoreTest(TestCase):
                      'host/.snapshot'):
             (self.root / name / 'copy/data').mkdir(parents=True)
         found = [walked.path for walked in self.store.walk(self.fail) if walked.is_repository]
-        self.assertEqual(found, ['/host/copy'])
+        self.assertEqual(found, ['/host', '/host/copy'])
 
     def test_a_bind_mount_is_crossed_by_a_copy(self):
         real = os.link
@@ -1326,11 +1348,13 @@ class StoreTest(TestCase):
         self.check_modes(0o770, 0o660)
 
     def check_modes(self, directory, file):
+        shutil.rmtree(self.root / 'host')
         for number, mask in enumerate((0o022, 0o077, 0o000)):
             old = os.umask(mask)
             try:
                 for nameless in NAMELESS:
                     self.store.nameless = nameless
+                    self.store.create_repository(f'/host{number}')
                     self.save(b'%d' % nameless, repository=f'/host{number}')
             finally:
                 os.umask(old)
@@ -1391,10 +1415,10 @@ class StoreTest(TestCase):
         before = descriptors()
         self.test_nothing_stays_of_content_that_is_cut_short()
         self.test_a_damaged_object_is_mended_by_a_verified_upload()
-        shutil.rmtree(self.root / 'host')
-        self.test_a_file_system_without_hard_links()
-        shutil.rmtree(self.root / 'host')
-        self.test_a_bind_mount_is_crossed_by_a_copy()
+        for test in self.test_a_file_system_without_hard_links, self.test_a_bind_mount_is_crossed_by_a_copy:
+            shutil.rmtree(self.root / 'host')
+            self.make_repository('host')
+            test()
         self.assertLessEqual(descriptors(), before)
 
     def test_a_directory_that_is_missing_is_made_and_said(self):
@@ -1427,8 +1451,6 @@ class StoreTest(TestCase):
 
 class FileSystemsTest(TestCase):
     """File systems that are not like most."""
-
-    repositories_are_made_first = True
 
     def make_store(self):
         store = Store(str(self.root))
@@ -2856,6 +2878,7 @@ class DirectoryTest(TestCase):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
+        self.make_repository('host')
         self.api = Api(self.store, Policy())
         self.paths = [('POST', f'/host/data/{named(b"x")}', b'x'), ('POST', '/host/?create=true', b''),
                       ('DELETE', f'/host/locks/{named(b"x")}', b'')]
@@ -3572,6 +3595,7 @@ class UsageTest(TestCase):
     def save(self, size, repository='/host', kind='data', **more):
         content = os.urandom(size)
         location = Location(repository, kind, named(content))
+        self.make_repository(repository)
         self.usage.save(location, Bytes(content, **more))
         return location
 
@@ -3582,6 +3606,8 @@ class UsageTest(TestCase):
     def test_a_count_finds_what_is_there(self):
         now = time.time()
         self.assertEqual(self.usage.repositories(), {})
+        self.make_repository('a/b')
+        self.make_repository()
         for kind, size, age in (('data', 100, 0), ('data', 200, 2), ('data', 400, 200), ('index', 10, 2),
                                 ('snapshots', 3, 5), ('snapshots', 4, 2)):
             content = os.urandom(size)
@@ -3787,8 +3813,9 @@ class UsageTest(TestCase):
     def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 10_000}))
         for number in range(20):
-            Store(str(self.root)).save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
-                                       Bytes(b'%100d' % number))
+            self.make_repository(f'r{number}')
+            self.store.save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
+                            Bytes(b'%100d' % number))
         with mock.patch.object(restic_serve, 'SPARE_BYTES', restic_serve.SLOT_BYTES - 20_000):
             self.usage.census.count()
         self.assertLess(len(self.usage.repositories()), 20)
@@ -3821,7 +3848,7 @@ class UsageTest(TestCase):
         (self.root / 'bob').symlink_to(self.root / 'host')
         for repository in ('/alice', '/alice/x'):
             with self.assertRaises(PermissionError):
-                self.save(10, repository)
+                self.usage.save(Location(repository, 'keys', named(b'x')), Bytes(b'x'))
             with self.assertRaises(PermissionError):
                 self.store.create_repository(repository)
         self.assertEqual(list(outside.iterdir()), [])
@@ -3964,6 +3991,7 @@ class UsageTest(TestCase):
             with contextlib.suppress(HttpError):
                 self.usage.save(Location('/host', 'data', '0' * 64), Slow(b'x' * 900))
 
+        self.make_repository('host')
         first = threading.Thread(target=fail)
         first.start()
         self.wait_until(lambda: self.usage.quota('')[1] == 900, 'the room')
@@ -4044,6 +4072,8 @@ class UsageTest(TestCase):
     def test_what_was_counted_and_what_passed_through_agree(self):
         self.use_blocks()
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 40, '/%u': 1 << 40}))
+        for repository in ('', '/alice', '/alice/x/y', '/bob'):
+            self.make_repository(repository)
         self.usage.census.count()
         random.seed(7)
         kept = []
@@ -4083,6 +4113,7 @@ class UsageTest(TestCase):
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
         usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
+        self.make_repository('host')
         usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
@@ -4121,19 +4152,23 @@ class UsageTest(TestCase):
         with mock.patch.multiple(restic_serve, SLOT_BYTES=64 * 1024, SPARE_BYTES=8 * 1024):
             self.usage = self.make()
             for number in range(30):
-                Store(str(self.root)).save(Location(f'/evil/r{number}', 'keys', named(b'x')), Bytes(b'x'))
-            Store(str(self.root)).save(Location('/good', 'keys', named(b'good')), Bytes(b'good'))
+                self.make_repository(f'evil/r{number}')
+                self.store.save(Location(f'/evil/r{number}', 'keys', named(b'x')), Bytes(b'x'))
+            self.make_repository('good')
+            self.store.save(Location('/good', 'keys', named(b'good')), Bytes(b'good'))
             self.usage.census.count()
             found = self.usage.repositories()
             self.assertEqual(found['/good'].bytes, 4)
             self.assertGreater(found['other'].bytes, 10)
             self.assertEqual(sum(held.bytes for held in found.values()), 34)
             for number in range(100):     # what passes through is counted where there is room
+                self.make_repository(f'evil/s{number}')
                 self.usage.save(Location(f'/evil/s{number}', 'keys', named(b'y')), Bytes(b'y'))
             self.assertEqual(sum(held.bytes for held in self.usage.repositories().values()), 134)
             shutil.rmtree(self.root / 'evil')
             for number in range(3):
-                Store(str(self.root)).save(Location(f'/new{number}', 'keys', named(b'new')), Bytes(b'new'))
+                self.make_repository(f'new{number}')
+                self.store.save(Location(f'/new{number}', 'keys', named(b'new')), Bytes(b'new'))
             for _ in range(2):
                 self.usage.census.count()
             found = self.usage.repositories()
@@ -4145,6 +4180,7 @@ class UsageTest(TestCase):
             with self.subTest(delete=delete):
                 usage = self.usage = self.make(quotas=restic_serve.Quotas({'/': 4 << 20, '/%u': 4 << 20}))
                 location = Location('/old', 'data', named(bytes(3 << 20)))
+                self.make_repository('old')
                 if delete:  # it was there before the start
                     self.store.save(location, Bytes(bytes(3 << 20)))
                     usage.census.count()
@@ -4261,6 +4297,7 @@ class QuotaTest(WatchedTestCase):
     """Quotas over the wires."""
 
     def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
+        self.make_repository()
         self.watch(max_bytes=1000)
         self.usage.census.wait(PATIENCE)
         wire = self.connect()
@@ -4937,6 +4974,7 @@ class RightsTest(TestCase):
                                      (append_only, private, user, repository, method, path))
 
     def prepare(self, store, repository):
+        self.make_repository(repository)
         for kind in ('data', 'locks'):
             store.save(Location(repository, kind, self.NAME), Bytes(b'x'))
         store.save(Location(repository, 'config'), Bytes(b'config'))
@@ -5168,11 +5206,10 @@ class RightsTest(TestCase):
         store.prepare()
         usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
-        with mock.patch.object(Store, 'has_repository', lambda store, repository: False):
-            for number in range(5):
-                with self.assertRaises(HttpError) as caught:
-                    usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
-                self.assertEqual(caught.exception.status, 404)
+        for number in range(5):
+            with self.assertRaises(HttpError) as caught:
+                usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
+            self.assertEqual(caught.exception.status, 404)
         self.assertEqual(usage._counters.keys('reserved'), set())
 
     def test_who_may_only_read_stores_nothing_but_locks(self):
@@ -5220,6 +5257,7 @@ class RightsOnWiresTest(WatchedTestCase):
         self.policy = Policy()
         api = Api(self.store, self.policy, Accounts(user_header='X-User'))
         port = self.serve(api).listeners[0].server_port
+        self.make_repository('a')
         path, other = f'/a/data/{named(b"x")}', f'/a/data/{named(b"y")}'
         lock = f'/a/locks/{named(b"x")}'
         requests = (('GET', path), ('HEAD', path), ('GET', '/a/data/'), ('POST', path), ('POST', lock),
@@ -5262,6 +5300,7 @@ class RightsOnWiresTest(WatchedTestCase):
                    Accounts(user_header='X-User'))
         self.usage.limits = restic_serve.Quotas({'/alice': 1 << 30})
         for repository in ('/alice', '/bob/x', '/secret'):
+            self.make_repository(repository)
             self.usage.save(Location(repository, 'config'), Bytes(b'x'))
         self.usage.census.count()
         for user, repositories, whole in (
@@ -5426,6 +5465,7 @@ class MetricsTest(WatchedTestCase):
                 self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
 
     def test_their_user_may_see_nothing_else(self):
+        self.make_repository()
         content = b'x'
         path = f'/data/{named(content)}'
         for administrators, status in (((), 403), (('metrics',), 404)):
@@ -5462,7 +5502,7 @@ class MetricsTest(WatchedTestCase):
         self.assertRegex(text, r'\nrestic_serve_disk_free_bytes \d+\n')
 
     def test_counting_begins_at_the_start(self):
-        self.store.save(Location('/host', 'config'), Bytes(b'x'))
+        self.make_repository('host')
         self.watch()
         self.wait_until(lambda: self.usage.census.age() < math.inf, 'a census that nobody asked for')
 
@@ -5472,6 +5512,7 @@ class MetricsTest(WatchedTestCase):
         self.assertEqual(self.ask(get('/metrics'))[0], 404)
 
     def test_the_line_in_the_log(self):
+        self.make_repository()
         self.assertFalse(self.metrics.has_news())
         content = b'x' * 5000
         path = f'/data/{named(content)}'
@@ -5585,6 +5626,7 @@ class WatchTest(TestCase):
     def put(self, repository, kind, age, size=100):
         content = os.urandom(size)
         location = Location(f'/{repository}', kind, named(content))
+        self.make_repository(repository)
         self.store.save(location, Bytes(content))
         path = Path(path_of(self.store, location))
         os.utime(path, (self.now - age,) * 2)
@@ -5671,8 +5713,6 @@ class EventsTest(WatchedTestCase):
 
     TELL = ('printf "%s|%s|%s|%s\\n" "$RESTIC_SERVE_EVENT" "$RESTIC_SERVE_REPOSITORY" "$RESTIC_SERVE_USER" '
             '"$RESTIC_SERVE_MESSAGE" >> ')
-    repositories_are_made_first = True
-
     def setUp(self):
         super().setUp()
         self.heard = self.folder / 'heard'
@@ -6046,6 +6086,7 @@ class PageTest(WatchedTestCase):
 
     def test_what_came_with_each_snapshot(self):
         now = time.time()
+        self.make_repository('a')
         for kind, size, age in (('keys', 5, 9000), ('data', 100, 8000), ('snapshots', 10, 7000),
                                 ('data', 200, 6000), ('index', 20, 5500), ('snapshots', 11, 5000),
                                 ('data', 999, 100)):
@@ -6283,6 +6324,7 @@ class ApiTest(TestCase):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
+        self.make_repository('host')
         self.api = Api(self.store, Policy())
 
     def ask(self, method, target, body=b'', **headers):
@@ -6554,6 +6596,7 @@ class ApiTest(TestCase):
                 self.assertEqual(len(list(restic_serve.json_list(batches, True))), count)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
+        self.make_repository()
         name = named(b'x')
         for allowed, origins in (('', ('https://evil.example', 'null', 'http://localhost:8080', '')),
                                  ('https://example.org', ('https://evil.example', 'null', 'http://example.org'))):
@@ -10143,6 +10186,7 @@ class WorkersTest(TestCase):
         counted_plainly(self)
         store = Store(str(self.root))
         store.prepare()
+        self.make_repository('host')
         counters = Counters(5)
         usage = Usage(store, counters, quotas=restic_serve.Quotas({'/': 50500}))
         usage.census.count()
@@ -11076,6 +11120,7 @@ class StdioTest(TestCase):
 
     def test_the_end_of_input_leaves_nothing_of_half_an_upload_and_waits_for_no_window(self):
         content = os.urandom(5 << 20)
+        self.make_repository()
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
         with Stdio(self.root) as server:
             server.wire.grants = False
@@ -11758,6 +11803,7 @@ class HaproxyTest(TestCase):
     def test_downloads_are_whole(self):
         haproxy = program('haproxy')
         Store(str(self.root)).prepare()
+        self.make_repository()
         content = os.urandom(12 << 20)
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
         with socket.socket() as sock:
@@ -11906,6 +11952,7 @@ class DiskFaultsTest(FaultsTestCase):
             self.skipTest(f'this machine mounts nothing: {done.stderr}')
         self.addCleanup(subprocess.run, ['umount', '-l', self.root], check=True)
         self.store.prepare()    # else it would be a directory that has gone
+        self.make_repository()
 
     def check_refused(self, wire, content, reason, answer='disk full'):
         """An upload is answered 507, leaves nothing, and is one line in the log."""
@@ -12017,6 +12064,7 @@ class DiskFaultsTest(FaultsTestCase):
             for name in ('write', 'fsync', 'link', 'mkdir'):
                 content = os.urandom(100_000)
                 path = f'/{wire[5]}{name}/data/{named(content)}'
+                self.make_repository(f'{wire[5]}{name}')
                 with self.subTest(name, wire=wire):
                     self.log.clear()
                     with mock.patch.object(os, name, side_effect=OSError(errno.EIO, 'made by a test')):
