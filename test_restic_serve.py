@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import py_compile
 import random
 import re
 import shutil
@@ -113,6 +114,16 @@ def say_what_was_left_out():
     if left_out['missing']:
         print(f'Left out: tests that require {", ".join(sorted(left_out["missing"]))}. Install them; '
               'RESTIC_SERVE_TEST_PEERS=FOLDER names a folder where to look, too.', file=sys.stderr)
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(python=sys.executable):
+    """The module for a process of its own, compiled: compiling it takes longer than most tests."""
+    if python != sys.executable:
+        return MODULE
+    folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
+    atexit.register(folder.cleanup)
+    return py_compile.compile(MODULE, f'{folder.name}/restic_serve.pyc', doraise=True)
 
 
 def program(name, folder=''):
@@ -665,7 +676,7 @@ class Program:
     def __init__(self, *words, wait=True, before=(), python=sys.executable, **environment):
         self.lines = []
         self.process = subprocess.Popen(
-            [*before, python, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
+            [*before, python, compiled(python), *map(str, words)], stderr=subprocess.PIPE, text=True,
             stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
         self.url = ''
         self._reader = None
@@ -712,11 +723,11 @@ def clean_environment():
 class Stdio:
     """The server over pipes, or over one socket for both, as a process of its own."""
 
-    def __init__(self, *words, socketed=False, python=sys.executable, program=(MODULE,), **environment):
+    def __init__(self, *words, socketed=False, python=sys.executable, program=(), **environment):
         ours, theirs = socket.socketpair() if socketed else (None, subprocess.PIPE)
         self.process = subprocess.Popen(
-            [python, *program, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
-            stderr=subprocess.PIPE, env={**clean_environment(), **environment})
+            [python, *(program or [compiled(python)]), '--stdio', *map(str, words)], stdin=theirs,
+            stdout=theirs, stderr=subprocess.PIPE, env={**clean_environment(), **environment})
         self._socket = ours
         if socketed:
             theirs.close()
@@ -3517,8 +3528,9 @@ class ScrubTest(TestCase):
 
     def test_the_command(self):
         def run(*words):
-            done = subprocess.run([sys.executable, MODULE, '--scrub', *words], capture_output=True, text=True,
-                                  stdin=subprocess.DEVNULL, env=clean_environment(), timeout=PATIENCE)
+            done = subprocess.run([sys.executable, compiled(), '--scrub', *words], capture_output=True,
+                                  text=True, stdin=subprocess.DEVNULL, env=clean_environment(),
+                                  timeout=PATIENCE)
             return done.returncode, done.stdout, done.stderr
 
         status, output, error = run(self.root)
@@ -3538,7 +3550,7 @@ class ScrubTest(TestCase):
 
     def test_a_bar_on_a_terminal(self):
         ours, theirs = self.open_terminal()
-        subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stderr=theirs, check=True,
+        subprocess.run([sys.executable, compiled(), '--scrub', str(self.root)], stderr=theirs, check=True,
                        stdin=subprocess.DEVNULL, env=clean_environment())
         os.close(theirs)
         text = os.read(ours, 10000).decode()
@@ -3559,7 +3571,7 @@ class ScrubTest(TestCase):
     @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'this system has no SIGHUP')
     def test_a_scrub_that_is_hung_up_remembers_what_it_found(self):
         self.paths['', 'data'].write_bytes(b'x')
-        job = subprocess.Popen([sys.executable, MODULE, '--scrub', '--bwlimit', '1k', str(self.root)],
+        job = subprocess.Popen([sys.executable, compiled(), '--scrub', '--bwlimit', '1k', str(self.root)],
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=clean_environment())
         with job, job.stdout:
             self.assertIn(b'damaged', job.stdout.readline())
@@ -3570,7 +3582,7 @@ class ScrubTest(TestCase):
     def test_a_name_that_is_no_text_is_said_all_the_same(self):
         with open(os.fsencode(self.root) + b'/host/index/caf\xe9', 'wb'):
             pass
-        done = subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stdout=subprocess.PIPE,
+        done = subprocess.run([sys.executable, compiled(), '--scrub', str(self.root)], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL,
                               env={**clean_environment(), 'PYTHONIOENCODING': 'utf-8'})
         self.assertEqual(done.returncode, 0)
@@ -5645,7 +5657,7 @@ class WatchTest(TestCase):
         self.assertEqual(restic_serve.count_troubles([]), '')
 
     def report(self, *words):
-        done = subprocess.run([sys.executable, MODULE, '--report', *words, str(self.root)], text=True,
+        done = subprocess.run([sys.executable, compiled(), '--report', *words, str(self.root)], text=True,
                               capture_output=True, env=clean_environment())
         self.assertEqual(done.stderr, '')
         return done.returncode, done.stdout.splitlines()
@@ -5700,7 +5712,7 @@ class WatchTest(TestCase):
     def test_of_nothing_there_is_no_report(self):
         for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: directory does not exist'),
                              (self.folder / 'srv' / '.restic_serve', 'no repository in ')):
-            done = subprocess.run([sys.executable, MODULE, '--report', str(folder)], text=True,
+            done = subprocess.run([sys.executable, compiled(), '--report', str(folder)], text=True,
                                   capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (1, '', 1))
             self.assertIn(said, done.stderr)
@@ -5713,6 +5725,7 @@ class EventsTest(WatchedTestCase):
 
     TELL = ('printf "%s|%s|%s|%s\\n" "$RESTIC_SERVE_EVENT" "$RESTIC_SERVE_REPOSITORY" "$RESTIC_SERVE_USER" '
             '"$RESTIC_SERVE_MESSAGE" >> ')
+
     def setUp(self):
         super().setUp()
         self.heard = self.folder / 'heard'
@@ -5957,7 +5970,7 @@ class EventsTest(WatchedTestCase):
                           told['RESTIC_SERVE_USER'], told['RESTIC_SERVE_DIRECTORY']),
                          ('overdue', '/', 'bob', str(self.root)))
         self.assertRegex(told['RESTIC_SERVE_TIME'], r'^\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d$')
-        done = subprocess.run([sys.executable, MODULE, '--report', str(self.root)], text=True, env={
+        done = subprocess.run([sys.executable, compiled(), '--report', str(self.root)], text=True, env={
             **clean_environment(), 'RESTIC_SERVE_EVENT': 'overdue', 'RESTIC_SERVE_USER': 'bob'},
             capture_output=True)
         self.assertEqual(done.stderr, f'restic_serve: no repository in {self.root}\n')
@@ -9409,7 +9422,7 @@ class TlsTest(ListenerTestCase):
         (self.folder / 'bad').write_text('nonsense')
         for words in (('--cert', self.folder / 'bad', '--key', self.folder / 'bad'),
                       ('--cert', '/missing', '--key', '/missing')):
-            done = subprocess.run([sys.executable, MODULE, *words, str(self.root)], timeout=PATIENCE,
+            done = subprocess.run([sys.executable, compiled(), *words, str(self.root)], timeout=PATIENCE,
                                   capture_output=True, text=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
             self.assertTrue(done.stderr.startswith('restic_serve: --cert: '), done.stderr)
@@ -10439,7 +10452,7 @@ class OtherServersTest(TestCase):
 class CommandLineTest(TestCase):
     def run_it(self, *words, **environment):
         """Exit status, standard output and error of a run that ends by itself."""
-        done = subprocess.run([sys.executable, MODULE, *map(str, words)], capture_output=True,
+        done = subprocess.run([sys.executable, compiled(), *map(str, words)], capture_output=True,
                               text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL,
                               env={**clean_environment(), **environment})
         return done.returncode, done.stdout, done.stderr
@@ -10832,8 +10845,8 @@ restic_serve.trim_memory = trim_and_forget
                 journal.seek(0)
                 journal.truncate()
                 process = subprocess.Popen(
-                    [sys.executable, MODULE, '-vv', '--addr', '127.0.0.1:0', str(self.root)], stderr=journal,
-                    env={**clean_environment(), 'JOURNAL_STREAM': stream})
+                    [sys.executable, compiled(), '-vv', '--addr', '127.0.0.1:0', str(self.root)],
+                    stderr=journal, env={**clean_environment(), 'JOURNAL_STREAM': stream})
                 self.addCleanup(process.kill)
 
                 def lines():
@@ -10855,7 +10868,7 @@ restic_serve.trim_memory = trim_and_forget
         file = self.folder / 'htpasswd'
 
         def change(*words, password='secret\n', status=0):
-            done = subprocess.run([sys.executable, MODULE, '--htpasswd', str(file), *words],
+            done = subprocess.run([sys.executable, compiled(), '--htpasswd', str(file), *words],
                                   input=password, capture_output=True, text=True, timeout=PATIENCE,
                                   env=clean_environment())
             self.assertEqual(done.returncode, status, done)
@@ -10881,7 +10894,7 @@ restic_serve.trim_memory = trim_and_forget
         for second, status in (('secret', 0), ('other', 1)):
             pid, fd = pty.fork()
             if pid == 0:
-                os.execve(sys.executable, [sys.executable, MODULE, '--htpasswd', str(file), '--add-user',
+                os.execve(sys.executable, [sys.executable, compiled(), '--htpasswd', str(file), '--add-user',
                                            'alice', '--bcrypt-cost', '4'], clean_environment())
             with open(fd, 'r+b', buffering=0) as terminal:
                 for prompt, answer in ((b'alice: ', 'secret'), (b'Repeat password: ', second)):
@@ -11155,7 +11168,7 @@ class StdioTest(TestCase):
             self.assertEqual(server.finish(), (0, ''))
 
     def test_what_is_no_http_2_is_told_so(self):
-        done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], capture_output=True,
+        done = subprocess.run([sys.executable, compiled(), '--stdio', str(self.root)], capture_output=True,
                               input=b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', env=clean_environment())
         self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
         self.assertIn(b'missing HTTP/2 preface', done.stdout)
@@ -11180,7 +11193,7 @@ class StdioTest(TestCase):
     @unittest.skipUnless(os.name == 'posix', 'needs a shell')
     def test_closed_descriptors_are_one_line_and_status_2(self):
         for closed in ('<&-', '>&-', '<&- >&-'):
-            done = subprocess.run(['sh', '-c', f'exec "$@" {closed}', 'sh', sys.executable, MODULE,
+            done = subprocess.run(['sh', '-c', f'exec "$@" {closed}', 'sh', sys.executable, compiled(),
                                    '--stdio', str(self.root)], stdin=subprocess.DEVNULL, text=True,
                                   capture_output=True, env=clean_environment(), timeout=PATIENCE)
             self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), (closed, done.stderr))
@@ -11195,7 +11208,7 @@ class StdioTest(TestCase):
     def test_a_terminal_is_refused_with_what_to_do(self):
         ours, theirs = self.open_terminal()
         for stdin, stdout in ((theirs, subprocess.PIPE), (subprocess.DEVNULL, theirs)):
-            done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], stdin=stdin,
+            done = subprocess.run([sys.executable, compiled(), '--stdio', str(self.root)], stdin=stdin,
                                   stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=PATIENCE,
                                   env=clean_environment())
             self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), done.stderr)
@@ -11209,11 +11222,11 @@ class StdioTest(TestCase):
                       ['--min-tls-version', 'tls1.2'],
                       ['--user-from-header', 'x'], ['--allow-origin', '*'], ['--prometheus'],
                       ['--max-size-per-user', '1G']):
-            done = subprocess.run([sys.executable, MODULE, '--stdio', *words, str(self.root)], text=True,
+            done = subprocess.run([sys.executable, compiled(), '--stdio', *words, str(self.root)], text=True,
                                   stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
             self.assertIn(f'restic_serve: {words[0]} cannot be combined with --stdio', done.stderr)
-        done = subprocess.run([sys.executable, MODULE, '--stdio', '--scrub', str(self.root)], text=True,
+        done = subprocess.run([sys.executable, compiled(), '--stdio', '--scrub', str(self.root)], text=True,
                               stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
         self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1))
         with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
@@ -11286,7 +11299,7 @@ class ResticTestCase(TestCase):
     def roll_back(self, moment, *words, root=None):
         """Roll back the repository `host`; what was said."""
         done = subprocess.run(
-            [sys.executable, MODULE, '--roll-back', moment, *words, (root or self.root) / 'host'],
+            [sys.executable, compiled(), '--roll-back', moment, *words, (root or self.root) / 'host'],
             capture_output=True, text=True, env=clean_environment())
         self.assertEqual((done.returncode, done.stderr), (0, ''), done)
         return done.stdout.strip()
@@ -11659,7 +11672,7 @@ class StdioScenarios(ResticScenarios):
 
     def restic(self, repository, *words, **more):
         status, output = super().restic(
-            repository, '-o', f'rclone.program={sys.executable} {MODULE} {" ".join(self.words)}', *words,
+            repository, '-o', f'rclone.program={sys.executable} {compiled()} {" ".join(self.words)}', *words,
             **more)
         self.lines += re.findall('^rclone: .*', output, re.MULTILINE)
         return status, re.sub('(?m)^rclone: .*\n?', '', output)
@@ -11680,7 +11693,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
             (self.source / f'more {number}').write_bytes(os.urandom(1 << 20))
         pids = self.folder / 'pids'
         script = self.folder / 'serve'
-        script.write_text(f'#!/bin/sh\necho $$ >> {pids}\nexec {sys.executable} {MODULE} "$@"\n')
+        script.write_text(f'#!/bin/sh\necho $$ >> {pids}\nexec {sys.executable} {compiled()} "$@"\n')
         script.chmod(0o755)
         result = []
 
@@ -11708,7 +11721,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
             os.makedirs('/run/sshd', exist_ok=True)
         for name in ('host', 'host1', 'admin'):
             subprocess.run([keygen, '-q', '-t', 'ed25519', '-N', '', '-f', self.folder / name], check=True)
-        serve = f'{sys.executable} {MODULE} --stdio'
+        serve = f'{sys.executable} {compiled()} --stdio'
         keys = self.folder / 'authorized_keys'
         keys.write_text(''.join(
             f'restrict,command="{serve} {words} {self.root}" {(self.folder / f"{name}.pub").read_text()}'
