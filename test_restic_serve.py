@@ -11915,6 +11915,9 @@ class FaultsTestCase(Http2TestCase):
 
     def setUp(self):
         super().setUp()
+        patch = mock.patch.object(restic_serve, 'IDLE_SECONDS', 0.05)   # their end is waited for
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def exchange(self, wire, method, path, content=b'', *more):
         """Status and content of an answer on a connection of its own; a reset stream is its code."""
