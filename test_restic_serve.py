@@ -671,12 +671,16 @@ class Authority:
 # ---- Programs --------------------------------------------------------------------------------------
 
 class Program:
-    """The server as a process of its own.  `url` is what it says of itself."""
+    """The server as a process of its own.  `url` is what it says of itself; `change` is a statement that
+    changes one of the module's constants."""
 
-    def __init__(self, *words, wait=True, before=(), python=sys.executable, **environment):
+    def __init__(self, *words, wait=True, before=(), python=sys.executable, change='', **environment):
         self.lines = []
+        changed = ['-c', f'import sys; sys.path.insert(0, {os.path.dirname(MODULE)!r}); '
+                         f'import restic_serve; restic_serve.{change}; sys.exit(restic_serve.main())']
         self.process = subprocess.Popen(
-            [*before, python, compiled(python), *map(str, words)], stderr=subprocess.PIPE, text=True,
+            [*before, python, *(changed if change else [compiled(python)]), *map(str, words)],
+            stderr=subprocess.PIPE, text=True,
             stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
         self.url = ''
         self._reader = None
@@ -9888,8 +9892,8 @@ class ServiceManagerTest(TestCase):
 class WorkersTest(TestCase):
     """Several processes that serve as one."""
 
-    def serve(self, *words, workers=2):
-        server = Program('--addr', '127.0.0.1:0', '--workers', workers, *words, self.root)
+    def serve(self, *words, workers=2, **more):
+        server = Program('--addr', '127.0.0.1:0', '--workers', workers, *words, self.root, **more)
         self.addCleanup(server.__exit__)
         self.assertTrue(server.url, server.lines)
         self.wait_until(lambda: len(self.children(server)) == workers, 'the workers')
@@ -10050,7 +10054,7 @@ class WorkersTest(TestCase):
         rights = self.folder / 'rights'
         rights.write_text('* / append\n')
         self.make_repository('a')
-        server = self.serve('--rights', rights)
+        server = self.serve('--rights', rights, change='LOOK_SECONDS = 0.1')
         contents = [os.urandom(3000) for _ in range(40)]
 
         def upload(content):
@@ -10079,7 +10083,8 @@ class WorkersTest(TestCase):
         rights = self.folder / 'rights'
         rights.write_text('* / read\n')
         self.make_repository('a')
-        server = self.serve('--rights', rights)
+        look_seconds = 0.1
+        server = self.serve('--rights', rights, change=f'LOOK_SECONDS = {look_seconds}')
 
         def statuses():
             found = set()
@@ -10092,7 +10097,7 @@ class WorkersTest(TestCase):
         rights.write_text('* / none\n')
         self.wait_until(lambda: statuses() == {403}, 'the new rights')
         self.wait_until(lambda: any('read 1 rule ' in line for line in server.lines), 'the line of the first')
-        time.sleep(3 * restic_serve.LOOK_SECONDS)   # nothing shows when the parent has read it
+        time.sleep(10 * look_seconds)   # nothing shows when the parent has read it
         rights.write_text('rubbish\n')
         self.wait_until(lambda: any('keeping the previous rights' in line for line in server.lines), 'a line')
         before = self.children(server)
