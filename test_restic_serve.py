@@ -19,6 +19,7 @@ import collections
 import contextlib
 import copy
 import errno
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -28,6 +29,7 @@ import json
 import logging
 import math
 import os
+import py_compile
 import random
 import re
 import shutil
@@ -56,6 +58,7 @@ LOCAL = restic_serve.parse_address('127.0.0.1:0')
 LONG_TESTS = os.environ.get('RESTIC_SERVE_TEST_LONG') == '1'
 PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
 PATIENCE = 30  # seconds until something that should have happened counts as missing
+TEST_SECONDS = 600 if LONG_TESTS else 120   # that a test may take
 PYPY = sys.implementation.name == 'pypy'
 # Of PyPy, where a test hides what its own modules need.
 NO_WARNING = ('-W', 'ignore::RuntimeWarning:hashlib')
@@ -81,6 +84,27 @@ def long(test):
 
 def setUpModule():
     atexit.register(say_what_was_left_out)
+    patch = mock.patch.object(unittest.TestCase, 'run', run_with_limit)
+    patch.start()
+    unittest.addModuleCleanup(patch.stop)
+    # A thread that a test has left behind may not keep this process from its end.
+    unittest.addModuleCleanup(faulthandler.dump_traceback_later, 60, exit=True)
+
+
+def run_with_limit(test, result=None, run=unittest.TestCase.run):
+    """unittest.TestCase.run() of a test that fails, and shows where each thread is, when it takes too
+    long, and every 10 seconds from then on, since what it cleans up may hang, too."""
+    def fail(number, frame):
+        raise AssertionError(f'{test.id()} took too long; its threads are shown above')
+
+    signal.signal(signal.SIGALRM, fail)
+    faulthandler.register(signal.SIGALRM, chain=True)   # shows the threads even if Python does not run
+    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS, 10)
+    try:
+        return run(test, result)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.unregister(signal.SIGALRM)
 
 
 def say_what_was_left_out():
@@ -91,6 +115,16 @@ def say_what_was_left_out():
     if left_out['missing']:
         print(f'Left out: tests that require {", ".join(sorted(left_out["missing"]))}. Install them; '
               'RESTIC_SERVE_TEST_PEERS=FOLDER names a folder where to look, too.', file=sys.stderr)
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(python=sys.executable):
+    """The module for a process of its own, compiled: compiling it takes longer than most tests."""
+    if python != sys.executable:
+        return MODULE
+    folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
+    atexit.register(folder.cleanup)
+    return py_compile.compile(MODULE, f'{folder.name}/restic_serve.pyc', doraise=True)
 
 
 def program(name, folder=''):
@@ -196,10 +230,7 @@ class Bytes:
 
 
 class TestCase(unittest.TestCase):
-    """A test with a folder of its own and an eye on the log.  Unless `repositories_are_made_first`, an
-    upload makes its repository, which spares most tests a step that has nothing to do with them."""
-
-    repositories_are_made_first = False
+    """A test with a folder of its own and an eye on the log."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
@@ -214,14 +245,10 @@ class TestCase(unittest.TestCase):
         restic_serve.log.propagate = False
         restic_serve.log.setLevel(logging.INFO)
         self.addCleanup(restic_serve.log.removeHandler, handler)
-        if not self.repositories_are_made_first:
-            patch = mock.patch.object(Store, 'has_repository', lambda store, repository: True)
-            patch.start()
-            self.addCleanup(patch.stop)
 
     def make_repository(self, path=''):
-        """The folders of a repository, or enough of them to be taken for one."""
-        (self.root / path / 'keys').mkdir(parents=True)
+        """A folder in the root that is taken for a repository; one may be there already."""
+        (self.root / path.lstrip('/') / 'keys').mkdir(parents=True, exist_ok=True)
 
     def wait_until(self, condition, what):
         end = time.monotonic() + PATIENCE
@@ -357,11 +384,14 @@ class WireTestCase(TestCase):
     """A test against a server in a thread of its own."""
 
     limits = {}
+    repositories = '', 'host'   # that are there from the start
 
     def setUp(self):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
+        for path in self.repositories:
+            self.make_repository(path)
         self.policy = Policy()
         self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
         self.port = self.server.listeners[0].server_address[1]
@@ -377,8 +407,9 @@ class WireTestCase(TestCase):
             return wire.ask(*parts, **more)
 
     def put(self, content, kind='data', repository=''):
-        """Store an object beneath the server; its path."""
+        """Store an object beneath the server, in a repository of that name; its path."""
         name = named(content)
+        self.make_repository(repository)
         self.store.save(Location(repository, kind, name), Bytes(content))
         return f'{repository}/{kind}/{name}'
 
@@ -559,6 +590,8 @@ def rendered(store, usage):
 class WatchedTestCase(Http2TestCase):
     """A server whose page and metrics are looked at."""
 
+    repositories = ()
+
     def setUp(self):
         super().setUp()
         counted_plainly(self)
@@ -642,12 +675,16 @@ class Authority:
 # ---- Programs --------------------------------------------------------------------------------------
 
 class Program:
-    """The server as a process of its own.  `url` is what it says of itself."""
+    """The server as a process of its own.  `url` is what it says of itself; `change` is a statement that
+    changes one of the module's constants."""
 
-    def __init__(self, *words, wait=True, before=(), python=sys.executable, **environment):
+    def __init__(self, *words, wait=True, before=(), python=sys.executable, change='', **environment):
         self.lines = []
+        changed = ['-c', f'import sys; sys.path.insert(0, {os.path.dirname(MODULE)!r}); '
+                         f'import restic_serve; restic_serve.{change}; sys.exit(restic_serve.main())']
         self.process = subprocess.Popen(
-            [*before, python, MODULE, *map(str, words)], stderr=subprocess.PIPE, text=True,
+            [*before, python, *(changed if change else [compiled(python)]), *map(str, words)],
+            stderr=subprocess.PIPE, text=True,
             stdin=subprocess.DEVNULL, env={**clean_environment(), **environment})
         self.url = ''
         self._reader = None
@@ -694,11 +731,11 @@ def clean_environment():
 class Stdio:
     """The server over pipes, or over one socket for both, as a process of its own."""
 
-    def __init__(self, *words, socketed=False, python=sys.executable, program=(MODULE,), **environment):
+    def __init__(self, *words, socketed=False, python=sys.executable, program=(), **environment):
         ours, theirs = socket.socketpair() if socketed else (None, subprocess.PIPE)
         self.process = subprocess.Popen(
-            [python, *program, '--stdio', *map(str, words)], stdin=theirs, stdout=theirs,
-            stderr=subprocess.PIPE, env={**clean_environment(), **environment})
+            [python, *(program or [compiled(python)]), '--stdio', *map(str, words)], stdin=theirs,
+            stdout=theirs, stderr=subprocess.PIPE, env={**clean_environment(), **environment})
         self._socket = ours
         if socketed:
             theirs.close()
@@ -994,6 +1031,7 @@ class StoreTest(TestCase):
     def setUp(self):
         super().setUp()
         self.store = self.make_store()
+        self.make_repository('host')
 
     def make_store(self, **options):
         store = Store(str(self.root), **options)
@@ -1096,7 +1134,6 @@ class StoreTest(TestCase):
     def test_what_is_no_file_in_an_objects_place_is_an_error(self):
         content = b'content'
         folder = self.root / 'host' / 'keys'
-        folder.mkdir(parents=True)
         for make in (lambda path: path.mkdir(), os.mkfifo,
                      lambda path: path.symlink_to('/etc/passwd'), lambda path: path.symlink_to(path)):
             path = folder / named(content)
@@ -1229,7 +1266,7 @@ class StoreTest(TestCase):
                      'host/.snapshot'):
             (self.root / name / 'copy/data').mkdir(parents=True)
         found = [walked.path for walked in self.store.walk(self.fail) if walked.is_repository]
-        self.assertEqual(found, ['/host/copy'])
+        self.assertEqual(found, ['/host', '/host/copy'])
 
     def test_a_bind_mount_that_no_link_crosses_is_an_error_and_leaves_nothing(self):
         self.store.nameless = False
@@ -1358,11 +1395,13 @@ class StoreTest(TestCase):
         self.check_modes(0o770, 0o660)
 
     def check_modes(self, directory, file):
+        shutil.rmtree(self.root / 'host')
         for number, mask in enumerate((0o022, 0o077, 0o000)):
             old = os.umask(mask)
             try:
                 for nameless in NAMELESS:
                     self.store.nameless = nameless
+                    self.store.create_repository(f'/host{number}')
                     self.save(b'%d' % nameless, repository=f'/host{number}')
             finally:
                 os.umask(old)
@@ -1423,10 +1462,11 @@ class StoreTest(TestCase):
         before = descriptors()
         self.test_nothing_stays_of_content_that_is_cut_short()
         self.test_a_damaged_object_is_mended_by_a_verified_upload()
-        shutil.rmtree(self.root / 'host')
-        self.test_a_file_system_without_hard_links()
-        shutil.rmtree(self.root / 'host')
-        self.test_a_bind_mount_that_no_link_crosses_is_an_error_and_leaves_nothing()
+        for test in (self.test_a_file_system_without_hard_links,
+                     self.test_a_bind_mount_that_no_link_crosses_is_an_error_and_leaves_nothing):
+            shutil.rmtree(self.root / 'host')
+            self.make_repository('host')
+            test()
         self.assertLessEqual(descriptors(), before)
 
     def test_a_directory_that_is_missing_is_made_and_said(self):
@@ -1459,8 +1499,6 @@ class StoreTest(TestCase):
 
 class FileSystemsTest(TestCase):
     """File systems that are not like most."""
-
-    repositories_are_made_first = True
 
     def make_store(self):
         store = Store(str(self.root))
@@ -2935,6 +2973,7 @@ class DirectoryTest(TestCase):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
+        self.make_repository('host')
         self.api = Api(self.store, Policy())
         self.paths = [('POST', f'/host/data/{named(b"x")}', b'x'), ('POST', '/host/?create=true', b''),
                       ('DELETE', f'/host/locks/{named(b"x")}', b'')]
@@ -3497,8 +3536,9 @@ class ScrubTest(TestCase):
 
     def test_the_command(self):
         def run(*words):
-            done = subprocess.run([sys.executable, MODULE, '--scrub', *words], capture_output=True, text=True,
-                                  stdin=subprocess.DEVNULL, env=clean_environment(), timeout=PATIENCE)
+            done = subprocess.run([sys.executable, compiled(), '--scrub', *words], capture_output=True,
+                                  text=True, stdin=subprocess.DEVNULL, env=clean_environment(),
+                                  timeout=PATIENCE)
             return done.returncode, done.stdout, done.stderr
 
         status, output, error = run(self.root)
@@ -3518,7 +3558,7 @@ class ScrubTest(TestCase):
 
     def test_a_bar_on_a_terminal(self):
         ours, theirs = self.open_terminal()
-        subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stderr=theirs, check=True,
+        subprocess.run([sys.executable, compiled(), '--scrub', str(self.root)], stderr=theirs, check=True,
                        stdin=subprocess.DEVNULL, env=clean_environment())
         os.close(theirs)
         text = os.read(ours, 10000).decode()
@@ -3539,7 +3579,7 @@ class ScrubTest(TestCase):
     @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'this system has no SIGHUP')
     def test_a_scrub_that_is_hung_up_remembers_what_it_found(self):
         self.paths['', 'data'].write_bytes(b'x')
-        job = subprocess.Popen([sys.executable, MODULE, '--scrub', '--bwlimit', '1k', str(self.root)],
+        job = subprocess.Popen([sys.executable, compiled(), '--scrub', '--bwlimit', '1k', str(self.root)],
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=clean_environment())
         with job, job.stdout:
             self.assertIn(b'damaged', job.stdout.readline())
@@ -3550,7 +3590,7 @@ class ScrubTest(TestCase):
     def test_a_name_that_is_no_text_is_said_all_the_same(self):
         with open(os.fsencode(self.root) + b'/host/index/caf\xe9', 'wb'):
             pass
-        done = subprocess.run([sys.executable, MODULE, '--scrub', str(self.root)], stdout=subprocess.PIPE,
+        done = subprocess.run([sys.executable, compiled(), '--scrub', str(self.root)], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL,
                               env={**clean_environment(), 'PYTHONIOENCODING': 'utf-8'})
         self.assertEqual(done.returncode, 0)
@@ -3575,6 +3615,7 @@ class UsageTest(TestCase):
     def save(self, size, repository='/host', kind='data', **more):
         content = os.urandom(size)
         location = Location(repository, kind, named(content))
+        self.make_repository(repository)
         self.usage.save(location, Bytes(content, **more))
         return location
 
@@ -3585,6 +3626,8 @@ class UsageTest(TestCase):
     def test_a_count_finds_what_is_there(self):
         now = time.time()
         self.assertEqual(self.usage.repositories(), {})
+        self.make_repository('a/b')
+        self.make_repository()
         for kind, size, age in (('data', 100, 0), ('data', 200, 2), ('data', 400, 200), ('index', 10, 2),
                                 ('snapshots', 3, 5), ('snapshots', 4, 2)):
             content = os.urandom(size)
@@ -3797,8 +3840,9 @@ class UsageTest(TestCase):
     def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 10_000}))
         for number in range(20):
-            Store(str(self.root)).save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
-                                       Bytes(b'%100d' % number))
+            self.make_repository(f'r{number}')
+            self.store.save(Location(f'/r{number}', 'keys', named(b'%100d' % number)),
+                            Bytes(b'%100d' % number))
         with mock.patch.object(restic_serve, 'SPARE_BYTES', restic_serve.SLOT_BYTES - 20_000):
             self.usage.census.count()
         self.assertLess(len(self.usage.repositories()), 20)
@@ -3831,7 +3875,7 @@ class UsageTest(TestCase):
         (self.root / 'bob').symlink_to(self.root / 'host')
         for repository in ('/alice', '/alice/x'):
             with self.assertRaises(PermissionError):
-                self.save(10, repository)
+                self.usage.save(Location(repository, 'keys', named(b'x')), Bytes(b'x'))
             with self.assertRaises(PermissionError):
                 self.store.create_repository(repository)
         self.assertEqual(list(outside.iterdir()), [])
@@ -3972,6 +4016,7 @@ class UsageTest(TestCase):
             with contextlib.suppress(WrongContent):
                 self.usage.save(Location('/host', 'data', '0' * 64), Slow(b'x' * 900))
 
+        self.make_repository('host')
         first = threading.Thread(target=fail)
         first.start()
         self.wait_until(lambda: self.usage.quota('')[1] == 900, 'the room')
@@ -4048,6 +4093,8 @@ class UsageTest(TestCase):
     def test_what_was_counted_and_what_passed_through_agree(self):
         self.use_blocks()
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 40, '/%u': 1 << 40}))
+        for repository in ('', '/alice', '/alice/x/y', '/bob'):
+            self.make_repository(repository)
         self.usage.census.count()
         random.seed(7)
         kept = []
@@ -4087,6 +4134,7 @@ class UsageTest(TestCase):
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
         usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
+        self.make_repository('host')
         usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
@@ -4123,19 +4171,23 @@ class UsageTest(TestCase):
         with mock.patch.multiple(restic_serve, SLOT_BYTES=64 * 1024, SPARE_BYTES=8 * 1024):
             self.usage = self.make()
             for number in range(30):
-                Store(str(self.root)).save(Location(f'/evil/r{number}', 'keys', named(b'x')), Bytes(b'x'))
-            Store(str(self.root)).save(Location('/good', 'keys', named(b'good')), Bytes(b'good'))
+                self.make_repository(f'evil/r{number}')
+                self.store.save(Location(f'/evil/r{number}', 'keys', named(b'x')), Bytes(b'x'))
+            self.make_repository('good')
+            self.store.save(Location('/good', 'keys', named(b'good')), Bytes(b'good'))
             self.usage.census.count()
             found = self.usage.repositories()
             self.assertEqual(found['/good'].bytes, 4)
             self.assertGreater(found['other'].bytes, 10)
             self.assertEqual(sum(held.bytes for held in found.values()), 34)
             for number in range(100):
+                self.make_repository(f'evil/s{number}')
                 self.usage.save(Location(f'/evil/s{number}', 'keys', named(b'y')), Bytes(b'y'))
             self.usage.census.count()
             self.assertEqual(sum(held.bytes for held in self.usage.repositories().values()), 134)
             shutil.rmtree(self.root / 'evil')
             for number in range(3):
+                self.make_repository(f'new{number}')
                 Store(str(self.root)).save(Location(f'/new{number}', 'keys', named(b'new')), Bytes(b'new'))
             self.usage.census.count()
             found = self.usage.repositories()
@@ -4147,6 +4199,7 @@ class UsageTest(TestCase):
             with self.subTest(delete=delete):
                 usage = self.usage = self.make(quotas=restic_serve.Quotas({'/': 4 << 20, '/%u': 4 << 20}))
                 location = Location('/old', 'data', named(bytes(3 << 20)))
+                self.make_repository('old')
                 if delete:  # it was there before the start
                     self.store.save(location, Bytes(bytes(3 << 20)))
                     usage.census.count()
@@ -4262,6 +4315,7 @@ class QuotaTest(WatchedTestCase):
     """Quotas over the wires."""
 
     def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
+        self.make_repository()
         self.watch(max_bytes=1000)
         self.usage.census.wait(PATIENCE)
         wire = self.connect()
@@ -4925,6 +4979,7 @@ class RightsTest(TestCase):
                                      (append_only, private, user, repository, method, path))
 
     def prepare(self, store, repository):
+        self.make_repository(repository)
         for kind in ('data', 'locks'):
             store.save(Location(repository, kind, self.NAME), Bytes(b'x'))
         store.save(Location(repository, 'config'), Bytes(b'config'))
@@ -5127,10 +5182,9 @@ class RightsTest(TestCase):
         store.prepare()
         usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
-        with mock.patch.object(Store, 'has_repository', lambda store, repository: False):
-            for number in range(5):
-                with self.assertRaises(NoRepository):
-                    usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
+        for number in range(5):
+            with self.assertRaises(NoRepository):
+                usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
         self.assertEqual(usage._counters.keys('reserved'), set())
 
     def test_who_may_only_read_stores_nothing_but_locks(self):
@@ -5178,6 +5232,7 @@ class RightsOnWiresTest(WatchedTestCase):
         self.policy = Policy()
         api = Api(self.store, self.policy, Accounts(user_header='X-User'))
         port = self.serve(api).listeners[0].server_address[1]
+        self.make_repository('a')
         path, other = f'/a/data/{named(b"x")}', f'/a/data/{named(b"y")}'
         lock = f'/a/locks/{named(b"x")}'
         requests = (('GET', path), ('HEAD', path), ('GET', '/a/data/'), ('POST', path), ('POST', lock),
@@ -5220,6 +5275,7 @@ class RightsOnWiresTest(WatchedTestCase):
                    Accounts(user_header='X-User'))
         self.usage.limits = restic_serve.Quotas({'/alice': 1 << 30})
         for repository in ('/alice', '/bob/x', '/secret'):
+            self.make_repository(repository)
             self.usage.save(Location(repository, 'config'), Bytes(b'x'))
         self.usage.census.count()
         for user, repositories, whole in (
@@ -5384,6 +5440,7 @@ class MetricsTest(WatchedTestCase):
                 self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
 
     def test_their_user_may_see_nothing_else(self):
+        self.make_repository()
         content = b'x'
         path = f'/data/{named(content)}'
         for administrators, status in (((), 403), (('metrics',), 404)):
@@ -5420,7 +5477,7 @@ class MetricsTest(WatchedTestCase):
         self.assertRegex(text, r'\nrestic_serve_disk_free_bytes \d+\n')
 
     def test_counting_begins_at_the_start(self):
-        self.store.save(Location('/host', 'config'), Bytes(b'x'))
+        self.make_repository('host')
         self.watch()
         self.wait_until(lambda: self.usage.census.age() < math.inf, 'a census that nobody asked for')
 
@@ -5430,6 +5487,7 @@ class MetricsTest(WatchedTestCase):
         self.assertEqual(self.ask(get('/metrics'))[0], 404)
 
     def test_the_line_in_the_log(self):
+        self.make_repository()
         self.assertFalse(self.metrics.has_news())
         content = b'x' * 5000
         path = f'/data/{named(content)}'
@@ -5543,6 +5601,7 @@ class WatchTest(TestCase):
     def put(self, repository, kind, age, size=100):
         content = os.urandom(size)
         location = Location(f'/{repository}', kind, named(content))
+        self.make_repository(repository)
         self.store.save(location, Bytes(content))
         path = Path(path_of(self.store, location))
         os.utime(path, (self.now - age,) * 2)
@@ -5561,7 +5620,7 @@ class WatchTest(TestCase):
         self.assertEqual(restic_serve.count_troubles([]), '')
 
     def report(self, *words):
-        done = subprocess.run([sys.executable, MODULE, '--report', *words, str(self.root)], text=True,
+        done = subprocess.run([sys.executable, compiled(), '--report', *words, str(self.root)], text=True,
                               capture_output=True, env=clean_environment())
         self.assertEqual(done.stderr, '')
         return done.returncode, done.stdout.splitlines()
@@ -5616,7 +5675,7 @@ class WatchTest(TestCase):
     def test_of_nothing_there_is_no_report(self):
         for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: directory does not exist'),
                              (self.folder / 'srv' / '.restic_serve', 'no repository in ')):
-            done = subprocess.run([sys.executable, MODULE, '--report', str(folder)], text=True,
+            done = subprocess.run([sys.executable, compiled(), '--report', str(folder)], text=True,
                                   capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (1, '', 1))
             self.assertIn(said, done.stderr)
@@ -5629,7 +5688,6 @@ class EventsTest(WatchedTestCase):
 
     TELL = ('printf "%s|%s|%s|%s\\n" "$RESTIC_SERVE_EVENT" "$RESTIC_SERVE_REPOSITORY" "$RESTIC_SERVE_USER" '
             '"$RESTIC_SERVE_MESSAGE" >> ')
-    repositories_are_made_first = True
 
     def setUp(self):
         super().setUp()
@@ -5881,7 +5939,7 @@ class EventsTest(WatchedTestCase):
                           told['RESTIC_SERVE_USER'], told['RESTIC_SERVE_DIRECTORY']),
                          ('overdue', '/', 'bob', str(self.root)))
         self.assertRegex(told['RESTIC_SERVE_TIME'], r'^\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d$')
-        done = subprocess.run([sys.executable, MODULE, '--report', str(self.root)], text=True, env={
+        done = subprocess.run([sys.executable, compiled(), '--report', str(self.root)], text=True, env={
             **clean_environment(), 'RESTIC_SERVE_EVENT': 'overdue', 'RESTIC_SERVE_USER': 'bob'},
             capture_output=True)
         self.assertEqual(done.stderr, f'restic_serve: no repository in {self.root}\n')
@@ -6010,6 +6068,7 @@ class PageTest(WatchedTestCase):
 
     def test_what_came_with_each_snapshot(self):
         now = time.time()
+        self.make_repository('a')
         for kind, size, age in (('keys', 5, 9000), ('data', 100, 8000), ('snapshots', 10, 7000),
                                 ('data', 200, 6000), ('index', 20, 5500), ('snapshots', 11, 5000),
                                 ('data', 999, 100)):
@@ -6250,6 +6309,7 @@ class ApiTest(TestCase):
         super().setUp()
         self.store = Store(str(self.root))
         self.store.prepare()
+        self.make_repository('host')
         self.api = Api(self.store, Policy())
 
     def ask(self, method, target, body=b'', **headers):
@@ -6527,6 +6587,7 @@ class ApiTest(TestCase):
                 self.assertEqual(len(list(restic_serve.json_list(batches, True))), count)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
+        self.make_repository()
         name = named(b'x')
         for allowed, origins in (('', ('https://evil.example', 'null', 'http://localhost:8080', '')),
                                  ('https://example.org', ('https://evil.example', 'null', 'http://example.org'))):
@@ -9342,7 +9403,7 @@ class TlsTest(ListenerTestCase):
         (self.folder / 'bad').write_text('nonsense')
         for words in (('--cert', self.folder / 'bad', '--key', self.folder / 'bad'),
                       ('--cert', '/missing', '--key', '/missing')):
-            done = subprocess.run([sys.executable, MODULE, *words, str(self.root)], timeout=PATIENCE,
+            done = subprocess.run([sys.executable, compiled(), *words, str(self.root)], timeout=PATIENCE,
                                   capture_output=True, text=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
             self.assertTrue(done.stderr.startswith('restic_serve: --cert: '), done.stderr)
@@ -9812,8 +9873,8 @@ class ServiceManagerTest(TestCase):
 class WorkersTest(TestCase):
     """Several processes that serve as one."""
 
-    def serve(self, *words, workers=2):
-        server = Program('--addr', '127.0.0.1:0', '--workers', workers, *words, self.root)
+    def serve(self, *words, workers=2, **more):
+        server = Program('--addr', '127.0.0.1:0', '--workers', workers, *words, self.root, **more)
         self.addCleanup(server.__exit__)
         self.assertTrue(server.url, server.lines)
         self.wait_until(lambda: len(self.children(server)) == workers, 'the workers')
@@ -9974,7 +10035,7 @@ class WorkersTest(TestCase):
         rights = self.folder / 'rights'
         rights.write_text('* / append\n')
         self.make_repository('a')
-        server = self.serve('--rights', rights)
+        server = self.serve('--rights', rights, change='LOOK_SECONDS = 0.1')
         contents = [os.urandom(3000) for _ in range(40)]
 
         def upload(content):
@@ -10003,7 +10064,8 @@ class WorkersTest(TestCase):
         rights = self.folder / 'rights'
         rights.write_text('* / read\n')
         self.make_repository('a')
-        server = self.serve('--rights', rights)
+        look_seconds = 0.1
+        server = self.serve('--rights', rights, change=f'LOOK_SECONDS = {look_seconds}')
 
         def statuses():
             found = set()
@@ -10016,7 +10078,7 @@ class WorkersTest(TestCase):
         rights.write_text('* / none\n')
         self.wait_until(lambda: statuses() == {403}, 'the new rights')
         self.wait_until(lambda: any('read 1 rule ' in line for line in server.lines), 'the line of the first')
-        time.sleep(3 * restic_serve.LOOK_SECONDS)   # nothing shows when the parent has read it
+        time.sleep(10 * look_seconds)   # nothing shows when the parent has read it
         rights.write_text('rubbish\n')
         self.wait_until(lambda: any('keeping the previous rights' in line for line in server.lines), 'a line')
         before = self.children(server)
@@ -10123,6 +10185,7 @@ class WorkersTest(TestCase):
         counted_plainly(self)
         store = Store(str(self.root))
         store.prepare()
+        self.make_repository('host')
         counters = Counters(5)
         usage = Usage(store, counters, quotas=restic_serve.Quotas({'/': 50500}))
         usage.census.count()
@@ -10375,7 +10438,7 @@ class OtherServersTest(TestCase):
 class CommandLineTest(TestCase):
     def run_it(self, *words, **environment):
         """Exit status, standard output and error of a run that ends by itself."""
-        done = subprocess.run([sys.executable, MODULE, *map(str, words)], capture_output=True,
+        done = subprocess.run([sys.executable, compiled(), *map(str, words)], capture_output=True,
                               text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL,
                               env={**clean_environment(), **environment})
         return done.returncode, done.stdout, done.stderr
@@ -10768,8 +10831,8 @@ restic_serve.trim_memory = trim_and_forget
                 journal.seek(0)
                 journal.truncate()
                 process = subprocess.Popen(
-                    [sys.executable, MODULE, '-vv', '--addr', '127.0.0.1:0', str(self.root)], stderr=journal,
-                    env={**clean_environment(), 'JOURNAL_STREAM': stream})
+                    [sys.executable, compiled(), '-vv', '--addr', '127.0.0.1:0', str(self.root)],
+                    stderr=journal, env={**clean_environment(), 'JOURNAL_STREAM': stream})
                 self.addCleanup(process.kill)
 
                 def lines():
@@ -10791,7 +10854,7 @@ restic_serve.trim_memory = trim_and_forget
         file = self.folder / 'htpasswd'
 
         def change(*words, password='secret\n', status=0):
-            done = subprocess.run([sys.executable, MODULE, '--htpasswd', str(file), *words],
+            done = subprocess.run([sys.executable, compiled(), '--htpasswd', str(file), *words],
                                   input=password, capture_output=True, text=True, timeout=PATIENCE,
                                   env=clean_environment())
             self.assertEqual(done.returncode, status, done)
@@ -10817,7 +10880,7 @@ restic_serve.trim_memory = trim_and_forget
         for second, status in (('secret', 0), ('other', 1)):
             pid, fd = pty.fork()
             if pid == 0:
-                os.execve(sys.executable, [sys.executable, MODULE, '--htpasswd', str(file), '--add-user',
+                os.execve(sys.executable, [sys.executable, compiled(), '--htpasswd', str(file), '--add-user',
                                            'alice', '--bcrypt-cost', '4'], clean_environment())
             with open(fd, 'r+b', buffering=0) as terminal:
                 for prompt, answer in ((b'alice: ', 'secret'), (b'Repeat password: ', second)):
@@ -11056,6 +11119,7 @@ class StdioTest(TestCase):
 
     def test_the_end_of_input_leaves_nothing_of_half_an_upload_and_waits_for_no_window(self):
         content = os.urandom(5 << 20)
+        self.make_repository()
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
         with Stdio(self.root) as server:
             server.wire.grants = False
@@ -11090,7 +11154,7 @@ class StdioTest(TestCase):
             self.assertEqual(server.finish(), (0, ''))
 
     def test_what_is_no_http_2_is_told_so(self):
-        done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], capture_output=True,
+        done = subprocess.run([sys.executable, compiled(), '--stdio', str(self.root)], capture_output=True,
                               input=b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', env=clean_environment())
         self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
         self.assertIn(b'missing HTTP/2 preface', done.stdout)
@@ -11115,7 +11179,7 @@ class StdioTest(TestCase):
     @unittest.skipUnless(os.name == 'posix', 'needs a shell')
     def test_closed_descriptors_are_one_line_and_status_2(self):
         for closed in ('<&-', '>&-', '<&- >&-'):
-            done = subprocess.run(['sh', '-c', f'exec "$@" {closed}', 'sh', sys.executable, MODULE,
+            done = subprocess.run(['sh', '-c', f'exec "$@" {closed}', 'sh', sys.executable, compiled(),
                                    '--stdio', str(self.root)], stdin=subprocess.DEVNULL, text=True,
                                   capture_output=True, env=clean_environment(), timeout=PATIENCE)
             self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), (closed, done.stderr))
@@ -11130,7 +11194,7 @@ class StdioTest(TestCase):
     def test_a_terminal_is_refused_with_what_to_do(self):
         ours, theirs = self.open_terminal()
         for stdin, stdout in ((theirs, subprocess.PIPE), (subprocess.DEVNULL, theirs)):
-            done = subprocess.run([sys.executable, MODULE, '--stdio', str(self.root)], stdin=stdin,
+            done = subprocess.run([sys.executable, compiled(), '--stdio', str(self.root)], stdin=stdin,
                                   stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=PATIENCE,
                                   env=clean_environment())
             self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), done.stderr)
@@ -11144,11 +11208,11 @@ class StdioTest(TestCase):
                       ['--min-tls-version', 'tls1.2'],
                       ['--user-from-header', 'x'], ['--allow-origin', '*'], ['--prometheus'],
                       ['--max-size-per-user', '1G']):
-            done = subprocess.run([sys.executable, MODULE, '--stdio', *words, str(self.root)], text=True,
+            done = subprocess.run([sys.executable, compiled(), '--stdio', *words, str(self.root)], text=True,
                                   stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
             self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
             self.assertIn(f'restic_serve: {words[0]} cannot be combined with --stdio', done.stderr)
-        done = subprocess.run([sys.executable, MODULE, '--stdio', '--scrub', str(self.root)], text=True,
+        done = subprocess.run([sys.executable, compiled(), '--stdio', '--scrub', str(self.root)], text=True,
                               stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
         self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1))
         with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
@@ -11221,7 +11285,7 @@ class ResticTestCase(TestCase):
     def roll_back(self, moment, *words, root=None):
         """Roll back the repository `host`; what was said."""
         done = subprocess.run(
-            [sys.executable, MODULE, '--roll-back', moment, *words, (root or self.root) / 'host'],
+            [sys.executable, compiled(), '--roll-back', moment, *words, (root or self.root) / 'host'],
             capture_output=True, text=True, env=clean_environment())
         self.assertEqual((done.returncode, done.stderr), (0, ''), done)
         return done.stdout.strip()
@@ -11594,7 +11658,7 @@ class StdioScenarios(ResticScenarios):
 
     def restic(self, repository, *words, **more):
         status, output = super().restic(
-            repository, '-o', f'rclone.program={sys.executable} {MODULE} {" ".join(self.words)}', *words,
+            repository, '-o', f'rclone.program={sys.executable} {compiled()} {" ".join(self.words)}', *words,
             **more)
         self.lines += re.findall('^rclone: .*', output, re.MULTILINE)
         return status, re.sub('(?m)^rclone: .*\n?', '', output)
@@ -11615,7 +11679,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
             (self.source / f'more {number}').write_bytes(os.urandom(1 << 20))
         pids = self.folder / 'pids'
         script = self.folder / 'serve'
-        script.write_text(f'#!/bin/sh\necho $$ >> {pids}\nexec {sys.executable} {MODULE} "$@"\n')
+        script.write_text(f'#!/bin/sh\necho $$ >> {pids}\nexec {sys.executable} {compiled()} "$@"\n')
         script.chmod(0o755)
         result = []
 
@@ -11643,7 +11707,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
             os.makedirs('/run/sshd', exist_ok=True)
         for name in ('host', 'host1', 'admin'):
             subprocess.run([keygen, '-q', '-t', 'ed25519', '-N', '', '-f', self.folder / name], check=True)
-        serve = f'{sys.executable} {MODULE} --stdio'
+        serve = f'{sys.executable} {compiled()} --stdio'
         keys = self.folder / 'authorized_keys'
         keys.write_text(''.join(
             f'restrict,command="{serve} {words} {self.root}" {(self.folder / f"{name}.pub").read_text()}'
@@ -11738,6 +11802,7 @@ class HaproxyTest(TestCase):
     def test_downloads_are_whole(self):
         haproxy = program('haproxy')
         Store(str(self.root)).prepare()
+        self.make_repository()
         content = os.urandom(12 << 20)
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
         with socket.socket() as sock:
@@ -11836,6 +11901,9 @@ class FaultsTestCase(Http2TestCase):
 
     def setUp(self):
         super().setUp()
+        patch = mock.patch.object(restic_serve, 'IDLE_SECONDS', 0.05)   # their end is waited for
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def exchange(self, wire, method, path, content=b'', *more):
         """Status and content of an answer on a connection of its own; a reset stream is its code."""
@@ -11886,6 +11954,7 @@ class DiskFaultsTest(FaultsTestCase):
             self.skipTest(f'this machine mounts nothing: {done.stderr}')
         self.addCleanup(subprocess.run, ['umount', '-l', self.root], check=True)
         self.store.prepare()    # else it would be a directory that has gone
+        self.make_repository()
 
     def check_refused(self, wire, content, reason, answer='disk full'):
         """An upload is answered 507, leaves nothing, and is one line in the log."""
@@ -11997,6 +12066,7 @@ class DiskFaultsTest(FaultsTestCase):
             for name in ('write', 'fsync', 'link', 'mkdir'):
                 content = os.urandom(100_000)
                 path = f'/{wire[5]}{name}/data/{named(content)}'
+                self.make_repository(f'{wire[5]}{name}')
                 with self.subTest(name, wire=wire):
                     self.log.clear()
                     with mock.patch.object(os, name, side_effect=OSError(errno.EIO, 'made by a test')):
