@@ -5741,8 +5741,8 @@ class Events:
 
     def on_sent(self) -> None:
         """Take the events that were sent."""
-        import json
         for message in self.channel.receive():
+            import json
             self._enqueue(Event(*json.loads(message)))
 
     def tick(self) -> float:

@@ -3993,6 +3993,7 @@ class UsageTest(TestCase):
     def test_room_for_an_upload_that_failed_is_given_back(self):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
         self.usage.census.count()
+        self.make_repository('host')
         with self.assertRaises(WrongContent):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
         with self.assertRaises(restic_serve.Gone):
@@ -4128,9 +4129,10 @@ class UsageTest(TestCase):
                 except QuotaExceeded:
                     answers.append(QuotaExceeded)
             self.assertEqual(answers, [200] * 10 + [QuotaExceeded] * 10)
+            self.make_repository('c')
             with self.assertRaises(QuotaExceeded):
-                usage.save(Location('/c/d/e', 'locks', named(b'x')), Bytes(b'x'))
-        self.assertFalse((self.root / 'c').exists())
+                usage.save(Location('/c', 'locks', named(b'x')), Bytes(b'x'))
+        self.assertFalse((self.root / 'c/locks').exists())
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
         usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
@@ -5457,10 +5459,10 @@ class MetricsTest(WatchedTestCase):
 
     def test_a_certificate_without_a_name_does_not_see_them(self):
         self.watch(Policy(short_rights(metrics=True)), Accounts(certificates=True))
-        with mock.patch.object(restic_serve, 'find_peer') as find_peer:
-            for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
-                find_peer.return_value = Peer('1.2.3.4', name)
-                find_peer.return_value.certified = True
+        for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
+            peer = Peer('1.2.3.4', name)
+            peer.certified = True
+            with mock.patch.object(restic_serve, 'Peer', return_value=peer):
                 self.assertEqual(self.ask(get('/metrics'))[0], status, name)
 
     def test_the_disk_and_refused_logins(self):
@@ -9572,7 +9574,6 @@ class ForwardedClientsTest(ListenerTestCase):
 
     def test_each_has_a_share_of_its_own(self):
         server = self.serve(self.api, max_connections=100, per_address=2)
-        (self.root / 'keys').mkdir()
         port, credentials = server.listeners[0].server_address[1], basic('alice', 'secret')
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(5)]
