@@ -55,7 +55,6 @@ try:
     import errno
     import functools
     import hashlib
-    import io
     import itertools
     import logging
     import math
@@ -8132,26 +8131,21 @@ def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
 #
 # Theory of operation.  The connection's thread runs Http2.run(): it reads frames and calls the method of
 # their type.  Each request has a thread, which runs the Api, takes the content from its Stream, and sends
-# the answer.  One lock, that of `changed`, guards all state; nobody holds it while reading or writing.
+# the answer.  One lock, that of Exchanges.changed, guards all state; nobody holds it while reading or
+# writing.
 #
 # Pipes can be full in both directions, so the reading thread never waits for the client to read.  What it
 # has to say (ACKs, resets, GOAWAY) it leaves to the thread that is sending, or to another one if none is.
-# A thread that is stuck in write(2) cannot be woken: the connection's deadline, which the main thread looks
-# at, ends the process.  A request's thread waits for content and for the client's windows no longer than
-# its stream's deadline.
+# A thread that is stuck in write(2) cannot be woken: the connection's deadline ends the process.  A
+# request's thread waits for content and for the client's windows until its stream's deadline.
 #
 # Content that arrives is kept in memory until its request's thread takes it.  A window opens again when
-# half of it has been taken: until END_STREAM it is above zero once all that came was taken, since nghttp2
-# waits for that before it sends even an empty last frame.
+# half of it has been taken: once all that came was taken it is above zero, which nghttp2 waits for before
+# it sends even an empty last frame.
 #
-# How a connection ends:
-#
-#     an error of the connection ──▶ _fail(): GOAWAY ───────────────────────────────┐
-#     stop() ──▶ _shut_down(): GOAWAY; without a stream: end_input() ──▶ EOFError ──┤
-#     the client has gone ──▶ EOFError, or Gone ────────────────────────────────────┤
-#                                                                                   ▼
-#     _drain(): requests that are whole are answered if input has ended, all others are aborted
-#          ──▶ Connection.linger() ──▶ Connection.close()
+# A connection ends by EOFError, Gone, or an error that is sent with GOAWAY; after stop() input ends with the
+# last stream.  Then Exchanges.drain() lets requests be answered that are whole, and aborts the others, or
+# all after an error; Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 IDLE_THREADS = 8             # threads that are kept for another request, for IDLE_SECONDS
@@ -8211,6 +8205,13 @@ class StreamError(Http2Error):
     """An error of one stream (RFC 9113 5.4.2): `code` goes out with RST_STREAM."""
 
 
+def require(condition: object, reason: str, code: ErrorCode = ErrorCode.PROTOCOL_ERROR,
+            error: type[Http2Error] = Http2Error) -> None:
+    """Raises an error unless what the protocol asks of a client is so."""
+    if not condition:
+        raise error(code, reason)
+
+
 def frame(kind: int, flags: int, stream_id: int, payload: bytes | memoryview = b'') -> bytes:
     """A frame of the stream `stream_id` (RFC 9113 4.1)."""
     return b''.join((_FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream_id), payload))
@@ -8238,29 +8239,21 @@ def without_padding(flags: int, payload: bytes) -> bytes:
     """The payload of DATA or HEADERS, without padding (RFC 9113 6.1 and 6.2).  Raises Http2Error."""
     if not flags & _PADDED:
         return payload
-    if not payload:
-        raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'no length of the padding')
-    if payload[0] >= len(payload):
-        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'more padding than payload')
+    require(payload, 'no length of the padding', ErrorCode.FRAME_SIZE_ERROR)
+    require(payload[0] < len(payload), 'more padding than payload')
     return payload[1:len(payload) - payload[0]]
 
 
-def check_size(payload: bytes, size: int) -> None:
-    """Raises Http2Error if a payload does not have its type's size."""
-    if len(payload) != size:
-        raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'a frame with {len(payload)} bytes, not {size}')
-
-
-def depends_on_itself(stream_id: int, priority: bytes) -> bool:
-    """Whether a stream's priority names the stream itself, which is an error (RFC 7540 5.3.1)."""
-    return int.from_bytes(priority[:4], 'big') & 0x7fffffff == stream_id
+def check_priority(stream_id: int, priority: bytes, error: type[Http2Error]) -> None:
+    """Raises an error if a stream depends on itself (RFC 7540 5.3.1)."""
+    require(int.from_bytes(priority[:4], 'big') & LARGEST_WINDOW != stream_id, 'a stream depends on itself',
+            error=error)
 
 
 def check_field(name: str, value: str) -> None:
     """Raises StreamError for a field that makes a message malformed (RFC 9113 8.2)."""
-    if (name in _OF_CONNECTION or not _LOWER_TOKEN.fullmatch(name) or not _VALUE.fullmatch(value)
-            or (name == 'te' and value != 'trailers')):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad header field')
+    require(name not in _OF_CONNECTION and _LOWER_TOKEN.fullmatch(name) and _VALUE.fullmatch(value)
+            and (name != 'te' or value == 'trailers'), 'bad header field', error=StreamError)
 
 
 def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]:
@@ -8270,8 +8263,9 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     headers: Dict[str, str] = {}
     for name, value in fields:
         if name.startswith(':'):
-            if headers or name in pseudo or name not in (':method', ':scheme', ':path', ':authority'):
-                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad pseudo-header field')
+            require(not headers and name not in pseudo
+                    and name in (':method', ':scheme', ':path', ':authority'),
+                    'bad pseudo-header field', error=StreamError)
             pseudo[name] = value
         else:
             check_field(name, value)
@@ -8279,15 +8273,13 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     method, target = pseudo.get(':method', ''), pseudo.get(':path', '')
     if method == 'CONNECT' and not target and ':scheme' not in pseudo:  # RFC 9113 8.5
         target = '/'
-    elif not _SCHEME.fullmatch(pseudo.get(':scheme', '')):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'no valid scheme')
-    if not re.fullmatch(_TOKEN, method) or not re.fullmatch(r'/[!-"$-~]*|\*', target):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad method or path')
+    else:
+        require(_SCHEME.fullmatch(pseudo.get(':scheme', '')), 'no valid scheme', error=StreamError)
+    require(re.fullmatch(_TOKEN, method) and re.fullmatch(r'/[!-"$-~]*|\*', target), 'bad method or path',
+            error=StreamError)
     host = pseudo.get(':authority', headers.get('host', ''))
-    if not _HOST.fullmatch(host) or headers.get('host', host) != host:
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad authority')
-    if not re.fullmatch('[0-9]{1,18}', headers.get('content-length', '0')):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad content-length')
+    require(_HOST.fullmatch(host) and headers.get('host', host) == host, 'bad authority', error=StreamError)
+    require(_LENGTH.fullmatch(headers.get('content-length', '0')), 'bad content-length', error=StreamError)
     if host:
         headers['host'] = host      # RFC 9113 8.3.1
     return method, target, headers
@@ -8296,16 +8288,9 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
 class ReceiveWindow:
     """How many bytes of content the client may send, on a stream or on all (RFC 9113 5.2.1)."""
 
-    __slots__ = ('available', '_size', '_taken')
-
     def __init__(self, size: int) -> None:
         self.available = self._size = size
         self._taken = 0         # bytes that the client is still to be told of
-
-    def consume(self, count: int) -> bool:
-        """Content has arrived; whether that was allowed."""
-        self.available -= count
-        return self.available >= 0
 
     def release(self, count: int) -> int:
         """Content was taken from memory; bytes that a WINDOW_UPDATE is to add now, 0 for none."""
@@ -8327,9 +8312,6 @@ class Stream:
         CLOSED              neither; `aborted` says why, if it was reset or has ended with the connection
     """
 
-    __slots__ = ('id', 'length', 'receiving', 'sending', 'aborted', 'remaining', 'allowed', 'window',
-                 'content', 'wanted', 'expects_continue', 'deadline', '_exchanges')
-
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
     def __init__(self, exchanges: Exchanges, stream_id: int, length: Optional[int], whole: bool) -> None:
@@ -8338,7 +8320,7 @@ class Stream:
         self.receiving, self.sending, self.aborted = not whole, True, ''
         self.remaining = self.length    # bytes of content announced that have not arrived
         self.allowed = ReceiveWindow(READ_WINDOW)
-        self.window = exchanges.initial_window   # bytes that may be sent; may be negative (RFC 9113 6.9.2)
+        self.window = exchanges.initial_window  # bytes that may be sent; may be negative (RFC 9113 6.9.2)
         self.content = bytearray()      # that has arrived and was not read
         self.wanted = True              # more of it is to be read
         self.expects_continue = False   # the client waits for 100 (Continue)
@@ -8364,27 +8346,10 @@ class Stream:
         return count
 
 
-class _Input(io.RawIOBase):
-    """What arrives on a connection.  A `deadline` is put off by each piece, be it of half a frame."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.deadline: Optional[Deadline] = None
-        self._connection = connection
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, view: memoryview) -> int:    # type: ignore[override]
-        count = self._connection.receive_into(view)
-        if self.deadline and self.deadline.since < math.inf:
-            self.deadline.since = self._connection.clock()
-        return count
-
-
 class Exchanges:
     """The requests of a connection, and all that is sent on it.  `changed` has the lock, and is notified of
-    whatever somebody may wait for.  Of the methods, the first ones are for threads that do not have the
-    lock, the others for those that do."""
+    whatever somebody may wait for.  The first methods are for threads without the lock, the others for those
+    that have it."""
 
     def __init__(self, connection: Connection, api: Api) -> None:
         self.changed = threading.Condition()
@@ -8395,11 +8360,11 @@ class Exchanges:
         self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
         self.allowed = ReceiveWindow(CONNECTION_WINDOW)
         self.shuts_down = False         # GOAWAY was sent: no more requests are taken on
+        self.unsent = b''               # frames that the next to send takes along
+        self._is_sending = False        # some thread is
         self._ended = False             # no more frames will be read
         self._running = 0               # requests that have a thread
         self._threads = Threads(IDLE_THREADS)
-        self._unsent = b''              # frames that the next to send takes along
-        self._is_sending = False        # some thread is
         self._connection = connection
         self._api = api
         self._limits = connection.limits
@@ -8408,63 +8373,53 @@ class Exchanges:
              last: bool = False) -> int:
         """Send HEADERS and as much content as the client's windows allow, at least one byte without HEADERS;
         how much.  If all goes it may be the `last` of its stream.  Raises Gone."""
+        def is_ready() -> bool:
+            return not stream.sending or not self._is_sending and bool(
+                head or not content or self._ended or min(stream.window, self.window) > 0)
+
         with self.changed:
-            if not self.wait(stream.deadline, lambda: not stream.sending or not self._is_sending and (
-                    head or not content or self._ended or min(stream.window, self.window) > 0),
-                    STALLED_DOWNLOAD):
+            if not self.wait(stream.deadline, is_ready, STALLED_DOWNLOAD):
                 self.reset(stream.id, ErrorCode.CANCEL)
-            if stream.aborted:
-                raise Gone(stream.aborted)
             count = max(min(len(content), stream.window, self.window), 0)
-            if content and not (count or head):
-                raise Gone('client disconnected')
+            if stream.aborted or (content and not count and not head):
+                raise Gone(stream.aborted or 'client disconnected')
             stream.window -= count
             self.window -= count
             stream.deadline.passed += count
             ends = last and count == len(content)
-            frames, self._unsent, self._is_sending = self._unsent + head, b'', True
+            frames, self.unsent, self._is_sending = self.unsent + head, b'', True
             if count or not head:
                 frames += data_frames(stream.id, content[:count], self.frame_bytes, ends)
             if ends:
-                self.end_sending(stream)
+                self.end(stream, sending=False)
         self._send(frames)
         if stream.aborted:
             raise Gone(stream.aborted)
         return count
 
-    def flush(self) -> None:
-        """Send what is unsent, unless another thread is about to."""
+    def flush(self, by_another: bool = False) -> None:
+        """Send what is unsent, unless a thread is about to; or have it sent `by_another` than this one."""
         with self.changed:
             frames = b'' if self._is_sending else self._take_unsent()
-        self._send(frames)
-
-    def send_soon(self) -> None:
-        """Have what is unsent sent by another thread than this one.  Raises Http2Error."""
-        if len(self._unsent) > UNREAD_BYTES:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many unread responses')
-        with self.changed:
-            frames = b'' if self._is_sending else self._take_unsent()
-        if frames:
-            try:
+        if frames and by_another:
+            with contextlib.suppress(RuntimeError):     # no thread can be started
                 self._threads.submit(functools.partial(self._send, frames))
-            except RuntimeError:
-                self._send(frames)
+                return
+        self._send(frames)
 
     def _send(self, frames: bytes) -> None:
         """Send frames, and then what others have left meanwhile."""
-        connection = self._connection
         while frames:
-            connection.wait_for(Connection.WRITING,
-                                min(self._limits.write_seconds, self._limits.stall_seconds))
+            self._connection.wait_for(Connection.WRITING,
+                                      min(self._limits.write_seconds, self._limits.stall_seconds))
             try:
-                connection.transmit(frames)
+                self._connection.transmit(frames)
             except Gone as gone:        # no request can be answered any more
                 with self.changed:
-                    self._unsent = b''
-                    for stream in list(self.streams.values()):
-                        self.abort(stream, str(gone), False)
-                connection.end_input()
-            connection.wait_for(Connection.IDLE, math.inf)
+                    self.unsent = b''
+                    self.abort_all(str(gone))
+                self._connection.end_input()
+            self._connection.wait_for(Connection.IDLE, math.inf)
             with self.changed:
                 frames = self._take_unsent()
 
@@ -8531,9 +8486,7 @@ class Exchanges:
         has `failed`, and wait for the others."""
         with self.changed:
             self._ended = True
-            for stream in list(self.streams.values()):
-                if failed or stream.receiving:
-                    self.abort(stream, 'client disconnected', False)
+            self.abort_all('client disconnected', even_whole=failed)
             self.changed.notify_all()
         self.flush()
         with self.changed:
@@ -8559,24 +8512,20 @@ class Exchanges:
         """Have a thread answer a request, or refuse it.  Raises StreamError."""
         stream.deadline.begin(self._connection.clock() + self._limits.read_seconds,
                               self._limits.read_extension, self._limits.stall_seconds)
+        # RFC 9113 5.1.2
+        require(len(self.streams) < STREAMS and self._running < 2 * STREAMS, 'too many requests at once',
+                ErrorCode.REFUSED_STREAM, StreamError)
         try:
-            if len(self.streams) >= STREAMS or self._running >= 2 * STREAMS:   # RFC 9113 5.1.2
-                raise RuntimeError('too many requests at once')
             self._threads.submit(functools.partial(self._serve, stream, request, refusal))
         except RuntimeError as error:
             raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
         self.streams[stream.id] = stream
         self._running += 1
 
-    def end_receiving(self, stream: Stream) -> None:
-        """END_STREAM has arrived."""
-        stream.receiving = False
-        if not stream.sending:
-            self.close(stream.id, False)
-
-    def end_sending(self, stream: Stream) -> None:
-        stream.sending = False
-        if not stream.receiving:
+    def end(self, stream: Stream, sending: bool = True, receiving: bool = True) -> None:
+        """END_STREAM was sent, or has arrived."""
+        stream.sending, stream.receiving = stream.sending and sending, stream.receiving and receiving
+        if not (stream.sending or stream.receiving):
             self.close(stream.id, False)
 
     def close(self, stream_id: int, by_us: bool) -> None:
@@ -8589,16 +8538,21 @@ class Exchanges:
         if self.shuts_down and not self.streams:
             self._connection.end_input()
 
-    def abort(self, stream: Stream, reason: str, by_us: bool) -> None:
+    def abort(self, stream: Stream, reason: str, by_us: bool = False) -> None:
         """A stream was reset, or ends with the connection."""
-        stream.receiving = stream.sending = False
-        stream.aborted = reason
+        stream.receiving, stream.sending, stream.aborted = False, False, reason
         self._discard(stream)
         self.close(stream.id, by_us)
 
+    def abort_all(self, reason: str, even_whole: bool = True) -> None:
+        """Abort the streams that wait for content, or `even_whole` ones."""
+        for stream in list(self.streams.values()):
+            if even_whole or stream.receiving:
+                self.abort(stream, reason)
+
     def reset(self, stream_id: int, code: ErrorCode) -> None:
         """Send RST_STREAM soon."""
-        self.queue(FrameType.RST_STREAM, 0, stream_id, struct.pack('>I', code))
+        self.queue(FrameType.RST_STREAM, stream_id, struct.pack('>I', code))
         stream = self.streams.get(stream_id)
         if stream:
             self.abort(stream, 'the stream was reset', True)
@@ -8613,25 +8567,23 @@ class Exchanges:
 
     def release(self, count: int, stream: Optional[Stream] = None) -> None:
         """Content has left the memory: let the client send as much again."""
-        self._queue_update(0, self.allowed.release(count))
+        increments = [(0, self.allowed.release(count))]
         if stream and stream.receiving:
-            self._queue_update(stream.id, stream.allowed.release(count))
+            increments.append((stream.id, stream.allowed.release(count)))
+        for stream_id, increment in increments:
+            if increment:
+                self.queue(FrameType.WINDOW_UPDATE, stream_id, struct.pack('>I', increment))
 
-    def _queue_update(self, stream_id: int, increment: int) -> None:
-        if increment:
-            self.queue(FrameType.WINDOW_UPDATE, 0, stream_id, struct.pack('>I', increment))
-
-    def queue(self, kind: int, flags: int, stream_id: int, payload: bytes = b'') -> None:
+    def queue(self, kind: FrameType, stream_id: int, payload: bytes = b'', flags: int = 0) -> None:
         """Have a frame sent by the next to send."""
-        self._unsent += frame(kind, flags, stream_id, payload)
+        self.unsent += frame(kind, flags, stream_id, payload)
 
     def _take_unsent(self) -> bytes:
         """What is to be sent now; without any nobody is sending any more."""
-        frames, self._unsent = self._unsent, b''
+        frames, self.unsent = self.unsent, b''
         self._is_sending = bool(frames)
         self.changed.notify_all()
         return frames
-
 
 
 def _pieces(body: bytes | FileSlice | Iterator[bytes]) -> Iterator[bytes]:
@@ -8652,8 +8604,6 @@ class Http2:
         self._connection = connection
         self._limits = connection.limits
         self._exchanges = Exchanges(connection, api)
-        self._input = _Input(connection)
-        self._buffer = io.BufferedReader(self._input, 64 * 1024)
         self._decoder = HeaderDecoder()
         self._has_settings = False      # the client's have arrived
         self._last = 0                  # the highest stream that the client has opened
@@ -8679,39 +8629,6 @@ class Http2:
             self._exchanges.drain(failed)
         self._connection.linger()
 
-    # ---- frames that arrive ----
-
-    def _read(self, count: int) -> bytes:
-        data = self._buffer.read(count)
-        if len(data) < count:
-            raise EOFError
-        return data
-
-    def _read_frame(self) -> Tuple[int, int, int, bytes]:
-        """Type, flags, stream and payload of the next frame.  Raises Http2Error if it is too long."""
-        length, flags, stream_id = _FRAME_HEAD.unpack(self._read(_FRAME_HEAD.size))
-        kind, length, stream_id = length & 0xff, length >> 8, stream_id & 0x7fffffff
-        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
-        if length > (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES):
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'frame of type {kind} with {length} bytes')
-        stream = self._exchanges.streams.get(stream_id) if kind == FrameType.DATA else None
-        self._input.deadline = stream.deadline if stream else None
-        return kind, flags, stream_id, self._read(length)
-
-    def _read_block(self, flags: int, stream_id: int, payload: bytes) -> bytes:
-        """The header block that begins with HEADERS, with its priority (RFC 9113 4.3 and 6.10)."""
-        block = without_padding(flags, payload)
-        if flags & _PRIORITIZED and len(block) < 5:
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'HEADERS without its priority')
-        while not flags & _END_HEADERS:
-            kind, flags, continued, payload = self._read_frame()
-            if kind != FrameType.CONTINUATION or continued != stream_id:
-                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'header block interrupted by another frame')
-            block += payload
-            if len(block) > self._limits.header_bytes + 4 * CONTROL_BYTES:
-                raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'header block never ends')
-        return block
-
     def _exchange_prefaces(self) -> None:
         """Send our settings, and read the client's preface (RFC 9113 3.4)."""
         settings = {Setting.MAX_CONCURRENT_STREAMS: STREAMS, Setting.INITIAL_WINDOW_SIZE: READ_WINDOW,
@@ -8720,86 +8637,131 @@ class Http2:
         self._connection.transmit(
             frame(FrameType.SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items()))
             + frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
-        if self._read(len(PREFACE)) != PREFACE:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'missing HTTP/2 preface')
+        require(self._read(len(PREFACE)) == PREFACE, 'missing HTTP/2 preface')
+
+    # ---- frames as they arrive ----
+
+    def _read(self, count: int, deadline: Optional[Deadline] = None) -> bytes:
+        """The next bytes; each piece of them puts off a deadline.  Raises EOFError, Gone."""
+        data, at = memoryview(bytearray(count)), 0
+        while at < count:
+            received = self._connection.receive_into(data[at:])
+            if not received:
+                raise EOFError
+            at += received
+            if deadline and deadline.since < math.inf:
+                deadline.since = self._connection.clock()
+        return bytes(data)
+
+    def _read_frame(self) -> Tuple[int, int, int, bytes]:
+        """Type, flags, stream and payload of the next frame.  Raises Http2Error if it is too long."""
+        length, flags, stream_id = _FRAME_HEAD.unpack(self._read(_FRAME_HEAD.size))
+        kind, length, stream_id = length & 0xff, length >> 8, stream_id & LARGEST_WINDOW
+        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
+        require(length <= (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES),
+                f'frame of type {kind} with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
+        stream = self._exchanges.streams.get(stream_id) if kind == FrameType.DATA else None
+        return kind, flags, stream_id, self._read(length, stream.deadline if stream else None)
+
+    def _read_block(self, flags: int, stream_id: int, payload: bytes) -> bytes:
+        """The header block that begins with HEADERS, with its priority (RFC 9113 4.3 and 6.10)."""
+        block = without_padding(flags, payload)
+        require(len(block) >= 5 or not flags & _PRIORITIZED, 'HEADERS without its priority',
+                ErrorCode.FRAME_SIZE_ERROR)
+        while not flags & _END_HEADERS:
+            kind, flags, continued, payload = self._read_frame()
+            require(kind == FrameType.CONTINUATION and continued == stream_id,
+                    'header block interrupted by another frame')
+            block += payload
+            require(len(block) <= self._limits.header_bytes + 4 * CONTROL_BYTES, 'header block never ends',
+                    ErrorCode.ENHANCE_YOUR_CALM)
+        return block
 
     def _handle_frame(self) -> None:
+        exchanges = self._exchanges
         kind, flags, stream_id, payload = self._read_frame()
-        if not self._has_settings and (kind != FrameType.SETTINGS or flags & _ACK):
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no SETTINGS after the preface')
-        if kind >= len(_FRAME_HANDLERS):    # RFC 9113 5.5: unknown types are ignored
+        require(self._has_settings or (kind == FrameType.SETTINGS and not flags & _ACK),
+                'no SETTINGS after the preface')
+        if kind > FrameType.CONTINUATION:   # RFC 9113 5.5: unknown types are ignored
             return
+        handle, of_stream, size = _FRAME_TYPES[kind]
+        require(of_stream in (None, stream_id > 0), f'frame of type {kind} for stream {stream_id}')
+        require(size in (None, len(payload)), f'frame of type {kind} with {len(payload)} bytes',
+                ErrorCode.FRAME_SIZE_ERROR)
         if kind == FrameType.HEADERS:
             payload = self._read_block(flags, stream_id, payload)
-        with self._exchanges.changed:
+        with exchanges.changed:
             try:
-                _FRAME_HANDLERS[kind](self, flags, stream_id, payload)
+                handle(self, flags, stream_id, payload)
             except StreamError as error:
                 log.debug('%s: stream %d: %s', self._connection.peer, stream_id, error)
-                self._exchanges.reset(stream_id, error.code)
-            self._exchanges.changed.notify_all()
-        self._exchanges.send_soon()
+                exchanges.reset(stream_id, error.code)
+            exchanges.changed.notify_all()
+            require(len(exchanges.unsent) <= UNREAD_BYTES, 'too many unread responses',
+                    ErrorCode.ENHANCE_YOUR_CALM)
+        exchanges.flush(by_another=True)
 
-    # Handlers of frames have the lock.
+    # ---- what they mean; with the lock ----
 
     def _find(self, stream_id: int) -> Optional[Stream]:
         """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
-        if not stream_id & 1 or stream_id > self._last:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'frame for a stream that was never opened')
+        require(stream_id & 1 and stream_id <= self._last, 'frame for a stream that was never opened')
         return self._exchanges.streams.get(stream_id)
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.1."""
-        content, kept, stream = without_padding(flags, payload), 0, None
-        if not self._exchanges.allowed.consume(len(payload)):
-            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, 'more content than the connection may send')
+        exchanges = self._exchanges
+        content, kept = without_padding(flags, payload), 0
+        exchanges.allowed.available -= len(payload)
+        require(exchanges.allowed.available >= 0, 'more content than the connection may send',
+                ErrorCode.FLOW_CONTROL_ERROR)
+        stream = self._find(stream_id)
         try:
-            stream = self._find(stream_id)
             if not stream:
-                if not self._exchanges.closed.get(stream_id):     # else it has crossed our RST_STREAM
-                    raise Http2Error(ErrorCode.STREAM_CLOSED, 'content for a closed stream')
+                require(exchanges.closed.get(stream_id), 'content for a closed stream',
+                        ErrorCode.STREAM_CLOSED)    # or it has crossed our RST_STREAM
                 return
-            if not stream.receiving:
-                raise StreamError(ErrorCode.STREAM_CLOSED, 'content after its end')
-            if not stream.allowed.consume(len(payload)):
-                raise StreamError(ErrorCode.FLOW_CONTROL_ERROR, 'more content than its window')
+            require(stream.receiving, 'content after its end', ErrorCode.STREAM_CLOSED, StreamError)
+            stream.allowed.available -= len(payload)
+            require(stream.allowed.available >= 0, 'more content than its window',
+                    ErrorCode.FLOW_CONTROL_ERROR, StreamError)
             if stream.remaining is not None:
                 stream.remaining -= len(content)
-                if stream.remaining < 0:
-                    raise StreamError(ErrorCode.PROTOCOL_ERROR, 'more content than announced')
+                require(stream.remaining >= 0, 'more content than announced', error=StreamError)
             stream.deadline.passed += len(content)
             if stream.wanted:
                 stream.content += content
                 kept = len(content)
         finally:
-            self._exchanges.release(len(payload) - kept, stream if kept else None)
+            exchanges.release(len(payload) - kept, stream if kept else None)
         if flags & _END_STREAM:
             self._end_content(stream)
 
+    def _end_content(self, stream: Stream) -> None:
+        """END_STREAM has arrived.  Raises StreamError."""
+        require(not stream.remaining, 'less content than announced', error=StreamError)
+        self._exchanges.end(stream, receiving=False)
+
     def _on_headers(self, flags: int, stream_id: int, block: bytes) -> None:
         """A header block is complete (RFC 9113 6.2): a request's, or the trailers after its content."""
+        exchanges = self._exchanges
+        require(stream_id & 1, 'HEADERS on a stream that clients may not open')
         priority, block = (block[:5], block[5:]) if flags & _PRIORITIZED else (b'', block)
-        if not stream_id & 1:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS on a stream that clients may not open')
         fields, complete = self._decoder.decode(block, self._limits.header_bytes)
-        stream = self._exchanges.streams.get(stream_id)
+        stream = exchanges.streams.get(stream_id)
         if stream:
-            if not stream.receiving:
-                raise StreamError(ErrorCode.STREAM_CLOSED, 'HEADERS after the end')
-            if not flags & _END_STREAM:
-                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'trailers that are not the end')
+            require(stream.receiving, 'HEADERS after the end', ErrorCode.STREAM_CLOSED, StreamError)
+            require(flags & _END_STREAM, 'trailers that are not the end', error=StreamError)
             for name, value in fields:  # RFC 9113 8.1
                 check_field(name, value)
             self._end_content(stream)
         elif stream_id > self._last:
             self._last = stream_id
-            if priority and depends_on_itself(stream_id, priority):
-                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
+            check_priority(stream_id, priority, StreamError)
             self._open(stream_id, fields, complete, bool(flags & _END_STREAM))
-        elif stream_id not in self._exchanges.closed:     # it was left out, and can never be opened (5.1.1)
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS on a stream older than the last')
-        elif not self._exchanges.closed[stream_id]:
-            raise Http2Error(ErrorCode.STREAM_CLOSED, 'HEADERS on a closed stream')
+        else:                           # one that was left out can never be opened (RFC 9113 5.1.1)
+            require(stream_id in exchanges.closed, 'HEADERS on a stream older than the last')
+            require(exchanges.closed[stream_id], 'HEADERS on a closed stream', ErrorCode.STREAM_CLOSED)
 
     def _open(self, stream_id: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
         """Begin to answer a request whose header is `complete`, or was too long; without content it
@@ -8807,110 +8769,84 @@ class Http2:
         method, target, headers = (request_of(fields) if complete else
                                    (dict(fields).get(':method', '-'), '', {}))
         length = int(headers['content-length']) if 'content-length' in headers else None
-        if whole and length:
-            raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
-        if self._exchanges.shuts_down:    # RFC 9113 6.8: it has crossed our GOAWAY
+        require(not (whole and length), 'less content than announced', error=StreamError)
+        if self._exchanges.shuts_down:  # RFC 9113 6.8: it has crossed our GOAWAY
             self._exchanges.close(stream_id, True)
             return
         stream = Stream(self._exchanges, stream_id, length, whole)
         expected, refusal = headers.get('expect', ''), None
         stream.expects_continue = bool(expected) and not whole
-        if not complete:        # RFC 9113 10.5.1
+        if not complete:                # RFC 9113 10.5.1
             refusal = HttpError(431, f'header is longer than {self._limits.header_bytes} bytes')
         elif expected and expected.lower() != '100-continue':
             refusal = HttpError(417, 'only the expectation 100-continue is supported')
         request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
         self._exchanges.open(stream, request, refusal)
 
-    def _end_content(self, stream: Stream) -> None:
-        """END_STREAM has arrived.  Raises StreamError."""
-        if stream.remaining:
-            raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
-        self._exchanges.end_receiving(stream)
-
     def _on_priority(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
-        if not stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PRIORITY without a stream')
-        check_size(payload, 5)
-        if depends_on_itself(stream_id, payload):
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
+        """RFC 9113 6.3.  Its error could be the stream's; there may be none to reset."""
+        check_priority(stream_id, payload, Http2Error)
 
     def _on_rst_stream(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.4."""
-        check_size(payload, 4)
         stream = self._find(stream_id)
         if stream:
-            self._exchanges.abort(stream, 'the client has cancelled the request', False)
+            self._exchanges.abort(stream, 'the client has cancelled the request')
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.5."""
         self._has_settings = True
-        if stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'SETTINGS of a stream')
-        if len(payload) % _SETTING.size or (flags & _ACK and payload):
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'SETTINGS of a wrong size')
+        require(not (len(payload) % _SETTING.size or (flags & _ACK and payload)), 'SETTINGS of a wrong size',
+                ErrorCode.FRAME_SIZE_ERROR)
         if not flags & _ACK:
             for setting, value in dict(_SETTING.iter_unpack(payload)).items():
                 self._apply(setting, value)
-            self._exchanges.queue(FrameType.SETTINGS, _ACK, 0)
+            self._exchanges.queue(FrameType.SETTINGS, 0, flags=_ACK)
 
     def _apply(self, setting: int, value: int) -> None:
         """Apply one of the client's settings (RFC 9113 6.5.2); the others bind a sender of what is
         never sent here."""
-        if setting == Setting.ENABLE_PUSH and value > 1:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'ENABLE_PUSH is neither 0 nor 1')
-        if setting == Setting.MAX_FRAME_SIZE:
-            if not _DEFAULT_FRAME_BYTES <= value < 1 << 24:
-                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'MAX_FRAME_SIZE out of bounds')
-            self._exchanges.frame_bytes = value
-        if setting == Setting.INITIAL_WINDOW_SIZE:      # RFC 9113 6.9.2
-            change, self._exchanges.initial_window = value - self._exchanges.initial_window, value
-            for stream in self._exchanges.streams.values():
+        exchanges = self._exchanges
+        if setting == Setting.ENABLE_PUSH:
+            require(value <= 1, 'ENABLE_PUSH is neither 0 nor 1')
+        elif setting == Setting.MAX_FRAME_SIZE:
+            require(_DEFAULT_FRAME_BYTES <= value < 1 << 24, 'MAX_FRAME_SIZE out of bounds')
+            exchanges.frame_bytes = value
+        elif setting == Setting.INITIAL_WINDOW_SIZE:    # RFC 9113 6.9.2
+            change, exchanges.initial_window = value - exchanges.initial_window, value
+            for stream in exchanges.streams.values():
                 stream.window += change
-            if max([value, *(stream.window for stream in self._exchanges.streams.values())]) > LARGEST_WINDOW:
-                raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, 'the window of a stream is too large')
+            require(max([value, *(stream.window for stream in exchanges.streams.values())]) <= LARGEST_WINDOW,
+                    'the window of a stream is too large', ErrorCode.FLOW_CONTROL_ERROR)
 
-    def _on_push_promise(self, flags: int, stream_id: int, payload: bytes) -> None:
-        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PUSH_PROMISE from a client')  # RFC 9113 8.4
+    def _on_unexpected(self, flags: int, stream_id: int, payload: bytes) -> None:
+        """PUSH_PROMISE from a client (RFC 9113 8.4), or CONTINUATION without HEADERS (6.10)."""
+        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a frame that is not expected')
 
     def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.7."""
-        if stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PING of a stream')
-        check_size(payload, 8)
         if not flags & _ACK:
-            self._exchanges.queue(FrameType.PING, _ACK, 0, payload)
+            self._exchanges.queue(FrameType.PING, 0, payload, _ACK)
 
     def _on_goaway(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.8: the client will open no more streams, and says so by its silence."""
-        if stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'GOAWAY of a stream')
-        if len(payload) < 8:
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'GOAWAY of a wrong size')
+        require(len(payload) >= 8, 'GOAWAY of a wrong size', ErrorCode.FRAME_SIZE_ERROR)
 
     def _on_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.9."""
-        check_size(payload, 4)
         increment = int.from_bytes(payload, 'big') & LARGEST_WINDOW
-        stream = self._find(stream_id) if stream_id else None
-        fault = StreamError if stream_id else Http2Error
-        if not increment:
-            raise fault(ErrorCode.PROTOCOL_ERROR, 'WINDOW_UPDATE of zero bytes')
-        if stream:
-            stream.window += increment
-        elif not stream_id:
-            self._exchanges.window += increment
-        if (stream.window if stream else self._exchanges.window) > LARGEST_WINDOW:
-            raise fault(ErrorCode.FLOW_CONTROL_ERROR, 'the window is too large')
-
-    def _on_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
-        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'CONTINUATION without HEADERS')  # RFC 9113 6.10
+        error = StreamError if stream_id else Http2Error
+        target = self._find(stream_id) if stream_id else self._exchanges
+        require(increment, 'WINDOW_UPDATE of zero bytes', error=error)
+        if target:
+            target.window += increment
+            require(target.window <= LARGEST_WINDOW, 'the window is too large', ErrorCode.FLOW_CONTROL_ERROR,
+                    error)
 
     # ---- the end ----
 
     def _fail(self, code: ErrorCode, reason: str) -> None:
-        """Send GOAWAY after an error (RFC 9113 5.4.1)."""
+        """Send GOAWAY after an error (RFC 9113 5.4.1), with the first that is sent."""
         log.log(logging.DEBUG if self._has_settings else NOTICE, '%s: %s (HTTP/2 error %d)',
                 self._connection.peer, reason, code)
         with self._exchanges.changed:
@@ -8928,14 +8864,16 @@ class Http2:
         """RFC 9113 6.8: streams above the last are not served, and the last never rises."""
         if not self._exchanges.shuts_down:
             self._exchanges.shuts_down, self._last_served = True, self._last
-        self._exchanges.queue(FrameType.GOAWAY, 0, 0, struct.pack('>II', self._last_served, code)
+        self._exchanges.queue(FrameType.GOAWAY, 0, struct.pack('>II', self._last_served, code)
                               + reason.encode())
 
 
-_FRAME_HANDLERS = (     # by FrameType
-    Http2._on_data, Http2._on_headers, Http2._on_priority, Http2._on_rst_stream, Http2._on_settings,
-    Http2._on_push_promise, Http2._on_ping, Http2._on_goaway, Http2._on_window_update,
-    Http2._on_continuation)
+# For each type what it does, whether it must be a stream's (None: either), and the size of its payload.
+_FRAME_TYPES: List[Tuple[Callable[[Http2, int, int, bytes], None], Optional[bool], Optional[int]]] = [
+    (Http2._on_data, True, None), (Http2._on_headers, True, None), (Http2._on_priority, True, 5),
+    (Http2._on_rst_stream, True, 4), (Http2._on_settings, False, None), (Http2._on_unexpected, True, None),
+    (Http2._on_ping, False, 8), (Http2._on_goaway, False, None), (Http2._on_window_update, None, 4),
+    (Http2._on_unexpected, True, None)]
 
 
 # ==== Loop =======================================================================================
