@@ -5248,7 +5248,6 @@ STALLED_UPLOAD = 'stalled uploads'
 STALLED_DOWNLOAD = 'stalled downloads'
 CONNECTIONS_IN_ALL = 'too many connections'
 CONNECTIONS_PER_ADDRESS = 'too many connections from your address'
-REQUESTS = 'too many requests'
 REQUESTS_PER_ADDRESS = 'too many requests from your address'
 LOGINS = 'too many logins from your address'
 LIMITED_SECONDS = 60         # Time between two lines about the same limit.
@@ -7316,7 +7315,7 @@ class Connection:
         self._throttled_seconds = 0.0       # spent waiting for the bandwidth
         self._throttled_since = 0.0         # start of the wait that is going on, or 0
         self._deadline = Deadline(self.clock() + limits.header_seconds)
-        self._unpinned: Optional[bool] = None   # None before the first unpin()
+        self.unpinned = False               # the thread runs on any core; it began as the main thread is
 
     # ---- time ----
 
@@ -7327,13 +7326,15 @@ class Connection:
 
     def wait_for(self, what: int, seconds: Optional[float] = None) -> None:
         """Set what the thread waits for, and the deadline: without `seconds` it is that of a whole body."""
-        limits, extension, stall = self.limits, 0.0, math.inf
+        limits, deadline = self.limits, self._deadline
+        deadline.extension, deadline.stall, deadline.passed = 0.0, math.inf, 0
         if seconds is None and what == self.READING:
-            seconds, extension, stall = limits.read_seconds, limits.read_extension, limits.stall_seconds
+            seconds, deadline.extension = limits.read_seconds, limits.read_extension
+            deadline.stall = limits.stall_seconds
         elif seconds is None:
-            seconds, extension = limits.write_seconds, limits.write_extension
+            seconds, deadline.extension = limits.write_seconds, limits.write_extension
         self.waits = what
-        self._deadline.begin(self.clock() + seconds, extension, stall)
+        deadline.end = (self._throttled_since or time.monotonic()) - self._throttled_seconds + seconds
 
     def wait_no_longer(self, seconds: float) -> None:
         """Move the deadline to `seconds` from now, unless it is earlier."""
@@ -7371,10 +7372,9 @@ class Connection:
         return not isinstance(self._transport, TlsTransport) or self._transport.authority == authority
 
     def unpin(self, unpinned: bool) -> None:
-        """unpin() the connection's thread, or not, if that changes anything."""
-        if unpinned != self._unpinned:
-            self._unpinned = unpinned
-            unpin(unpinned)
+        """unpin() the connection's thread, or not."""
+        self.unpinned = unpinned
+        unpin(unpinned)
 
     def receive(self, limit: int) -> bytes:
         """Up to `limit` bytes; none at the end of input.  Raises Gone."""
@@ -7386,7 +7386,10 @@ class Connection:
             data = self._transport.recv(limit)
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
-        self._note_received(len(data))
+        self._deadline.since = math.inf
+        self._deadline.passed += len(data)
+        if self._bandwidth:
+            self._throttle(self._bandwidth, Bandwidth.RECEIVED, len(data))
         return data
 
     def receive_into(self, view: memoryview) -> int:
@@ -7399,14 +7402,11 @@ class Connection:
             count = self._transport.recv_into(view)
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
-        self._note_received(count)
-        return count
-
-    def _note_received(self, count: int) -> None:
         self._deadline.since = math.inf
         self._deadline.passed += count
         if self._bandwidth:
             self._throttle(self._bandwidth, Bandwidth.RECEIVED, count)
+        return count
 
     def transmit(self, data: bytes | memoryview, more: bool = False) -> None:
         """Send all of `data`; with `more` it may wait for the next call.  Raises Gone."""
@@ -7428,7 +7428,8 @@ class Connection:
     def transmit_file(self, content: FileSlice) -> None:
         """Send a slice, by sendfile(2) where the transport can.  Raises Gone, and OSError if the file
         cannot be read to the slice's end."""
-        self.unpin(True)
+        if not self.unpinned:
+            self.unpin(True)
         transport = self._transport
         direct = True
         while content.length:
@@ -7512,6 +7513,7 @@ _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
 _LENGTH = re.compile('[0-9]{1,18}')
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t -~\x80-\xff]*)?')
+_UNKNOWN = 1 << 63          # Bytes that are left of content that ends somehow else.
 _PREFACE_HEAD = 'PRI * HTTP/2.0\r\n'  # RFC 9113 3.4: how HTTP/2 begins with prior knowledge
 _NO_HTTP2 = 'HTTP/2 is spoken over --stdio only; use HTTP/1.1'
 _IN_PROXIES = (' (in a proxy: haproxy without "proto h2", Caddy with http:// instead of h2c://, nginx with '
@@ -7528,22 +7530,9 @@ _FAULTS = (
 )
 
 
-class Head:
-    """The head of a request.  One that is `plain` has no header that concerns the framing or the
-    connection."""
-
-    __slots__ = ('method', 'target', 'version', 'headers', 'plain')
-
-    def __init__(self, method: str, target: str, version: str, headers: Dict[str, str]) -> None:
-        self.method = method
-        self.target = target
-        self.version = version
-        self.headers = headers
-        self.plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
-
-
-def parse_head(text: str) -> Head:
-    """Parse a head, without the empty line at its end (RFC 9112 3 and 5).  Raises HttpError."""
+def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
+    """Method, target, version and headers of a head, which comes without the empty line at its end
+    (RFC 9112 3 and 5).  Raises HttpError."""
     line = _REQUEST_LINE.match(text)
     if not line or not _FIELD_LINES.fullmatch(text, line.end()):
         _raise_fault(text)
@@ -7561,7 +7550,7 @@ def parse_head(text: str) -> Head:
         if not absolute:
             raise HttpError(400, 'malformed request target')
         target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
-    return Head(method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers)
+    return method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers
 
 
 def _raise_fault(head: str) -> NoReturn:
@@ -7593,45 +7582,6 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
     return int(announced)
 
 
-class _NoBody:
-    """The body of a request without content."""
-
-    __slots__ = ()
-    piece = COPY_BYTES
-    length = 0
-    left = 0
-
-    def readinto(self, view: memoryview) -> int:
-        return 0
-
-
-_NO_BODY = _NoBody()
-
-
-class _SizedBody:
-    """A body whose length its head has announced (RFC 9112 6.2)."""
-
-    __slots__ = ('_connection', 'length', 'left')
-
-    piece = COPY_BYTES
-
-    def __init__(self, connection: Http1, length: int) -> None:
-        self._connection = connection
-        self.length = length
-        self.left: float = length
-
-    def readinto(self, view: memoryview) -> int:
-        if not self.left:
-            return 0
-        try:
-            count = self._connection.read_content(view[:min(len(view), int(self.left))])
-        except HttpError:
-            self.left = math.inf
-            raise
-        self.left -= count
-        return count
-
-
 class _ChunkedBody:
     """A chunked body (RFC 9112 7.1).  Chunk extensions and trailers are ignored."""
 
@@ -7644,7 +7594,7 @@ class _ChunkedBody:
         self._connection = connection
         self._trailer_bytes = trailer_bytes
         self._chunk = 0                 # bytes left of the current chunk
-        self.left: float = math.inf     # 0 after the last chunk
+        self.left = _UNKNOWN            # 0 after the last chunk
 
     def readinto(self, view: memoryview) -> int:
         if not self.left:
@@ -7680,22 +7630,25 @@ class _ChunkedBody:
 
 
 class Http1:
-    """One connection: reads requests, has `api` answer them, and sends the responses."""
+    """One connection: reads requests, has `api` answer them, and sends the responses.  It is the Body of a
+    request whose content has a length (RFC 9112 6.2) or that has none."""
+
+    piece = COPY_BYTES
 
     def __init__(self, connection: Connection, api: Api, limits: Limits) -> None:
         self._connection = connection
         self._api = api
         self._limits = limits
         self._buffer = b''          # received, not yet parsed
-        self._plain = False         # of the current request's head
-        self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
+        self._plain = False         # no header of the request concerns the framing or the connection
+        self.length = self.left = 0     # bytes of content, and those that were not read
+        self._body: Union[Http1, _ChunkedBody] = self
         self._sent = 0              # bytes of the current answer's body
         self._expects_continue = False  # the client waits for 100 (Continue) before it sends content
 
     def run(self) -> None:
         """Serve the connection to its end.  Raises Gone."""
         connection = self._connection
-        connection.unpin(False)
         while self._exchange():
             connection.wait_for(connection.IDLE, self._limits.idle_seconds)
             if connection.stopping:
@@ -7715,15 +7668,17 @@ class Http1:
             if text == _PREFACE_HEAD:
                 self._refuse(HttpError(505, _NO_HTTP2))
                 raise HandshakeFailed(f'{_NO_HTTP2}{_IN_PROXIES}')
-            head = parse_head(text)
-            request = Request(head.method, head.target, head.version, head.headers, _NO_BODY, connection.peer)
-            self._plain, self._body = head.plain, _NO_BODY
-            if not head.plain:
+            method, target, version, headers = parse_head(text)
+            request = Request(method, target, version, headers, self, connection.peer)
+            self.length, self.left, self._body = 0, 0, self
+            self._plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
+            if not self._plain:
                 connection.wait_for(connection.READING)
                 self._open_body(request)
             else:
                 connection.wait_for(connection.WRITING)
-                connection.unpin(False)
+            if connection.unpinned != (self._body.left > SMALL_BYTES):
+                connection.unpin(not connection.unpinned)
         except HttpError as error:
             self._refuse(error, request)
             return False
@@ -7733,7 +7688,8 @@ class Http1:
             self._api.finish(request, CLIENT_GONE, 0)
             raise
         try:
-            keep = self._send(request, response, self._may_keep(request))
+            keep = self._send(request, response, not (connection.stopping or connection.expired)
+                              and (self._plain or self._may_keep(request)))
         finally:
             response.close()
         if not keep:
@@ -7743,7 +7699,7 @@ class Http1:
     def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
         """Answer a malformed or incomplete request, and end the connection."""
         log.debug('%s: %s', self._connection.peer, error)
-        request = request or Request('-', '', '', {}, _NO_BODY, self._connection.peer)
+        request = request or Request('-', '', '', {}, self, self._connection.peer)
         self._send(request, self._api.refuse(error), keep=False)
         self._connection.linger()
 
@@ -7778,19 +7734,24 @@ class Http1:
 
     def _open_body(self, request: Request) -> None:
         """Give a request its body, which is still to be read.  Raises HttpError."""
-        connection = self._connection
         length = body_length(request.headers, request.version)
         if length is None:
-            self._body = _ChunkedBody(self, self._limits.header_bytes)
+            request.body = self._body = _ChunkedBody(self, self._limits.header_bytes)
         else:
-            self._body = _SizedBody(self, length) if length else _NO_BODY
-        request.body = self._body
-        connection.unpin(length is None or length > SMALL_BYTES)
+            self.length = self.left = length
         # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
         expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
             raise HttpError(417, 'only the expectation 100-continue is supported')
         self._expects_continue = expected is not None and length != 0
+
+    def readinto(self, view: memoryview) -> int:
+        """Content of the request, as Body has it."""
+        if not self.left:
+            return 0
+        count = self.read_content(view[:min(len(view), self.left)])
+        self.left -= count
+        return count
 
     def read_content(self, view: memoryview) -> int:
         """Read content into the start of `view`; at least one byte."""
@@ -7829,6 +7790,7 @@ class Http1:
             self._connection.transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
 
     def _raise_cut_short(self, what: str) -> NoReturn:
+        self._body.left = _UNKNOWN
         if self._connection.expired:
             raise HttpError(408, f'the {what} took too long')
         raise HttpError(400, f'the {what} was cut short')
@@ -7836,11 +7798,7 @@ class Http1:
     # ---- sending ----
 
     def _may_keep(self, request: Request) -> bool:
-        """Whether the connection persists after this request (RFC 9112 9.3)."""
-        if self._connection.stopping or self._connection.expired:
-            return False
-        if self._plain:
-            return True
+        """Whether the connection persists after a request that is not plain (RFC 9112 9.3)."""
         # A rest of the content is skipped if it is short and the client is sending it.
         left = self._body.left
         if left and (left > SKIP_BYTES or self._expects_continue):
@@ -7910,10 +7868,13 @@ class Http1:
             self._connection.transmit(head + b'0\r\n\r\n' if chunked else head)
 
 
+_format_field = '%s: %s\r\n'.__mod__     # of a name and a value
+
+
 def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,
                    keep: bool) -> bytes:
     """Status line and header section of an answer (RFC 9112 4 and 6)."""
-    fields = ''.join([f'{name}: {value}\r\n' for name, value in response.headers])
+    fields = ''.join(map(_format_field, response.headers))
     if isinstance(body, bytes):
         fields += f'Content-Length: {len(body)}\r\n'
     elif isinstance(body, FileSlice):
