@@ -26,12 +26,10 @@ The chapters stand in the order in which each builds on those above it:
     Admission     places for connections, and the share of each client
     Api           routes and answers
     Transport     bytes over a socket, TLS, or standard input and output
-    Connection    one client: its time limits, its share of the bandwidth
+    Connection    one client: its deadline, its share of the bandwidth
     Http1         requests and answers on one connection of HTTP/1.1
     Hpack         the header compression of HTTP/2
-    Frames        reading and writing the frames of HTTP/2
-    Streams       one request of HTTP/2, its answer, and flow control
-    Http2         requests and answers on one connection of HTTP/2
+    Http2         requests and answers over standard input and output
     Loop          the event loop of each process: descriptors, signals, timers
     Listeners     TCP, unix sockets, inherited sockets, TLS certificates
     Server        admission of connections, their deadlines, start and stop
@@ -406,8 +404,8 @@ class Stalled(Gone):
 
 
 class HandshakeFailed(Gone):
-    """Client and server do not agree on TLS: no common version, an unknown authority, no certificate, or
-    HTTP without TLS."""
+    """Client and server do not agree on TLS (no common version, an unknown authority, no certificate, HTTP
+    without TLS), or the client speaks HTTP/2 over the network."""
 
 
 class HttpError(Exception):
@@ -5190,7 +5188,6 @@ STALLED_UPLOAD = 'stalled uploads'
 STALLED_DOWNLOAD = 'stalled downloads'
 CONNECTIONS_IN_ALL = 'too many connections'
 CONNECTIONS_PER_ADDRESS = 'too many connections from your address'
-REQUESTS = 'too many requests'
 REQUESTS_PER_ADDRESS = 'too many requests from your address'
 LOGINS = 'too many logins from your address'
 LIMITED_SECONDS = 60         # Time between two lines about the same limit.
@@ -6970,74 +6967,43 @@ def _decode_path(path: str) -> str:
 # Bytes over a socket, over TLS on a socket, and over pipes, with the same methods:
 #
 #     recv, recv_into   receive some bytes, none at the end of input
-#     send, send_parts  send all of the bytes
+#     send              send all of the bytes; with `more` they may wait for the next call
 #     send_file         send some of a file by sendfile(2), where the transport can
-#     share             allow one thread to receive while another sends
 #     end_input         make the receiving thread see the end of input
 #     end_output        tell the client that no more will be sent
-#     skip_input        receive and discard, below TLS; end_skipping ends the wait for that
+#     skip_input        receive and discard, below TLS
 #     reset_at_close    make close() reset the connection, so that an answer does not look complete
 #     abort             end input and output; the client sees a reset
 #     close             close the descriptors
 #
-# Theory of operation.  Sockets block.  One thread at a time receives, and one at a time sends: the same
-# thread in HTTP/1.1, different ones in HTTP/2.  end_input(), end_skipping() and abort() are called by
-# other threads, the main one above all, and never wait.  A transport raises OSError for what the network
-# does, and Stalled where the client accepts no byte for too long, which the kernel notices (SO_SNDTIMEO
-# in socket(7)) without a timer or a poll(2) for each call.
+# Theory of operation.  Sockets block, and one thread receives and sends.  Over pipes one thread receives
+# and another one sends.  end_input() and abort() are called by other threads, the main one above all, and
+# never wait.  A transport raises OSError for what the network does, and Stalled where the client accepts no
+# byte for too long, which the kernel notices (SO_SNDTIMEO in socket(7)) without a timer or a poll(2) for
+# each call.
 
 PIPE_BYTES = 1 << 20         # Size requested for a pipe; Linux allows it to everybody.
-PIPE_LINGER = 100            # Milliseconds without input after which none is expected.
+PIPE_LINGER = 0.1            # Seconds without input after which none is expected.
 _F_SETPIPE_SZ = 1031         # fcntl(2); in the module fcntl from Python 3.10 on.
 RECORDS_BYTES = 64 * 1024    # TLS records in memory at a time; each connection keeps this much.
 RECORD_OVERHEAD = 512        # Bytes that records add to small content.
 _MORE = getattr(socket, 'MSG_MORE', 0)
-_AT_ONCE = getattr(socket, 'MSG_DONTWAIT', 0)
 _CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
                       errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # not with this file system or socket
-
-
-class Alarm:
-    """Wakes a thread that waits for a descriptor."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-
-    def ring(self) -> None:
-        """End this wait and all later ones."""
-        with contextlib.suppress(OSError):
-            self._writer.send(b'.')
-
-    def wait(self, fd: int, timeout: Optional[int] = None) -> bool:
-        """Wait until a descriptor is readable; False after ring(), or `timeout` milliseconds."""
-        if not hasattr(select, 'poll'):
-            inputs: List[Any] = [fd, self._reader]
-            return self._reader not in select.select(inputs, [], [])[0]
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        poll.register(self._reader, select.POLLIN)
-        found = dict(poll.poll(timeout))
-        return fd in found and self._reader.fileno() not in found
-
-    def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
 
 
 class SocketTransport:
     """A blocking socket.  Sending fails with Stalled when the client has accepted no byte for
     `stall_seconds`, or up to half as long again."""
 
-    alpn = ''
-    sends_files = hasattr(os, 'sendfile')
     file_bytes = 1 << 20        # sent by one sendfile(2), after which progress is noted
     copy_bytes = COPY_BYTES     # read into memory at a time without sendfile(2)
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
         self._sock = sock
-        self._alarm: Optional[Alarm] = None     # after share()
+        self.recv = sock.recv
+        self.recv_into = self.skip_input = sock.recv_into
         self._closing = threading.Lock()
         if stall_seconds < math.inf and os.name == 'posix':
             seconds = stall_seconds / 2     # two timeouts without a byte are a stall
@@ -7047,38 +7013,28 @@ class SocketTransport:
                         form, int(seconds), int(seconds % 1 * 1e6)))
                     break
 
-    def recv(self, limit: int) -> bytes:
-        if self._alarm:
-            data: bytes = self._when_readable(self._alarm, self._sock.recv, limit, _AT_ONCE) or b''
-            return data
-        return self._sock.recv(limit)
-
-    def recv_into(self, view: memoryview) -> int:
-        if self._alarm:
-            count: int = self._when_readable(self._alarm, self._sock.recv_into, view, 0, _AT_ONCE)
-            return count
-        return self._sock.recv_into(view)
-
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
-        count = self._while_not_stalled(self._sock.send, data, _MORE if more else 0)
-        while count < len(data):
+        flags = _MORE if more else 0
+        while True:
+            try:
+                count = self._sock.send(data, flags)
+            except BlockingIOError:
+                count = self._try_again(self._sock.send, data, flags)
+            if count == len(data):
+                return
             data = memoryview(data)[count:]
-            count = self._while_not_stalled(self._sock.send, data, _MORE if more else 0)
-
-    def send_parts(self, parts: List[bytes | memoryview]) -> None:
-        if not hasattr(self._sock, 'sendmsg'):
-            self.send(b''.join(parts))
-            return
-        count = self._while_not_stalled(self._sock.sendmsg, parts)
-        if count < sum(map(len, parts)):
-            self.send(memoryview(b''.join(parts))[count:])
 
     def send_file(self, content: FileSlice, limit: int) -> bool:
         """Send some of a slice, `limit` bytes at the most; False if sendfile(2) does not work here.  An
         OSError that is not in _CONNECTION_ERRORS is one of the file."""
+        if not hasattr(os, 'sendfile'):
+            return False
+        words = self._sock.fileno(), content.fd, content.offset, min(content.length, limit, self.file_bytes)
         try:
-            count = self._while_not_stalled(os.sendfile, self._sock.fileno(), content.fd, content.offset,
-                                            min(content.length, limit, self.file_bytes))
+            try:
+                count = os.sendfile(*words)
+            except BlockingIOError:
+                count = self._try_again(os.sendfile, *words)
         except OSError as error:
             if error.errno in _NO_SENDFILE:
                 return False
@@ -7086,26 +7042,19 @@ class SocketTransport:
         content.advance(count)
         return True
 
-    def share(self) -> None:
-        """From now on end_input() does without shutdown(2): after that Linux answers what the client
-        sends with a reset, which destroys what the client has not read yet."""
-        self._alarm = Alarm()
+    @staticmethod
+    def _try_again(function: Callable[..., int], *args: Any) -> int:
+        """Call what has ended by SO_SNDTIMEO once more.  Raises Stalled."""
+        try:
+            return function(*args)
+        except BlockingIOError:
+            raise Stalled('sending: the client has stopped reading') from None
 
     def end_input(self) -> None:
-        if self._alarm:
-            self._alarm.ring()
-        else:
-            self._shutdown(socket.SHUT_RD)
+        self._shutdown(socket.SHUT_RD)
 
     def end_output(self) -> None:
         self._sock.shutdown(socket.SHUT_WR)
-
-    def skip_input(self, view: memoryview) -> int:
-        return self._sock.recv_into(view)
-
-    def end_skipping(self) -> None:
-        """End the wait in skip_input()."""
-        self._shutdown(socket.SHUT_RD)
 
     def reset_at_close(self) -> None:
         """Have close() reset the connection, so that what was sent does not look complete."""
@@ -7119,32 +7068,11 @@ class SocketTransport:
     def close(self) -> None:
         with self._closing:
             self._sock.close()
-            if self._alarm:
-                self._alarm.close()
 
     def _shutdown(self, how: int) -> None:
         # With the lock: after close() the descriptor may belong to another connection.
         with self._closing, contextlib.suppress(OSError):
             self._sock.shutdown(how)
-
-    def _when_readable(self, alarm: Alarm, function: Callable[..., Any], *args: Any) -> Any:
-        while _AT_ONCE or alarm.wait(self._sock.fileno()):
-            with contextlib.suppress(BlockingIOError):
-                return function(*args)
-            if not alarm.wait(self._sock.fileno()):
-                break
-        return 0
-
-    @staticmethod
-    def _while_not_stalled(function: Callable[..., int], *args: Any) -> int:
-        """The bytes sent by a system call, at least one.  Raises Stalled."""
-        try:
-            return function(*args)
-        except BlockingIOError:  # SO_SNDTIMEO
-            try:
-                return function(*args)
-            except BlockingIOError:
-                raise Stalled('sending: the client has stopped reading') from None
 
 
 _ANSWER_TO_PLAIN_HTTP = (
@@ -7157,7 +7085,6 @@ class TlsTransport:
     many records; OpenSSL itself takes one for each, and two to receive it.  `authority` is the CA
     file's content that the client's certificate was checked against."""
 
-    sends_files = False
     copy_bytes = RECORDS_BYTES
 
     def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
@@ -7168,20 +7095,11 @@ class TlsTransport:
         self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
         self._wants_input = ssl.SSLWantReadError
         self._ended = False                 # close_notify was received
-        self._lock = threading.Lock()       # of the OpenSSL objects
-        self._sending = threading.Lock()    # keeps records in order
-        self.share = below.share
         self.end_input = below.end_input
-        self.skip_input = below.skip_input
-        self.end_skipping = below.end_skipping
+        self.skip_input = below.recv_into
         self.reset_at_close = below.reset_at_close
         self.abort = below.abort
         self.close = below.close
-
-    @property
-    def alpn(self) -> str:
-        """The protocol that was negotiated (RFC 7301)."""
-        return self._tls.selected_alpn_protocol() or ''
 
     def shake_hands(self) -> Tuple[bool, str]:
         """Do the handshake; whether the client has presented a certificate, and its common name, which
@@ -7219,29 +7137,17 @@ class TlsTransport:
 
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
         view = memoryview(data)
-        with self._sending:
-            while view:
-                with self._lock:
-                    self._tls.write(view[:RECORDS_BYTES])
-                    records = b'' if more else self._unsent.read()
-                if records:
-                    self.below.send(records)
-                view = view[RECORDS_BYTES:]
-        if self._unsent.pending and not more:
-            self._flush_records()
-
-    def send_parts(self, parts: List[bytes | memoryview]) -> None:
-        self.send(b''.join(parts))
-
-    def send_file(self, content: FileSlice, limit: int) -> bool:
-        return False
+        while view:
+            self._tls.write(view[:RECORDS_BYTES])
+            if not more:
+                self.below.send(self._unsent.read())
+            view = view[RECORDS_BYTES:]
 
     def end_output(self) -> None:
         """Send close_notify (RFC 8446 6.1), and end the connection below."""
-        with self._sending:
-            with self._lock, contextlib.suppress(OSError):  # the client's has not arrived
-                self._tls.unwrap()
-            self._send_records()
+        with contextlib.suppress(OSError):  # the client's has not arrived
+            self._tls.unwrap()
+        self.below.send(self._unsent.read())
         self.below.end_output()
 
     def _call(self, limit: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -7253,101 +7159,65 @@ class TlsTransport:
             data = self.below.recv(min(limit + RECORD_OVERHEAD, RECORDS_BYTES))
             if not data:
                 break
-            with self._lock:
-                self._received.write(data)
-                if self._unsent.pending > RECORDS_BYTES:
-                    raise ConnectionAbortedError(errno.ECONNABORTED, 'client does not read responses')
+            self._received.write(data)
         return 0
 
     def _read(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call OpenSSL once, and send what it wants sent."""
         try:
-            with self._lock:
-                result = function(*args)
+            result = function(*args)
             # A read returns b'' or 0 after close_notify; a handshake returns None.
             self._ended = not result and result is not None
             return result
         finally:
             if self._unsent.pending:
-                self._flush_records()
-
-    def _flush_records(self) -> None:
-        """Send records that OpenSSL made in answer to input, unless another thread will."""
-        while self._unsent.pending and self._sending.acquire(blocking=False):
-            try:
-                self._send_records()
-            finally:
-                self._sending.release()
-
-    def _send_records(self) -> None:
-        with self._lock:
-            data = self._unsent.read()
-        self.below.send(data)
-
-
-def _read_into(fd: int, view: memoryview) -> int:
-    if hasattr(os, 'readv'):    # PyPy has none
-        return os.readv(fd, [view])
-    data = os.read(fd, len(view))
-    view[:len(data)] = data
-    return len(data)
-
-
-def _write_parts(fd: int, parts: List[bytes | memoryview]) -> int:
-    return os.writev(fd, parts) if hasattr(os, 'writev') else os.write(fd, b''.join(parts))
+                self.below.send(self._unsent.read())
 
 
 class PipeTransport:
     """Standard input and output, to a client that speaks HTTP/2.  Pipes have neither timeouts nor resets."""
 
-    alpn = 'h2'
-    sends_files = False
     copy_bytes = COPY_BYTES
 
-    def __init__(self) -> None:
-        self._alarm = Alarm()
-        self._timeout: Optional[int] = None     # milliseconds
-        for fd in (0, 1):
+    def __init__(self, source: int = 0, target: int = 1) -> None:
+        self._source, self._target = source, target
+        self._alarm, self._bell = socket.socketpair()   # readable after end_input()
+        self._awaited: List[Any] = [source, self._alarm]
+        self._timeout: Optional[float] = None
+        for fd in (source, target):
             os.set_blocking(fd, True)
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
                 fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
 
     def recv(self, limit: int) -> bytes:
-        return os.read(0, limit) if self._alarm.wait(0, timeout=self._timeout) else b''
+        readable = select.select(self._awaited, [], [], self._timeout)[0]
+        return os.read(self._source, limit) if readable == [self._source] else b''
 
     def recv_into(self, view: memoryview) -> int:
-        return _read_into(0, view) if self._alarm.wait(0, timeout=self._timeout) else 0
+        data = self.recv(len(view))
+        view[:len(data)] = data
+        return len(data)
+
+    skip_input = recv_into
 
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
         view = memoryview(data)
         while view:
-            view = view[os.write(1, view):]
-
-    def send_parts(self, parts: List[bytes | memoryview]) -> None:
-        count = _write_parts(1, parts)
-        if count < sum(map(len, parts)):
-            self.send(memoryview(b''.join(parts))[count:])
-
-    def send_file(self, content: FileSlice, limit: int) -> bool:
-        return False
-
-    def share(self) -> None:
-        """One thread receives while others send from the beginning."""
+            view = view[os.write(self._target, view):]
 
     def end_input(self) -> None:
-        self._alarm.ring()
+        with contextlib.suppress(OSError):
+            self._bell.shutdown(socket.SHUT_WR)
 
     def end_output(self) -> None:
-        self._timeout = PIPE_LINGER  # some clients end our input only after the process has ended
-        if stat.S_ISSOCK(os.fstat(1).st_mode):
-            with socket.socket(fileno=os.dup(1)) as both:
+        # Some clients end our input only after the process has ended.
+        self._awaited, self._timeout = [self._source], PIPE_LINGER
+        if stat.S_ISSOCK(os.fstat(self._target).st_mode):
+            with socket.socket(fileno=os.dup(self._target)) as both:
                 both.shutdown(socket.SHUT_WR)
         with open(os.devnull, 'wb') as nothing:
-            os.dup2(nothing.fileno(), 1)
-
-    skip_input = recv_into
-    end_skipping = end_input
+            os.dup2(nothing.fileno(), self._target)
 
     def reset_at_close(self) -> None:
         """Not possible; the client sees how the process ends."""
@@ -7357,7 +7227,8 @@ class PipeTransport:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
-        """Left to the end of the process."""
+        self._alarm.close()     # the rest is left to the end of the process
+        self._bell.close()
 
 
 if TYPE_CHECKING:
@@ -7365,14 +7236,14 @@ if TYPE_CHECKING:
 
 
 # ==== Connection =================================================================================
-# One client: its bytes, its deadlines, its share of the bandwidth.
+# One client: its bytes, its deadline, its share of the bandwidth.
 #
 # Theory of operation.  A connection's thread waits in the kernel without a timer; whatever happens to the
 # client is raised as Gone, so that an OSError from here is one of a file.  The main thread asks each
 # connection twice a second for its next_deadline() and calls expire() when that has passed.  A transfer
 # has three limits: its whole time (--server-read-timeout, --server-write-timeout), the time without a
 # byte (--stall-timeout) and --bwlimit, whose delays count for neither: the connection's clock() stands
-# still meanwhile.  In HTTP/2 the wire has the deadlines of its streams and is asked for them.
+# still meanwhile.
 #
 # How a connection ends, which lets the last answer reach a client that is still sending:
 #
@@ -7387,49 +7258,37 @@ if TYPE_CHECKING:
 # server's stop is over.  abort_answer() resets the connection after an answer that cannot be completed.
 
 LINGER_BYTES = 64 << 20      # Most unwanted input that is discarded.
-LINGER_SECONDS = 5           # Longest time without any of it.
-LINGER_MOST_SECONDS = 60     # Longest time in all.
+LINGER_SECONDS = 5           # Longest time for that.
+LINGER_MOST_SECONDS = 60     # Longest time for the end of the output.
 _UNWANTED = memoryview(bytearray(64 * 1024))    # shared buffer for input that is discarded
 
 
-class Shares:
-    """Places for `limit` holders.  A group of addresses that has `limit_each` is greedy, except the peers
-    that are `exempt`; is_greedy() is asked before acquire()."""
+class Deadline:
+    """When a client takes too long: at `end`, put off by `extension` seconds for each byte that has `passed`;
+    or after `stall` seconds without a byte, where one has been waited for `since` a time."""
 
-    def __init__(self, limit: int, limit_each: int, exempt: Callable[[str], bool]) -> None:
-        self._limit = limit
-        self._limit_each = limit_each
-        self._exempt = exempt
-        self._lock = threading.Lock()
-        self.taken = 0
-        self.by_group: Dict[str, int] = {}
+    __slots__ = ('end', 'extension', 'stall', 'passed', 'since')
 
-    def acquire(self, peer: Peer) -> bool:
-        """Take a place, if there is one; release() follows."""
-        with self._lock:
-            if self.taken >= self._limit:
-                return False
-            self.taken += 1
-            self.by_group[peer.group] = self.by_group.get(peer.group, 0) + 1
-            return True
+    def __init__(self, end: float = math.inf) -> None:
+        self.begin(end)
 
-    def release(self, peer: Peer) -> None:
-        """Give a place back."""
-        with self._lock:
-            self.taken -= 1
-            self.by_group[peer.group] -= 1
-            if not self.by_group[peer.group]:
-                del self.by_group[peer.group]
+    def begin(self, end: float, extension: float = 0.0, stall: float = math.inf) -> None:
+        """Have another deadline; no byte has passed."""
+        self.end, self.extension, self.stall = end, extension, stall
+        self.passed, self.since = 0, math.inf
 
-    def is_greedy(self, peer: Peer) -> bool:
-        """Whether one more place would exceed the peer's share."""
-        return (self.by_group.get(peer.group, 0) >= self._limit_each
-                and not (peer.unix or self._exempt(peer.name)))
+    def time(self) -> float:
+        """When that is."""
+        return min(self.end + self.passed * self.extension, self.since + self.stall)
+
+    def is_stalled(self, now: float) -> bool:
+        """Whether it is the lack of any byte that takes too long."""
+        return self.since + self.stall <= now
 
 
 class Connection:
     """A client behind a `transport`: what its thread waits for, and until when.  `on_limit` is called with
-    a limit that ended something."""
+    a limit that ended something, `on_stop` when the server stops."""
 
     IDLE, READING, WRITING = range(3)
 
@@ -7439,63 +7298,52 @@ class Connection:
         self.peer = peer
         self.limits = limits
         self.on_limit = on_limit
+        self.on_stop = self._end_idling
         self.waits = self.IDLE
         self.expired = False
         self.stopping = False
-        self.wire: Optional[Http2] = None   # has deadlines of its own
+        self.end_input = transport.end_input    # make the receiving thread see the end of input
+        self.abort = transport.abort            # end the connection at once, whatever its thread waits for
+        self.close = transport.close
         self._transport = transport
         self._bandwidth = bandwidth
         self._throttled_seconds = 0.0       # spent waiting for the bandwidth
         self._throttled_since = 0.0         # start of the wait that is going on, or 0
-        self._throttled_threads = 0         # in that wait: one may receive while another sends
-        self._throttling = threading.Lock()     # of these three
-        self._deadline = self.clock() + limits.header_seconds
-        self._extension = 0.0               # seconds that each byte adds to the deadline
-        self._passed = 0                    # bytes since wait_for()
-        self._blocked = math.inf            # when the receive that is going on began
-        self._unpinned: Optional[bool] = None   # None before the first unpin()
+        self._deadline = Deadline(self.clock() + limits.header_seconds)
+        self.unpinned = False               # the thread runs on any core; it began as the main thread is
 
     # ---- time ----
 
     def clock(self) -> float:
-        """A monotonic clock in seconds that stands still while the connection waits for the bandwidth."""
-        if self._bandwidth:
-            with self._throttling:
-                return (self._throttled_since or time.monotonic()) - self._throttled_seconds
-        return time.monotonic()
+        """A monotonic clock in seconds that stands still while the connection waits for the bandwidth.  Where
+        two threads wait at once, over pipes, it goes slow, which only delays deadlines."""
+        return (self._throttled_since or time.monotonic()) - self._throttled_seconds
 
-    def wait_for(self, what: int, seconds: float = math.inf) -> None:
-        """Set what the thread waits for, and the deadline: by the limits for READING and WRITING."""
-        self._extension = 0.0
-        if what == self.READING:
-            seconds, self._extension = self.limits.read_seconds, self.limits.read_extension
-        elif what == self.WRITING:
-            seconds, self._extension = self.limits.write_seconds, self.limits.write_extension
-        self.waits, self._passed = what, 0
-        self._deadline = self.clock() + seconds
+    def wait_for(self, what: int, seconds: Optional[float] = None) -> None:
+        """Set what the thread waits for, and the deadline: without `seconds` it is that of a whole body."""
+        limits, deadline = self.limits, self._deadline
+        deadline.extension, deadline.stall, deadline.passed = 0.0, math.inf, 0
+        if seconds is None and what == self.READING:
+            seconds, deadline.extension = limits.read_seconds, limits.read_extension
+            deadline.stall = limits.stall_seconds
+        elif seconds is None:
+            seconds, deadline.extension = limits.write_seconds, limits.write_extension
+        self.waits = what
+        deadline.end = (self._throttled_since or time.monotonic()) - self._throttled_seconds + seconds
 
     def wait_no_longer(self, seconds: float) -> None:
         """Move the deadline to `seconds` from now, unless it is earlier."""
-        self._deadline = min(self._deadline, self.clock() + seconds)
+        self._deadline.end = min(self._deadline.end, self.clock() + seconds)
 
     def next_deadline(self) -> float:
         """When expire() is to be called, by clock()."""
-        if self.wire:
-            return self.wire.next_deadline()
-        deadline = self._deadline + self._passed * self._extension
-        return min(deadline, self._stalls_at()) if self.waits == self.READING else deadline
-
-    def _stalls_at(self) -> float:
-        return self._blocked + self.limits.stall_seconds
+        return self._deadline.time()
 
     def expire(self) -> None:
         """The deadline has passed: wake the thread.  One that receives sees the end of input and can
         still answer; one that sends, or was woken before, is aborted."""
-        if self.wire:
-            self.wire.expire()
-            return
         cut = self.expired or self.waits == self.WRITING
-        if self.waits == self.READING and not cut and self._stalls_at() < self.clock():
+        if not cut and self._deadline.is_stalled(self.clock()):
             self.on_limit(STALLED_UPLOAD, self.peer)
         self.expired = True
         if cut:
@@ -7514,37 +7362,27 @@ class Connection:
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
 
-    def speaks_http2(self) -> bool:
-        """Whether HTTP/2 was negotiated by TLS (RFC 9113 3.3), or is all that the transport carries."""
-        return self._transport.alpn == 'h2'
-
     def is_of(self, authority: bytes) -> bool:
         """Whether its client certificate was checked against this authority."""
         return not isinstance(self._transport, TlsTransport) or self._transport.authority == authority
 
-    def share(self, wire: Http2) -> None:
-        """Let one thread receive while others send; `wire` has the deadlines from now on."""
-        self._transport.share()
-        self.wire = wire
-
     def unpin(self, unpinned: bool) -> None:
-        """unpin() the connection's thread, or not, if that changes anything."""
-        if unpinned != self._unpinned:
-            self._unpinned = unpinned
-            unpin(unpinned)
+        """unpin() the connection's thread, or not."""
+        self.unpinned = unpinned
+        unpin(unpinned)
 
     def receive(self, limit: int) -> bytes:
         """Up to `limit` bytes; none at the end of input.  Raises Gone."""
         if self._bandwidth:
             limit = self._bandwidth.step(Bandwidth.RECEIVED, limit)
         if self.waits == self.READING:
-            self._blocked = self.clock()
+            self._deadline.since = self.clock()
         try:
             data = self._transport.recv(limit)
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
-        self._blocked = math.inf
-        self._passed += len(data)
+        self._deadline.since = math.inf
+        self._deadline.passed += len(data)
         if self._bandwidth:
             self._throttle(self._bandwidth, Bandwidth.RECEIVED, len(data))
         return data
@@ -7553,13 +7391,14 @@ class Connection:
         """Receive into the start of `view`; the number of bytes, 0 at the end of input.  Raises Gone."""
         if self._bandwidth:
             view = view[:self._bandwidth.step(Bandwidth.RECEIVED, len(view))]
-        self._blocked = self.clock()
+        if self.waits == self.READING:
+            self._deadline.since = self.clock()
         try:
             count = self._transport.recv_into(view)
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
-        self._blocked = math.inf
-        self._passed += count
+        self._deadline.since = math.inf
+        self._deadline.passed += count
         if self._bandwidth:
             self._throttle(self._bandwidth, Bandwidth.RECEIVED, count)
         return count
@@ -7569,48 +7408,40 @@ class Connection:
         try:
             if not self._bandwidth:
                 self._transport.send(data, more)
-                self._passed += len(data)
+                self._deadline.passed += len(data)
                 return
             view = memoryview(data)
             while view:
                 part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
                 self._throttle(self._bandwidth, Bandwidth.SENT, len(part))
                 self._transport.send(part, more)
-                self._passed += len(part)
+                self._deadline.passed += len(part)
                 view = view[len(part):]
-        except (OSError, Stalled) as error:
-            self._give_up(error)
-
-    def transmit_parts(self, parts: List[bytes | memoryview]) -> None:
-        """Send several pieces in one go.  Raises Gone."""
-        if self._bandwidth:
-            self.transmit(b''.join(parts))
-            return
-        try:
-            self._transport.send_parts(parts)
         except (OSError, Stalled) as error:
             self._give_up(error)
 
     def transmit_file(self, content: FileSlice) -> None:
         """Send a slice, by sendfile(2) where the transport can.  Raises Gone, and OSError if the file
         cannot be read to the slice's end."""
-        self.unpin(True)
-        direct = self._transport.sends_files
+        if not self.unpinned:
+            self.unpin(True)
+        transport = self._transport
+        direct = True
         while content.length:
+            if not direct or not isinstance(transport, SocketTransport):
+                self.transmit(content.read(transport.copy_bytes))
+                continue
             before = limit = content.length
-            if self._bandwidth and direct:
+            if self._bandwidth:
                 limit = self._bandwidth.step(Bandwidth.SENT, limit)
                 self._throttle(self._bandwidth, Bandwidth.SENT, limit)
-            if not direct:
-                self.transmit(content.read(self._transport.copy_bytes))
-                continue
             try:
-                direct = self._transport.send_file(content, limit)
+                direct = transport.send_file(content, limit)
             except (OSError, Stalled) as error:
                 if isinstance(error, OSError) and error.errno not in _CONNECTION_ERRORS:
                     raise
                 self._give_up(error)
-            self._passed += before - content.length
+            self._deadline.passed += before - content.length
 
     def _give_up(self, error: OSError | Stalled) -> NoReturn:
         """Raise an error of sending as Gone."""
@@ -7622,26 +7453,18 @@ class Connection:
 
     def _throttle(self, bandwidth: Bandwidth, direction: int, count: int) -> None:
         """Wait until the bandwidth lets `count` bytes pass."""
-        with self._throttling:
-            self._throttled_threads += 1
-            if self._throttled_threads == 1:
-                self._throttled_since = time.monotonic()
+        begin = self._throttled_since = time.monotonic()
         bandwidth.wait(direction, count)
-        with self._throttling:
-            self._throttled_threads -= 1
-            if not self._throttled_threads:
-                self._throttled_seconds += time.monotonic() - self._throttled_since
-                self._throttled_since = 0.0
+        self._throttled_seconds += time.monotonic() - begin
+        self._throttled_since = 0.0
 
     # ---- the end ----
 
     def linger(self) -> None:
-        """End the output and discard input until the client ends it (RFC 9112 9.6).  Frames of an HTTP/2
-        client show that it still reads, and prolong the wait."""
-        left, end = LINGER_BYTES, self.clock() + LINGER_MOST_SECONDS
+        """End the output and discard input until the client ends it (RFC 9112 9.6)."""
+        left = LINGER_BYTES
         try:
-            self.wait_for(self.WRITING)  # close_notify
-            self.wait_no_longer(LINGER_MOST_SECONDS)
+            self.wait_for(self.WRITING, min(LINGER_MOST_SECONDS, self.limits.write_seconds))  # close_notify
             self._transport.end_output()
             self.wait_for(self.IDLE, LINGER_SECONDS)
             while left > 0:
@@ -7649,14 +7472,8 @@ class Connection:
                 if not count:
                     break
                 left -= count
-                if self.wire:
-                    self._deadline = min(self.clock() + LINGER_SECONDS, end)
         except (OSError, Stalled) as error:
             log.debug('%s: closing: %s', self.peer, error)
-
-    def lingers_until(self) -> float:
-        """The deadline of linger(), for an HTTP/2 wire."""
-        return self._deadline
 
     def abort_answer(self, error: OSError) -> NoReturn:
         """Reset the connection, so that the answer does not look complete.  Raises Gone."""
@@ -7667,28 +7484,11 @@ class Connection:
     def stop(self) -> None:
         """End the connection after the request that is being served."""
         self.stopping = True
-        if self.wire:
-            self.wire.stop()
-        elif self.waits == self.IDLE:
+        self.on_stop()
+
+    def _end_idling(self) -> None:
+        if self.waits == self.IDLE:
             self.end_input()
-
-    def end_input(self) -> None:
-        """Make the receiving thread see the end of input."""
-        self._transport.end_input()
-
-    def end_linger(self) -> None:
-        """End linger(); the kernel still sends what the client has not received."""
-        if self.waits == self.WRITING:  # close_notify
-            self.abort()
-        else:
-            self._transport.end_skipping()
-
-    def abort(self) -> None:
-        """End the connection at once, whatever its threads wait for."""
-        self._transport.abort()
-
-    def close(self) -> None:
-        self._transport.close()
 
 
 # ==== Http1 ======================================================================================
@@ -7708,8 +7508,11 @@ _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r'https?://[^/?]+(.*)', re.IGNORECASE)
 _LENGTH = re.compile('[0-9]{1,18}')
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[\t ]*;[\t -~\x80-\xff]*)?')
+_UNKNOWN = 1 << 63          # Bytes that are left of content that ends somehow else.
 _PREFACE_HEAD = 'PRI * HTTP/2.0\r\n'  # RFC 9113 3.4: how HTTP/2 begins with prior knowledge
-_NO_HTTP = re.compile(r'[^ \r]+ [^ \r/*:]+ (?!HTTP/)[^ \r]+\r\n')
+_NO_HTTP2 = 'HTTP/2 is spoken over --stdio only; use HTTP/1.1'
+_IN_PROXIES = (' (in a proxy: haproxy without "proto h2", Caddy with http:// instead of h2c://, nginx with '
+               'proxy_http_version 1.1)')
 # The fault of a head that does not match: the first pattern that does.
 _FAULTS = (
     (re.compile(rf'{_TOKEN} [!-~]+ HTTP/(?!1\.)[0-9](\.[0-9])?\r\n'), 505, 'not HTTP/1.1'),
@@ -7722,22 +7525,9 @@ _FAULTS = (
 )
 
 
-class Head:
-    """The head of a request.  One that is `plain` has no header that concerns the framing or the
-    connection."""
-
-    __slots__ = ('method', 'target', 'version', 'headers', 'plain')
-
-    def __init__(self, method: str, target: str, version: str, headers: Dict[str, str]) -> None:
-        self.method = method
-        self.target = target
-        self.version = version
-        self.headers = headers
-        self.plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
-
-
-def parse_head(text: str) -> Head:
-    """Parse a head, without the empty line at its end (RFC 9112 3 and 5).  Raises HttpError."""
+def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
+    """Method, target, version and headers of a head, which comes without the empty line at its end
+    (RFC 9112 3 and 5).  Raises HttpError."""
     line = _REQUEST_LINE.match(text)
     if not line or not _FIELD_LINES.fullmatch(text, line.end()):
         _raise_fault(text)
@@ -7755,7 +7545,7 @@ def parse_head(text: str) -> Head:
         if not absolute:
             raise HttpError(400, 'malformed request target')
         target = absolute[1] if absolute[1].startswith('/') else f'/{absolute[1]}'
-    return Head(method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers)
+    return method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers
 
 
 def _raise_fault(head: str) -> NoReturn:
@@ -7787,45 +7577,6 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
     return int(announced)
 
 
-class _NoBody:
-    """The body of a request without content."""
-
-    __slots__ = ()
-    piece = COPY_BYTES
-    length = 0
-    left = 0
-
-    def readinto(self, view: memoryview) -> int:
-        return 0
-
-
-_NO_BODY = _NoBody()
-
-
-class _SizedBody:
-    """A body whose length its head has announced (RFC 9112 6.2)."""
-
-    __slots__ = ('_connection', 'length', 'left')
-
-    piece = COPY_BYTES
-
-    def __init__(self, connection: Http1, length: int) -> None:
-        self._connection = connection
-        self.length = length
-        self.left: float = length
-
-    def readinto(self, view: memoryview) -> int:
-        if not self.left:
-            return 0
-        try:
-            count = self._connection.read_content(view[:min(len(view), int(self.left))])
-        except HttpError:
-            self.left = math.inf
-            raise
-        self.left -= count
-        return count
-
-
 class _ChunkedBody:
     """A chunked body (RFC 9112 7.1).  Chunk extensions and trailers are ignored."""
 
@@ -7838,7 +7589,7 @@ class _ChunkedBody:
         self._connection = connection
         self._trailer_bytes = trailer_bytes
         self._chunk = 0                 # bytes left of the current chunk
-        self.left: float = math.inf     # 0 after the last chunk
+        self.left = _UNKNOWN            # 0 after the last chunk
 
     def readinto(self, view: memoryview) -> int:
         if not self.left:
@@ -7874,30 +7625,29 @@ class _ChunkedBody:
 
 
 class Http1:
-    """One connection: reads requests, has `api` answer them, and sends the responses."""
+    """One connection: reads requests, has `api` answer them, and sends the responses.  It is the Body of a
+    request whose content has a length (RFC 9112 6.2) or that has none."""
+
+    piece = COPY_BYTES
 
     def __init__(self, connection: Connection, api: Api, limits: Limits) -> None:
         self._connection = connection
         self._api = api
         self._limits = limits
         self._buffer = b''          # received, not yet parsed
-        self._plain = False         # of the current request's head
-        self._body: Union[_NoBody, _SizedBody, _ChunkedBody] = _NO_BODY
+        self._plain = False         # no header of the request concerns the framing or the connection
+        self.length = self.left = 0     # bytes of content, and those that were not read
+        self._body: Union[Http1, _ChunkedBody] = self
         self._sent = 0              # bytes of the current answer's body
         self._expects_continue = False  # the client waits for 100 (Continue) before it sends content
-        self._first = True          # no request has been read yet
-        self._preface = b''         # of HTTP/2
 
-    def run(self) -> bytes:
-        """Serve the connection to its end.  If the client turns out to speak HTTP/2, return at once what
-        was received of that.  Raises Gone."""
+    def run(self) -> None:
+        """Serve the connection to its end.  Raises Gone."""
         connection = self._connection
-        connection.unpin(False)
         while self._exchange():
             connection.wait_for(connection.IDLE, self._limits.idle_seconds)
             if connection.stopping:
                 break
-        return self._preface
 
     def turn_away(self, reason: str) -> None:
         """Answer 503 to a connection beyond a limit.  Raises Gone."""
@@ -7910,22 +7660,20 @@ class Http1:
             text = self._read_head()
             if not text:
                 return False
-            if self._first:
-                self._first = False
-                if text == _PREFACE_HEAD:
-                    self._preface = f'{text}\r\n'.encode() + self._buffer
-                    return False
-                if _NO_HTTP.match(text):
-                    raise Gone('neither HTTP/1 nor HTTP/2')  # RFC 9113 3.4: no GOAWAY is needed
-            head = parse_head(text)
-            request = Request(head.method, head.target, head.version, head.headers, _NO_BODY, connection.peer)
-            self._plain, self._body = head.plain, _NO_BODY
-            if not head.plain:
+            if text == _PREFACE_HEAD:
+                self._refuse(HttpError(505, _NO_HTTP2))
+                raise HandshakeFailed(f'{_NO_HTTP2}{_IN_PROXIES}')
+            method, target, version, headers = parse_head(text)
+            request = Request(method, target, version, headers, self, connection.peer)
+            self.length, self.left, self._body = 0, 0, self
+            self._plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
+            if not self._plain:
                 connection.wait_for(connection.READING)
                 self._open_body(request)
             else:
                 connection.wait_for(connection.WRITING)
-                connection.unpin(False)
+            if connection.unpinned != (self._body.left > SMALL_BYTES):
+                connection.unpin(not connection.unpinned)
         except HttpError as error:
             self._refuse(error, request)
             return False
@@ -7935,7 +7683,8 @@ class Http1:
             self._api.finish(request, CLIENT_GONE, 0)
             raise
         try:
-            keep = self._send(request, response, self._may_keep(request))
+            keep = self._send(request, response, not (connection.stopping or connection.expired)
+                              and (self._plain or self._may_keep(request)))
         finally:
             response.close()
         if not keep:
@@ -7945,7 +7694,7 @@ class Http1:
     def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
         """Answer a malformed or incomplete request, and end the connection."""
         log.debug('%s: %s', self._connection.peer, error)
-        request = request or Request('-', '', '', {}, _NO_BODY, self._connection.peer)
+        request = request or Request('-', '', '', {}, self, self._connection.peer)
         self._send(request, self._api.refuse(error), keep=False)
         self._connection.linger()
 
@@ -7980,19 +7729,24 @@ class Http1:
 
     def _open_body(self, request: Request) -> None:
         """Give a request its body, which is still to be read.  Raises HttpError."""
-        connection = self._connection
         length = body_length(request.headers, request.version)
         if length is None:
-            self._body = _ChunkedBody(self, self._limits.header_bytes)
+            request.body = self._body = _ChunkedBody(self, self._limits.header_bytes)
         else:
-            self._body = _SizedBody(self, length) if length else _NO_BODY
-        request.body = self._body
-        connection.unpin(length is None or length > SMALL_BYTES)
+            self.length = self.left = length
         # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
         expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
         if expected and expected.lower() != '100-continue':
             raise HttpError(417, 'only the expectation 100-continue is supported')
         self._expects_continue = expected is not None and length != 0
+
+    def readinto(self, view: memoryview) -> int:
+        """Content of the request, as Body has it."""
+        if not self.left:
+            return 0
+        count = self.read_content(view[:min(len(view), self.left)])
+        self.left -= count
+        return count
 
     def read_content(self, view: memoryview) -> int:
         """Read content into the start of `view`; at least one byte."""
@@ -8031,6 +7785,7 @@ class Http1:
             self._connection.transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
 
     def _raise_cut_short(self, what: str) -> NoReturn:
+        self._body.left = _UNKNOWN
         if self._connection.expired:
             raise HttpError(408, f'the {what} took too long')
         raise HttpError(400, f'the {what} was cut short')
@@ -8038,11 +7793,7 @@ class Http1:
     # ---- sending ----
 
     def _may_keep(self, request: Request) -> bool:
-        """Whether the connection persists after this request (RFC 9112 9.3)."""
-        if self._connection.stopping or self._connection.expired:
-            return False
-        if self._plain:
-            return True
+        """Whether the connection persists after a request that is not plain (RFC 9112 9.3)."""
         # A rest of the content is skipped if it is short and the client is sending it.
         left = self._body.left
         if left and (left > SKIP_BYTES or self._expects_continue):
@@ -8112,10 +7863,13 @@ class Http1:
             self._connection.transmit(head + b'0\r\n\r\n' if chunked else head)
 
 
+_format_field = '%s: %s\r\n'.__mod__     # of a name and a value
+
+
 def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,
                    keep: bool) -> bytes:
     """Status line and header section of an answer (RFC 9112 4 and 6)."""
-    fields = ''.join([f'{name}: {value}\r\n' for name, value in response.headers])
+    fields = ''.join(map(_format_field, response.headers))
     if isinstance(body, bytes):
         fields += f'Content-Length: {len(body)}\r\n'
     elif isinstance(body, FileSlice):
@@ -8328,12 +8082,36 @@ def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
     return block
 
 
-# ==== Frames =====================================================================================
-# The frames of HTTP/2 (RFC 9113 4 and 6) as bytes; what they mean is for Http2 to say.  One thread reads
-# them and never waits for the client to read; any thread may write.
+# ==== Http2 ======================================================================================
+# HTTP/2 (RFC 9113) over standard input and output, for one client that begins with its preface.
+#
+# Theory of operation.  The connection's thread runs Http2.run(): it reads frames and calls the method of
+# their type.  Each request has a thread, which runs the Api, takes the content from its Stream, and sends
+# the answer.  One lock, that of Exchanges.changed, guards all state; nobody holds it while reading or
+# writing.
+#
+# Pipes can be full in both directions, so the reading thread never waits for the client to read.  What it
+# has to say (ACKs, resets, GOAWAY) it leaves to the thread that is sending, or to another one if none is.
+# A thread that is stuck in write(2) cannot be woken: the connection's deadline ends the process.  A
+# request's thread waits for content and for the client's windows until its stream's deadline.
+#
+# Content that arrives is kept in memory until its request's thread takes it.  A window opens again when
+# half of it has been taken: once all that came was taken it is above zero, which nghttp2 waits for before
+# it sends even an empty last frame.
+#
+# A connection ends by EOFError, Gone, or an error that is sent with GOAWAY; after stop() input ends with the
+# last stream.  Then Exchanges.drain() lets requests be answered that are whole, and aborts the others, or
+# all after an error; Connection.linger() and close() follow.
 
+STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
+IDLE_THREADS = 8             # threads that are kept for another request, for IDLE_SECONDS
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
 CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
+READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
+CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
+SEND_BYTES = 128 * 1024      # of content that is sent at a time
+UNREAD_BYTES = 64 * 1024     # of ACKs and the like that a client may leave unread
+LARGEST_WINDOW = (1 << 31) - 1  # RFC 9113 6.9.1
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
 
 
@@ -8365,6 +8143,10 @@ _END_HEADERS, _PADDED, _PRIORITIZED = 0x4, 0x8, 0x20
 _DEFAULT_WINDOW, _DEFAULT_FRAME_BYTES = (1 << 16) - 1, 1 << 14
 _FRAME_HEAD = struct.Struct('>IBI')  # the first byte of the four is the payload length's
 _SETTING = struct.Struct('>HI')
+_LOWER_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE = re.compile('(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?')
+_SCHEME = re.compile('[A-Za-z][A-Za-z0-9+.-]*')     # RFC 3986 3.1
+_OF_CONNECTION = ('connection', 'keep-alive', 'proxy-connection', 'transfer-encoding', 'upgrade')
 
 
 class Http2Error(Exception):
@@ -8379,9 +8161,16 @@ class StreamError(Http2Error):
     """An error of one stream (RFC 9113 5.4.2): `code` goes out with RST_STREAM."""
 
 
-def frame(kind: int, flags: int, stream_id: int, payload: bytes = b'') -> bytes:
+def require(condition: object, reason: str, code: ErrorCode = ErrorCode.PROTOCOL_ERROR,
+            error: type[Http2Error] = Http2Error) -> None:
+    """Raises an error unless what the protocol asks of a client is so."""
+    if not condition:
+        raise error(code, reason)
+
+
+def frame(kind: int, flags: int, stream_id: int, payload: bytes | memoryview = b'') -> bytes:
     """A frame of the stream `stream_id` (RFC 9113 4.1)."""
-    return _FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream_id) + payload
+    return b''.join((_FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream_id), payload))
 
 
 def header_frames(stream_id: int, headers: Headers, flags: int = 0) -> bytes:
@@ -8394,239 +8183,33 @@ def header_frames(stream_id: int, headers: Headers, flags: int = 0) -> bytes:
         for place, part in enumerate(parts))
 
 
-class FrameReader:
-    """Frames as they arrive; `received` has arrived already.  All methods raise Gone, and EOFError at
-    the end of input."""
-
-    def __init__(self, connection: Connection, received: bytes, header_bytes: int) -> None:
-        self.left = 0           # bytes of the current frame's payload that were not read
-        self.on_content: Optional[Callable[[int], None]] = None     # told of each piece that read_into() gets
-        self._connection = connection
-        self._control_bytes = max(CONTROL_BYTES, header_bytes)
-        self._buffer = memoryview(bytearray(max(self._control_bytes, len(received))))
-        self._buffer[:len(received)] = received
-        self._begin, self._end = 0, len(received)
-
-    def next(self) -> Tuple[int, int, int]:
-        """Type, flags and stream of the next frame.  Raises Http2Error if it is too long."""
-        length, flags, stream_id = _FRAME_HEAD.unpack(self.read(_FRAME_HEAD.size))
-        self.left, kind = length >> 8, length & 0xff
-        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
-        if self.left > (self._control_bytes if is_control else FRAME_BYTES):
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'frame of type {kind} with {self.left} bytes')
-        return kind, flags, stream_id & 0x7fffffff
-
-    def payload(self, flags: int = 0, size: Optional[int] = None) -> bytes:
-        """The rest of the payload, without padding.  Raises Http2Error if it is not of `size`."""
-        padding = self.padding(flags)
-        if size is not None and self.left != size:
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, f'a frame with {self.left} bytes, not {size}')
-        return self.read(self.left - padding)
-
-    def padding(self, flags: int) -> int:
-        """Read how much of the payload's end is padding (RFC 9113 6.1 and 6.2)."""
-        if not flags & _PADDED:
-            return 0
-        if not self.left:
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'no length of the padding')
-        padding = self.read(1)[0]
-        if padding > self.left:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'more padding than payload')
-        return padding
-
-    def skip(self) -> None:
-        """Pass over the rest of the payload."""
-        while self.left:
-            self.read(min(self.left, CONTROL_BYTES))
-
-    def read(self, count: int) -> bytes:
-        """The next bytes, CONTROL_BYTES at the most."""
-        while self._end - self._begin < count:
-            if self._begin + count > len(self._buffer) or self._begin == self._end:
-                size = self._end - self._begin
-                self._buffer[:size] = bytes(self._buffer[self._begin:self._end])
-                self._begin, self._end = 0, size
-            self._end += self._receive(self._buffer[self._end:])
-        data = bytes(self._buffer[self._begin:self._begin + count])
-        self._begin += count
-        self.left -= count
-        return data
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the next bytes, most of them straight from the connection."""
-        count = min(len(view), self._end - self._begin)
-        view[:count] = self._buffer[self._begin:self._begin + count]
-        self._begin += count
-        self.left -= len(view)
-        part = count
-        while True:
-            if self.on_content:
-                self.on_content(part)
-            if count >= len(view):
-                return
-            part = self._receive(view[count:])
-            count += part
-
-    def _receive(self, view: memoryview) -> int:
-        count = self._connection.receive_into(view)
-        if not count:
-            raise EOFError
-        return count
+def data_frames(stream_id: int, content: bytes | memoryview, limit: int, last: bool) -> bytes:
+    """DATA of a stream, in frames of `limit` bytes at the most; at least one, which may be empty."""
+    return b''.join(
+        frame(FrameType.DATA, _END_STREAM if last and at + limit >= len(content) else 0, stream_id,
+              content[at:at + limit])
+        for at in range(0, len(content) or 1, limit))
 
 
-class FrameWriter:
-    """Frames as they leave.  Frames that no request waits for (ACKs, window updates, resets) go out
-    through a flusher thread.  `lock` guards what is pending; `drained` is notified when the flusher has
-    nothing to send, or a request has ended."""
-
-    def __init__(self, connection: Connection, lock: threading.Lock) -> None:
-        self.lock = lock
-        self.sending_since = math.inf   # infinite while nothing is being sent
-        self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
-        self.drained = threading.Condition(lock)
-        self.pending: List[bytes] = []  # frames that the next to write takes along
-        self.pending_bytes = 0
-        self.dead = False               # nothing can be written any more
-        self._connection = connection
-        self._finished = False          # nothing more is to be written
-        self._wanted = threading.Condition(lock)    # to write what is pending
-        self._writing = threading.Lock()
-
-    def start(self) -> None:
-        """Start the flusher.  Raises Gone if there can be no thread."""
-        try:
-            threading.Thread(target=self._flush, daemon=True).start()
-        except RuntimeError as error:
-            raise Gone(str(error)) from None
-
-    def queue(self, kind: int, flags: int, stream_id: int, payload: bytes = b'') -> None:
-        """Have a frame sent soon; with the lock."""
-        self.append(frame(kind, flags, stream_id, payload))
-
-    def append(self, frames: bytes) -> None:
-        """Have frames sent soon; with the lock."""
-        self.pending.append(frames)
-        self.pending_bytes += len(frames)
-        self._wanted.notify()
-
-    def content_frames(self, stream_id: int, data: bytes | memoryview, last: bool
-                       ) -> List[bytes | memoryview]:
-        """DATA frames of a stream, in pieces that are sent one after the other; at least one,
-        which may be empty."""
-        view, limit, parts = memoryview(data), self.frame_bytes, []  # type: memoryview, int, List[Any]
-        for at in range(0, len(view) or 1, limit):
-            part = view[at:at + limit]
-            flags = _END_STREAM if last and at + limit >= len(view) else 0
-            parts += (_FRAME_HEAD.pack(len(part) << 8 | FrameType.DATA, flags, stream_id), part)
-        return parts
-
-    def write(self, parts: List[bytes | memoryview], stream: Optional[Stream] = None,
-              last: bool = False, wait: bool = True) -> bool:
-        """Send frames, after those that are pending, unless their stream was aborted; whether they
-        went.  They may be the `last` of their stream.  Without `wait` they are left to the thread that
-        is sending, unless it has much to send already.  Raises Gone."""
-        if not self._writing.acquire(blocking=False):
-            if not wait:
-                with self.lock:
-                    size = sum(map(len, parts))
-                    if stream and not stream.aborted and self.pending_bytes + size <= UNSENT_BYTES:
-                        self.append(b''.join(parts))
-                        if last:
-                            stream.end_sent()
-                        return True
-            self._writing.acquire()
-        try:
-            with self.lock:
-                pending, self.pending, self.pending_bytes = b''.join(self.pending), [], 0
-                aborted = stream is not None and bool(stream.aborted)
-                if last and stream is not None:
-                    stream.end_sent()
-                self.sending_since = self._connection.clock()
-            if aborted:
-                parts = []
-            if pending or parts:
-                self._connection.transmit_parts([pending, *parts])
-        except Gone:
-            self.dead = True
-            self._connection.end_input()  # no request can be answered any more
-            raise
-        finally:
-            self.sending_since = math.inf
-            self._writing.release()
-        return not aborted
-
-    def finish(self) -> None:
-        """End the flusher, once it has sent what it is sending."""
-        with self.lock:
-            self._finished = True
-            self._wanted.notify()
-        if not self._writing.acquire(timeout=LINGER_SECONDS):
-            self._connection.abort()
-            self._writing.acquire()
-        self._writing.release()
-
-    def _flush(self) -> None:
-        try:
-            while not self._finished:
-                self.write([])
-                with self.lock:
-                    if not self.pending and not self._finished:
-                        self.drained.notify_all()
-                        self._wanted.wait()
-        except Gone as gone:
-            log.debug('%s: %s', self._connection.peer, gone)
-            with self.lock:
-                self.drained.notify_all()
+def without_padding(flags: int, payload: bytes) -> bytes:
+    """The payload of DATA or HEADERS, without padding (RFC 9113 6.1 and 6.2).  Raises Http2Error."""
+    if not flags & _PADDED:
+        return payload
+    require(payload, 'no length of the padding', ErrorCode.FRAME_SIZE_ERROR)
+    require(payload[0] < len(payload), 'more padding than payload')
+    return payload[1:len(payload) - payload[0]]
 
 
-# ==== Streams ====================================================================================
-# A request of HTTP/2 and its answer (RFC 9113 5.1 and 8), and how much content may pass (5.2).
-#
-# Theory of operation.  Two threads work on a stream: the connection's, which reads frames, and a request
-# thread, which runs the Api and sends the answer.  One lock guards all streams and windows of a
-# connection, the writer's; nobody holds it while waiting for the client.
-#
-# The state of a stream (RFC 9113 5.1; there is no object for one that is idle):
-#
-#                          END_STREAM arrives
-#     OPEN ───────────────────────────────────▶ HALF_CLOSED_REMOTE
-#      │ we send END_STREAM                         │ we send END_STREAM
-#      ▼                                            ▼
-#     HALF_CLOSED_LOCAL ──────────────────────▶ CLOSED ◀─── RST_STREAM either way, or the end of the
-#                          END_STREAM arrives               connection; `aborted` says why
-#
-# The phase of its request:
-#
-#     RECEIVING ──▶ ANSWERING ──▶ ANSWERED      the request thread reads the content, sends the answer,
-#         └▶ TIMED_OUT ─┘                       and has left; who reads on after a time-out answers 408
-#
-# (An aborted stream may leave out what comes between.)
-#
-# Content goes from the connection straight into the buffer of the request thread, if that waits for some
-# (offer() and filled()), and else is buffered, as much of it as the windows let the client send: 64 KiB
-# on a connection before anybody has looked who asks.  They open when the content is first read, which is
-# after login, rights and quota, and close when its answer begins.
-#
-# An answer's content waits in reserve() for the client's windows, with the request thread; what is short
-# is left to the flow control (send_later()), which sends it when a WINDOW_UPDATE arrives.
-
-READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
-CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers of a connection
-UNSENT_BYTES = 256 * 1024    # of short answers that wait, without a thread, for the client's windows
-SEND_BYTES = 128 * 1024      # of content that is sent at a time
-LARGEST_WINDOW = (1 << 31) - 1  # RFC 9113 6.9.1
-
-_LOWER_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
-_VALUE = re.compile('(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?')
-_SCHEME = re.compile('[A-Za-z][A-Za-z0-9+.-]*')     # RFC 3986 3.1
-_OF_CONNECTION = ('connection', 'keep-alive', 'proxy-connection', 'transfer-encoding', 'upgrade')
+def check_priority(stream_id: int, priority: bytes, error: type[Http2Error]) -> None:
+    """Raises an error if a stream depends on itself (RFC 7540 5.3.1)."""
+    require(int.from_bytes(priority[:4], 'big') & LARGEST_WINDOW != stream_id, 'a stream depends on itself',
+            error=error)
 
 
 def check_field(name: str, value: str) -> None:
     """Raises StreamError for a field that makes a message malformed (RFC 9113 8.2)."""
-    if (name in _OF_CONNECTION or not _LOWER_TOKEN.fullmatch(name) or not _VALUE.fullmatch(value)
-            or (name == 'te' and value != 'trailers')):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad header field')
+    require(name not in _OF_CONNECTION and _LOWER_TOKEN.fullmatch(name) and _VALUE.fullmatch(value)
+            and (name != 'te' or value == 'trailers'), 'bad header field', error=StreamError)
 
 
 def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]:
@@ -8636,8 +8219,9 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     headers: Dict[str, str] = {}
     for name, value in fields:
         if name.startswith(':'):
-            if headers or name in pseudo or name not in (':method', ':scheme', ':path', ':authority'):
-                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad pseudo-header field')
+            require(not headers and name not in pseudo
+                    and name in (':method', ':scheme', ':path', ':authority'),
+                    'bad pseudo-header field', error=StreamError)
             pseudo[name] = value
         else:
             check_field(name, value)
@@ -8645,1240 +8229,607 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     method, target = pseudo.get(':method', ''), pseudo.get(':path', '')
     if method == 'CONNECT' and not target and ':scheme' not in pseudo:  # RFC 9113 8.5
         target = '/'
-    elif not _SCHEME.fullmatch(pseudo.get(':scheme', '')):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'no valid scheme')
-    if not re.fullmatch(_TOKEN, method) or not re.fullmatch(r'/[!-"$-~]*|\*', target):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad method or path')
+    else:
+        require(_SCHEME.fullmatch(pseudo.get(':scheme', '')), 'no valid scheme', error=StreamError)
+    require(re.fullmatch(_TOKEN, method) and re.fullmatch(r'/[!-"$-~]*|\*', target), 'bad method or path',
+            error=StreamError)
     host = pseudo.get(':authority', headers.get('host', ''))
-    if not _HOST.fullmatch(host) or headers.get('host', host) != host:
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad authority')
-    if not re.fullmatch('[0-9]{1,18}', headers.get('content-length', '0')):
-        raise StreamError(ErrorCode.PROTOCOL_ERROR, 'bad content-length')
+    require(_HOST.fullmatch(host) and headers.get('host', host) == host, 'bad authority', error=StreamError)
+    require(_LENGTH.fullmatch(headers.get('content-length', '0')), 'bad content-length', error=StreamError)
     if host:
         headers['host'] = host      # RFC 9113 8.3.1
     return method, target, headers
 
 
-class Window:
-    """How many bytes of content may be sent, by one side, on a stream or on a connection
-    (RFC 9113 5.2.1)."""
+class ReceiveWindow:
+    """How many bytes of content the client may send, on a stream or on all (RFC 9113 5.2.1)."""
 
-    __slots__ = ('available',)
+    def __init__(self, size: int) -> None:
+        self.available = self._size = size
+        self._taken = 0         # bytes that the client is still to be told of
 
-    def __init__(self, size: int = _DEFAULT_WINDOW) -> None:
-        self.available = size   # may become negative (RFC 9113 6.9.2)
-
-    def consume(self, count: int) -> bool:
-        """Use `count` bytes of the window; whether they were available."""
-        self.available -= count
-        return self.available >= 0
-
-    def expand(self, count: int) -> bool:
-        """Add `count` bytes; False if the window exceeds LARGEST_WINDOW."""
-        self.available += count
-        return self.available <= LARGEST_WINDOW
-
-
-class ReceiveWindow(Window):
-    """A window of the client's; `size` is what is available once all that has arrived has been
-    acknowledged."""
-
-    __slots__ = ('size', '_owed')
-
-    def __init__(self, size: int = _DEFAULT_WINDOW) -> None:
-        super().__init__(size)
-        self.size = size
-        self._owed = 0          # bytes that the client is still to be told of
-
-    def acknowledge(self, count: int) -> None:
-        """Note that `count` bytes have been consumed from memory."""
-        self._owed += count
-
-    def resize(self, size: int) -> None:
-        """Change the size; a smaller one withholds what is acknowledged."""
-        self._owed += size - self.size
-        self.size = size
-
-    def increment(self, limit: float = math.inf) -> int:
-        """Bytes that a WINDOW_UPDATE is to add now, so that no more than `limit` are available; 0
-        while they are too few for a frame."""
-        count = int(min(self._owed, limit - self.available))
-        if count <= 0 or count < min(self.size // 4, limit - self.available):
+    def release(self, count: int) -> int:
+        """Content was taken from memory; bytes that a WINDOW_UPDATE is to add now, 0 for none."""
+        self._taken += count
+        if self._taken < self._size // 2:
             return 0
-        self._owed -= count
-        self.expand(count)
-        return count
-
-
-class FlowControl:
-    """The windows of a connection and of its `streams`; the writer's lock guards them.
-
-    Threads that wait to send are woken one at a time: the first that can send is told, and when it
-    has taken its part it tells the next.
-    """
-
-    def __init__(self, writer: FrameWriter, streams: Dict[int, Stream],
-                 on_sent: Callable[[Stream], None], clock: Callable[[], float]) -> None:
-        self.writer = writer
-        self.sending = Window()             # of the connection
-        self.initial = _DEFAULT_WINDOW      # of a new stream
-        self.closed = False                 # no more can be hoped for
-        self.clock = clock
-        self._streams = streams
-        self._on_sent = on_sent             # the rest of an answer has been sent for its thread
-        self._receiving = ReceiveWindow()
-        self._spare = CONNECTION_WINDOW     # bytes by which the windows of streams may still be opened
-        self._waiting: Dict[Stream, None] = {}      # to send, in the order in which they came
-        # Content that was sent and that the client has not given back: on the connection, on streams.
-        self._unreturned = [0, 0]
-
-    # ---- content that arrives ----
-
-    def receive(self, count: int) -> None:
-        """Count content that has arrived.  Raises Http2Error if it exceeds the connection's window."""
-        if not self._receiving.consume(count):
-            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, 'more content than the connection may send')
-
-    def acknowledge(self, count: int, stream: Optional[Stream] = None) -> None:
-        """Content has left the memory: the client may send as much again."""
-        self._receiving.acknowledge(count)
-        self._send_update(self._receiving.increment(), 0)
-        if stream and stream.may_receive:
-            stream.receiving.acknowledge(count)
-            self._send_update(stream.receiving.increment(stream.limit()), stream.id)
-
-    def open_window(self, stream: Stream) -> None:
-        """The content of a request is being read: let the client send it.  A stream that came while others
-        had everything gets its part later, when that more than doubles its window."""
-        if stream.phase is not Phase.RECEIVING or not stream.may_receive:
-            return
-        receiving = stream.receiving
-        wanted = min(READ_WINDOW - receiving.size, stream.limit() - receiving.available)
-        extra = int(max(min(wanted, self._spare), 0))
-        if stream.opened is None or extra > receiving.size:
-            stream.opened = (stream.opened or 0) + extra
-            self._spare -= extra
-            receiving.resize(receiving.size + extra)
-            self._receiving.resize(self._receiving.size + extra)
-            self.acknowledge(0, stream)
-
-    def close_window(self, stream: Stream) -> None:
-        """A request needs no more content: others may have what it was given."""
-        if stream.opened:
-            self._spare += stream.opened
-            self._receiving.resize(self._receiving.size - stream.opened)
-            stream.opened = 0
-
-    def _send_update(self, increment: int, stream_id: int) -> None:
-        if increment:
-            self.writer.queue(FrameType.WINDOW_UPDATE, 0, stream_id, struct.pack('>I', increment))
-
-    # ---- content that leaves ----
-
-    def on_window_update(self, increment: int, stream: Optional[Stream] = None) -> None:
-        """The client lets more be sent, on a stream or on all.  Raises Http2Error, StreamError."""
-        if not (stream or self).sending.expand(increment):
-            raise (StreamError if stream else Http2Error)(ErrorCode.FLOW_CONTROL_ERROR,
-                                                          'the window is too large')
-        self.wake()
-
-    def is_return(self, increment: int, of_stream: bool) -> bool:
-        """Whether a WINDOW_UPDATE gives back content that was sent, and nothing else."""
-        left = self._unreturned[of_stream] - increment
-        self._unreturned[of_stream] = max(left, 0)
-        return left >= 0
-
-    def set_initial(self, value: int) -> None:
-        """SETTINGS_INITIAL_WINDOW_SIZE (RFC 9113 6.9.2); windows may become negative.  Raises
-        Http2Error."""
-        change, self.initial = value - self.initial, value
-        fit = [stream.sending.expand(change) for stream in self._streams.values()]
-        if value > LARGEST_WINDOW or not all(fit):
-            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, 'the window of a stream is too large')
-        self.wake()
-
-    def wake(self) -> None:
-        """Have the first stream go on that waits to send and can, with the lock.  What is left of
-        short answers is sent here and now."""
-        for stream in list(self._waiting):
-            if self.sending.available <= 0:
-                return
-            if stream.sending.available > 0 and stream.unsent:
-                self._send_unsent(stream)
-            elif stream.sending.available > 0:
-                stream.notify()
-                return
-
-    def reserve(self, stream: Stream, count: int, wait: bool = True) -> int:
-        """Reserve up to `count` bytes of the windows; how many.  Waits until some are available, or returns
-        0 without `wait`.  Call it without the lock.  Raises Gone."""
-        with self.writer.lock:
-            self._waiting[stream] = None
-            try:
-                while not (stream.aborted or (stream.sending.available > 0 and self.sending.available > 0)):
-                    if self.closed:
-                        raise Gone('client disconnected')
-                    if not wait:
-                        return 0
-                    if stream.blocked == math.inf:
-                        stream.blocked = self.clock()
-                    stream.wait()
-                if stream.aborted:
-                    raise Gone(stream.aborted)
-                return self._take(stream, min(count, SEND_BYTES))
-            finally:
-                stream.blocked = math.inf
-                self._waiting.pop(stream, None)
-                self.wake()
-
-    def take_all(self, stream: Stream, count: int) -> bool:
-        """Reserve `count` bytes if all of them may be sent at once, with the lock."""
-        return (count <= min(stream.sending.available, self.sending.available)
-                and self._take(stream, count) == count)
-
-    def send_later(self, stream: Stream, content: bytes) -> bool:
-        """Have the content of an answer sent when the windows allow it, without a thread that waits; False
-        if UNSENT_BYTES are waiting already.  Call it with the lock."""
-        waiting = sum(len(one.unsent) for one in self._waiting) + self.writer.pending_bytes
-        if waiting + len(content) > UNSENT_BYTES:
-            return False
-        stream.unsent = memoryview(content)
-        stream.blocked = self.clock()
-        self._waiting[stream] = None
-        self.wake()
-        return True
-
-    def forget(self, stream: Stream) -> None:
-        """A stream is over, with the lock."""
-        self.close_window(stream)
-        stream.unsent = memoryview(b'')
-        if stream in self._waiting:
-            del self._waiting[stream]
-            self.wake()
-
-    def release(self, stream: Stream, count: int) -> None:
-        """Give back what was reserved for content that is not sent; without the lock."""
-        if count:
-            with self.writer.lock:
-                self._move(stream, -count)
-                self.wake()
-
-    def _take(self, stream: Stream, count: int) -> int:
-        count = min(count, stream.sending.available, self.sending.available)
-        self._move(stream, count)
-        stream.passed += count
-        return count
-
-    def _move(self, stream: Stream, count: int) -> None:
-        for at, window in enumerate((self.sending, stream.sending)):
-            window.consume(count)
-            self._unreturned[at] += count
-
-    def _send_unsent(self, stream: Stream) -> None:
-        """Queue as much of what is left of an answer as may be sent."""
-        count = self._take(stream, len(stream.unsent))
-        part, stream.unsent = stream.unsent[:count], stream.unsent[count:]
-        stream.blocked = self.clock()
-        self.writer.append(b''.join(self.writer.content_frames(stream.id, part, not stream.unsent)))
-        if not stream.unsent:
-            stream.end_sent()
-            del self._waiting[stream]
-            self._on_sent(stream)
-
-
-class StreamState(enum.IntEnum):
-    """RFC 9113 5.1; see the chapter's opening."""
-
-    OPEN, HALF_CLOSED_REMOTE, HALF_CLOSED_LOCAL, CLOSED = range(4)
-
-
-class Phase(enum.IntEnum):
-    """How far a request is; see the chapter's opening."""
-
-    RECEIVING, TIMED_OUT, ANSWERING, ANSWERED = range(4)
-
-
-_WHEN_RECEIVED_END = {StreamState.OPEN: StreamState.HALF_CLOSED_REMOTE,
-                      StreamState.HALF_CLOSED_LOCAL: StreamState.CLOSED}
-_WHEN_SENT_END = {StreamState.OPEN: StreamState.HALF_CLOSED_LOCAL,
-                  StreamState.HALF_CLOSED_REMOTE: StreamState.CLOSED}
+        increment, self._taken = self._taken, 0
+        self.available += increment
+        return increment
 
 
 class Stream:
-    """One request and its content, which it gives to the request thread as Body; `flow` is the
-    connection's, `length` the bytes of content announced, None if they are not.  Without content
-    the request is `whole`."""
+    """One request, and its content as a Body; `length` is what is announced, None if it is not.  Without
+    content the request is `whole`.  Its state (RFC 9113 5.1; the lock of `exchanges` guards all of it):
 
-    __slots__ = ('id', 'length', 'state', 'phase', 'aborted', 'remaining', 'padded', 'receiving',
-                 'opened', 'sending', 'unsent', 'deadline', 'extension', 'passed', 'blocked', 'stalled',
-                 'expects_continue', 'buffered', '_buffer', '_view', '_filling', '_filled', '_changed',
-                 '_flow', '_writer')
+        OPEN                receiving, sending
+        HALF_CLOSED_REMOTE  sending: END_STREAM has arrived
+        HALF_CLOSED_LOCAL   receiving: END_STREAM was sent
+        CLOSED              neither; `aborted` says why, if it was reset or has ended with the connection
+    """
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
-    def __init__(self, flow: FlowControl, stream_id: int, length: Optional[int], whole: bool = False) -> None:
+    def __init__(self, exchanges: Exchanges, stream_id: int, length: Optional[int], whole: bool) -> None:
         self.id = stream_id
         self.length = 0 if whole else length
-        self.state = StreamState.HALF_CLOSED_REMOTE if whole else StreamState.OPEN
-        self.phase = Phase.RECEIVING
-        self.aborted = ''               # why it was reset, or ended with the connection
+        self.receiving, self.sending, self.aborted = not whole, True, ''
         self.remaining = self.length    # bytes of content announced that have not arrived
-        self.padded = False             # it takes more than its content from the windows
-        self.receiving = ReceiveWindow()
-        self.opened: Optional[int] = None   # bytes by which the windows were opened for its reader
-        self.sending = Window(flow.initial)
-        self.unsent = memoryview(b'')   # of the answer; sent without the request thread
-        self.deadline = math.inf        # by the connection's clock, as all times here
-        self.extension = 0.0            # seconds of the deadline for each byte that passes
-        self.passed = 0                 # bytes since the deadline was set
-        self.blocked = math.inf         # since when a byte has been waited for
-        self.stalled = False            # that took too long, which is counted once
+        self.allowed = ReceiveWindow(READ_WINDOW)
+        self.window = exchanges.initial_window  # bytes that may be sent; may be negative (RFC 9113 6.9.2)
+        self.content = bytearray()      # that has arrived and was not read
+        self.wanted = True              # more of it is to be read
         self.expects_continue = False   # the client waits for 100 (Continue)
-        self.buffered = 0               # bytes in _buffer
-        self._buffer: List[memoryview] = []     # content that arrived before it was asked for
-        self._view: Optional[memoryview] = None     # the request thread waits to have it filled
-        self._filling = False               # the reading thread is about to
-        self._filled = 0
-        self._changed: Optional[threading.Condition] = None     # once a thread has waited
-        self._flow = flow
-        self._writer = flow.writer
-
-    # ---- state; all with the lock ----
-
-    @property
-    def may_receive(self) -> bool:
-        """Whether content may still arrive."""
-        return self.state in (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
-
-    def end_received(self) -> None:
-        """END_STREAM has arrived."""
-        self.state = _WHEN_RECEIVED_END.get(self.state, self.state)
-        self.notify()
-
-    def end_sent(self) -> None:
-        """END_STREAM has been sent, or is about to be."""
-        self.state = _WHEN_SENT_END.get(self.state, self.state)
-
-    def abort(self, reason: str) -> None:
-        """It was reset, or the connection has ended: tell the thread that waits here."""
-        self.state = StreamState.CLOSED
-        self.aborted = self.aborted or reason
-        self.discard()
-        self.notify()
-
-    def limit(self) -> float:
-        """Bytes of content that may still arrive."""
-        return math.inf if self.remaining is None or self.padded else self.remaining
-
-    # ---- time ----
-
-    def wait_for(self, seconds: float, extension: float = 0.0) -> None:
-        """Set the deadline, in seconds from now; each byte that passes extends it by `extension`."""
-        self.deadline = self._flow.clock() + seconds
-        self.extension, self.passed = extension, 0
-
-    def next_deadline(self, stall_seconds: float) -> float:
-        """When it takes too long, in all or without a byte."""
-        return min(self.deadline + self.passed * self.extension, self.blocked + stall_seconds)
-
-    def wait(self) -> None:
-        """Wait for notify(), without the lock, which is held before and after."""
-        if self._changed is None:
-            self._changed = threading.Condition(self._writer.lock)
-        self._changed.wait()
-
-    def notify(self) -> None:
-        """Wake the thread that waits for a change here."""
-        if self._changed:
-            self._changed.notify_all()
-
-    # ---- content, for the request thread ----
+        self.deadline = Deadline()
+        self._exchanges = exchanges
 
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
+        exchanges = self._exchanges
         if self.expects_continue:
             self.expects_continue = False   # RFC 9110 15.2.1
-            if not self._writer.write([header_frames(self.id, [(':status', '100')])], self):
-                raise Gone(self.aborted)
-        with self._writer.lock:
-            self._flow.open_window(self)
-            self._view, self._filled = view, 0
-            self.blocked = self._flow.clock()
-            while self._filling or not (self._filled or self._buffer or not self.may_receive
-                                        or self.phase != Phase.RECEIVING):
-                self.wait()
-            self.blocked = math.inf
-            self._view, count = None, self._filled
+            exchanges.send(self, header_frames(self.id, [(':status', '100')]))
+        with exchanges.changed:
+            if not exchanges.wait(self.deadline, lambda: self.content or not self.receiving, STALLED_UPLOAD):
+                raise HttpError(408, 'the content took too long')
             if self.aborted:
                 raise Gone(self.aborted)
-            if not count and self._buffer:
-                count = self._take_buffered(view)
-            elif not count and self.may_receive:
-                raise HttpError(408, 'the content took too long')
+            count = min(len(view), len(self.content))
+            view[:count] = self.content[:count]
+            del self.content[:count]
+            exchanges.release(count, self)
+        exchanges.flush()
         return count
-
-    def _take_buffered(self, view: memoryview) -> int:
-        chunk = self._buffer.pop(0)
-        count = min(len(view), len(chunk))
-        view[:count] = chunk[:count]
-        if count < len(chunk):
-            self._buffer.insert(0, chunk[count:])
-        self.buffered -= count
-        self._flow.acknowledge(count, self)
-        return count
-
-    # ---- content, for the thread that reads frames ----
-
-    @property
-    def half_received(self) -> bool:
-        """Whether half a frame of its content has arrived: what else there is waits for the rest."""
-        return self._filling
-
-    def receive(self, reader: FrameReader, size: int) -> None:
-        """Take the next `size` bytes of content.  Raises Gone, and EOFError."""
-        reader.on_content = self._note_progress
-        try:
-            while size:
-                with self._writer.lock:
-                    if not self._wants_content:
-                        return
-                    view = self.offer()
-                if view is None:
-                    self._receive_ahead(reader, size)
-                    return
-                count = 0
-                try:
-                    reader.read_into(view[:size])
-                    count = min(len(view), size)
-                finally:
-                    with self._writer.lock:
-                        self.filled(count)
-                size -= count
-        finally:
-            reader.on_content = None
-
-    @property
-    def _wants_content(self) -> bool:
-        return self.phase < Phase.ANSWERING and not self.aborted
-
-    def _receive_ahead(self, reader: FrameReader, size: int) -> None:
-        """Take content for which no thread waits."""
-        data = bytearray(size)
-        reader.read_into(memoryview(data))
-        with self._writer.lock:
-            if self._wants_content:
-                self.buffer(data)
-            else:
-                self._flow.acknowledge(size)
-
-    def _note_progress(self, count: int) -> None:
-        """Some content has arrived, be it of half a frame."""
-        with self._writer.lock:
-            self.passed += count
-            if self.blocked < math.inf:
-                self.blocked = self._flow.clock()
-
-    def offer(self) -> Optional[memoryview]:
-        """Where content is to go that has arrived, if a thread waits for it; filled() follows."""
-        if self._view is None or self._buffer:
-            return None
-        view, self._view, self._filling = self._view, None, True
-        return view
-
-    def filled(self, count: int) -> None:
-        """`count` bytes were put where offer() said."""
-        self._filling, self._filled = False, count
-        self._flow.acknowledge(count, self)
-        self.notify()
-
-    def buffer(self, data: bytes | bytearray) -> None:
-        """Keep content until it is asked for.  Many small pieces become one."""
-        self.buffered += len(data)
-        if self._buffer and len(data) + len(self._buffer[-1]) < RECEIVE_BYTES:
-            data = bytes(self._buffer.pop()) + data
-        self._buffer.append(memoryview(data))
-        self.notify()
-
-    def discard(self) -> None:
-        """Drop the content that was buffered."""
-        self._flow.acknowledge(self.buffered)
-        self.buffered = 0
-        self._buffer.clear()
-
-
-class ResponseSender:
-    """Sends the answer on a stream, in the request thread; `sent` counts the bytes of its content.  All
-    methods raise Gone, and OSError if the content cannot be read."""
-
-    __slots__ = ('sent', '_stream', '_flow', '_writer', '_head')
-
-    def __init__(self, stream: Stream, flow: FlowControl) -> None:
-        self.sent = 0
-        self._stream = stream
-        self._flow = flow
-        self._writer = flow.writer
-        self._head = b''                # HEADERS, to be sent with the first of the content
-
-    def send(self, method: str, response: Response) -> None:
-        """Send all of the answer to a request of this method."""
-        body = response.body
-        headers = [(':status', str(response.status)), ('date', http_date(int(time.time()))),
-                   *((name.lower(), value) for name, value in response.headers)]
-        if isinstance(body, bytes):
-            headers.append(('content-length', str(len(body))))
-        elif isinstance(body, FileSlice):
-            headers.append(('content-length', str(body.length)))
-        if method == 'HEAD' or not body:
-            head = header_frames(self._stream.id, headers, _END_STREAM)
-            self._write([head], last=True, wait=False)
-            return
-        self._head = header_frames(self._stream.id, headers)
-        if isinstance(body, bytes):
-            self._send_short(body)
-        elif isinstance(body, FileSlice):
-            unpin(True)
-            self._send_slice(body)
-        else:
-            self._send_chunks(body)
-
-    def _send_short(self, content: bytes) -> None:
-        """Send content that is in memory, without waiting for the client to take it."""
-        with self._writer.lock:
-            if self._stream.aborted:
-                raise Gone(self._stream.aborted)
-            fits = self._flow.take_all(self._stream, len(content))
-            if not fits:
-                self._writer.append(self._head)
-                self._head = b''
-                if self._flow.send_later(self._stream, content):
-                    self.sent = len(content)
-                    return
-        if fits:
-            self._send_content(content, True, wait=False)
-            self.sent = len(content)
-        else:
-            self._send_chunk(content, last=True)
-
-    def _send_slice(self, content: FileSlice) -> None:
-        while content.length:
-            count = self._reserve(content.length)
-            try:
-                data = content.read(count)
-            except OSError:
-                self._flow.release(self._stream, count)
-                raise
-            self._flow.release(self._stream, count - len(data))
-            self._send_content(data, not content.length)
-            self.sent += len(data)
-
-    def _send_chunks(self, chunks: Iterator[bytes]) -> None:
-        """Send chunks as they are made."""
-        for chunk in chunks:
-            self._send_chunk(chunk)
-        self._send_content(b'', True)
-
-    def _send_chunk(self, chunk: bytes, last: bool = False) -> None:
-        view = memoryview(chunk)
-        while view:
-            count = self._reserve(len(view))
-            self._send_content(view[:count], last and count == len(view))
-            view = view[count:]
-            self.sent += count
-
-    def _reserve(self, count: int) -> int:
-        """How much content may be sent now.  While none may, the header goes ahead."""
-        available = self._flow.reserve(self._stream, count, wait=not self._head)
-        if not available:
-            head, self._head = self._head, b''
-            self._write([head])
-            available = self._flow.reserve(self._stream, count)
-        return available
-
-    def _send_content(self, data: bytes | memoryview, last: bool, wait: bool = True) -> None:
-        """Send content for which there is room in the windows."""
-        head, self._head = self._head, b''
-        frames = self._writer.content_frames(self._stream.id, data, last)
-        try:
-            self._write([head, *frames], last, wait)
-        except Gone:
-            self._flow.release(self._stream, len(data))
-            raise
-
-    def _write(self, parts: List[bytes | memoryview], last: bool = False, wait: bool = True) -> None:
-        if not self._writer.write(parts, self._stream, last, wait):
-            raise Gone(self._stream.aborted)
-
-
-# ==== Http2 ======================================================================================
-# One HTTP/2 connection (RFC 9113).
-#
-# Theory of operation.  The connection's thread runs Http2.run(): it reads frames and calls the method of
-# their type.  It never waits for the client to read, or a window update could not get through.  Exchanges
-# opens a stream for each request and gives it to a request thread, of those that all connections of the
-# process share.  Frames are sent by request threads, and by the flusher of FrameWriter.  The main thread
-# calls stop(), next_deadline() and expire(), which must not wait.
-#
-# How a connection ends:
-#
-#     an error of the connection ──▶ _fail(): GOAWAY ─────────────────────────────────────┐
-#     stop(), or nothing to do   ──▶ _shut_down(): GOAWAY; when no stream is left open,   │
-#                                    end_input() ──▶ EOFError ────────────────────────────┤
-#     the client has gone        ──▶ EOFError, or Gone ───────────────────────────────────┤
-#                                                                                         ▼
-#     Exchanges.drain(): at the end of input the streams that wait for more are aborted, and requests that
-#     are whole are answered; after an error, or if the client has gone otherwise, all are aborted
-#          ──▶ FrameWriter.finish() ──▶ Connection.linger() ──▶ Connection.close()
-
-STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-FLOOD_BURST = 1000           # useless frames that may arrive at once
-FLOOD_REFILL_SECOND = 100    # useless frames that may arrive each second
-FLOOD_REFILL_ANSWER = 2      # useless frames that may arrive with each answer
-IDLE_THREADS = 8             # request threads that are kept for another request, for IDLE_SECONDS
-
-
-class RequestThreads(Shares):
-    """Places for the requests of HTTP/2 on all connections, and the threads that answer them."""
-
-    def __init__(self, limit: int, limit_each: int, exempt: Callable[[str], bool]) -> None:
-        super().__init__(limit, limit_each, exempt)
-        self.submit = Threads(IDLE_THREADS).submit
-
-
-class FloodBudget:
-    """A token bucket for useless frames: how many a client may still send (RFC 9113 10.5)."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._tokens = float(FLOOD_BURST)
-        self._spent_at = clock()
-        self._answers = 0           # requests that were answered
-        self._refilled = 0          # of these, those for which tokens were given
-
-    def refill(self) -> None:
-        """A request has been answered."""
-        self._answers += 1
-
-    def spend(self) -> None:
-        """A useless frame has arrived.  Raises Http2Error if it was one too many."""
-        now, answers = self._clock(), self._answers
-        earned = ((now - self._spent_at) * FLOOD_REFILL_SECOND
-                  + (answers - self._refilled) * FLOOD_REFILL_ANSWER)
-        self._tokens = min(self._tokens + earned, FLOOD_BURST) - 1
-        self._spent_at, self._refilled = now, answers
-        if self._tokens < 0:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many useless frames')
-
-
-class HeaderBlock:
-    """A header block that may arrive in several frames (RFC 9113 4.3); `stream_id` is that of its stream, 0
-    before the first frame."""
-
-    def __init__(self) -> None:
-        self.stream_id = 0
-        self.ends_stream = False
-        self.block = b''
-        self.depends_on_itself = False
-
-    def begin(self, stream_id: int, flags: int, payload: bytes) -> None:
-        """HEADERS has arrived, with this payload but for its padding (RFC 9113 6.2).  Raises
-        Http2Error."""
-        self.stream_id, self.ends_stream = stream_id, bool(flags & _END_STREAM)
-        if flags & _PRIORITIZED:
-            if len(payload) < 5:
-                raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'HEADERS without its priority')
-            self.depends_on_itself = depends_on_itself(stream_id, payload)
-            payload = payload[5:]
-        self.block = payload
-
-    def extend(self, payload: bytes, limit: int) -> None:
-        """CONTINUATION has arrived.  Raises Http2Error where `limit` bytes are passed."""
-        self.block += payload
-        if len(self.block) > limit:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'header block never ends')
-
-
-def depends_on_itself(stream_id: int, priority: bytes) -> bool:
-    """Whether a stream's priority names the stream itself, which is an error (RFC 7540 5.3.1)."""
-    return int.from_bytes(priority[:4], 'big') & 0x7fffffff == stream_id
-
-
-class StreamRegistry:
-    """The streams of a connection by their numbers (RFC 9113 5.1.1): those that are `open`, `last` the
-    highest of all, and the last ones to be closed."""
-
-    def __init__(self) -> None:
-        self.open: Dict[int, Stream] = {}
-        self.last = 0
-        self._closed: Dict[int, bool] = {}  # and whether we have reset them
-
-    def find(self, stream_id: int) -> Optional[Stream]:
-        """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
-        if not stream_id & 1 or stream_id > self.last:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'frame for a stream that was never opened')
-        stream = self.open.get(stream_id)
-        return None if stream and stream.state is StreamState.CLOSED else stream
-
-    def begin_headers(self, stream_id: int) -> None:
-        """HEADERS of a stream has arrived.  Raises Http2Error if there can be none (RFC 9113 5.1
-        and 5.1.1)."""
-        if not stream_id & 1:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS on a stream that clients may not open')
-        if stream_id <= self.last and not self.find(stream_id):
-            if stream_id not in self._closed and stream_id not in self.open:
-                # Lower ones that were left out can never be opened.
-                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'HEADERS on a stream older than the last')
-            if not self.was_reset(stream_id):
-                raise Http2Error(ErrorCode.STREAM_CLOSED, 'HEADERS on a closed stream')
-        self.last = max(stream_id, self.last)
-
-    def was_reset(self, stream_id: int) -> Optional[bool]:
-        """Whether we have reset a stream, so that what still arrives for it is no fault of the client's;
-        None if it is not known as closed."""
-        return self._closed.get(stream_id)
-
-    def is_full(self) -> bool:
-        """Whether the client has as many as it may (RFC 9113 5.1.2)."""
-        return len(self.open) >= STREAMS and sum(
-            stream.state is not StreamState.CLOSED for stream in self.open.values()) >= STREAMS
-
-    def close(self, stream_id: int, by_us: bool) -> None:
-        """Know a stream as closed, for a while."""
-        self.open.pop(stream_id, None)
-        self._closed[stream_id] = by_us
-        if len(self._closed) > 4 * STREAMS:
-            del self._closed[next(iter(self._closed))]
 
 
 class Exchanges:
-    """The requests of a connection and their answers (RFC 9113 8.1); each has a stream and takes one of
-    `threads`; where there is none, it is refused.  The writer's lock guards what is public."""
+    """The requests of a connection, and all that is sent on it.  `changed` has the lock, and is notified of
+    whatever somebody may wait for.  The first methods are for threads without the lock, the others for those
+    that have it."""
 
-    def __init__(self, connection: Connection, api: Api, threads: RequestThreads, writer: FrameWriter,
-                 flood: FloodBudget) -> None:
-        self.streams = StreamRegistry()
-        self.flow = FlowControl(writer, self.streams.open, self._on_answered, connection.clock)
-        self.running = 0                # requests that have a thread
-        self.last_opened = 0            # the highest stream that was taken on, or refused
-        self.closing = False            # GOAWAY has been sent: no more are taken on
-        self.idle_since = connection.clock()
+    def __init__(self, connection: Connection, api: Api) -> None:
+        self.changed = threading.Condition()
+        self.streams: Dict[int, Stream] = {}        # that are not closed
+        self.closed: Dict[int, bool] = {}           # the last that were; whether we have reset them
+        self.initial_window = _DEFAULT_WINDOW       # bytes that may be sent on a new stream
+        self.window = _DEFAULT_WINDOW               # and on all of them
+        self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
+        self.allowed = ReceiveWindow(CONNECTION_WINDOW)
+        self.shuts_down = False         # GOAWAY was sent: no more requests are taken on
+        self.unsent = b''               # frames that the next to send takes along
+        self._is_sending = False        # some thread is
+        self._ended = False             # no more frames will be read
+        self._running = 0               # requests that have a thread
+        self._threads = Threads(IDLE_THREADS)
         self._connection = connection
         self._api = api
         self._limits = connection.limits
-        self._threads = threads
-        self._writer = writer
-        self._flood = flood
 
-    # ---- for the thread that reads frames ----
+    def send(self, stream: Stream, head: bytes, content: bytes | memoryview = b'',
+             last: bool = False) -> int:
+        """Send HEADERS and as much content as the client's windows allow, at least one byte without HEADERS;
+        how much.  If all goes it may be the `last` of its stream.  Raises Gone."""
+        def is_ready() -> bool:
+            return not stream.sending or not self._is_sending and bool(
+                head or not content or self._ended or min(stream.window, self.window) > 0)
 
-    def open(self, stream_id: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
-        """Begin to answer a request whose header is `complete`, or was too long; without content it
-        is `whole`.  Raises StreamError."""
-        method, target, headers = (request_of(fields) if complete else
-                                   (dict(fields).get(':method', '-'), '', {}))
-        length = int(headers['content-length']) if 'content-length' in headers else None
-        if whole and length:
-            raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
-        with self._writer.lock:
-            if self.closing:  # RFC 9113 6.8: it has crossed our GOAWAY
-                self.streams.close(stream_id, True)
+        with self.changed:
+            if not self.wait(stream.deadline, is_ready, STALLED_DOWNLOAD):
+                self.reset(stream.id, ErrorCode.CANCEL)
+            count = max(min(len(content), stream.window, self.window), 0)
+            if stream.aborted or (content and not count and not head):
+                raise Gone(stream.aborted or 'client disconnected')
+            stream.window -= count
+            self.window -= count
+            stream.deadline.passed += count
+            ends = last and count == len(content)
+            frames, self.unsent, self._is_sending = self.unsent + head, b'', True
+            if count or not head:
+                frames += data_frames(stream.id, content[:count], self.frame_bytes, ends)
+            if ends:
+                self.end(stream, sending=False)
+        self._send(frames)
+        if stream.aborted:
+            raise Gone(stream.aborted)
+        return count
+
+    def flush(self, by_another: bool = False) -> None:
+        """Send what is unsent, unless a thread is about to; or have it sent `by_another` than this one."""
+        with self.changed:
+            frames = b'' if self._is_sending else self._take_unsent()
+        if frames and by_another:
+            with contextlib.suppress(RuntimeError):     # no thread can be started
+                self._threads.submit(functools.partial(self._send, frames))
                 return
-            self.last_opened = stream_id
-            if self.running >= 2 * STREAMS or self.streams.is_full():  # RFC 9113 5.1.2
-                raise StreamError(ErrorCode.REFUSED_STREAM, 'too many requests at once')
-            if self._threads.is_greedy(self._connection.peer):
-                self._turn_away(stream_id, whole)
-                return
-            stream = Stream(self.flow, stream_id, length, whole)
-            stream.wait_for(self._limits.read_seconds, self._limits.read_extension)
-            expected = headers.get('expect', '')
-            stream.expects_continue = bool(expected) and not whole
-            request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
-            refusal = None
-            if not complete:  # RFC 9113 10.5.1
-                refusal = HttpError(431, f'header is longer than {self._limits.header_bytes} bytes')
-            elif expected and expected.lower() != '100-continue':
-                refusal = HttpError(417, 'only the expectation 100-continue is supported')
-            self._submit(functools.partial(self._serve, stream, request, refusal))
-            self.streams.open[stream_id] = stream
-            self.running += 1
+        self._send(frames)
 
-    def _submit(self, job: Callable[[], None]) -> None:
-        """Have a thread answer a request; with the lock.  Raises StreamError if there is none."""
-        peer = self._connection.peer
-        if not self._threads.acquire(peer):
-            self._connection.on_limit(REQUESTS, peer)
-            # RFC 9113 8.7: the client may send it again.
-            raise StreamError(ErrorCode.REFUSED_STREAM, 'too many requests on all connections')
-        try:
-            self._threads.submit(job)
-        except RuntimeError as error:
-            self._threads.release(peer)
-            raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
-
-    def _turn_away(self, stream_id: int, whole: bool) -> None:
-        """Answer 503 without a thread; with the lock."""
-        peer = self._connection.peer
-        self._connection.on_limit(REQUESTS_PER_ADDRESS, peer)
-        self._writer.append(header_frames(stream_id, [
-            (':status', '503'), ('date', http_date(int(time.time()))), ('retry-after', '10')], _END_STREAM))
-        if whole:
-            self.streams.close(stream_id, False)
-        else:
-            self.reset(stream_id, ErrorCode.NO_ERROR)
-        self._api.finish(Request('-', '', 'HTTP/2.0', {}, _NO_BODY, peer), 503, 0)
-
-    def end_content(self, stream: Stream) -> None:
-        """END_STREAM has arrived.  Raises StreamError."""
-        if stream.remaining:
-            raise StreamError(ErrorCode.PROTOCOL_ERROR, 'less content than announced')
-        with self._writer.lock:
-            stream.end_received()
-            if stream.phase is Phase.ANSWERED and not stream.unsent and stream.id in self.streams.open:
-                self._drop(stream, False)
-
-    def cancel(self, stream_id: int) -> None:
-        """RST_STREAM has arrived.  Raises Http2Error."""
-        with self._writer.lock:
-            stream = self.streams.find(stream_id)
-            if stream:
-                stream.abort('the client has cancelled the request')
-                self._drop(stream, False)
-
-    def reset(self, stream_id: int, code: ErrorCode) -> None:
-        """Send RST_STREAM; with the lock."""
-        self._writer.queue(FrameType.RST_STREAM, 0, stream_id, struct.pack('>I', code))
-        stream = self.streams.open.get(stream_id)
-        if stream:
-            stream.abort('the stream was reset')
-            self._drop(stream, True)
-        else:
-            self.streams.close(stream_id, True)
-
-    def _drop(self, stream: Stream, by_us: bool) -> None:
-        """Forget a stream; with the lock.  What still arrives for one that we have reset is no fault
-        of the client's (RFC 9113 5.1)."""
-        self.streams.close(stream.id, by_us)
-        self.flow.forget(stream)
-        self.idle_since = self._connection.clock()
-        if self.closing and not self.streams.open:
-            self._connection.end_input()
-
-    # ---- for the request thread ----
+    def _send(self, frames: bytes) -> None:
+        """Send frames, and then what others have left meanwhile."""
+        while frames:
+            self._connection.wait_for(Connection.WRITING,
+                                      min(self._limits.write_seconds, self._limits.stall_seconds))
+            try:
+                self._connection.transmit(frames)
+            except Gone as gone:        # no request can be answered any more
+                with self.changed:
+                    self.unsent = b''
+                    self.abort_all(str(gone))
+                self._connection.end_input()
+            self._connection.wait_for(Connection.IDLE, math.inf)
+            with self.changed:
+                frames = self._take_unsent()
 
     def _serve(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
         """Answer one request."""
-        unpin(stream.length is None or stream.length > SMALL_BYTES)
-        answered = False
+        code = ErrorCode.CANCEL
         try:
-            if stream.aborted:
-                raise Gone(stream.aborted)
-            response = self._api.refuse(refusal) if refusal else self._api.handle(request)
             try:
-                answered = True
+                response = self._api.refuse(refusal) if refusal else self._api.handle(request)
+            except Gone:
+                self._api.finish(request, CLIENT_GONE, 0)
+                raise
+            with contextlib.closing(response):
                 self._answer(stream, request, response)
-            finally:
-                response.close()
+            code = ErrorCode.NO_ERROR   # RFC 9113 8.1: the rest of the content is not wanted
+            with self.changed:
+                # What is little, or is on its way already, ends by itself.
+                if stream.remaining is None or stream.remaining <= SKIP_BYTES:
+                    self.changed.wait_for(lambda: not stream.receiving or self._ended, LINGER_SECONDS)
         except Gone as gone:
             log.debug('%s: %s', self._connection.peer, gone)
-        finally:
-            if not answered:
-                self._api.finish(request, CLIENT_GONE, 0)
-            with self._writer.lock:
-                self._begin_phase(stream, Phase.ANSWERED)
-                if not stream.aborted:
-                    self._flood.refill()
-                if not stream.unsent:
-                    self._on_answered(stream)
-                self._threads.release(self._connection.peer)
-                self.running -= 1
-                self._writer.drained.notify_all()
-
-    def _answer(self, stream: Stream, request: Request, response: Response) -> None:
-        with self._writer.lock:
-            self._begin_phase(stream, Phase.ANSWERING)
-            stream.wait_for(self._limits.write_seconds, self._limits.write_extension)
-        sender = ResponseSender(stream, self.flow)
-        try:
-            sender.send(request.method, response)
-        except Gone:
-            raise
-        except Exception as error:  # a file that cannot be read; or a fault of ours
+        except Exception as error:      # a file that cannot be read; or a fault of ours
+            code = ErrorCode.INTERNAL_ERROR
             log.error('%s: response aborted: %s', self._connection.peer, error)
             log.debug('traceback:', exc_info=True)
-            with self._writer.lock:
-                if stream.id in self.streams.open:
-                    self.reset(stream.id, ErrorCode.INTERNAL_ERROR)
         finally:
-            self._api.finish(request, response.status, sender.sent)
+            with self.changed:
+                if stream.id in self.streams:
+                    self.reset(stream.id, code)
+                self._running -= 1
+                self.changed.notify_all()
+            self.flush()
 
-    def _begin_phase(self, stream: Stream, phase: Phase) -> None:
-        """Enter a phase in which no content is read any more."""
-        stream.phase = phase
-        stream.discard()
-        self.flow.close_window(stream)
+    def _answer(self, stream: Stream, request: Request, response: Response) -> None:
+        """Send the answer to a request.  Raises Gone, and OSError if the content cannot be read."""
+        with self.changed:
+            self._discard(stream)
+            stream.deadline.begin(self._connection.clock() + self._limits.write_seconds,
+                                  self._limits.write_extension, self._limits.stall_seconds)
+        body, sent, length = response.body, 0, None     # type: Any, int, Optional[int]
+        headers = [(':status', str(response.status)), ('date', http_date(int(time.time()))),
+                   *((name.lower(), value) for name, value in response.headers)]
+        if isinstance(body, (bytes, FileSlice)):
+            length = len(body) if isinstance(body, bytes) else body.length
+            headers.append(('content-length', str(length)))
+        try:
+            if request.method == 'HEAD' or length == 0:
+                self.send(stream, header_frames(stream.id, headers, _END_STREAM), last=True)
+                return
+            head = header_frames(stream.id, headers)
+            for piece in _pieces(body):
+                content = memoryview(piece)
+                while content:
+                    count = self.send(stream, head, content, last=sent + len(content) == length)
+                    head, content, sent = b'', content[count:], sent + count
+            if sent != length:
+                self.send(stream, head)
+                self.send(stream, b'', last=True)
+        finally:
+            self._api.finish(request, response.status, sent)
 
-    def _on_answered(self, stream: Stream) -> None:
-        """All of an answer has been sent, or its stream was aborted; with the lock.  What the client
-        still sends is read if it is little."""
-        stream.blocked = math.inf
-        if stream.phase is not Phase.ANSWERED or stream.id not in self.streams.open:
-            return
-        if not stream.may_receive:
-            self._drop(stream, False)
-        elif stream.remaining is not None and stream.remaining > stream.receiving.available:
-            self.reset(stream.id, ErrorCode.NO_ERROR)  # RFC 9113 8.1: the rest is not wanted
+    def drain(self, failed: bool) -> None:
+        """No more frames will arrive: abort the requests that wait for more, or all of them if the connection
+        has `failed`, and wait for the others."""
+        with self.changed:
+            self._ended = True
+            self.abort_all('client disconnected', even_whole=failed)
+            self.changed.notify_all()
+        self.flush()
+        with self.changed:
+            self.changed.wait_for(lambda: not (self._running or self._is_sending))
+
+    # ---- with the lock ----
+
+    def wait(self, deadline: Deadline, is_ready: Callable[[], object], limit: str) -> bool:
+        """Wait until something is ready; False if the deadline passes first.  A stall counts as `limit`."""
+        clock = self._connection.clock
+        deadline.since = clock()
+        while not is_ready():
+            left = deadline.time() - clock()
+            if left <= 0:
+                if deadline.is_stalled(clock()):
+                    self._connection.on_limit(limit, self._connection.peer)
+                return False
+            self.changed.wait(min(left, threading.TIMEOUT_MAX))
+        deadline.since = math.inf
+        return True
+
+    def open(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
+        """Have a thread answer a request, or refuse it.  Raises StreamError."""
+        stream.deadline.begin(self._connection.clock() + self._limits.read_seconds,
+                              self._limits.read_extension, self._limits.stall_seconds)
+        # RFC 9113 5.1.2
+        require(len(self.streams) < STREAMS and self._running < 2 * STREAMS, 'too many requests at once',
+                ErrorCode.REFUSED_STREAM, StreamError)
+        try:
+            self._threads.submit(functools.partial(self._serve, stream, request, refusal))
+        except RuntimeError as error:
+            raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
+        self.streams[stream.id] = stream
+        self._running += 1
+
+    def end(self, stream: Stream, sending: bool = True, receiving: bool = True) -> None:
+        """END_STREAM was sent, or has arrived."""
+        stream.sending, stream.receiving = stream.sending and sending, stream.receiving and receiving
+        if not (stream.sending or stream.receiving):
+            self.close(stream.id, False)
+
+    def close(self, stream_id: int, by_us: bool) -> None:
+        """Know a stream as closed, for a while.  What still arrives for one that we have reset is no fault
+        of the client's (RFC 9113 5.1)."""
+        self.streams.pop(stream_id, None)
+        self.closed[stream_id] = by_us
+        if len(self.closed) > 4 * STREAMS:
+            del self.closed[next(iter(self.closed))]
+        if self.shuts_down and not self.streams:
+            self._connection.end_input()
+
+    def abort(self, stream: Stream, reason: str, by_us: bool = False) -> None:
+        """A stream was reset, or ends with the connection."""
+        stream.receiving, stream.sending, stream.aborted = False, False, reason
+        self._discard(stream)
+        self.close(stream.id, by_us)
+
+    def abort_all(self, reason: str, even_whole: bool = True) -> None:
+        """Abort the streams that wait for content, or `even_whole` ones."""
+        for stream in list(self.streams.values()):
+            if even_whole or stream.receiving:
+                self.abort(stream, reason)
+
+    def reset(self, stream_id: int, code: ErrorCode) -> None:
+        """Send RST_STREAM soon."""
+        self.queue(FrameType.RST_STREAM, stream_id, struct.pack('>I', code))
+        stream = self.streams.get(stream_id)
+        if stream:
+            self.abort(stream, 'the stream was reset', True)
         else:
-            stream.wait_for(LINGER_SECONDS)
+            self.close(stream_id, True)
 
-    # ---- for the main thread ----
+    def _discard(self, stream: Stream) -> None:
+        """No more of a request's content is wanted."""
+        self.release(len(stream.content))
+        stream.content.clear()
+        stream.wanted = False
 
-    def next_deadline(self) -> float:
-        """When a stream takes too long, or the connection has had nothing to do for too long; with
-        the lock."""
-        stall = self._limits.stall_seconds
-        return min([stream.next_deadline(stall) for stream in self.streams.open.values()],
-                   default=self.idle_since + self._limits.idle_seconds)
+    def release(self, count: int, stream: Optional[Stream] = None) -> None:
+        """Content has left the memory: let the client send as much again."""
+        increments = [(0, self.allowed.release(count))]
+        if stream and stream.receiving:
+            increments.append((stream.id, stream.allowed.release(count)))
+        for stream_id, increment in increments:
+            if increment:
+                self.queue(FrameType.WINDOW_UPDATE, stream_id, struct.pack('>I', increment))
 
-    def expire(self, now: float) -> bool:
-        """End the streams that take too long; whether the connection is to end, too.  With the lock."""
-        stall = self._limits.stall_seconds
-        ends = not self.streams.open and self.idle_since + self._limits.idle_seconds < now
-        for stream in [one for one in self.streams.open.values() if one.next_deadline(stall) < now]:
-            ends = ends or stream.half_received
-            self._expire_stream(stream, stream.blocked + stall < now)
-        return ends
+    def queue(self, kind: FrameType, stream_id: int, payload: bytes = b'', flags: int = 0) -> None:
+        """Have a frame sent by the next to send."""
+        self.unsent += frame(kind, flags, stream_id, payload)
 
-    def _expire_stream(self, stream: Stream, stalled: bool) -> None:
-        """End a stream that takes too long; an upload is told so first."""
-        if stalled and not stream.stalled:
-            stream.stalled = True
-            self._connection.on_limit(STALLED_UPLOAD if stream.phase is Phase.RECEIVING else STALLED_DOWNLOAD,
-                                  self._connection.peer)
-        if stream.phase is Phase.RECEIVING:
-            stream.phase, stream.blocked = Phase.TIMED_OUT, math.inf
-            stream.wait_for(LINGER_SECONDS)
-            stream.notify()
-        elif stream.phase is Phase.ANSWERED and not stream.unsent:
-            self.reset(stream.id, ErrorCode.NO_ERROR)
-        else:
-            self.reset(stream.id, ErrorCode.CANCEL)
+    def _take_unsent(self) -> bytes:
+        """What is to be sent now; without any nobody is sending any more."""
+        frames, self.unsent = self.unsent, b''
+        self._is_sending = bool(frames)
+        self.changed.notify_all()
+        return frames
 
-    # ---- the end ----
 
-    def drain(self, reason: str, failed: bool) -> None:
-        """No more frames will arrive: abort what waits for more, or all that is under way if the
-        connection has `failed`, and wait for the rest.  With the lock, which is free meanwhile."""
-        self.flow.closed = True
-        for stream in self.streams.open.values():
-            if failed or stream.may_receive:
-                stream.abort(reason)
-            stream.notify()
-        while self.running or (self._writer.pending and not self._writer.dead):
-            if not self._writer.drained.wait(LINGER_SECONDS if failed else None):
-                self._connection.abort()  # wakes request threads that are stuck in sending
+def _pieces(body: bytes | FileSlice | Iterator[bytes]) -> Iterator[bytes]:
+    """The content of an answer as it is made or read, in pieces to be sent.  Raises OSError."""
+    if isinstance(body, bytes):
+        yield body
+    elif isinstance(body, FileSlice):
+        while body.length:
+            yield body.read(SEND_BYTES)
+    else:
+        yield from body
 
 
 class Http2:
-    """One connection: `received` has arrived on it already.  One lock guards the connection, its writer
-    and its streams."""
+    """One connection: reads its frames."""
 
-    def __init__(self, connection: Connection, api: Api, threads: RequestThreads,
-                 received: bytes = b'') -> None:
-        self.lock = threading.Lock()    # of what follows, except what one thread alone uses
+    def __init__(self, connection: Connection, api: Api) -> None:
         self._connection = connection
         self._limits = connection.limits
-        self._reader = FrameReader(connection, received, self._limits.header_bytes)
-        self._writer = FrameWriter(connection, self.lock)
-        self._flood = FloodBudget()
-        self._exchanges = Exchanges(connection, api, threads, self._writer, self._flood)
-        self._streams = self._exchanges.streams
-        self._flow = self._exchanges.flow
-        self._header_deadline = math.inf
-        self.lingers = False            # all is done but for what the client still sends
-        # The reading thread's own
-        self._has_settings = False      # the client's have arrived
-        self._last_served = 0           # the highest stream when GOAWAY was sent
+        self._exchanges = Exchanges(connection, api)
         self._decoder = HeaderDecoder()
-        self._header = HeaderBlock()
+        self._has_settings = False      # the client's have arrived
+        self._last = 0                  # the highest stream that the client has opened
+        self._last_served = 0           # the same when GOAWAY was first sent
 
-    def run(self) -> bytes:
+    def run(self) -> None:
         """Serve the connection to its end; requests that are whole when input ends are answered.
         Raises Gone."""
-        self._connection.share(self)
-        self._connection.unpin(False)
-        reason, failed = 'client disconnected', True
+        self._connection.wait_for(Connection.IDLE, math.inf)
+        self._connection.on_stop = lambda: threading.Thread(target=self._shut_down, daemon=True).start()
+        failed = True
         try:
             self._exchange_prefaces()
             while True:
-                self._read_frame()
+                self._handle_frame()
         except EOFError:
             failed = False
         except HpackError as error:
             self._fail(ErrorCode.COMPRESSION_ERROR, str(error))
         except Http2Error as error:
             self._fail(error.code, str(error))
-        except Gone as gone:
-            reason, self._writer.dead = str(gone), True
         finally:
-            with self.lock:
-                self._exchanges.drain(reason, failed)
-                self.lingers = True
-            self._writer.finish()
+            self._exchanges.drain(failed)
         self._connection.linger()
-        return b''
-
-    def turn_away(self, reason: str) -> None:
-        """Refuse a connection beyond a limit, by GOAWAY.  Raises Gone."""
-        self._connection.transmit(frame(FrameType.SETTINGS, 0, 0) + frame(
-            FrameType.GOAWAY, 0, 0, struct.pack('>II', 0, ErrorCode.ENHANCE_YOUR_CALM) + reason.encode()))
-        self._connection.linger()
-
-    # ---- for the main thread ----
-
-    def stop(self) -> None:
-        """End the connection, once the requests under way have been answered (RFC 9113 6.8)."""
-        with self.lock:
-            self._shut_down()
-
-    def next_deadline(self) -> float:
-        """When expire() is to be called, by the connection's clock."""
-        with self.lock:
-            if self.lingers:
-                return self._connection.lingers_until()
-            return min(self._header_deadline, self._exchanges.next_deadline(),
-                       self._writer.sending_since + self._limits.write_seconds)
-
-    def expire(self) -> None:
-        """End what has taken too long."""
-        now = self._connection.clock()
-        with self.lock:
-            if self.lingers:
-                self._connection.end_linger()
-            elif now - self._writer.sending_since > self._limits.write_seconds:
-                self._connection.abort()
-            elif self._exchanges.expire(now) or self._header_deadline < now:
-                self._shut_down()
-                self._connection.end_input()
-
-    # ---- frames ----
 
     def _exchange_prefaces(self) -> None:
         """Send our settings, and read the client's preface (RFC 9113 3.4)."""
-        settings = {Setting.MAX_CONCURRENT_STREAMS: STREAMS, Setting.MAX_FRAME_SIZE: FRAME_BYTES,
+        settings = {Setting.MAX_CONCURRENT_STREAMS: STREAMS, Setting.INITIAL_WINDOW_SIZE: READ_WINDOW,
+                    Setting.MAX_FRAME_SIZE: FRAME_BYTES,
                     Setting.MAX_HEADER_LIST_SIZE: self._limits.header_bytes}
         self._connection.transmit(
-            frame(FrameType.SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items())))
-        self._writer.start()
-        if self._reader.read(len(PREFACE)) != PREFACE:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'missing HTTP/2 preface')
+            frame(FrameType.SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items()))
+            + frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
+        require(self._read(len(PREFACE)) == PREFACE, 'missing HTTP/2 preface')
 
-    def _read_frame(self) -> None:
-        kind, flags, stream_id = self._reader.next()
-        if len(self._writer.pending) > 2 * FLOOD_BURST:
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, 'too many unread responses')
-        if not self._has_settings and (kind != FrameType.SETTINGS or flags & _ACK):
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'no SETTINGS after the preface')
-        if self._header.stream_id and (kind != FrameType.CONTINUATION or stream_id != self._header.stream_id):
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'header block interrupted by another frame')
-        if kind < len(_FRAME_HANDLERS):
+    # ---- frames as they arrive ----
+
+    def _read(self, count: int, deadline: Optional[Deadline] = None) -> bytes:
+        """The next bytes; each piece of them puts off a deadline.  Raises EOFError, Gone."""
+        data, at = memoryview(bytearray(count)), 0
+        while at < count:
+            received = self._connection.receive_into(data[at:])
+            if not received:
+                raise EOFError
+            at += received
+            if deadline and deadline.since < math.inf:
+                deadline.since = self._connection.clock()
+        return bytes(data)
+
+    def _read_frame(self) -> Tuple[int, int, int, bytes]:
+        """Type, flags, stream and payload of the next frame.  Raises Http2Error if it is too long."""
+        length, flags, stream_id = _FRAME_HEAD.unpack(self._read(_FRAME_HEAD.size))
+        kind, length, stream_id = length & 0xff, length >> 8, stream_id & LARGEST_WINDOW
+        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
+        require(length <= (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES),
+                f'frame of type {kind} with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
+        stream = self._exchanges.streams.get(stream_id) if kind == FrameType.DATA else None
+        return kind, flags, stream_id, self._read(length, stream.deadline if stream else None)
+
+    def _read_block(self, flags: int, stream_id: int, payload: bytes) -> bytes:
+        """The header block that begins with HEADERS, with its priority (RFC 9113 4.3 and 6.10)."""
+        block = without_padding(flags, payload)
+        require(len(block) >= 5 or not flags & _PRIORITIZED, 'HEADERS without its priority',
+                ErrorCode.FRAME_SIZE_ERROR)
+        while not flags & _END_HEADERS:
+            kind, flags, continued, payload = self._read_frame()
+            require(kind == FrameType.CONTINUATION and continued == stream_id,
+                    'header block interrupted by another frame')
+            block += payload
+            require(len(block) <= self._limits.header_bytes + 4 * CONTROL_BYTES, 'header block never ends',
+                    ErrorCode.ENHANCE_YOUR_CALM)
+        return block
+
+    def _handle_frame(self) -> None:
+        exchanges = self._exchanges
+        kind, flags, stream_id, payload = self._read_frame()
+        require(self._has_settings or (kind == FrameType.SETTINGS and not flags & _ACK),
+                'no SETTINGS after the preface')
+        if kind > FrameType.CONTINUATION:   # RFC 9113 5.5: unknown types are ignored
+            return
+        handle, of_stream, size = _FRAME_TYPES[kind]
+        require(of_stream in (None, stream_id > 0), f'frame of type {kind} for stream {stream_id}')
+        require(size in (None, len(payload)), f'frame of type {kind} with {len(payload)} bytes',
+                ErrorCode.FRAME_SIZE_ERROR)
+        if kind == FrameType.HEADERS:
+            payload = self._read_block(flags, stream_id, payload)
+        with exchanges.changed:
             try:
-                _FRAME_HANDLERS[kind](self, flags, stream_id)
+                handle(self, flags, stream_id, payload)
             except StreamError as error:
-                self._flood.spend()
                 log.debug('%s: stream %d: %s', self._connection.peer, stream_id, error)
-                with self.lock:
-                    self._exchanges.reset(stream_id, error.code)
-        else:
-            self._flood.spend()  # RFC 9113 5.5: unknown types are ignored
-        if self._reader.left and kind == FrameType.DATA:
-            with self.lock:
-                self._flow.acknowledge(self._reader.left)
-        self._reader.skip()
+                exchanges.reset(stream_id, error.code)
+            exchanges.changed.notify_all()
+            require(len(exchanges.unsent) <= UNREAD_BYTES, 'too many unread responses',
+                    ErrorCode.ENHANCE_YOUR_CALM)
+        exchanges.flush(by_another=True)
 
-    def _on_data(self, flags: int, stream_id: int) -> None:
+    # ---- what they mean; with the lock ----
+
+    def _find(self, stream_id: int) -> Optional[Stream]:
+        """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
+        require(stream_id & 1 and stream_id <= self._last, 'frame for a stream that was never opened')
+        return self._exchanges.streams.get(stream_id)
+
+    def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.1."""
-        length = self._reader.left
-        padding = self._reader.padding(flags)
-        size = self._reader.left - padding
-        if not size and not flags & _END_STREAM:
-            self._flood.spend()
-        with self.lock:
-            self._flow.receive(length)
-            self._flow.acknowledge(length - self._reader.left)  # the length of the padding
-            stream = self._streams.find(stream_id)
+        exchanges = self._exchanges
+        content, kept = without_padding(flags, payload), 0
+        exchanges.allowed.available -= len(payload)
+        require(exchanges.allowed.available >= 0, 'more content than the connection may send',
+                ErrorCode.FLOW_CONTROL_ERROR)
+        stream = self._find(stream_id)
+        try:
             if not stream:
-                if not self._streams.was_reset(stream_id):
-                    raise Http2Error(ErrorCode.STREAM_CLOSED, 'content for a closed stream')
+                require(exchanges.closed.get(stream_id), 'content for a closed stream',
+                        ErrorCode.STREAM_CLOSED)    # or it has crossed our RST_STREAM
                 return
-            if not stream.may_receive:
-                raise StreamError(ErrorCode.STREAM_CLOSED, 'content after its end')
-            if not stream.receiving.consume(length):
-                raise StreamError(ErrorCode.FLOW_CONTROL_ERROR, 'more content than its window')
-            stream.padded = stream.padded or bool(flags & _PADDED)
+            require(stream.receiving, 'content after its end', ErrorCode.STREAM_CLOSED, StreamError)
+            stream.allowed.available -= len(payload)
+            require(stream.allowed.available >= 0, 'more content than its window',
+                    ErrorCode.FLOW_CONTROL_ERROR, StreamError)
             if stream.remaining is not None:
-                stream.remaining -= size
-                if stream.remaining < 0:
-                    raise StreamError(ErrorCode.PROTOCOL_ERROR, 'more content than announced')
-            stream.receiving.acknowledge(length - size)
-        if size > SMALL_BYTES:
-            self._connection.unpin(True)
-        stream.receive(self._reader, size)
+                stream.remaining -= len(content)
+                require(stream.remaining >= 0, 'more content than announced', error=StreamError)
+            stream.deadline.passed += len(content)
+            if stream.wanted:
+                stream.content += content
+                kept = len(content)
+        finally:
+            exchanges.release(len(payload) - kept, stream if kept else None)
         if flags & _END_STREAM:
-            self._exchanges.end_content(stream)
+            self._end_content(stream)
 
-    def _on_headers(self, flags: int, stream_id: int) -> None:
-        """RFC 9113 6.2."""
-        self._header.begin(stream_id, flags, self._reader.payload(flags))
-        with self.lock:
-            self._streams.begin_headers(stream_id)
-            if not flags & _END_HEADERS:
-                self._header_deadline = self._connection.clock() + self._limits.header_seconds
-        if flags & _END_HEADERS:
-            self._end_headers()
+    def _end_content(self, stream: Stream) -> None:
+        """END_STREAM has arrived.  Raises StreamError."""
+        require(not stream.remaining, 'less content than announced', error=StreamError)
+        self._exchanges.end(stream, receiving=False)
 
-    def _on_continuation(self, flags: int, stream_id: int) -> None:
-        """RFC 9113 6.10."""
-        if not self._header.stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'CONTINUATION without HEADERS')
-        if self._reader.left < CONTROL_BYTES // 16 and not flags & _END_HEADERS:
-            self._flood.spend()
-        self._header.extend(self._reader.payload(), self._limits.header_bytes + 4 * CONTROL_BYTES)
-        if flags & _END_HEADERS:
-            self._end_headers()
-
-    def _end_headers(self) -> None:
-        """A header block is complete: a request's, or the trailers after its content."""
-        header, self._header = self._header, HeaderBlock()
-        stream_id = header.stream_id
-        with self.lock:
-            self._header_deadline = math.inf
-            self._exchanges.idle_since = self._connection.clock()
-            stream = self._streams.open.get(stream_id)
-        fields, complete = self._decoder.decode(header.block, self._limits.header_bytes)
+    def _on_headers(self, flags: int, stream_id: int, block: bytes) -> None:
+        """A header block is complete (RFC 9113 6.2): a request's, or the trailers after its content."""
+        exchanges = self._exchanges
+        require(stream_id & 1, 'HEADERS on a stream that clients may not open')
+        priority, block = (block[:5], block[5:]) if flags & _PRIORITIZED else (b'', block)
+        fields, complete = self._decoder.decode(block, self._limits.header_bytes)
+        stream = exchanges.streams.get(stream_id)
         if stream:
-            if not stream.may_receive:
-                raise StreamError(ErrorCode.STREAM_CLOSED, 'HEADERS after the end')
-            if not header.ends_stream:
-                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'trailers that are not the end')
+            require(stream.receiving, 'HEADERS after the end', ErrorCode.STREAM_CLOSED, StreamError)
+            require(flags & _END_STREAM, 'trailers that are not the end', error=StreamError)
             for name, value in fields:  # RFC 9113 8.1
                 check_field(name, value)
-            self._exchanges.end_content(stream)
-        elif self._streams.was_reset(stream_id) is None:
-            if header.depends_on_itself:
-                raise StreamError(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
-            if not self._streams.open:
-                self._connection.unpin(False)
-            self._exchanges.open(stream_id, fields, complete, header.ends_stream)
+            self._end_content(stream)
+        elif stream_id > self._last:
+            self._last = stream_id
+            check_priority(stream_id, priority, StreamError)
+            self._open(stream_id, fields, complete, bool(flags & _END_STREAM))
+        else:                           # one that was left out can never be opened (RFC 9113 5.1.1)
+            require(stream_id in exchanges.closed, 'HEADERS on a stream older than the last')
+            require(exchanges.closed[stream_id], 'HEADERS on a closed stream', ErrorCode.STREAM_CLOSED)
 
-    def _on_priority(self, flags: int, stream_id: int) -> None:
-        """RFC 9113 6.3.  Its errors could be the stream's; there may be none to reset."""
-        self._flood.spend()
-        if not stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PRIORITY without a stream')
-        if depends_on_itself(stream_id, self._reader.payload(size=5)):
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a stream depends on itself')
-
-    def _on_rst_stream(self, flags: int, stream_id: int) -> None:
-        """RFC 9113 6.4."""
-        self._flood.spend()
-        self._reader.payload(size=4)
-        self._exchanges.cancel(stream_id)
-
-    def _on_settings(self, flags: int, stream_id: int) -> None:
-        """RFC 9113 6.5."""
-        if self._has_settings:
-            self._flood.spend()
-        self._has_settings = True
-        if stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'SETTINGS of a stream')
-        payload = self._reader.payload()
-        if len(payload) % _SETTING.size or (flags & _ACK and payload):
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'SETTINGS of a wrong size')
-        if flags & _ACK:
+    def _open(self, stream_id: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
+        """Begin to answer a request whose header is `complete`, or was too long; without content it
+        is `whole`.  Raises StreamError."""
+        method, target, headers = (request_of(fields) if complete else
+                                   (dict(fields).get(':method', '-'), '', {}))
+        length = int(headers['content-length']) if 'content-length' in headers else None
+        require(not (whole and length), 'less content than announced', error=StreamError)
+        if self._exchanges.shuts_down:  # RFC 9113 6.8: it has crossed our GOAWAY
+            self._exchanges.close(stream_id, True)
             return
-        with self.lock:
+        stream = Stream(self._exchanges, stream_id, length, whole)
+        expected, refusal = headers.get('expect', ''), None
+        stream.expects_continue = bool(expected) and not whole
+        if not complete:                # RFC 9113 10.5.1
+            refusal = HttpError(431, f'header is longer than {self._limits.header_bytes} bytes')
+        elif expected and expected.lower() != '100-continue':
+            refusal = HttpError(417, 'only the expectation 100-continue is supported')
+        request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
+        self._exchanges.open(stream, request, refusal)
+
+    def _on_priority(self, flags: int, stream_id: int, payload: bytes) -> None:
+        """RFC 9113 6.3.  Its error could be the stream's; there may be none to reset."""
+        check_priority(stream_id, payload, Http2Error)
+
+    def _on_rst_stream(self, flags: int, stream_id: int, payload: bytes) -> None:
+        """RFC 9113 6.4."""
+        stream = self._find(stream_id)
+        if stream:
+            self._exchanges.abort(stream, 'the client has cancelled the request')
+
+    def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        """RFC 9113 6.5."""
+        self._has_settings = True
+        require(not (len(payload) % _SETTING.size or (flags & _ACK and payload)), 'SETTINGS of a wrong size',
+                ErrorCode.FRAME_SIZE_ERROR)
+        if not flags & _ACK:
             for setting, value in dict(_SETTING.iter_unpack(payload)).items():
                 self._apply(setting, value)
-            self._writer.queue(FrameType.SETTINGS, _ACK, 0)
+            self._exchanges.queue(FrameType.SETTINGS, 0, flags=_ACK)
 
     def _apply(self, setting: int, value: int) -> None:
         """Apply one of the client's settings (RFC 9113 6.5.2); the others bind a sender of what is
         never sent here."""
-        if setting == Setting.ENABLE_PUSH and value > 1:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'ENABLE_PUSH is neither 0 nor 1')
-        if setting == Setting.MAX_FRAME_SIZE:
-            if not _DEFAULT_FRAME_BYTES <= value < 1 << 24:
-                raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'MAX_FRAME_SIZE out of bounds')
-            self._writer.frame_bytes = value
-        if setting == Setting.INITIAL_WINDOW_SIZE:
-            self._flow.set_initial(value)
+        exchanges = self._exchanges
+        if setting == Setting.ENABLE_PUSH:
+            require(value <= 1, 'ENABLE_PUSH is neither 0 nor 1')
+        elif setting == Setting.MAX_FRAME_SIZE:
+            require(_DEFAULT_FRAME_BYTES <= value < 1 << 24, 'MAX_FRAME_SIZE out of bounds')
+            exchanges.frame_bytes = value
+        elif setting == Setting.INITIAL_WINDOW_SIZE:    # RFC 9113 6.9.2
+            change, exchanges.initial_window = value - exchanges.initial_window, value
+            for stream in exchanges.streams.values():
+                stream.window += change
+            require(max([value, *(stream.window for stream in exchanges.streams.values())]) <= LARGEST_WINDOW,
+                    'the window of a stream is too large', ErrorCode.FLOW_CONTROL_ERROR)
 
-    def _on_push_promise(self, flags: int, stream_id: int) -> None:
-        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PUSH_PROMISE from a client')  # RFC 9113 8.4
+    def _on_unexpected(self, flags: int, stream_id: int, payload: bytes) -> None:
+        """PUSH_PROMISE from a client (RFC 9113 8.4), or CONTINUATION without HEADERS (6.10)."""
+        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a frame that is not expected')
 
-    def _on_ping(self, flags: int, stream_id: int) -> None:
+    def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.7."""
-        self._flood.spend()
-        if stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'PING of a stream')
-        payload = self._reader.payload(size=8)
         if not flags & _ACK:
-            with self.lock:
-                self._writer.queue(FrameType.PING, _ACK, 0, payload)
+            self._exchanges.queue(FrameType.PING, 0, payload, _ACK)
 
-    def _on_goaway(self, flags: int, stream_id: int) -> None:
+    def _on_goaway(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.8: the client will open no more streams, and says so by its silence."""
-        self._flood.spend()
-        if stream_id:
-            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'GOAWAY of a stream')
-        if self._reader.left < 8:
-            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, 'GOAWAY of a wrong size')
+        require(len(payload) >= 8, 'GOAWAY of a wrong size', ErrorCode.FRAME_SIZE_ERROR)
 
-    def _on_window_update(self, flags: int, stream_id: int) -> None:
+    def _on_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.9."""
-        increment = int.from_bytes(self._reader.payload(size=4), 'big') & LARGEST_WINDOW
-        with self.lock:
-            is_return = increment and self._flow.is_return(increment, stream_id > 0)
-        if not is_return:
-            self._flood.spend()
-        with self.lock:
-            stream = self._streams.find(stream_id) if stream_id else None
-            if not increment:
-                raise (StreamError if stream_id else Http2Error)(ErrorCode.PROTOCOL_ERROR,
-                                                              'WINDOW_UPDATE of zero bytes')
-            if stream or not stream_id:
-                self._flow.on_window_update(increment, stream)
+        increment = int.from_bytes(payload, 'big') & LARGEST_WINDOW
+        error = StreamError if stream_id else Http2Error
+        target = self._find(stream_id) if stream_id else self._exchanges
+        require(increment, 'WINDOW_UPDATE of zero bytes', error=error)
+        if target:
+            target.window += increment
+            require(target.window <= LARGEST_WINDOW, 'the window is too large', ErrorCode.FLOW_CONTROL_ERROR,
+                    error)
 
     # ---- the end ----
 
     def _fail(self, code: ErrorCode, reason: str) -> None:
-        """Send GOAWAY after an error (RFC 9113 5.4.1)."""
+        """Send GOAWAY after an error (RFC 9113 5.4.1), with the first that is sent."""
         log.log(logging.DEBUG if self._has_settings else NOTICE, '%s: %s (HTTP/2 error %d)',
                 self._connection.peer, reason, code)
-        with self.lock:
-            self._send_goaway(code, reason)
+        with self._exchanges.changed:
+            self._queue_goaway(code, reason)
 
     def _shut_down(self) -> None:
-        """Take no more requests, and end when there are none; with the lock."""
-        if self.lingers:
-            return
-        if not self._exchanges.closing:
-            self._send_goaway(ErrorCode.NO_ERROR, '')
-        if not self._streams.open:
-            self._connection.end_input()
+        """Take no more requests, and end when there are none."""
+        with self._exchanges.changed:
+            self._queue_goaway(ErrorCode.NO_ERROR, '')
+            if not self._exchanges.streams:
+                self._connection.end_input()
+        self._exchanges.flush()
 
-    def _send_goaway(self, code: ErrorCode, reason: str) -> None:
+    def _queue_goaway(self, code: ErrorCode, reason: str) -> None:
         """RFC 9113 6.8: streams above the last are not served, and the last never rises."""
-        if not self._exchanges.closing:
-            self._exchanges.closing, self._last_served = True, self._exchanges.last_opened
-        self._writer.queue(FrameType.GOAWAY, 0, 0, struct.pack('>II', self._last_served, code)
-                           + reason.encode())
+        if not self._exchanges.shuts_down:
+            self._exchanges.shuts_down, self._last_served = True, self._last
+        self._exchanges.queue(FrameType.GOAWAY, 0, struct.pack('>II', self._last_served, code)
+                              + reason.encode())
 
 
-_FRAME_HANDLERS = (     # by FrameType
-    Http2._on_data, Http2._on_headers, Http2._on_priority, Http2._on_rst_stream, Http2._on_settings,
-    Http2._on_push_promise, Http2._on_ping, Http2._on_goaway, Http2._on_window_update,
-    Http2._on_continuation)
+# For each type what it does, whether it must be a stream's (None: either), and the size of its payload.
+_FRAME_TYPES: List[Tuple[Callable[[Http2, int, int, bytes], None], Optional[bool], Optional[int]]] = [
+    (Http2._on_data, True, None), (Http2._on_headers, True, None), (Http2._on_priority, True, 5),
+    (Http2._on_rst_stream, True, 4), (Http2._on_settings, False, None), (Http2._on_unexpected, True, None),
+    (Http2._on_ping, False, 8), (Http2._on_goaway, False, None), (Http2._on_window_update, None, 4),
+    (Http2._on_unexpected, True, None)]
 
 
 # ==== Loop =======================================================================================
@@ -10062,9 +9013,7 @@ class Certificates(WatchedFiles):
         if self._minimum not in ('tls1.0', 'tls1.1') and sys.version_info >= (3, 10):
             # All ciphers are secure; the client knows which one its processor accelerates.
             context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-        # HTTP/1.1 first: restic is faster over several connections than over one of HTTP/2, which takes
-        # 1.1 to 1.4 times as long, and 1.3 to 2.2 times as much of our processor.
-        context.set_alpn_protocols(['http/1.1', 'h2'])
+        context.set_alpn_protocols(['http/1.1'])
         context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
         cert, key = self._read('--cert', self._cert), self._read('--key', self._key)
         try:
@@ -10318,8 +9267,7 @@ class StatsLog:
 class Connections:
     """The connections of this process, each in a thread of its own, and their time limits.
 
-    `bandwidth` is what all of them may pass; requests of HTTP/2 take threads of `threads`.  `on_last_end`
-    is called by a thread when the last one has ended.
+    `bandwidth` is what all of them may pass.  A thread calls `on_last_end` when the last one has ended.
     """
 
     def __init__(self, api: Api, limits: Limits, bandwidth: Optional[Bandwidth],
@@ -10327,7 +9275,6 @@ class Connections:
         self.active = 0                 # connections that have begun
         self.stopping = False
         self.admission = api.admission
-        self.threads = self.make_threads(1)
         self._api = api
         self._limits = limits
         self.bandwidth = bandwidth
@@ -10338,12 +9285,6 @@ class Connections:
         self.sweep_seconds = SWEEP_SECONDS
         self._next_sweep = 0.0
         self._next_word = 0.0           # when a failed handshake may be logged again
-
-    def make_threads(self, processes: int) -> RequestThreads:
-        """Request threads for one of several processes.  All requests of an HTTP/2 connection are in one."""
-        admission = self.admission
-        return RequestThreads(max(admission.limit // processes, min(16, admission.limit)),
-                              admission.limit_each, admission.exempt)
 
     def begin(self, peer: Peer, serve: Callable[[Ticket], None]) -> bool:
         """Have a connection served in a thread of its own, if there is a place for it; whether it is."""
@@ -10398,15 +9339,12 @@ class Connections:
             connection.stop()
         try:
             connection.shake_hands()
-            wire: Union[Http1, Http2] = (
-                Http2(connection, self._api, self.threads) if connection.speaks_http2()
-                else Http1(connection, self._api, self._limits))
-            if ticket.refusal:
-                wire.turn_away(ticket.refusal)
+            if isinstance(transport, PipeTransport):
+                Http2(connection, self._api).run()
+            elif ticket.refusal:
+                Http1(connection, self._api, self._limits).turn_away(ticket.refusal)
             else:
-                preface = wire.run()
-                if preface:
-                    Http2(connection, self._api, self.threads, preface).run()
+                Http1(connection, self._api, self._limits).run()
         except Gone as gone:
             level = NOTICE if isinstance(gone, HandshakeFailed) and self._may_tell() else logging.DEBUG
             log.log(level, '%s: %s', peer, gone)
@@ -10488,8 +9426,7 @@ class Server:
         self.connections = Connections(api, limits, bandwidth, certificates, lambda: self.loop.wake())
         self._listen(addresses, inherited)
         if self.listeners:
-            # Each takes one, and a request's file and folders a few.
-            allow_descriptors(4 * api.admission.limit + 256)
+            allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
         api.usage.census.requests.open()
         api.events.open()
         if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
@@ -10522,7 +9459,6 @@ class Server:
     def become_worker(self, processes: int, counts: bool) -> None:
         """Serve as one of several processes; the one that `counts` makes the censuses."""
         self._counts = counts
-        self.connections.threads = self.connections.make_threads(processes)
         self.notifier = SystemdNotifier({})
         self.stats = StatsLog(self.api.metrics, math.inf)
         for listener in self.listeners:

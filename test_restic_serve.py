@@ -452,16 +452,13 @@ class Http2Wire(Wire):
     """A client's end of a connection of HTTP/2, frame by frame; content is counted, and granted
     again if `grants`."""
 
-    def __init__(self, port=0, sock=None, preface=True, grants=True, initial=65535):
-        if sock:
-            self.sock, self.file = sock, sock.makefile('rb')
-        else:
-            super().__init__(port)
+    def __init__(self, sock, preface=True, grants=True, initial=65535):
+        self.sock, self.file = sock, sock.makefile('rb')
         self.decoder = restic_serve.HeaderDecoder()
         self.grants = grants
         self.settings = {}
         self.window = 65535     # content that may still be sent
-        self.windows = {}       # and on each stream
+        self.windows = collections.defaultdict(lambda: self.settings.get(4, 65535))     # and on each stream
         self.unread = []        # frames that came while content was sent
         if preface:
             self.send(restic_serve.PREFACE, settings((4, initial)))
@@ -484,7 +481,7 @@ class Http2Wire(Wire):
         if kind == SETTINGS and not flags & ACK:
             self.settings = dict(struct.iter_unpack('>HI', payload))
         if kind == WINDOW_UPDATE and number:
-            self.windows[number] = self.windows.get(number, 65535) + int.from_bytes(payload, 'big')
+            self.windows[number] += int.from_bytes(payload, 'big')
         elif kind == WINDOW_UPDATE:
             self.window += int.from_bytes(payload, 'big')
         if kind == DATA and payload and self.grants:
@@ -532,7 +529,7 @@ class Http2Wire(Wire):
         """Send content when the windows let it; the rest of it not if it has been answered."""
         for at in range(0, len(content), step):
             part = content[at:at + step]
-            while len(part) > min(self.window, self.windows.get(number, 65535)):
+            while len(part) > min(self.window, self.windows[number]):
                 got = self._read_frame()
                 if got is None:
                     raise AssertionError('the end of the connection')
@@ -540,7 +537,7 @@ class Http2Wire(Wire):
                 if got[0] in (HEADERS, RST_STREAM) and got[2] == number:
                     return
             self.window -= len(part)
-            self.windows[number] = self.windows.get(number, 65535) - len(part)
+            self.windows[number] -= len(part)
             self.send(frame(DATA, END_STREAM if last and at + step >= len(content) else 0, number, part))
 
     def send(self, *parts):
@@ -560,8 +557,24 @@ def slow_objects(go_on, waited):
 
 
 class Http2TestCase(WireTestCase):
-    def http2(self, **more):
-        wire = Http2Wire(self.port, **more)
+    def http2(self, server=None, **more):
+        """A client of HTTP/2; a socket stands for standard input and output."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(PATIENCE)
+        target, connections = os.dup(theirs.fileno()), (server or self.server).connections
+        pipes = restic_serve.PipeTransport(theirs.fileno(), target)
+
+        def serve():
+            ticket = connections.admit('')
+            self.server.loop.wake()
+            connections.serve(pipes, Peer('127.0.0.1'), ticket)
+            theirs.close()
+            os.close(target)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE)
+        wire = Http2Wire(ours, **more)
         self.addCleanup(wire.__exit__)
         return wire
 
@@ -740,7 +753,7 @@ class Stdio:
         if socketed:
             theirs.close()
             ours.settimeout(PATIENCE)
-        self.wire = Http2Wire(sock=ours or self)
+        self.wire = Http2Wire(ours or self)
 
     def makefile(self, mode):
         return self.process.stdout
@@ -5233,7 +5246,8 @@ class RightsOnWiresTest(WatchedTestCase):
     def test_each_right_with_each_request(self):
         self.policy = Policy()
         api = Api(self.store, self.policy, Accounts(user_header='X-User'))
-        port = self.serve(api).listeners[0].server_address[1]
+        server = self.serve(api)
+        port = server.listeners[0].server_address[1]
         self.make_repository('a')
         path, other = f'/a/data/{named(b"x")}', f'/a/data/{named(b"y")}'
         lock = f'/a/locks/{named(b"x")}'
@@ -5254,7 +5268,7 @@ class RightsOnWiresTest(WatchedTestCase):
                     got.append(wire.ask(request, head_only=method == 'HEAD')[0])
             self.assertEqual(got, statuses, may)
             self.store.save(Location('/a', 'data', named(b'y')), Bytes(b'y'))
-            with Http2Wire(port) as wire:
+            with self.http2(server) as wire:
                 got = []
                 for number, (method, target) in enumerate(requests):
                     body = b'x' if method == 'POST' and 'create' not in target else b''
@@ -6713,14 +6727,6 @@ class RecordsTest(TestCase):
         self.assertEqual(self.tls.recv_into(view), 0)
         self.assertEqual(self.tls.recv(10), b'')
 
-    def test_a_client_that_asks_and_does_not_read_is_given_up(self):
-        with self.tls._sending:  # another thread sends, to a client that does not read
-            self.tls._unsent.write(bytes(restic_serve.RECORDS_BYTES + 1))
-            self.client.write(b'content')
-            self.theirs.sendall(self.to_us.read())
-            with self.assertRaises(ConnectionAbortedError):
-                self.tls.recv(10)
-
     def test_what_more_will_follow_waits_for_it(self):
         self.tls.send(b'head', more=True)
         self.assertTrue(self.tls._unsent.pending)
@@ -6734,20 +6740,14 @@ class RecordsTest(TestCase):
         self.assertEqual(received, b'headbody')
 
     def test_a_client_that_never_takes_the_end_is_cut_off(self):
-        for wire in (None, mock.Mock()):
-            self.fill()
-            connection = restic_serve.Connection(self.tls, Peer('x'), Limits())
-            connection.wire = wire
-            lingering = threading.Thread(target=connection.linger, daemon=True)
-            lingering.start()
-            self.wait_until(lambda connection=connection: connection.waits == connection.WRITING, 'it')
-            if wire:
-                connection.end_linger()
-            else:
-                connection.expire()
-            lingering.join(PATIENCE)
-            self.assertFalse(lingering.is_alive())
-            self.setUp()
+        self.fill()
+        connection = restic_serve.Connection(self.tls, Peer('x'), Limits())
+        lingering = threading.Thread(target=connection.linger, daemon=True)
+        lingering.start()
+        self.wait_until(lambda: connection.waits == connection.WRITING, 'it')
+        connection.expire()
+        lingering.join(PATIENCE)
+        self.assertFalse(lingering.is_alive())
 
 
 # ---- Connection ------------------------------------------------------------------------------------
@@ -6800,26 +6800,6 @@ class DeadlineTest(unittest.TestCase):
             self.assertEqual(connection.next_deadline() - connection.clock(), 17)
         self.assertEqual(during, [20, 19, 18] * 2)
 
-    def test_a_clock_stands_still_while_any_of_two_threads_is_held_back(self):
-        bandwidth = mock.Mock(step=lambda direction, count: count)
-        connection = self.connection(bandwidth)
-        begin = connection.clock()
-
-        def first(direction, count):
-            self.now += 5
-            bandwidth.wait = second
-            connection._throttle(bandwidth, 2, 1)   # as another thread does meanwhile
-            self.now += 5
-
-        def second(direction, count):
-            self.now += 5
-
-        bandwidth.wait = first
-        connection._throttle(bandwidth, 1, 1)
-        self.assertEqual(connection.clock(), begin)
-        self.now += 1
-        self.assertEqual(connection.clock(), begin + 1)
-
     def test_an_upload_in_small_chunks_makes_progress(self):
         connection = self.connection()
         connection.wait_for(connection.READING)
@@ -6839,14 +6819,14 @@ class DeadlineTest(unittest.TestCase):
         self.assertEqual(deadlines, [1160])
 
 
-class PinTest(unittest.TestCase):
+class PinTest(WireTestCase):
     def test_a_thread_is_unpinned_for_a_transfer_alone(self):
-        asked = []
+        small, large, asked = self.put(b'content'), self.put(bytes(1 << 20)), []
         with mock.patch.object(restic_serve, 'unpin', asked.append):
-            connection = restic_serve.Connection(mock.Mock(), Peer('x'), Limits())
-            for unpinned in (False, False, True, True, False):
-                connection.unpin(unpinned)
-        self.assertEqual(asked, [False, True, False])
+            wire = self.connect()
+            for path in (small, small, large, large, small):
+                self.assertEqual(wire.ask(get(path))[0], 200)
+        self.assertEqual(asked, [True, False, True, False])
 
     def test_one_process_alone_is_not_pinned(self):
         with mock.patch.object(os, 'sched_setaffinity', create=True) as pin, \
@@ -6995,8 +6975,7 @@ class HeadTest(unittest.TestCase):
     """The parser of heads, from strings alone."""
 
     def parse(self, text):
-        head = restic_serve.parse_head(text)
-        return head.method, head.target, head.version, head.headers
+        return restic_serve.parse_head(text)
 
     def test_a_head_in_its_parts(self):
         method, target, version, headers = self.parse(
@@ -7011,14 +6990,6 @@ class HeadTest(unittest.TestCase):
                  for number in range(3)]
         self.assertEqual([headers['range'] for headers in found], ['bytes=0-', 'bytes=1-', 'bytes=2-'])
         self.assertNotIn('range', self.parse('GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n')[3])
-
-    def test_what_is_plain(self):
-        for line, plain in (('A: b', True), ('Content-Length: 0', False), ('Expect: x', False),
-                            ('Transfer-Encoding: chunked', False), ('Connection: close', False)):
-            for more in ('', 'Range: bytes=0-1\r\n'):
-                text = f'GET / HTTP/1.1\r\nHost: x\r\n{more}{line}\r\n'
-                self.assertEqual(restic_serve.parse_head(text).plain, plain, text)
-        self.assertFalse(restic_serve.parse_head('GET / HTTP/1.0\r\n').plain)
 
     def test_versions(self):
         self.assertEqual(self.parse('GET / HTTP/1.0\r\n')[2], 'HTTP/1.0')
@@ -7111,11 +7082,14 @@ class ContentTest(unittest.TestCase):
         return found, http1._buffer
 
     def test_a_body_of_known_length(self):
+        def sized(http1):
+            http1.length = http1.left = 10
+            return http1
+
         for pieces in ((b'0123456789rest',), (b'01', b'234567', b'89'), (b'0',) * 10):
             content = b''.join(pieces)[:10]
-            found = self.read(lambda http1: restic_serve._SizedBody(http1, 10), *pieces)
-            self.assertEqual(found[0], content)
-        self.assertEqual(self.read(lambda http1: restic_serve._SizedBody(http1, 10), b'012'), 400)
+            self.assertEqual(self.read(sized, *pieces)[0], content)
+        self.assertEqual(self.read(sized, b'012'), 400)
 
     def test_a_chunked_body(self):
         def read(*pieces):
@@ -7417,6 +7391,21 @@ class Http1Test(WireTestCase):
             self.assertIn(b'0\r\n', iter(wire.file.readline, b''))
         self.assertEqual(waited, [True])
 
+    def test_http_2_is_505_and_told_to_whom_it_concerns(self):
+        for _ in range(3):
+            with Wire(self.port) as wire:
+                wire.send(restic_serve.PREFACE, settings(), headers(1))
+                status, answer, content = wire.answer()
+                self.assertEqual((status, answer['connection']), (505, 'close'))
+                self.assertEqual(content, b'HTTP/2 is spoken over --stdio only; use HTTP/1.1\n')
+                wire.send(bytes(100_000))   # it may go on for a moment
+                self.assertTrue(wire.is_closed())
+        told = [line for line in self.log if 'HTTP/2' in line]
+        self.assertEqual(len(told), 1)
+        self.assertRegex(told[0], '^127.0.0.1: HTTP/2 is spoken over --stdio only; use HTTP/1.1 .*proto h2')
+        self.assertEqual(self.ask(get('/config', 'Connection: Upgrade, HTTP2-Settings', 'Upgrade: h2c',
+                                      'HTTP2-Settings: AAMAAABkAAQAAP__'))[0], 404)
+
     def test_many_connections_at_once(self):
         path = self.put(bytes(100_000))
         wires = [self.connect() for _ in range(100)]
@@ -7590,77 +7579,32 @@ LONG = ('x-long', 'x' * 3500)
 
 
 class FramesTest(unittest.TestCase):
-    """Reading and making frames, without a connection (RFC 9113 4 and 6)."""
-
-    def reader(self, *pieces, received=b'', header_bytes=4096):
-        return restic_serve.FrameReader(Pieces(*pieces), received, header_bytes)
+    """Frames as bytes, without a connection (RFC 9113 4 and 6)."""
 
     def code_of(self, function, *args, **more):
         with self.assertRaises(restic_serve.Http2Error) as caught:
             function(*args, **more)
         return caught.exception.code.name
 
-    def test_frames_may_arrive_in_any_pieces(self):
-        sent = frame(PING, ACK, 0, b'12345678') + frame(HEADERS, END_HEADERS, 0x80000005, b'abc')
-        for size in (1, 2, 9, 10, len(sent)):
-            reader = self.reader(*(sent[at:at + size] for at in range(3, len(sent), size)),
-                                 received=sent[:3])
-            self.assertEqual(reader.next(), (PING, ACK, 0))
-            self.assertEqual(reader.payload(size=8), b'12345678')
-            self.assertEqual(reader.next(), (HEADERS, END_HEADERS, 5))     # without the reserved bit
-            self.assertEqual(reader.payload(), b'abc')
-            self.assertRaises(EOFError, reader.next)
-
     def test_padding_is_taken_off(self):
         for payload, content in ((b'\x00abc', b'abc'), (b'\x02abcxx', b'abc'), (b'\x05xxxxx', b'')):
-            reader = self.reader(frame(HEADERS, PADDED, 1, payload))
-            reader.next()
-            self.assertEqual(reader.payload(PADDED), content)
-            reader.skip()
-            self.assertEqual(reader.left, 0)
+            self.assertEqual(restic_serve.without_padding(PADDED, payload), content)
+        self.assertEqual(restic_serve.without_padding(0, b'\x02ab'), b'\x02ab')
         for payload, code in ((b'', 'FRAME_SIZE_ERROR'), (b'\x03ab', 'PROTOCOL_ERROR')):
-            reader = self.reader(frame(HEADERS, PADDED, 1, payload))
-            reader.next()
-            self.assertEqual(self.code_of(reader.payload, PADDED), code)
-
-    def test_lengths_that_are_wrong(self):
-        for kind, size in ((DATA, restic_serve.FRAME_BYTES), (HEADERS, restic_serve.CONTROL_BYTES),
-                           (0x20, restic_serve.FRAME_BYTES)):
-            reader = self.reader(frame(kind, 0, 1, bytes(size)))
-            self.assertEqual(reader.next()[0], kind)
-            self.assertEqual(self.code_of(self.reader(frame(kind, 0, 1, bytes(size + 1))).next),
-                             'FRAME_SIZE_ERROR')
-        reader = self.reader(frame(PING, 0, 0, b'1234567'))
-        reader.next()
-        self.assertEqual(self.code_of(reader.payload, size=8), 'FRAME_SIZE_ERROR')
-        reader = self.reader(frame(HEADERS, 0, 1, bytes(20_000)), header_bytes=20_000)
-        self.assertEqual(reader.next()[0], HEADERS)
-
-    def test_content_is_read_into_a_buffer_and_told_of(self):
-        reader, told, view = self.reader(b'def', b'ghi', received=frame(DATA, 0, 1, b'abcdefghi')[:12]), [], \
-            memoryview(bytearray(9))
-        reader.next()
-        reader.on_content = told.append
-        reader.read_into(view)
-        self.assertEqual((bytes(view), told, reader.left), (b'abcdefghi', [3, 3, 3], 0))
+            self.assertEqual(self.code_of(restic_serve.without_padding, PADDED, payload), code)
 
     def test_content_is_cut_to_the_frames_that_the_client_takes(self):
-        writer = restic_serve.FrameWriter(mock.Mock(), threading.Lock())
-        writer.frame_bytes = 4
-        self.assertEqual(b''.join(writer.content_frames(3, b'0123456789', True)),
+        self.assertEqual(restic_serve.data_frames(3, memoryview(b'0123456789'), 4, True),
                          frame(DATA, 0, 3, b'0123') + frame(DATA, 0, 3, b'4567')
                          + frame(DATA, END_STREAM, 3, b'89'))
-        self.assertEqual(b''.join(writer.content_frames(3, b'0123', False)), frame(DATA, 0, 3, b'0123'))
+        self.assertEqual(restic_serve.data_frames(3, b'0123', 4, False), frame(DATA, 0, 3, b'0123'))
+        self.assertEqual(restic_serve.data_frames(3, b'', 4, True), frame(DATA, END_STREAM, 3))
 
     def test_long_headers_go_on_in_continuation(self):
-        sent = restic_serve.header_frames(7, [('x', 'y' * 20_000)], END_STREAM)
-        reader = self.reader(sent)
-        self.assertEqual(reader.next(), (HEADERS, END_STREAM, 7))
-        block = reader.payload()
-        self.assertEqual(reader.next(), (CONTINUATION, END_HEADERS, 7))
-        block += reader.payload()
-        self.assertEqual(restic_serve.HeaderDecoder().decode(block, 1 << 20),
-                         ([('x', 'y' * 20_000)], True))
+        block = restic_serve.encode_headers([('x', 'y' * 20_000)])
+        self.assertEqual(restic_serve.header_frames(7, [('x', 'y' * 20_000)], END_STREAM),
+                         frame(HEADERS, END_STREAM, 7, block[:16384])
+                         + frame(CONTINUATION, END_HEADERS, 7, block[16384:]))
 
 
 class Http2FramesTest(Http2TestCase):
@@ -7708,7 +7652,7 @@ class Http2FramesTest(Http2TestCase):
                     '1085f2b24a84ff849c48aca4')},
                 'a table of another size': [headers(1, b'\x3f\x61\x3f\xe1\x1f' + block)],
                 'a window for what is over': [headers(1), frame(WINDOW_UPDATE, 0, 1, word(1))]}.items():
-            with self.subTest(what), Http2Wire(self.port) as wire:
+            with self.subTest(what), self.http2() as wire:
                 wire.send(*parts, frame(PING, 0, 0, b'question'))
                 numbers = {3 if 'reset' in what else 1: False, None: False}
                 while not all(numbers.values()):
@@ -7788,7 +7732,7 @@ class Http2FramesTest(Http2TestCase):
                 'HPACK 6.1 index 0': (compression, headers(1, block + b'\x80')),
                 'HPACK 6.3 a table too large': (compression, headers(1, b'\x3f\xe2\x1f' + block))}.items():
             with self.subTest(what):
-                wire = Http2Wire(self.port, preface=not what.startswith('3.4'))
+                wire = self.http2(preface=not what.startswith('3.4'))
                 with wire:
                     if what.startswith('3.4'):
                         wire.send(restic_serve.PREFACE)
@@ -7853,7 +7797,7 @@ class Http2FramesTest(Http2TestCase):
                 '8.1.1 nothing': (protocol, headers(1, fields('POST', '/', short))),
                 '8.1.1 no number': (
                     protocol, headers(1, fields('POST', '/', ('content-length', 'x'))))}.items():
-            with self.subTest(what), Http2Wire(self.port) as wire:
+            with self.subTest(what), self.http2() as wire:
                 wire.send(*parts)
                 got = wire.until(RST_STREAM, GOAWAY)
                 self.assertEqual((got[0], got[2], int.from_bytes(got[3], 'big')), (RST_STREAM, 1, code), got)
@@ -7868,7 +7812,7 @@ class Http2FramesTest(Http2TestCase):
                 '5.1 PRIORITY': (None, frame(PRIORITY, 0, 1, word(0) + b'\xff')),
                 '5.1 RST_STREAM': (None, CANCELLED),
                 '5.1 WINDOW_UPDATE': (None, frame(WINDOW_UPDATE, 0, 1, word(1)))}.items():
-            with self.subTest(what), Http2Wire(self.port) as wire:
+            with self.subTest(what), self.http2() as wire:
                 wire.send(headers(1))
                 self.assertEqual(wire.answer()[0], 404)
                 wire.send(part, frame(PING, 0, 0, b'question'))
@@ -7877,20 +7821,17 @@ class Http2FramesTest(Http2TestCase):
                 if code:
                     self.assertEqual(got[3][4:8], word(code))
 
-    def test_a_preface_that_is_none_ends_the_connection_without_a_word_of_http_1(self):
-        with Wire(self.port) as wire:
-            wire.send('INVALID CONNECTION PREFACE\r\n\r\n')
-            self.assertEqual(wire.file.read(), b'')
-        with Wire(self.port) as wire:
-            wire.send('PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n')
-            self.assertEqual(wire.file.read()[-40:][-22:], b'missing HTTP/2 preface')
-        self.assertEqual(self.ask('GET /\r\n\r\n')[0], 400)
+    def test_a_preface_that_is_none_ends_the_connection(self):
+        for preface in ('INVALID CONNECTION PREFACE\r\n\r\n', 'PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n'):
+            with self.http2(preface=False) as wire:
+                wire.send(preface)
+                self.assertEqual(wire.file.read()[-40:][-22:], b'missing HTTP/2 preface')
 
     def test_content_goes_as_the_windows_allow(self):
         for initial, more, lengths in (
                 ([(4, 100), (4, 1)], [], [1]), ([(4, 0)], [settings((4, 1))], [1]),
                 ([(4, 3)], [settings((4, 2)), frame(WINDOW_UPDATE, 0, 1, word(2))], [3, 1])):
-            with self.subTest(initial), Http2Wire(self.port, grants=False) as wire:
+            with self.subTest(initial), self.http2(grants=False) as wire:
                 wire.send(settings(*initial), headers(1))
                 if len(lengths) > 1:
                     self.assertEqual(len(wire.until(DATA)[3]), lengths.pop(0))
@@ -7947,148 +7888,53 @@ class RequestOfTest(unittest.TestCase):
 class WindowTest(unittest.TestCase):
     """Flow control without a connection (RFC 9113 5.2)."""
 
-    def make_flow(self, streams=0):
-        self.queued = []
-        writer = mock.Mock(lock=threading.Lock(), frame_bytes=1 << 14, pending_bytes=0)
-        writer.queue.side_effect = lambda kind, flags, number, payload: self.queued.append(
-            (number, int.from_bytes(payload, 'big')))
-        self.sent = []
-        registry = {}
-        flow = restic_serve.FlowControl(writer, registry, self.sent.append, time.monotonic)
-        for number in range(1, 2 * streams, 2):
-            registry[number] = restic_serve.Stream(flow, number, None)
-            registry[number]._changed = mock.Mock()
-            flow._waiting[registry[number]] = None
-        return flow, list(registry.values())
-
-    def test_a_receive_window_grows_by_what_was_acknowledged(self):
+    def test_a_receive_window_opens_again_when_half_of_it_was_taken(self):
         window = restic_serve.ReceiveWindow(1000)
-        self.assertTrue(window.consume(1000))
-        window.acknowledge(249)
-        self.assertEqual(window.increment(), 0)     # too little for a frame
-        window.acknowledge(1)
-        self.assertEqual((window.increment(), window.available), (250, 250))
-        self.assertFalse(window.consume(251))
-
-    def test_a_receive_window_that_closes_withholds_what_comes_back(self):
-        window = restic_serve.ReceiveWindow(1000)
-        window.resize(5000)
-        self.assertEqual(window.increment(), 4000)
-        window.consume(5000)
-        window.resize(1000)
-        window.acknowledge(4000)
-        self.assertEqual(window.increment(), 0)
-        window.acknowledge(1000)
-        self.assertEqual((window.increment(), window.available), (1000, 1000))
-
-    def test_a_receive_window_never_allows_more_than_is_to_come(self):
-        window = restic_serve.ReceiveWindow(1000)
-        window.resize(10_000)
-        self.assertEqual(window.increment(limit=1200), 200)
-        self.assertEqual(window.increment(limit=1200), 0)
-        self.assertEqual(window.increment(), 8800)
-
-    def test_an_update_of_the_connection_wakes_one_thread_that_can_send(self):
-        flow, streams = self.make_flow(100)
-        flow.sending.available = 0
-        for stream in streams[:40]:
-            stream.sending.available = 0
-        flow.on_window_update(13)
-        notified = [stream for stream in streams if stream._changed.notify_all.called]
-        self.assertEqual(notified, [streams[40]])
-
-    def test_who_has_taken_its_part_wakes_the_next(self):
-        flow, streams = self.make_flow(3)
-        self.assertEqual(flow.reserve(streams[0], 1000), 1000)
-        self.assertTrue(streams[1]._changed.notify_all.called)
-        self.assertFalse(streams[2]._changed.notify_all.called)
-
-    def test_a_return_of_what_was_sent_is_told_from_other_updates(self):
-        flow, (stream,) = self.make_flow(1)
-        self.assertEqual(flow.reserve(stream, 1000), 1000)
-        for of_stream in (False, True):
-            for increment, expected in ((1, True), (500, True), (499, True), (1, False), (1000, False)):
-                self.assertEqual(flow.is_return(increment, of_stream), expected)
-
-    def test_short_answers_wait_without_a_thread_up_to_a_bound(self):
-        flow, (stream, other) = self.make_flow(2)
-        flow.writer.content_frames.return_value = []
-        flow.sending.available = 10
-        content = bytes(restic_serve.UNSENT_BYTES)
-        with flow.writer.lock:
-            self.assertFalse(flow.send_later(stream, content + b'x'))
-            self.assertTrue(flow.send_later(stream, content))
-            self.assertFalse(flow.send_later(other, b'12345678901'))
-            flow.on_window_update(1 << 30)
-            self.assertEqual(self.sent, [])     # the stream's own window
-            flow.on_window_update(1 << 30, stream)
-            self.assertEqual(self.sent, [stream])
-            self.assertEqual(stream.sending.available + len(content), (1 << 30) + 65535)
+        window.available -= 1000
+        self.assertEqual(window.release(499), 0)     # too little for a frame
+        self.assertEqual((window.release(1), window.available), (500, 500))
 
 
-class StreamTest(unittest.TestCase):
-    """A stream without a connection: its states (RFC 9113 5.1) and its content."""
+class StreamTest(Http2TestCase):
+    """A stream without a client: its states (RFC 9113 5.1) and its content."""
 
     def setUp(self):
-        self.clock = Clock()
-        writer = mock.Mock(lock=threading.Lock(), pending_bytes=0)
-        self.streams = {}
-        self.flow = restic_serve.FlowControl(writer, self.streams, mock.Mock(), lambda: self.clock.now)
+        super().setUp()
+        connection = restic_serve.Connection(mock.Mock(), Peer('x'), Limits(stall_seconds=60))
+        self.exchanges = restic_serve.Exchanges(connection, self.server.api)
 
-    def open(self, length=None, **more):
-        stream = self.streams[1] = restic_serve.Stream(self.flow, 1, length, **more)
-        return stream
+    def open(self, whole=False):
+        return restic_serve.Stream(self.exchanges, 1, None, whole)
 
     def test_the_table_of_states(self):
-        steps = {'received': restic_serve.Stream.end_received, 'sent': restic_serve.Stream.end_sent,
-                 'reset': lambda stream: stream.abort('reset')}
-        for events, state, may_receive in (
-                ('', 'OPEN', True), ('received', 'HALF_CLOSED_REMOTE', False),
-                ('sent', 'HALF_CLOSED_LOCAL', True), ('received sent', 'CLOSED', False),
-                ('sent received', 'CLOSED', False), ('sent sent', 'HALF_CLOSED_LOCAL', True),
-                ('reset', 'CLOSED', False), ('received reset', 'CLOSED', False),
-                ('reset sent', 'CLOSED', False), ('reset received', 'CLOSED', False)):
-            stream = self.open()
+        steps = {'received': lambda stream: self.exchanges.end(stream, receiving=False),
+                 'sent': lambda stream: self.exchanges.end(stream, sending=False),
+                 'reset': lambda stream: self.exchanges.abort(stream, 'reset', True)}
+        for events, receiving, sending in (
+                ('', True, True), ('received', False, True), ('sent', True, False),
+                ('received sent', False, False), ('sent received', False, False),
+                ('reset', False, False), ('received reset', False, False), ('sent reset', False, False)):
+            stream = self.exchanges.streams[1] = self.open()
             for event in events.split():
                 steps[event](stream)
-            self.assertEqual((stream.state.name, stream.may_receive), (state, may_receive), events)
+            self.assertEqual((stream.receiving, stream.sending), (receiving, sending), events)
             self.assertEqual(bool(stream.aborted), 'reset' in events)
-        self.assertEqual(self.open(whole=True).state.name, 'HALF_CLOSED_REMOTE')
+            self.assertEqual(1 in self.exchanges.streams, receiving or sending, events)
+        self.assertFalse(self.open(whole=True).receiving)
 
     def test_content_that_came_early_is_read_in_order(self):
         stream = self.open()
-        for part in (b'ab', b'cde', b'f' * 2000):
-            stream.buffer(part)
-        stream.end_received()
+        stream.content += b'abcde' + b'f' * 2000
+        stream.receiving = False
         view, found = memoryview(bytearray(4)), b''
-        while True:
-            count = stream.readinto(view)
-            if not count:
-                break
+        for count in iter(lambda: stream.readinto(view), 0):
             found += bytes(view[:count])
         self.assertEqual(found, b'abcde' + b'f' * 2000)
-        self.assertEqual(stream.buffered, 0)
-
-    def test_content_goes_straight_to_who_waits(self):
-        stream, view = self.open(), bytearray(10)
-        counts = []
-        thread = threading.Thread(target=lambda: counts.append(stream.readinto(memoryview(view))))
-        thread.start()
-        offered = None
-        while offered is None:
-            with self.flow.writer.lock:
-                offered = stream.offer()
-        self.assertTrue(stream.half_received)
-        offered[:3] = b'abc'
-        with self.flow.writer.lock:
-            stream.filled(3)
-        thread.join(PATIENCE)
-        self.assertEqual((counts, bytes(view[:3]), stream.half_received), ([3], b'abc', False))
 
     def test_who_waits_hears_of_the_end(self):
-        for end, expected in ((lambda stream: stream.abort('reset'), restic_serve.Gone),
-                              (lambda stream: setattr(stream, 'phase', restic_serve.Phase.TIMED_OUT),
-                               HttpError), (restic_serve.Stream.end_received, None)):
+        for end, expected in ((lambda stream: self.exchanges.abort(stream, 'reset', True), restic_serve.Gone),
+                              (lambda stream: stream.deadline.begin(0), HttpError),
+                              (lambda stream: setattr(stream, 'receiving', False), None)):
             stream = self.open()
             end(stream)
             if expected:
@@ -8096,118 +7942,8 @@ class StreamTest(unittest.TestCase):
             else:
                 self.assertEqual(stream.readinto(memoryview(bytearray(1))), 0)
 
-    def test_deadlines(self):
-        stream = self.open()
-        self.assertEqual(stream.next_deadline(60), math.inf)
-        stream.wait_for(100, extension=0.5)
-        self.assertEqual(stream.next_deadline(60), self.clock.now + 100)
-        stream.passed = 10
-        self.assertEqual(stream.next_deadline(60), self.clock.now + 105)
-        stream.blocked = self.clock.now
-        self.assertEqual(stream.next_deadline(60), self.clock.now + 60)
-
 
 # ---- Http2 -----------------------------------------------------------------------------------------
-
-class FloodBudgetTest(unittest.TestCase):
-    def test_so_many_at_once_and_more_with_time_and_with_answers(self):
-        now = [1000.0]
-        budget = restic_serve.FloodBudget(lambda: now[0])
-
-        def spend(number):
-            for _ in range(number):
-                budget.spend()
-
-        spend(restic_serve.FLOOD_BURST)
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            budget.spend()
-        self.assertEqual(caught.exception.code, 11)     # ENHANCE_YOUR_CALM
-        now[0] += 1
-        spend(restic_serve.FLOOD_REFILL_SECOND - 1)     # one was spent beyond
-        for _ in range(10):
-            budget.refill()
-        spend(10 * restic_serve.FLOOD_REFILL_ANSWER)
-        with self.assertRaises(restic_serve.Http2Error):
-            budget.spend()
-        now[0] += 1000      # nobody saves up more than that
-        spend(restic_serve.FLOOD_BURST)
-        with self.assertRaises(restic_serve.Http2Error):
-            budget.spend()
-
-
-class HeaderBlockTest(unittest.TestCase):
-    """HEADERS and CONTINUATION without a connection (RFC 9113 6.2 and 6.10)."""
-
-    def test_parts_become_one_block(self):
-        block = restic_serve.HeaderBlock()
-        block.begin(3, 0x1, b'ab')
-        block.extend(b'cd', 4)
-        self.assertEqual((block.stream_id, block.ends_stream, block.block), (3, True, b'abcd'))
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            block.extend(b'e', 4)
-        self.assertEqual(caught.exception.code.name, 'ENHANCE_YOUR_CALM')
-
-    def test_a_priority_is_taken_off(self):
-        for priority, itself in ((b'\0\0\0\1\x10', False), (b'\0\0\0\3\x10', True),
-                                 (b'\x80\0\0\3\x10', True)):
-            block = restic_serve.HeaderBlock()
-            block.begin(3, 0x20, priority + b'ab')
-            self.assertEqual((block.block, block.depends_on_itself), (b'ab', itself))
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            restic_serve.HeaderBlock().begin(3, 0x20, b'abcd')
-        self.assertEqual(caught.exception.code.name, 'FRAME_SIZE_ERROR')
-
-
-class StreamRegistryTest(unittest.TestCase):
-    """Which streams a frame may name (RFC 9113 5.1 and 5.1.1)."""
-
-    def setUp(self):
-        self.registry = restic_serve.StreamRegistry()
-
-    def code_of(self, function, number):
-        """The code of the error that a frame of a stream is."""
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            function(number)
-        return caught.exception.code.name
-
-    def test_frames_of_open_and_closed_streams(self):
-        for number in (0, 2, 1):    # not opened, or not a client's to open
-            self.assertEqual(self.code_of(self.registry.find, number), 'PROTOCOL_ERROR')
-        self.registry.begin_headers(5)
-        stream = self.registry.open[5] = mock.Mock(state=restic_serve.StreamState.OPEN)
-        self.assertIs(self.registry.find(5), stream)
-        stream.state = restic_serve.StreamState.CLOSED
-        self.assertIsNone(self.registry.find(5))
-        self.assertIsNone(self.registry.find(3))
-        self.assertIsNone(self.registry.was_reset(5))
-        self.registry.close(5, True)
-        self.registry.close(3, False)
-        self.assertEqual([self.registry.was_reset(number) for number in (5, 3, 1)], [True, False, None])
-        self.assertEqual(self.registry.open, {})
-        for number in range(7, 7 + 10 * restic_serve.STREAMS, 2):
-            self.registry.close(number, True)
-        self.assertIsNone(self.registry.was_reset(5))
-
-    def test_headers_of_streams(self):
-        self.assertEqual(self.code_of(self.registry.begin_headers, 2), 'PROTOCOL_ERROR')
-        self.registry.begin_headers(5)
-        self.registry.open[5] = mock.Mock(state=restic_serve.StreamState.OPEN)
-        self.registry.begin_headers(5)      # trailers
-        self.assertEqual(self.code_of(self.registry.begin_headers, 3), 'PROTOCOL_ERROR')  # was left out
-        self.registry.close(5, False)
-        self.assertEqual(self.code_of(self.registry.begin_headers, 5), 'STREAM_CLOSED')
-        self.registry.begin_headers(7)
-        self.registry.close(7, True)        # what has crossed our RST_STREAM is no fault
-        self.registry.begin_headers(7)
-        self.assertEqual(self.registry.last, 7)
-
-    def test_what_is_over_for_the_client_takes_no_place(self):
-        self.registry.open.update({number: mock.Mock(state=restic_serve.StreamState.OPEN)
-                                   for number in range(restic_serve.STREAMS)})
-        self.assertTrue(self.registry.is_full())
-        self.registry.open[0].state = restic_serve.StreamState.CLOSED
-        self.assertFalse(self.registry.is_full())
-
 
 class Http2Test(Http2TestCase):
     """Requests and answers."""
@@ -8258,37 +7994,16 @@ class Http2Test(Http2TestCase):
         wire.send(headers(31, fields('GET', path)))
         self.assertEqual(wire.answer(31)[0], 404)
 
-    def test_an_upload_that_is_read_has_a_window_for_what_it_announces(self):
-        for size in (2 << 20, 16 << 20):
-            content = os.urandom(size)
-            wire = self.http2()
+    def test_the_window_is_open_until_content_has_ended(self):
+        """nghttp2, and so Node, sends even an empty last frame only into an open window."""
+        for size in (65535, restic_serve.READ_WINDOW, (10 << 20) + 1):
+            content, wire = os.urandom(size), self.http2()
             wire.send(headers(1, fields('POST', f'/data/{named(content)}', ('content-length', str(size))), 4))
-            got = wire.until(WINDOW_UPDATE, number=1)
-            self.assertEqual(int.from_bytes(got[3], 'big') + 65535, min(size, restic_serve.READ_WINDOW))
-            wire.send_content(1, content)
+            wire.send_content(1, content, last=False)
+            while wire.windows[1] <= 0:
+                wire.next()
+            wire.send(frame(DATA, END_STREAM, 1))
             self.assertEqual(wire.answer()[0], 200)
-
-    def test_an_upload_that_came_while_others_had_everything_has_a_window_when_they_are_done(self):
-        wire = self.http2()
-        length = ('content-length', str(16 << 20))
-        for number in range(1, 11, 2):
-            wire.send(headers(number, fields('POST', f'/data/{"0" * 64}', length), 4))
-            wire.until(WINDOW_UPDATE, number=number)
-        content = os.urandom(3 << 20)
-        wire.send(headers(11, fields('POST', f'/data/{named(content)}'), 4))
-        http2 = self.server.connections.snapshot()[0].wire
-        self.wait_until(lambda: 11 in http2._streams.open and http2._streams.open[11].opened == 0,
-                        'the last upload to be read')
-        for number in range(1, 11, 2):
-            wire.send(frame(RST_STREAM, 0, number, word(8)))
-        self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW, 'the windows to close')
-        wire.send_content(11, content[:65535], last=False)
-        largest = 0
-        while largest < 1 << 20:
-            largest = int.from_bytes(wire.until(WINDOW_UPDATE, number=11)[3], 'big')
-        wire.send_content(11, content[65535:])
-        self.assertEqual(wire.answer(11)[0], 200)
-        self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW, 'the window to close')
 
     def test_an_upload_without_length_or_with_padding_goes_on_past_its_window(self):
         for step, more, padding in ((100_000, [], b''),
@@ -8296,7 +8011,6 @@ class Http2Test(Http2TestCase):
             content = os.urandom(3 << 20)
             wire = self.http2()
             wire.send(headers(1, fields('POST', f'/data/{named(content)}', *more), 4))
-            wire.windows[1] = 65535
             for at in range(0, len(content), step):
                 part = content[at:at + step]
                 part = bytes([len(padding)]) + part + padding if padding else part
@@ -8417,34 +8131,6 @@ class Http2Test(Http2TestCase):
         self.assertEqual(wire.answer()[0], 200)
         self.assertIsNone(wire.next())
 
-    def test_a_stop_loses_nothing_of_what_is_still_to_be_read(self):
-        content = os.urandom(1 << 20)
-        path = self.put(content)
-        wire = self.http2(initial=2 << 20)
-        wire.send(frame(WINDOW_UPDATE, 0, 0, word(2 << 20)), headers(1, fields('GET', path)))
-        self.wait_until(lambda: self.server.connections.snapshot(), 'the connection')
-        connection = self.server.connections.snapshot()[0]
-        self.wait_until(lambda: connection.wire._flood._answers, 'the whole answer')
-        self.server.stop()
-        self.wait_until(lambda: connection.wire.lingers, 'the end but for the client')
-        wire.send(frame(PING, 0, 0, bytes(8)))  # it still sends, and must not be answered by a reset
-        self.assertEqual(wire.answer()[2], content)
-        self.assertEqual(wire.until(GOAWAY)[3], word(1) + word(0))
-        self.assertIsNone(wire.until(PING))
-
-    def test_a_request_that_crosses_a_stop_is_not_named_as_served(self):
-        wire, decode = self.http2(), restic_serve.HeaderDecoder.decode
-
-        def stop_then_decode(*words):
-            for connection in self.server.connections.snapshot():
-                connection.stop()
-            return decode(*words)
-
-        with mock.patch.object(restic_serve.HeaderDecoder, 'decode', stop_then_decode):
-            wire.sock.sendall(headers(1))
-            self.assertEqual(wire.until(GOAWAY)[3], word(0) + word(0))
-            self.assertIsNone(wire.next())
-
     def test_a_request_that_is_answered_makes_room_for_another_at_once(self):
         wire, go_on = self.http2(), threading.Event()
         self.addCleanup(go_on.set)
@@ -8461,39 +8147,6 @@ class Http2Test(Http2TestCase):
                     self.assertEqual(wire.answer(number)[0], 404)
             self.assertEqual(wire.answer(399)[0], 404)
             go_on.set()
-
-    def test_a_client_may_give_back_few_bytes_at_a_time(self):
-        path = self.put(b'0123456789')
-        wire = self.http2(grants=False)
-        for number in range(1, 3 * restic_serve.FLOOD_BURST, 2):
-            wire.send(headers(number, fields('GET', path)))
-            self.assertEqual(wire.answer(number)[2], b'0123456789')
-            wire.send(frame(WINDOW_UPDATE, 0, 0, word(10)))
-
-    def test_a_client_may_give_back_each_frame_in_two_pieces(self):
-        """As haproxy 2.6 does, half of them below 256 bytes."""
-        content = os.urandom(30 << 20)
-        path = self.put(content)
-        wire = self.http2(grants=False)
-        wire.send(headers(1, fields('GET', path)))
-        got, updates = [], 0
-        while True:
-            _, flags, _, payload = wire.until(DATA)
-            got.append(payload)
-            if flags & END_STREAM:
-                break
-            for part in filter(None, (len(payload) - 100, 100) if len(payload) > 100 else (len(payload),)):
-                wire.send(frame(WINDOW_UPDATE, 0, 0, word(part)), frame(WINDOW_UPDATE, 0, 1, word(part)))
-                updates += 2
-        self.assertEqual(b''.join(got), content)
-        self.assertGreater(updates, 2 * restic_serve.FLOOD_BURST)
-
-    def test_updates_beyond_what_was_sent_are_a_flood(self):
-        wire = self.http2(grants=False)
-        with contextlib.suppress(OSError):
-            for _ in range(2 * restic_serve.FLOOD_BURST):
-                wire.sock.sendall(frame(WINDOW_UPDATE, 0, 0, word(1000)))
-        self.assertEqual(wire.until(GOAWAY)[3][4:8], word(11))
 
     def test_headers_are_not_held_back_by_the_windows_of_content(self):
         path = self.put(bytes(1 << 20))
@@ -8537,14 +8190,6 @@ class Http2Test(Http2TestCase):
         wire.send(headers(1, fields('GET', '/', ('x', 'y' * 60000))))
         self.assertEqual(wire.answer()[0], 404)
 
-    def test_one_connection_too_many_is_told_so(self):
-        self.server.connections.admission.limit = 0
-        wire = Http2Wire(self.port, preface=False)
-        with wire:
-            wire.send(restic_serve.PREFACE, settings())
-            # Before its preface was read, it is answered as HTTP/1.1; TLS tells what it speaks.
-            self.assertTrue(wire.file.read().startswith(b'HTTP/1.1 503 '))
-
     def test_the_log_has_a_line_a_request(self):
         wire = self.http2()
         with self.assertLogs(restic_serve.access_log, logging.INFO) as logs:
@@ -8555,88 +8200,42 @@ class Http2Test(Http2TestCase):
 
 
 class Http2AbuseTest(Http2TestCase):
-    def check(self, *parts, times=1, code=11):
-        """So many times these frames end the connection."""
+    def test_a_header_block_that_never_ends(self):
+        wire = self.http2()
+        wire.send(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b' * 2000) * 20)
+        self.assertEqual(wire.until(GOAWAY)[3][4:8], word(11))
+
+    def test_a_client_that_asks_and_does_not_read(self):
         wire = self.http2(grants=False)
+        wire.sock.settimeout(0.2)
+        with contextlib.suppress(TimeoutError, socket.timeout):
+            wire.sock.sendall(frame(PING, 0, 0, bytes(8)) * 100_000)
+        wire.sock.settimeout(PATIENCE)
+        self.assertEqual(wire.until(GOAWAY)[3][4:8], word(11))
 
-        def flood():
-            with contextlib.suppress(OSError):
-                for _ in range(times):
-                    wire.sock.sendall(b''.join(parts))
-
-        thread = threading.Thread(target=flood)
-        thread.start()
-        got = wire.until(GOAWAY)
-        self.assertEqual(int.from_bytes(got[3][4:8], 'big'), code, got)
-        while wire.next():
-            pass
-        wire.__exit__()
-        thread.join()
-        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
-
-    def setUp(self):
-        super().setUp()
-        self.threads = threading.active_count()
-
-    def test_continuation_floods(self):
-        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1) * 3000)
-        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b') * 3000)
-        self.check(headers(1, b'', 1), frame(CONTINUATION, 0, 1, b'\0\x01a\x01b' * 2000) * 20)
-
-    def test_rapid_resets(self):
-        self.check(*[headers(number) + frame(RST_STREAM, 0, number, word(8))
-                     for number in range(1, 5000, 2)])
-
-    def test_floods_of_frames_that_must_be_answered(self):
-        self.check(frame(PING, 0, 0, bytes(8)), times=5000)
-        self.check(settings(), times=5000)
-
-    def test_floods_of_frames_that_say_nothing(self):
-        self.check(POST, frame(DATA, 0, 1) * 5000)
-        self.check(frame(PRIORITY, 0, 5, bytes(5)), times=5000)
-        self.check(headers(1), frame(WINDOW_UPDATE, 0, 1, word(1)) * 5000)
-        self.check(frame(0x77, 0, 0), times=5000)
+    def hold(self):
+        """Have no request answered, and no content read, before the test's end."""
+        held = threading.Event()
+        patch = mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
+                                  restic_serve.text_response(200, ''))
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.addCleanup(held.set)
+        return held
 
     def test_content_past_the_windows(self):
-        held = threading.Event()
-        self.addCleanup(held.set)
-        with mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
-                               restic_serve.text_response(200, '')):
-            wire = self.http2()
-            wire.send(POST, frame(DATA, 0, 1, bytes(65535)), frame(DATA, 0, 1, b'x'))
-            self.assertEqual(wire.until(GOAWAY)[3][4:8], word(3))
-            held.set()
+        held, wire = self.hold(), self.http2()
+        wire.send(*[headers(number, fields('POST'), 4) + frame(DATA, 0, number, bytes(1 << 20)) * 4
+                    for number in range(1, 9, 2)], headers(9, fields('POST'), 4), frame(DATA, 0, 9, b'x'))
+        self.assertEqual(wire.until(GOAWAY)[3][4:8], word(3))
+        held.set()
 
     def test_content_past_the_window_of_a_stream(self):
-        wire = self.http2()
-        wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4))
-        while wire.window < 1 << 20:    # those of the connection are open
-            wire.next()
-        # This one's are not, since it is not read.
-        held = threading.Event()
-        self.addCleanup(held.set)
-        with mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
-                               restic_serve.text_response(200, '')):
-            wire.send(headers(3, fields('POST', '/'), 4), frame(DATA, 0, 3, bytes(65535)),
-                      frame(DATA, 0, 3, b'x'))
-            self.assertEqual(wire.until(RST_STREAM)[2:], (3, word(3)))
-            held.set()
-
-    def test_nothing_is_granted_before_it_is_known_who_asks(self):
-        """Uploads with a wrong password, and none whose password waits for its turn, get no window."""
-        self.server.api.accounts = Accounts(user='alice', password='right')
-        wire = self.http2()
-        content = os.urandom(3 << 20)
-        login = ('authorization', basic('alice', 'wrong').partition(': ')[2])
-        for number in range(1, 40, 2):
-            wire.send(headers(number, fields('POST', f'/data/{named(content)}', login), 4))
-            self.assertEqual(wire.answer(number)[0], 401)
-        wire.send(frame(PING, 0, 0, bytes(8)))
-        wire.until(PING)
-        self.assertEqual((wire.settings.get(4, 65535), wire.window, wire.windows), (65535, 65535, {}))
-        login = ('authorization', basic('alice', 'right').partition(': ')[2])
-        wire.upload(101, f'/data/{named(content)}', content, login)
-        self.assertEqual(wire.answer(101)[0], 200)
+        held, wire = self.hold(), self.http2()
+        wire.send(headers(3, fields('POST', '/'), 4), frame(DATA, 0, 3, bytes(1 << 20)) * 4,
+                  frame(DATA, 0, 3, b'x'))
+        self.assertEqual(wire.until(RST_STREAM)[2:], (3, word(3)))
+        held.set()
 
     def test_uploads_that_are_cancelled_take_nothing_with_them(self):
         wire = self.http2()
@@ -8646,27 +8245,6 @@ class Http2AbuseTest(Http2TestCase):
         content = os.urandom(3 << 20)
         wire.upload(1001, f'/data/{named(content)}', content)
         self.assertEqual(wire.answer(1001)[0], 200)
-        http2 = self.server.connections.snapshot()[0].wire
-        self.wait_until(lambda: http2._flow._spare == restic_serve.CONNECTION_WINDOW
-                        and not http2._streams.open, 'the windows to close')
-        self.assertEqual(http2._flow._receiving.size, 65535)
-
-    def test_the_windows_close_again(self):
-        wire = self.http2()
-        for number in range(1, 40, 2):
-            content = os.urandom(1 << 20)
-            wire.upload(number, f'/data/{named(content)}', content)
-            self.assertEqual(wire.answer(number)[0], 200)
-            self.assertLess(wire.window, 2 * restic_serve.READ_WINDOW)
-        contents = {number: os.urandom(100_000) for number in range(101, 121, 2)}
-        for number, content in contents.items():  # more than there is room for
-            wire.send(headers(number, fields('POST', f'/data/{named(content)}'), 4))
-        wire.send(frame(PING, 0, 0, bytes(8)))
-        wire.until(PING)
-        self.assertLessEqual(wire.window, restic_serve.CONNECTION_WINDOW + 2 * 65535)
-        for number, content in contents.items():
-            wire.send_content(number, content)
-            self.assertEqual(wire.answer(number)[0], 200)
 
     def test_header_bombs_are_431_and_cost_no_memory(self):
         wire = self.http2()
@@ -8681,17 +8259,17 @@ class Http2AbuseTest(Http2TestCase):
         wire = self.http2()
         for number in range(1, 200, 2):
             wire.send(headers(number, fields('POST', '/', ('content-length', '1')), 4))
-            while wire.window < 30_000:
+            while wire.window < 300_000:
                 wire.next()
-            wire.window -= 30_000
-            wire.send(frame(DATA, 0, number, bytes(30_000)))
+            wire.window -= 300_000
+            wire.send(frame(DATA, 0, number, bytes(300_000)))
         wire.send(headers(201))
         self.assertEqual(wire.answer(201)[0], 404)
 
     def test_content_that_comes_after_its_answer_costs_the_windows_nothing(self):
         wire = self.http2(grants=False)
         content = frame(DATA, 1, 1, bytes(40_000))
-        for number in range(1, 161, 2):
+        for number in range(1, 1001, 2):
             while wire.window < 40_000:
                 wire.next()
             wire.window -= 40_000
@@ -8701,43 +8279,25 @@ class Http2AbuseTest(Http2TestCase):
             wire.send(content[-20_000:])
         wire.send(frame(PING, 0, 0, bytes(8)))
         wire.until(PING)
-        self.assertGreaterEqual(wire.window, 65535 * 3 // 4)
+        self.assertGreaterEqual(wire.window, restic_serve.CONNECTION_WINDOW // 2)
 
     def test_a_reset_in_the_middle_of_a_frame_ends_nothing_else(self):
-        begun, held = threading.Event(), threading.Event()
-        self.addCleanup(held.set)
-        self.server.connections.sweep_seconds = 0.01
-        with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.1), mock.patch.object(
-                Api, 'handle', side_effect=lambda request: held.wait() and
-                restic_serve.text_response(200, 'x')), mock.patch.object(
-                restic_serve.Stream, 'offer', side_effect=begun.set):
+        with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.1):
             wire = self.http2(grants=False)
             content = frame(DATA, 1, 1, bytes(1000))
             wire.send(headers(1, fields('POST'), 4), content[:-5])
-            self.assertTrue(begun.wait(PATIENCE))
-            held.set()
-            self.assertEqual(wire.answer()[0], 200)
+            self.assertEqual(wire.answer()[0], 400)
             self.assertEqual(wire.until(RST_STREAM)[3], word(0))
             wire.send(content[-5:], headers(3))
-            self.assertEqual(wire.answer(3)[0], 200)
+            self.assertEqual(wire.answer(3)[0], 404)
 
     def test_without_another_thread_a_request_is_refused_and_the_connection_goes_on(self):
         wire = self.http2(initial=0)
-        wire.send(frame(PING, 0, 0, bytes(8)))
-        wire.until(PING)
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start")):
-            wire.send(headers(1))
+            wire.send(headers(1), headers(3))   # one thread may be left of what the preface took
             self.assertEqual(wire.until(RST_STREAM)[3], word(7))
-        wire.send(settings((4, 100)), headers(3))
-        self.assertEqual(wire.answer(3)[0], 404)
-
-    def test_the_content_of_a_request_that_was_answered_is_not_kept(self):
-        wire = self.http2(initial=0)
-        wire.send(headers(1, fields('POST', '/nothing'), 4))
-        wire.until(HEADERS)
-        with mock.patch.object(restic_serve.Stream, 'buffer', side_effect=AssertionError('buffered')):
-            wire.send(frame(DATA, 1, 1, bytes(60_000)), frame(PING, 0, 0, bytes(8)))
-            wire.until(PING)
+        wire.send(settings((4, 100)), headers(5))
+        self.assertEqual(wire.answer(5)[0], 404)
 
     def test_a_reset_download_gives_the_window_back_once(self):
         path = self.put(os.urandom(1 << 20))
@@ -8759,31 +8319,18 @@ class Http2AbuseTest(Http2TestCase):
             total -= 1
 
     def test_a_client_that_does_not_read_is_cut_off(self):
-        self.server.limits.write_seconds = 0.5
         self.server.connections.sweep_seconds = 0.05
         path = self.put(bytes(8 << 20))
-        wire = self.http2(grants=False, initial=TOP)
-        wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
-        self.wait_until(lambda: threading.active_count() <= self.threads, 'its threads to end')
+        for limit in ('write_seconds', 'stall_seconds'):
+            with mock.patch.object(self.server.limits, limit, 0.5), mock.patch.object(
+                    restic_serve.PipeTransport, 'abort') as abort, self.http2(
+                    grants=False, initial=TOP) as wire:
+                wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
+                self.wait_until(lambda abort=abort: abort.called, 'its end')
 
 
 class Http2TimeLimitTest(Http2TestCase):
     limits = {'header_seconds': 0.3, 'idle_seconds': 0.3, 'read_seconds': 0.3, 'write_seconds': 0.3}
-
-    def test_an_idle_connection_ends(self):
-        wire = self.http2()
-        self.assertEqual(wire.until(GOAWAY)[3], word(0) + word(0))
-        self.assertIsNone(wire.next())
-
-    def test_a_header_that_does_not_end(self):
-        wire = self.http2()
-        wire.send(headers(1, b'', 1))
-        self.assertIsNotNone(wire.until(GOAWAY))
-
-    def test_a_client_without_a_preface(self):
-        with Wire(self.port) as wire:
-            wire.send('PRI * HTTP/2.0\r\n\r\n')
-            self.assertIn(b'\0\0\x08\x07', wire.file.read())
 
     def test_a_slow_upload_is_408(self):
         wire = self.http2()
@@ -8877,15 +8424,6 @@ class StallTest(Http2TestCase):
         wire.send(headers(1, fields('GET', path)))
         self.assertEqual(wire.until(RST_STREAM)[3], word(8))
         self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server.connections.threads.taken, 'its thread')
-
-    def test_a_download_over_http_2_that_is_not_read(self):
-        path = self.put(bytes(64 << 20))
-        wire = self.http2(grants=False, initial=TOP)
-        wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
-        with mock.patch.object(restic_serve, 'LINGER_SECONDS', 0.3):
-            self.wait_for_end('stalled downloads')
-            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
 
     def test_who_goes_on_slowly_is_not_stalled(self):
         content = os.urandom(100)
@@ -8925,27 +8463,6 @@ class StallTest(Http2TestCase):
             select_readable(wire.sock, 0.15)
         self.assertEqual(self.limited(), {})
 
-    def test_short_answers_keep_no_thread(self):
-        contents = [os.urandom(2000) for _ in range(90)]
-        paths = [self.put(content) for content in contents]
-        self.server.limits.stall_seconds = float('inf')
-        wire = self.http2(grants=False, initial=0)
-        for number, path in enumerate(paths):
-            wire.send(headers(2 * number + 1, fields('GET', path)))
-        self.wait_until(lambda: self.metrics._activity()[0] == 90, 'the requests to be answered')
-        self.wait_until(lambda: not self.server.connections.threads.taken, 'their threads')
-        wire.send(settings((4, 100_000)), frame(WINDOW_UPDATE, 0, 0, word(1 << 20)))
-        got = {2 * number + 1: b'' for number in range(90)}
-        left = set(got)
-        while left:
-            kind, flags, number, payload = wire.until(DATA)
-            got[number] += payload
-            if flags & END_STREAM:
-                left.remove(number)
-        self.assertEqual(list(got.values()), contents)
-        wire.send(headers(1001))
-        self.assertEqual(wire.answer(1001)[0], 404)
-
     def test_short_answers_that_nobody_takes_are_reset(self):
         wire = self.http2(grants=False, initial=0)
         wire.send(*[headers(number) for number in range(1, 20, 2)])
@@ -8953,32 +8470,6 @@ class StallTest(Http2TestCase):
         self.assertEqual(reset, set(range(1, 20, 2)))
         wire.send(settings((4, 100)), headers(21))
         self.assertEqual(wire.answer(21)[0], 404)
-
-    def test_short_answers_that_are_not_read_keep_one_thread_at_the_most(self):
-        path = self.put(bytes(60_000))
-        self.server.limits.stall_seconds = float('inf')
-        wire = self.http2(grants=False, initial=TOP)
-        wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)))
-        real, full, go_on = restic_serve.SocketTransport.send_parts, threading.Event(), threading.Event()
-
-        def send_parts(transport, parts):
-            if sum(map(len, parts)) > 100_000:
-                full.set()
-                go_on.wait(PATIENCE)
-            real(transport, parts)
-
-        self.addCleanup(go_on.set)
-        with mock.patch.object(restic_serve.SocketTransport, 'send_parts', send_parts):
-            wire.send(headers(1, fields('GET', self.put(bytes(1 << 20)))))
-            self.assertTrue(full.wait(PATIENCE))
-            wire.send(*[headers(number, fields('GET', path)) for number in range(3, 9, 2)])
-            self.wait_until(lambda: self.metrics._activity()[0] == 3, 'the short answers')
-            self.wait_until(lambda: self.server.connections.threads.taken == 1, 'their threads')
-            go_on.set()
-            left = {1, 3, 5, 7}
-            while left:
-                _, flags, number, _ = wire.until(DATA)
-                left -= {number} if flags & END_STREAM else set()
 
     def test_connections_find_out_that_the_other_end_has_gone(self):
         self.connect()
@@ -9201,36 +8692,15 @@ class TlsTest(ListenerTestCase):
         self.addCleanup(wire.__exit__)
         return wire
 
-    def test_a_stop_ends_http_2_with_goaway_and_close_notify(self):
-        server = self.start('127.0.0.1:0', certificates=self.certificates())
-        port = server.listeners[0].server_address[1]
+    def test_http_2_is_not_offered_and_is_505(self):
+        port = self.start_tls()
         context = self.ssl.create_default_context(cafile=str(self.authority.path))
-        context.set_alpn_protocols(['h2'])
-        sock = context.wrap_socket(socket.create_connection(('127.0.0.1', port), PATIENCE),
-                                   server_hostname='localhost', suppress_ragged_eofs=False)
-        with Http2Wire(sock=sock) as wire:
-            content = os.urandom(3 << 20)
-            path = f'/data/{named(content)}'
-            wire.upload(1, path, content, ('content-length', str(len(content))))
-            self.assertEqual(wire.answer()[0], 200)
-            wire.send(headers(3, fields('GET', path)))
-            self.assertEqual(wire.answer(3)[2], content)
-            server.stop()
-            self.assertIsNotNone(wire.until(GOAWAY))
-            self.assertIsNone(wire.next())
-
-    def test_one_connection_of_http_2_too_many_is_told_so(self):
-        server = self.start('127.0.0.1:0', certificates=self.certificates())
-        server.connections.admission.limit = 0
-        context = self.ssl.create_default_context(cafile=str(self.authority.path))
-        context.set_alpn_protocols(['h2'])
-        sock = context.wrap_socket(socket.create_connection(server.listeners[0].server_address, PATIENCE),
-                                   server_hostname='localhost')
-        with Http2Wire(sock=sock, preface=False) as wire:
-            wire.send(restic_serve.PREFACE, settings())
-            self.assertEqual(wire.next()[0], SETTINGS)
-            self.assertEqual(wire.next(), (GOAWAY, 0, 0, word(0) + word(11) + b'too many connections'))
-            self.assertIsNone(wire.next())
+        for offered, selected in ((['h2', 'http/1.1'], 'http/1.1'), (['h2'], None)):
+            context.set_alpn_protocols(offered)
+            with Wire(port) as wire, context.wrap_socket(wire.sock, server_hostname='localhost') as sock:
+                self.assertEqual(sock.selected_alpn_protocol(), selected)
+                sock.sendall(restic_serve.PREFACE + settings())
+                self.assertTrue(sock.recv(1000).startswith(b'HTTP/1.1 505 '))
 
     def serial(self, port):
         return int(self.connect_tls(port).sock.getpeercert()['serialNumber'], 16)
@@ -9461,12 +8931,12 @@ class StatsLogTest(unittest.TestCase):
         self.metrics.begin_period.assert_not_called()
 
 
-class SharesTest(Http2TestCase):
+class SharesTest(WireTestCase):
     """One address has a part of the places, and no more."""
 
     def start(self, **more):
         server = self.serve(self.server.api, Limits(), **more)
-        server.connections.admission.exempt = server.connections.threads._exempt = lambda name: False
+        server.connections.admission.exempt = lambda name: False
         return server, server.listeners[0].server_address[1]
 
     def test_an_address_has_its_share_of_the_connections(self):
@@ -9512,31 +8982,6 @@ class SharesTest(Http2TestCase):
             for ticket in got[:4]:
                 admission.leave(ticket)
             self.assertFalse(admission.admit(Peer('10.0.0.1')).refusal)
-
-    def test_a_client_of_http_2_has_as_many_requests_however_many_processes_serve(self):
-        server, _ = self.start(max_connections=16)
-        for processes in (1, 4):
-            threads = server.connections.make_threads(processes)
-            self.assertEqual((threads._limit, threads._limit_each), (16, 8))
-
-    def test_an_address_has_its_share_of_the_threads_of_http_2(self):
-        server, port = self.start(max_connections=8, per_address=2)
-        go_on = threading.Event()
-        self.addCleanup(go_on.set)
-        with mock.patch.object(server.api, 'handle', side_effect=lambda request: go_on.wait(PATIENCE) and
-                               restic_serve.text_response(200, 'x')), Http2Wire(port) as wire:
-            wire.send(headers(1), headers(3))
-            self.wait_until(lambda: server.connections.threads.taken == 2, 'two threads')
-            wire.send(headers(5), headers(7, fields('POST', '/'), 4))
-            status, fields_of, _ = wire.answer(5)
-            self.assertEqual((status, fields_of['retry-after']), (503, '10'))
-            self.assertEqual(wire.answer(7)[0], 503)
-            go_on.set()
-            self.assertEqual({wire.until(DATA)[2] for _ in range(2)}, {1, 3})
-            self.wait_until(lambda: not server.connections.threads.taken, 'the threads')
-            wire.send(headers(9))
-            self.assertEqual(wire.answer(9)[0], 200)
-            self.wait_until(lambda: server.connections.threads.by_group == {}, 'the last place')
 
     def test_the_share_is_a_quarter_but_enough_for_restic(self):
         for connections, share in ((1024, 256), (100, 25), (16, 8), (5, 5), (1, 1)):
@@ -10755,9 +10200,6 @@ restic_serve.trim_memory = trim_and_forget
                         b'rubbish\r\n\r\n'):
             with Wire(port) as wire:
                 self.assertLess(wire.ask(request)[0], 500)
-        with Http2Wire(port) as wire:
-            wire.send(headers(1, fields('GET', '/config', ('authorization', me.partition(': ')[2]))))
-            self.assertEqual(wire.answer()[0], 200)
         process.send_signal(signal.SIGTERM)
         self.assertEqual([line for line in process.stderr if 'IMPORTED' in line], [])
 
@@ -10979,9 +10421,6 @@ class MinimalHostTest(TestCase):
                 self.assertEqual(wire.ask(request)[0], status, request[:100])
             self.assertEqual(wire.ask(get(path))[2], content)
             self.assertEqual(wire.ask(get(path, 'Range: bytes=1000-1999'))[2], content[1000:2000])
-        with Http2Wire(port) as wire:
-            wire.send(headers(1, fields('GET', path)))
-            self.assertEqual(wire.answer()[2], content)
         process.terminate()
         said += process.stderr.read()
         self.assertEqual(process.wait(PATIENCE), 0, said)
@@ -11159,6 +10598,33 @@ class StdioTest(TestCase):
                               input=b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', env=clean_environment())
         self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
         self.assertIn(b'missing HTTP/2 preface', done.stdout)
+
+    def test_a_client_that_stops_reading_ends_it(self):
+        content = bytes(8 << 20)
+        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
+        with Stdio('--stall-timeout', '300ms', self.root) as server:
+            server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
+                             headers(1, fields('GET', f'/data/{named(content)}')))
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+
+    def test_pipes_that_are_full_both_ways_hold_up_nothing(self):
+        """A client that sends an upload and PINGs, and reads when it has sent all of it."""
+        content, old = os.urandom(12 << 20), bytes(8 << 20)
+        self.make_repository()
+        Store(str(self.root)).save(Location('', 'data', named(old)), Bytes(old))
+        with Stdio(self.root) as server:
+            wire = server.wire
+            wire.grants = False
+            wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
+                      headers(1, fields('GET', f'/data/{named(old)}')))
+            wire.send(headers(3, fields('POST', f'/data/{named(content)}'), 4))
+            for at in range(0, 3 << 20, 1 << 14):
+                wire.send(frame(DATA, 0, 3, content[at:at + (1 << 14)]), frame(PING, 0, 0, bytes(8)))
+            self.assertEqual(len(wire.answer(1)[2]), len(old))
+            wire.window -= 3 << 20
+            wire.windows[3] -= 3 << 20
+            wire.send_content(3, content[3 << 20:])
+            self.assertEqual(wire.answer(3)[0], 200)
 
     def test_a_client_that_closes_our_output_ends_it(self):
         with Stdio(self.root) as server:
@@ -11751,54 +11217,31 @@ class OldResticStdioTest(StdioScenarios, ResticTestCase):
 # ---- Other clients and proxies ---------------------------------------------------------------------
 
 class Http2ClientsTest(TestCase):
-    """What programs that others have written make of HTTP/2."""
+    """What programs that others have written make of it that HTTP/2 is not spoken over the network."""
 
-    def setUp(self):
-        super().setUp()
-        self.content = os.urandom(3 << 20)
-        self.path = f'host/data/{named(self.content)}'
-        self.file = self.folder / 'file'
-        self.file.write_bytes(self.content)
-
-    def run_it(self, name, *words):
-        return subprocess.run([program(name), *map(str, words)], capture_output=True, check=True,
-                              timeout=PATIENCE).stdout
-
-    def check(self, url, version, *curl_words):
-        out = self.folder / 'out'
-
-        def curl(*words):
-            return self.run_it('curl', '-sS', '-w', '%{http_version} %{http_code}', '-o', out, *curl_words,
-                               *words).decode()
-
-        self.assertEqual(curl('-X', 'POST', f'{url}host/?create=true'), f'{version} 200')
-        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}{self.path}'), f'{version} 200')
-        self.assertEqual(curl(f'{url}{self.path}'), f'{version} 200')
-        self.assertEqual(out.read_bytes(), self.content)
-        self.assertEqual(curl('-r', '1000-1999', f'{url}{self.path}'), f'{version} 206')
-        self.assertEqual(out.read_bytes(), self.content[1000:2000])
-        self.assertEqual(curl('-I', f'{url}{self.path}'), f'{version} 200')
-        self.assertEqual(curl('-X', 'POST', '-T', self.file, f'{url}host/data/{"0" * 64}'), f'{version} 400')
-        self.assertEqual(self.run_it('nghttp', f'{url}{self.path}'), self.content)
-        load = self.run_it('h2load', '-n', '300', '-c', '3', '-m', '20', f'{url}{self.path}').decode()
-        self.assertIn('300 succeeded, 0 failed, 0 errored', load)
-        self.assertIn(f'{300 * len(self.content)}) data', load.replace(' data', ') data').replace('))', ')'))
-
-    def test_prior_knowledge(self):
-        with Program('--addr', '127.0.0.1:0', self.root) as server:
-            self.check(server.url, '2', '--http2-prior-knowledge')
-
-    def test_tls(self):
+    def test_a_client_that_prefers_http_2_takes_http_1(self):
         authority = Authority(self.folder)
         authority.issue('server')
         with Program('--addr', '127.0.0.1:0', *authority.words('server'), self.root) as server:
-            # Where both are offered it is the faster one; nghttp and h2load offer HTTP/2 alone.
-            self.check(server.url, '1.1', '--cacert', authority.path)
+            said = self.curl('--http2', '--cacert', authority.path, '-w', '%{http_version}',
+                             f'{server.url}config')
+        self.assertTrue(said.stdout.endswith('1.1'), said)
+
+    def test_a_client_that_insists_hears_of_its_fault(self):
+        with Program('--addr', '127.0.0.1:0', self.root) as server:
+            for number in range(20):
+                said = self.curl('--http2-prior-knowledge', '-T', MODULE, '-X', 'POST', f'{server.url}config')
+                self.assertIn(said.returncode, (16, 52), said)   # HTTP/2 framing, or an empty answer
+                self.assertNotIn('pipe', said.stderr, number)
+            self.assertEqual(self.curl('--http2', f'{server.url}config').stdout, 'not found\n')  # h2c
+
+    def curl(self, *words):
+        return subprocess.run([program('curl'), '-sS', *map(str, words)], capture_output=True, text=True,
+                              timeout=PATIENCE)
 
 
 class HaproxyTest(TestCase):
-    """Downloads through haproxy, which speaks HTTP/2 to the server: what Debian 12 has gives back the
-    windows in pieces of a few bytes."""
+    """Downloads through haproxy."""
 
     def test_downloads_are_whole(self):
         haproxy = program('haproxy')
@@ -11813,7 +11256,7 @@ class HaproxyTest(TestCase):
             (self.folder / 'haproxy.cfg').write_text(
                 'defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n'
                 f'frontend f\n bind 127.0.0.1:{port}\n default_backend b\n'
-                f'backend b\n server s 127.0.0.1:{server.port} proto h2\n')
+                f'backend b\n server s 127.0.0.1:{server.port}\n')
             with subprocess.Popen([haproxy, '-f', self.folder / 'haproxy.cfg'],
                                   stderr=subprocess.DEVNULL) as proxy:
                 try:
@@ -11913,7 +11356,7 @@ class FaultsTestCase(Http2TestCase):
                 request = (post(path, content) if method == 'POST' else get(path, method=method))
                 answer = client.ask(request, head_only=method == 'HEAD')
         else:
-            with Http2Wire(self.port) as client:
+            with self.http2() as client:
                 if method == 'POST' and content:
                     client.upload(1, path, content, ('content-length', str(len(content))))
                 else:
@@ -12063,6 +11506,13 @@ class DiskFaultsTest(FaultsTestCase):
             self.assertEqual(self.exchange(wire, 'GET', path), (200, b'content'))
 
     def test_an_upload_whose_file_fails_leaves_nothing(self):
+        real = os.write
+
+        def fail(*words, **more):
+            if isinstance(words[0], int) and stat.S_ISSOCK(os.fstat(words[0]).st_mode):
+                return real(*words)
+            raise OSError(errno.EIO, 'made by a test')
+
         for wire in self.WIRES:
             for name in ('write', 'fsync', 'link', 'mkdir'):
                 content = os.urandom(100_000)
@@ -12070,7 +11520,7 @@ class DiskFaultsTest(FaultsTestCase):
                 self.make_repository(f'{wire[5]}{name}')
                 with self.subTest(name, wire=wire):
                     self.log.clear()
-                    with mock.patch.object(os, name, side_effect=OSError(errno.EIO, 'made by a test')):
+                    with mock.patch.object(os, name, side_effect=fail):
                         self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 500)
                     self.assertEqual(self.files(), [])
                     self.assertEqual(len(self.faults()), 1, self.faults())
@@ -12152,9 +11602,9 @@ class WireFaultsTest(FaultsTestCase):
 
     def cut(self, wire, data, reset):
         """Send bytes on a new connection and end it."""
-        with Wire(self.port) as client:
+        with Wire(self.port) if wire == 'HTTP/1.1' else self.http2(preface=False) as client:
             client.send(data)
-            if reset:
+            if reset and wire == 'HTTP/1.1':
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
 
     def request(self, wire, path, content):
@@ -12196,11 +11646,11 @@ class WireFaultsTest(FaultsTestCase):
         path, before = self.put(content), self.resources()
         for wire in self.WIRES:
             for number in range(CUTS):
-                client = Wire(self.port) if wire == 'HTTP/1.1' else Http2Wire(self.port)
+                client = Wire(self.port) if wire == 'HTTP/1.1' else self.http2()
                 with client:
                     client.send(get(path) if wire == 'HTTP/1.1' else headers(1, fields('GET', path)))
                     client.file.read(chance.randrange(60_000))
-                    if number % 2:
+                    if number % 2 and wire == 'HTTP/1.1':
                         client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                                struct.pack('ii', 1, 0))
             self.assert_nothing_left(before)
@@ -12229,7 +11679,7 @@ class WireFaultsTest(FaultsTestCase):
             client.sock.shutdown(socket.SHUT_WR)
             self.assertEqual(client.answer()[0], 400)
         for announced in (len(content) - 1, len(content) + 1):
-            with Http2Wire(self.port) as client:
+            with self.http2() as client:
                 client.upload(1, path, content, ('content-length', str(announced)))
                 self.assertEqual(client.answer(), 1)  # PROTOCOL_ERROR
         self.assertEqual(self.files(), [])
@@ -12437,7 +11887,7 @@ class MaliceTest(FaultsTestCase):
                     '/host/config', ('x: y\r\ntransfer-encoding', 'chunked')),
                 'a request line in the path': ('/host/config HTTP/1.1\r\nX: y',),
                 'a colon in a name': ('/host/config', ('transfer-encoding: chunked\r\nx', 'y'))}.items():
-            with self.subTest(name), Http2Wire(self.port) as wire:
+            with self.subTest(name), self.http2() as wire:
                 wire.upload(1, path, second, *more)
                 self.assertEqual(wire.answer(), 1)  # PROTOCOL_ERROR
                 wire.send(headers(3))
@@ -12448,7 +11898,7 @@ class MaliceTest(FaultsTestCase):
 
     def survive(self, attack):
         """Have a number of connections attacked by four threads; nothing stays of it."""
-        with Wire(self.port) as wire, Http2Wire(self.port) as other:  # what is imported when it is needed
+        with Wire(self.port) as wire, self.http2() as other:  # what is imported when it is needed
             wire.ask(get('/'))
             other.send(headers(1))
             other.answer()
@@ -12553,7 +12003,7 @@ class MaliceTest(FaultsTestCase):
         def attack(chance):
             data = restic_serve.PREFACE + settings((4, chance.choice((0, 3, 65535)))) + b''.join(
                 one_frame(chance) for _ in range(chance.randint(1, 8)))
-            with Wire(self.port) as wire, contextlib.suppress(ConnectionError):
+            with self.http2(preface=False) as wire, contextlib.suppress(ConnectionError):
                 wire.send(data)
                 wire.sock.shutdown(socket.SHUT_WR)
                 answers = wire.file.read()
