@@ -553,13 +553,17 @@ class FileSlice:
         return data
 
     def read_all(self) -> bytes:
-        """The rest of the slice in one go; it must not be read again.  Raises OSError as read() does."""
-        data = _read_at(self.fd, self.length, self.offset)
-        if len(data) < self.length:  # a signal, or a network file system
-            self.advance(len(data))
-            while self.length:
-                data += self.read(self.length)
-        return data
+        """The rest of the slice in one go, after which it is closed.  Raises OSError as read() does."""
+        try:
+            data = _read_at(self.fd, self.length, self.offset)
+            if len(data) < self.length:  # a signal, or a network file system
+                self.advance(len(data))
+                while self.length:
+                    data += self.read(self.length)
+            return data
+        finally:
+            os.close(self.fd)
+            self.fd = -1
 
     def advance(self, count: int) -> None:
         """Skip the `count` bytes that were read or sent; OSError where the file has ended."""
@@ -2080,7 +2084,8 @@ class Store:
         with self.scan(repository) as (_, entries):
             return any(map(_shows_repository, entries))
 
-    def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
+    def objects(self, location: Location, sizes: bool
+                ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
         pace = Pace()
@@ -2660,7 +2665,8 @@ class View:
                     os.close(fd)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.file)
 
-    def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
+    def objects(self, location: Location, sizes: bool
+                ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
         location = Location(location.repository, location.kind)
         yield from read_ahead(self._names_and_sizes(*folders) for folders in self.folders(location))
@@ -4771,7 +4777,7 @@ class Accounts:
         self._password = self._salted(password.encode())
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._user_header = user_header.lower()
-        self._proxies = list(proxies)
+        self.proxies = list(proxies)    # networks of proxies that may name clients
         self._certificates = certificates and not (file or user or user_header)
         self._socket_auth = socket_auth and bool(file or user)
         self._secret = os.urandom(32)
@@ -4802,7 +4808,7 @@ class Accounts:
             return self._check_basic(request)
         if self._user_header:
             raise HttpError(403, 'requests must come through the proxy')
-        if is_user(peer.user):
+        if peer.user and is_user(peer.user):
             return peer.user
         if self._certificates and peer.certified:
             self._refuse('the common name of the client certificate is not a valid user name')
@@ -4901,17 +4907,17 @@ class Accounts:
 
     def is_proxy(self, name: str) -> bool:
         """Whether an address belongs to a proxy, which may name users."""
-        return is_loopback(name) or (bool(self._proxies) and self._is_trusted(name))
+        return is_loopback(name) or (bool(self.proxies) and self._is_trusted(name))
 
     def _is_trusted(self, name: str) -> bool:
         import ipaddress
         address = ipaddress.ip_address(name.partition('%')[0])
-        return any(address in network for network in self._proxies)
+        return any(address in network for network in self.proxies)
 
     def find_client(self, request: Request) -> None:
         """Set a request's client: where trusted proxies are named, and one of them or a unix socket sends
         it, the last address it is forwarded for that is none of theirs."""
-        if not self._proxies or not (request.peer.unix or self._is_trusted(request.peer.name)):
+        if not self.proxies or not (request.peer.unix or self._is_trusted(request.peer.name)):
             return
         client = ''
         for address in forwarded_addresses(request.headers):
@@ -6607,10 +6613,12 @@ class Api:
     def handle(self, request: Request) -> Response:
         """The answer to a request, also where it fails.  Raises only Gone."""
         try:
-            self.accounts.find_client(request)
-            if request.client is not request.peer:
-                self._take_share(request)
-            self._check_origin(request)
+            if self.accounts.proxies:
+                self.accounts.find_client(request)
+                if request.client is not request.peer:
+                    self._take_share(request)
+            if 'origin' in request.headers:
+                self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
                 response = Response(200, list(_PREFLIGHT))
             else:
@@ -6673,8 +6681,8 @@ class Api:
         """Raises HttpError 403 for requests of web pages that may not use the server.  Browsers send Origin
         with every upload and delete, and with every request to another site (the Fetch standard, 3.2).
         A Host that is ours proves nothing: names can be rebound."""
-        origin = request.headers.get('origin')
-        if origin is not None and (not origin or self._allow_origin not in ('*', origin)):
+        origin = request.headers['origin']
+        if not origin or self._allow_origin not in ('*', origin):
             log.log(NOTICE, 'blocked a request from a web page of %s in the browser at %s', origin[:100],
                     request.client)
             raise HttpError(403, 'requests from web pages are not allowed (--allow-origin)')
@@ -6704,9 +6712,19 @@ class Api:
                 and 'text/html' in request.headers.get('accept', '')):
             return self._get_page(self._page, request, location)
         self.policy.check(request, location)
+        view = None
         if location.at:
-            return self._route_past(request, location)
-        return self._dispatch(request, location)
+            view = self._find_view(request, location)
+            location = Location(location.repository, location.kind, location.name)
+        handlers = (_OBJECT_HANDLERS if location.is_object
+                    else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
+        handler = handlers.get(request.method)
+        if handler:
+            return handler(self, request, location, view) if view else handler(self, request, location)
+        # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
+        known, allow = request.method in METHODS, ', '.join(handlers)
+        raise HttpError(405 if known else 501, f'allowed methods are {allow}',
+                        [('Allow', allow)] if known else [])
 
     def _identify(self, request: Request) -> str:
         """The user, as a path names him: in lower case where the file system ignores case.  Raises
@@ -6714,36 +6732,20 @@ class Api:
         user = self.accounts.identify(request)
         return user.lower() if self.store.ignores_case else user
 
-    def _route_past(self, request: Request, location: Location) -> Response:
-        """A request for a repository as it was: to read, but for locks, which are those of the present, so
-        that restic can hold one and a prune waits."""
+    def _find_view(self, request: Request, location: Location) -> Optional[View]:
+        """The repository of a location as it was.  It can be read, but its locks (None) are those of the
+        present, so that restic can hold one and a prune waits."""
         self.store.directory.check_present()
         try:
             view = self.usage.past.view(location)
         except StorageError as error:  # restic shows the status alone
             log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, location.at, error)
             raise
-        location = Location(location.repository, location.kind, location.name)
         if location.kind == 'locks':
-            return self._dispatch(request, location)
+            return None
         if request.method not in ('GET', 'HEAD'):
             raise HttpError(403, 'earlier states (.at) are read-only')
-        if location.is_object:
-            return self._get_object(request, location, view)
-        return self._get_list(request, location, view) if location.kind else self._get_repository(
-            request, location)
-
-    def _dispatch(self, request: Request, location: Location) -> Response:
-        handlers = (_OBJECT_HANDLERS if location.is_object
-                    else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
-        handler = handlers.get(request.method)
-        if not handler:
-            # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
-            known = request.method in METHODS
-            allow = ', '.join(handlers)
-            raise HttpError(405 if known else 501, f'allowed methods are {allow}',
-                            [('Allow', allow)] if known else [])
-        return handler(self, request, location)
+        return view
 
     def _create(self, request: Request, location: Location) -> Response:
         if 'create=true' not in request.query.split('&'):
@@ -6810,10 +6812,8 @@ class Api:
             status = 206
         if content.length > SMALL_BYTES or request.method == 'HEAD':
             return Response(status, headers, content)
-        try:  # before the status is sent, so that an error has its own
-            return Response(status, headers, content.read_all())
-        finally:
-            content.close()
+        # Read before the status is sent, so that an error has its own.
+        return Response(status, headers, content.read_all())
 
     def _get_list(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
@@ -6821,12 +6821,10 @@ class Api:
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
-        objects = (view or self.store).objects(location, sizes)
-        chunks = json_list(objects, sizes)
-        first = next(chunks)  # before the status is sent, so that an error has its own
-        return Response(200, headers, first if first.endswith(b']') else _Chunks(first, chunks, objects))
+        chunks = JsonList((view or self.store).objects(location, sizes), sizes)
+        return Response(200, headers, next(chunks) if chunks.is_short else chunks)
 
-    def _get_repository(self, request: Request, location: Location) -> Response:
+    def _get_repository(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         raise HttpError(404, 'not found')
 
     def _get_metrics(self, request: Request) -> Response:
@@ -6872,51 +6870,60 @@ class Api:
                         ICON.encode())
 
 
-_OBJECT_HANDLERS = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
-                    'DELETE': Api._delete}
-_LIST_HANDLERS = {'GET': Api._get_list, 'HEAD': Api._get_list}
-_REPOSITORY_HANDLERS = {'POST': Api._create, 'GET': Api._get_repository,
-                        'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
+if TYPE_CHECKING:
+    Handlers = Dict[str, Callable[..., Response]]   # by method
+
+_OBJECT_HANDLERS: Handlers = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
+                              'DELETE': Api._delete}
+_LIST_HANDLERS: Handlers = {'GET': Api._get_list, 'HEAD': Api._get_list}
+_REPOSITORY_HANDLERS: Handlers = {'POST': Api._create, 'GET': Api._get_repository,
+                                  'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
 
 
-def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> Iterator[bytes]:
-    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  Only the
-    last chunk ends with a bracket."""
-    parts: List[str] = []
-    length, separator, due = 0, '[', time.monotonic() + FIRST_SECONDS
-    for names, lengths in objects:
-        if not names:
-            continue
-        parts += (separator, ','.join([f'{{"name":"{name}","size":{size}}}'
-                                       for name, size in zip(names, lengths)])
-                  if sizes else '"{}"'.format('","'.join(names)))
-        separator = ','
-        length += len(parts[-1])
-        if length >= LIST_BYTES or time.monotonic() >= due:
-            yield ''.join(parts).encode()
-            parts.clear()
-            length, due = 0, time.monotonic() + LIST_SECONDS
-    parts.append(']' if separator == ',' else '[]')
-    yield ''.join(parts).encode()
+class JsonList:
+    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first has
+    been made, before the status is sent, so that an error has its own; it is all if the list `is_short`."""
 
+    def __init__(self, objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool) -> None:
+        self._objects = objects
+        self._sizes = sizes
+        self._before = '['      # what stands before the next names
+        self._due = time.monotonic() + FIRST_SECONDS
+        self._next: Optional[bytes] = self._make()
+        self.is_short = not self._before
 
-class _Chunks:
-    """The chunks of a list, the `first` of which has been made.  close() closes the generators that make
-    them, and with these directories, also if nothing was read."""
-
-    def __init__(self, first: bytes, rest: Iterator[bytes], *sources: Any) -> None:
-        self._chunks = itertools.chain([first], rest)
-        self._sources = (rest, *sources)
-
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> JsonList:
         return self
 
     def __next__(self) -> bytes:
-        return next(self._chunks)
+        chunk, self._next = self._next, None
+        if chunk is None and not self._before:
+            raise StopIteration
+        return self._make() if chunk is None else chunk
 
     def close(self) -> None:
-        for source in self._sources:
-            getattr(source, 'close', lambda: None)()
+        """Close the folders that are being read, also if nothing was sent; nothing follows."""
+        self._objects.close()
+        self._before = ''
+
+    def _make(self) -> bytes:
+        """The next chunk."""
+        parts: List[str] = []
+        length = 0
+        for names, lengths in self._objects:
+            if not names:
+                continue
+            parts += (self._before, ','.join([f'{{"name":"{name}","size":{size}}}'
+                                              for name, size in zip(names, lengths)])
+                      if self._sizes else '"{}"'.format('","'.join(names)))
+            self._before = ','
+            length += len(parts[-1])
+            if length >= LIST_BYTES or time.monotonic() >= self._due:
+                self._due = time.monotonic() + LIST_SECONDS
+                return ''.join(parts).encode()
+        parts.append(']' if self._before == ',' else '[]')
+        self._before = ''
+        return ''.join(parts).encode()
 
 
 @functools.lru_cache(maxsize=256)

@@ -6477,9 +6477,9 @@ class ApiTest(TestCase):
         for count in (0, 1, 2, 169, 170, 171, 172, 341, 1000):
             names, sizes = [f'{number:064x}' for number in range(count)], list(range(count))
             batches = [([], []), *((names[at:at + 7], sizes[at:at + 7]) for at in range(0, count, 7))]
-            text = b''.join(restic_serve.json_list(iter(batches), True))
+            text = b''.join(restic_serve.JsonList(iter(batches), True))
             self.assertEqual(json.loads(text), [{'name': n, 'size': s} for n, s in zip(names, sizes)])
-            text = b''.join(restic_serve.json_list(iter(batches), False))
+            text = b''.join(restic_serve.JsonList(iter(batches), False))
             self.assertEqual(json.loads(text), names)
 
     def test_a_list_is_read_as_it_is_sent(self):
@@ -6594,11 +6594,11 @@ class ApiTest(TestCase):
         batches = iter([([named(b'x')], [1])] * 3)
         with mock.patch.object(restic_serve, 'LIST_SECONDS', 0), \
                 mock.patch.object(restic_serve, 'FIRST_SECONDS', 0):
-            self.assertEqual(len(list(restic_serve.json_list(batches, True))), 4)
+            self.assertEqual(len(list(restic_serve.JsonList(batches, True))), 4)
         for seconds, count in ((PATIENCE, 1), (0, 2)):
             batches = iter([([named(b'x')], [1])] * 3)
             with mock.patch.object(restic_serve, 'FIRST_SECONDS', seconds):
-                self.assertEqual(len(list(restic_serve.json_list(batches, True))), count)
+                self.assertEqual(len(list(restic_serve.JsonList(batches, True))), count)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
         name = named(b'x')
