@@ -600,9 +600,14 @@ class Response:
     def close(self) -> None:
         """Close the files behind the body."""
         if not isinstance(self.body, bytes):
-            close = getattr(self.body, 'close', None)
-            if close:
-                close()
+            close_quietly(self.body)
+
+
+def close_quietly(source: object) -> None:
+    """Close a source of bytes or items, if it has anything to close."""
+    close = getattr(source, 'close', None)
+    if close:
+        close()
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -1038,23 +1043,23 @@ def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntr
         yield entries
 
 
-def object_batches(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
-    """The objects in a folder whose names begin with `prefix`, as entries and as names, up to LISTED_AT_ONCE
-    at a time.  Lists of a million objects come from here: work per entry counts."""
+def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str = ''
+                   ) -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
+    """The objects among the entries of a folder whose names begin with `prefix`, as entries and as names, up
+    to LISTED_AT_ONCE at a time.  Lists of a million objects come from here: work per entry counts."""
     is_name = _NAME.fullmatch
     are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
-    with _scan(folder.path, folder.fd) as entries:
-        while True:
-            some = list(itertools.islice(entries, LISTED_AT_ONCE))
-            if not some:
-                return
-            some = [entry for entry in some if entry.is_file(follow_symlinks=False)]
+    while True:
+        some = list(itertools.islice(entries, LISTED_AT_ONCE))
+        if not some:
+            return
+        some = [entry for entry in some if entry.is_file(follow_symlinks=False)]
+        names = [entry.name for entry in some]
+        if not are_names('/'.join([*names, ''])):
+            some = [entry for entry in some
+                    if is_name(entry.name) and entry.name.startswith(prefix)]
             names = [entry.name for entry in some]
-            if not are_names('/'.join([*names, ''])):
-                some = [entry for entry in some
-                        if is_name(entry.name) and entry.name.startswith(prefix)]
-                names = [entry.name for entry in some]
-            yield some, names
+        yield some, names
 
 
 def _digest(fd: int) -> str:
@@ -1359,15 +1364,12 @@ class Helpers:
             return future
         return None
 
-    def end(self, future: Optional[Future[Any]]) -> bool:
-        """Wait until a job is done; whether there was one.  A helper does not wait, as when a garbage
-        collector ends there what nobody has closed."""
-        if not future:
-            return False
+    def end(self, future: Future[Any]) -> None:
+        """Wait until a job is done.  A helper does not wait, as when a garbage collector ends there what
+        nobody has closed."""
         if not self.are_calling():
             future.exception()
         self._unused.append(0)
-        return True
 
     def are_calling(self) -> bool:
         """Whether the calling thread is a helper."""
@@ -1394,28 +1396,30 @@ def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> G
     """The items of all iterators, one after the other.  Where reading waits for the disk, the first items
     of the next iterators are read meanwhile, until this generator is closed."""
     waiting, pace = iter(sources), pace or Pace()
-    ahead: Deque[Tuple[Iterator[T], Callable[[], List[T]], Optional[Future[List[T]]]]] = collections.deque()
+    ahead: Deque[Tuple[Iterator[T], Optional[Future[List[T]]]]] = collections.deque()
     try:
         while True:
             for source in itertools.islice(waiting, max(pace.helpers + 1 - len(ahead), 0)):
-                read = functools.partial(_first, source)
-                ahead.append((source, read, helpers.submit(read) if pace.helpers else None))
+                ahead.append((source, helpers.submit(functools.partial(_first, source))
+                              if pace.helpers else None))
             if not ahead:
                 return
-            source, first, future = ahead[0]
-            if future and helpers.end(future):
-                ahead[0] = source, first, None
+            source, future = ahead[0]
+            if future:
+                helpers.end(future)
+                ahead[0] = source, None
                 pace.spend()
                 yield from future.result()
             else:
-                yield from pace.measure(first)
+                yield from pace.measure(functools.partial(_first, source))
             yield from source
             ahead.popleft()
     finally:
-        for source, _, future in ahead:
-            helpers.end(future)         # before what it reads is closed
+        for source, future in ahead:
+            if future:
+                helpers.end(future)     # before what it reads is closed
             if not future or future.done():
-                getattr(source, 'close', lambda: None)()
+                close_quietly(source)
 
 
 def _first(source: Iterator[T]) -> List[T]:
@@ -1440,37 +1444,44 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
     return [item for piece in read_ahead(pieces(), pace) for item in piece]
 
 
-def names_and_sizes(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
-                    ) -> Iterator[Tuple[List[str], List[int]]]:
-    """Names and sizes in bytes of the objects in a folder, in batches as object_batches() has them."""
-    fd, pace, least = folder.fd, pace or Pace(), _least(prefix)
+# A folder of objects: its kind, path below DIR, how the objects' names begin, and open(), which gives the
+# Folder, one without entries if it is missing, or raises OSError.
+ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'path', 'prefix', 'open'])
 
+
+def names_and_sizes(found: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
+    """Names and, with `sizes`, sizes in bytes of the objects in a folder, in batches as object_batches() has
+    them.  Raises OSError."""
     def read_sizes(names: List[str]) -> List[int]:
-        return [os.stat(name, dir_fd=fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
+        return [os.stat(name, dir_fd=folder.fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
 
-    for entries, names in object_batches(folder, prefix):
-        try:
-            sizes = read_in_pieces(read_sizes, names, pace, least) if fd is not None else None
-        except FileNotFoundError:   # one was deleted since the directory was read
-            sizes = None
-        if sizes is None:
-            found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
-            names, sizes = [entry.name for entry, _ in found], [status.st_size for _, status in found]
-        yield names, sizes
+    least = _least(found.prefix)
+    with found.open() as folder, _scan(folder.path, folder.fd) as scanned:
+        for entries, names in object_batches(scanned, found.prefix):
+            lengths: Optional[List[int]] = [] if not sizes else None
+            with contextlib.suppress(FileNotFoundError):    # one was deleted since the directory was read
+                if sizes and folder.fd is not None:
+                    lengths = read_in_pieces(read_sizes, names, pace, least)
+            if lengths is None:
+                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
+                names, lengths = ([entry.name for entry, _ in statuses],
+                                  [status.st_size for _, status in statuses])
+            yield names, lengths
 
 
 def entries_and_statuses(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
                          ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
     """The objects in a folder and what stat(2) says of them."""
     pace = pace or Pace()
-    for entries, _ in object_batches(folder, prefix):
-        try:
-            found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
-        except OSError:     # give all before the one that cannot be read
-            for entry in entries:
-                yield from _statuses(folder, [entry])
-            continue
-        yield from found
+    with _scan(folder.path, folder.fd) as scanned:
+        for entries, _ in object_batches(scanned, prefix):
+            try:
+                found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+            except OSError:     # give all before the one that cannot be read
+                for entry in entries:
+                    yield from _statuses(folder, [entry])
+                continue
+            yield from found
 
 
 def _least(prefix: str) -> int:
@@ -1518,9 +1529,6 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, er
 # Folders in which file systems and NAS show their own snapshots and waste.
 _OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '@eadir', '#recycle',
                     'lost+found')
-# A folder of objects: its kind, path below DIR, how the objects' names begin, and open(), which gives the
-# Folder, one without entries if it is missing, or raises OSError.
-ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'path', 'prefix', 'open'])
 # Result of an upload: new objects (0 or 1), bytes of the object before and after, folders created.
 Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
@@ -2089,14 +2097,8 @@ class Store:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
         pace = Pace()
-
-        def batches(found: ObjectFolder) -> Iterator[Tuple[List[str], List[int]]]:
-            with found.open() as folder:
-                yield from (names_and_sizes(folder, found.prefix, pace) if sizes else
-                            ((names, []) for _, names in object_batches(folder, found.prefix)))
-
         with self.object_folders(location.repository, location.kind) as folders:
-            yield from read_ahead(map(batches, folders), pace)
+            yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in folders), pace)
 
     @contextlib.contextmanager
     def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:

@@ -1342,7 +1342,8 @@ class StoreTest(TestCase):
 
         entries = contextlib.nullcontext(iter([Deleted(), Kept()]))
         with mock.patch.object(restic_serve, '_scan', lambda folder, relative: entries):
-            self.assertEqual(list(restic_serve.names_and_sizes(restic_serve.Folder('folder'))),
+            folder = restic_serve.ObjectFolder('keys', '', '', lambda: restic_serve.Folder('folder'))
+            self.assertEqual(list(restic_serve.names_and_sizes(folder, True, restic_serve.Pace())),
                              [([kept.name], [1])])
 
     def test_a_link_or_fifo_is_no_object(self):
@@ -1791,7 +1792,7 @@ class SlowDiskTest(StoreTest):
         submit = mock.patch.object(self.helpers, 'submit', side_effect=AssertionError('another helper'))
         with submit:
             self.assertEqual(future.result(PATIENCE), list(range(100)))
-        self.assertTrue(self.helpers.end(future))
+        self.helpers.end(future)
 
     def test_a_fast_disk_needs_no_thread(self):
         self.fill()
@@ -1849,10 +1850,10 @@ class SlowDiskTest(StoreTest):
                 closed.add(number)
 
         def end(future):
-            if future and not go_on.is_set():
+            if not go_on.is_set():
                 go_on.set()
                 raise SystemExit(1)
-            return real(future)
+            real(future)
 
         with mock.patch.object(self.helpers, 'end', end), self.assertRaises(SystemExit):
             list(restic_serve.read_ahead([source(number) for number in range(20)]))
@@ -1971,7 +1972,8 @@ class SlowDiskTest(StoreTest):
             self.assertEqual(self.list(), wanted)
         finally:
             go_on.set()
-            self.assertEqual([self.helpers.end(future) for future in futures], [True] * 3)
+            for future in futures:
+                self.helpers.end(future)
 
     def test_where_no_thread_can_be_started_it_is_read_without(self):
         self.fill()
