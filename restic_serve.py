@@ -3278,6 +3278,11 @@ def last_scrubs(store: Store) -> Dict[str, ScrubResult]:
         return {}
 
 
+def _prefix(folder: str) -> str:
+    """How the names of the objects in a folder begin."""
+    return folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
+
+
 class ScrubTally:
     """What a pass found in a repository: objects `checked`, and `damaged`, and the `names` of some of these,
     as paths below the repository's folder `root`."""
@@ -3341,7 +3346,8 @@ class Scrub:
                     self._stopped = True
                     raise
             for repository, tally in self._tallies.items():
-                self._check_deleted(repository, tally)
+                folder = f'{repository}/{DELETED}'[1:]
+                self._check_folder(folder, tally, self._find_deleted(repository, self._since(folder)))
             self._results = {repository: tally.result() for repository, tally in self._tallies.items()}
         finally:
             self._save()
@@ -3420,18 +3426,21 @@ class Scrub:
         except OSError as error:
             self._damage(tally, path, f'unreadable: {error.strerror}')
 
-    def _objects(self, folder: str) -> Iterator[Tuple[os.DirEntry[str], int]]:
-        """The objects of a folder that are to be checked, and their sizes."""
-        sound = self._sound.get(folder, -math.inf)
-        skip = sound if sound > self._after else -math.inf
-        prefix = folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
-        for entry, status in self._store.object_entries(f'/{folder}', prefix):
-            if max(status.st_mtime, status.st_ctime) >= skip:
-                yield entry, status.st_size
-
     def _bytes_of(self, folder: str) -> Iterator[int]:
         with contextlib.suppress(OSError):  # it will be reported when it is read
-            yield sum(size for _, size in self._objects(folder))
+            yield sum(size for _, size in self._changed(folder))
+
+    def _changed(self, folder: str) -> Iterator[Tuple[str, int]]:
+        """Names and sizes of the objects of a folder that are to be checked."""
+        since = self._since(folder)
+        for entry, status in self._store.object_entries(f'/{folder}', _prefix(folder)):
+            if max(status.st_mtime, status.st_ctime) >= since:
+                yield entry.name, status.st_size
+
+    def _since(self, folder: str) -> float:
+        """From when on an object of a folder must have changed to be checked."""
+        sound = self._sound.get(folder, -math.inf)
+        return sound if sound > self._after else -math.inf
 
     def _check_folders(self, folders: Deque[Tuple[str, ScrubTally]]) -> None:
         """Check folders until there is none; for a thread.  A job for each one would take much memory."""
@@ -3441,23 +3450,40 @@ class Scrub:
                     folder, tally = folders.popleft()
                 except IndexError:
                     return
-                self._check_folder(folder, tally)
+                self._check_folder(folder, tally, self._find_changed(folder))
         except BaseException:
             self._stopped = True    # the other threads, too
             raise
 
-    def _check_folder(self, folder: str, tally: ScrubTally) -> None:
+    def _find_changed(self, folder: str) -> Iterator[Tuple[Folder, str, str]]:
+        """The objects of a folder that are to be checked: folder, file, and SHA-256.  Reports other files."""
+        prefix = _prefix(folder)
+        with self._store.scan(f'/{folder}') as (opened, entries):
+            for entry in entries:
+                if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
+                        or not entry.name.startswith(prefix)):
+                    self._foreign(opened, entry)
+            for name, _ in self._changed(folder):
+                yield opened, name, name
+
+    def _find_deleted(self, repository: str, since: float) -> Iterator[Tuple[Folder, str, str]]:
+        """The same of the deleted objects of a repository that are kept."""
+        for folder, entry, name in Past(self._store).kept(repository):
+            if not name.returned and name.file != 'config':
+                try:
+                    changed = entry.stat(follow_symlinks=False).st_ctime
+                except FileNotFoundError:   # it was purged meanwhile
+                    continue
+                if changed >= since:
+                    yield folder, entry.name, name.file
+
+    def _check_folder(self, folder: str, tally: ScrubTally, objects: Iterator[Tuple[Folder, str, str]]
+                      ) -> None:
+        """Check objects of a folder; without faults it was sound when this began."""
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
-        if self._stopped:
-            return
         try:
-            with self._store.scan(f'/{folder}') as (opened, entries):
-                for entry in entries:
-                    if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
-                            or ('/data/' in f'/{folder}' and entry.name[:2] != folder[-2:])):
-                        self._foreign(opened, entry)
-                for entry, _ in self._objects(folder):
-                    faults += self._check(opened, entry.name, tally)
+            for opened, name, digest in objects:
+                faults += self._check(opened, name, digest, tally)
         except OSError as error:
             self._damage(tally, f'{self._store.root}/{folder}', f'unreadable: {error.strerror}')
             faults = 1
@@ -3469,68 +3495,49 @@ class Scrub:
             elif self._sound.get(folder, -math.inf) <= self._after:
                 self._sound[folder] = checked_at
 
-    def _check_deleted(self, repository: str, tally: ScrubTally) -> None:
-        """Check the deleted objects of a repository that are kept."""
-        checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
-        key = f'{repository}/{DELETED}'[1:]
-        sound = self._sound.get(key, -math.inf)
-        skip = sound if sound > self._after else -math.inf
-        try:
-            for folder, entry, name in Past(self._store).kept(repository):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    if not name.returned and name.file != 'config' and status.st_ctime >= skip:
-                        faults += self._check(folder, entry.name, tally, name.file)
-        except OSError as error:
-            self._damage(tally, f'{self._store.root}/{key}', f'unreadable: {error.strerror}')
-            faults = 1
-        with self._lock:
-            if faults:
-                self._sound.pop(key, None)
-            elif sound <= self._after and os.path.isdir(f'{self._store.root}/{key}'):
-                self._sound[key] = checked_at
-
-    def _check(self, folder: Folder, name: str, tally: ScrubTally, digest_expected: str = '') -> bool:
-        """Whether an object is damaged: its SHA-256 is to be its name, or as `digest_expected`."""
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
+    def _check(self, folder: Folder, name: str, digest: str, tally: ScrubTally) -> bool:
+        """Whether an object is damaged: its SHA-256 is another than this one."""
         path = f'{folder.path}/{name}'
         try:
             with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
-                while True:
-                    size = len(buffer)
-                    if self._bandwidth:
-                        size = self._bandwidth.step(Bandwidth.SENT, size)
-                    count = file.readinto(buffer[:size])
-                    if not count:
-                        break
-                    if self._stopped:
-                        return False
-                    if self._bandwidth:
-                        self._bandwidth.wait(Bandwidth.SENT, count)
-                    digest.update(buffer[:count])
-                    self._advance(count)
+                found = self._digest(file)
         except FileNotFoundError:  # deleted meanwhile
             return False
         except OSError as error:
             self._damage(tally, path, f'unreadable: {error.strerror}')
             return True
+        if not found:
+            return False
         with self._lock:
             self.checked += 1
             tally.checked += 1
-        if digest.hexdigest() == (digest_expected or name):
-            return False
-        if digest_expected:     # it is no longer part of the repository, which may be sound
-            with self._lock:
-                self.damaged += 1
-            self.report(path, f'damaged, deleted and kept: its SHA-256 is {digest.hexdigest()}')
-            return True
-        self._damage(tally, path, f'damaged: its SHA-256 is {digest.hexdigest()}')
-        return True
+        if found != digest and digest == name:
+            self._damage(tally, path, f'damaged: its SHA-256 is {found}')
+        elif found != digest:   # it is no longer part of the repository, which may be sound
+            self._damage(None, path, f'damaged, deleted and kept: its SHA-256 is {found}')
+        return found != digest
 
-    def _damage(self, tally: ScrubTally, path: str, reason: str) -> None:
+    def _digest(self, file: Any) -> str:
+        """SHA-256 in hexadecimal of a file, read within the bandwidth; empty if the pass was stopped."""
+        digest, buffer, size = hashlib.sha256(), memoryview(bytearray(COPY_BYTES)), COPY_BYTES
+        while True:
+            if self._bandwidth:
+                size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
+            count = file.readinto(buffer[:size])
+            if not count:
+                return digest.hexdigest()
+            if self._stopped:
+                return ''
+            if self._bandwidth:
+                self._bandwidth.wait(Bandwidth.SENT, count)
+            digest.update(buffer[:count])
+            self._advance(count)
+
+    def _damage(self, tally: Optional[ScrubTally], path: str, reason: str) -> None:
         with self._lock:
             self.damaged += 1
-            tally.add_damage(path)
+            if tally:
+                tally.add_damage(path)
         self.report(path, reason)
 
     @property

@@ -3513,9 +3513,9 @@ class ScrubTest(TestCase):
     def test_an_object_that_is_deleted_meanwhile_is_no_fault(self):
         real = restic_serve.Scrub._check
 
-        def check(job, folder, name, tally):
+        def check(job, folder, name, *more):
             folder.unlink(name)
-            return real(job, folder, name, tally)
+            return real(job, folder, name, *more)
 
         with mock.patch.object(restic_serve.Scrub, '_check', check):
             self.assertEqual(self.scrub(), ({}, 0, 0))
