@@ -752,7 +752,7 @@ _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a
 
 
 class StorageError(Exception):
-    """What files and folders cannot do for a client; the text is one line that says why."""
+    """A request that the file layer refuses; the text is one line that says why."""
 
 
 class InvalidPath(StorageError):
@@ -1032,14 +1032,14 @@ def stamp(path: str) -> Tuple[int, ...]:
 def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntry[str]]]:
     """The entries of a directory, by its descriptor if there is one; none if it is missing.  Raises
     OSError if it cannot be read, which must not look empty."""
-    with contextlib.ExitStack() as stack:
-        try:
-            entries = stack.enter_context(os.scandir(folder if fd is None else fd))
-        except (FileNotFoundError, NotADirectoryError):
-            if os.path.lexists(folder):
-                raise
-            yield iter(())
-            return
+    try:
+        entries = os.scandir(folder if fd is None else fd)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.lexists(folder):
+            raise
+        yield iter(())
+        return
+    with entries:
         yield entries
 
 
@@ -1050,16 +1050,15 @@ def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str = ''
     is_name = _NAME.fullmatch
     are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
     while True:
-        some = list(itertools.islice(entries, LISTED_AT_ONCE))
-        if not some:
+        batch = list(itertools.islice(entries, LISTED_AT_ONCE))
+        if not batch:
             return
-        some = [entry for entry in some if entry.is_file(follow_symlinks=False)]
-        names = [entry.name for entry in some]
+        batch = [entry for entry in batch if entry.is_file(follow_symlinks=False)]
+        names = [entry.name for entry in batch]
         if not are_names('/'.join([*names, ''])):
-            some = [entry for entry in some
-                    if is_name(entry.name) and entry.name.startswith(prefix)]
-            names = [entry.name for entry in some]
-        yield some, names
+            batch = [entry for entry in batch if is_name(entry.name) and entry.name.startswith(prefix)]
+            names = [entry.name for entry in batch]
+        yield batch, names
 
 
 def _digest(fd: int) -> str:
@@ -1202,8 +1201,7 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
 
 
 def remove_left_overs(folder: Folder, names: Iterable[str], now: Callable[[], float]) -> None:
-    """Remove those of some scratch files that were abandoned; `now` is the file system's clock.  Raises
-    OSError."""
+    """Remove scratch files if they were abandoned; `now` is the file system's clock.  Raises OSError."""
     for name in names:
         with contextlib.suppress(FileNotFoundError):  # another server removes them, too
             if is_left_over(folder, name, now()):
@@ -1229,10 +1227,10 @@ def _exclusive(folder: Folder) -> Iterator[None]:
 
 
 # ==== Read ahead =================================================================================
-# On a network file system or a spinning disk each inode costs a round trip, and a thread that asks for one
-# after the other waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read
-# meanwhile by a few helper threads, and read_in_pieces() the next objects of a large folder.  If no helper is
-# free, the caller reads by itself: nobody waits for a helper that is busy elsewhere.
+# On a network file system or a spinning disk each inode costs a round trip, and a thread that asks for them
+# in turn waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read meanwhile by
+# a few helper threads, and read_in_pieces() the next objects of a large folder.  If no helper is free, the
+# caller reads by itself: it never waits for a helper that is busy elsewhere.
 
 HELPERS = 8                       # Threads of a process that read ahead.
 HELPERS_AT_LEAST = 3              # For one slow list: reading an inode also takes processor time.
@@ -1299,8 +1297,8 @@ def _used() -> Tuple[float, float, int]:
 
 class Threads:
     """Threads for jobs, each of which begins at once, in a thread that waits for a job or in a new one.  Up
-    to `kept` threads wait for another job.  They are daemons, unlike those of ThreadPoolExecutor: a disk or
-    a client that does not answer cannot hold up the end of the process."""
+    to `kept` threads wait for another job.  They are daemons, unlike ThreadPoolExecutor's: a disk or a client
+    that does not answer cannot hold up the end of the process."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
@@ -1341,7 +1339,7 @@ class Threads:
 
 
 class Helpers:
-    """Up to `limit` threads that read ahead for whoever asks."""
+    """Up to `limit` threads that read ahead for any caller."""
 
     def __init__(self, limit: int) -> None:
         self._threads = Threads(limit)
@@ -1449,23 +1447,23 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
 ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'path', 'prefix', 'open'])
 
 
-def names_and_sizes(found: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
+def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
     """Names and, with `sizes`, sizes in bytes of the objects in a folder, in batches as object_batches() has
     them.  Raises OSError."""
     def read_sizes(names: List[str]) -> List[int]:
         return [os.stat(name, dir_fd=folder.fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
 
-    least = _least(found.prefix)
-    with found.open() as folder, _scan(folder.path, folder.fd) as scanned:
-        for entries, names in object_batches(scanned, found.prefix):
-            lengths: Optional[List[int]] = [] if not sizes else None
-            with contextlib.suppress(FileNotFoundError):    # one was deleted since the directory was read
+    least = _least(source.prefix)
+    with source.open() as folder, _scan(folder.path, folder.fd) as scanned:
+        for entries, names in object_batches(scanned, source.prefix):
+            lengths: Optional[List[int]] = None if sizes else []
+            with contextlib.suppress(FileNotFoundError):    # deleted since the directory was read
                 if sizes and folder.fd is not None:
                     lengths = read_in_pieces(read_sizes, names, pace, least)
             if lengths is None:
                 statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
-                names, lengths = ([entry.name for entry, _ in statuses],
-                                  [status.st_size for _, status in statuses])
+                names = [entry.name for entry, _ in statuses]
+                lengths = [status.st_size for _, status in statuses]
             yield names, lengths
 
 
@@ -1476,16 +1474,16 @@ def entries_and_statuses(folder: Folder, prefix: str = '', pace: Optional[Pace] 
     with _scan(folder.path, folder.fd) as scanned:
         for entries, _ in object_batches(scanned, prefix):
             try:
-                found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
-            except OSError:     # give all before the one that cannot be read
+                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+            except OSError:     # give all before the entry that cannot be read
                 for entry in entries:
                     yield from _statuses(folder, [entry])
                 continue
-            yield from found
+            yield from statuses
 
 
 def _least(prefix: str) -> int:
-    """Up to how many objects a folder is not read in pieces: more if the folder is one of many."""
+    """Up to how many objects a folder is not read in pieces: more in data/, which has 256 folders."""
     return FAST_PIECE if prefix else PIECE
 
 
@@ -1493,7 +1491,7 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
               ) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
     """The entries that have not been deleted since the directory was read, and what stat(2) says of them.
     DirEntry.stat() would hold the interpreter's lock, and with it all requests, while the disk seeks."""
-    found, fd = [], folder.fd
+    statuses, fd = [], folder.fd
     for entry in entries:
         try:
             status = (os.stat(entry.name, dir_fd=fd, follow_symlinks=False) if fd is not None else
@@ -1503,8 +1501,8 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
         except OSError as error:
             error.filename = f'{folder.path}/{entry.name}'
             raise
-        found.append((entry, status))
-    return found
+        statuses.append((entry, status))
+    return statuses
 
 
 # ==== Store ======================================================================================
@@ -1520,9 +1518,11 @@ KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # Most segments of a repository's path.
 LONGEST = 255                     # Most bytes of a repository's path.
 HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
+AT = '.at'                        # Segment of a path before the moment at which a repository is read.
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
+DIRECTORY_GONE = "the server's directory is gone"
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL)     # EACCES on Android
@@ -1891,7 +1891,7 @@ class Scratch(ScratchFile):
         self.rename(self.target, name)
 
 
-# The server's own files there: what --scrub has found, and of what the command of --on-event was told.
+# The server's own files there: the results of --scrub, and the events that were told to --on-event.
 SCRUB_FILE, EVENTS_FILE = 'scrub.json', 'events.json'
 
 
@@ -1956,7 +1956,7 @@ class Directory:
         self._probe = probe
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
         import mmap
-        self._was_gone = mmap.mmap(-1, 1)   # for all processes, so that one of them says so
+        self._was_gone = mmap.mmap(-1, 1)   # shared by all processes, so that only the first logs it
         self._fault = ''
         self._next_probe = -math.inf
 
@@ -1984,11 +1984,12 @@ class Directory:
     def check_present(self) -> None:
         """Raises DirectoryGone."""
         if self.is_gone():
-            raise DirectoryGone("the server's directory is gone")
+            raise DirectoryGone(DIRECTORY_GONE)
 
     def check_writable(self) -> None:
         """Raises DirectoryGone, and ReadOnly."""
-        self.check_present()
+        if self.is_gone():
+            raise DirectoryGone(DIRECTORY_GONE)
         if self.read_only:
             raise ReadOnly(READ_ONLY)
 
@@ -2118,18 +2119,14 @@ class Store:
                 if _SUBDIRECTORY.fullmatch(entry.name):
                     yield ObjectFolder(kind, f'{path}/{entry.name}', entry.name,
                                        functools.partial(self.folders.open_part, path, data, entry.name))
-        except OSError as error:    # for whoever reads it
+        except OSError as error:    # raised where the folder is read
             yield ObjectFolder(kind, path, '', functools.partial(_raise, error))
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
         """A folder below the root and its entries, none if it is missing.  Raises OSError."""
-        with self.folders.open_to_scan(path) as folder:
-            if self.folders.is_missing(folder):
-                yield folder, iter(())
-                return
-            with _scan(folder.path or os.sep, folder.fd) as entries:
-                yield folder, entries
+        with self.folders.open_to_scan(path) as folder, _scan(folder.path or os.sep, folder.fd) as entries:
+            yield folder, entries
 
     def object_entries(self, path: str, prefix: str = ''
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
@@ -2138,10 +2135,10 @@ class Store:
         return self.read(ObjectFolder('', path, prefix, functools.partial(self.folders.open_to_scan, path)))
 
     @staticmethod
-    def read(found: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+    def read(source: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
         """The objects in a folder, and what stat(2) says of them.  Raises OSError."""
-        with found.open() as folder:
-            yield from entries_and_statuses(folder, found.prefix)
+        with source.open() as folder:
+            yield from entries_and_statuses(folder, source.prefix)
 
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
@@ -2161,8 +2158,8 @@ class Store:
         while paths:
             path = paths.pop()
             try:
-                with self.scan(path) as (folder, found):
-                    entries = sorted(found, key=operator.attrgetter('name'))
+                with self.scan(path) as (folder, scanned):
+                    entries = sorted(scanned, key=operator.attrgetter('name'))
                     yield WalkedFolder(path, folder, entries, any(map(_shows_repository, entries)))
                     below = [fold(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)
                              and fold(entry.name) not in (*KINDS, HIDDEN, *_OF_FILE_SYSTEMS)]
@@ -2240,15 +2237,15 @@ class Store:
         """Compare an upload with the object that exists, instead of storing it again; False, without
         reading the upload, if that is damaged or missing.  Raises as save() does, and Busy."""
         try:
-            found = self._stored_digest(location)
+            stored = self._stored_digest(location)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        if location.name and found != location.name:
+        if location.name and stored != location.name:
             return False
         digest = receive(body)
-        if digest != found and location.name:
+        if digest != stored and location.name:
             raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
-        if digest != found:
+        if digest != stored:
             raise OtherConfig('a different config already exists')
         if self.size(location) is None:
             raise Busy('object was deleted during the upload', 1)
@@ -2258,10 +2255,10 @@ class Store:
         """Compare the object that exists with the upload in `scratch`, which replaces it if it is damaged;
         False if it has vanished.  Raises OtherConfig."""
         try:
-            found = self._stored_digest(location)
+            stored = self._stored_digest(location)
         except FileNotFoundError:
             return False
-        if found == digest:
+        if stored == digest:
             return True
         if location.kind == 'config':
             raise OtherConfig('a different config already exists')
@@ -2270,16 +2267,16 @@ class Store:
             os.utime(scratch.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         scratch.replace(location.file)
         log.log(NOTICE, '%s was damaged (SHA-256 %s); replaced it with a verified upload',
-                f'{scratch.target.path}/{location.file}', found)
+                f'{scratch.target.path}/{location.file}', stored)
         return True
 
     def _stored_digest(self, location: Location) -> str:
         """Sync an object; its SHA-256 in hexadecimal, or `unreadable` where the disk fails."""
         try:
             with self.open(location) as stored:
-                found = _digest(stored.fd)
+                digest = _digest(stored.fd)
                 sync_file(stored.fd)  # another upload may have stored it just now
-                return found
+                return digest
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -2375,12 +2372,11 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
 # server without --keep-deleted that deletes an object moves it on.
 #
 # Two servers may delete and purge in the same directory: every step is one rename(2) or unlink(2), and
-# whoever comes second finds nothing to do.
+# the second to try has nothing to do.
 
 DELETED = f'{HIDDEN}/deleted'     # Folder of a repository for what was deleted from it.
-AT = '.at'                        # Segment of a path before the moment at which a repository is read.
 PURGE_SECONDS = 3600              # Time between two purges.
-JUST_NOW_SECONDS = 60             # Time after which whoever made a mark has synced it.
+JUST_NOW_SECONDS = 60             # Time after which a mark that another request made is on the disk.
 STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
 MOMENT_LETTERS = 40               # Longest text of a moment.
 _SINCE = 'since.'
@@ -2407,13 +2403,11 @@ def read_moment(text: str) -> int:
     """The inverse of format_moment().  Raises ValueError."""
     import calendar
     seconds, _, microseconds = text.rstrip('Z').partition('.')
-    parts = [int(part) for part in (seconds[:4], seconds[4:6], seconds[6:8], seconds[9:11], seconds[11:13],
-                                    seconds[13:])]
-    return calendar.timegm((*parts, 0, 0, 0)) * 10 ** 6 + int(microseconds)
+    return calendar.timegm(time.strptime(seconds, _TIME_FORMAT)) * 10 ** 6 + int(microseconds)
 
 
 def parse_deleted_name(name: str) -> Optional[DeletedName]:
-    """What a name in a folder of deleted objects says, None if it is not one of ours."""
+    """What a name in a folder of deleted objects says, None if it is not the server's."""
     match = _DELETED_NAME.fullmatch(name)
     return DeletedName(match[1], match[2], match[3] or '') if match else None
 
@@ -2618,7 +2612,7 @@ class Past:
             if not name and entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX)):
                 remove_left_overs(folder, [entry.name], self._store.now)
             elif name and (name.returned or name.deleted) < limit:
-                self._set_since(repository, limit)  # also for who does not know how long it was kept
+                self._set_since(repository, limit)  # other servers may keep for another time
                 with contextlib.suppress(FileNotFoundError):  # another server is purging, too
                     size = entry.stat(follow_symlinks=False).st_size
                     folder.unlink(entry.name)
@@ -2675,11 +2669,11 @@ class View:
 
     def _names_and_sizes(self, present: str, deleted: str, prefix: str
                          ) -> Iterator[Tuple[List[str], List[int]]]:
-        found = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
-        yield list(found), list(found.values())
+        sizes = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
+        yield list(sizes), list(sizes.values())
 
     def folders(self, location: Location) -> Iterator[Tuple[str, str, str]]:
-        """The folders of a kind's objects, those of what was deleted from them, and how names begin."""
+        """The folders of a kind's objects, the folders for their deleted objects, and how names begin."""
         present, deleted = location.folder, deleted_folder(location)
         if location.kind != 'data':
             yield present, deleted, ''
@@ -2692,8 +2686,8 @@ class View:
             yield f'{present}/{part}', f'{deleted}/{part}', part
 
     def find(self, present: str, deleted: str, prefix: str) -> Iterator[Tuple[str, str, os.stat_result]]:
-        """The objects in a folder, and in that of what was deleted from it: name, name of the file if it
-        was deleted since, else empty, and status."""
+        """The objects in a folder, and in the folder for what was deleted from it: name, name of the file
+        if it was deleted since, else empty, and status."""
         # What is deleted while we look is among the deleted objects afterwards, and what a roll-back brings
         # back was among them before.
         before, latest = self._history(deleted), self._nanoseconds
@@ -2722,8 +2716,8 @@ class View:
                         yield name, file, status
 
     def _history(self, path: str, file: str = '') -> Dict[str, Set[DeletedName]]:
-        """By object (or of one, whose name is `file`), the names in a folder of deleted ones that matter at
-        this moment."""
+        """By object (only the object `file`, unless that is empty), the names in a folder of deleted objects
+        that matter at this moment."""
         history: Dict[str, Set[DeletedName]] = {}
         with self._store.scan(path) as (_, entries):
             for entry in entries:
@@ -2752,7 +2746,7 @@ class RollBack:
     uploaded since is deleted, and so kept.  Killed at any instant it leaves a sound repository, and can
     be run again."""
 
-    # What others refer to comes back before them, and goes after them.
+    # A snapshot refers to indexes, and these to packs: it comes back after them, and goes before them.
     BACK = ('data', 'index', 'keys', 'config', 'snapshots')
     ASIDE = ('snapshots', 'index', 'data', 'keys')
     LOCKED_SECONDS = 1800       # Age at which restic takes a lock for stale.
@@ -2764,9 +2758,9 @@ class RollBack:
         self._moment = moment
         self._view = View(store, moment)
         self._touched: Set[str] = set()     # folders that are to be synced
-        # By kind: objects, and their bytes.
-        self.back: Dict[str, List[int]] = {}
-        self.aside: Dict[str, List[int]] = {}
+        # By kind: the sizes of objects in bytes.
+        self.back: Dict[str, List[int]] = collections.defaultdict(list)
+        self.aside: Dict[str, List[int]] = collections.defaultdict(list)
 
     def check_known(self) -> None:
         """Raises ValueError where what was deleted since is not all there."""
@@ -2800,7 +2794,7 @@ class RollBack:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
                 for name, file, status in list(self._view.find(present, deleted, prefix)):
                     if file and self._is_missing(kind, name):
-                        self._count(self.back, kind, status.st_size)
+                        self.back[kind].append(status.st_size)
                         if not dry:
                             self._bring_back(kind, name, file)
             self._sync()
@@ -2811,7 +2805,7 @@ class RollBack:
                 wanted = {name for name, _, _ in self._view.find(present, deleted, prefix)}
                 for entry, status in list(self._store.object_entries(present, prefix)):
                     if entry.name not in wanted and status.st_mtime <= begun:
-                        self._count(self.aside, kind, status.st_size)
+                        self.aside[kind].append(status.st_size)
                         if not dry:
                             self._past.delete(Location(self._repository, kind, entry.name))
 
@@ -2856,29 +2850,19 @@ class RollBack:
                 folder.sync()
         self._touched.clear()
 
-    @staticmethod
-    def _count(counts: Dict[str, List[int]], kind: str, size: int) -> None:
-        count = counts.setdefault(kind, [0, 0])
-        count[0] += 1
-        count[1] += size
-
     def __str__(self) -> str:
         if not self.back and not self.aside:
             return 'nothing to do'
         return ', '.join(f'{text} {what}' for text, what in (
-            (_text_of_counts(self.back), 'restored'), (_text_of_counts(self.aside), 'set aside')) if text)
+            (_text_of_sizes(self.back), 'restored'), (_text_of_sizes(self.aside), 'set aside')) if text)
 
 
-def _text_of_counts(counts: Dict[str, List[int]]) -> str:
+def _text_of_sizes(sizes: Dict[str, List[int]]) -> str:
     """Such as `3 snapshots, 41 packs (612.0 MiB)`."""
     words = {'snapshots': 'snapshot', 'index': 'index', 'keys': 'key', 'config': 'config', 'data': 'pack'}
-    parts = []
-    for kind, word in words.items():
-        if kind in counts:
-            count, size = counts[kind]
-            plural = '' if count == 1 else 'es' if word == 'index' else 's'
-            parts.append(f'{count} {word}{plural}' + (f' ({format_size(size)})' if kind == 'data' else ''))
-    return ', '.join(parts)
+    return ', '.join(format_count(len(sizes[kind]), word)
+                     + (f' ({format_size(sum(sizes[kind]))})' if kind == 'data' else '')
+                     for kind, word in words.items() if kind in sizes)
 
 
 # ==== Counters ===================================================================================
@@ -3383,8 +3367,8 @@ class Scrub:
             yield where, tally
             return
         try:
-            with self._store.scan(f'/{where}') as (folder, found):
-                for part in sorted(found, key=lambda entry: entry.name):
+            with self._store.scan(f'/{where}') as (folder, entries):
+                for part in sorted(entries, key=lambda entry: entry.name):
                     if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
                         yield f'{where}/{part.name}', tally
                     else:
@@ -3443,7 +3427,7 @@ class Scrub:
         return sound if sound > self._after else -math.inf
 
     def _check_folders(self, folders: Deque[Tuple[str, ScrubTally]]) -> None:
-        """Check folders until there is none; for a thread.  A job for each one would take much memory."""
+        """Check folders until there is none left; for a thread.  A job for each would take much memory."""
         try:
             while not self._stopped:
                 try:
@@ -3496,26 +3480,26 @@ class Scrub:
                 self._sound[folder] = checked_at
 
     def _check(self, folder: Folder, name: str, digest: str, tally: ScrubTally) -> bool:
-        """Whether an object is damaged: its SHA-256 is another than this one."""
+        """Whether an object is damaged: its SHA-256 is not this `digest`."""
         path = f'{folder.path}/{name}'
         try:
             with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
-                found = self._digest(file)
+                actual = self._digest(file)
         except FileNotFoundError:  # deleted meanwhile
             return False
         except OSError as error:
             self._damage(tally, path, f'unreadable: {error.strerror}')
             return True
-        if not found:
+        if not actual:
             return False
         with self._lock:
             self.checked += 1
             tally.checked += 1
-        if found != digest and digest == name:
-            self._damage(tally, path, f'damaged: its SHA-256 is {found}')
-        elif found != digest:   # it is no longer part of the repository, which may be sound
-            self._damage(None, path, f'damaged, deleted and kept: its SHA-256 is {found}')
-        return found != digest
+        if actual != digest and digest == name:
+            self._damage(tally, path, f'damaged: its SHA-256 is {actual}')
+        elif actual != digest:   # it is no longer part of the repository, which may be sound
+            self._damage(None, path, f'damaged, deleted and kept: its SHA-256 is {actual}')
+        return actual != digest
 
     def _digest(self, file: Any) -> str:
         """SHA-256 in hexadecimal of a file, read within the bandwidth; empty if the pass was stopped."""
