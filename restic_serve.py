@@ -1228,9 +1228,9 @@ def _exclusive(folder: Folder) -> Iterator[None]:
 
 # ==== Read ahead =================================================================================
 # On a network file system or a spinning disk each inode costs a round trip, and a thread that asks for them
-# in turn waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read meanwhile by
-# a few helper threads, and read_in_pieces() the next objects of a large folder.  If no helper is free, the
-# caller reads by itself: it never waits for a helper that is busy elsewhere.
+# in turn waits most of the time.  Where that is so (Pace), a few helper threads read meanwhile: the next
+# folders for read_ahead(), the next objects of a large folder for read_in_pieces().  If no helper is free,
+# the caller reads by itself: it never waits for a helper that is busy elsewhere.
 
 HELPERS = 8                       # Threads of a process that read ahead.
 HELPERS_AT_LEAST = 3              # For one slow list: reading an inode also takes processor time.
@@ -1781,43 +1781,35 @@ class Folders:
         above, _, name = path.rpartition('/')
         made = self.make(above, certain)
         with self.open(above) as parent:
-            try:
-                os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
-            except FileExistsError:
-                if not self.is_there(path):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
-                                             self.root + path) from None
-            else:
-                made += 1
-                if self._shared:
-                    self._share(parent, name)
-            parent.sync()
+            if self._make_in(parent, name):
+                return made + 1
+        if not self.is_there(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.root + path)
         return made
-
-    def _share(self, parent: Folder, name: str) -> None:
-        """Give the group its rights despite the umask; an inherited set-group-ID bit stays."""
-        if not _HAS_DIR_FD:
-            return
-        fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
-        try:
-            with contextlib.suppress(*_CHMOD_ERRORS):
-                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
-        finally:
-            os.close(fd)
 
     def make_root(self, path: str) -> None:
         """Create the directory itself, and its parents."""
-        parent = os.path.dirname(path)
+        parent, name = os.path.split(path)
         if not os.path.isdir(parent):
             self.make_root(parent)
-        try:
-            os.mkdir(path, self._mode)
-        except FileExistsError:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-        with Folder(parent) as above:
-            if self._shared:
-                self._share(above, os.path.basename(path))
-            above.sync()
+        if not self._make_in(Folder(parent), name):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+    def _make_in(self, parent: Folder, name: str) -> bool:
+        """Create a folder in another, and sync it; False if there is one, or a file."""
+        made = False
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
+            made = True
+        if made and self._shared and _HAS_DIR_FD:
+            fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
+            try:    # despite the umask; an inherited set-group-ID bit stays
+                with contextlib.suppress(*_CHMOD_ERRORS):
+                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
+            finally:
+                os.close(fd)
+        parent.sync()
+        return made
 
 
 class Scratch(ScratchFile):
@@ -1832,29 +1824,26 @@ class Scratch(ScratchFile):
         self.target = self.folder = store.folders.open(path)
         self.name, self.fd = '', -1
         try:
-            self._create(store)
+            if store.nameless:
+                try:
+                    self.fd = self.target.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
+                except OSError as error:
+                    # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                        raise
+            if self.fd < 0:
+                self.folder = store.folders.hidden()
+                if self.folder.device() == self.target.device():
+                    super().__init__(self.folder, store.file_mode)
+                else:
+                    self.folder.close()
+                    super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
+            if store.shared and hasattr(os, 'fchmod'):      # despite the umask
+                with contextlib.suppress(*_CHMOD_ERRORS):
+                    os.fchmod(self.fd, store.file_mode)
         except BaseException:
             self.close()
             raise
-
-    def _create(self, store: Store) -> None:
-        if store.nameless:
-            try:
-                self.fd = self.target.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
-            except OSError as error:
-                # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                    raise
-        if self.fd < 0:
-            self.folder = store.folders.hidden()
-            if self.folder.device() == self.target.device():
-                super().__init__(self.folder, store.file_mode)
-            else:
-                self.folder.close()
-                super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
-        if store.shared and hasattr(os, 'fchmod'):      # despite the umask
-            with contextlib.suppress(*_CHMOD_ERRORS):
-                os.fchmod(self.fd, store.file_mode)
 
     def close(self) -> None:
         super().close()
