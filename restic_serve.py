@@ -2467,6 +2467,7 @@ class Past:
             if size is not None:
                 self._end(location.repository)
             return size
+        path = deleted_folder(location)
         try:
             source = self._store.folders.open(location.folder)
         except (FileNotFoundError, NotADirectoryError):
@@ -2476,7 +2477,7 @@ class Past:
                 status = source.stat(location.file)
             except FileNotFoundError:   # another request may have deleted it just now
                 with contextlib.suppress(FileNotFoundError), self._store.folders.open(
-                        deleted_folder(location), by_descriptor=True) as target:
+                        path, by_descriptor=True) as target:
                     target.sync()
                 source.sync()
                 return None
@@ -2485,7 +2486,8 @@ class Past:
             self._begun.get(location.repository, self.begin)
             moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
             name = f'{location.file}.{format_moment(moment)}'
-            with self._open_or_make(deleted_folder(location)) as target:
+            self._store.folders.make(path)
+            with self._store.folders.open(path, by_descriptor=True) as target:
                 moved = True
                 try:
                     move(source, location.file, target, name, self._store.file_mode)
@@ -2534,13 +2536,6 @@ class Past:
         with self._store.scan(f'{repository}/{DELETED}') as (_, entries):
             marks = [entry.name[len(_SINCE):] for entry in entries if _SINCE_NAME.fullmatch(entry.name)]
         return read_moment(max(marks)) if marks else None
-
-    def _open_or_make(self, path: str) -> Folder:
-        try:
-            return self._store.folders.open(path, by_descriptor=True)
-        except FileNotFoundError:
-            self._store.folders.make(path)
-            return self._store.folders.open(path, by_descriptor=True)
 
     # ---- reading ----
 
@@ -2653,7 +2648,6 @@ class View:
     def objects(self, location: Location, sizes: bool
                 ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
-        location = Location(location.repository, location.kind)
         yield from read_ahead(self._names_and_sizes(*folders) for folders in self.folders(location))
 
     def _names_and_sizes(self, present: str, deleted: str, prefix: str
