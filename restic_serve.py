@@ -1109,9 +1109,10 @@ class ScratchFile:
 
     def __init__(self, folder: Folder, mode: int, prefix: str = '') -> None:
         self.folder = folder
-        self.name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
-        self.fd = folder.open(self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
-        try:    # a server that starts would take a name of locked ones for abandoned before it is locked
+        name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
+        self.fd = folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
+        self.name = name
+        try:    # locked first, since a server that starts takes `upload-` without a lock for abandoned
             if lock_file(self.fd) is not None:
                 self._change_prefix(FRESH_PREFIX, SCRATCH_PREFIX)
         except BaseException:
@@ -1200,11 +1201,12 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
     return free
 
 
-def remove_left_overs(folder: Folder, names: Iterable[str], now: Callable[[], float]) -> None:
+def remove_left_overs(folder: Folder, names: List[str], now: Callable[[], float]) -> None:
     """Remove scratch files if they were abandoned; `now` is the file system's clock.  Raises OSError."""
+    moment = now() if names else 0.0
     for name in names:
         with contextlib.suppress(FileNotFoundError):  # another server removes them, too
-            if is_left_over(folder, name, now()):
+            if is_left_over(folder, name, moment):
                 folder.unlink(name)
                 log.info('removed %s/%s, left by an interrupted upload', folder.path, name)
 

@@ -1225,6 +1225,21 @@ class StoreTest(TestCase):
                 self.store.hidden.write('state', 'new')
             self.assertEqual(self.files(hidden), ['state'])
 
+    def test_a_scratch_file_that_cannot_be_made_is_not_missed(self):
+        self.store.nameless = False
+        self.store.create_repository('/host')
+        self.log.clear()
+        real = os.open
+
+        def full(path, flags, *args, **more):
+            if flags & os.O_CREAT:
+                raise OSError(errno.ENOSPC, 'made by a test')
+            return real(path, flags, *args, **more)
+
+        with mock.patch.object(os, 'open', full), self.assertRaises(OSError):
+            self.save(b'content')
+        self.assertEqual(self.log, [])
+
     def test_what_a_crash_left_behind_is_removed_and_no_upload_under_way(self):
         hidden = self.root / restic_serve.HIDDEN
         hidden.mkdir(exist_ok=True)
