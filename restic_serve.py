@@ -536,7 +536,22 @@ def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
 _read_at = getattr(os, 'pread', _seek_and_read)
 
 
-class FileSlice:
+class Closing:
+    """A context manager that closes itself."""
+
+    __slots__ = ()
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release what is held; once more does nothing."""
+
+
+class FileSlice(Closing):
     """`length` bytes of the file `fd` from `offset` on.  It owns the descriptor."""
 
     __slots__ = ('fd', 'offset', 'length')
@@ -576,13 +591,6 @@ class FileSlice:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> FileSlice:
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self.close()
 
 
 class Response:
@@ -779,7 +787,7 @@ class NotKept(StorageError):
     """Deleted objects are not kept here."""
 
 
-class NoHistory(StorageError):
+class NoHistory(StorageError, ValueError):
     """A moment before all that is kept."""
 
 
@@ -824,7 +832,7 @@ class Remembered:
         return known
 
 
-class Folder:
+class Folder(Closing):
     """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
     trusted or the system has no openat(2).  A context manager that closes the descriptor."""
 
@@ -833,13 +841,6 @@ class Folder:
     def __init__(self, path: str, fd: Optional[int] = None) -> None:
         self.path = path
         self.fd = fd
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self.close()
 
     def close(self) -> None:
         if self.fd is not None:
@@ -856,14 +857,6 @@ class Folder:
     def stat(self, name: str) -> os.stat_result:
         """What lstat(2) says of an entry."""
         return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
-
-    def has(self, name: str) -> bool:
-        """Whether there is such an entry."""
-        try:
-            self.stat(name)
-        except FileNotFoundError:
-            return False
-        return True
 
     def unlink(self, name: str) -> None:
         os.unlink(self.at(name), dir_fd=self.fd)
@@ -1102,7 +1095,7 @@ def lock_file(fd: int) -> Optional[bool]:
     return True
 
 
-class ScratchFile:
+class ScratchFile(Closing):
     """A new file in `folder` under a scratch `name`, which begins with a `prefix`, until it is given its own.
     It is locked meanwhile, so that what a crash leaves can be told by its free lock.  A context manager
     that removes the file unless it was given its name."""
@@ -1118,13 +1111,6 @@ class ScratchFile:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self: T) -> T:
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self.close()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -1869,9 +1855,12 @@ class Scratch(ScratchFile):
             if error.errno not in _NO_HARD_LINKS:
                 raise
             with _exclusive(target):
-                if target.has(name):
+                try:
+                    target.stat(name)
+                except FileNotFoundError:
+                    self.rename(target, name)
+                else:
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new_name) from None
-                self.rename(target, name)
 
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
@@ -2323,10 +2312,10 @@ def try_file_system(store: Store) -> None:
 def _can_name(store: Store, linked: str, renamed: str) -> bool:
     """Whether a nameless file can be linked, renamed and closed, and then is there."""
     try:
+        with Scratch(store, '') as scratch:
+            scratch.publish(linked)
+            scratch.target.rename(linked, scratch.target, renamed)
         with store.folders.open('') as top:
-            with Scratch(store, '') as scratch:
-                scratch.publish(linked)
-                top.rename(linked, top, renamed)
             top.stat(renamed)   # over SMB it is gone with its descriptor
         return True
     except OSError as error:
@@ -2550,6 +2539,12 @@ class Past:
         since, now = self._since(repository), self.now()
         return now if since is None else int(max(since, now - self._keep))
 
+    def check_known(self, repository: str, moment: int) -> None:
+        """Raises NoHistory where a repository cannot be read at a moment."""
+        earliest = self.earliest(repository)
+        if moment < earliest:
+            raise NoHistory(f'no history before {moment_for_people(earliest)}')
+
     def view(self, location: Location) -> View:
         """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotKept
         and NoHistory."""
@@ -2562,9 +2557,7 @@ class Past:
             raise InvalidPath(str(error)) from None
         if moment > now:
             raise InvalidPath(f'{location.at} is in the future')
-        earliest = self.earliest(location.repository)
-        if moment < earliest:
-            raise NoHistory(f'no history before {moment_for_people(earliest)}')
+        self.check_known(location.repository, moment)
         return View(self._store, moment)
 
     # ---- purging ----
@@ -2748,10 +2741,8 @@ class RollBack:
         self.aside: Dict[str, List[int]] = collections.defaultdict(list)
 
     def check_known(self) -> None:
-        """Raises ValueError where what was deleted since is not all there."""
-        earliest = self._past.earliest(self._repository)
-        if self._moment < earliest:
-            raise ValueError(f'no history before {moment_for_people(earliest)}')
+        """Raises NoHistory where what was deleted since is not all there."""
+        self._past.check_known(self._repository, self._moment)
 
     def check_existed(self) -> None:
         """Raises ValueError where there was no repository, or its files have lost their times."""
