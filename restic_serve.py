@@ -518,7 +518,22 @@ def _seek_and_read(fd: int, length: int, offset: int) -> bytes:
 _read_at = getattr(os, 'pread', _seek_and_read)
 
 
-class FileSlice:
+class Closing:
+    """A context manager that closes itself."""
+
+    __slots__ = ()
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release what is held; once more does nothing."""
+
+
+class FileSlice(Closing):
     """`length` bytes of the file `fd` from `offset` on.  It owns the descriptor."""
 
     __slots__ = ('fd', 'offset', 'length')
@@ -535,13 +550,17 @@ class FileSlice:
         return data
 
     def read_all(self) -> bytes:
-        """The rest of the slice in one go; it must not be read again.  Raises OSError as read() does."""
-        data = _read_at(self.fd, self.length, self.offset)
-        if len(data) < self.length:  # a signal, or a network file system
-            self.advance(len(data))
-            while self.length:
-                data += self.read(self.length)
-        return data
+        """The rest of the slice in one go, after which it is closed.  Raises OSError as read() does."""
+        try:
+            data = _read_at(self.fd, self.length, self.offset)
+            if len(data) < self.length:  # a signal, or a network file system
+                self.advance(len(data))
+                while self.length:
+                    data += self.read(self.length)
+            return data
+        finally:
+            os.close(self.fd)
+            self.fd = -1
 
     def advance(self, count: int) -> None:
         """Skip the `count` bytes that were read or sent; OSError where the file has ended."""
@@ -554,13 +573,6 @@ class FileSlice:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> FileSlice:
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self.close()
 
 
 class Channel:
@@ -612,9 +624,14 @@ class Response:
 
     def close(self) -> None:
         """Close the files behind the body."""
-        close = getattr(self.body, 'close', None)
-        if close:
-            close()
+        close_quietly(self.body)
+
+
+def close_quietly(source: object) -> None:
+    """Close a source of bytes or items, if it has anything to close."""
+    close = getattr(source, 'close', None)
+    if close:
+        close()
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -827,7 +844,7 @@ _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a
 
 
 class StorageError(Exception):
-    """What files and folders cannot do for a client; the text is one line that says why."""
+    """A request that the file layer refuses; the text is one line that says why."""
 
 
 class InvalidPath(StorageError):
@@ -854,7 +871,7 @@ class NotKept(StorageError):
     """Deleted objects are not kept here."""
 
 
-class NoHistory(StorageError):
+class NoHistory(StorageError, ValueError):
     """A moment before all that is kept."""
 
 
@@ -899,7 +916,7 @@ class Remembered:
         return known
 
 
-class Folder:
+class Folder(Closing):
     """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
     trusted or the system has no openat(2).  A context manager that closes the descriptor."""
 
@@ -908,13 +925,6 @@ class Folder:
     def __init__(self, path: str, fd: Optional[int] = None) -> None:
         self.path = path
         self.fd = fd
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self.close()
 
     def close(self) -> None:
         if self.fd is not None:
@@ -931,14 +941,6 @@ class Folder:
     def stat(self, name: str) -> os.stat_result:
         """What lstat(2) says of an entry."""
         return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
-
-    def has(self, name: str) -> bool:
-        """Whether there is such an entry."""
-        try:
-            self.stat(name)
-        except FileNotFoundError:
-            return False
-        return True
 
     def unlink(self, name: str) -> None:
         os.unlink(self.at(name), dir_fd=self.fd)
@@ -1151,34 +1153,33 @@ class WatchedFiles:
 def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntry[str]]]:
     """The entries of a directory, by its descriptor if there is one; none if it is missing.  Raises
     OSError if it cannot be read, which must not look empty."""
-    with contextlib.ExitStack() as stack:
-        try:
-            entries = stack.enter_context(os.scandir(folder if fd is None else fd))
-        except (FileNotFoundError, NotADirectoryError):
-            if os.path.lexists(folder):
-                raise
-            yield iter(())
-            return
+    try:
+        entries = os.scandir(folder if fd is None else fd)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.lexists(folder):
+            raise
+        yield iter(())
+        return
+    with entries:
         yield entries
 
 
-def object_batches(folder: Folder, prefix: str = '') -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
-    """The objects in a folder whose names begin with `prefix`, as entries and as names, up to LISTED_AT_ONCE
-    at a time.  Lists of a million objects come from here: work per entry counts."""
+def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str = ''
+                   ) -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
+    """The objects among the entries of a folder whose names begin with `prefix`, as entries and as names, up
+    to LISTED_AT_ONCE at a time.  Lists of a million objects come from here: work per entry counts."""
     is_name = _NAME.fullmatch
     are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
-    with _scan(folder.path, folder.fd) as entries:
-        while True:
-            some = list(itertools.islice(entries, LISTED_AT_ONCE))
-            if not some:
-                return
-            some = [entry for entry in some if entry.is_file(follow_symlinks=False)]
-            names = [entry.name for entry in some]
-            if not are_names('/'.join([*names, ''])):
-                some = [entry for entry in some
-                        if is_name(entry.name) and entry.name.startswith(prefix)]
-                names = [entry.name for entry in some]
-            yield some, names
+    while True:
+        batch = list(itertools.islice(entries, LISTED_AT_ONCE))
+        if not batch:
+            return
+        batch = [entry for entry in batch if entry.is_file(follow_symlinks=False)]
+        names = [entry.name for entry in batch]
+        if not are_names('/'.join([*names, ''])):
+            batch = [entry for entry in batch if is_name(entry.name) and entry.name.startswith(prefix)]
+            names = [entry.name for entry in batch]
+        yield batch, names
 
 
 def _digest(fd: int) -> str:
@@ -1222,28 +1223,22 @@ def lock_file(fd: int) -> Optional[bool]:
     return True
 
 
-class ScratchFile:
+class ScratchFile(Closing):
     """A new file in `folder` under a scratch `name`, which begins with a `prefix`, until it is given its own.
     It is locked meanwhile, so that what a crash leaves can be told by its free lock.  A context manager
     that removes the file unless it was given its name."""
 
     def __init__(self, folder: Folder, mode: int, prefix: str = '') -> None:
         self.folder = folder
-        self.name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
-        self.fd = folder.open(self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
-        try:    # a server that starts would take a name of locked ones for abandoned before it is locked
+        name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
+        self.fd = folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
+        self.name = name
+        try:    # locked first, since a server that starts takes `upload-` without a lock for abandoned
             if lock_file(self.fd) is not None:
                 self._change_prefix(FRESH_PREFIX, SCRATCH_PREFIX)
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self: T) -> T:
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self.close()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -1320,12 +1315,12 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
     return free
 
 
-def remove_left_overs(folder: Folder, names: Iterable[str], now: Callable[[], float]) -> None:
-    """Remove those of some scratch files that were abandoned; `now` is the file system's clock.  Raises
-    OSError."""
+def remove_left_overs(folder: Folder, names: List[str], now: Callable[[], float]) -> None:
+    """Remove scratch files if they were abandoned; `now` is the file system's clock.  Raises OSError."""
+    moment = now() if names else 0.0
     for name in names:
         with contextlib.suppress(FileNotFoundError):  # another server removes them, too
-            if is_left_over(folder, name, now()):
+            if is_left_over(folder, name, moment):
                 folder.unlink(name)
                 log.info('removed %s/%s, left by an interrupted upload', folder.path, name)
 
@@ -1357,10 +1352,10 @@ def disk_space(path: str) -> Any:
 
 
 # ==== Read ahead =================================================================================
-# On a network file system or a spinning disk each inode costs a round trip, and a thread that asks for one
-# after the other waits most of the time.  Where that is so (Pace), read_ahead() has the next folders read
-# meanwhile by a few helper threads, and read_in_pieces() the next objects of a large folder.  If no helper is
-# free, the caller reads by itself: nobody waits for a helper that is busy elsewhere.
+# On a network file system or a spinning disk each inode costs a round trip, and a thread that asks for them
+# in turn waits most of the time.  Where that is so (Pace), a few helper threads read meanwhile: the next
+# folders for read_ahead(), the next objects of a large folder for read_in_pieces().  If no helper is free,
+# the caller reads by itself: it never waits for a helper that is busy elsewhere.
 
 HELPERS = 8                       # Threads of a process that read ahead.
 HELPERS_AT_LEAST = 3              # For one slow list: reading an inode also takes processor time.
@@ -1427,8 +1422,8 @@ def _used() -> Tuple[float, float, int]:
 
 class Threads:
     """Threads for jobs, each of which begins at once, in a thread that waits for a job or in a new one.  Up
-    to `kept` threads wait for another job.  They are daemons, unlike those of ThreadPoolExecutor: a disk or
-    a client that does not answer cannot hold up the end of the process."""
+    to `kept` threads wait for another job.  They are daemons, unlike ThreadPoolExecutor's: a disk or a client
+    that does not answer cannot hold up the end of the process."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
@@ -1469,7 +1464,7 @@ class Threads:
 
 
 class Helpers:
-    """Up to `limit` threads that read ahead for whoever asks."""
+    """Up to `limit` threads that read ahead for any caller."""
 
     def __init__(self, limit: int) -> None:
         self._threads = Threads(limit)
@@ -1492,15 +1487,12 @@ class Helpers:
             return future
         return None
 
-    def end(self, future: Optional[Future[Any]]) -> bool:
-        """Wait until a job is done; whether there was one.  A helper does not wait, as when a garbage
-        collector ends there what nobody has closed."""
-        if not future:
-            return False
+    def end(self, future: Future[Any]) -> None:
+        """Wait until a job is done.  A helper does not wait, as when a garbage collector ends there what
+        nobody has closed."""
         if not self.are_calling():
             future.exception()
         self._unused.append(0)
-        return True
 
     def are_calling(self) -> bool:
         """Whether the calling thread is a helper."""
@@ -1527,28 +1519,30 @@ def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> G
     """The items of all iterators, one after the other.  Where reading waits for the disk, the first items
     of the next iterators are read meanwhile, until this generator is closed."""
     waiting, pace = iter(sources), pace or Pace()
-    ahead: Deque[Tuple[Iterator[T], Callable[[], List[T]], Optional[Future[List[T]]]]] = collections.deque()
+    ahead: Deque[Tuple[Iterator[T], Optional[Future[List[T]]]]] = collections.deque()
     try:
         while True:
             for source in itertools.islice(waiting, max(pace.helpers + 1 - len(ahead), 0)):
-                read = functools.partial(_first, source)
-                ahead.append((source, read, helpers.submit(read) if pace.helpers else None))
+                ahead.append((source, helpers.submit(functools.partial(_first, source))
+                              if pace.helpers else None))
             if not ahead:
                 return
-            source, first, future = ahead[0]
-            if future and helpers.end(future):
-                ahead[0] = source, first, None
+            source, future = ahead[0]
+            if future:
+                helpers.end(future)
+                ahead[0] = source, None
                 pace.spend()
                 yield from future.result()
             else:
-                yield from pace.measure(first)
+                yield from pace.measure(functools.partial(_first, source))
             yield from source
             ahead.popleft()
     finally:
-        for source, _, future in ahead:
-            helpers.end(future)         # before what it reads is closed
+        for source, future in ahead:
+            if future:
+                helpers.end(future)     # before what it reads is closed
             if not future or future.done():
-                getattr(source, 'close', lambda: None)()
+                close_quietly(source)
 
 
 def _first(source: Iterator[T]) -> List[T]:
@@ -1573,41 +1567,48 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
     return [item for piece in read_ahead(pieces(), pace) for item in piece]
 
 
-def names_and_sizes(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
-                    ) -> Iterator[Tuple[List[str], List[int]]]:
-    """Names and sizes in bytes of the objects in a folder, in batches as object_batches() has them."""
-    fd, pace, least = folder.fd, pace or Pace(), _least(prefix)
+# A folder of objects: its kind, path below DIR, how the objects' names begin, and open(), which gives the
+# Folder, one without entries if it is missing, or raises OSError.
+ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'path', 'prefix', 'open'])
 
+
+def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
+    """Names and, with `sizes`, sizes in bytes of the objects in a folder, in batches as object_batches() has
+    them.  Raises OSError."""
     def read_sizes(names: List[str]) -> List[int]:
-        return [os.stat(name, dir_fd=fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
+        return [os.stat(name, dir_fd=folder.fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
 
-    for entries, names in object_batches(folder, prefix):
-        try:
-            sizes = read_in_pieces(read_sizes, names, pace, least) if fd is not None else None
-        except FileNotFoundError:   # one was deleted since the directory was read
-            sizes = None
-        if sizes is None:
-            found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
-            names, sizes = [entry.name for entry, _ in found], [status.st_size for _, status in found]
-        yield names, sizes
+    least = _least(source.prefix)
+    with source.open() as folder, _scan(folder.path, folder.fd) as scanned:
+        for entries, names in object_batches(scanned, source.prefix):
+            lengths: Optional[List[int]] = None if sizes else []
+            with contextlib.suppress(FileNotFoundError):    # deleted since the directory was read
+                if sizes and folder.fd is not None:
+                    lengths = read_in_pieces(read_sizes, names, pace, least)
+            if lengths is None:
+                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
+                names = [entry.name for entry, _ in statuses]
+                lengths = [status.st_size for _, status in statuses]
+            yield names, lengths
 
 
 def entries_and_statuses(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
                          ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
     """The objects in a folder and what stat(2) says of them."""
     pace = pace or Pace()
-    for entries, _ in object_batches(folder, prefix):
-        try:
-            found = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
-        except OSError:     # give all before the one that cannot be read
-            for entry in entries:
-                yield from _statuses(folder, [entry])
-            continue
-        yield from found
+    with _scan(folder.path, folder.fd) as scanned:
+        for entries, _ in object_batches(scanned, prefix):
+            try:
+                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+            except OSError:     # give all before the entry that cannot be read
+                for entry in entries:
+                    yield from _statuses(folder, [entry])
+                continue
+            yield from statuses
 
 
 def _least(prefix: str) -> int:
-    """Up to how many objects a folder is not read in pieces: more if the folder is one of many."""
+    """Up to how many objects a folder is not read in pieces: more in data/, which has 256 folders."""
     return FAST_PIECE if prefix else PIECE
 
 
@@ -1615,7 +1616,7 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
               ) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
     """The entries that have not been deleted since the directory was read, and what stat(2) says of them.
     DirEntry.stat() would hold the interpreter's lock, and with it all requests, while the disk seeks."""
-    found, fd = [], folder.fd
+    statuses, fd = [], folder.fd
     for entry in entries:
         try:
             status = (os.stat(entry.name, dir_fd=fd, follow_symlinks=False) if fd is not None else
@@ -1625,8 +1626,8 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
         except OSError as error:
             error.filename = f'{folder.path}/{entry.name}'
             raise
-        found.append((entry, status))
-    return found
+        statuses.append((entry, status))
+    return statuses
 
 
 # ==== Store ======================================================================================
@@ -1642,18 +1643,17 @@ KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # Most segments of a repository's path.
 LONGEST = 255                     # Most bytes of a repository's path.
 HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
+AT = '.at'                        # Segment of a path before the moment at which a repository is read.
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
+DIRECTORY_GONE = "the server's directory is gone"
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL)     # EACCES on Android
 # Folders in which file systems and NAS show their own snapshots and waste.
 _OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '@eadir', '#recycle',
                     'lost+found')
-# A folder of objects: its kind, path below DIR, how the objects' names begin, and open(), which gives the
-# Folder, one without entries if it is missing, or raises OSError.
-ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'path', 'prefix', 'open'])
 # Result of an upload: new objects (0 or 1), bytes of the object before and after, folders created.
 Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
@@ -1906,43 +1906,35 @@ class Folders:
         above, _, name = path.rpartition('/')
         made = self.make(above, certain)
         with self.open(above) as parent:
-            try:
-                os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
-            except FileExistsError:
-                if not self.is_there(path):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR),
-                                             self.root + path) from None
-            else:
-                made += 1
-                if self._shared:
-                    self._share(parent, name)
-            parent.sync()
+            if self._make_in(parent, name):
+                return made + 1
+        if not self.is_there(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.root + path)
         return made
-
-    def _share(self, parent: Folder, name: str) -> None:
-        """Give the group its rights despite the umask; an inherited set-group-ID bit stays."""
-        if not _HAS_DIR_FD:
-            return
-        fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
-        try:
-            with contextlib.suppress(*_CHMOD_ERRORS):
-                os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
-        finally:
-            os.close(fd)
 
     def make_root(self, path: str) -> None:
         """Create the directory itself, and its parents."""
-        parent = os.path.dirname(path)
+        parent, name = os.path.split(path)
         if not os.path.isdir(parent):
             self.make_root(parent)
-        try:
-            os.mkdir(path, self._mode)
-        except FileExistsError:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-        with Folder(parent) as above:
-            if self._shared:
-                self._share(above, os.path.basename(path))
-            above.sync()
+        if not self._make_in(Folder(parent), name):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+    def _make_in(self, parent: Folder, name: str) -> bool:
+        """Create a folder in another, and sync it; False if there is one, or a file."""
+        made = False
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
+            made = True
+        if made and self._shared and _HAS_DIR_FD:
+            fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
+            try:    # despite the umask; an inherited set-group-ID bit stays
+                with contextlib.suppress(*_CHMOD_ERRORS):
+                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
+            finally:
+                os.close(fd)
+        parent.sync()
+        return made
 
 
 class Scratch(ScratchFile):
@@ -1957,29 +1949,26 @@ class Scratch(ScratchFile):
         self.target = self.folder = store.folders.open(path)
         self.name, self.fd = '', -1
         try:
-            self._create(store)
+            if store.nameless:
+                try:
+                    self.fd = self.target.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
+                except OSError as error:
+                    # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                        raise
+            if self.fd < 0:
+                self.folder = store.folders.hidden()
+                if self.folder.device() == self.target.device():
+                    super().__init__(self.folder, store.file_mode)
+                else:
+                    self.folder.close()
+                    super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
+            if store.shared and hasattr(os, 'fchmod'):      # despite the umask
+                with contextlib.suppress(*_CHMOD_ERRORS):
+                    os.fchmod(self.fd, store.file_mode)
         except BaseException:
             self.close()
             raise
-
-    def _create(self, store: Store) -> None:
-        if store.nameless:
-            try:
-                self.fd = self.target.open('.', os.O_TMPFILE | os.O_RDWR | _BINARY, store.file_mode)
-            except OSError as error:
-                # open(2): EISDIR and ENOENT are the answers of kernels that ignore the flag
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                    raise
-        if self.fd < 0:
-            self.folder = store.folders.hidden()
-            if self.folder.device() == self.target.device():
-                super().__init__(self.folder, store.file_mode)
-            else:
-                self.folder.close()
-                super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
-        if store.shared and hasattr(os, 'fchmod'):      # despite the umask
-            with contextlib.suppress(*_CHMOD_ERRORS):
-                os.fchmod(self.fd, store.file_mode)
 
     def close(self) -> None:
         super().close()
@@ -2003,9 +1992,12 @@ class Scratch(ScratchFile):
             if error.errno not in _NO_HARD_LINKS:
                 raise
             with _exclusive(target):
-                if target.has(name):
+                try:
+                    target.stat(name)
+                except FileNotFoundError:
+                    self.rename(target, name)
+                else:
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new_name) from None
-                self.rename(target, name)
 
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
@@ -2016,7 +2008,7 @@ class Scratch(ScratchFile):
         self.rename(self.target, name)
 
 
-# The server's own files there: what --scrub has found, and of what the command of --on-event was told.
+# The server's own files there: the results of --scrub, and the events that were told to --on-event.
 SCRUB_FILE, EVENTS_FILE = 'scrub.json', 'events.json'
 
 
@@ -2111,11 +2103,12 @@ class Directory:
     def check_present(self) -> None:
         """Raises DirectoryGone."""
         if self.is_gone():
-            raise DirectoryGone("the server's directory is gone")
+            raise DirectoryGone(DIRECTORY_GONE)
 
     def check_writable(self) -> None:
         """Raises DirectoryGone, and ReadOnly."""
-        self.check_present()
+        if self.is_gone():
+            raise DirectoryGone(DIRECTORY_GONE)
         if self.read_only:
             raise ReadOnly(READ_ONLY)
 
@@ -2219,18 +2212,13 @@ class Store:
         with self.scan(repository) as (_, entries):
             return any(map(_shows_repository, entries))
 
-    def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
+    def objects(self, location: Location, sizes: bool
+                ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
         pace = Pace()
-
-        def batches(found: ObjectFolder) -> Iterator[Tuple[List[str], List[int]]]:
-            with found.open() as folder:
-                yield from (names_and_sizes(folder, found.prefix, pace) if sizes else
-                            ((names, []) for _, names in object_batches(folder, found.prefix)))
-
         with self.object_folders(location.repository, location.kind) as folders:
-            yield from read_ahead(map(batches, folders), pace)
+            yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in folders), pace)
 
     @contextlib.contextmanager
     def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:
@@ -2250,18 +2238,14 @@ class Store:
                 if _SUBDIRECTORY.fullmatch(entry.name):
                     yield ObjectFolder(kind, f'{path}/{entry.name}', entry.name,
                                        functools.partial(self.folders.open_part, path, data, entry.name))
-        except OSError as error:    # for whoever reads it
+        except OSError as error:    # raised where the folder is read
             yield ObjectFolder(kind, path, '', functools.partial(_raise, error))
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
         """A folder below the root and its entries, none if it is missing.  Raises OSError."""
-        with self.folders.open_to_scan(path) as folder:
-            if self.folders.is_missing(folder):
-                yield folder, iter(())
-                return
-            with _scan(folder.path or os.sep, folder.fd) as entries:
-                yield folder, entries
+        with self.folders.open_to_scan(path) as folder, _scan(folder.path or os.sep, folder.fd) as entries:
+            yield folder, entries
 
     def object_entries(self, path: str, prefix: str = ''
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
@@ -2270,10 +2254,10 @@ class Store:
         return self.read(ObjectFolder('', path, prefix, functools.partial(self.folders.open_to_scan, path)))
 
     @staticmethod
-    def read(found: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+    def read(source: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
         """The objects in a folder, and what stat(2) says of them.  Raises OSError."""
-        with found.open() as folder:
-            yield from entries_and_statuses(folder, found.prefix)
+        with source.open() as folder:
+            yield from entries_and_statuses(folder, source.prefix)
 
     def size(self, location: Location) -> Optional[int]:
         """Bytes of an object, None if it is missing."""
@@ -2293,8 +2277,8 @@ class Store:
         while paths:
             path = paths.pop()
             try:
-                with self.scan(path) as (folder, found):
-                    entries = sorted(found, key=operator.attrgetter('name'))
+                with self.scan(path) as (folder, scanned):
+                    entries = sorted(scanned, key=operator.attrgetter('name'))
                     yield WalkedFolder(path, folder, entries, any(map(_shows_repository, entries)))
                     below = [fold(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)
                              and fold(entry.name) not in (*KINDS, HIDDEN, *_OF_FILE_SYSTEMS)]
@@ -2372,15 +2356,15 @@ class Store:
         """Compare an upload with the object that exists, instead of storing it again; False, without
         reading the upload, if that is damaged or missing.  Raises as save() does, and Busy."""
         try:
-            found = self._stored_digest(location)
+            stored = self._stored_digest(location)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        if location.name and found != location.name:
+        if location.name and stored != location.name:
             return False
         digest = receive(body)
-        if digest != found and location.name:
+        if digest != stored and location.name:
             raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
-        if digest != found:
+        if digest != stored:
             raise OtherConfig('a different config already exists')
         if self.size(location) is None:
             raise Busy('object was deleted during the upload', 1)
@@ -2390,10 +2374,10 @@ class Store:
         """Compare the object that exists with the upload in `scratch`, which replaces it if it is damaged;
         False if it has vanished.  Raises OtherConfig."""
         try:
-            found = self._stored_digest(location)
+            stored = self._stored_digest(location)
         except FileNotFoundError:
             return False
-        if found == digest:
+        if stored == digest:
             return True
         if location.kind == 'config':
             raise OtherConfig('a different config already exists')
@@ -2402,16 +2386,16 @@ class Store:
             os.utime(scratch.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         scratch.replace(location.file)
         log.log(NOTICE, '%s was damaged (SHA-256 %s); replaced it with a verified upload',
-                f'{scratch.target.path}/{location.file}', found)
+                f'{scratch.target.path}/{location.file}', stored)
         return True
 
     def _stored_digest(self, location: Location) -> str:
         """Sync an object; its SHA-256 in hexadecimal, or `unreadable` where the disk fails."""
         try:
             with self.open(location) as stored:
-                found = _digest(stored.fd)
+                digest = _digest(stored.fd)
                 sync_file(stored.fd)  # another upload may have stored it just now
-                return found
+                return digest
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -2467,10 +2451,10 @@ def try_file_system(store: Store) -> None:
 def _can_name(store: Store, linked: str, renamed: str) -> bool:
     """Whether a nameless file can be linked, renamed and closed, and then is there."""
     try:
+        with Scratch(store, '') as scratch:
+            scratch.publish(linked)
+            scratch.target.rename(linked, scratch.target, renamed)
         with store.folders.open('') as top:
-            with Scratch(store, '') as scratch:
-                scratch.publish(linked)
-                top.rename(linked, top, renamed)
             top.stat(renamed)   # over SMB it is gone with its descriptor
         return True
     except OSError as error:
@@ -2507,12 +2491,11 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
 # server without --keep-deleted that deletes an object moves it on.
 #
 # Two servers may delete and purge in the same directory: every step is one rename(2) or unlink(2), and
-# whoever comes second finds nothing to do.
+# the second to try has nothing to do.
 
 DELETED = f'{HIDDEN}/deleted'     # Folder of a repository for what was deleted from it.
-AT = '.at'                        # Segment of a path before the moment at which a repository is read.
 PURGE_SECONDS = 3600              # Time between two purges.
-JUST_NOW_SECONDS = 60             # Time after which whoever made a mark has synced it.
+JUST_NOW_SECONDS = 60             # Time after which a mark that another request made is on the disk.
 STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
 MOMENT_LETTERS = 40               # Longest text of a moment.
 _SINCE = 'since.'
@@ -2539,13 +2522,11 @@ def read_moment(text: str) -> int:
     """The inverse of format_moment().  Raises ValueError."""
     import calendar
     seconds, _, microseconds = text.rstrip('Z').partition('.')
-    parts = [int(part) for part in (seconds[:4], seconds[4:6], seconds[6:8], seconds[9:11], seconds[11:13],
-                                    seconds[13:])]
-    return calendar.timegm((*parts, 0, 0, 0)) * 10 ** 6 + int(microseconds)
+    return calendar.timegm(time.strptime(seconds, _TIME_FORMAT)) * 10 ** 6 + int(microseconds)
 
 
 def parse_deleted_name(name: str) -> Optional[DeletedName]:
-    """What a name in a folder of deleted objects says, None if it is not one of ours."""
+    """What a name in a folder of deleted objects says, None if it is not the server's."""
     match = _DELETED_NAME.fullmatch(name)
     return DeletedName(match[1], match[2], match[3] or '') if match else None
 
@@ -2616,6 +2597,7 @@ class Past:
             if size is not None:
                 self._end(location.repository)
             return size
+        path = deleted_folder(location)
         try:
             source = self._store.folders.open(location.folder)
         except (FileNotFoundError, NotADirectoryError):
@@ -2625,7 +2607,7 @@ class Past:
                 status = source.stat(location.file)
             except FileNotFoundError:   # another request may have deleted it just now
                 with contextlib.suppress(FileNotFoundError), self._store.folders.open(
-                        deleted_folder(location), by_descriptor=True) as target:
+                        path, by_descriptor=True) as target:
                     target.sync()
                 source.sync()
                 return None
@@ -2634,7 +2616,8 @@ class Past:
             self._begun.get(location.repository, self.begin)
             moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
             name = f'{location.file}.{format_moment(moment)}'
-            with self._open_or_make(deleted_folder(location)) as target:
+            self._store.folders.make(path)
+            with self._store.folders.open(path, by_descriptor=True) as target:
                 moved = True
                 try:
                     move(source, location.file, target, name, self._store.file_mode)
@@ -2684,13 +2667,6 @@ class Past:
             marks = [entry.name[len(_SINCE):] for entry in entries if _SINCE_NAME.fullmatch(entry.name)]
         return read_moment(max(marks)) if marks else None
 
-    def _open_or_make(self, path: str) -> Folder:
-        try:
-            return self._store.folders.open(path, by_descriptor=True)
-        except FileNotFoundError:
-            self._store.folders.make(path)
-            return self._store.folders.open(path, by_descriptor=True)
-
     # ---- reading ----
 
     def until(self, deleted: str) -> str:
@@ -2701,6 +2677,12 @@ class Past:
         """The earliest moment at which a repository can be read: all that was deleted since is kept."""
         since, now = self._since(repository), self.now()
         return now if since is None else int(max(since, now - self._keep))
+
+    def check_known(self, repository: str, moment: int) -> None:
+        """Raises NoHistory where a repository cannot be read at a moment."""
+        earliest = self.earliest(repository)
+        if moment < earliest:
+            raise NoHistory(f'no history before {moment_for_people(earliest)}')
 
     def view(self, location: Location) -> View:
         """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotKept
@@ -2714,9 +2696,7 @@ class Past:
             raise InvalidPath(str(error)) from None
         if moment > now:
             raise InvalidPath(f'{location.at} is in the future')
-        earliest = self.earliest(location.repository)
-        if moment < earliest:
-            raise NoHistory(f'no history before {moment_for_people(earliest)}')
+        self.check_known(location.repository, moment)
         return View(self._store, moment)
 
     # ---- purging ----
@@ -2750,7 +2730,7 @@ class Past:
             if not name and entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX)):
                 remove_left_overs(folder, [entry.name], self._store.now)
             elif name and (name.returned or name.deleted) < limit:
-                self._set_since(repository, limit)  # also for who does not know how long it was kept
+                self._set_since(repository, limit)  # other servers may keep for another time
                 with contextlib.suppress(FileNotFoundError):  # another server is purging, too
                     size = entry.stat(follow_symlinks=False).st_size
                     folder.unlink(entry.name)
@@ -2799,18 +2779,18 @@ class View:
                     os.close(fd)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.file)
 
-    def objects(self, location: Location, sizes: bool) -> Iterator[Tuple[List[str], List[int]]]:
+    def objects(self, location: Location, sizes: bool
+                ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
-        location = Location(location.repository, location.kind)
         yield from read_ahead(self._names_and_sizes(*folders) for folders in self.folders(location))
 
     def _names_and_sizes(self, present: str, deleted: str, prefix: str
                          ) -> Iterator[Tuple[List[str], List[int]]]:
-        found = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
-        yield list(found), list(found.values())
+        sizes = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
+        yield list(sizes), list(sizes.values())
 
     def folders(self, location: Location) -> Iterator[Tuple[str, str, str]]:
-        """The folders of a kind's objects, those of what was deleted from them, and how names begin."""
+        """The folders of a kind's objects, the folders for their deleted objects, and how names begin."""
         present, deleted = location.folder, deleted_folder(location)
         if location.kind != 'data':
             yield present, deleted, ''
@@ -2823,8 +2803,8 @@ class View:
             yield f'{present}/{part}', f'{deleted}/{part}', part
 
     def find(self, present: str, deleted: str, prefix: str) -> Iterator[Tuple[str, str, os.stat_result]]:
-        """The objects in a folder, and in that of what was deleted from it: name, name of the file if it
-        was deleted since, else empty, and status."""
+        """The objects in a folder, and in the folder for what was deleted from it: name, name of the file
+        if it was deleted since, else empty, and status."""
         # What is deleted while we look is among the deleted objects afterwards, and what a roll-back brings
         # back was among them before.
         before, latest = self._history(deleted), self._nanoseconds
@@ -2853,8 +2833,8 @@ class View:
                         yield name, file, status
 
     def _history(self, path: str, file: str = '') -> Dict[str, Set[DeletedName]]:
-        """By object (or of one, whose name is `file`), the names in a folder of deleted ones that matter at
-        this moment."""
+        """By object (only the object `file`, unless that is empty), the names in a folder of deleted objects
+        that matter at this moment."""
         history: Dict[str, Set[DeletedName]] = {}
         with self._store.scan(path) as (_, entries):
             for entry in entries:
@@ -2883,7 +2863,7 @@ class RollBack:
     uploaded since is deleted, and so kept.  Killed at any instant it leaves a sound repository, and can
     be run again."""
 
-    # What others refer to comes back before them, and goes after them.
+    # A snapshot refers to indexes, and these to packs: it comes back after them, and goes before them.
     BACK = ('data', 'index', 'keys', 'config', 'snapshots')
     ASIDE = ('snapshots', 'index', 'data', 'keys')
     LOCKED_SECONDS = 1800       # Age at which restic takes a lock for stale.
@@ -2895,15 +2875,13 @@ class RollBack:
         self._moment = moment
         self._view = View(store, moment)
         self._touched: Set[str] = set()     # folders that are to be synced
-        # By kind: objects, and their bytes.
-        self.back: Dict[str, List[int]] = {}
-        self.aside: Dict[str, List[int]] = {}
+        # By kind: the sizes of objects in bytes.
+        self.back: Dict[str, List[int]] = collections.defaultdict(list)
+        self.aside: Dict[str, List[int]] = collections.defaultdict(list)
 
     def check_known(self) -> None:
-        """Raises ValueError where what was deleted since is not all there."""
-        earliest = self._past.earliest(self._repository)
-        if self._moment < earliest:
-            raise ValueError(f'no history before {moment_for_people(earliest)}')
+        """Raises NoHistory where what was deleted since is not all there."""
+        self._past.check_known(self._repository, self._moment)
 
     def check_existed(self) -> None:
         """Raises ValueError where there was no repository, or its files have lost their times."""
@@ -2931,7 +2909,7 @@ class RollBack:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
                 for name, file, status in list(self._view.find(present, deleted, prefix)):
                     if file and self._is_missing(kind, name):
-                        self._count(self.back, kind, status.st_size)
+                        self.back[kind].append(status.st_size)
                         if not dry:
                             self._bring_back(kind, name, file)
             self._sync()
@@ -2942,7 +2920,7 @@ class RollBack:
                 wanted = {name for name, _, _ in self._view.find(present, deleted, prefix)}
                 for entry, status in list(self._store.object_entries(present, prefix)):
                     if entry.name not in wanted and status.st_mtime <= begun:
-                        self._count(self.aside, kind, status.st_size)
+                        self.aside[kind].append(status.st_size)
                         if not dry:
                             self._past.delete(Location(self._repository, kind, entry.name))
 
@@ -2987,29 +2965,19 @@ class RollBack:
                 folder.sync()
         self._touched.clear()
 
-    @staticmethod
-    def _count(counts: Dict[str, List[int]], kind: str, size: int) -> None:
-        count = counts.setdefault(kind, [0, 0])
-        count[0] += 1
-        count[1] += size
-
     def __str__(self) -> str:
         if not self.back and not self.aside:
             return 'nothing to do'
         return ', '.join(f'{text} {what}' for text, what in (
-            (_text_of_counts(self.back), 'restored'), (_text_of_counts(self.aside), 'set aside')) if text)
+            (_text_of_sizes(self.back), 'restored'), (_text_of_sizes(self.aside), 'set aside')) if text)
 
 
-def _text_of_counts(counts: Dict[str, List[int]]) -> str:
+def _text_of_sizes(sizes: Dict[str, List[int]]) -> str:
     """Such as `3 snapshots, 41 packs (612.0 MiB)`."""
     words = {'snapshots': 'snapshot', 'index': 'index', 'keys': 'key', 'config': 'config', 'data': 'pack'}
-    parts = []
-    for kind, word in words.items():
-        if kind in counts:
-            count, size = counts[kind]
-            plural = '' if count == 1 else 'es' if word == 'index' else 's'
-            parts.append(f'{count} {word}{plural}' + (f' ({format_size(size)})' if kind == 'data' else ''))
-    return ', '.join(parts)
+    return ', '.join(format_count(len(sizes[kind]), word)
+                     + (f' ({format_size(sum(sizes[kind]))})' if kind == 'data' else '')
+                     for kind, word in words.items() if kind in sizes)
 
 
 # ==== Counters ===================================================================================
@@ -3318,6 +3286,11 @@ def last_scrubs(store: Store) -> Dict[str, ScrubResult]:
         return {}
 
 
+def _prefix(folder: str) -> str:
+    """How the names of the objects in a folder begin."""
+    return folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
+
+
 class ScrubTally:
     """What a pass found in a repository: objects `checked`, and `damaged`, and the `names` of some of these,
     as paths below the repository's folder `root`."""
@@ -3381,7 +3354,8 @@ class Scrub:
                     self._stopped = True
                     raise
             for repository, tally in self._tallies.items():
-                self._check_deleted(repository, tally)
+                folder = f'{repository}/{DELETED}'[1:]
+                self._check_folder(folder, tally, self._find_deleted(repository, self._since(folder)))
             self._results = {repository: tally.result() for repository, tally in self._tallies.items()}
         finally:
             self._save()
@@ -3417,8 +3391,8 @@ class Scrub:
             yield where, tally
             return
         try:
-            with self._store.scan(f'/{where}') as (folder, found):
-                for part in sorted(found, key=lambda entry: entry.name):
+            with self._store.scan(f'/{where}') as (folder, entries):
+                for part in sorted(entries, key=lambda entry: entry.name):
                     if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
                         yield f'{where}/{part.name}', tally
                     else:
@@ -3460,44 +3434,64 @@ class Scrub:
         except OSError as error:
             self._damage(tally, path, f'unreadable: {error.strerror}')
 
-    def _objects(self, folder: str) -> Iterator[Tuple[os.DirEntry[str], int]]:
-        """The objects of a folder that are to be checked, and their sizes."""
-        sound = self._sound.get(folder, -math.inf)
-        skip = sound if sound > self._after else -math.inf
-        prefix = folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
-        for entry, status in self._store.object_entries(f'/{folder}', prefix):
-            if max(status.st_mtime, status.st_ctime) >= skip:
-                yield entry, status.st_size
-
     def _bytes_of(self, folder: str) -> Iterator[int]:
         with contextlib.suppress(OSError):  # it will be reported when it is read
-            yield sum(size for _, size in self._objects(folder))
+            yield sum(size for _, size in self._changed(folder))
+
+    def _changed(self, folder: str) -> Iterator[Tuple[str, int]]:
+        """Names and sizes of the objects of a folder that are to be checked."""
+        since = self._since(folder)
+        for entry, status in self._store.object_entries(f'/{folder}', _prefix(folder)):
+            if max(status.st_mtime, status.st_ctime) >= since:
+                yield entry.name, status.st_size
+
+    def _since(self, folder: str) -> float:
+        """From when on an object of a folder must have changed to be checked."""
+        sound = self._sound.get(folder, -math.inf)
+        return sound if sound > self._after else -math.inf
 
     def _check_folders(self, folders: Deque[Tuple[str, ScrubTally]]) -> None:
-        """Check folders until there is none; for a thread.  A job for each one would take much memory."""
+        """Check folders until there is none left; for a thread.  A job for each would take much memory."""
         try:
             while not self._stopped:
                 try:
                     folder, tally = folders.popleft()
                 except IndexError:
                     return
-                self._check_folder(folder, tally)
+                self._check_folder(folder, tally, self._find_changed(folder))
         except BaseException:
             self._stopped = True    # the other threads, too
             raise
 
-    def _check_folder(self, folder: str, tally: ScrubTally) -> None:
+    def _find_changed(self, folder: str) -> Iterator[Tuple[Folder, str, str]]:
+        """The objects of a folder that are to be checked: folder, file, and SHA-256.  Reports other files."""
+        prefix = _prefix(folder)
+        with self._store.scan(f'/{folder}') as (opened, entries):
+            for entry in entries:
+                if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
+                        or not entry.name.startswith(prefix)):
+                    self._foreign(opened, entry)
+            for name, _ in self._changed(folder):
+                yield opened, name, name
+
+    def _find_deleted(self, repository: str, since: float) -> Iterator[Tuple[Folder, str, str]]:
+        """The same of the deleted objects of a repository that are kept."""
+        for folder, entry, name in Past(self._store).kept(repository):
+            if not name.returned and name.file != 'config':
+                try:
+                    changed = entry.stat(follow_symlinks=False).st_ctime
+                except FileNotFoundError:   # it was purged meanwhile
+                    continue
+                if changed >= since:
+                    yield folder, entry.name, name.file
+
+    def _check_folder(self, folder: str, tally: ScrubTally, objects: Iterator[Tuple[Folder, str, str]]
+                      ) -> None:
+        """Check objects of a folder; without faults it was sound when this began."""
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
-        if self._stopped:
-            return
         try:
-            with self._store.scan(f'/{folder}') as (opened, entries):
-                for entry in entries:
-                    if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
-                            or ('/data/' in f'/{folder}' and entry.name[:2] != folder[-2:])):
-                        self._foreign(opened, entry)
-                for entry, _ in self._objects(folder):
-                    faults += self._check(opened, entry.name, tally)
+            for opened, name, digest in objects:
+                faults += self._check(opened, name, digest, tally)
         except OSError as error:
             self._damage(tally, f'{self._store.root}/{folder}', f'unreadable: {error.strerror}')
             faults = 1
@@ -3509,68 +3503,49 @@ class Scrub:
             elif self._sound.get(folder, -math.inf) <= self._after:
                 self._sound[folder] = checked_at
 
-    def _check_deleted(self, repository: str, tally: ScrubTally) -> None:
-        """Check the deleted objects of a repository that are kept."""
-        checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
-        key = f'{repository}/{DELETED}'[1:]
-        sound = self._sound.get(key, -math.inf)
-        skip = sound if sound > self._after else -math.inf
-        try:
-            for folder, entry, name in Past(self._store).kept(repository):
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    if not name.returned and name.file != 'config' and status.st_ctime >= skip:
-                        faults += self._check(folder, entry.name, tally, name.file)
-        except OSError as error:
-            self._damage(tally, f'{self._store.root}/{key}', f'unreadable: {error.strerror}')
-            faults = 1
-        with self._lock:
-            if faults:
-                self._sound.pop(key, None)
-            elif sound <= self._after and os.path.isdir(f'{self._store.root}/{key}'):
-                self._sound[key] = checked_at
-
-    def _check(self, folder: Folder, name: str, tally: ScrubTally, digest_expected: str = '') -> bool:
-        """Whether an object is damaged: its SHA-256 is to be its name, or as `digest_expected`."""
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
+    def _check(self, folder: Folder, name: str, digest: str, tally: ScrubTally) -> bool:
+        """Whether an object is damaged: its SHA-256 is not this `digest`."""
         path = f'{folder.path}/{name}'
         try:
             with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
-                while True:
-                    size = len(buffer)
-                    if self._bandwidth:
-                        size = self._bandwidth.step(Bandwidth.SENT, size)
-                    count = file.readinto(buffer[:size])
-                    if not count:
-                        break
-                    if self._stopped:
-                        return False
-                    if self._bandwidth:
-                        self._bandwidth.wait(Bandwidth.SENT, count)
-                    digest.update(buffer[:count])
-                    self._advance(count)
+                actual = self._digest(file)
         except FileNotFoundError:  # deleted meanwhile
             return False
         except OSError as error:
             self._damage(tally, path, f'unreadable: {error.strerror}')
             return True
+        if not actual:
+            return False
         with self._lock:
             self.checked += 1
             tally.checked += 1
-        if digest.hexdigest() == (digest_expected or name):
-            return False
-        if digest_expected:     # it is no longer part of the repository, which may be sound
-            with self._lock:
-                self.damaged += 1
-            self.report(path, f'damaged, deleted and kept: its SHA-256 is {digest.hexdigest()}')
-            return True
-        self._damage(tally, path, f'damaged: its SHA-256 is {digest.hexdigest()}')
-        return True
+        if actual != digest and digest == name:
+            self._damage(tally, path, f'damaged: its SHA-256 is {actual}')
+        elif actual != digest:   # it is no longer part of the repository, which may be sound
+            self._damage(None, path, f'damaged, deleted and kept: its SHA-256 is {actual}')
+        return actual != digest
 
-    def _damage(self, tally: ScrubTally, path: str, reason: str) -> None:
+    def _digest(self, file: Any) -> str:
+        """SHA-256 in hexadecimal of a file, read within the bandwidth; empty if the pass was stopped."""
+        digest, buffer, size = hashlib.sha256(), memoryview(bytearray(COPY_BYTES)), COPY_BYTES
+        while True:
+            if self._bandwidth:
+                size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
+            count = file.readinto(buffer[:size])
+            if not count:
+                return digest.hexdigest()
+            if self._stopped:
+                return ''
+            if self._bandwidth:
+                self._bandwidth.wait(Bandwidth.SENT, count)
+            digest.update(buffer[:count])
+            self._advance(count)
+
+    def _damage(self, tally: Optional[ScrubTally], path: str, reason: str) -> None:
         with self._lock:
             self.damaged += 1
-            tally.add_damage(path)
+            if tally:
+                tally.add_damage(path)
         self.report(path, reason)
 
     @property
@@ -4731,7 +4706,7 @@ class Accounts:
         self._password = self._salted(password.encode())
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._user_header = user_header.lower()
-        self.proxies = list(proxies)
+        self.proxies = list(proxies)    # networks of proxies that may name clients
         self._certificates = certificates and not (file or user or user_header)
         self._socket_auth = socket_auth and bool(file or user)
         self._secret = os.urandom(32)
@@ -6623,7 +6598,8 @@ class Api:
                 self.accounts.find_client(request)
                 if request.client is not request.peer:
                     self.admission.begin_request(request.client)
-            self._check_origin(request)
+            if 'origin' in request.headers:
+                self._check_origin(request)
             if request.method == 'OPTIONS' and self._allow_origin:
                 response = Response(200, list(_PREFLIGHT))
             else:
@@ -6676,8 +6652,8 @@ class Api:
         """Raises HttpError 403 for requests of web pages that may not use the server.  Browsers send Origin
         with every upload and delete, and with every request to another site (the Fetch standard, 3.2).
         A Host that is ours proves nothing: names can be rebound."""
-        origin = request.headers.get('origin')
-        if origin is not None and (not origin or self._allow_origin not in ('*', origin)):
+        origin = request.headers['origin']
+        if not origin or self._allow_origin not in ('*', origin):
             log.log(NOTICE, 'blocked a request from a web page of %s in the browser at %s', origin[:100],
                     request.client)
             raise HttpError(403, 'requests from web pages are not allowed (--allow-origin)')
@@ -6707,9 +6683,19 @@ class Api:
                 and 'text/html' in request.headers.get('accept', '')):
             return self._get_page(self._page, request, location)
         self.policy.check(request, location)
+        view = None
         if location.at:
-            return self._route_past(request, location)
-        return self._dispatch(request, location)
+            view = self._find_view(request, location)
+            location = Location(location.repository, location.kind, location.name)
+        handlers = (_OBJECT_HANDLERS if location.is_object
+                    else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
+        handler = handlers.get(request.method)
+        if handler:
+            return handler(self, request, location, view) if view else handler(self, request, location)
+        # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
+        known, allow = request.method in METHODS, ', '.join(handlers)
+        raise HttpError(405 if known else 501, f'allowed methods are {allow}',
+                        [('Allow', allow)] if known else [])
 
     def _identify(self, request: Request) -> str:
         """The user, as a path names him: in lower case where the file system ignores case.  Raises
@@ -6717,36 +6703,20 @@ class Api:
         user = self.accounts.identify(request)
         return user.lower() if self.store.ignores_case else user
 
-    def _route_past(self, request: Request, location: Location) -> Response:
-        """A request for a repository as it was: to read, but for locks, which are those of the present, so
-        that restic can hold one and a prune waits."""
+    def _find_view(self, request: Request, location: Location) -> Optional[View]:
+        """The repository of a location as it was.  It can be read, but its locks (None) are those of the
+        present, so that restic can hold one and a prune waits."""
         self.store.directory.check_present()
         try:
             view = self.usage.past.view(location)
         except StorageError as error:  # restic shows the status alone
             log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, location.at, error)
             raise
-        location = Location(location.repository, location.kind, location.name)
         if location.kind == 'locks':
-            return self._dispatch(request, location)
+            return None
         if request.method not in ('GET', 'HEAD'):
             raise HttpError(403, 'earlier states (.at) are read-only')
-        if location.is_object:
-            return self._get_object(request, location, view)
-        return self._get_list(request, location, view) if location.kind else self._get_repository(
-            request, location)
-
-    def _dispatch(self, request: Request, location: Location) -> Response:
-        handlers = (_OBJECT_HANDLERS if location.is_object
-                    else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
-        handler = handlers.get(request.method)
-        if not handler:
-            # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
-            known = request.method in METHODS
-            allow = ', '.join(handlers)
-            raise HttpError(405 if known else 501, f'allowed methods are {allow}',
-                            [('Allow', allow)] if known else [])
-        return handler(self, request, location)
+        return view
 
     def _create(self, request: Request, location: Location) -> Response:
         if 'create=true' not in request.query.split('&'):
@@ -6813,10 +6783,8 @@ class Api:
             status = 206
         if content.length > SMALL_BYTES or request.method == 'HEAD':
             return Response(status, headers, content)
-        try:  # before the status is sent, so that an error has its own
-            return Response(status, headers, content.read_all())
-        finally:
-            content.close()
+        # Read before the status is sent, so that an error has its own.
+        return Response(status, headers, content.read_all())
 
     def _get_list(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
@@ -6824,12 +6792,10 @@ class Api:
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
-        objects = (view or self.store).objects(location, sizes)
-        chunks = json_list(objects, sizes)
-        first = next(chunks)  # before the status is sent, so that an error has its own
-        return Response(200, headers, first if first.endswith(b']') else _Chunks(first, chunks, objects))
+        chunks = JsonList((view or self.store).objects(location, sizes), sizes)
+        return Response(200, headers, next(chunks) if chunks.is_short else chunks)
 
-    def _get_repository(self, request: Request, location: Location) -> Response:
+    def _get_repository(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         raise HttpError(404, 'not found')
 
     def _get_metrics(self, request: Request) -> Response:
@@ -6875,51 +6841,60 @@ class Api:
                         ICON.encode())
 
 
-_OBJECT_HANDLERS = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
-                    'DELETE': Api._delete}
-_LIST_HANDLERS = {'GET': Api._get_list, 'HEAD': Api._get_list}
-_REPOSITORY_HANDLERS = {'POST': Api._create, 'GET': Api._get_repository,
-                        'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
+if TYPE_CHECKING:
+    Handlers = Dict[str, Callable[..., Response]]   # by method
+
+_OBJECT_HANDLERS: Handlers = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
+                              'DELETE': Api._delete}
+_LIST_HANDLERS: Handlers = {'GET': Api._get_list, 'HEAD': Api._get_list}
+_REPOSITORY_HANDLERS: Handlers = {'POST': Api._create, 'GET': Api._get_repository,
+                                  'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
 
 
-def json_list(objects: Iterator[Tuple[List[str], List[int]]], sizes: bool) -> Iterator[bytes]:
-    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  Only the
-    last chunk ends with a bracket."""
-    parts: List[str] = []
-    length, separator, due = 0, '[', time.monotonic() + FIRST_SECONDS
-    for names, lengths in objects:
-        if not names:
-            continue
-        parts += (separator, ','.join([f'{{"name":"{name}","size":{size}}}'
-                                       for name, size in zip(names, lengths)])
-                  if sizes else '"{}"'.format('","'.join(names)))
-        separator = ','
-        length += len(parts[-1])
-        if length >= LIST_BYTES or time.monotonic() >= due:
-            yield ''.join(parts).encode()
-            parts.clear()
-            length, due = 0, time.monotonic() + LIST_SECONDS
-    parts.append(']' if separator == ',' else '[]')
-    yield ''.join(parts).encode()
+class JsonList:
+    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first has
+    been made, before the status is sent, so that an error has its own; it is all if the list `is_short`."""
 
+    def __init__(self, objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool) -> None:
+        self._objects = objects
+        self._sizes = sizes
+        self._before = '['      # what stands before the next names
+        self._due = time.monotonic() + FIRST_SECONDS
+        self._next: Optional[bytes] = self._make()
+        self.is_short = not self._before
 
-class _Chunks:
-    """The chunks of a list, the `first` of which has been made.  close() closes the generators that make
-    them, and with these directories, also if nothing was read."""
-
-    def __init__(self, first: bytes, rest: Iterator[bytes], *sources: Any) -> None:
-        self._chunks = itertools.chain([first], rest)
-        self._sources = (rest, *sources)
-
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> JsonList:
         return self
 
     def __next__(self) -> bytes:
-        return next(self._chunks)
+        chunk, self._next = self._next, None
+        if chunk is None and not self._before:
+            raise StopIteration
+        return self._make() if chunk is None else chunk
 
     def close(self) -> None:
-        for source in self._sources:
-            getattr(source, 'close', lambda: None)()
+        """Close the folders that are being read, also if nothing was sent; nothing follows."""
+        self._objects.close()
+        self._before = ''
+
+    def _make(self) -> bytes:
+        """The next chunk."""
+        parts: List[str] = []
+        length = 0
+        for names, lengths in self._objects:
+            if not names:
+                continue
+            parts += (self._before, ','.join([f'{{"name":"{name}","size":{size}}}'
+                                              for name, size in zip(names, lengths)])
+                      if self._sizes else '"{}"'.format('","'.join(names)))
+            self._before = ','
+            length += len(parts[-1])
+            if length >= LIST_BYTES or time.monotonic() >= self._due:
+                self._due = time.monotonic() + LIST_SECONDS
+                return ''.join(parts).encode()
+        parts.append(']' if self._before == ',' else '[]')
+        self._before = ''
+        return ''.join(parts).encode()
 
 
 @functools.lru_cache(maxsize=256)

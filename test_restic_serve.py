@@ -1338,6 +1338,21 @@ class StoreTest(TestCase):
                 self.store.hidden.write('state', 'new')
             self.assertEqual(self.files(hidden), ['state'])
 
+    def test_a_scratch_file_that_cannot_be_made_is_not_missed(self):
+        self.store.nameless = False
+        self.store.create_repository('/host')
+        self.log.clear()
+        real = os.open
+
+        def full(path, flags, *args, **more):
+            if flags & os.O_CREAT:
+                raise OSError(errno.ENOSPC, 'made by a test')
+            return real(path, flags, *args, **more)
+
+        with mock.patch.object(os, 'open', full), self.assertRaises(OSError):
+            self.save(b'content')
+        self.assertEqual(self.log, [])
+
     def test_what_a_crash_left_behind_is_removed_and_no_upload_under_way(self):
         hidden = self.root / restic_serve.HIDDEN
         hidden.mkdir(exist_ok=True)
@@ -1457,7 +1472,8 @@ class StoreTest(TestCase):
 
         entries = contextlib.nullcontext(iter([Deleted(), Kept()]))
         with mock.patch.object(restic_serve, '_scan', lambda folder, relative: entries):
-            self.assertEqual(list(restic_serve.names_and_sizes(restic_serve.Folder('folder'))),
+            folder = restic_serve.ObjectFolder('keys', '', '', lambda: restic_serve.Folder('folder'))
+            self.assertEqual(list(restic_serve.names_and_sizes(folder, True, restic_serve.Pace())),
                              [([kept.name], [1])])
 
     def test_a_link_or_fifo_is_no_object(self):
@@ -1905,7 +1921,7 @@ class SlowDiskTest(StoreTest):
         submit = mock.patch.object(self.helpers, 'submit', side_effect=AssertionError('another helper'))
         with submit:
             self.assertEqual(future.result(PATIENCE), list(range(100)))
-        self.assertTrue(self.helpers.end(future))
+        self.helpers.end(future)
 
     def test_a_fast_disk_needs_no_thread(self):
         self.fill()
@@ -1963,10 +1979,10 @@ class SlowDiskTest(StoreTest):
                 closed.add(number)
 
         def end(future):
-            if future and not go_on.is_set():
+            if not go_on.is_set():
                 go_on.set()
                 raise SystemExit(1)
-            return real(future)
+            real(future)
 
         with mock.patch.object(self.helpers, 'end', end), self.assertRaises(SystemExit):
             list(restic_serve.read_ahead([source(number) for number in range(20)]))
@@ -2085,7 +2101,8 @@ class SlowDiskTest(StoreTest):
             self.assertEqual(self.list(), wanted)
         finally:
             go_on.set()
-            self.assertEqual([self.helpers.end(future) for future in futures], [True] * 3)
+            for future in futures:
+                self.helpers.end(future)
 
     def test_where_no_thread_can_be_started_it_is_read_without(self):
         self.fill()
@@ -3534,9 +3551,9 @@ class ScrubTest(TestCase):
     def test_an_object_that_is_deleted_meanwhile_is_no_fault(self):
         real = restic_serve.Scrub._check
 
-        def check(job, folder, name, tally):
+        def check(job, folder, name, *more):
             folder.unlink(name)
-            return real(job, folder, name, tally)
+            return real(job, folder, name, *more)
 
         with mock.patch.object(restic_serve.Scrub, '_check', check):
             self.assertEqual(self.scrub(), ({}, 0, 0))
@@ -6479,9 +6496,9 @@ class ApiTest(TestCase):
         for count in (0, 1, 2, 169, 170, 171, 172, 341, 1000):
             names, sizes = [f'{number:064x}' for number in range(count)], list(range(count))
             batches = [([], []), *((names[at:at + 7], sizes[at:at + 7]) for at in range(0, count, 7))]
-            text = b''.join(restic_serve.json_list(iter(batches), True))
+            text = b''.join(restic_serve.JsonList(iter(batches), True))
             self.assertEqual(json.loads(text), [{'name': n, 'size': s} for n, s in zip(names, sizes)])
-            text = b''.join(restic_serve.json_list(iter(batches), False))
+            text = b''.join(restic_serve.JsonList(iter(batches), False))
             self.assertEqual(json.loads(text), names)
 
     def test_a_list_is_read_as_it_is_sent(self):
@@ -6596,11 +6613,11 @@ class ApiTest(TestCase):
         batches = iter([([named(b'x')], [1])] * 3)
         with mock.patch.object(restic_serve, 'LIST_SECONDS', 0), \
                 mock.patch.object(restic_serve, 'FIRST_SECONDS', 0):
-            self.assertEqual(len(list(restic_serve.json_list(batches, True))), 4)
+            self.assertEqual(len(list(restic_serve.JsonList(batches, True))), 4)
         for seconds, count in ((PATIENCE, 1), (0, 2)):
             batches = iter([([named(b'x')], [1])] * 3)
             with mock.patch.object(restic_serve, 'FIRST_SECONDS', seconds):
-                self.assertEqual(len(list(restic_serve.json_list(batches, True))), count)
+                self.assertEqual(len(list(restic_serve.JsonList(batches, True))), count)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
         self.make_repository()

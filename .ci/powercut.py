@@ -85,7 +85,7 @@ MUTANTS = {'file': 'an upload, before it has its name',
            'parent': 'the folder in which a folder was made',
            'deleted': 'both folders, when an object was deleted and is kept',
            'mark': 'the folder with the mark from when on deletes are kept'}
-CALLERS = {'folder': rs.Store.save, 'parent': rs.Folders.make, 'deleted': rs.Past.delete,
+CALLERS = {'folder': rs.Store.save, 'parent': rs.Folders._make_in, 'deleted': rs.Past.delete,
            'mark': rs.Past.begin}
 WITHOUT_PAST = 'parent'         # tried without --keep-deleted: the mark of a new repository syncs for it
 
