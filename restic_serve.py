@@ -3603,6 +3603,12 @@ def charge_of(size: int) -> int:
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
+def _scopes_of(repository: str) -> List[str]:
+    """The places that hold a repository: its path and those above it; `` is all that is stored."""
+    names = repository.split('/')[1:QUOTA_DEPTH + 1]
+    return ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
+
+
 def _to_row(count: Count) -> List[int]:
     return [*count.held, *count[1:-2], *count.days, *count.snapshot_days]
 
@@ -3640,9 +3646,6 @@ class Quotas:
             names = place.strip('/').split('/')
             self._written.update('/'.join(names[:depth + 1]) for depth in range(len(names)))
         self.limit = functools.lru_cache(maxsize=4096)(self._limit)
-
-    def __bool__(self) -> bool:
-        return bool(self.by_place)
 
     def _limit(self, scope: str) -> int:
         """The bytes that a scope may hold, 0 where it has no limit."""
@@ -3890,8 +3893,7 @@ class Usage:
         self.reserving = threading.Lock()   # one upload at a time
         self._purging = threading.Lock()
         self._showing = threading.Lock()    # of what follows
-        self._shown_at = -math.inf
-        self._names: List[str] = []
+        self._shown_until = 0.0
         self._shown: Dict[str, Optional[Holdings]] = {}
 
     # ---- what passes through ----
@@ -4011,30 +4013,24 @@ class Usage:
             log.error('cannot purge deleted objects of %s: %s', repository or '/', error)
 
     def scopes(self, repository: str) -> List[str]:
-        """The quota scopes of a repository that are counted: its path and those above it, as far as they
-        have a limit or may be given one; `` is all that is stored."""
-        if not (self.limits.by_place or self._may_change):
-            return []
-        names = repository.split('/')[1:QUOTA_DEPTH + 1]
-        found = ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
-        return found if self._may_change else list(filter(self.limits.limit, found))
+        """The quota scopes of a repository that are counted: those that have a limit or may be given one."""
+        return _scopes_of(repository) if self._may_change else self.limited(repository)
 
     def limited(self, repository: str) -> List[str]:
         """The scopes of a repository that have a limit now."""
-        return list(filter(self.limits.limit, self.scopes(repository)))
+        return list(filter(self.limits.limit, _scopes_of(repository)))
 
     def quota(self, scope: str) -> Quota:
-        """The Quota of a scope."""
+        """What is known of a scope."""
         # An upload that ends moves from reserved to delta; reading in this order never misses it.
         reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
         return Quota(baseline + delta, reserved, self.limits.limit(scope))
 
-    def quotas(self, repositories: Iterable[str]) -> Dict[str, Tuple[int, int]]:
-        """Bytes held and the limit, by the scopes of some repositories."""
+    def quotas(self, repositories: Iterable[str]) -> Dict[str, Quota]:
+        """The quotas of some repositories, by their scopes."""
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
-        quotas = {scope: self.quota(scope) for scope in sorted(scopes)}
-        return {scope: (quota.held, quota.limit) for scope, quota in quotas.items()}
+        return {scope: self.quota(scope) for scope in sorted(scopes)}
 
     def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
         """Raises QuotaExceeded for an upload that is charged so much; logged once in WARNING_SECONDS."""
@@ -4091,38 +4087,29 @@ class Usage:
     def names(self, below: str = '') -> List[str]:
         """The repositories at and below a path, in order; OTHER stands for those without rows of their
         own.  None before the first census."""
-        with self._showing:
-            self._forget_shown()
-            if not self._names and self.census.wait(0):
-                names = {name for _, name in self._counters.keys('base')}
-                if OTHER not in names:  # else it has those without a base
-                    names.update(name for _, name in self._counters.keys('added'))
-                self._names = sorted(names)
-            if not below:
-                return list(self._names)
-            begin = bisect.bisect_left(self._names, below)
-            at = itertools.takewhile(lambda name: name.startswith(below), self._names[begin:])
-            return [name for name in at if f'{name}/'.startswith(f'{below}/')]
+        if not self.census.wait(0):
+            return []
+        names = {name for _, name in self._counters.keys('base')}
+        if OTHER not in names:  # else it has those without a base
+            names.update(name for _, name in self._counters.keys('added'))
+        return sorted(name for name in names if not below or f'{name}/'.startswith(f'{below}/'))
 
     def holdings(self, names: Iterable[str]) -> Dict[str, Holdings]:
         """What repositories hold now; empty ones are left out.  Each is computed once in SHOWN_SECONDS at
         the most, by one thread at a time."""
         with self._showing:
-            self._forget_shown()
-            names = list(names)
+            if time.monotonic() >= self._shown_until:
+                self._shown_until, self._shown = time.monotonic() + SHOWN_SECONDS, {}
+            found = {}
             for name in names:
                 if name not in self._shown:
                     self._shown[name] = self._holdings(name)
-            return {name: held for name in names for held in [self._shown[name]] if held}
+                found[name] = self._shown[name]
+        return {name: held for name, held in found.items() if held}
 
     def repositories(self) -> Dict[str, Holdings]:
         """All repositories and what they hold now; none before the first census."""
         return self.holdings(self.names())
-
-    def _forget_shown(self) -> None:
-        now = time.monotonic()
-        if now >= self._shown_at + SHOWN_SECONDS:
-            self._shown_at, self._names, self._shown = now, [], {}
 
     def _holdings(self, name: str) -> Optional[Holdings]:
         base = _base(self._counters, name)
@@ -5448,7 +5435,7 @@ _FAMILIES = (
     Family('restic_serve_repository_scrub_damaged_objects', 'gauge',
            'Objects that the last --scrub found damaged.', _scrubs(2)),
     Family('restic_serve_quota_used_bytes', 'gauge', 'Bytes stored under the quota.', _quotas(0)),
-    Family('restic_serve_quota_limit_bytes', 'gauge', 'Limit of the quota.', _quotas(1)),
+    Family('restic_serve_quota_limit_bytes', 'gauge', 'Limit of the quota.', _quotas(2)),
 )
 
 
@@ -5833,7 +5820,8 @@ class Events:
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
         import shutil
-        rooms = {f'/{scope}': room for scope, room in self._usage.quotas(repositories).items()}
+        rooms = {f'/{scope}': (quota.held, quota.limit)
+                 for scope, quota in self._usage.quotas(repositories).items()}
         with contextlib.suppress(OSError):
             disk = shutil.disk_usage(self._store.root or os.sep)
             rooms[''] = disk.total - disk.free, disk.total
@@ -6163,7 +6151,8 @@ class Page:
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
         """Bars of the quotas of repositories that the visitor may know of."""
-        bars = ''.join(_quota(scope, *quota) for scope, quota in self._usage.quotas(repositories).items()
+        bars = ''.join(_quota(scope, quota.held, quota.limit)
+                       for scope, quota in self._usage.quotas(repositories).items()
                        if visit.right(f'/{scope}' if scope else '') != NONE)
         return f'<div class="quotas">{bars}</div>' if bars else ''
 
@@ -10577,7 +10566,7 @@ class Server:
             _allow_descriptors(4 * max_connections + 256)
         api.usage.census.requests.open()
         api.events.open()
-        if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
+        if api.usage.limits.by_place or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({

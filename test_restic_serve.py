@@ -4133,7 +4133,7 @@ class UsageTest(TestCase):
         self.usage.census.count()
         with mock.patch.object(restic_serve, 'SHOWN_SECONDS', 1000), mock.patch.object(
                 self.usage, '_holdings', wraps=self.usage._holdings) as computed:
-            self.usage._shown_at = float('-inf')
+            self.usage._shown_until = 0
             for _ in range(3):
                 self.assertEqual(self.usage.names('/alice'), ['/alice/a', '/alice/b'])
                 self.assertEqual(list(self.usage.holdings(self.usage.names('/alice'))),
