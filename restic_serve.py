@@ -4071,7 +4071,7 @@ class Usage:
         """Add to the row `added` or `removed` of a repository, and to those of its quota scopes."""
         counters, key = self._counters, (direction, repository)
         with counters.lock:
-            row = counters.row(key, len(_COLUMNS))
+            row = counters.rows.get(key) or counters.row(key, len(_COLUMNS))
             for name, amount in amounts.items():
                 row[_COLUMNS[name]] += amount
             if self.limits.by_place or self._may_change:
