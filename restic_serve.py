@@ -2978,12 +2978,12 @@ class Counters:
 
     def join(self, slot: int) -> None:
         """Write to `slot` from now on, and continue with the rows that are there."""
-        self._own = self._slots[slot]
+        self._own = slot
         self.lock = threading.Lock()
         self.rows: Dict[Key, memoryview] = {}
         self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
         self.clear(slot)
-        for key, row, words in _rows_of(self._own):
+        for key, row, words in _rows_of(self._slots[slot]):
             self.rows[key] = row
             self._take(_folder_of(key), words)
 
@@ -3018,7 +3018,8 @@ class Counters:
         return row if row is not None else self._new_row(key, width)
 
     def _new_row(self, key: Key, width: int) -> memoryview:
-        slot, folder, text = self._own, _folder_of(key), '\0'.join(key).encode('utf-8', 'surrogateescape')
+        slot, folder = self._slots[self._own], _folder_of(key)
+        text = '\0'.join(key).encode('utf-8', 'surrogateescape')
         words = memoryview(struct.pack('2q', width, len(text)) + bytes(8 * width)
                            + text + bytes(-len(text) % 8)).cast('q')
         begin, end = 1 + slot[0], 1 + slot[0] + len(words)
@@ -3034,8 +3035,8 @@ class Counters:
         slot[begin:end] = words
         slot[0] += len(words)   # from now on, other processes see it
         self._take(folder, len(words))
-        self.rows[key] = row = slot[begin + 2:begin + 2 + width]
-        return row
+        self._look(self._own)
+        return self.rows.setdefault(key, slot[begin + 2:begin + 2 + width])
 
     def _take(self, folder: str, words: int) -> None:
         self._taken[folder] = self._taken.get(folder, 0) + words
@@ -3068,12 +3069,18 @@ class Counters:
 
     def _find(self, kind: str) -> Dict[Key, List[memoryview]]:
         """The rows whose keys begin with `kind`, with those that were added since the last look."""
-        for number, slot in enumerate(self._slots):
-            if self._looked[number] <= slot[0]:
-                for key, row, words in _rows_of(slot, self._looked[number]):
-                    self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
-                    self._looked[number] += words
+        for slot, words in enumerate(self._slots):
+            if self._looked[slot] <= words[0]:
+                self._look(slot)
         return self._by_kind.get(kind, {})
+
+    def _look(self, slot: int) -> None:
+        """Find the rows that were added to a slot since the last look."""
+        for key, row, words in _rows_of(self._slots[slot], self._looked[slot]):
+            self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
+            self._looked[slot] += words
+            if slot == self._own:
+                self.rows[key] = row
 
 
 def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, int]]:
