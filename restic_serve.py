@@ -581,6 +581,41 @@ class FileSlice:
         self.close()
 
 
+class Channel:
+    """Messages from threads, and from processes that are forked once it is open, to the process that watches
+    `receiver`.  Nobody waits.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them."""
+
+    def __init__(self, kind: int) -> None:
+        self._kind = kind
+        self.receiver: Optional[socket.socket] = None   # can be read when a message has come
+        self.sender: Optional[socket.socket] = None
+
+    def open(self) -> None:
+        """Make the pair of sockets.  Raises OSError."""
+        if not self.receiver:
+            self.receiver, self.sender = socket.socketpair(type=self._kind)
+            self.receiver.setblocking(False)
+            self.sender.setblocking(False)
+
+    def send(self, message: bytes) -> None:
+        """Send a message, unless the channel is closed.  Raises OSError where there is no room for it."""
+        if self.sender:
+            self.sender.send(message)
+
+    def receive(self) -> Iterator[bytes]:
+        """The messages that have come."""
+        with contextlib.suppress(OSError):      # there are no more
+            while self.receiver:
+                yield self.receiver.recv(65536)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        if self.receiver and self.sender:
+            self.receiver.close()
+            self.sender.close()
+            self.receiver = self.sender = None
+
+
 class Response:
     """An answer.  Its body is bytes, a FileSlice, or an iterator of chunks whose length is not known.  An
     iterator may raise OSError; what has been sent by then must not look complete."""
@@ -708,42 +743,6 @@ class Limits:
         """The shortest of the times, in seconds."""
         return min(self.header_seconds, self.idle_seconds, self.read_seconds, self.write_seconds,
                    self.stall_seconds)
-
-
-class Channel:
-    """Messages from any process to the one that waits for its `receiver`, from open() to close().  Nobody
-    waits to send or to receive."""
-
-    def __init__(self) -> None:
-        self.receiver: Optional[socket.socket] = None   # can be read when there is a message
-        self._sender: Optional[socket.socket] = None
-
-    def open(self) -> None:
-        """Make the pair of sockets, before processes are forked."""
-        if self.receiver:
-            return
-        kind = socket.SOCK_DGRAM if hasattr(os, 'fork') else socket.SOCK_STREAM
-        self.receiver, self._sender = socket.socketpair(type=kind)
-        self.receiver.setblocking(False)
-        self._sender.setblocking(False)
-
-    def close(self) -> None:
-        for end in (self.receiver, self._sender):
-            if end:
-                end.close()
-        self.receiver = self._sender = None
-
-    def send(self, message: bytes) -> None:
-        """Send a message, if the channel is open.  Raises OSError, such as where too many wait."""
-        if self._sender:
-            self._sender.send(message)
-
-    def receive(self) -> bytes:
-        """The next message, empty if there is none."""
-        if self.receiver:
-            with contextlib.suppress(OSError):
-                return self.receiver.recv(65536)
-        return b''
 
 
 # ==== Files ======================================================================================
@@ -3677,7 +3676,7 @@ class Census:
         self._interval = interval
         self._scopes = scopes
         self._past = past
-        self.requests = Channel()           # on_requested() is to be called when there is a message
+        self.channel = Channel(socket.SOCK_STREAM)      # to the process that makes it
         self._counting = False
         self.unreadable: List[str] = []     # folders that the last census could not read
 
@@ -3701,12 +3700,11 @@ class Census:
         """Request a census if the last one is old; does not wait for it."""
         if self.age() >= self._interval:
             with contextlib.suppress(OSError):  # one was requested
-                self.requests.send(b'.')
+                self.channel.send(b'.')
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
-        requests = list(iter(self.requests.receive, b''))
-        if requests and self.age() >= self._interval and not self._counting:
+        if any(self.channel.receive()) and self.age() >= self._interval and not self._counting:
             self._counting = True
             try:
                 threading.Thread(target=self._count_all, daemon=True).start()
@@ -3729,11 +3727,11 @@ class Census:
                 self._add_to_scopes(folder.path, FOLDER_BYTES, 0)
         self._store.directory.check_present()
         for repository in known - {OTHER}:
-            found = _NOTHING    # it was deleted: its rows say from now on that it holds nothing
+            passed, count = _passed(counters, repository), _NOTHING     # it was deleted
             if any(f'{repository}/'.startswith(f'{path}/') for path in self.unreadable):
                 base = _base(counters, repository)
-                found = base._replace(unreadable=1, held=_sum(base.held, *_passed(counters, repository)))
-            self._set_base(repository, found, *_passed(counters, repository))
+                count = base._replace(unreadable=1, held=_sum(base.held, *passed))
+            self._set_base(repository, count, *passed)
         for scope, (charged, locks) in self._sums.items():
             other = counters.total(('other', scope), 2)
             counters.put(('baseline', scope), charged - other[0], locks - other[1])
@@ -3763,22 +3761,22 @@ class Census:
         for _ in range(COUNTS_AT_MOST):
             before = self._store.now()
             added, removed_before = _passed(self._counters, repository)
-            found = self._measure(repository, before)
+            count = self._measure(repository, before)
             removed = _passed(self._counters, repository)[1]
             if removed == removed_before:
                 break
-        self._set_base(repository, found, added, removed)
+        self._set_base(repository, count, added, removed)
 
-    def _set_base(self, repository: str, found: Count, added: List[int], removed: List[int]) -> None:
-        """Set the base of a repository, or of OTHER, of which so much was `found` when its rows were as
-        given.  One for which there is no room is counted as OTHER."""
-        base = found._replace(held=_sum(found.held, removed, added))
+    def _set_base(self, repository: str, count: Count, added: List[int], removed: List[int]) -> None:
+        """Set the base of a repository, or of OTHER, by a count and the rows of that time.  A repository for
+        which there is no room is counted as OTHER."""
+        base = count._replace(held=_sum(count.held, removed, added))
         if repository != OTHER:
             self._add_to_scopes(repository, base.held.charged, base.held.locks)
         if not self._counters.put(('base', repository), *_to_row(base)):
-            row = map(operator.add, _to_row(self._other), _to_row(found))
+            row = map(operator.add, _to_row(self._other), _to_row(count))
             self._other = _from_row(list(row))._replace(
-                time=found.time, last_snapshot=max(self._other.last_snapshot, found.last_snapshot))
+                time=count.time, last_snapshot=max(self._other.last_snapshot, count.last_snapshot))
 
     def _add_to_scopes(self, repository: str, charged: int, locks: int) -> None:
         for scope in self._scopes(repository):
@@ -3786,22 +3784,22 @@ class Census:
             sums[0] += charged
             sums[1] += locks
 
-    def _read(self, before: float, found: ObjectFolder
+    def _read(self, before: float, objects: ObjectFolder
               ) -> Iterator[Tuple[str, int, List[os.stat_result], Optional[OSError]]]:
         """A folder of objects, in parts: its kind, its charge (in the first part), what stat(2) says of
         objects that were stored `before` a time, and the error that ended it (in the last)."""
-        charge, some, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
+        charge, statuses, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
         try:
-            with found.open() as folder:
+            with objects.open() as folder:
                 charge = FOLDER_BYTES * (not self._store.folders.is_missing(folder))
-                for status in self._stored_before(before, folder, found.prefix):
-                    some.append(status)
-                    if len(some) == LISTED_AT_ONCE:
-                        yield found.kind, charge, some, None
-                        charge, some = 0, []
+                for status in self._stored_before(before, folder, objects.prefix):
+                    statuses.append(status)
+                    if len(statuses) == LISTED_AT_ONCE:
+                        yield objects.kind, charge, statuses, None
+                        charge, statuses = 0, []
         except OSError as error:
             fault = error
-        yield found.kind, charge, some, fault
+        yield objects.kind, charge, statuses, fault
 
     def _stored_before(self, before: float, folder: Folder, prefix: str) -> Iterator[os.stat_result]:
         """What stat(2) says of the objects in a folder that were stored before a time of the file system's
@@ -3835,7 +3833,7 @@ class Census:
                 unreadable += report(error)
         begin = time.monotonic()
         with self._store.object_folders(repository) as folders, contextlib.closing(
-                read_ahead(self._read(before, each) for each in folders)) as parts:
+                read_ahead(self._read(before, objects) for objects in folders)) as parts:
             for kind, charge, statuses, fault in parts:
                 held['charged'] += charge
                 if fault:
@@ -3968,8 +3966,8 @@ class Usage:
         return size
 
     def _note_forgotten(self, repository: str) -> None:
-        """A snapshot was deleted: warn, once in an hour, if that are more than half of a repository's within
-        a minute."""
+        """A snapshot was deleted: warn, once an hour, when more than half of a repository's snapshots were
+        deleted within a minute."""
         key, now = ('forgotten', repository), int(time.monotonic())
         with self._counters.lock:
             row = self._counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
@@ -4107,12 +4105,12 @@ class Usage:
         with self._showing:
             if time.monotonic() >= self._shown_until:
                 self._shown_until, self._shown = time.monotonic() + SHOWN_SECONDS, {}
-            found = {}
+            wanted = {}
             for name in names:
                 if name not in self._shown:
                     self._shown[name] = self._holdings(name)
-                found[name] = self._shown[name]
-        return {name: held for name, held in found.items() if held}
+                wanted[name] = self._shown[name]
+        return {name: held for name, held in wanted.items() if held}
 
     def repositories(self) -> Dict[str, Holdings]:
         """All repositories and what they hold now; none before the first census."""
@@ -4181,7 +4179,7 @@ class _Reservation:
                 self._usage.refuse(self._repository, charge, quotas)
             if time.monotonic() >= end:
                 raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
-            time.sleep(0.01 + os.urandom(1)[0] / 10000)
+            time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
 
     def _add(self, count: int) -> bool:
         """Change what is reserved; False if Counters has no room to count it."""
@@ -10571,7 +10569,7 @@ class Server:
         if self.listeners:
             # A connection of HTTP/2 takes three, and its file one.
             _allow_descriptors(4 * max_connections + 256)
-        api.usage.census.requests.open()
+        api.usage.census.channel.open()
         api.events.open()
         if api.usage.limits.by_place or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
@@ -10621,8 +10619,8 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.requests.receiver and self._counts:
-            loop.watch(census.requests.receiver, census.on_requested)
+        if census.channel.receiver and self._counts:
+            loop.watch(census.channel.receiver, census.on_requested)
             loop.timers += [self._purge, events.tick]
         if events.receiver and self._counts:
             loop.watch(events.receiver, events.on_sent)
@@ -10655,7 +10653,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests.receiver, self.api.events.receiver):
+        for source in (*self.listeners, census.channel.receiver, self.api.events.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -10665,7 +10663,7 @@ class Server:
         connections.cut()
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
-        census.requests.close()
+        census.channel.close()
         self.api.events.close()
         self.loop.close()
 
@@ -10880,7 +10878,7 @@ class Workers:
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
         loop.close()
-        server.api.usage.census.requests.close()
+        server.api.usage.census.channel.close()
         server.api.events.close()
 
     # ---- timers ----

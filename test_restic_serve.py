@@ -2032,7 +2032,7 @@ class SlowDiskTest(StoreTest):
                     self.assertEqual(asked.called, self.slow)
                     asked.reset_mock()
             held = usage.repositories()['/host']
-            usage.census.requests.close()
+            usage.census.channel.close()
             results.append((seen, held.bytes, held.objects, held.days))
         self.assertEqual(results[0], results[1])
         self.assertEqual(results[0][2]['data'], 60)
@@ -2114,7 +2114,7 @@ class FoldersOfOthersTest(TestCase):
         self.link(self.root / 'host' / 'keys', self.secret / 'keys')
         (self.root / 'host' / 'config').symlink_to(self.secret / 'upload-x')
         usage = Usage(self.store, Counters())
-        self.addCleanup(usage.census.requests.close)
+        self.addCleanup(usage.census.channel.close)
         usage.census.count()
         held = usage.repositories()['/host']
         self.assertEqual((held.bytes, held.objects['keys'], held.objects['config']), (0, 0, 0))
@@ -3512,7 +3512,7 @@ class UsageTest(TestCase):
 
     def make(self, *args, **more):
         usage = Usage(self.store, Counters(), *args, **more)
-        self.addCleanup(usage.census.requests.close)
+        self.addCleanup(usage.census.channel.close)
         return usage
 
     def limit(self, size):
@@ -4175,7 +4175,7 @@ class UsageTest(TestCase):
             rendered(self.store, self.usage)
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
-        self.usage.census.requests.open()
+        self.usage.census.channel.open()
         self.usage.census.request()
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start new thread")):
             self.usage.census.on_requested()
@@ -7371,7 +7371,7 @@ class LargeObjectTest(Http2TestCase):
         sizes = json.loads(self.ask(get('/data/', f'Accept: {V2}'))[2])
         self.assertEqual([entry['size'] for entry in sizes], [self.SIZE])
         usage = Usage(self.store, Counters())
-        self.addCleanup(usage.census.requests.close)
+        self.addCleanup(usage.census.channel.close)
         usage.census.count()
         self.assertEqual([held.bytes for held in usage.repositories().values()], [self.SIZE])
 
