@@ -3048,12 +3048,12 @@ class Counters:
 
     def join(self, slot: int) -> None:
         """Write to `slot` from now on, and continue with the rows that are there."""
-        self._own = self._slots[slot]
+        self._own = slot
         self.lock = threading.Lock()
         self.rows: Dict[Key, memoryview] = {}
         self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
         self.clear(slot)
-        for key, row, words in _rows_of(self._own):
+        for key, row, words in _rows_of(self._slots[slot]):
             self.rows[key] = row
             self._take(_folder_of(key), words)
 
@@ -3088,7 +3088,8 @@ class Counters:
         return row if row is not None else self._new_row(key, width)
 
     def _new_row(self, key: Key, width: int) -> memoryview:
-        slot, folder, text = self._own, _folder_of(key), '\0'.join(key).encode('utf-8', 'surrogateescape')
+        slot, folder = self._slots[self._own], _folder_of(key)
+        text = '\0'.join(key).encode('utf-8', 'surrogateescape')
         words = memoryview(struct.pack('2q', width, len(text)) + bytes(8 * width)
                            + text + bytes(-len(text) % 8)).cast('q')
         begin, end = 1 + slot[0], 1 + slot[0] + len(words)
@@ -3104,8 +3105,8 @@ class Counters:
         slot[begin:end] = words
         slot[0] += len(words)   # from now on, other processes see it
         self._take(folder, len(words))
-        self.rows[key] = row = slot[begin + 2:begin + 2 + width]
-        return row
+        self._look(self._own)
+        return self.rows.setdefault(key, slot[begin + 2:begin + 2 + width])
 
     def _take(self, folder: str, words: int) -> None:
         self._taken[folder] = self._taken.get(folder, 0) + words
@@ -3138,12 +3139,18 @@ class Counters:
 
     def _find(self, kind: str) -> Dict[Key, List[memoryview]]:
         """The rows whose keys begin with `kind`, with those that were added since the last look."""
-        for number, slot in enumerate(self._slots):
-            if self._looked[number] <= slot[0]:
-                for key, row, words in _rows_of(slot, self._looked[number]):
-                    self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
-                    self._looked[number] += words
+        for slot, words in enumerate(self._slots):
+            if self._looked[slot] <= words[0]:
+                self._look(slot)
         return self._by_kind.get(kind, {})
+
+    def _look(self, slot: int) -> None:
+        """Find the rows that were added to a slot since the last look."""
+        for key, row, words in _rows_of(self._slots[slot], self._looked[slot]):
+            self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
+            self._looked[slot] += words
+            if slot == self._own:
+                self.rows[key] = row
 
 
 def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, int]]:
@@ -3680,6 +3687,12 @@ def charge_of(size: int) -> int:
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
+def _scopes_of(repository: str) -> List[str]:
+    """The places that hold a repository: its path and those above it; `` is all that is stored."""
+    names = repository.split('/')[1:QUOTA_DEPTH + 1]
+    return ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
+
+
 def _to_row(count: Count) -> List[int]:
     return [*count.held, *count[1:-2], *count.days, *count.snapshot_days]
 
@@ -3718,9 +3731,6 @@ class Quotas:
             self._written.update('/'.join(names[:depth + 1]) for depth in range(len(names)))
         self.limit = functools.lru_cache(maxsize=4096)(self._limit)
 
-    def __bool__(self) -> bool:
-        return bool(self.by_place)
-
     def _limit(self, scope: str) -> int:
         """The bytes that a scope may hold, 0 where it has no limit."""
         if '%u' not in scope and scope in self.by_place:
@@ -3744,7 +3754,7 @@ class Census:
         self._interval = interval
         self._scopes = scopes
         self._past = past
-        self.requests = Channel(socket.SOCK_STREAM)     # on_requested() is called for a message
+        self.channel = Channel(socket.SOCK_STREAM)      # to the process that makes it
         self._counting = False
         self.unreadable: List[str] = []     # folders that the last census could not read
 
@@ -3768,11 +3778,11 @@ class Census:
         """Request a census if the last one is old; does not wait for it."""
         if self.age() >= self._interval:
             with contextlib.suppress(OSError):  # one was requested
-                self.requests.send(b'.')
+                self.channel.send(b'.')
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
-        if list(self.requests.receive()) and self.age() >= self._interval and not self._counting:
+        if any(self.channel.receive()) and self.age() >= self._interval and not self._counting:
             self._counting = True
             try:
                 threading.Thread(target=self._count_all, daemon=True).start()
@@ -3795,11 +3805,11 @@ class Census:
                 self._add_to_scopes(folder.path, FOLDER_BYTES, 0)
         self._store.directory.check_present()
         for repository in known - {OTHER}:
-            found = _NOTHING    # it was deleted: its rows say from now on that it holds nothing
+            passed, count = _passed(counters, repository), _NOTHING     # it was deleted
             if any(f'{repository}/'.startswith(f'{path}/') for path in self.unreadable):
                 base = _base(counters, repository)
-                found = base._replace(unreadable=1, held=_sum(base.held, *_passed(counters, repository)))
-            self._set_base(repository, found, *_passed(counters, repository))
+                count = base._replace(unreadable=1, held=_sum(base.held, *passed))
+            self._set_base(repository, count, *passed)
         for scope, (charged, locks) in self._sums.items():
             other = counters.total(('other', scope), 2)
             counters.put(('baseline', scope), charged - other[0], locks - other[1])
@@ -3829,22 +3839,22 @@ class Census:
         for _ in range(COUNTS_AT_MOST):
             before = self._store.now()
             added, removed_before = _passed(self._counters, repository)
-            found = self._measure(repository, before)
+            count = self._measure(repository, before)
             removed = _passed(self._counters, repository)[1]
             if removed == removed_before:
                 break
-        self._set_base(repository, found, added, removed)
+        self._set_base(repository, count, added, removed)
 
-    def _set_base(self, repository: str, found: Count, added: List[int], removed: List[int]) -> None:
-        """Set the base of a repository, or of OTHER, of which so much was `found` when its rows were as
-        given.  One for which there is no room is counted as OTHER."""
-        base = found._replace(held=_sum(found.held, removed, added))
+    def _set_base(self, repository: str, count: Count, added: List[int], removed: List[int]) -> None:
+        """Set the base of a repository, or of OTHER, by a count and the rows of that time.  A repository for
+        which there is no room is counted as OTHER."""
+        base = count._replace(held=_sum(count.held, removed, added))
         if repository != OTHER:
             self._add_to_scopes(repository, base.held.charged, base.held.locks)
         if not self._counters.put(('base', repository), *_to_row(base)):
-            row = map(operator.add, _to_row(self._other), _to_row(found))
+            row = map(operator.add, _to_row(self._other), _to_row(count))
             self._other = _from_row(list(row))._replace(
-                time=found.time, last_snapshot=max(self._other.last_snapshot, found.last_snapshot))
+                time=count.time, last_snapshot=max(self._other.last_snapshot, count.last_snapshot))
 
     def _add_to_scopes(self, repository: str, charged: int, locks: int) -> None:
         for scope in self._scopes(repository):
@@ -3852,22 +3862,22 @@ class Census:
             sums[0] += charged
             sums[1] += locks
 
-    def _read(self, before: float, found: ObjectFolder
+    def _read(self, before: float, objects: ObjectFolder
               ) -> Iterator[Tuple[str, int, List[os.stat_result], Optional[OSError]]]:
         """A folder of objects, in parts: its kind, its charge (in the first part), what stat(2) says of
         objects that were stored `before` a time, and the error that ended it (in the last)."""
-        charge, some, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
+        charge, statuses, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
         try:
-            with found.open() as folder:
+            with objects.open() as folder:
                 charge = FOLDER_BYTES * (not self._store.folders.is_missing(folder))
-                for status in self._stored_before(before, folder, found.prefix):
-                    some.append(status)
-                    if len(some) == LISTED_AT_ONCE:
-                        yield found.kind, charge, some, None
-                        charge, some = 0, []
+                for status in self._stored_before(before, folder, objects.prefix):
+                    statuses.append(status)
+                    if len(statuses) == LISTED_AT_ONCE:
+                        yield objects.kind, charge, statuses, None
+                        charge, statuses = 0, []
         except OSError as error:
             fault = error
-        yield found.kind, charge, some, fault
+        yield objects.kind, charge, statuses, fault
 
     def _stored_before(self, before: float, folder: Folder, prefix: str) -> Iterator[os.stat_result]:
         """What stat(2) says of the objects in a folder that were stored before a time of the file system's
@@ -3901,7 +3911,7 @@ class Census:
                 unreadable += report(error)
         begin = time.monotonic()
         with self._store.object_folders(repository) as folders, contextlib.closing(
-                read_ahead(self._read(before, each) for each in folders)) as parts:
+                read_ahead(self._read(before, objects) for objects in folders)) as parts:
             for kind, charge, statuses, fault in parts:
                 held['charged'] += charge
                 if fault:
@@ -3966,8 +3976,7 @@ class Usage:
         self.reserving = threading.Lock()   # one upload at a time
         self._purging = threading.Lock()
         self._showing = threading.Lock()    # of what follows
-        self._shown_at = -math.inf
-        self._names: List[str] = []
+        self._shown_until = 0.0
         self._shown: Dict[str, Optional[Holdings]] = {}
 
     # ---- what passes through ----
@@ -4035,8 +4044,8 @@ class Usage:
         return size
 
     def _note_forgotten(self, repository: str) -> None:
-        """A snapshot was deleted: warn, once in an hour, if that are more than half of a repository's within
-        a minute."""
+        """A snapshot was deleted: warn, once an hour, when more than half of a repository's snapshots were
+        deleted within a minute."""
         key, now = ('forgotten', repository), int(time.monotonic())
         with self._counters.lock:
             row = self._counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
@@ -4087,20 +4096,15 @@ class Usage:
             log.error('cannot purge deleted objects of %s: %s', repository or '/', error)
 
     def scopes(self, repository: str) -> List[str]:
-        """The quota scopes of a repository that are counted: its path and those above it, as far as they
-        have a limit or may be given one; `` is all that is stored."""
-        if not (self.limits.by_place or self._may_change):
-            return []
-        names = repository.split('/')[1:QUOTA_DEPTH + 1]
-        found = ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
-        return found if self._may_change else list(filter(self.limits.limit, found))
+        """The quota scopes of a repository that are counted: those that have a limit or may be given one."""
+        return _scopes_of(repository) if self._may_change else self.limited(repository)
 
     def limited(self, repository: str) -> List[str]:
         """The scopes of a repository that have a limit now."""
-        return list(filter(self.limits.limit, self.scopes(repository)))
+        return list(filter(self.limits.limit, _scopes_of(repository)))
 
     def quota(self, scope: str) -> Quota:
-        """What is known of a quota's scope."""
+        """What is known of a scope."""
         # An upload that ends moves from reserved to delta; reading in this order never misses it.
         reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
@@ -4150,7 +4154,7 @@ class Usage:
         """Add to the row `added` or `removed` of a repository, and to those of its quota scopes."""
         counters, key = self._counters, (direction, repository)
         with counters.lock:
-            row = counters.row(key, len(_COLUMNS))
+            row = counters.rows.get(key) or counters.row(key, len(_COLUMNS))
             for name, amount in amounts.items():
                 row[_COLUMNS[name]] += amount
             if self.limits.by_place or self._may_change:
@@ -4166,38 +4170,29 @@ class Usage:
     def names(self, below: str = '') -> List[str]:
         """The repositories at and below a path, in order; OTHER stands for those without rows of their
         own.  None before the first census."""
-        with self._showing:
-            self._forget_shown()
-            if not self._names and self.census.wait(0):
-                names = {name for _, name in self._counters.keys('base')}
-                if OTHER not in names:  # else it has those without a base
-                    names.update(name for _, name in self._counters.keys('added'))
-                self._names = sorted(names)
-            if not below:
-                return list(self._names)
-            begin = bisect.bisect_left(self._names, below)
-            at = itertools.takewhile(lambda name: name.startswith(below), self._names[begin:])
-            return [name for name in at if f'{name}/'.startswith(f'{below}/')]
+        if not self.census.wait(0):
+            return []
+        names = {name for _, name in self._counters.keys('base')}
+        if OTHER not in names:  # else it has those without a base
+            names.update(name for _, name in self._counters.keys('added'))
+        return sorted(name for name in names if not below or f'{name}/'.startswith(f'{below}/'))
 
     def holdings(self, names: Iterable[str]) -> Dict[str, Holdings]:
         """What repositories hold now; empty ones are left out.  Each is computed once in SHOWN_SECONDS at
         the most, by one thread at a time."""
         with self._showing:
-            self._forget_shown()
-            names = list(names)
+            if time.monotonic() >= self._shown_until:
+                self._shown_until, self._shown = time.monotonic() + SHOWN_SECONDS, {}
+            wanted = {}
             for name in names:
                 if name not in self._shown:
                     self._shown[name] = self._holdings(name)
-            return {name: held for name in names for held in [self._shown[name]] if held}
+                wanted[name] = self._shown[name]
+        return {name: held for name, held in wanted.items() if held}
 
     def repositories(self) -> Dict[str, Holdings]:
         """All repositories and what they hold now; none before the first census."""
         return self.holdings(self.names())
-
-    def _forget_shown(self) -> None:
-        now = time.monotonic()
-        if now >= self._shown_at + SHOWN_SECONDS:
-            self._shown_at, self._names, self._shown = now, [], {}
 
     def _holdings(self, name: str) -> Optional[Holdings]:
         base = _base(self._counters, name)
@@ -4262,7 +4257,7 @@ class _Reservation:
                 self._usage.refuse(self._repository, charge, quotas)
             if time.monotonic() >= end:
                 raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
-            time.sleep(0.01 + os.urandom(1)[0] / 10000)
+            time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
 
     def _add(self, count: int) -> bool:
         """Change what is reserved; False if Counters has no room to count it."""
@@ -9402,9 +9397,9 @@ class Server:
         self._listen(addresses, inherited)
         if self.listeners:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
-        api.usage.census.requests.open()
+        api.usage.census.channel.open()
         api.events.open()
-        if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
+        if api.usage.limits.by_place or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -9450,8 +9445,8 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.requests.receiver and self._counts:
-            loop.watch(census.requests.receiver, census.on_requested)
+        if census.channel.receiver and self._counts:
+            loop.watch(census.channel.receiver, census.on_requested)
             loop.timers += [self._purge, events.tick]
         if events.channel.receiver and self._counts:
             loop.watch(events.channel.receiver, events.on_sent)
@@ -9488,7 +9483,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests.receiver, self.api.events.channel.receiver):
+        for source in (*self.listeners, census.channel.receiver, self.api.events.channel.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -9498,7 +9493,7 @@ class Server:
         connections.cut()
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
-        census.requests.close()
+        census.channel.close()
         self.api.events.channel.close()
         self.loop.close()
 
@@ -9652,7 +9647,7 @@ class Workers:
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
         loop.close()
-        server.api.usage.census.requests.close()
+        server.api.usage.census.channel.close()
         server.api.events.channel.close()
 
     # ---- timers ----

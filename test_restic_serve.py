@@ -2130,7 +2130,7 @@ class SlowDiskTest(StoreTest):
                     self.assertEqual(asked.called, self.slow)
                     asked.reset_mock()
             held = usage.repositories()['/host']
-            usage.census.requests.close()
+            usage.census.channel.close()
             results.append((seen, held.bytes, held.objects, held.days))
         self.assertEqual(results[0], results[1])
         self.assertEqual(results[0][2]['data'], 60)
@@ -2212,7 +2212,7 @@ class FoldersOfOthersTest(TestCase):
         self.link(self.root / 'host' / 'keys', self.secret / 'keys')
         (self.root / 'host' / 'config').symlink_to(self.secret / 'upload-x')
         usage = Usage(self.store, Counters())
-        self.addCleanup(usage.census.requests.close)
+        self.addCleanup(usage.census.channel.close)
         usage.census.count()
         held = usage.repositories()['/host']
         self.assertEqual((held.bytes, held.objects['keys'], held.objects['config']), (0, 0, 0))
@@ -3639,8 +3639,14 @@ class UsageTest(TestCase):
 
     def make(self, *args, **more):
         usage = Usage(self.store, Counters(), *args, **more)
-        self.addCleanup(usage.census.requests.close)
+        self.addCleanup(usage.census.channel.close)
         return usage
+
+    def limit(self, size):
+        """Give all repositories together a quota."""
+        self.usage = self.make(quotas=restic_serve.Quotas({'/': size}))
+        self.usage.census.count()
+        return self.usage
 
     def save(self, size, repository='/host', kind='data', **more):
         content = os.urandom(size)
@@ -3757,8 +3763,7 @@ class UsageTest(TestCase):
                 self.assertEqual(self.held(), (100, {'data': 1}))
 
     def test_without_end_of_deletions_a_count_errs_on_the_safe_side(self):
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        self.usage.census.count()
+        self.limit(1000)
         locations = [self.save(10, kind='locks') for _ in range(20)]
         real = restic_serve.entries_and_statuses
 
@@ -3802,8 +3807,7 @@ class UsageTest(TestCase):
         self.assertIn('cannot be read completely', rendered(self.store, self.usage))
 
     def test_what_cannot_be_read_any_more_stays_as_it_was(self):
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 10_000}))
-        self.usage.census.count()
+        self.limit(10_000)
         for repository in ('/alice/x', '/bob'):
             self.save(100, repository)
         self.usage.census.count()
@@ -3841,8 +3845,7 @@ class UsageTest(TestCase):
                          {'/alice': (100, 1), '/bob': (100, 0)})
 
     def test_a_full_quota_lets_locks_in_but_not_any_number(self):
-        usage = self.make(quotas=restic_serve.Quotas({'/': 100}))
-        usage.census.count()
+        usage = self.limit(100)
         usage.create(Location(''))
         with self.assertRaises(QuotaExceeded):
             usage.save(Location('', 'data', named(bytes(101))), Bytes(bytes(101)))
@@ -3963,11 +3966,10 @@ class UsageTest(TestCase):
         self.assertEqual(len(counts), 2)
 
     def test_a_full_quota_is_answered_before_the_content_is_read(self):
-        for more in ({'quotas': restic_serve.Quotas({'/': 1000})},
-                     {'quotas': restic_serve.Quotas({'/%u': 1000})}):
-            with self.subTest(**more):
+        for place, scope in (('/', ''), ('/%u', 'host')):
+            with self.subTest(place):
                 shutil.rmtree(self.root / 'host', ignore_errors=True)
-                self.usage = self.make(**more)
+                self.usage = self.make(quotas=restic_serve.Quotas({place: 1000}))
                 self.usage.census.count()
                 first = self.save(600)
                 unread = Bytes(b'x' * 401)
@@ -3975,8 +3977,8 @@ class UsageTest(TestCase):
                     self.usage.save(Location('/host', 'data', '0' * 64), unread)
                 self.assertEqual(unread._file.tell(), 0)
                 self.assertEqual(self.log[-1], 'quota exceeded: rejected an upload of 401 B to /host; used: '
-                                 f'600 B of 1.0 KiB in /{"" if more["quotas"].limit("") else "host"}')
-                self.assertEqual(self.usage.quota('' if more['quotas'].limit('') else 'host'), (600, 0, 1000))
+                                 f'600 B of 1.0 KiB in /{scope}')
+                self.assertEqual(self.usage.quota(scope), (600, 0, 1000))
                 second = self.save(400)
                 # one that is there already needs no room
                 self.usage.save(second, Bytes(Path(path_of(self.store, second)).read_bytes()))
@@ -3984,7 +3986,7 @@ class UsageTest(TestCase):
                     self.save(1)
                 self.usage.delete(first)
                 self.save(600)
-                if not more['quotas'].limit(''):
+                if scope:
                     self.save(1000, '/other')
                     self.save(1000, '')
 
@@ -4011,8 +4013,7 @@ class UsageTest(TestCase):
     def test_uploads_at_once_do_not_slip_past_a_quota_together(self):
         for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
             shutil.rmtree(self.root / 'host', ignore_errors=True)
-            self.usage = self.make(quotas=restic_serve.Quotas({'/': 4300}))
-            self.usage.census.count()
+            self.limit(4300)
             answers = self.upload_at_once(16, **more)
             stored = answers.count(200)
             self.assertEqual(answers.count(QuotaExceeded) + (answers.count(Busy) if more else 0), 16 - stored)
@@ -4021,8 +4022,7 @@ class UsageTest(TestCase):
             self.assertEqual(len(self.files(self.root / 'host')) if stored else 0, stored)
 
     def test_room_for_an_upload_that_failed_is_given_back(self):
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        self.usage.census.count()
+        self.limit(1000)
         self.make_repository('host')
         with self.assertRaises(WrongContent):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
@@ -4034,8 +4034,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (1000, 0, 1000))
 
     def test_room_that_an_upload_under_way_holds_is_waited_for(self):
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        self.usage.census.count()
+        self.limit(1000)
         go_on = threading.Event()
 
         class Slow(Bytes):
@@ -4064,8 +4063,7 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.quota(''), (200, 0, 1000))
 
     def test_what_is_removed_during_its_upload_is_to_be_sent_again(self):
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        self.usage.census.count()
+        self.limit(1000)
         location = self.save(900)
         content = Path(path_of(self.store, location)).read_bytes()
 
@@ -4091,8 +4089,7 @@ class UsageTest(TestCase):
 
     def test_small_objects_and_folders_fill_a_quota_as_they_fill_the_disk(self):
         self.use_blocks()
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 400 * 1024}))
-        self.usage.census.count()
+        self.limit(400 * 1024)
         self.usage.create(Location('/host'))
         self.assertEqual(self.usage.quota('')[0], 6 * 4096)     # itself, and five kinds
         saved = 0
@@ -4107,8 +4104,7 @@ class UsageTest(TestCase):
 
     def test_repositories_that_are_made_fill_a_quota(self):
         self.use_blocks()
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 20}))
-        self.usage.census.count()
+        self.limit(1 << 20)
         made = 0
         with self.assertRaises(QuotaExceeded):
             for number in range(1000):
@@ -4145,8 +4141,7 @@ class UsageTest(TestCase):
 
     def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
         self.use_blocks()
-        usage = self.make(quotas=restic_serve.Quotas({'/': 50_000}))
-        usage.census.count()
+        usage = self.limit(50_000)
         for name in 'ab':
             usage.create(Location(f'/{name}'))
         with mock.patch.object(restic_serve, 'LOCKS', 10):
@@ -4165,9 +4160,8 @@ class UsageTest(TestCase):
         self.assertFalse((self.root / 'c/locks').exists())
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
-        usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
+        usage = self.limit(1000)
         self.make_repository('host')
-        usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
         self.assertEqual(usage.save(location, Bytes(content)), (1, 1000))
@@ -4184,8 +4178,7 @@ class UsageTest(TestCase):
 
     def test_an_upload_reserves_room_for_all_of_its_content(self):
         self.use_blocks()
-        usage = self.make(quotas=restic_serve.Quotas({'/': 100 * 4096}))
-        usage.census.count()
+        usage = self.limit(100 * 4096)
         usage.create(Location('/host'))
         reserved = []
 
@@ -4248,8 +4241,7 @@ class UsageTest(TestCase):
                 shutil.rmtree(self.root / 'new')
 
     def test_what_comes_through_a_link_is_counted_once(self):
-        usage = self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 30}))
-        usage.census.count()
+        usage = self.limit(1 << 30)
         self.save(100, '/real')
         (self.root / 'alias').symlink_to('real')
         for _ in range(3):
@@ -4259,8 +4251,7 @@ class UsageTest(TestCase):
                 path.stat().st_size for path in (self.root / 'real').rglob('*') if path.is_file()))
 
     def test_a_full_quota_lets_a_damaged_object_be_mended(self):
-        usage = self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        usage.census.count()
+        usage = self.limit(1000)
         location = self.save(1000)
         content = Path(path_of(self.store, location)).read_bytes()
         Path(path_of(self.store, location)).write_bytes(content[:-1] + b'x')
@@ -4273,7 +4264,7 @@ class UsageTest(TestCase):
         self.usage.census.count()
         with mock.patch.object(restic_serve, 'SHOWN_SECONDS', 1000), mock.patch.object(
                 self.usage, '_holdings', wraps=self.usage._holdings) as computed:
-            self.usage._shown_at = float('-inf')
+            self.usage._shown_until = 0
             for _ in range(3):
                 self.assertEqual(self.usage.names('/alice'), ['/alice/a', '/alice/b'])
                 self.assertEqual(list(self.usage.holdings(self.usage.names('/alice'))),
@@ -4283,8 +4274,7 @@ class UsageTest(TestCase):
             self.assertEqual(computed.call_count, 4)
 
     def test_what_replaces_a_damaged_object_is_counted(self):
-        self.usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        self.usage.census.count()
+        self.limit(1000)
         location = self.save(700)
         path = Path(path_of(self.store, location))
         content = path.read_bytes()
@@ -4325,7 +4315,7 @@ class UsageTest(TestCase):
             rendered(self.store, self.usage)
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
-        self.usage.census.requests.open()
+        self.usage.census.channel.open()
         self.usage.census.request()
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start new thread")):
             self.usage.census.on_requested()
@@ -7466,7 +7456,7 @@ class LargeObjectTest(Http2TestCase):
         sizes = json.loads(self.ask(get('/data/', f'Accept: {V2}'))[2])
         self.assertEqual([entry['size'] for entry in sizes], [self.SIZE])
         usage = Usage(self.store, Counters())
-        self.addCleanup(usage.census.requests.close)
+        self.addCleanup(usage.census.channel.close)
         usage.census.count()
         self.assertEqual([held.bytes for held in usage.repositories().values()], [self.SIZE])
 
