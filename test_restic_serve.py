@@ -9411,15 +9411,20 @@ class TlsTest(ListenerTestCase):
             self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
             self.assertTrue(done.stderr.startswith('restic_serve: --cert: '), done.stderr)
 
-    def test_sighup_reads_the_certificate_again(self):
-        with Program('--addr', '127.0.0.1:0', *self.authority.words('server'), self.root) as server:
+    def test_sighup_reads_certificates_users_and_rights_again(self):
+        users, rights = self.folder / 'users', self.folder / 'rights'
+        users.write_text(f'alice:{sha("a")}\n')
+        rights.write_text('* / read\n')
+        with Program('--addr', '127.0.0.1:0', *self.authority.words('server'), '--htpasswd', users,
+                     '--rights', rights, self.root) as server:
             self.assertTrue(server.url.startswith('https://'))
             self.assertEqual(self.serial(server.port), 1)
             self.authority.issue('server')
             server.process.send_signal(signal.SIGHUP)
             # By each worker for itself.
             self.wait_until(lambda: self.serial(server.port) == 2, 'the new certificate')
-            self.wait_until(lambda: any('loaded certificate' in line for line in server.lines), 'it')
+            for line in ('loaded certificate', 'read 1 user', 'read 1 rule'):   # changed or not
+                self.wait_until(lambda line=line: line in ' '.join(server.lines), line)
 
 
 # ---- Server ----------------------------------------------------------------------------------------
