@@ -4658,37 +4658,35 @@ class PasswordFile(WatchedFiles):
         return f'read {format_count(len(self.entries), "user")} from {self._path}'
 
     def _parse(self) -> Dict[str, Entry]:
-        entries: Dict[str, Entry] = {}
         with open(self._path, 'rb') as file:
-            if file.read(2) in (b'\xff\xfe', b'\xfe\xff'):
-                raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
-            file.seek(0)
-            for line_number, line in enumerate(file, 1):
-                text = line.decode('utf-8-sig', 'replace').strip()
-                if not text or text.startswith('#'):
-                    continue
-                user, _, rest = text.partition(':')
-                user = normalize_user(user)
-                if not is_user(user):
-                    reload_log.error('%s, line %d (%s): user names may contain only letters, digits and '
-                                     '@ . _ -', self._path, line_number, user[:64])
-                    continue
-                try:
-                    entry = Entry(rest.partition(':')[0].strip())
-                except ValueError:
-                    reload_log.error('%s, line %d (%s): unknown or unsafe password scheme; use bcrypt '
-                                     '(htpasswd -B)', self._path, line_number, user)
-                    continue
-                if user in entries:
-                    reload_log.warning('%s, line %d: duplicate user %s; the last entry is used',
-                                       self._path, line_number, user)
-                entries[user] = entry
-                if entry.is_slow():
-                    reload_log.warning(
-                        '%s, line %d: the C library of this system does not support the scheme of '
-                        "%s's password, and Python takes %.0f s for each login; use a lower cost "
-                        '(htpasswd -B -C %d)', self._path, line_number, user, entry.seconds_in_python(),
-                        SLOW_COST)
+            content = file.read()
+        if content.startswith((b'\xff\xfe', b'\xfe\xff')):
+            raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
+        entries: Dict[str, Entry] = {}
+        for number, line in enumerate(content.split(b'\n'), 1):
+            text = line.decode('utf-8-sig', 'replace').strip()
+            if not text or text.startswith('#'):
+                continue
+            user, _, rest = text.partition(':')
+            user, where = normalize_user(user), f'{self._path}, line {number}'
+            if not is_user(user):
+                reload_log.error('%s (%s): user names may contain only letters, digits and @ . _ -', where,
+                                 user[:64])
+                continue
+            try:
+                entry = Entry(rest.partition(':')[0].strip())
+            except ValueError:
+                reload_log.error('%s (%s): unknown or unsafe password scheme; use bcrypt (htpasswd -B)',
+                                 where, user)
+                continue
+            if user in entries:
+                reload_log.warning('%s: duplicate user %s; the last entry is used', where, user)
+            if entry.is_slow():
+                reload_log.warning(
+                    "%s: the C library of this system does not support the scheme of %s's password, and "
+                    'Python takes %.0f s for each login; use a lower cost (htpasswd -B -C %d)', where, user,
+                    entry.seconds_in_python(), SLOW_COST)
+            entries[user] = entry
         return entries
 
 
