@@ -10044,11 +10044,6 @@ class Certificates(WatchedFiles):
         return TlsTransport(below, *self._loaded)
 
     def load(self) -> str:
-        self._loaded = self._load()
-        return f'loaded certificate {self._cert}'
-
-    def _load(self) -> Tuple[ssl.SSLContext, bytes]:
-        """A context from the files, and the authority."""
         import ssl
         import warnings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -10091,7 +10086,8 @@ class Certificates(WatchedFiles):
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError:
                 raise OSError(f'--client-ca: no PEM certificate in {self._client_ca}') from None
-        return context, authority
+        self._loaded = context, authority
+        return f'loaded certificate {self._cert}'
 
     @staticmethod
     def _read(option: str, path: str) -> bytes:
