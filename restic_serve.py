@@ -10032,7 +10032,7 @@ class Certificates(WatchedFiles):
         self._client_ca = client_ca
         self._minimum = minimum
         self.kept = f'invalid certificate {cert}, keeping the previous one'
-        super().__init__(cert, key, *([client_ca] if client_ca else ()))
+        super().__init__(cert, key, client_ca)
 
     @property
     def authority(self) -> bytes:

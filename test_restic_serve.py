@@ -140,10 +140,14 @@ def sha(password):
     return '{SHA}' + base64.b64encode(hashlib.sha1(password.encode()).digest()).decode()
 
 
+def credentials(user, password):
+    """The value of a header with credentials."""
+    return 'Basic ' + base64.b64encode(f'{user}:{password}'.encode()).decode()
+
+
 def basic(user, password):
     """A header with credentials."""
-    token = base64.b64encode(f'{user}:{password}'.encode()).decode()
-    return f'Authorization: Basic {token}'
+    return f'Authorization: {credentials(user, password)}'
 
 
 def select_readable(sock, seconds):
@@ -1666,7 +1670,7 @@ class FileSystemsTest(TestCase):
         api = Api(store, Policy(short_rights(private=True)), accounts)
 
         def ask(method, path):
-            header = {'authorization': basic('Alice', 'a').partition(': ')[2]}
+            header = {'authorization': credentials('Alice', 'a')}
             return api.handle(Request(method, path, 'HTTP/1.1', header, Bytes(b'x'), Peer('test'))).status
 
         self.assertEqual(ask('POST', '/Alice/?create=true'), 200)
@@ -4392,6 +4396,15 @@ class QuotaTest(WatchedTestCase):
 
 # ---- Accounts --------------------------------------------------------------------------------------
 
+def identified(accounts, peer, **headers):
+    """The user of a request with headers, or the status of its refusal."""
+    headers = {name.replace('_', '-'): value for name, value in headers.items()}
+    try:
+        return accounts.identify(Request('GET', '/', 'HTTP/1.1', headers, Bytes(b''), peer))
+    except HttpError as error:
+        return error.status
+
+
 class PasswordSchemeTest(unittest.TestCase):
     """Public test vectors, and the C library's word, where there is one."""
 
@@ -4506,12 +4519,7 @@ class PasswordFileTest(TestCase):
         return Accounts(PasswordFile(str(self.path)), **more)
 
     def identify(self, accounts, user, password, peer=None):
-        request = Request('GET', '/', 'HTTP/1.1', {}, Bytes(b''), peer or Peer('1.2.3.4'))
-        request.headers['authorization'] = basic(user, password).partition(': ')[2]
-        try:
-            return accounts.identify(request)
-        except HttpError as error:
-            return error.status
+        return identified(accounts, peer or Peer('1.2.3.4'), authorization=credentials(user, password))
 
     def test_comments_blank_lines_and_line_ends_of_windows(self):
         entries = {'a': sha('a'), 'k.b-d_f@x': sha('b')}
@@ -4554,9 +4562,8 @@ class PasswordFileTest(TestCase):
         with mock.patch.object(restic_serve, 'verify', wraps=restic_serve.verify) as verify:
             self.assertEqual(self.identify(accounts, 'bob', 'b'), 'bob')
             for spaces in range(1, 3000):
-                header = basic('alice', 'a').partition(': ')[2].replace(' ', spaces * ' ')
-                request = Request('GET', '/', 'HTTP/1.1', {'authorization': header}, Bytes(b''), Peer('x'))
-                self.assertEqual(accounts.identify(request), 'alice')
+                header = credentials('alice', 'a').replace(' ', spaces * ' ')
+                self.assertEqual(identified(accounts, Peer('x'), authorization=header), 'alice')
             self.assertEqual(self.identify(accounts, 'bob', 'b'), 'bob')
             self.assertEqual(verify.call_count, 2)
             for _ in range(3):
@@ -4809,81 +4816,72 @@ class PasswordFileTest(TestCase):
 class SourcesTest(TestCase):
     """Where users come from, other than passwords."""
 
-    def identify(self, accounts, peer, **headers):
-        headers = {name.replace('_', '-'): value for name, value in headers.items()}
-        try:
-            return accounts.identify(Request('GET', '/', 'HTTP/1.1', headers, Bytes(b''), peer))
-        except HttpError as error:
-            return error.status
-
     def test_without_any_source_nobody_is_asked(self):
-        self.assertEqual(self.identify(Accounts(), Peer('1.2.3.4')), '')
+        self.assertEqual(identified(Accounts(), Peer('1.2.3.4')), '')
 
     def test_a_certificate_names_the_user_unless_there_are_passwords(self):
-        self.assertEqual(self.identify(Accounts(), Peer('1.2.3.4', 'alice')), 'alice')
-        self.assertEqual(self.identify(Accounts(), Peer('1.2.3.4', '../bob')), '')
+        self.assertEqual(identified(Accounts(), Peer('1.2.3.4', 'alice')), 'alice')
+        self.assertEqual(identified(Accounts(), Peer('1.2.3.4', '../bob')), '')
         accounts = Accounts(user='bob', password='b')
-        self.assertEqual(self.identify(accounts, Peer('1.2.3.4', 'alice')), 401)
+        self.assertEqual(identified(accounts, Peer('1.2.3.4', 'alice')), 401)
 
     def test_a_certificate_without_the_name_of_a_user_is_401(self):
         accounts = Accounts(certificates=True)
         for name, user in (('alice', 'alice'), ('', 401), ('../bob', 401), ('a b', 401)):
             peer = Peer('1.2.3.4', name)
             peer.certified = True
-            self.assertEqual(self.identify(accounts, peer), user)
-        self.assertEqual(self.identify(accounts, Peer('1.2.3.4')), '')  # by a listener without TLS
+            self.assertEqual(identified(accounts, peer), user)
+        self.assertEqual(identified(accounts, Peer('1.2.3.4')), '')  # by a listener without TLS
 
     def test_a_name_of_more_than_255_bytes_is_refused_before_it_is_normalized(self):
         long = 'a' + '\u0301\u0316' * 1500
         by_header = Accounts(user_header='x-user')
         with mock.patch('unicodedata.normalize', side_effect=AssertionError):
-            self.assertEqual(self.identify(Accounts(user='bob', password='b'), Peer('1.2.3.4'),
-                                           authorization=basic(long, 'b').partition(': ')[2]), 401)
-            self.assertEqual(self.identify(by_header, Peer('127.0.0.1'),
-                                           x_user=long.encode().decode('latin-1')), 401)
-            self.assertEqual(self.identify(Accounts(certificates=True), Peer('1.2.3.4', long)), '')
+            self.assertEqual(identified(Accounts(user='bob', password='b'), Peer('1.2.3.4'),
+                                        authorization=credentials(long, 'b')), 401)
+            self.assertEqual(identified(by_header, Peer('127.0.0.1'),
+                                        x_user=long.encode().decode('latin-1')), 401)
+            self.assertEqual(identified(Accounts(certificates=True), Peer('1.2.3.4', long)), '')
         exact = 'é' * 127 + 'a'
-        self.assertEqual(self.identify(by_header, Peer('127.0.0.1'), x_user=exact.encode().decode('latin-1')),
+        self.assertEqual(identified(by_header, Peer('127.0.0.1'), x_user=exact.encode().decode('latin-1')),
                          exact)
 
     def test_a_unix_socket_needs_no_password(self):
         accounts = Accounts(user='bob', password='b')
-        self.assertEqual(self.identify(accounts, Peer('unix', 'alice', unix=True)), 'alice')
+        self.assertEqual(identified(accounts, Peer('unix', 'alice', unix=True)), 'alice')
 
     def test_a_unix_socket_asks_for_a_password_if_it_is_to(self):
         peer = Peer('unix', 'alice', unix=True)
         accounts = Accounts(user='bob', password='b', socket_auth=True)
-        self.assertEqual(self.identify(accounts, peer), 401)
-        self.assertEqual(self.identify(
-            accounts, peer, authorization=basic('bob', 'b').partition(': ')[2]), 'bob')
-        self.assertEqual(self.identify(Accounts(socket_auth=True), peer), 'alice')
+        self.assertEqual(identified(accounts, peer), 401)
+        self.assertEqual(identified(accounts, peer, authorization=credentials('bob', 'b')), 'bob')
+        self.assertEqual(identified(Accounts(socket_auth=True), peer), 'alice')
 
     def test_a_header_counts_only_from_a_proxy(self):
         accounts = Accounts(user_header='X-User')
         for peer in (Peer('127.0.0.1'), Peer('::1'), Peer('unix', 'www', unix=True)):
-            self.assertEqual(self.identify(accounts, peer, x_user='alice'), 'alice')
+            self.assertEqual(identified(accounts, peer, x_user='alice'), 'alice')
             for names in ({}, {'x_user': ''}, {'x_user': '..'}, {'x_user': 'a, b'}):
-                self.assertEqual(self.identify(accounts, peer, **names), 401)
-        self.assertEqual(self.identify(accounts, Peer('10.1.2.3'), x_user='alice'), 403)
+                self.assertEqual(identified(accounts, peer, **names), 401)
+        self.assertEqual(identified(accounts, Peer('10.1.2.3'), x_user='alice'), 403)
         accounts = Accounts(user_header='X-User', proxies=[restic_serve.parse_network('10.0.0.0/8')])
-        self.assertEqual(self.identify(accounts, Peer('10.1.2.3'), x_user='alice'), 'alice')
-        self.assertEqual(self.identify(accounts, Peer('11.1.2.3'), x_user='alice'), 403)
+        self.assertEqual(identified(accounts, Peer('10.1.2.3'), x_user='alice'), 'alice')
+        self.assertEqual(identified(accounts, Peer('11.1.2.3'), x_user='alice'), 403)
 
     def test_names_of_any_script_in_one_form(self):
         for name in ('m\u00fcller', 'mu\u0308ller'):
             self.assertEqual(restic_serve.parse_user(name), 'm\u00fcller')
             accounts = Accounts(user_header='X-User')
             header = name.encode().decode('latin-1')
-            self.assertEqual(self.identify(accounts, Peer('127.0.0.1'), x_user=header), 'm\u00fcller')
-            token = base64.b64encode(f'{name}:a'.encode()).decode()
-            self.assertEqual(self.identify(Accounts(user='m\u00fcller', password='a'), Peer('1.2.3.4'),
-                                           authorization=f'Basic {token}'), 'm\u00fcller')
+            self.assertEqual(identified(accounts, Peer('127.0.0.1'), x_user=header), 'm\u00fcller')
+            self.assertEqual(identified(Accounts(user='m\u00fcller', password='a'), Peer('1.2.3.4'),
+                                        authorization=credentials(name, 'a')), 'm\u00fcller')
         for name in ('Ελένη', 'иван', '田中', 'देवी', 'ali.ö@x'):
             self.assertTrue(restic_serve.is_user(name), name)
         for name in ('mu\u0308ller', 'a\u200bb', 'a\u202eb', 'a b', 'a/ö', 'ö:b', '.', '\udcff',
                      'ö' * 128):
             self.assertFalse(restic_serve.is_user(name), name)
-        self.assertEqual(self.identify(Accounts(user_header='X-User'), Peer('::1'), x_user='\xff'), 401)
+        self.assertEqual(identified(Accounts(user_header='X-User'), Peer('::1'), x_user='\xff'), 401)
 
     def client(self, proxies, peer, **headers):
         accounts = Accounts(proxies=[restic_serve.parse_network(proxy) for proxy in proxies])
@@ -5005,7 +5003,7 @@ class RightsTest(TestCase):
                                       ('', other), (f'/{user or "alice"}2', other)):
                 for method, path, needed, status in self.REQUESTS:
                     self.prepare(store, repository)
-                    headers = {'authorization': basic(user, 'p').partition(': ')[2]} if user else {}
+                    headers = {'authorization': credentials(user, 'p')} if user else {}
                     response = api.handle(Request(
                         method, f'{repository}/{path}', 'HTTP/1.1', headers,
                         Bytes(b'x' if 'data/' in path else b'other'), Peer('x')))
@@ -5023,7 +5021,7 @@ class RightsTest(TestCase):
         store = Store(str(self.root))
         store.prepare()
         api = Api(store, Policy(short_rights(True)), Accounts(user='alice', password='p'))
-        headers = {'authorization': basic('alice', 'p').partition(': ')[2]}
+        headers = {'authorization': credentials('alice', 'p')}
         api.handle(Request('DELETE', '/h/config', 'HTTP/1.1', headers, Bytes(b''), Peer('1.2.3.4')))
         self.assertEqual(self.log[-1],
                          "access denied: 'alice' from 1.2.3.4 may not delete /h/config; only append access "
@@ -8628,14 +8626,14 @@ class Http2AbuseTest(Http2TestCase):
         self.server.api.accounts = Accounts(user='alice', password='right')
         wire = self.http2()
         content = os.urandom(3 << 20)
-        login = ('authorization', basic('alice', 'wrong').partition(': ')[2])
+        login = ('authorization', credentials('alice', 'wrong'))
         for number in range(1, 40, 2):
             wire.send(headers(number, fields('POST', f'/data/{named(content)}', login), 4))
             self.assertEqual(wire.answer(number)[0], 401)
         wire.send(frame(PING, 0, 0, bytes(8)))
         wire.until(PING)
         self.assertEqual((wire.settings.get(4, 65535), wire.window, wire.windows), (65535, 65535, {}))
-        login = ('authorization', basic('alice', 'right').partition(': ')[2])
+        login = ('authorization', credentials('alice', 'right'))
         wire.upload(101, f'/data/{named(content)}', content, login)
         self.assertEqual(wire.answer(101)[0], 200)
 
