@@ -4323,8 +4323,9 @@ class Entry(str):
             return [Entry(f'{slowest[:4]}{cost:02d}{slowest[6:]}')
                     for cost in range(int(self[4:6]), int(slowest[4:6]))]
         rounds = slowest.cost - self.cost
-        return [Entry(re.sub(r'^(\$.\$)(rounds=\d+\$)?', rf'\g<1>rounds={rounds}$', slowest))
-                ] if rounds >= 1000 else []     # the fewest that there are
+        if rounds < 1000:   # the fewest that there are
+            return []
+        return [Entry(re.sub(r'^(\$.\$)(rounds=\d+\$)?', rf'\g<1>rounds={rounds}$', slowest))]
 
     def seconds_in_python(self) -> float:
         """Estimated seconds to verify it in Python."""
@@ -4540,10 +4541,10 @@ def _encipher(words: List[int], left: int, right: int) -> Tuple[int, int]:
 def _digits_of_pi() -> Tuple[int, ...]:
     """Blowfish's subkeys and S-boxes: 1042 words of 32 bits of pi's fraction, by Machin's formula."""
     bits = 1042 * 32
-    one = 1 << bits + 64
+    unit = 1 << bits + 64
 
     def arctan_of_inverse(x: int) -> int:
-        power = total = one // x
+        power = total = unit // x
         n, sign = 1, 1
         while power:
             power //= x * x
@@ -4552,7 +4553,7 @@ def _digits_of_pi() -> Tuple[int, ...]:
         return total
 
     pi = 16 * arctan_of_inverse(5) - 4 * arctan_of_inverse(239)
-    fraction = (pi & one - 1) >> 64
+    fraction = (pi & unit - 1) >> 64
     return tuple(fraction >> bits - 32 * i & 0xffffffff for i in range(1, 1043))
 
 
@@ -4588,37 +4589,35 @@ class PasswordFile(WatchedFiles):
         return f'read {format_count(len(self.entries), "user")} from {self._path}'
 
     def _parse(self) -> Dict[str, Entry]:
-        entries: Dict[str, Entry] = {}
         with open(self._path, 'rb') as file:
-            if file.read(2) in (b'\xff\xfe', b'\xfe\xff'):
-                raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
-            file.seek(0)
-            for line_number, line in enumerate(file, 1):
-                text = line.decode('utf-8-sig', 'replace').strip()
-                if not text or text.startswith('#'):
-                    continue
-                user, _, rest = text.partition(':')
-                user = normalize_user(user)
-                if not is_user(user):
-                    reload_log.error('%s, line %d (%s): user names may contain only letters, digits and '
-                                     '@ . _ -', self._path, line_number, user[:64])
-                    continue
-                try:
-                    entry = Entry(rest.partition(':')[0].strip())
-                except ValueError:
-                    reload_log.error('%s, line %d (%s): unknown or unsafe password scheme; use bcrypt '
-                                     '(htpasswd -B)', self._path, line_number, user)
-                    continue
-                if user in entries:
-                    reload_log.warning('%s, line %d: duplicate user %s; the last entry is used',
-                                       self._path, line_number, user)
-                entries[user] = entry
-                if entry.is_slow():
-                    reload_log.warning(
-                        '%s, line %d: the C library of this system does not support the scheme of '
-                        "%s's password, and Python takes %.0f s for each login; use a lower cost "
-                        '(htpasswd -B -C %d)', self._path, line_number, user, entry.seconds_in_python(),
-                        SLOW_COST)
+            content = file.read()
+        if content.startswith((b'\xff\xfe', b'\xfe\xff')):
+            raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
+        entries: Dict[str, Entry] = {}
+        for number, line in enumerate(content.split(b'\n'), 1):
+            text = line.decode('utf-8-sig', 'replace').strip()
+            if not text or text.startswith('#'):
+                continue
+            user, _, rest = text.partition(':')
+            user, where = normalize_user(user), f'{self._path}, line {number}'
+            if not is_user(user):
+                reload_log.error('%s (%s): user names may contain only letters, digits and @ . _ -', where,
+                                 user[:64])
+                continue
+            try:
+                entry = Entry(rest.partition(':')[0].strip())
+            except ValueError:
+                reload_log.error('%s (%s): unknown or unsafe password scheme; use bcrypt (htpasswd -B)',
+                                 where, user)
+                continue
+            if user in entries:
+                reload_log.warning('%s: duplicate user %s; the last entry is used', where, user)
+            if entry.is_slow():
+                reload_log.warning(
+                    "%s: the C library of this system does not support the scheme of %s's password, and "
+                    'Python takes %.0f s for each login; use a lower cost (htpasswd -B -C %d)', where, user,
+                    entry.seconds_in_python(), SLOW_COST)
+            entries[user] = entry
         return entries
 
 
@@ -8950,7 +8949,7 @@ class Certificates(WatchedFiles):
         self._client_ca = client_ca
         self._minimum = minimum
         self.kept = f'invalid certificate {cert}, keeping the previous one'
-        super().__init__(cert, key, *([client_ca] if client_ca else ()))
+        super().__init__(cert, key, client_ca)
 
     @property
     def authority(self) -> bytes:
@@ -8962,11 +8961,6 @@ class Certificates(WatchedFiles):
         return TlsTransport(below, *self._loaded)
 
     def load(self) -> str:
-        self._loaded = self._load()
-        return f'loaded certificate {self._cert}'
-
-    def _load(self) -> Tuple[ssl.SSLContext, bytes]:
-        """A context from the files, and the authority."""
         import ssl
         import warnings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -9007,7 +9001,8 @@ class Certificates(WatchedFiles):
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError:
                 raise OSError(f'--client-ca: no PEM certificate in {self._client_ca}') from None
-        return context, authority
+        self._loaded = context, authority
+        return f'loaded certificate {self._cert}'
 
     @staticmethod
     def _read(option: str, path: str) -> bytes:
@@ -10150,8 +10145,8 @@ class Parser(argparse.ArgumentParser):
         return f'; did you mean {close[0]}?' if close else ''
 
     def unknown_variables(self) -> Dict[str, str]:
-        """Variables of the environment that look like options but are not, and what to use instead, which
-        may be empty: ours, rclone's, and those of rest-server's container."""
+        """Variables of this server, rclone and rest-server's container in the environment that have no
+        effect, and what to use instead, which may be empty."""
         known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS if option.variable)}
         instead = {**{name.replace('RESTIC_SERVE_', 'RCLONE_'): name for name in known},
                    **_VARIABLES_OF_REST_SERVER}
@@ -10160,7 +10155,7 @@ class Parser(argparse.ArgumentParser):
                                        and not name.startswith('RESTIC_SERVE_TEST_'))}
 
     def error(self, message: str) -> NoReturn:
-        """One line on stderr, and exit status 2.  An unknown option is answered by one of ours."""
+        """One line on stderr, and exit status 2; what may be meant by an unknown option."""
         unknown = re.match('unrecognized arguments: (--?[a-z][a-z0-9-]*)', message)
         if unknown:
             message = f'{unknown[1]}: unknown option{self._hint_at(unknown[1])}'
@@ -10525,35 +10520,38 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
     back.  Raises OSError."""
     store.find()
     past = Past(store, math.inf)
-    jobs, failed = {}, False
+    jobs: Dict[str, RollBack] = {}      # by path
+    failed = False
+
+    def name_of(path: str) -> str:
+        return one_line(path[1:] or os.path.basename(store.root))
 
     def refuse(path: str, reason: object) -> None:
         nonlocal failed
         failed = True
-        name = path[1:] or os.path.basename(store.root)
-        print(f'restic_serve: {one_line(name)}: {one_line(reason)}', file=sys.stderr)
+        print(f'restic_serve: {name_of(path)}: {one_line(reason)}', file=sys.stderr)
 
-    for found in store.walk(refuse):
-        if found.is_repository:
-            job = RollBack(store, past, found.path, options.roll_back)
+    for folder in store.walk(refuse):
+        if folder.is_repository:
+            job = RollBack(store, past, folder.path, options.roll_back)
             try:
                 job.check_known()
                 job.check_existed()
                 if not options.force:
                     job.check_locks()
-                jobs[found.path[1:] or os.path.basename(store.root)] = job
+                jobs[folder.path] = job
             except ValueError as error:
-                refuse(found.path, error)
+                refuse(folder.path, error)
     if not jobs and not failed:
         print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
     if not jobs or (failed and not options.force):
         return 1
-    for name, job in jobs.items():
+    for path, job in jobs.items():
         try:
             job.run(options.dry_run, options.force)
-            print(f'{one_line(name)}: {job}', flush=True)
+            print(f'{name_of(path)}: {job}', flush=True)
         except ValueError as error:
-            refuse(f'/{name}', f'{job}, then stopped: {error}')
+            refuse(path, f'{job}, then stopped: {error}')
     return int(failed)
 
 
@@ -10648,7 +10646,7 @@ def main(args: Optional[List[str]] = None) -> int:
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
         signal.signal(signum, lambda signum, frame: sys.exit(0))
     args = arguments() if args is None else args
-    # The variables of a command of --on-event are none of ours.
+    # A command of --on-event inherits variables that are not meant for it.
     parser = Parser({} if says_stdio(args) or 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
     try:
