@@ -10838,18 +10838,34 @@ KILL_SECONDS = STOP_SECONDS + 5     # Time for a worker to stop before it is kil
 
 
 class Worker:
-    """A worker process, as its parent sees it; `control` is the socket for its signals."""
+    """A worker process, as its parent sees it, and its successors in the same `slot` of the Counters."""
 
-    def __init__(self, slot: int, pid: int, control: socket.socket) -> None:
+    def __init__(self, slot: int) -> None:
         self.slot = slot
-        self.pid = pid
-        self.control = control
-        self.begun = time.monotonic()
+        self.pid = 0                            # 0 while there is none
+        self.control: Optional[socket.socket] = None    # for its signals
+        self.begun = 0.0
+        self.due = 0.0                          # when the next process is to be started, infinite for never
+        self.delay: Optional[float] = None      # of the last start in seconds, None for the first one
 
     def send_signal(self, signum: int) -> None:
         """Have the worker handle a signal."""
-        with contextlib.suppress(OSError):  # it has just ended
-            self.control.send(bytes([signum]))
+        if self.control:
+            with contextlib.suppress(OSError):  # it has just ended
+                self.control.send(bytes([signum]))
+
+    def close(self) -> None:
+        """Close what belongs to the process, which has ended."""
+        self.pid = 0
+        if self.control:
+            self.control.close()
+            self.control = None
+
+    def back_off(self) -> None:
+        """Plan the next process, with longer delays the more often it fails."""
+        first, second, longest = RESTART_SECONDS
+        self.delay = first if self.delay is None else min(max(2 * self.delay, second), longest)
+        self.due = time.monotonic() + self.delay
 
 
 def serve_as_worker(server: Server, slot: int, processes: int, control: socket.socket) -> None:
@@ -10863,12 +10879,7 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     server.become_worker(processes, counts=slot == 1)
 
     def on_control() -> None:
-        try:
-            signums = control.recv(4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            signums = b''
+        signums = control.recv(4096)
         if not signums:  # the parent is gone
             loop.unwatch(control)
         loop.handle(signums or bytes([signal.SIGTERM]))
@@ -10880,7 +10891,6 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     loop = server.loop = Loop()
     loop.handlers = {signal.SIGTERM: lambda: on_stop(1), signal.SIGINT: lambda: on_stop(2),
                      _RELOAD_SIGNAL: server.reload}
-    control.setblocking(False)
     loop.watch(control, on_control)
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -10893,10 +10903,7 @@ class Workers:
 
     def __init__(self, server: Server, count: int) -> None:
         self._server = server
-        self._count = count
-        self._workers: Dict[int, Worker] = {}       # by process
-        self._due: Dict[int, float] = {}            # by slot, when the next process is to be started
-        self._delays: Dict[int, float] = {}         # by slot, the last delay in seconds
+        self._workers = [Worker(slot) for slot in range(1, count + 1)]
         self._stopping = False
         self._kill_at = math.inf                    # when workers that do not stop are killed
 
@@ -10904,17 +10911,14 @@ class Workers:
         """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
         server, loop = self._server, self._server.loop
         reload_log.disabled = True      # the first worker logs it
-        for signum in _STOP_SIGNALS:
-            loop.handlers[signum] = self._stop
-        loop.handlers[_RELOAD_SIGNAL] = self._reload
-        loop.handlers[signal.SIGCHLD] = self._reap
+        loop.handlers.update({signal.SIGTERM: self._stop, signal.SIGINT: self._stop,
+                              _RELOAD_SIGNAL: self._reload, signal.SIGCHLD: self._reap})
         loop.catch((*_SIGNALS, signal.SIGCHLD))
-        for slot in range(1, self._count + 1):
-            self._start(slot)
+        self._start_due()
         server.notifier.notify('READY=1')
         loop.timers = [server.api.policy.refresh, server.notifier.ping, lambda: server.stats.tick(True),
                        self._start_due, self._kill_late]
-        loop.run(lambda: self._stopping and not self._workers)
+        loop.run(lambda: self._stopping and not any(worker.pid for worker in self._workers))
         signal.set_wakeup_fd(-1)
         loop.close()
         server.api.usage.census.close()
@@ -10925,103 +10929,99 @@ class Workers:
     def _start_due(self) -> float:
         """Start the workers that are due; seconds until the next one is."""
         now = time.monotonic()
-        for slot in [slot for slot, due in self._due.items() if now >= due]:
-            self._start(slot)
-        return min(self._due.values(), default=math.inf) - now
+        for worker in self._workers:
+            if now >= worker.due:
+                self._start(worker)
+        return min(worker.due for worker in self._workers) - now
 
     def _kill_late(self) -> float:
         """Kill workers that do not stop, if it is time; seconds until it will be."""
         now = time.monotonic()
         if now >= self._kill_at:
             self._kill_at = math.inf
-            for worker in self._workers.values():
-                log.warning('worker %d (process %d) does not stop; killing it', worker.slot, worker.pid)
-                os.kill(worker.pid, signal.SIGKILL)
+            for worker in self._workers:
+                if worker.pid:
+                    log.warning('worker %d (process %d) does not stop; killing it', worker.slot, worker.pid)
+                    os.kill(worker.pid, signal.SIGKILL)
         return self._kill_at - now
 
     # ---- signals ----
 
     def _reload(self) -> None:
         self._server.reload()
-        for worker in self._workers.values():
+        for worker in self._workers:
             worker.send_signal(_RELOAD_SIGNAL)
 
     def _stop(self) -> None:
         """Accept no more, and stop the workers: by SIGTERM the first time, then by SIGINT, which ends
         their grace period."""
-        for worker in self._workers.values():
+        for worker in self._workers:
             worker.send_signal(signal.SIGINT if self._stopping else signal.SIGTERM)
+            worker.due = math.inf
         if not self._stopping:
             self._stopping = True
             self._kill_at = time.monotonic() + KILL_SECONDS
-            self._due.clear()
             self._server.notifier.notify('STOPPING=1')
             self._server.close_listeners()
 
     def _reap(self) -> None:
-        """Collect workers that have ended, and plan their successors."""
-        while True:
-            try:
+        """Collect processes that have ended, and plan the successors of workers."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            worker = self._workers.pop(pid, None)
-            if worker:
-                worker.control.close()
-                self._server.api.metrics.counters.clear(worker.slot)    # its connections have ended
-                if not self._stopping:
-                    self._plan_successor(worker, status)
+                if not pid:
+                    return
+                for worker in self._workers:
+                    if worker.pid == pid:
+                        self._on_end(worker, status)
 
-    def _plan_successor(self, worker: Worker, status: int) -> None:
+    def _on_end(self, worker: Worker, status: int) -> None:
+        pid = worker.pid
+        worker.close()
+        self._server.api.metrics.counters.clear(worker.slot)    # its connections have ended
+        if self._stopping:
+            return
         if time.monotonic() - worker.begun > STEADY_SECONDS:
-            self._delays.pop(worker.slot, None)
-        self._back_off(worker.slot)
+            worker.delay = None
+        worker.back_off()
         if status:
             how = (f'was killed by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
                    else f'failed with status {os.WEXITSTATUS(status)}')
-            log.error('worker %d (process %d) %s; restarting it%s', worker.slot, worker.pid, how,
-                      f' in {self._delays[worker.slot]:.0f} s' if self._delays[worker.slot] else '')
+            log.error('worker %d (process %d) %s; restarting it%s', worker.slot, pid, how,
+                      f' in {worker.delay:.0f} s' if worker.delay else '')
         else:  # somebody has stopped it, and may be about to stop us
-            self._due[worker.slot] += ORDERLY_SECONDS
+            worker.due += ORDERLY_SECONDS
 
     # ---- processes ----
 
-    def _start(self, slot: int) -> None:
-        """Fork a worker for `slot`."""
-        self._due.pop(slot, None)
+    def _start(self, worker: Worker) -> None:
+        """Fork a worker."""
         # Until the new process has its own handlers, signals would be written to our wake-up pair.
         block_signals(_SIGNALS)
         try:
-            ours, theirs = socket.socketpair()
-            try:
-                pid = os.fork()
-            except OSError:
-                ours.close()
-                theirs.close()
-                raise
+            worker.control, control = socket.socketpair()
+            with control:
+                worker.pid = os.fork()
+                if not worker.pid:
+                    self._be_worker(worker.slot, control)
+            worker.begun, worker.due = time.monotonic(), math.inf
+            if worker.delay is not None:
+                log.log(NOTICE, 'worker %d is now process %d', worker.slot, worker.pid)
         except OSError as error:
             log.error('cannot start a worker: %s', error)
-            self._back_off(slot)
-        else:
-            if not pid:
-                self._be_worker(slot, ours, theirs)
-            self._workers[pid] = Worker(slot, pid, ours)
-            if slot in self._delays:
-                log.log(NOTICE, 'worker %d is now process %d', slot, pid)
-            theirs.close()
+            worker.close()
+            worker.back_off()
         unblock_signals(_SIGNALS)
 
-    def _be_worker(self, slot: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+    def _be_worker(self, slot: int, control: socket.socket) -> NoReturn:
         """Run the new process to its end."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for end in (ours, *(worker.control for worker in self._workers.values())):
-                end.close()
-            serve_as_worker(self._server, slot, self._count, theirs)
+            for worker in self._workers:    # the parent's ends
+                worker.close()
+            serve_as_worker(self._server, slot, len(self._workers), control)
             status = 0
         except BaseException as error:
             log.error('%s: %s', type(error).__name__, error)
@@ -11029,13 +11029,6 @@ class Workers:
         finally:
             logging.shutdown()
             os._exit(status)  # skip the parent's clean-up
-
-    def _back_off(self, slot: int) -> None:
-        """Plan to start a worker later, with longer delays the more often it fails."""
-        first, second, longest = RESTART_SECONDS
-        last = self._delays.get(slot)
-        self._delays[slot] = first if last is None else min(max(2 * last, second), longest)
-        self._due[slot] = time.monotonic() + self._delays[slot]
 
 
 # ==== Logs =======================================================================================
