@@ -34,7 +34,7 @@ The chapters stand in the order in which each builds on those above it:
     Http2         requests and answers on one connection of HTTP/2
     Loop          the event loop of each process: descriptors, signals, timers
     Listeners     TCP, unix sockets, inherited sockets, TLS certificates
-    Server        admission of connections, their deadlines, start and stop
+    Server        connections, their threads and deadlines, start and stop
     Workers       several processes that share the listeners
     Logs          log formats and files
     Options       the command line and the environment
@@ -6616,7 +6616,7 @@ def _figure(held: Holdings, now: float) -> str:
 #     Listener    ──▶ admit(peer) ──▶ Ticket ──▶ the connection's thread ──▶ leave(ticket)
 #     Api.handle() ──▶ begin_request(client)      Api.finish() ──▶ end_request(client)
 #
-# Nobody waits for a place.  admit() decides alone who has none when all are taken: the one that comes last.
+# Nobody waits for a place.  When all are taken, admit() alone decides who goes without: now the newcomer.
 
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
 NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
@@ -10056,7 +10056,7 @@ class Loop:
         # Not epoll(7), whose descriptor a forked process would share; few descriptors are watched.
         self._selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)()
         self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_writer.setblocking(False)    # it is full of what ends the wait
+        self._wake_writer.setblocking(False)    # where it is full, the loop wakes anyway
         self.watch(self._wake_reader, lambda: self.handle(self._wake_reader.recv(4096)))
 
     def catch(self, signums: Iterable[int]) -> None:
@@ -10459,8 +10459,8 @@ def login_name(sock: socket.socket) -> str:
 
 
 # ==== Server =====================================================================================
-# Admission of connections, their threads and deadlines, start, reload and stop.  The main thread accepts
-# connections in its Loop; each connection has a thread.
+# The connections of a process, their threads and deadlines; start, reload and stop of the server.  The main
+# thread accepts connections in its Loop; each connection has a thread.
 
 SWEEP_SECONDS = 0.5         # Time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
@@ -10514,7 +10514,7 @@ class Connections:
         self._lock = threading.Lock()   # of this and `active`
         self.sweep_seconds = SWEEP_SECONDS
         self._next_sweep = 0.0
-        self._next_word = 0.0           # when a failed handshake may be logged again
+        self._next_notice = 0.0           # when a failed handshake may be logged again
 
     def make_threads(self, processes: int) -> RequestThreads:
         """Request threads for one of several processes.  All requests of an HTTP/2 connection are in one."""
@@ -10595,9 +10595,9 @@ class Connections:
     def _may_tell(self) -> bool:
         """Whether a failed handshake may be logged: one in a second."""
         now = time.monotonic()
-        if now < self._next_word:
+        if now < self._next_notice:
             return False
-        self._next_word = now + 1
+        self._next_notice = now + 1
         return True
 
     def snapshot(self) -> List[Connection]:
@@ -10637,7 +10637,7 @@ class Connections:
         for connection in self.snapshot():
             connection.stop()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """Abort the connections that are left."""
         for connection in self.snapshot():
             log.warning('closed the connection of %s: request not finished in time', connection.peer)
@@ -10662,7 +10662,7 @@ class Server:
         self.certificates = certificates
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
-        self._counts = True             # what is stored, when the usage asks for it
+        self._is_first = True           # of the processes: makes censuses, purges, runs events
         self.connections = Connections(api, limits, bandwidth, certificates, lambda: self.loop.wake())
         self._listen(addresses, inherited)
         if self.listeners:
@@ -10697,9 +10697,9 @@ class Server:
         for listener in self.listeners:
             listener.server_close()
 
-    def become_worker(self, processes: int, counts: bool) -> None:
-        """Serve as one of several processes; the one that `counts` makes the censuses."""
-        self._counts = counts
+    def become_worker(self, processes: int, is_first: bool) -> None:
+        """Serve as one of several processes."""
+        self._is_first = is_first
         self.connections.threads = self.connections.make_threads(processes)
         self.notifier = SystemdNotifier({})
         self.stats = StatsLog(self.api.metrics, math.inf)
@@ -10717,10 +10717,10 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.requests and self._counts:
+        if census.requests and self._is_first:
             loop.watch(census.requests, census.on_requested)
             loop.timers += [self._purge, events.tick]
-        if events.receiver and self._counts:
+        if events.receiver and self._is_first:
             loop.watch(events.receiver, events.on_sent)
         loop.timers += [self.api.policy.refresh, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
@@ -10757,7 +10757,7 @@ class Server:
         end = time.monotonic() + STOP_SECONDS
         self.loop.timers = [connections.sweep, lambda: end - time.monotonic()]
         self.loop.run(lambda: self.stops > 1 or not connections.active or time.monotonic() >= end)
-        connections.cut()
+        connections.abort()
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
         census.close()
@@ -10876,7 +10876,7 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     counters.add(CONNECTIONS, 0, 0)
     reload_log.disabled = slot != 1
     pin_process(slot)
-    server.become_worker(processes, counts=slot == 1)
+    server.become_worker(processes, is_first=slot == 1)
 
     def on_control() -> None:
         signums = control.recv(4096)
