@@ -6619,7 +6619,6 @@ def _figure(held: Holdings, now: float) -> str:
 # Nobody waits for a place.  When all are taken, admit() alone decides who goes without: now the newcomer.
 
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
-NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
 
 # A connection's place: the group whose share it takes, empty for none, and the reason why the connection is
 # turned away, empty if it is served.
@@ -6650,8 +6649,7 @@ class Admission:
             self._metrics.count_limited(CONNECTIONS_IN_ALL, peer.name)
             return None
         self._count(ticket, 1)
-        if (not ticket.refusal and served + NEAR_LIMIT >= self.limit
-                and self._counters.total(CONNECTIONS, 2)[1] > self.limit):
+        if not ticket.refusal and self._counters.total(CONNECTIONS, 2)[1] > self.limit:
             # Of two processes that take the last place at the same time neither keeps it.
             self.leave(ticket)
             ticket = Ticket('', CONNECTIONS_IN_ALL)
@@ -10532,7 +10530,7 @@ class Connections:
         try:
             threading.Thread(target=self._run, args=(peer, serve, ticket), daemon=True).start()
             return True
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:    # no thread could be started
             self._fail(peer, error)
             self._leave(ticket)
             return False
@@ -10697,9 +10695,13 @@ class Server:
         for listener in self.listeners:
             listener.server_close()
 
-    def become_worker(self, processes: int, is_first: bool) -> None:
-        """Serve as one of several processes."""
-        self._is_first = is_first
+    def become_worker(self, slot: int, processes: int) -> None:
+        """Serve as one of several processes, with `slot` of the Counters."""
+        self._counters.join(slot)
+        self._counters.add(CONNECTIONS, 0, 0)   # for the others, who look for the process with the fewest
+        self._is_first = slot == 1
+        reload_log.disabled = not self._is_first
+        pin_process(slot)
         self.connections.threads = self.connections.make_threads(processes)
         self.notifier = SystemdNotifier({})
         self.stats = StatsLog(self.api.metrics, math.inf)
@@ -10869,14 +10871,9 @@ class Worker:
 
 
 def serve_as_worker(server: Server, slot: int, processes: int, control: socket.socket) -> None:
-    """Serve as one of several processes, with `slot` of the Counters.  `control` delivers signals as their
-    numbers, and its end means that the parent has died."""
-    counters = server.api.metrics.counters
-    counters.join(slot)
-    counters.add(CONNECTIONS, 0, 0)
-    reload_log.disabled = slot != 1
-    pin_process(slot)
-    server.become_worker(processes, is_first=slot == 1)
+    """Serve as one of several processes.  `control` delivers signals as their numbers, and its end means that
+    the parent has died."""
+    server.become_worker(slot, processes)
 
     def on_control() -> None:
         signums = control.recv(4096)
