@@ -256,6 +256,12 @@ class TestCase(unittest.TestCase):
         self.addCleanup(server.stop)
         return server
 
+    def ask_unix(self, path, request=None):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(request or get('/config'))
+            return int(sock.recv(65536).split()[1])
+
 
 # ---- Wires: clients made of bytes ------------------------------------------------------------------
 
@@ -541,12 +547,6 @@ class ListenerTestCase(WireTestCase):
         """Another server of the same directory, in a thread."""
         return self.serve(self.server.api, self.server.limits,
                           map(restic_serve.parse_address, addresses), **more)
-
-    def ask_unix(self, path, request=None):
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-            sock.connect(str(path))
-            sock.sendall(request or get('/config'))
-            return int(sock.recv(65536).split()[1])
 
 
 def rendered(store, usage):
@@ -9565,9 +9565,7 @@ class ForwardedClientsTest(ListenerTestCase):
 
     def setUp(self):
         super().setUp()
-        store = Store(str(self.root))
-        store.prepare()
-        self.api = Api(store, Policy(), Accounts(
+        self.api = Api(self.store, Policy(), Accounts(
             user='alice', password='secret', proxies=[restic_serve.parse_network('127.0.0.1')]))
 
     def test_they_stand_in_the_logs(self):
@@ -9837,10 +9835,7 @@ class ServiceManagerTest(TestCase):
                 break
         with Wire(port) as wire:
             self.assertEqual(wire.ask(get('/config'))[0], 404)
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-            sock.connect(str(unix))
-            sock.sendall(get('/config'))
-            self.assertEqual(sock.recv(65536).split()[1], b'404')
+        self.assertEqual(self.ask_unix(unix), 404)
         process.terminate()
         text = process.stderr.read()
         self.assertEqual(process.wait(PATIENCE), 0, text)
@@ -9883,6 +9878,11 @@ class WorkersTest(TestCase):
         self.addCleanup(wire.__exit__)
         return wire
 
+    def ask(self, server, *parts):
+        """The answer to a request on a connection of its own."""
+        with Wire(server.port) as wire:
+            return wire.ask(*parts)
+
     def connect_all(self, server, number=6):
         """Connections that are being served, by all workers."""
         wires = [self.connect(server) for _ in range(number)]
@@ -9897,8 +9897,7 @@ class WorkersTest(TestCase):
         wire.send(content[:-1])
 
     def requests(self, server):
-        with Wire(server.port) as wire:
-            text = wire.ask(get('/metrics'))[2].decode()
+        text = self.ask(server, get('/metrics'))[2].decode()
         return sum(int(number) for number in re.findall(
             r'^restic_serve_requests_total\{.*"404"\} (\d+)', text, re.MULTILINE))
 
@@ -10016,18 +10015,14 @@ class WorkersTest(TestCase):
         contents = [os.urandom(3000) for _ in range(40)]
 
         def upload(content):
-            with self.connect(server) as wire:
-                return wire.ask(post(f'/a/keys/{named(content)}', content))[0]
+            return self.ask(server, post(f'/a/keys/{named(content)}', content))[0]
 
         self.assertEqual([upload(content) for content in contents[:10]], [200] * 10)
         used = 12 * 4096    # ten objects, and two folders
         rights.write_text(f'* / append\n* /a append {used + 5 * 4096}\n* /probe none\n')
 
-        def is_refused():
-            with self.connect(server) as wire:
-                return wire.ask(get('/probe/config'))[0] == 403
-
-        self.wait_until(lambda: all(is_refused() for _ in range(30)), 'the new rights in all workers')
+        self.wait_until(lambda: all(self.ask(server, get('/probe/config'))[0] == 403 for _ in range(30)),
+                        'the new rights in all workers')
         statuses = []
         for content in contents[10:]:
             status = 503
@@ -10044,11 +10039,7 @@ class WorkersTest(TestCase):
         server = self.serve('--rights', rights)
 
         def statuses():
-            found = set()
-            for _ in range(20):
-                with self.connect(server) as wire:
-                    found.add(wire.ask(get('/a/config'))[0])
-            return found
+            return {self.ask(server, get('/a/config'))[0] for _ in range(20)}
 
         self.assertEqual(statuses(), {404})
         rights.write_text('* / none\n')
@@ -10101,7 +10092,7 @@ class WorkersTest(TestCase):
 
         self.wait_until(lambda: all(map(is_gone, children)), 'the end of the workers')
         other = self.serve('--addr', f'127.0.0.1:{server.port}', '--addr', path)
-        self.assertEqual(self.connect(other).ask(get(f'/data/{named(content)}'))[0], 200)
+        self.assertEqual(self.ask(other, get(f'/data/{named(content)}'))[0], 200)
         self.assertEqual(other.stop(), 0)
         self.assertFalse(path.exists())
 
@@ -10115,13 +10106,9 @@ class WorkersTest(TestCase):
 
             def is_reopened():
                 for _ in range(4):
-                    with socket.socket(socket.AF_UNIX) as sock:
-                        sock.connect(str(self.folder / 'socket'))
-                        sock.sendall(get('/config'))
-                        sock.recv(1000)
-                size = moved.stat().st_size
-                sizes.append(size)
-                return sizes[-10:] == [size] * 10
+                    self.ask_unix(self.folder / 'socket')
+                sizes.append(moved.stat().st_size)
+                return sizes[-10:] == sizes[-1:] * 10
 
             sizes = []
             self.wait_until(is_reopened, 'all to write to the new file')
@@ -10132,9 +10119,9 @@ class WorkersTest(TestCase):
         server = self.serve('--max-connections', '5')
         wires = self.connect_all(server, 5)
         for _ in range(3):
-            self.assertEqual(self.connect(server).ask(get('/config'))[0], 503)
+            self.assertEqual(self.ask(server, get('/config'))[0], 503)
         wires.pop().__exit__()
-        self.wait_until(lambda: self.connect(server).ask(get('/config'))[0] == 404, 'a place')
+        self.wait_until(lambda: self.ask(server, get('/config'))[0] == 404, 'a place')
 
     def test_bandwidth_is_limited_over_all_of_them(self):
         counters = Counters(3)
