@@ -10661,7 +10661,7 @@ class Server:
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._is_first = True           # of the processes: makes censuses, purges, runs events
-        self.connections = Connections(api, limits, bandwidth, certificates, lambda: self.loop.wake())
+        self.connections = Connections(api, limits, bandwidth, certificates, self._on_last_end)
         self._listen(addresses, inherited)
         if self.listeners:
             # Each takes one, and a request's file and folders a few.
@@ -10765,6 +10765,11 @@ class Server:
         census.close()
         self.api.events.close()
         self.loop.close()
+
+    def _on_last_end(self) -> None:
+        """The last connection has ended, for which the loop may be waiting; in that connection's thread."""
+        if self.stops or not self.listeners:
+            self.loop.wake()
 
     def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
         """Serve a connection that was not accepted.  Without listeners the server stops when it ends."""
