@@ -10715,7 +10715,8 @@ class Server:
         signal.set_wakeup_fd(-1)
 
     def serve(self) -> None:
-        """Serve until the loop hears of a signal to stop; then let running requests finish."""
+        """Serve until the loop hears of a signal to stop, or an adopted connection ends; then let running
+        requests finish."""
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
