@@ -9522,6 +9522,12 @@ class SharesTest(Http2TestCase):
                 admission.leave(ticket)
             self.assertFalse(admission.admit(Peer('10.0.0.1')).refusal)
 
+    def test_of_two_that_take_the_last_place_at_once_neither_keeps_it(self):
+        counters = Counters()   # another process takes it when the places have been counted
+        admission = self.admission(1, counters, lambda name: not counters.add(restic_serve.CONNECTIONS, 1, 1))
+        admission.limit = 1
+        self.assertEqual(admission.admit(Peer('10.0.0.1')).refusal, 'too many connections')
+
     def test_a_client_of_http_2_has_as_many_requests_however_many_processes_serve(self):
         server, _ = self.start(max_connections=16)
         for processes in (1, 4):
