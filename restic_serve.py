@@ -10512,7 +10512,7 @@ class Connections:
         self._lock = threading.Lock()   # of this and `active`
         self.sweep_seconds = SWEEP_SECONDS
         self._next_sweep = 0.0
-        self._next_notice = 0.0           # when a failed handshake may be logged again
+        self._next_notice = 0.0         # when a failed handshake may be logged again
 
     def make_threads(self, processes: int) -> RequestThreads:
         """Request threads for one of several processes.  All requests of an HTTP/2 connection are in one."""
