@@ -249,7 +249,6 @@ class TestCase(unittest.TestCase):
         api.admission = restic_serve.Admission(api.metrics, api.accounts.is_proxy, max_connections,
                                                per_address)
         server = Server(api, limits or Limits(), list(addresses), **more)
-        server.connections.sweep_seconds = 0.05
         thread = threading.Thread(target=server.serve)
         thread.start()
         self.addCleanup(thread.join, PATIENCE)
@@ -369,6 +368,8 @@ class WireTestCase(TestCase):
         self.store.prepare()
         self.policy = Policy()
         self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
+        if self.limits:
+            self.server.connections.sweep_seconds = 0.05
         self.port = self.server.listeners[0].server_address[1]
 
     def connect(self):
