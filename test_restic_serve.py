@@ -5496,10 +5496,11 @@ class MetricsTest(WatchedTestCase):
 
     def test_a_certificate_without_a_name_does_not_see_them(self):
         self.watch(Policy(short_rights(metrics=True)), Accounts(certificates=True))
-        with mock.patch.object(restic_serve, 'find_peer') as find_peer:
-            for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
-                find_peer.return_value = Peer('1.2.3.4', name)
-                find_peer.return_value.certified = True
+        accept = restic_serve.accept
+        for name, status in (('', 401), ('a b', 401), ('alice', 403), ('metrics', 200)):
+            peer = Peer('1.2.3.4', name)
+            peer.certified = True
+            with mock.patch.object(restic_serve, 'accept', lambda sock, peer=peer: (accept(sock)[0], peer)):
                 self.assertEqual(self.ask(get('/metrics'))[0], status, name)
 
     def test_the_disk_and_refused_logins(self):
