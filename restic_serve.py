@@ -32,7 +32,7 @@ The chapters stand in the order in which each builds on those above it:
     Http2         requests and answers over standard input and output
     Loop          the event loop of each process: descriptors, signals, timers
     Listeners     TCP, unix sockets, inherited sockets, TLS certificates
-    Server        admission of connections, their deadlines, start and stop
+    Server        connections, their threads and deadlines, start and stop
     Workers       several processes that share the listeners
     Logs          log formats and files
     Options       the command line and the environment
@@ -6425,10 +6425,9 @@ def _figure(holdings: Holdings, now: float) -> str:
 #     Listener    ──▶ admit(peer) ──▶ Ticket ──▶ the connection's thread ──▶ leave(ticket)
 #     Api.handle() ──▶ begin_request(client)      Api.finish() ──▶ end_request(client)
 #
-# Nobody waits for a place.  admit() decides alone who has none when all are taken: the one that comes last.
+# Nobody waits for a place.  When all are taken, admit() alone decides who goes without: now the newcomer.
 
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
-NEAR_LIMIT = 16             # Distance to the limit at which processes check for each other's connections.
 
 # A connection's place: the group whose share it takes, empty for none, and the reason why the connection is
 # turned away, empty if it is served.
@@ -6459,8 +6458,7 @@ class Admission:
             self._metrics.count_limited(CONNECTIONS_IN_ALL, peer.name)
             return None
         self._count(ticket, 1)
-        if (not ticket.refusal and served + NEAR_LIMIT >= self.limit
-                and self._counters.total(CONNECTIONS, 2)[1] > self.limit):
+        if not ticket.refusal and self._counters.total(CONNECTIONS, 2)[1] > self.limit:
             # Of two processes that take the last place at the same time neither keeps it.
             self.leave(ticket)
             ticket = Ticket('', CONNECTIONS_IN_ALL)
@@ -8828,7 +8826,7 @@ class Loop:
         # Not epoll(7), whose descriptor a forked process would share; few descriptors are watched.
         self._selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)()
         self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_writer.setblocking(False)    # it is full of what ends the wait
+        self._wake_writer.setblocking(False)    # where it is full, the loop wakes anyway
         self.watch(self._wake_reader, lambda: self.handle(self._wake_reader.recv(4096)))
 
     def catch(self, signums: Iterable[int]) -> None:
@@ -9196,8 +9194,8 @@ def login_name(sock: socket.socket) -> str:
 
 
 # ==== Server =====================================================================================
-# Admission of connections, their threads and deadlines, start, reload and stop.  The main thread accepts
-# connections in its Loop; each connection has a thread.
+# The connections of a process, their threads and deadlines; start, reload and stop of the server.  The main
+# thread accepts connections in its Loop; each connection has a thread.
 
 SWEEP_SECONDS = 0.5         # Time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
@@ -9249,7 +9247,7 @@ class Connections:
         self._lock = threading.Lock()   # of this and `active`
         self.sweep_seconds = SWEEP_SECONDS
         self._next_sweep = 0.0
-        self._next_word = 0.0           # when a failed handshake may be logged again
+        self._next_notice = 0.0         # when a failed handshake may be logged again
 
     def begin(self, peer: Peer, serve: Callable[[Ticket], None]) -> bool:
         """Have a connection served in a thread of its own, if there is a place for it; whether it is."""
@@ -9261,7 +9259,7 @@ class Connections:
         try:
             threading.Thread(target=self._run, args=(peer, serve, ticket), daemon=True).start()
             return True
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:    # no thread could be started
             self._fail(peer, error)
             self._leave(ticket)
             return False
@@ -9321,9 +9319,9 @@ class Connections:
     def _may_tell(self) -> bool:
         """Whether a failed handshake may be logged: one in a second."""
         now = time.monotonic()
-        if now < self._next_word:
+        if now < self._next_notice:
             return False
-        self._next_word = now + 1
+        self._next_notice = now + 1
         return True
 
     def snapshot(self) -> List[Connection]:
@@ -9361,7 +9359,7 @@ class Connections:
         for connection in self.snapshot():
             connection.stop()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """Abort the connections that are left."""
         for connection in self.snapshot():
             log.warning('closed the connection of %s: request not finished in time', connection.peer)
@@ -9387,8 +9385,8 @@ class Server:
         self._files = [files for files in (certificates, api.accounts.file, api.policy.file) if files]
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
-        self._counts = True             # what is stored, when the usage asks for it
-        self.connections = Connections(api, limits, bandwidth, certificates, lambda: self.loop.wake())
+        self._is_first = True           # of the processes: makes censuses, purges, runs events
+        self.connections = Connections(api, limits, bandwidth, certificates, self._on_last_end)
         self._listen(addresses, inherited)
         if self.listeners:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
@@ -9421,9 +9419,13 @@ class Server:
         for listener in self.listeners:
             listener.server_close()
 
-    def become_worker(self, processes: int, counts: bool) -> None:
-        """Serve as one of several processes; the one that `counts` makes the censuses."""
-        self._counts = counts
+    def become_worker(self, slot: int) -> None:
+        """Serve as one of several processes, with `slot` of the Counters."""
+        self._counters.join(slot)
+        self._counters.add(CONNECTIONS, 0, 0)   # for the others, who look for the process with the fewest
+        self._is_first = slot == 1
+        reload_log.disabled = not self._is_first
+        pin_process(slot)
         self.notifier = SystemdNotifier({})
         self.stats = StatsLog(self.api.metrics, math.inf)
         for listener in self.listeners:
@@ -9436,14 +9438,15 @@ class Server:
         signal.set_wakeup_fd(-1)
 
     def serve(self) -> None:
-        """Serve until the loop hears of a signal to stop; then let running requests finish."""
+        """Serve until the loop hears of a signal to stop, or an adopted connection ends; then let running
+        requests finish."""
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.channel.receiver and self._counts:
+        if census.channel.receiver and self._is_first:
             loop.watch(census.channel.receiver, census.on_requested)
             loop.timers += [self._purge, events.tick]
-        if events.channel.receiver and self._counts:
+        if events.channel.receiver and self._is_first:
             loop.watch(events.channel.receiver, events.on_sent)
         loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
@@ -9485,12 +9488,17 @@ class Server:
         end = time.monotonic() + STOP_SECONDS
         self.loop.timers = [connections.sweep, lambda: end - time.monotonic()]
         self.loop.run(lambda: self.stops > 1 or not connections.active or time.monotonic() >= end)
-        connections.cut()
+        connections.abort()
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
         census.channel.close()
         self.api.events.channel.close()
         self.loop.close()
+
+    def _on_last_end(self) -> None:
+        """The last connection has ended, for which the loop may be waiting; in that connection's thread."""
+        if self.stops or not self.listeners:
+            self.loop.wake()
 
     def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
         """Serve a connection that was not accepted.  Without listeners the server stops when it ends."""
@@ -9563,37 +9571,43 @@ KILL_SECONDS = STOP_SECONDS + 5     # Time for a worker to stop before it is kil
 
 
 class Worker:
-    """A worker process, as its parent sees it; `control` is the socket for its signals."""
+    """A worker process, as its parent sees it, and its successors in the same `slot` of the Counters."""
 
-    def __init__(self, slot: int, pid: int, control: socket.socket) -> None:
+    def __init__(self, slot: int) -> None:
         self.slot = slot
-        self.pid = pid
-        self.control = control
-        self.begun = time.monotonic()
+        self.pid = 0                            # 0 while there is none
+        self.control: Optional[socket.socket] = None    # for its signals
+        self.begun = 0.0
+        self.due = 0.0                          # when the next process is to be started, infinite for never
+        self.delay: Optional[float] = None      # of the last start in seconds, None for the first one
 
     def send_signal(self, signum: int) -> None:
         """Have the worker handle a signal."""
-        with contextlib.suppress(OSError):  # it has just ended
-            self.control.send(bytes([signum]))
+        if self.control:
+            with contextlib.suppress(OSError):  # it has just ended
+                self.control.send(bytes([signum]))
+
+    def close(self) -> None:
+        """Close what belongs to the process, which has ended."""
+        self.pid = 0
+        if self.control:
+            self.control.close()
+            self.control = None
+
+    def back_off(self) -> None:
+        """Plan the next process, with longer delays the more often it fails."""
+        first, second, longest = RESTART_SECONDS
+        self.delay = first if self.delay is None else min(max(2 * self.delay, second), longest)
+        self.due = time.monotonic() + self.delay
 
 
-def serve_as_worker(server: Server, slot: int, processes: int, control: socket.socket) -> None:
-    """Serve as one of several processes, with `slot` of the Counters.  `control` delivers signals as their
-    numbers, and its end means that the parent has died."""
-    counters = server.api.metrics.counters
-    server.api.metrics.counters.join(slot)
-    counters.add(CONNECTIONS, 0, 0)
-    reload_log.disabled = slot != 1
-    pin_process(slot)
-    server.become_worker(processes, counts=slot == 1)
+def serve_as_worker(server: Server, slot: int, control: socket.socket) -> None:
+    """Serve as one of several processes.  `control` delivers signals as their numbers, and its end means that
+    the parent has died."""
+    server.become_worker(slot)
 
     def on_control() -> None:
-        try:
-            signums = control.recv(4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            signums = b''
+        signums = control.recv(4096)
         if not signums:  # the parent is gone
             loop.unwatch(control)
         loop.handle(signums or bytes([signal.SIGTERM]))
@@ -9605,7 +9619,6 @@ def serve_as_worker(server: Server, slot: int, processes: int, control: socket.s
     loop = server.loop = Loop()
     loop.handlers = {signal.SIGTERM: lambda: on_stop(1), signal.SIGINT: lambda: on_stop(2),
                      _RELOAD_SIGNAL: server.reload}
-    control.setblocking(False)
     loop.watch(control, on_control)
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -9618,10 +9631,7 @@ class Workers:
 
     def __init__(self, server: Server, count: int) -> None:
         self._server = server
-        self._count = count
-        self._workers: Dict[int, Worker] = {}       # by process
-        self._due: Dict[int, float] = {}            # by slot, when the next process is to be started
-        self._delays: Dict[int, float] = {}         # by slot, the last delay in seconds
+        self._workers = [Worker(slot) for slot in range(1, count + 1)]
         self._stopping = False
         self._kill_at = math.inf                    # when workers that do not stop are killed
 
@@ -9629,17 +9639,14 @@ class Workers:
         """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
         server, loop = self._server, self._server.loop
         reload_log.disabled = True      # the first worker logs it
-        for signum in _STOP_SIGNALS:
-            loop.handlers[signum] = self._stop
-        loop.handlers[_RELOAD_SIGNAL] = self._reload
-        loop.handlers[signal.SIGCHLD] = self._reap
+        loop.handlers.update({signal.SIGTERM: self._stop, signal.SIGINT: self._stop,
+                              _RELOAD_SIGNAL: self._reload, signal.SIGCHLD: self._reap})
         loop.catch((*_SIGNALS, signal.SIGCHLD))
-        for slot in range(1, self._count + 1):
-            self._start(slot)
+        self._start_due()
         server.notifier.notify('READY=1')
         loop.timers = [server.look_at_files, server.notifier.ping, lambda: server.stats.tick(True),
                        self._start_due, self._kill_late]
-        loop.run(lambda: self._stopping and not self._workers)
+        loop.run(lambda: self._stopping and not any(worker.pid for worker in self._workers))
         signal.set_wakeup_fd(-1)
         loop.close()
         server.api.usage.census.channel.close()
@@ -9650,103 +9657,99 @@ class Workers:
     def _start_due(self) -> float:
         """Start the workers that are due; seconds until the next one is."""
         now = time.monotonic()
-        for slot in [slot for slot, due in self._due.items() if now >= due]:
-            self._start(slot)
-        return min(self._due.values(), default=math.inf) - now
+        for worker in self._workers:
+            if now >= worker.due:
+                self._start(worker)
+        return min(worker.due for worker in self._workers) - now
 
     def _kill_late(self) -> float:
         """Kill workers that do not stop, if it is time; seconds until it will be."""
         now = time.monotonic()
         if now >= self._kill_at:
             self._kill_at = math.inf
-            for worker in self._workers.values():
-                log.warning('worker %d (process %d) does not stop; killing it', worker.slot, worker.pid)
-                os.kill(worker.pid, signal.SIGKILL)
+            for worker in self._workers:
+                if worker.pid:
+                    log.warning('worker %d (process %d) does not stop; killing it', worker.slot, worker.pid)
+                    os.kill(worker.pid, signal.SIGKILL)
         return self._kill_at - now
 
     # ---- signals ----
 
     def _reload(self) -> None:
         self._server.reload()
-        for worker in self._workers.values():
+        for worker in self._workers:
             worker.send_signal(_RELOAD_SIGNAL)
 
     def _stop(self) -> None:
         """Accept no more, and stop the workers: by SIGTERM the first time, then by SIGINT, which ends
         their grace period."""
-        for worker in self._workers.values():
+        for worker in self._workers:
             worker.send_signal(signal.SIGINT if self._stopping else signal.SIGTERM)
+            worker.due = math.inf
         if not self._stopping:
             self._stopping = True
             self._kill_at = time.monotonic() + KILL_SECONDS
-            self._due.clear()
             self._server.notifier.notify('STOPPING=1')
             self._server.close_listeners()
 
     def _reap(self) -> None:
-        """Collect workers that have ended, and plan their successors."""
-        while True:
-            try:
+        """Collect processes that have ended, and plan the successors of workers."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            worker = self._workers.pop(pid, None)
-            if worker:
-                worker.control.close()
-                self._server.api.metrics.counters.clear(worker.slot)    # its connections have ended
-                if not self._stopping:
-                    self._plan_successor(worker, status)
+                if not pid:
+                    return
+                for worker in self._workers:
+                    if worker.pid == pid:
+                        self._on_end(worker, status)
 
-    def _plan_successor(self, worker: Worker, status: int) -> None:
+    def _on_end(self, worker: Worker, status: int) -> None:
+        pid = worker.pid
+        worker.close()
+        self._server.api.metrics.counters.clear(worker.slot)    # its connections have ended
+        if self._stopping:
+            return
         if time.monotonic() - worker.begun > STEADY_SECONDS:
-            self._delays.pop(worker.slot, None)
-        self._back_off(worker.slot)
+            worker.delay = None
+        worker.back_off()
         if status:
             how = (f'was killed by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
                    else f'failed with status {os.WEXITSTATUS(status)}')
-            log.error('worker %d (process %d) %s; restarting it%s', worker.slot, worker.pid, how,
-                      f' in {self._delays[worker.slot]:.0f} s' if self._delays[worker.slot] else '')
+            log.error('worker %d (process %d) %s; restarting it%s', worker.slot, pid, how,
+                      f' in {worker.delay:.0f} s' if worker.delay else '')
         else:  # somebody has stopped it, and may be about to stop us
-            self._due[worker.slot] += ORDERLY_SECONDS
+            worker.due += ORDERLY_SECONDS
 
     # ---- processes ----
 
-    def _start(self, slot: int) -> None:
-        """Fork a worker for `slot`."""
-        self._due.pop(slot, None)
+    def _start(self, worker: Worker) -> None:
+        """Fork a worker."""
         # Until the new process has its own handlers, signals would be written to our wake-up pair.
         block_signals(_SIGNALS)
         try:
-            ours, theirs = socket.socketpair()
-            try:
-                pid = os.fork()
-            except OSError:
-                ours.close()
-                theirs.close()
-                raise
+            worker.control, control = socket.socketpair()
+            with control:
+                worker.pid = os.fork()
+                if not worker.pid:
+                    self._be_worker(worker.slot, control)
+            worker.begun, worker.due = time.monotonic(), math.inf
+            if worker.delay is not None:
+                log.log(NOTICE, 'worker %d is now process %d', worker.slot, worker.pid)
         except OSError as error:
             log.error('cannot start a worker: %s', error)
-            self._back_off(slot)
-        else:
-            if not pid:
-                self._be_worker(slot, ours, theirs)
-            self._workers[pid] = Worker(slot, pid, ours)
-            if slot in self._delays:
-                log.log(NOTICE, 'worker %d is now process %d', slot, pid)
-            theirs.close()
+            worker.close()
+            worker.back_off()
         unblock_signals(_SIGNALS)
 
-    def _be_worker(self, slot: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+    def _be_worker(self, slot: int, control: socket.socket) -> NoReturn:
         """Run the new process to its end."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for end in (ours, *(worker.control for worker in self._workers.values())):
-                end.close()
-            serve_as_worker(self._server, slot, self._count, theirs)
+            for worker in self._workers:    # the parent's ends
+                worker.close()
+            serve_as_worker(self._server, slot, control)
             status = 0
         except BaseException as error:
             log.error('%s: %s', type(error).__name__, error)
@@ -9754,13 +9757,6 @@ class Workers:
         finally:
             logging.shutdown()
             os._exit(status)  # skip the parent's clean-up
-
-    def _back_off(self, slot: int) -> None:
-        """Plan to start a worker later, with longer delays the more often it fails."""
-        first, second, longest = RESTART_SECONDS
-        last = self._delays.get(slot)
-        self._delays[slot] = first if last is None else min(max(2 * last, second), longest)
-        self._due[slot] = time.monotonic() + self._delays[slot]
 
 
 # ==== Logs =======================================================================================
