@@ -3703,8 +3703,7 @@ class Census:
         self._interval = interval
         self._scopes = scopes
         self._past = past
-        self.requests: Optional[socket.socket] = None   # can be read when on_requested() is to be called
-        self._requester: Optional[socket.socket] = None
+        self.channel = Channel(socket.SOCK_STREAM)      # to the process that makes it
         self._counting = False
         self.unreadable: List[str] = []     # folders that the last census could not read
 
@@ -3722,33 +3721,19 @@ class Census:
         counted = self._counters.read(('counted',))
         return time.monotonic() - counted[0][0] / 1e9 if counted else math.inf
 
-    def open(self) -> None:
-        """Make the pair of sockets through which a census is requested, before processes are forked."""
-        if not self.requests:
-            self.requests, self._requester = socket.socketpair()
-            for end in (self.requests, self._requester):
-                end.setblocking(False)
-
-    def close(self) -> None:
-        """Close the pair of sockets: no census is made any more."""
-        if self.requests and self._requester:
-            self.requests.close()
-            self._requester.close()
-            self.requests = self._requester = None
-
     def request(self) -> None:
         """Request a census if the last one is old; does not wait for it."""
-        if self._requester and self._is_old():
+        if self.channel.sender and self._is_old():
             with contextlib.suppress(OSError):
-                self._requester.send(b'.')
+                self.channel.send(b'.')
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
         try:
-            if self.requests and self.requests.recv(4096) and self._is_old() and not self._counting:
+            if any(self.channel.receive()) and self._is_old() and not self._counting:
                 self._counting = True
                 threading.Thread(target=self._count_all, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no thread could be started
+        except RuntimeError as error:  # no thread could be started
             self._counting = False
             log.error('cannot calculate sizes: %s', error)
 
@@ -5858,8 +5843,8 @@ class Events:
 
     def on_sent(self) -> None:
         """Take the events that were sent."""
-        import json
         for message in self.channel.receive():
+            import json
             self._enqueue(Event(*json.loads(message)))
 
     def tick(self) -> float:
@@ -10691,7 +10676,7 @@ class Server:
         if self.listeners:
             # A connection of HTTP/2 takes three, and its file one.
             _allow_descriptors(4 * max_connections + 256)
-        api.usage.census.open()
+        api.usage.census.channel.open()
         api.events.open()
         if api.usage.limits or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
@@ -10741,11 +10726,11 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.requests and self._counts:
-            loop.watch(census.requests, census.on_requested)
+        if self._counts:
+            for channel, take in ((census.channel, census.on_requested), (events.channel, events.on_sent)):
+                if channel.receiver:
+                    loop.watch(channel.receiver, take)
             loop.timers += [self._purge, events.tick]
-        if events.channel.receiver and self._counts:
-            loop.watch(events.channel.receiver, events.on_sent)
         loop.timers += [self.api.policy.refresh, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
@@ -10775,7 +10760,7 @@ class Server:
     def _finish(self) -> None:
         """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
         census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.requests, self.api.events.channel.receiver):
+        for source in (*self.listeners, census.channel.receiver, self.api.events.channel.receiver):
             self.loop.unwatch(source)
         self.close_listeners()
         connections.stop()
@@ -10785,7 +10770,7 @@ class Server:
         connections.cut()
         self.api.events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
-        census.close()
+        census.channel.close()
         self.api.events.channel.close()
         self.loop.close()
 
@@ -11000,7 +10985,7 @@ class Workers:
         loop.run(lambda: self._stopping and not self._workers)
         signal.set_wakeup_fd(-1)
         loop.close()
-        server.api.usage.census.close()
+        server.api.usage.census.channel.close()
         server.api.events.channel.close()
 
     # ---- timers ----

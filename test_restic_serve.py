@@ -2036,7 +2036,7 @@ class SlowDiskTest(StoreTest):
                     self.assertEqual(asked.called, self.slow)
                     asked.reset_mock()
             held = usage.repositories()['/host']
-            usage.census.close()
+            usage.census.channel.close()
             results.append((seen, held.bytes, held.objects, held.days))
         self.assertEqual(results[0], results[1])
         self.assertEqual(results[0][2]['data'], 60)
@@ -2118,7 +2118,7 @@ class FoldersOfOthersTest(TestCase):
         self.link(self.root / 'host' / 'keys', self.secret / 'keys')
         (self.root / 'host' / 'config').symlink_to(self.secret / 'upload-x')
         usage = Usage(self.store, Counters())
-        self.addCleanup(usage.census.close)
+        self.addCleanup(usage.census.channel.close)
         usage.census.count()
         held = usage.repositories()['/host']
         self.assertEqual((held.bytes, held.objects['keys'], held.objects['config']), (0, 0, 0))
@@ -3571,7 +3571,7 @@ class UsageTest(TestCase):
 
     def make(self, *args, **more):
         usage = Usage(self.store, Counters(), *args, **more)
-        self.addCleanup(usage.census.close)
+        self.addCleanup(usage.census.channel.close)
         return usage
 
     def save(self, size, repository='/host', kind='data', **more):
@@ -4243,7 +4243,7 @@ class UsageTest(TestCase):
             rendered(self.store, self.usage)
 
     def test_where_no_thread_is_to_be_had_the_server_goes_on(self):
-        self.usage.census.open()
+        self.usage.census.channel.open()
         self.usage.census.request()
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError("can't start new thread")):
             self.usage.census.on_requested()
@@ -7438,7 +7438,7 @@ class LargeObjectTest(Http2TestCase):
         sizes = json.loads(self.ask(get('/data/', f'Accept: {V2}'))[2])
         self.assertEqual([entry['size'] for entry in sizes], [self.SIZE])
         usage = Usage(self.store, Counters())
-        self.addCleanup(usage.census.close)
+        self.addCleanup(usage.census.channel.close)
         usage.census.count()
         self.assertEqual([held.bytes for held in usage.repositories().values()], [self.SIZE])
 
