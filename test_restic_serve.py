@@ -582,6 +582,15 @@ class WatchedTestCase(Http2TestCase):
             path = path_of(self.store, Location(repository, kind, name))
             os.utime(path, (time.time() - age, time.time() - age))
 
+    def scrub(self):
+        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+
+    def users(self, *names):
+        """Accounts of users, each with the name for a password."""
+        path = self.folder / 'htpasswd'
+        path.write_text(''.join(f'{name}:{sha(name)}\n' for name in names))
+        return Accounts(PasswordFile(str(path)))
+
     def scrape(self, *fields):
         """The samples by their names with labels."""
         status, head, content = self.ask(get('/metrics', *fields))
@@ -5335,8 +5344,7 @@ class MetricsTest(WatchedTestCase):
         self.work(self.port)
         self.fill('/we"ird\\ü', 'data', 'snapshots')
         self.watch(max_bytes=1 << 30, per_user=1 << 20)
-        self.usage.census.wait(PATIENCE)
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.scrub()
         self.work(self.port)
         content = self.ask(get('/metrics'))[2]
         self.assertIn('repo="we\\"ird\\\\ü"', content.decode())
@@ -5374,8 +5382,7 @@ class MetricsTest(WatchedTestCase):
         (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
         self.fill('', 'keys')
         self.watch(max_bytes=10000, per_user=2000)
-        self.usage.census.wait(PATIENCE)
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.scrub()
         samples = self.scrape()
         rules = (README.parent / '.github' / 'prometheus-rules.yml').read_text()
         for name in re.findall(r'restic_serve_\w+', rules):
@@ -5411,9 +5418,7 @@ class MetricsTest(WatchedTestCase):
             go_on.set()
 
     def test_who_may_see_them(self):
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'metrics', 'alice')))
-        file = PasswordFile(str(accounts))
+        accounts = self.users('root', 'metrics', 'alice')
         free, bound, private, admin, all_admin = (Policy(short_rights(**more, metrics=True)) for more in (
             {}, {'append_only': True}, {'private': True}, {'private': True, 'administrators': ['root']},
             {'administrators': ['root']}))
@@ -5423,7 +5428,7 @@ class MetricsTest(WatchedTestCase):
                 (all_admin, 'login', True, 'root metrics'),
                 (admin, 'open', True, 'root metrics alice wrong'),
                 (free, 'login', False, 'root metrics alice wrong'), (free, '', False, '')):
-            self.watch(policy, Accounts(file) if login else None, prometheus)
+            self.watch(policy, accounts if login else None, prometheus)
             for user in ('root', 'metrics', 'alice', 'wrong'):
                 status = self.ask(get('/metrics', basic(user, user)))[0]
                 expected = (200 if user in allowed.split() else 404 if not prometheus
@@ -5501,7 +5506,6 @@ class MetricsTest(WatchedTestCase):
 
     @long
     def test_a_real_prometheus_fires_and_resolves_the_rules_and_answers_the_dashboard(self):
-        self.usage = None
         self.fill('/late', 'snapshots', age=3 * 86400)
         damaged, content = self.put(b'whole', repository='/nas'), b'whole'
         self.fill('/nas', *['snapshots'] * 3)
@@ -5529,9 +5533,6 @@ class MetricsTest(WatchedTestCase):
                 if 'limited' not in expression:
                     self.wait_until(lambda expression=expression: query(expression), expression)
                 query(expression)
-
-    def scrub(self):
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
 
     def run_prometheus(self):
         """A Prometheus that scrapes the server and has the rules of the README, but fires at once; the labels
@@ -5716,11 +5717,9 @@ class EventsTest(WatchedTestCase):
         return found
 
     def test_what_clients_do_is_told(self):
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(f'alice:{sha("alice")}\n')
         self.policy = Policy(short_rights(append_only=True))
         self.fill('/laptop')
-        events = self.served(accounts=Accounts(PasswordFile(str(accounts))))
+        events = self.served(accounts=self.users('alice'))
         alice, content = basic('alice', 'alice'), b'snapshot'
         path = f'/laptop/snapshots/{named(content)}'
         for _ in range(2):      # it comes once
@@ -5790,31 +5789,28 @@ class EventsTest(WatchedTestCase):
         self.assertGreater(events._usage.repositories()['/new'].last_snapshot, time.time() - 60)
 
     def test_damage_is_told_and_more_of_it(self):
-        def scrub():
-            restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
-
         self.fill('/nas', 'data', 'data', 'snapshots')
         paths = list((self.root / 'nas' / 'data').glob('*/*'))
         whole = paths[0].read_bytes()
         paths[0].write_bytes(b'damaged')
-        scrub()
+        self.scrub()
         self.assertEqual(self.look(), [
             f'damaged|nas||nas: 1 object damaged: data/{paths[0].name[:2]}/{paths[0].name}'])
-        scrub()
+        self.scrub()
         self.assertEqual(self.look(), [])
         paths[1].write_bytes(b'damaged')
-        scrub()
+        self.scrub()
         self.assertEqual([line[:27] for line in self.look()], ['damaged|nas||nas: 2 objects'])
         paths[0].write_bytes(whole)
-        scrub()
+        self.scrub()
         self.assertEqual([line[:26] for line in self.look()], ['damaged|nas||nas: 1 object'])
         for path in paths:
             path.unlink()
-        scrub()
+        self.scrub()
         self.assertEqual(self.look(), [])
         self.fill('/nas', 'data')
         next((self.root / 'nas' / 'data').glob('*/*')).write_bytes(b'damaged')
-        scrub()
+        self.scrub()
         self.assertEqual(len(self.look()), 1)
 
     def test_full_quotas_and_disks_are_told(self):
@@ -5836,9 +5832,7 @@ class EventsTest(WatchedTestCase):
         self.assertEqual(self.reported('full'), [''])
 
     def reported(self, kind):
-        found = restic_serve.ReportedEvents(self.store)
-        found.refresh()
-        return list(found.known[kind])
+        return list(json.loads((self.root / '.restic_serve' / 'events.json').read_text())[kind])
 
     def test_a_directory_that_goes_is_told_and_its_return(self):
         self.fill('/laptop', 'snapshots')
@@ -5861,9 +5855,8 @@ class EventsTest(WatchedTestCase):
         self.fill(f'/{wild}', 'keys')
         self.assertEqual(self.look(), [f'overdue|{wild}||{wild}: overdue, no snapshot yet'])
         self.assertFalse(Path('x').exists())
-        events = self.events()
-        events._run(restic_serve.Event('snapshot', '/a', '', 'two\nlines'))
-        self.assertEqual(self.told()[1:], ['snapshot|a||two\\nlines'])
+        self.events().emit('snapshot', '/a', 'two\nlines')
+        self.wait_until(lambda: self.told()[1:] == ['snapshot|a||two\\nlines'], 'one line')
 
     def test_refused_deletes_drown_nothing(self):
         self.fill('/laptop', 'snapshots')
@@ -5879,30 +5872,27 @@ class EventsTest(WatchedTestCase):
         self.assertLess(len(self.told()), 5)
         self.assertGreater(sum('too many events' in line for line in self.log), 450)
 
-    def test_a_command_that_fails_or_hangs_is_a_line_in_the_log(self):
-        event = restic_serve.Event('snapshot', '/a', '', 'what happened')
-        self.events('echo first; echo no mail today >&2; exit 3')._run(event)
-        self.assertEqual(self.log[-1], '--on-event: command failed for "what happened": status 3: '
-                                       'no mail today')
-        self.events('/nonexistent/program')._run(event)
-        self.assertIn('status 127: ', self.log[-1])
-        with mock.patch.object(restic_serve, 'COMMAND_SECONDS', 0.1):
-            self.events('sleep 1000 & sleep 1000')._run(event)
-        self.assertEqual(self.log[-1], '--on-event: command failed for "what happened": killed after 0.1 s')
-        self.events('exit 0')._run(event)
-        self.assertEqual(self.log[-1], '--on-event: ran the command for "what happened"')
+    def test_a_command_that_fails_is_a_line_in_the_log(self):
+        for command, said in (('exit 0', 'ran the command for "what happened"'), (
+                'echo first; echo no mail today >&2; exit 3',
+                'command failed for "what happened": status 3: no mail today')):
+            self.events(command).emit('snapshot', '/a', 'what happened')
+            self.wait_until(lambda line=f'--on-event: {said}': line in self.log, said)
 
-    def test_what_a_command_writes_takes_no_room(self):
-        event = restic_serve.Event('snapshot', '/a', '', 'what happened')
+    def test_a_command_that_hangs_or_writes_much_costs_neither_time_nor_room(self):
+        def run(command, seconds=restic_serve.COMMAND_SECONDS):
+            with mock.patch.multiple(restic_serve, COMMAND_SECONDS=seconds):
+                return restic_serve.run_command(command, {'PATH': os.environ['PATH']}, threading.Event())
+
+        self.assertRegex(run('/nonexistent/program'), '^status 127: ')
+        self.assertEqual(run('sleep 1000 & sleep 1000', 0.1), 'killed after 0.1 s')
         with mock.patch.object(tempfile, 'tempdir', '/nonexistent'):
-            self.events('yes | head -c 30000000; echo last; exit 1')._run(event)
-        self.assertTrue(self.log[-1].endswith(': status 1: last'))
-        self.events('printf "%0200000d" 7; exit 1')._run(event)
-        self.assertLess(len(self.log[-1]), 300)
+            self.assertEqual(run('yes | head -c 30000000; echo last; exit 1'), 'status 1: last')
+        self.assertLess(len(run('printf "%0200000d" 7; exit 1')), 300)
         begin = time.monotonic()
-        self.events('sleep 1000 & exit 2')._run(event)
-        self.events('exec >&- 2>&-; sleep 0.2; exit 3')._run(event)
-        self.assertTrue(self.log[-1].endswith(': status 3'))
+        self.assertEqual(run('sleep 1000 & exit 2'), 'status 2')
+        self.assertEqual(run('exec >&- 2>&-; sleep 0.2; exit 3'), 'status 3')
+        self.assertEqual(run('exit 0'), '')
         self.assertLess(time.monotonic() - begin, PATIENCE)
 
     def test_what_the_end_cuts_short_is_told_by_the_next_start(self):
@@ -5914,14 +5904,14 @@ class EventsTest(WatchedTestCase):
         begin = time.monotonic()
         events.stop(0.1)
         self.assertLess(time.monotonic() - begin, PATIENCE)
-        self.assertIsNone(events._thread)
         self.assertIn('--on-event: 1 event lost, the server is stopping', self.log)
         self.assertIn('killed, the server is stopping', self.log[-1])
         self.assertEqual(self.look(), ['overdue|never||never: overdue, no snapshot yet'])
 
     def test_it_knows_nothing_of_the_options_in_the_environment(self):
         with mock.patch.dict(os.environ, {'RESTIC_SERVE_PASS': 'secret', 'RESTIC_SERVE_TEST_X': '1'}):
-            self.events(f'env > {self.heard}')._run(restic_serve.Event('overdue', '', 'bob', 'x'))
+            self.events(f'env > {self.heard}').emit('overdue', '', 'x', 'bob')
+            self.wait_until(lambda: '--on-event: ran the command for "x"' in self.log, 'its end')
         self.assertNotIn('secret', self.heard.read_text())
         told = dict(line.partition('=')[::2] for line in self.told())
         self.assertEqual((told['RESTIC_SERVE_EVENT'], told['RESTIC_SERVE_REPOSITORY'],
@@ -6007,9 +5997,8 @@ class PageTest(WatchedTestCase):
         self.fill('/late', 'data', 'snapshots', age=2 * 86400 + 3700)
         self.fill('/fresh', 'data', 'snapshots', 'snapshots', 'locks', age=600)
         self.fill('/none', 'data')
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.scrub()
         self.watch(max_bytes=1000, per_user=800)
-        self.usage.census.wait(PATIENCE)
         text = self.look()[1]
         self.assertEqual(self.names(), ['none', 'late', 'fresh'])
         rows = self.rows()
@@ -6035,9 +6024,8 @@ class PageTest(WatchedTestCase):
         self.fill('/laptop/vm', 'snapshots')
         path = next((self.root / 'laptop' / 'data').glob('*/*'))
         path.write_bytes(b'damaged')
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        self.scrub()
         self.watch(max_bytes=1000)
-        self.usage.census.wait(PATIENCE)
         self.assertEqual(self.names('/laptop/'), ['laptop/vm'])
         text = self.look('/laptop/')[1]
         name = re.search('data/../([0-9a-f]{64})', text)
@@ -6071,7 +6059,6 @@ class PageTest(WatchedTestCase):
 
     def test_what_was_deleted_is_kept_and_can_be_read(self):
         self.fill('/laptop', 'data', 'snapshots', 'snapshots')
-        self.usage = None
         self.watch(past=restic_serve.Past(self.store, 86400))
         self.usage.purge()
         snapshot = next((self.root / 'laptop' / 'snapshots').iterdir()).name
@@ -6082,7 +6069,6 @@ class PageTest(WatchedTestCase):
                          r'\d{4}-\d\d-\d\dT[\d:]{8}Z/</code>')
 
     def test_the_address_is_the_one_that_the_browser_has_used(self):
-        self.usage = None
         self.fill('/a b', 'snapshots')
         self.watch()
         for fields, address in (((), 'http://h:1'), (('X-Forwarded-Proto: https',), 'https://h:1'),
@@ -6092,7 +6078,6 @@ class PageTest(WatchedTestCase):
             self.assertIn(f'<code>rest:{address}/a%20b/</code>', text.decode())
 
     def test_hundreds_are_folded_and_may_be_sorted(self):
-        self.usage = None
         for number in range(11):
             self.fill(f'/north/host-{number}', 'snapshots')
             self.fill(f'/south/host-{number}', 'snapshots', 'keys', age=50 * number)
@@ -6116,10 +6101,8 @@ class PageTest(WatchedTestCase):
 
     def test_others_are_named_to_who_sees_the_server(self):
         self.fill('/alice/x', 'snapshots')
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
         self.watch(Policy(short_rights(private=True, administrators=['root'])),
-                   Accounts(PasswordFile(str(accounts))))
+                   self.users('root', 'alice', 'carol'))
         self.assertIn('<dt>Rights</dt><dd>write: alice, root</dd>',
                       self.look('/alice/x/', basic('root', 'root'))[1])
         self.assertNotIn('<dt>Rights', self.look('/alice/x/', basic('alice', 'alice'))[1])
@@ -6138,10 +6121,8 @@ class PageTest(WatchedTestCase):
 
     def test_the_disk_and_quotas_above_are_not_for_everybody(self):
         self.fill('/bob/pc', 'snapshots')
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('bob', 'joe', 'eve')))
         self.watch(Policy(restic_serve.parse_rights('bob / write\njoe /bob/pc read\neve /bob metrics')),
-                   Accounts(PasswordFile(str(accounts))), per_user=100)
+                   self.users('bob', 'joe', 'eve'), per_user=100)
         pages = {user: self.look('/bob/pc/', basic(user, user))[1] for user in ('bob', 'joe', 'eve')}
         self.assertEqual(['nearly full' in pages[user] for user in ('bob', 'joe', 'eve')],
                          [True, False, True])
@@ -6172,9 +6153,7 @@ class PageTest(WatchedTestCase):
             self.assertIn('1987-01-05', self.look('/late/')[1])
 
     def test_the_icon_needs_no_login(self):
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(f'root:{sha("root")}\n')
-        self.watch(accounts=Accounts(PasswordFile(str(accounts))))
+        self.watch(accounts=self.users('root'))
         status, head, content = self.ask(get('/favicon.ico'))
         self.assertEqual((status, head['content-type'], content[:5]), (200, 'image/svg+xml', b'<svg '))
 
@@ -6210,11 +6189,8 @@ class PageTest(WatchedTestCase):
     def test_users_see_what_they_may_enter(self):
         for name in ('/alice/x', '/alice/y', '/alicia', '/bob', ''):
             self.fill(name, 'snapshots')
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('root', 'alice', 'carol')))
         self.watch(Policy(short_rights(private=True, administrators=['root'])),
-                   Accounts(PasswordFile(str(accounts))),
-                   per_user=1000, max_bytes=5000)
+                   self.users('root', 'alice', 'carol'), per_user=1000, max_bytes=5000)
         alice, root = basic('alice', 'alice'), basic('root', 'root')
         self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
         self.assertEqual(self.names('/', alice), ['alice/x', 'alice/y'])
@@ -6230,14 +6206,11 @@ class PageTest(WatchedTestCase):
 
     def test_the_quota_of_a_user_is_shown_on_every_page_of_theirs(self):
         self.fill('/alice/x', 'snapshots')
-        accounts = self.folder / 'htpasswd'
-        accounts.write_text(''.join(f'{user}:{sha(user)}\n' for user in ('alice', 'bob')))
-        self.watch(Policy(short_rights(private=True)), Accounts(PasswordFile(str(accounts))), per_user=1000)
+        self.watch(Policy(short_rights(private=True)), self.users('alice', 'bob'), per_user=1000)
         for path, user in (('/', 'alice'), ('/alice/x/', 'alice'), ('/', 'bob')):
             self.assertIn(f'/{user}/</span>', self.look(path, basic(user, user))[1])
 
     def test_a_count_that_is_old_is_waited_for_or_its_age_is_said(self):
-        self.usage = None
         self.fill('/host', 'snapshots')
         self.watch()
         self.look()
