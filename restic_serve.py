@@ -5778,9 +5778,9 @@ class Events:
         self._command = command
         self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
         self._next_refused = 0.0
-        self._lock = threading.Lock()       # of the next three
-        self._queue = EventQueue()
         self._is_due = False                # the next look
+        self._lock = threading.Lock()       # of the next two
+        self._queue = EventQueue()
         self._thread: Optional[threading.Thread] = None
         self._stopped = threading.Event()   # nothing is begun any more
         self._cut = threading.Event()       # what is running is killed
@@ -5854,8 +5854,7 @@ class Events:
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
-            with self._lock:
-                self._is_due = True
+            self._is_due = True
             self._start()
         return self._next_look - now
 
@@ -6198,7 +6197,7 @@ class Page:
         self._usage = usage
         self._watch = Watch(store, usage, stale_after)
         self._rendering = threading.Lock()
-        # Used again while nothing was added or deleted: the `state` is the same.
+        # The same while nothing is added or deleted, which `state` would show.
         self._snapshots = functools.lru_cache(maxsize=LOOKED_AT_MOST)(
             lambda name, *state: self._watch.snapshots(name))
 
@@ -6241,26 +6240,26 @@ class Page:
             f'<p>{_bad(fault)}</p>' if fault else '',
             self._repository(itself, visit) if itself else '',
             f'<h2>Below {_text(top[1:])}</h2>' if itself and others else '',
-            self._overview(others, visit, fresh, not fault) if others or not itself else '',
+            self._overview(others, visit, fresh, fault) if others or not itself else '',
             f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
             'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
             if shown else '', '</footer></body></html>\n'))
 
     # ---- several repositories ----
 
-    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, is_present: bool) -> str:
+    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, fault: str) -> str:
         if self._usage.census.age() == math.inf:
             return '<p>Calculating sizes …</p>'
         key = SORTS.get(visit.sort)
         if key:
             shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
         folds = len(shown) >= FOLD_FROM and not key
-        table = functools.partial(_table, visit, any(visit.right(repository.name) != WRITE
-                                                     for repository in shown))
         sound = [repository for repository in shown if not repository.troubles]
+        limited = any(visit.right(repository.name) != WRITE for repository in shown)
+        table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
+        disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
         return ''.join((
-            self._summary(shown, disk_space(self._store.root) if visit.sees_disk and is_present else None,
-                          fresh),
+            self._summary(shown, disk, fresh),
             self._quotas([*(repository.name for repository in shown), *visit.places], visit),
             '' if shown else _first_backup(visit),
             f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
@@ -11110,8 +11109,8 @@ class Workers:
 # Log formats and log files.
 
 _DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
-# Priorities of syslog(3) from a level on.
-_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (NOTICE, 5), (logging.INFO, 6), (0, 7))
+# Priorities of syslog(3) by level.
+_PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, NOTICE: 5, logging.INFO: 6, logging.DEBUG: 7}
 
 
 class LogFormatter(logging.Formatter):
@@ -11127,8 +11126,8 @@ class LogFormatter(logging.Formatter):
         text = record.getMessage() if record.name == access_log.name else super().format(record)
         if not self._journal:
             return text
-        priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
-        return '\n'.join(f'<{priority}>{line}' for line in text.split('\n'))
+        priority = f'<{_PRIORITIES[record.levelno]}>'
+        return priority + text.replace('\n', f'\n{priority}')
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         record.message = one_line(record.message)
@@ -11173,12 +11172,11 @@ class LogFile(logging.FileHandler):
 def is_journal(fd: int) -> bool:
     """Whether a descriptor leads to systemd's journal: JOURNAL_STREAM names its device and inode
     (systemd.exec(5))."""
-    device, _, inode = os.environ.get('JOURNAL_STREAM', '').partition(':')
     try:
         status = os.fstat(fd)
     except OSError:
         return False
-    return (device, inode) == (str(status.st_dev), str(status.st_ino))
+    return os.environ.get('JOURNAL_STREAM') == f'{status.st_dev}:{status.st_ino}'
 
 
 def start_log(level: int, path: str, as_json: bool = False) -> None:
