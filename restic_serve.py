@@ -538,13 +538,17 @@ class FileSlice:
         return data
 
     def read_all(self) -> bytes:
-        """The rest of the slice in one go; it must not be read again.  Raises OSError as read() does."""
-        data = _read_at(self.fd, self.length, self.offset)
-        if len(data) < self.length:  # a signal, or a network file system
-            self.advance(len(data))
-            while self.length:
-                data += self.read(self.length)
-        return data
+        """The rest of the slice in one go, and close it.  Raises OSError as read() does."""
+        try:
+            data = _read_at(self.fd, self.length, self.offset)
+            if len(data) < self.length:  # a signal, or a network file system
+                self.advance(len(data))
+                while self.length:
+                    data += self.read(self.length)
+            return data
+        finally:
+            os.close(self.fd)
+            self.fd = -1
 
     def advance(self, count: int) -> None:
         """Skip the `count` bytes that were read or sent; OSError where the file has ended."""
@@ -5576,25 +5580,16 @@ DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
 Snapshot = collections.namedtuple('Snapshot', ['time', 'name', 'added'])
 
 
-class Watched:
+class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'locks', 'now', 'troubles'])):
     """A repository as it is `now`: its path, what it holds, the result of its last scrub (None: never), the
     times of its locks in order (None: they cannot be read), and its `troubles`, each since a time."""
 
-    __slots__ = ('name', 'holdings', 'scrub', 'locks', 'now', 'troubles')
-
-    def __init__(self, name: str, holdings: Holdings, scrub: Optional[ScrubResult],
-                 locks: Optional[List[float]], now: float) -> None:
-        self.name = name
-        self.holdings = holdings
-        self.scrub = scrub
-        self.locks = locks
-        self.now = now
-        self.troubles: Dict[str, float] = {}
+    __slots__ = ()
 
     @property
     def title(self) -> str:
         """Its path for people."""
-        return self.name[1:] or '/'
+        return str(self.name[1:] or '/')
 
     def ago(self, moment: float) -> str:
         """How long ago a time was."""
@@ -5621,8 +5616,8 @@ class Watched:
 
     def worst(self) -> Tuple[int, float]:
         """The rank of its worst trouble, and since when it has that."""
-        return next(((rank, self.troubles[trouble]) for rank, trouble in enumerate(TROUBLES)
-                     if trouble in self.troubles), (len(TROUBLES), 0.0))
+        return min(((TROUBLES.index(trouble), since) for trouble, since in self.troubles.items()),
+                   default=(len(TROUBLES), 0.0))
 
 
 class Watch:
@@ -5638,8 +5633,9 @@ class Watch:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
-        repositories = [Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now)
-                        for name, holdings in self._usage.holdings(names).items()]
+        repositories = [
+            Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now, {})
+            for name, holdings in self._usage.holdings(names).items()]
         for repository in repositories:
             self._judge(repository)
             if any(sees(scope) and is_full(scope) for scope in self._usage.limited(repository.name)):
@@ -6814,10 +6810,8 @@ class Api:
             status = 206
         if content.length > SMALL_BYTES or request.method == 'HEAD':
             return Response(status, headers, content)
-        try:  # before the status is sent, so that an error has its own
-            return Response(status, headers, content.read_all())
-        finally:
-            content.close()
+        # Before the status is sent, so that an error has its own.
+        return Response(status, headers, content.read_all())
 
     def _get_list(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
