@@ -6177,7 +6177,12 @@ class Visit(collections.namedtuple('Visit', [
         return _text(f'rest:{self.url}{_quoted_path(path)}/')
 
     def link(self, path: str, text: str, query: str = '') -> str:
-        """A link to the page at a path."""
+        """A link to the page at a path; the text alone where no request can have that path."""
+        try:
+            path.encode()
+            check_repository(path, False)
+        except (UnicodeEncodeError, HttpError):
+            return text
         return f'<a href="{_text(f"{self.base}{_quoted_path(path)}/")}{query}">{text}</a>'
 
     def sorted_by(self, sort: str, text: str = '') -> str:
@@ -6359,7 +6364,8 @@ def _folded(folder: str, inside: List[Watched], visit: Visit, table: Callable[[s
     head, alone, caption = f'<b>{number}</b>', '', 'Other repositories'
     if folder:
         head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
-        alone = f'<p>{visit.link(folder, f"Only {name}/")}</p>' if _is_path(folder) else ''
+        link = visit.link(folder, f'Only {name}/')
+        alone = f'<p>{link}</p>' if link.startswith('<a') else ''
     last = [repository.holdings.last_snapshot for repository in inside if repository.holdings.last_snapshot]
     oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
     return (f'<details><summary>{head}, all is well; {_size(inside)}{oldest}</summary>{alone}'
@@ -6382,14 +6388,11 @@ def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) 
 
 def _row(repository: Watched, visit: Visit, columns: List[Column]) -> str:
     """A repository's row."""
-    name, wrong = _text(repository.title), ''
-    if _is_path(repository.name):
-        name = visit.link(repository.name, name)
+    name, kind = visit.link(repository.name, _text(repository.title)), ''
     if repository.troubles:
-        wrong = _small(f'⚠ {repository.text_of_troubles()}', 'bad')
+        name, kind = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
     cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
-    kind = ' class=late' if wrong else ''
-    return f'<tr{kind}><th scope="row" class="name">{name}{wrong}</th>{cells}</tr>\n'
+    return f'<tr{kind}><th scope="row" class="name">{name}</th>{cells}</tr>\n'
 
 
 def _size(repositories: List[Watched]) -> str:
@@ -6488,16 +6491,6 @@ def _quoted_path(path: str) -> str:
     """A repository's path in a URL (RFC 3986 2.1)."""
     from urllib.parse import quote
     return quote(os.fsencode(path))
-
-
-def _is_path(path: str) -> bool:
-    """Whether requests can have the path of a repository."""
-    try:
-        path.encode()
-        check_repository(path, False)
-    except (UnicodeEncodeError, HttpError):
-        return False
-    return True
 
 
 def _listed(names: List[str]) -> str:
