@@ -5432,7 +5432,7 @@ class Metrics:
                     quotas={scope: quota for scope, quota in facts.quotas.items()
                             if shows(f'/{scope}' if scope else '')})
             families = (*_SERVER_FAMILIES, *_REPOSITORY_FAMILIES) if of_server else _REPOSITORY_FAMILIES
-            return ''.join(line for family in families for line in family.lines(facts))
+            return ''.join(line for family in families for line in _lines(family, facts))
 
     def _facts(self) -> Facts:
         repositories, find = self._usage.repositories(), self.counters.find
@@ -5448,23 +5448,19 @@ Facts = collections.namedtuple('Facts', [
     'refused_logins', 'disk'])
 
 
-class Family:
-    """A metric: by its name a counter or a gauge, or a histogram.  `samples` yields labels and values from
-    Facts, for a histogram preceded by a suffix of the name."""
+# A metric: its name, help text, and a function that yields its samples from Facts: labels and value, preceded
+# by a suffix of the name in a histogram.  Otherwise it is by its name a counter or a gauge.
+Family = collections.namedtuple('Family', ['name', 'text', 'samples', 'kind'], defaults=[''])
 
-    def __init__(self, name: str, help_text: str, samples: Samples, kind: str = '') -> None:
-        kind = kind or ('counter' if name.endswith('_total') else 'gauge')
-        self._name = name
-        self._head = f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n'
-        self._samples = samples
 
-    def lines(self, facts: Facts) -> Iterator[str]:
-        """Its lines in the text format; none if it has no samples."""
-        head = self._head
-        for *suffix, labels, value in self._samples(facts):
-            text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
-            yield f'{head}{"".join([self._name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
-            head = ''
+def _lines(family: Family, facts: Facts) -> Iterator[str]:
+    """A metric in the text format; none if it has no samples."""
+    kind = family.kind or ('counter' if family.name.endswith('_total') else 'gauge')
+    head = f'# HELP {family.name} {family.text}\n# TYPE {family.name} {kind}\n'
+    for *suffix, labels, value in family.samples(facts):
+        text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
+        yield f'{head}{"".join([family.name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
+        head = ''
 
 
 def _durations(facts: Facts) -> Iterator[Sample]:
@@ -5738,29 +5734,6 @@ if TYPE_CHECKING:
     Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
 
-class EventQueue:
-    """Events that wait for the command: who comes next, and who finds no room, is decided here.  Those that
-    clients cause as often as they like wait behind all others, and have a part of the places."""
-
-    def __init__(self) -> None:
-        self._events: Deque[Event] = collections.deque()
-
-    def __len__(self) -> int:
-        return len(self._events)
-
-    def put(self, event: Event) -> bool:
-        """Let an event wait; False if there is no room."""
-        by_clients = event.kind in _BY_CLIENTS
-        if len(self._events) >= (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS):
-            return False
-        (self._events.append if by_clients else self._events.appendleft)(event)
-        return True
-
-    def take(self) -> Event:
-        """The event that is next."""
-        return self._events.popleft()
-
-
 class Events:
     """What happens to the repositories of `usage`, and a shell `command` that is run then; none if it is
     empty.  `watch` finds problems."""
@@ -5776,7 +5749,7 @@ class Events:
         self._next_refused = 0.0
         self._is_due = False                # the next look
         self._lock = threading.Lock()       # of the next two
-        self._queue = EventQueue()
+        self._queue: Deque[Event] = collections.deque()
         self._thread: Optional[threading.Thread] = None
         self._stopped = threading.Event()   # nothing is begun any more
         self._cut = threading.Event()       # what is running is killed
@@ -5820,10 +5793,6 @@ class Events:
                 self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
                           f'only {may}', user)
 
-    def on_mass_delete(self, repository: str, message: str) -> None:
-        """Most snapshots of a repository were deleted."""
-        self.emit('deleted', repository, message)
-
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
         self.emit('snapshot', location.repository, f'{location.repository[1:] or "/"}: snapshot '
@@ -5831,9 +5800,8 @@ class Events:
 
     def on_directory_change(self, is_gone: bool) -> None:
         """The directory of all repositories has gone, or is back."""
-        if self._command:
-            kind, what = ('gone', 'gone (disk unmounted?)') if is_gone else ('back', 'back')
-            self.emit(kind, None, f'{self._store.root} is {what}')
+        kind, what = ('gone', 'gone (disk unmounted?)') if is_gone else ('back', 'back')
+        self.emit(kind, None, f'{self._store.root} is {what}')
 
     # ---- in the process that runs the command ----
 
@@ -5868,8 +5836,13 @@ class Events:
             thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
+        """Let an event wait for the command.  Who comes next, and who finds no room, is decided here: what
+        clients cause as often as they like waits behind all others and has a part of the places."""
+        by_clients = event.kind in _BY_CLIENTS
         with self._lock:
-            has_room = self._queue.put(event)
+            has_room = len(self._queue) < (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)
+            if has_room:
+                (self._queue.append if by_clients else self._queue.appendleft)(event)
         if not has_room:
             log.error('--on-event: command not run for "%s": too many events are queued', event.message)
         self._start()
@@ -5892,7 +5865,7 @@ class Events:
                 if self._stopped.is_set() or not (self._is_due or self._queue):
                     self._thread = None
                     return
-                event = None if self._is_due else self._queue.take()
+                event = None if self._is_due else self._queue.popleft()
                 self._is_due = False
             try:
                 if not event:
@@ -6584,7 +6557,7 @@ class Api:
         self.metrics = metrics or Metrics(counters, self.usage, store)
         self.admission: Optional[Admission] = None  # has the shares of clients behind proxies
         self.events = events or Events(store, counters, self.usage, Watch(store, self.usage, 0))
-        self.usage.on_mass_delete = self.events.on_mass_delete
+        self.usage.on_mass_delete = functools.partial(self.events.emit, 'deleted')
         policy.on_refused_delete = self.events.on_refused_delete
         self._prometheus = prometheus
         self._page = page

@@ -5847,7 +5847,7 @@ class EventsTest(WatchedTestCase):
         events.on_refused_delete('/laptop', 'eve', 'eve', 'append')
         for number in range(1000):
             events.emit('snapshot', '/laptop', f'number {number}')
-        events.on_mass_delete('/laptop', 'what matters')
+        events.emit('deleted', '/laptop', 'what matters')
         self.wait_until(lambda: 'deleted|laptop||what matters' in self.told(), 'what matters')
         self.assertLess(len(self.told()), 5)
         self.assertGreater(sum('too many events' in line for line in self.log), 450)
