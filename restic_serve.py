@@ -254,12 +254,10 @@ def format_time(seconds: float, digits: int = 0) -> str:
 
 def parse_bool(text: str) -> bool:
     """A bool written true or false, 1 or 0, yes or no, on or off, t or f, y or n."""
-    word = text.lower()
-    if word in ('true', '1', 'yes', 'on', 't', 'y'):
-        return True
-    if word in ('false', '0', 'no', 'off', 'f', 'n', ''):
-        return False
-    raise ValueError(f'invalid value {text!r}; use true or false')
+    is_true = text.lower() in ('true', '1', 'yes', 'on', 't', 'y')
+    if not is_true and text.lower() not in ('false', '0', 'no', 'off', 'f', 'n', ''):
+        raise ValueError(f'invalid value {text!r}; use true or false')
+    return is_true
 
 
 def parse_count(text: str) -> int:
@@ -644,12 +642,11 @@ def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
     if not match or not size:   # restic asks for all of an empty object so, and would fail on 416
         return None
     first, last, suffix = match.groups()
-    if suffix is not None:
+    if suffix:
         offset, end = max(size - int(suffix), 0), size
     else:
-        offset = int(first)
-        end = int(last) + 1 if last is not None else size
-        if last is not None and end <= offset:
+        offset, end = int(first), int(last) + 1 if last else size
+        if last and end <= offset:
             return None
     length = min(end, size) - offset
     if length <= 0:
