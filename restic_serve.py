@@ -6236,8 +6236,7 @@ class Page:
             f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
             f'{visit.sorted_by("size")}</p>' if folds else '',
             table('Repositories', shown[:-len(sound)] if folds and sound else shown),
-            *(_folded(folder, inside, visit, table)
-              for folder, inside in (_by_folder(sound, visit.top) if folds else {}).items())))
+            *(_folded(sound, visit, table) if folds else ())))
 
     def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:
         """What there is, in a line."""
@@ -6297,8 +6296,8 @@ class Page:
                     f'{holdings.deleted:,} of them deleted in the last day')
         if past.keeps and visit.right(repository.name) != METRICS:
             with contextlib.suppress(OSError):
-                earliest = time.gmtime(past.earliest(repository.name) // 1_000_000 + 1)
-                moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', earliest)
+                moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(
+                    past.earliest(repository.name) // 1_000_000 + 1))
                 text += _small(f'Earlier states, since {moment}: '
                                f'<code>{visit.address(repository.name)}{AT}/{moment}/</code>')
         return text
@@ -6316,30 +6315,25 @@ def _first_backup(visit: Visit) -> str:
             f'<pre><code>restic -r {visit.address(place)} backup ~</code></pre>')
 
 
-def _by_folder(shown: List[Watched], top: str) -> Dict[str, List[Watched]]:
-    """Repositories by folder below the path `top`; those that are alone in theirs come last, under ``."""
+def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]) -> Iterator[str]:
+    """Sound repositories, each folder as a line that unfolds; those that are alone in theirs come last."""
     folders: Dict[str, List[Watched]] = {}
-    for repository in shown:
-        name = repository.name[len(top):].partition('/')[2].partition('/')[0]
-        folders.setdefault(f'{top}/{name}' if name else '', []).append(repository)
+    for repository in sound:
+        name = repository.name[len(visit.top):].partition('/')[2].partition('/')[0]
+        folders.setdefault(f'{visit.top}/{name}' if name else '', []).append(repository)
     alone = [inside[0] for inside in folders.values() if len(inside) == 1]
-    shared = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
-    return {**shared, '': alone} if alone else shared
-
-
-def _folded(folder: str, inside: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]
-            ) -> str:
-    """The sound repositories of a folder, as a line that unfolds."""
-    number, name = format_count(len(inside), 'repository'), _text(folder[1:])
-    head, alone, caption = f'<b>{number}</b>', '', 'Other repositories'
-    if folder:
-        head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
-        link = visit.link(folder, f'Only {name}/')
-        alone = f'<p>{link}</p>' if link.startswith('<a') else ''
-    last = [repository.holdings.last_snapshot for repository in inside if repository.holdings.last_snapshot]
-    oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
-    return (f'<details><summary>{head}, all is well; {_size(inside)}{oldest}</summary>{alone}'
-            f'{table(caption, inside)}</details>\n')
+    folders = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
+    for folder, inside in {**folders, '': alone}.items() if alone else folders.items():
+        number, name = format_count(len(inside), 'repository'), _text(folder[1:])
+        head, only, caption = f'<b>{number}</b>', '', 'Other repositories'
+        if folder:
+            head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
+            link = visit.link(folder, f'Only {name}/')
+            only = f'<p>{link}</p>' if link.startswith('<a') else ''
+        last = list(filter(None, (repository.holdings.last_snapshot for repository in inside)))
+        oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
+        yield (f'<details><summary>{head}, all is well; {_size(inside)}{oldest}</summary>{only}'
+               f'{table(caption, inside)}</details>\n')
 
 
 def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) -> str:
