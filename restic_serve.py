@@ -393,7 +393,8 @@ def parse_baseurl(text: str) -> str:
 
 
 # ==== Messages ===================================================================================
-# Requests, responses and errors as the Api and both wires know them, and what RFC 9110 says of them.
+# Requests, responses and errors as the Api and both wires know them, and what RFC 9110 says of them; the
+# channels between the server's processes.
 
 class Gone(Exception):
     """The client has disconnected or timed out; no answer can reach it."""
@@ -5705,11 +5706,12 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 # ==== Events =====================================================================================
 # Runs a command of the administrator's when something happens (--on-event).
 #
-# Theory of operation.  Any process may find that something has happened; it sends that over a socket to the
-# process that makes the censuses, which runs the command in a thread, for one event at a time.  The same
-# thread looks every WATCH_SECONDS for problems.  Which of them were reported is kept in EVENTS_FILE, which
-# is changed under a lock, so that other servers of the directory, and the next start, do not report them
-# again: an event is claimed there first, and released if the server stops before its command has run.
+# Theory of operation.  Any process may find that something has happened; it sends that over a channel to the
+# process that makes the censuses, which runs the command in a thread, for one event at a time: _enqueue()
+# decides which is next.  The same thread looks every WATCH_SECONDS for problems.  Which of them were reported
+# is kept in EVENTS_FILE, which is changed under a lock, so that other servers of the directory, and the next
+# start, do not report them again: an event is claimed there first, and released if the server stops before
+# its command has run.
 #
 # Servers may count at different times, so one may see an older last snapshot than another.  That a
 # repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
@@ -5833,8 +5835,8 @@ class Events:
             thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
-        """Let an event wait for the command.  Who comes next, and who finds no room, is decided here: what
-        clients cause as often as they like waits behind all others and has a part of the places."""
+        """Let an event wait for the command.  What clients cause as often as they like waits behind all
+        others, and has only a part of the places."""
         by_clients = event.kind in _BY_CLIENTS
         with self._lock:
             has_room = len(self._queue) < (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)

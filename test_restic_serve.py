@@ -5404,6 +5404,17 @@ class MetricsTest(WatchedTestCase):
             'restic_serve_quota_used_bytes{folder="alice"}': '307',
             'restic_serve_quota_limit_bytes{folder="alice"}': '2000'})
 
+    def test_a_process_counts_in_its_own_slot(self):
+        counters = Counters(2)
+        metrics = Metrics(counters, Usage(self.store, counters), self.store)
+        request = Request('GET', '/', '', {}, None, Peer('x'))
+        request.location = Location('/a', 'data', 'x')
+        for slot in range(2):   # as after a fork: what was known of the other slot is not written to
+            metrics.join(slot)
+            metrics.count(request, 200, 5)
+        self.assertEqual([sum(row[1:]) for row in counters.read(('request', 'GET', '200'))], [1, 1])
+        self.assertEqual(counters.read(('blob', '', '/a', 'data')), [[0, 0, 1, 5, 0, 0]] * 2)
+
     def test_a_scrape_does_not_wait_for_the_count(self):
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
