@@ -5421,22 +5421,20 @@ class Metrics:
         the server, in the text format.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
-            facts = self._facts()
-            if shows:
-                facts = facts._replace(
-                    blobs={key: row for key, row in facts.blobs.items() if shows(key[2])},
-                    repositories={name: item for name, item in facts.repositories.items() if shows(name)},
-                    scrubs={name: result for name, result in facts.scrubs.items() if shows(name)},
-                    quotas={scope: quota for scope, quota in facts.quotas.items()
-                            if shows(f'/{scope}' if scope else '')})
+            facts = self._facts(shows or (lambda path: True))
             families = (*_SERVER_FAMILIES, *_REPOSITORY_FAMILIES) if of_server else _REPOSITORY_FAMILIES
             return ''.join(line for family in families for line in _lines(family, facts))
 
-    def _facts(self) -> Facts:
-        repositories, find = self._usage.repositories(), self.counters.find
-        return Facts(find('blob'), find('request'), find('limited'), find('event'), self.connections(),
-                     self._begin, repositories, last_scrubs(self._store), self._usage.quotas(repositories),
-                     self.counters.total(REFUSED_LOGINS, 1)[0], disk_space(self._store.root))
+    def _facts(self, shows: Callable[[str], bool]) -> Facts:
+        find, repositories = self.counters.find, self._usage.repositories()
+        return Facts(
+            {key: row for key, row in find('blob').items() if shows(key[2])}, find('request'),
+            find('limited'), find('event'), self.connections(), self._begin,
+            {name: holdings for name, holdings in repositories.items() if shows(name)},
+            {name: result for name, result in last_scrubs(self._store).items() if shows(name)},
+            {scope: quota for scope, quota in self._usage.quotas(repositories).items()
+             if shows(f'/{scope}' if scope else '')},
+            self.counters.total(REFUSED_LOGINS, 1)[0], disk_space(self._store.root))
 
 
 # What the metrics are computed from: rows of Counters, repositories, scrubs and quotas by name, logins that
