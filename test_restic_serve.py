@@ -6077,8 +6077,8 @@ class PageTest(WatchedTestCase):
         text = self.look()[1]
         folded = re.findall('<details><summary><b>([^<]*)</b>', text)
         self.assertEqual(folded, ['north/', 'south/', '3 repositories'])
-        self.assertEqual(re.findall('oldest last snapshot ([^<]*)', text),
-                         ['a moment ago', '8 minutes ago', 'a moment ago'])
+        self.assertEqual(text.count(', oldest last snapshot '), 3)
+        self.assertNotIn(' days ago', text)     # of one that has none yet
         self.assertEqual(self.names()[:4], ['north/late', 'north/host-0', 'north/host-1', 'north/host-2'])
         self.assertEqual(len(self.names()), 26)
         self.assertEqual(self.names('/?sort=name')[:3], ['north/late', 'alone', 'lonely'])
@@ -6086,14 +6086,6 @@ class PageTest(WatchedTestCase):
         self.assertEqual(self.names('/?sort=size')[:3], ['north/late', 'south/host-0', 'south/host-1'])
         self.assertNotIn('<details', self.look('/?sort=size')[1])
         self.assertNotIn('<details', self.look('/north/')[1])
-
-    def test_others_are_named_to_who_sees_the_server(self):
-        self.fill('/alice/x', 'snapshots')
-        self.watch(Policy(short_rights(private=True, administrators=['root'])),
-                   self.users('root', 'alice', 'carol'))
-        self.assertIn('<dt>Rights</dt><dd>write: alice, root</dd>',
-                      self.look('/alice/x/', basic('root', 'root'))[1])
-        self.assertNotIn('<dt>Rights', self.look('/alice/x/', basic('alice', 'alice'))[1])
 
     def test_a_directory_that_is_gone_is_the_headline(self):
         self.fill('/laptop', 'snapshots')
@@ -6127,9 +6119,7 @@ class PageTest(WatchedTestCase):
         self.assertEqual(policy.who_may('/alice/lap', []), {'append': ['alice']})
 
     def test_times_and_names_that_nobody_can_have_are_shown_all_the_same(self):
-        self.fill('/late', 'snapshots')
-        path = next((self.root / 'late' / 'snapshots').iterdir())
-        os.utime(path, (1 << 30, 1 << 30))
+        self.fill('/late', 'snapshots', age=time.time() - (1 << 30))
         for name in (b'latin-\xe9', b'two\nlines'):
             (self.root / os.fsdecode(name) / 'keys').mkdir(parents=True)
             (self.root / os.fsdecode(name) / 'config').write_bytes(b'config')
@@ -6174,15 +6164,19 @@ class PageTest(WatchedTestCase):
         self.server.api._page = None
         self.assertEqual(self.ask(get('/', self.HTML))[0], 404)
 
-    def test_users_see_what_they_may_enter(self):
+    def test_users_see_what_they_may_enter_with_their_quota_and_no_other_user(self):
         for name in ('/alice/x', '/alice/y', '/alicia', '/bob', ''):
             self.fill(name, 'snapshots')
         self.watch(Policy(short_rights(private=True, administrators=['root'])),
                    self.users('root', 'alice', 'carol'), per_user=1000, max_bytes=5000)
-        alice, root = basic('alice', 'alice'), basic('root', 'root')
+        alice, root, carol = (basic(user, user) for user in ('alice', 'root', 'carol'))
         self.assertEqual(self.ask(get('/', self.HTML))[0], 401)
         self.assertEqual(self.names('/', alice), ['alice/x', 'alice/y'])
-        self.assertIn('/alice/</span>', self.look('/', alice)[1])
+        for path, login, quota in (
+                ('/', alice, '/alice/'), ('/alice/x/', alice, '/alice/'), ('/', carol, '/carol/')):
+            self.assertIn(f'{quota}</span>', self.look(path, login)[1])
+        self.assertIn('<dt>Rights</dt><dd>write: alice, root</dd>', self.look('/alice/x/', root)[1])
+        self.assertNotIn('<dt>Rights', self.look('/alice/x/', alice)[1])
         self.assertNotRegex(self.look('/', alice)[1], '/bob|>All<')
         self.assertIn('>All<', self.look('/', root)[1])
         self.assertEqual(self.names('/alice/y', alice), [])
@@ -6190,13 +6184,7 @@ class PageTest(WatchedTestCase):
         self.assertEqual(self.ask(get('/bob/', self.HTML, alice))[0], 403)
         self.assertEqual(self.names('/', root), ['/', 'alice/x', 'alice/y', 'alicia', 'bob'])
         self.assertEqual(self.names('/alice/', root), ['alice/x', 'alice/y'])
-        self.assertEqual(self.names('/', basic('carol', 'carol')), [])
-
-    def test_the_quota_of_a_user_is_shown_on_every_page_of_theirs(self):
-        self.fill('/alice/x', 'snapshots')
-        self.watch(Policy(short_rights(private=True)), self.users('alice', 'bob'), per_user=1000)
-        for path, user in (('/', 'alice'), ('/alice/x/', 'alice'), ('/', 'bob')):
-            self.assertIn(f'/{user}/</span>', self.look(path, basic(user, user))[1])
+        self.assertEqual(self.names('/', carol), [])
 
     def test_a_count_that_is_old_is_waited_for_or_its_age_is_said(self):
         self.fill('/host', 'snapshots')
