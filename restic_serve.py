@@ -248,12 +248,10 @@ def format_time(seconds: float, digits: int = 0) -> str:
 
 def parse_bool(text: str) -> bool:
     """A bool written true or false, 1 or 0, yes or no, on or off, t or f, y or n."""
-    word = text.lower()
-    if word in ('true', '1', 'yes', 'on', 't', 'y'):
-        return True
-    if word in ('false', '0', 'no', 'off', 'f', 'n', ''):
-        return False
-    raise ValueError(f'invalid value {text!r}; use true or false')
+    is_true = text.lower() in ('true', '1', 'yes', 'on', 't', 'y')
+    if not is_true and text.lower() not in ('false', '0', 'no', 'off', 'f', 'n', ''):
+        raise ValueError(f'invalid value {text!r}; use true or false')
+    return is_true
 
 
 def parse_count(text: str) -> int:
@@ -393,7 +391,8 @@ def parse_baseurl(text: str) -> str:
 
 
 # ==== Messages ===================================================================================
-# Requests, responses and errors as the Api and both wires know them, and what RFC 9110 says of them.
+# Requests, responses and errors as the Api and both wires know them, and what RFC 9110 says of them; the
+# channels between the server's processes.
 
 class Gone(Exception):
     """The client has disconnected or timed out; no answer can reach it."""
@@ -654,12 +653,11 @@ def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
     if not match or not size:   # restic asks for all of an empty object so, and would fail on 416
         return None
     first, last, suffix = match.groups()
-    if suffix is not None:
+    if suffix:
         offset, end = max(size - int(suffix), 0), size
     else:
-        offset = int(first)
-        end = int(last) + 1 if last is not None else size
-        if last is not None and end <= offset:
+        offset, end = int(first), int(last) + 1 if last else size
+        if last and end <= offset:
             return None
     length = min(end, size) - offset
     if length <= 0:
@@ -5283,22 +5281,20 @@ class Metrics:
         the server, in the text format.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
-            facts = self._facts()
-            if shows:
-                facts = facts._replace(
-                    blobs={key: row for key, row in facts.blobs.items() if shows(key[2])},
-                    repositories={name: item for name, item in facts.repositories.items() if shows(name)},
-                    scrubs={name: result for name, result in facts.scrubs.items() if shows(name)},
-                    quotas={scope: quota for scope, quota in facts.quotas.items()
-                            if shows(f'/{scope}' if scope else '')})
+            facts = self._facts(shows or (lambda path: True))
             families = (*_SERVER_FAMILIES, *_REPOSITORY_FAMILIES) if of_server else _REPOSITORY_FAMILIES
-            return ''.join(line for family in families for line in family.lines(facts))
+            return ''.join(line for family in families for line in _lines(family, facts))
 
-    def _facts(self) -> Facts:
-        repositories, find = self._usage.repositories(), self.counters.find
-        return Facts(find('blob'), find('request'), find('limited'), find('event'), self.connections(),
-                     self._begin, repositories, last_scrubs(self._store), self._usage.quotas(repositories),
-                     self.counters.total(REFUSED_LOGINS, 1)[0], disk_space(self._store.root))
+    def _facts(self, shows: Callable[[str], bool]) -> Facts:
+        find, repositories = self.counters.find, self._usage.repositories()
+        return Facts(
+            {key: row for key, row in find('blob').items() if shows(key[2])}, find('request'),
+            find('limited'), find('event'), self.connections(), self._begin,
+            {name: holdings for name, holdings in repositories.items() if shows(name)},
+            {name: result for name, result in last_scrubs(self._store).items() if shows(name)},
+            {scope: quota for scope, quota in self._usage.quotas(repositories).items()
+             if shows(f'/{scope}' if scope else '')},
+            self.counters.total(REFUSED_LOGINS, 1)[0], disk_space(self._store.root))
 
 
 # What the metrics are computed from: rows of Counters, repositories, scrubs and quotas by name, logins that
@@ -5308,23 +5304,19 @@ Facts = collections.namedtuple('Facts', [
     'refused_logins', 'disk'])
 
 
-class Family:
-    """A metric: by its name a counter or a gauge, or a histogram.  `samples` yields labels and values from
-    Facts, for a histogram preceded by a suffix of the name."""
+# A metric: its name, help text, and a function that yields its samples from Facts: labels and value, preceded
+# by a suffix of the name in a histogram.  Otherwise it is by its name a counter or a gauge.
+Family = collections.namedtuple('Family', ['name', 'text', 'samples', 'kind'], defaults=[''])
 
-    def __init__(self, name: str, help_text: str, samples: Samples, kind: str = '') -> None:
-        kind = kind or ('counter' if name.endswith('_total') else 'gauge')
-        self._name = name
-        self._head = f'# HELP {name} {help_text}\n# TYPE {name} {kind}\n'
-        self._samples = samples
 
-    def lines(self, facts: Facts) -> Iterator[str]:
-        """Its lines in the text format; none if it has no samples."""
-        head = self._head
-        for *suffix, labels, value in self._samples(facts):
-            text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
-            yield f'{head}{"".join([self._name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
-            head = ''
+def _lines(family: Family, facts: Facts) -> Iterator[str]:
+    """A metric in the text format; none if it has no samples."""
+    kind = family.kind or ('counter' if family.name.endswith('_total') else 'gauge')
+    head = f'# HELP {family.name} {family.text}\n# TYPE {family.name} {kind}\n'
+    for *suffix, labels, value in family.samples(facts):
+        text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
+        yield f'{head}{"".join([family.name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
+        head = ''
 
 
 def _durations(facts: Facts) -> Iterator[Sample]:
@@ -5440,25 +5432,16 @@ DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
 Snapshot = collections.namedtuple('Snapshot', ['time', 'name', 'added'])
 
 
-class Watched:
+class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'locks', 'now', 'troubles'])):
     """A repository as it is `now`: its path, what it holds, the result of its last scrub (None: never), the
     times of its locks in order (None: they cannot be read), and its `troubles`, each since a time."""
 
-    __slots__ = ('name', 'holdings', 'scrub', 'locks', 'now', 'troubles')
-
-    def __init__(self, name: str, holdings: Holdings, scrub: Optional[ScrubResult],
-                 locks: Optional[List[float]], now: float) -> None:
-        self.name = name
-        self.holdings = holdings
-        self.scrub = scrub
-        self.locks = locks
-        self.now = now
-        self.troubles: Dict[str, float] = {}
+    __slots__ = ()
 
     @property
     def title(self) -> str:
         """Its path for people."""
-        return self.name[1:] or '/'
+        return str(self.name[1:] or '/')
 
     def ago(self, moment: float) -> str:
         """How long ago a time was."""
@@ -5485,8 +5468,8 @@ class Watched:
 
     def worst(self) -> Tuple[int, float]:
         """The rank of its worst trouble, and since when it has that."""
-        return next(((rank, self.troubles[trouble]) for rank, trouble in enumerate(TROUBLES)
-                     if trouble in self.troubles), (len(TROUBLES), 0.0))
+        return min(((TROUBLES.index(trouble), since) for trouble, since in self.troubles.items()),
+                   default=(len(TROUBLES), 0.0))
 
 
 class Watch:
@@ -5502,8 +5485,9 @@ class Watch:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
-        repositories = [Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now)
-                        for name, holdings in self._usage.holdings(names).items()]
+        repositories = [
+            Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now, {})
+            for name, holdings in self._usage.holdings(names).items()]
         for repository in repositories:
             self._judge(repository)
             if any(sees(scope) and is_full(scope) for scope in self._usage.limited(repository.name)):
@@ -5580,11 +5564,12 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 # ==== Events =====================================================================================
 # Runs a command of the administrator's when something happens (--on-event).
 #
-# Theory of operation.  Any process may find that something has happened; it sends that over a socket to the
-# process that makes the censuses, which runs the command in a thread, for one event at a time.  The same
-# thread looks every WATCH_SECONDS for problems.  Which of them were reported is kept in EVENTS_FILE, which
-# is changed under a lock, so that other servers of the directory, and the next start, do not report them
-# again: an event is claimed there first, and released if the server stops before its command has run.
+# Theory of operation.  Any process may find that something has happened; it sends that over a channel to the
+# process that makes the censuses, which runs the command in a thread, for one event at a time: _enqueue()
+# decides which is next.  The same thread looks every WATCH_SECONDS for problems.  Which of them were reported
+# is kept in EVENTS_FILE, which is changed under a lock, so that other servers of the directory, and the next
+# start, do not report them again: an event is claimed there first, and released if the server stops before
+# its command has run.
 #
 # Servers may count at different times, so one may see an older last snapshot than another.  That a
 # repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
@@ -5606,29 +5591,6 @@ if TYPE_CHECKING:
     Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
 
-class EventQueue:
-    """Events that wait for the command: who comes next, and who finds no room, is decided here.  Those that
-    clients cause as often as they like wait behind all others, and have a part of the places."""
-
-    def __init__(self) -> None:
-        self._events: Deque[Event] = collections.deque()
-
-    def __len__(self) -> int:
-        return len(self._events)
-
-    def put(self, event: Event) -> bool:
-        """Let an event wait; False if there is no room."""
-        by_clients = event.kind in _BY_CLIENTS
-        if len(self._events) >= (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS):
-            return False
-        (self._events.append if by_clients else self._events.appendleft)(event)
-        return True
-
-    def take(self) -> Event:
-        """The event that is next."""
-        return self._events.popleft()
-
-
 class Events:
     """What happens to the repositories of `usage`, and a shell `command` that is run then; none if it is
     empty.  `watch` finds problems."""
@@ -5642,9 +5604,9 @@ class Events:
         self._command = command
         self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
         self._next_refused = 0.0
-        self._lock = threading.Lock()       # of the next three
-        self._queue = EventQueue()
         self._is_due = False                # the next look
+        self._lock = threading.Lock()       # of the next two
+        self._queue: Deque[Event] = collections.deque()
         self._thread: Optional[threading.Thread] = None
         self._stopped = threading.Event()   # nothing is begun any more
         self._cut = threading.Event()       # what is running is killed
@@ -5688,10 +5650,6 @@ class Events:
                 self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
                           f'only {may}', user)
 
-    def on_mass_delete(self, repository: str, message: str) -> None:
-        """Most snapshots of a repository were deleted."""
-        self.emit('deleted', repository, message)
-
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
         self.emit('snapshot', location.repository, f'{location.repository[1:] or "/"}: snapshot '
@@ -5699,9 +5657,8 @@ class Events:
 
     def on_directory_change(self, is_gone: bool) -> None:
         """The directory of all repositories has gone, or is back."""
-        if self._command:
-            kind, what = ('gone', 'gone (disk unmounted?)') if is_gone else ('back', 'back')
-            self.emit(kind, None, f'{self._store.root} is {what}')
+        kind, what = ('gone', 'gone (disk unmounted?)') if is_gone else ('back', 'back')
+        self.emit(kind, None, f'{self._store.root} is {what}')
 
     # ---- in the process that runs the command ----
 
@@ -5718,8 +5675,7 @@ class Events:
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
-            with self._lock:
-                self._is_due = True
+            self._is_due = True
             self._start()
         return self._next_look - now
 
@@ -5737,8 +5693,13 @@ class Events:
             thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
+        """Let an event wait for the command.  What clients cause as often as they like waits behind all
+        others, and has only a part of the places."""
+        by_clients = event.kind in _BY_CLIENTS
         with self._lock:
-            has_room = self._queue.put(event)
+            has_room = len(self._queue) < (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)
+            if has_room:
+                (self._queue.append if by_clients else self._queue.appendleft)(event)
         if not has_room:
             log.error('--on-event: command not run for "%s": too many events are queued', event.message)
         self._start()
@@ -5761,7 +5722,7 @@ class Events:
                 if self._stopped.is_set() or not (self._is_due or self._queue):
                     self._thread = None
                     return
-                event = None if self._is_due else self._queue.take()
+                event = None if self._is_due else self._queue.popleft()
                 self._is_due = False
             try:
                 if not event:
@@ -6046,7 +6007,12 @@ class Visit(collections.namedtuple('Visit', [
         return _text(f'rest:{self.url}{_quoted_path(path)}/')
 
     def link(self, path: str, text: str, query: str = '') -> str:
-        """A link to the page at a path."""
+        """A link to the page at a path; the text alone where no request can have that path."""
+        try:
+            path.encode()
+            check_repository(path, False)
+        except (UnicodeEncodeError, StorageError):
+            return text
         return f'<a href="{_text(f"{self.base}{_quoted_path(path)}/")}{query}">{text}</a>'
 
     def sorted_by(self, sort: str, text: str = '') -> str:
@@ -6062,7 +6028,7 @@ class Page:
         self._usage = usage
         self._watch = Watch(store, usage, stale_after)
         self._rendering = threading.Lock()
-        # Used again while nothing was added or deleted: the `state` is the same.
+        # The same while nothing is added or deleted, which `state` would show.
         self._snapshots = functools.lru_cache(maxsize=LOOKED_AT_MOST)(
             lambda name, *state: self._watch.snapshots(name))
 
@@ -6105,33 +6071,32 @@ class Page:
             f'<p>{_bad(fault)}</p>' if fault else '',
             self._repository(itself, visit) if itself else '',
             f'<h2>Below {_text(top[1:])}</h2>' if itself and others else '',
-            self._overview(others, visit, fresh, not fault) if others or not itself else '',
+            self._overview(others, visit, fresh, fault) if others or not itself else '',
             f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
             'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
             if shown else '', '</footer></body></html>\n'))
 
     # ---- several repositories ----
 
-    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, is_present: bool) -> str:
+    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, fault: str) -> str:
         if self._usage.census.age() == math.inf:
             return '<p>Calculating sizes …</p>'
         key = SORTS.get(visit.sort)
         if key:
             shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
         folds = len(shown) >= FOLD_FROM and not key
-        table = functools.partial(_table, visit, any(visit.right(repository.name) != WRITE
-                                                     for repository in shown))
         sound = [repository for repository in shown if not repository.troubles]
+        limited = any(visit.right(repository.name) != WRITE for repository in shown)
+        table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
+        disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
         return ''.join((
-            self._summary(shown, disk_space(self._store.root) if visit.sees_disk and is_present else None,
-                          fresh),
+            self._summary(shown, disk, fresh),
             self._quotas([*(repository.name for repository in shown), *visit.places], visit),
             '' if shown else _first_backup(visit),
             f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
             f'{visit.sorted_by("size")}</p>' if folds else '',
             table('Repositories', shown[:-len(sound)] if folds and sound else shown),
-            *(_folded(folder, inside, visit, table)
-              for folder, inside in (_by_folder(sound, visit.top) if folds else {}).items())))
+            *(_folded(sound, visit, table) if folds else ())))
 
     def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:
         """What there is, in a line."""
@@ -6191,8 +6156,8 @@ class Page:
                     f'{holdings.deleted:,} of them deleted in the last day')
         if past.keeps and visit.right(repository.name) != METRICS:
             with contextlib.suppress(OSError):
-                earliest = time.gmtime(past.earliest(repository.name) // 1_000_000 + 1)
-                moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', earliest)
+                moment = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(
+                    past.earliest(repository.name) // 1_000_000 + 1))
                 text += _small(f'Earlier states, since {moment}: '
                                f'<code>{visit.address(repository.name)}{AT}/{moment}/</code>')
         return text
@@ -6210,29 +6175,25 @@ def _first_backup(visit: Visit) -> str:
             f'<pre><code>restic -r {visit.address(place)} backup ~</code></pre>')
 
 
-def _by_folder(shown: List[Watched], top: str) -> Dict[str, List[Watched]]:
-    """Repositories by folder below the path `top`; those that are alone in theirs come last, under ``."""
+def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]) -> Iterator[str]:
+    """Sound repositories, each folder as a line that unfolds; those that are alone in theirs come last."""
     folders: Dict[str, List[Watched]] = {}
-    for repository in shown:
-        name = repository.name[len(top):].partition('/')[2].partition('/')[0]
-        folders.setdefault(f'{top}/{name}' if name else '', []).append(repository)
+    for repository in sound:
+        name = repository.name[len(visit.top):].partition('/')[2].partition('/')[0]
+        folders.setdefault(f'{visit.top}/{name}' if name else '', []).append(repository)
     alone = [inside[0] for inside in folders.values() if len(inside) == 1]
-    shared = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
-    return {**shared, '': alone} if alone else shared
-
-
-def _folded(folder: str, inside: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]
-            ) -> str:
-    """The sound repositories of a folder, as a line that unfolds."""
-    number, name = format_count(len(inside), 'repository'), _text(folder[1:])
-    head, alone, caption = f'<b>{number}</b>', '', 'Other repositories'
-    if folder:
-        head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
-        alone = f'<p>{visit.link(folder, f"Only {name}/")}</p>' if _is_path(folder) else ''
-    last = [repository.holdings.last_snapshot for repository in inside if repository.holdings.last_snapshot]
-    oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
-    return (f'<details><summary>{head}, all is well; {_size(inside)}{oldest}</summary>{alone}'
-            f'{table(caption, inside)}</details>\n')
+    folders = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
+    for folder, inside in {**folders, '': alone}.items() if alone else folders.items():
+        number, name = format_count(len(inside), 'repository'), _text(folder[1:])
+        head, only, caption = f'<b>{number}</b>', '', 'Other repositories'
+        if folder:
+            head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
+            link = visit.link(folder, f'Only {name}/')
+            only = f'<p>{link}</p>' if link.startswith('<a') else ''
+        last = list(filter(None, (repository.holdings.last_snapshot for repository in inside)))
+        oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
+        yield (f'<details><summary>{head}, all is well; {_size(inside)}{oldest}</summary>{only}'
+               f'{table(caption, inside)}</details>\n')
 
 
 def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) -> str:
@@ -6251,14 +6212,11 @@ def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) 
 
 def _row(repository: Watched, visit: Visit, columns: List[Column]) -> str:
     """A repository's row."""
-    name, wrong = _text(repository.title), ''
-    if _is_path(repository.name):
-        name = visit.link(repository.name, name)
+    name, kind = visit.link(repository.name, _text(repository.title)), ''
     if repository.troubles:
-        wrong = _small(f'⚠ {repository.text_of_troubles()}', 'bad')
+        name, kind = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
     cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
-    kind = ' class=late' if wrong else ''
-    return f'<tr{kind}><th scope="row" class="name">{name}{wrong}</th>{cells}</tr>\n'
+    return f'<tr{kind}><th scope="row" class="name">{name}</th>{cells}</tr>\n'
 
 
 def _size(repositories: List[Watched]) -> str:
@@ -6357,16 +6315,6 @@ def _quoted_path(path: str) -> str:
     """A repository's path in a URL (RFC 3986 2.1)."""
     from urllib.parse import quote
     return quote(os.fsencode(path))
-
-
-def _is_path(path: str) -> bool:
-    """Whether requests can have the path of a repository."""
-    try:
-        path.encode()
-        check_repository(path, False)
-    except (UnicodeEncodeError, StorageError):
-        return False
-    return True
 
 
 def _listed(names: List[str]) -> str:
@@ -6566,7 +6514,7 @@ class Api:
         self.metrics = metrics or Metrics(counters, self.usage, store)
         self.admission = admission or Admission(self.metrics, self.accounts.is_proxy)
         self.events = events or Events(store, counters, self.usage, Watch(store, self.usage, 0))
-        self.usage.on_mass_delete = self.events.on_mass_delete
+        self.usage.on_mass_delete = functools.partial(self.events.emit, 'deleted')
         policy.on_refused_delete = self.events.on_refused_delete
         self._prometheus = prometheus
         self._page = page
@@ -9443,11 +9391,11 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if census.channel.receiver and self._is_first:
-            loop.watch(census.channel.receiver, census.on_requested)
+        if self._is_first:
+            for channel, take in ((census.channel, census.on_requested), (events.channel, events.on_sent)):
+                if channel.receiver:
+                    loop.watch(channel.receiver, take)
             loop.timers += [self._purge, events.tick]
-        if events.channel.receiver and self._is_first:
-            loop.watch(events.channel.receiver, events.on_sent)
         loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
@@ -9763,8 +9711,8 @@ class Workers:
 # Log formats and log files.
 
 _DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
-# Priorities of syslog(3) from a level on.
-_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (NOTICE, 5), (logging.INFO, 6), (0, 7))
+# Priorities of syslog(3) by level.
+_PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, NOTICE: 5, logging.INFO: 6, logging.DEBUG: 7}
 
 
 class LogFormatter(logging.Formatter):
@@ -9780,8 +9728,8 @@ class LogFormatter(logging.Formatter):
         text = record.getMessage() if record.name == access_log.name else super().format(record)
         if not self._journal:
             return text
-        priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
-        return '\n'.join(f'<{priority}>{line}' for line in text.split('\n'))
+        priority = f'<{_PRIORITIES[record.levelno]}>'
+        return priority + text.replace('\n', f'\n{priority}')
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         record.message = one_line(record.message)
@@ -9826,12 +9774,11 @@ class LogFile(logging.FileHandler):
 def is_journal(fd: int) -> bool:
     """Whether a descriptor leads to systemd's journal: JOURNAL_STREAM names its device and inode
     (systemd.exec(5))."""
-    device, _, inode = os.environ.get('JOURNAL_STREAM', '').partition(':')
     try:
         status = os.fstat(fd)
     except OSError:
         return False
-    return (device, inode) == (str(status.st_dev), str(status.st_ino))
+    return os.environ.get('JOURNAL_STREAM') == f'{status.st_dev}:{status.st_ino}'
 
 
 def start_log(level: int, path: str, as_json: bool = False) -> None:
