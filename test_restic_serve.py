@@ -9591,7 +9591,6 @@ class ForwardedClientsTest(ListenerTestCase):
 
     def test_each_has_a_share_of_its_own(self):
         server = self.serve(self.api, max_connections=100, per_address=2)
-        (self.root / 'keys').mkdir()
         port, credentials = server.listeners[0].server_port, basic('alice', 'secret')
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(5)]
