@@ -24,16 +24,15 @@ import socket
 import stat
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Deque, Dict, Iterator, List, Optional, Tuple
 
-OURS = Path(__file__).resolve().parent.parent / 'restic_serve.py'
+from common import KINDS, MODULE, OURS, Served, free_port, make_repository, store
+
 PEER = 'rest-server'
-KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DROP_CACHES = '/proc/sys/vm/drop_caches'
 SETTLE_SECONDS = 0.5            # from the first answer until all workers have started
 WARM_LISTS = 5                  # of which the fastest counts
@@ -45,21 +44,11 @@ def object_names(count: int) -> List[str]:
     return [hashlib.sha256(b'%d' % number).hexdigest() for number in range(count)]
 
 
-def make_repository(root: str, count: int) -> None:
+def fill(root: str, count: int) -> None:
     """A repository of objects that take no blocks, made in no order, as restic does."""
-    for kind in KINDS:
-        os.makedirs(f'{root}/{kind}')
-    Path(root, 'config').write_text('x')
-    folders = []
-    for number in range(256):
-        os.mkdir(f'{root}/data/{number:02x}')
-        folders.append(os.open(f'{root}/data/{number:02x}', os.O_RDONLY))
+    make_repository(root)
     for size, name in enumerate(object_names(count)):
-        fd = os.open(name, os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=folders[int(name[:2], 16)])
-        os.ftruncate(fd, size)
-        os.close(fd)
-    for fd in folders:
-        os.close(fd)
+        os.truncate(store(root, 'data', b'', name), size)
     os.sync()
 
 
@@ -179,35 +168,15 @@ def mounted(count: int, delay: float) -> Iterator[str]:
 
 # ---- servers and their lists ----
 
-class Served:
-    """A running server, which serves a directory for reading."""
+class Listed(Served):
+    """A server of a directory for reading."""
 
     def __init__(self, words: List[str], root: str) -> None:
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            self.port = sock.getsockname()[1]
-        at = f'127.0.0.1:{self.port}'
-        words = ([*words, '--no-auth', '--listen', at, '--path', root] if words[0] == PEER
-                 else [*words, '--read-only', '--addr', at, root])
-        self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', self.port)) as sock:
-                sock.sendall(b'GET /none/config HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
-                while sock.recv(4096):
-                    pass
-                time.sleep(SETTLE_SECONDS)
-                return
-            if self._process.poll() is not None or time.monotonic() > end:
-                sys.exit(f'no answer from {words}')
-            time.sleep(0.02)
-
-    def __enter__(self) -> Served:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
+        port = free_port()
+        at = f'127.0.0.1:{port}'
+        super().__init__([*words, '--no-auth', '--listen', at, '--path', root] if words[0] == PEER
+                         else [*words, '--read-only', '--addr', at, root], port)
+        time.sleep(SETTLE_SECONDS)
 
     def list(self, count: int) -> Tuple[float, float]:
         """Seconds until the first byte of a list's body, and until the last."""
@@ -237,7 +206,7 @@ def measure(servers: Dict[str, List[str]], root: str, count: int, rounds: int, w
     rows: Rows = {}
     for turn in range(rounds):
         for name in sorted(servers, reverse=bool(turn % 2)):
-            with Served(servers[name], root) as server:
+            with Listed(servers[name], root) as server:
                 os.sync()
                 Path(DROP_CACHES).write_text('3')
                 rows.setdefault(what, {}).setdefault(name, []).append(server.list(count))
@@ -256,7 +225,7 @@ def print_table(rows: Rows) -> None:
         for name, (first, whole) in medians.items():
             ratio, goal = whole / medians[PEER][1], GOALS.get(what)
             verdict = (f'<= {goal}: {"met" if ratio <= goal else "missed"}'
-                       if goal and name == OURS.stem else '')
+                       if goal and name == OURS else '')
             print(f'{what:12} {name:12} {first:14.1f} {whole:10.0f} {ratio:14.2f}  {verdict}')
 
 
@@ -279,12 +248,12 @@ def main() -> int:
     if not shutil.which(PEER):
         print('skipped: no rest-server to compare with')
         return 0
-    servers = {OURS.stem: [options.python, str(OURS)], PEER: [PEER]}
+    servers = {OURS: [options.python, str(MODULE)], PEER: [PEER]}
     if options.before:
         servers['before'] = [options.python, options.before]
     with tempfile.TemporaryDirectory(dir=options.dir, prefix='colddisk-') as root:
         count = options.objects or (40_000 if options.quick else 200_000)
-        make_repository(f'{root}/r', count)
+        fill(f'{root}/r', count)
         print_table(measure(servers, root, count, rounds, 'disk, cold', True))
     count = options.slow_objects or (1000 if options.quick else 5000)
     with contextlib.ExitStack() as stack:

@@ -44,10 +44,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Deque, Dict, Generator, Iterable, List, Tuple
+from typing import Callable, Deque, Dict, Generator, List, Tuple
 
-MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
-MIB = 1 << 20
+from common import MIB, OURS, Failed, make_certificate, pack, restic
+
 RATE = 400e6 / 8                # bytes a second, each way
 DELAY = 0.025                   # seconds, each way
 QUEUE = 0.025                   # seconds that may wait for their turn, each way
@@ -55,7 +55,7 @@ HELD_BYTES = int(2 * RATE * 2 * DELAY)  # of a flow whose receiver does not take
 PIECE_BYTES = 64 * 1024
 BUFFER_BYTES = 256 * 1024       # of the relay's sockets, so that they are no second queue
 MARKED, FAILED = 1.05, 1.25     # times the better peer's time
-OURS, PEERS = 'restic_serve', ('rest-server', 'rclone')
+PEERS = 'rest-server', 'rclone'
 WIRES = {'http': (OURS, *PEERS), 'tls': (OURS, *PEERS), 'stdio': (OURS, 'rclone')}
 # Files, their mean size, and those that change before the second backup.
 WORK, LITTLE_WORK = (300, MIB // 2, 45), (24, MIB // 4, 4)
@@ -63,12 +63,6 @@ STOPPED = threading.Event()     # another wire has failed, or the user has had e
 Times = Dict[Tuple[str, str, str], List[float]]     # by wire, command and server, one for each round
 Steps = Generator[Tuple[str, float], None, None]     # a command and its seconds, when it has run
 
-
-class Failed(Exception):
-    """A program failed, or did something else than it should."""
-
-
-# ---- the line ----
 
 class Direction:
     """One way of the line, for all connections."""
@@ -388,38 +382,6 @@ def test_line(folder: Path, count: int) -> bool:
 
 
 # ---- the work ----
-
-def restic(repository: str, command: List[str], cache: Path, options: Iterable[str] = ()) -> float:
-    """Seconds of a command of restic.  Raises Failed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith('RESTIC_')}
-    environment.update(RESTIC_PASSWORD='x', RESTIC_CACHE_DIR=str(cache))
-    words = ['restic', *options, '-r', repository, *command]
-    begin = time.perf_counter()
-    done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, timeout=600)
-    seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise Failed(f'{shlex.join(words)}: exit status {done.returncode}\n'
-                     f'{done.stdout.decode(errors="replace")}')
-    return seconds
-
-
-def make_certificate(folder: Path) -> None:
-    """A key and a certificate of this host."""
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1',
-                    '-nodes', '-subj', '/CN=localhost', '-addext', 'subjectAltName=IP:127.0.0.1',
-                    '-days', '2', '-keyout', folder / 'key.pem', '-out', folder / 'cert.pem'],
-                   check=True, capture_output=True)
-
-
-def pack(folder: Path, python: str) -> None:
-    """Pack the server as the README has it, compiled in advance: over pipes each command starts it."""
-    (folder / 'packed').mkdir()
-    shutil.copy(MODULE, folder / 'packed')
-    for words in (['compileall', '-q', '-b', 'packed'],
-                  ['zipapp', 'packed', '-m', 'restic_serve:run', '-o', 'restic_serve.pyz']):
-        subprocess.run([python, '-m', *words], cwd=folder, check=True)
-
 
 class Bench:
     """One wire, and what all servers have in common: the files to back up, and a repository without

@@ -96,7 +96,6 @@ def make_chroot(folder: Path, suite: str, *options: str) -> Python:
          mirror()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise Skipped(f'debootstrap failed: {"; ".join(done.stdout.splitlines()[-2:])}')
-    shutil.copy('/etc/hosts', root / 'etc' / 'hosts')
     shutil.copytree(SOURCE, root / 'app', ignore=shutil.ignore_patterns('.git', '__pycache__'))
     code = 'import os, sys; os.chdir("/app"); os.execvp("python3", ["python3", *sys.argv[1:]])'
     return Python([*NAMESPACES, 'sh', '-c', IN_CHROOT, 'sh', str(root), 'python3', '-c', code],
