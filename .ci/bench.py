@@ -21,7 +21,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
 from common import (
-    LIST_V2, MIB, MODULE, OURS, Served, free_port, make_certificate, make_repository, pack, restic, store)
+    MIB, MODULE, OURS, Served, free_port, make_certificate, make_repository, pack, restic, store)
 
 PACK_BYTES = 16 * MIB
 PACKS = 8
@@ -43,7 +42,6 @@ FILES = 2000                                # small ones of the repository on wh
 BEFORE = 'before'                           # another restic_serve.py, given by --before
 PEERS = ('rest-server', 'rclone')
 BOUND = 'nginx'                             # serves files, and nothing more
-BARE = 'bare'                               # stores uploads by the system's calls and SHA-256 alone
 CIPHER = 'TLS_AES_128_GCM_SHA256'           # what a program in Go asks for first, restic among them
 PASSWORD = 'Authorization: Basic ' + base64.b64encode(b'user:secret').decode()
 PACKED = 'packed'                           # restic_serve, compiled beforehand as the README has it
@@ -93,7 +91,6 @@ def commands(root: str, port: int, python: str, mode: str = '') -> Dict[str, Lis
         found[name].append(root)
     if not mode:
         found[BOUND] = ['nginx', '-p', files, '-c', f'{files}/{port}.conf']
-        found[BARE] = [python, __file__, '--bare', str(port), root]
         found[PACKED] = [python, f'{files}/restic_serve.pyz', '--addr', address, root]
     return {name: words for name, words in found.items() if shutil.which(words[0])}
 
@@ -123,52 +120,6 @@ class Compared(Served):
         if name == BOUND:
             Path(root, '.bench', f'{port}.conf').write_text(nginx_configuration(root, port))
         super().__init__(commands(root, port, python, mode)[name], port, tls=mode == 'tls')
-
-
-def serve_bare(port: int, root: str) -> None:
-    """Store uploads by what any server has to do at the least, a process for each connection: what
-    the machine needs for it, without a server's own part."""
-    listener = socket.create_server(('127.0.0.1', port))
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    parent = os.getpid()
-    for _ in range(8):
-        if os.getpid() == parent:
-            os.fork()
-    while os.getpid() != parent:
-        sock, _ = listener.accept()
-        with sock:
-            store_bare(sock, root)
-    signal.pause()
-
-
-def store_bare(sock: socket.socket, root: str) -> None:
-    """Store what comes over one connection."""
-    buffer = memoryview(bytearray(MIB // 2))
-    while True:
-        head = b''
-        while b'\r\n\r\n' not in head:
-            head += sock.recv(8192)
-            if not head:
-                return
-        head, _, body = head.partition(b'\r\n\r\n')
-        left = int(head.partition(b'Content-Length: ')[2].split(b'\r', 1)[0]) - len(body)
-        if not head.startswith(b'POST'):
-            sock.sendall(b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n')
-            continue
-        name = head.split(b' ', 2)[1].rpartition(b'/')[2].decode()
-        folder = f'{root}/packs/data/{name[:2]}'
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
-        digest = hashlib.sha256(body)
-        os.write(fd, body)
-        while left:
-            part = buffer[:sock.recv_into(buffer[:left])]
-            digest.update(part)
-            os.write(fd, part)
-            left -= len(part)
-        os.fsync(fd)
-        os.link(f'/proc/self/fd/{fd}', f'{folder}/{digest.hexdigest()}', src_dir_fd=fd)
-        os.close(fd)
-        sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
 
 
 # ---- clients ----
@@ -391,19 +342,7 @@ def work_small(server: Compared, root: str, quick: bool) -> Figures:
 
 def work_list(server: Compared, root: str, quick: bool) -> Figures:
     memory = server.memory()
-    begin = time.perf_counter()
-    with Client(server.port) as client:
-        client.sock.sendall(b'GET /many/data/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
-                            b'Accept: %s\r\n\r\n' % LIST_V2.encode())
-        data = [client.sock.recv(65536)]
-        first = time.perf_counter() - begin
-        while data[-1]:
-            data.append(client.sock.recv(1 << 20))
-    whole = time.perf_counter() - begin
-    found = b''.join(data).count(b'"name"')
-    listed = int(Path(root, '.bench', 'listed').read_text())
-    if found < listed * 0.999:  # a chunk's border may cut a few
-        sys.exit(f'{server.name} lists {found} of {listed}')
+    first, whole = server.list('many', int(Path(root, '.bench', 'listed').read_text()))
     return {'list, first byte ms': first * 1000, 'list, whole ms': whole * 1000,
             'memory growth of a list, MiB': server.memory() - memory}
 
@@ -413,7 +352,7 @@ WORKS: Dict[str, Work] = {'pieces': work_pieces, 'restic': work_restic, 'get': w
                           'bcrypt': work_bcrypt}
 NEEDS = {'pieces': 'wrk', 'restic': 'restic', 'get': 'h2load', 'down': 'h2load'}
 MODES = ('tls', 'bcrypt')           # works that need a server of their own
-OF_SOME = {BOUND: ('get', 'down'), BARE: ('up',), PACKED: ()}   # works that these can do
+OF_SOME = {BOUND: ('get', 'down'), PACKED: ()}   # works that these can do
 
 
 # ---- the run ----
@@ -560,7 +499,7 @@ def measure_stdio(parent: str, rounds: int, quick: bool, python: str) -> None:
 
 def print_table(parent: str, table: Table) -> None:
     """Medians, and ours as a multiple of each other's."""
-    names = [name for name in (OURS, BEFORE, *PEERS, BOUND, BARE)
+    names = [name for name in (OURS, BEFORE, *PEERS, BOUND)
              if any(name in values for values in table.values())]
     peers = names[1:]
     heads = names + [f'÷ {peer}' for peer in peers]
@@ -624,12 +563,9 @@ def main() -> None:
     parser.add_argument('--listed', type=int, default=1_000_000, help='names in the list')
     parser.add_argument('--python', default=sys.executable, help='the Python that serves')
     parser.add_argument('--before', metavar='FILE', help='another restic_serve.py, to measure beside this')
-    parser.add_argument('--bare', nargs=2, metavar=('PORT', 'DIR'), help='be the bare server')
     options = parser.parse_args()
     if options.before:
         os.environ['BENCH_BEFORE'] = options.before
-    if options.bare:
-        serve_bare(int(options.bare[0]), options.bare[1])
     if options.peers:
         os.environ['PATH'] = f'{options.peers}:{os.environ["PATH"]}'
     for words in (['rest-server', '--version'], ['rclone', 'version'], [options.python, '-V']):

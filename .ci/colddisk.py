@@ -20,7 +20,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import stat
 import statistics
 import struct
@@ -178,25 +177,6 @@ class Listed(Served):
                          else [*words, '--read-only', '--addr', at, root], port)
         time.sleep(SETTLE_SECONDS)
 
-    def list(self, count: int) -> Tuple[float, float]:
-        """Seconds until the first byte of a list's body, and until the last."""
-        begin, data = time.perf_counter(), b''
-        with socket.create_connection(('127.0.0.1', self.port)) as sock:
-            sock.sendall(b'GET /r/data/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
-                         b'Accept: application/vnd.x.restic.rest.v2\r\n\r\n')
-            while not data.partition(b'\r\n\r\n')[2]:
-                some = sock.recv(65536)
-                if not some:
-                    sys.exit(f'no list: {data[:200]!r}')
-                data += some
-            first = time.perf_counter() - begin
-            parts = [data, *iter(lambda: sock.recv(1 << 20), b'')]
-        whole = time.perf_counter() - begin
-        found = b''.join(parts).count(b'"size"')
-        if found < count * 0.999:   # a chunk's border may cut a few
-            sys.exit(f'{found} of {count} listed')
-        return first, whole
-
 
 Rows = Dict[str, Dict[str, List[Tuple[float, float]]]]     # by figure and server, one value a round
 
@@ -209,9 +189,9 @@ def measure(servers: Dict[str, List[str]], root: str, count: int, rounds: int, w
             with Listed(servers[name], root) as server:
                 os.sync()
                 Path(DROP_CACHES).write_text('3')
-                rows.setdefault(what, {}).setdefault(name, []).append(server.list(count))
+                rows.setdefault(what, {}).setdefault(name, []).append(server.list('r', count))
                 if warm:
-                    lists = [server.list(count) for _ in range(WARM_LISTS)]
+                    lists = [server.list('r', count) for _ in range(WARM_LISTS)]
                     rows.setdefault('disk, warm', {}).setdefault(name, []).append(
                         (min(first for first, _ in lists), min(whole for _, whole in lists)))
     return rows

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Iterable, List, TypeVar, Union
+from typing import Iterable, List, Tuple, TypeVar, Union
 
 MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
 sys.path.insert(0, str(MODULE.parent))      # for those that import it
@@ -81,6 +82,47 @@ class Served:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             return self.process.wait()
+
+    def get(self, path: str, **headers: str) -> bytes:
+        """The content of a good answer.  Raises Failed."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=600)
+        with contextlib.closing(connection):
+            connection.request('GET', path, headers=headers)
+            answer = connection.getresponse()
+            content = answer.read()
+        if answer.status != 200:
+            raise Failed(f'GET {path}: {answer.status} {content[:200]!r}')
+        return content
+
+    def page(self, path: str = '/') -> str:
+        return self.get(path, Accept='text/html').decode()
+
+    def wait_for_count(self, seconds: float) -> None:
+        """Wait until its page shows what is stored.  Raises Failed."""
+        end = time.monotonic() + seconds
+        while 'Calculating sizes' in self.page():
+            if time.monotonic() > end:
+                raise Failed('the first count does not end')
+            time.sleep(0.05)
+
+    def list(self, repository: str, count: int) -> Tuple[float, float]:
+        """Seconds until the first byte of a list of so many objects, and until the last.  Raises Failed."""
+        begin, data = time.perf_counter(), b''
+        with socket.create_connection((self.host, self.port)) as sock:
+            sock.sendall(f'GET /{repository}/data/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
+                         f'Accept: {LIST_V2}\r\n\r\n'.encode())
+            while not data.partition(b'\r\n\r\n')[2]:
+                some = sock.recv(65536)
+                if not some:
+                    raise Failed(f'no list: {data[:200]!r}')
+                data += some
+            first = time.perf_counter() - begin
+            parts = [data, *iter(lambda: sock.recv(1 << 20), b'')]
+        whole = time.perf_counter() - begin
+        found = b''.join(parts).count(b'"size"')
+        if found < count * 0.999:   # a chunk's border may cut a few
+            raise Failed(f'{found} of {count} listed')
+        return first, whole
 
     def children(self) -> List[int]:
         """Its workers' processes, in the order in which they began."""

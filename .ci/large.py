@@ -18,7 +18,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import http.client
 import json
 import multiprocessing
 import os
@@ -104,21 +103,6 @@ class Large(Served):
         super().__init__([python, MODULE, '--addr', f'127.0.0.1:{port}', '--prometheus', root], port,
                          log=self.log)
 
-    def get(self, path: str, **headers: str) -> bytes:
-        connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=PATIENCE)
-        try:
-            connection.request('GET', path, headers=headers)
-            answer = connection.getresponse()
-            content = answer.read()
-            if answer.status != 200:
-                raise RuntimeError(f'GET {path}: {answer.status} {content[:200]!r}')
-            return content
-        finally:
-            connection.close()
-
-    def page(self, path: str = '/') -> str:
-        return self.get(path, Accept='text/html').decode()
-
     def peak(self) -> float:
         """MiB that the largest of its processes has taken since begin()."""
         return max(of_process(pid, 'VmHWM') for pid in self.processes())
@@ -189,12 +173,8 @@ def measure(python: str, root: Path, objects: int, made: List[Made]) -> List[str
     """Measure everything; what was wrong."""
     table, begin = Table(), time.monotonic()
     with Large(python, root) as served:
-        def counted() -> None:
-            while 'Calculating sizes' in served.page():
-                if time.monotonic() > begin + PATIENCE:
-                    raise RuntimeError('the first count does not end')
-                time.sleep(0.05)
-        table.served(served, 'from the start to the first count', counted, begin)
+        table.served(served, 'from the start to the first count', lambda: served.wait_for_count(PATIENCE),
+                     begin)
         time.sleep(1.1)     # else it uses what it has just computed
         for what in ('the page', 'the page again'):
             page = table.served(served, what, served.page)

@@ -19,8 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 from typing import Dict, Iterator, List
 
@@ -94,18 +92,8 @@ def serve(root: Path) -> Served:
     port = free_port()
     server = Served([sys.executable, MODULE, '--addr', f'127.0.0.1:{port}', '--keep-deleted', '30d',
                      '--max-size', '1G', root], port)
-    wait_for_count(f'http://127.0.0.1:{port}/', time.monotonic() + 30)
+    server.wait_for_count(30)
     return server
-
-
-def wait_for_count(url: str, end: float) -> None:
-    """Wait until the page has what is stored."""
-    request = urllib.request.Request(url, headers={'Accept': 'text/html'})  # noqa: S310
-    while time.monotonic() < end:
-        with urllib.request.urlopen(request) as answer:     # noqa: S310
-            if b'being counted' not in answer.read():
-                return
-        time.sleep(0.1)
 
 
 def jobs_of(count: int, url: str, pictures: str) -> Iterator[Dict[str, object]]:
