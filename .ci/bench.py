@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
 from common import (
-    MIB, MODULE, OURS, Served, free_port, make_certificate, make_repository, pack, restic, store)
+    MIB, MODULE, OURS, Served, free_port, make_certificate, make_repository, pack, restic,
+    server_words, store)
 
 PACK_BYTES = 16 * MIB
 PACKS = 8
@@ -71,27 +72,14 @@ def commands(root: str, port: int, python: str, mode: str = '') -> Dict[str, Lis
     """The command that serves `root` on `port`, for each server there is; `mode` is `tls`,
     `bcrypt` or neither, and takes its files from the folder `.bench` in `root`."""
     address, files = f'127.0.0.1:{port}', f'{root}/.bench'
-    found = {OURS: [python, str(MODULE), '--addr', address]}
-    if os.environ.get('BENCH_BEFORE'):
-        found[BEFORE] = [python, os.environ['BENCH_BEFORE'], '--addr', address]
-    alike = [*found, 'rclone']
-    found['rest-server'] = ['rest-server', '--listen', address, '--path', root]
-    found['rclone'] = ['rclone', 'serve', 'restic', '--addr', address]
-    if mode == 'tls':
-        for name in alike:
-            found[name] += ['--cert', f'{files}/cert.pem', '--key', f'{files}/key.pem']
-        found['rest-server'] += ['--tls', '--tls-cert', f'{files}/cert.pem', '--tls-key', f'{files}/key.pem']
-    if mode == 'bcrypt':
-        for name in alike:
-            found[name] += ['--htpasswd', f'{files}/htpasswd']
-        found['rest-server'] += ['--htpasswd-file', f'{files}/htpasswd']
-    else:
-        found['rest-server'] += ['--no-auth']
-    for name in alike:
-        found[name].append(root)
+    ours = {OURS: str(MODULE), BEFORE: os.environ.get('BENCH_BEFORE', ''),
+            PACKED: '' if mode else f'{files}/restic_serve.pyz'}
+    found = {name: server_words(name, address, root, python, program=ours.get(name, ''),
+                                tls=files if mode == 'tls' else '',
+                                htpasswd=f'{files}/htpasswd' if mode == 'bcrypt' else '')
+             for name in (OURS, BEFORE, *PEERS, PACKED) if ours.get(name, name)}
     if not mode:
         found[BOUND] = ['nginx', '-p', files, '-c', f'{files}/{port}.conf']
-        found[PACKED] = [python, f'{files}/restic_serve.pyz', '--addr', address, root]
     return {name: words for name, words in found.items() if shutil.which(words[0])}
 
 

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Deque, Dict, Iterator, List, Optional, Tuple
 
-from common import KINDS, MODULE, OURS, Served, free_port, make_repository, store
+from common import KINDS, MODULE, OURS, AnyPath, Served, free_port, make_repository, server_words, store
 
 PEER = 'rest-server'
 DROP_CACHES = '/proc/sys/vm/drop_caches'
@@ -170,23 +170,23 @@ def mounted(count: int, delay: float) -> Iterator[str]:
 class Listed(Served):
     """A server of a directory for reading."""
 
-    def __init__(self, words: List[str], root: str) -> None:
+    def __init__(self, name: str, program: AnyPath, root: str, python: str) -> None:
         port = free_port()
-        at = f'127.0.0.1:{port}'
-        super().__init__([*words, '--no-auth', '--listen', at, '--path', root] if words[0] == PEER
-                         else [*words, '--read-only', '--addr', at, root], port)
+        super().__init__(server_words(name, f'127.0.0.1:{port}', root, python, program=program,
+                                      options=['--read-only']), port)
         time.sleep(SETTLE_SECONDS)
 
 
 Rows = Dict[str, Dict[str, List[Tuple[float, float]]]]     # by figure and server, one value a round
 
 
-def measure(servers: Dict[str, List[str]], root: str, count: int, rounds: int, what: str, warm: bool) -> Rows:
+def measure(servers: Dict[str, AnyPath], python: str, root: str, count: int, rounds: int, what: str,
+            warm: bool) -> Rows:
     """First byte and whole of lists, each from caches that were dropped and, if `warm`, from full ones."""
     rows: Rows = {}
     for turn in range(rounds):
         for name in sorted(servers, reverse=bool(turn % 2)):
-            with Listed(servers[name], root) as server:
+            with Listed(name, servers[name], root, python) as server:
                 os.sync()
                 Path(DROP_CACHES).write_text('3')
                 rows.setdefault(what, {}).setdefault(name, []).append(server.list('r', count))
@@ -228,13 +228,13 @@ def main() -> int:
     if not shutil.which(PEER):
         print('skipped: no rest-server to compare with')
         return 0
-    servers = {OURS: [options.python, str(MODULE)], PEER: [PEER]}
+    servers: Dict[str, AnyPath] = {OURS: MODULE, PEER: ''}    # ours with their programs
     if options.before:
-        servers['before'] = [options.python, options.before]
+        servers['before'] = options.before
     with tempfile.TemporaryDirectory(dir=options.dir, prefix='colddisk-') as root:
         count = options.objects or (40_000 if options.quick else 200_000)
         fill(f'{root}/r', count)
-        print_table(measure(servers, root, count, rounds, 'disk, cold', True))
+        print_table(measure(servers, options.python, root, count, rounds, 'disk, cold', True))
     count = options.slow_objects or (1000 if options.quick else 5000)
     with contextlib.ExitStack() as stack:
         try:
@@ -242,7 +242,7 @@ def main() -> int:
         except OSError as error:
             print(f'skipped: FUSE cannot be mounted: {error.strerror}')
             return 0
-        print_table(measure(servers, root, count, rounds, 'FUSE', False))
+        print_table(measure(servers, options.python, root, count, rounds, 'FUSE', False))
     return 0
 
 

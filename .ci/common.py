@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Iterable, List, Tuple, TypeVar, Union
+from typing import Any, Iterable, List, Mapping, Optional, Tuple, TypeVar, Union
 
 MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
 sys.path.insert(0, str(MODULE.parent))      # for those that import it
@@ -41,16 +41,16 @@ class Served:
     """A server in a process group of its own, which ends with the context."""
 
     def __init__(self, words: Iterable[object], port: int, host: str = '127.0.0.1', *,
-                 log: AnyPath = os.devnull, tls: bool = False) -> None:
+                 log: AnyPath = os.devnull, tls: bool = False,
+                 environment: Optional[Mapping[str, str]] = None) -> None:
         """Start it, and wait until it answers; `start_seconds` is how long that takes.  What it says is
         written to `log`.  Raises Failed."""
         self.host, self.port = host, port
-        begin = time.perf_counter()
+        begin, alone = time.perf_counter(), {'PYTHONDONTWRITEBYTECODE': '1', 'RCLONE_CONFIG': os.devnull}
         with open(log, 'wb') as output:
             self.process = subprocess.Popen(
                 [*map(str, words)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True,
-                env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', 'RCLONE_CONFIG': os.devnull})
+                start_new_session=True, env=environment or {**os.environ, **alone})
         while not self._answers(tls):
             if self.process.poll() is not None or time.perf_counter() - begin > START_SECONDS:
                 self.stop()
@@ -75,13 +75,7 @@ class Served:
 
     def stop(self) -> int:
         """End it and what it has started; its exit status."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            return self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            return self.process.wait()
+        return end(self.process)
 
     def get(self, path: str, **headers: str) -> bytes:
         """The content of a good answer.  Raises Failed."""
@@ -142,6 +136,32 @@ class Served:
             fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
             ticks += sum(map(int, fields[11:15] if pid == self.process.pid else fields[11:13]))
         return ticks / os.sysconf('SC_CLK_TCK')
+
+
+def end(process: subprocess.Popen[Any]) -> int:
+    """End a process and the others of its group; its exit status."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def server_words(server: str, address: str, root: AnyPath, python: str = sys.executable, *,
+                 program: AnyPath = MODULE, options: Iterable[str] = (), tls: AnyPath = '',
+                 htpasswd: AnyPath = '') -> List[str]:
+    """How a server is told to serve a directory; `program` and `options` are ours, `tls` is a folder with
+    cert.pem and key.pem."""
+    if server == 'rest-server':
+        words = [server, '--listen', address, '--path', str(root)]
+        words += ['--tls', '--tls-cert', f'{tls}/cert.pem', '--tls-key', f'{tls}/key.pem'] if tls else []
+        return [*words, *(['--htpasswd-file', str(htpasswd)] if htpasswd else ['--no-auth'])]
+    words = [server, 'serve', 'restic'] if server == 'rclone' else [python, str(program), *options]
+    words += ['--addr', address]
+    words += ['--cert', f'{tls}/cert.pem', '--key', f'{tls}/key.pem'] if tls else []
+    return [*words, *(['--htpasswd', str(htpasswd)] if htpasswd else []), str(root)]
 
 
 def children(pid: int) -> List[int]:

@@ -46,7 +46,7 @@ import time
 from pathlib import Path
 from typing import Callable, Deque, Dict, Generator, List, Tuple
 
-from common import MIB, OURS, Failed, make_certificate, pack, restic
+from common import MIB, OURS, Failed, Served, free_port, make_certificate, pack, restic, server_words
 
 RATE = 400e6 / 8                # bytes a second, each way
 DELAY = 0.025                   # seconds, each way
@@ -433,10 +433,8 @@ class Bench:
     def measure(self, server: str) -> Steps:
         """The same with a server."""
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            where, logs = Path(name), Path(name, 'server')
-            root = where / 'root'
+            where, root = Path(name), Path(name, 'root')
             root.mkdir()
-            logs.mkdir()
             if self.wire == 'stdio':
                 words = [sys.executable, __file__, '--pipes', *self.program(server)]
                 yield from self.work(lambda one: f'rclone:{root / one}', where,
@@ -444,24 +442,19 @@ class Bench:
                 return
             tls = self.wire == 'tls'
             options, scheme = (['--cacert', f'{self.folder}/cert.pem'], 'https') if tls else ([], 'http')
-            with Ran(self.command(server, root), logs, r'127\.0\.0\.1:([1-9]\d*)') as ran, \
-                    line_to(ran.port, where) as line:
+            port = free_port()
+            with Served(self.command(server, f'127.0.0.1:{port}', root), port, log=where / 'log', tls=tls), \
+                    line_to(port, where) as line:
                 address = f'rest:{scheme}://127.0.0.1:{line.port}'
                 yield from self.work(lambda one: f'{address}/{one}/', where, options)
 
     def program(self, server: str) -> List[str]:
         return [self.python, f'{self.folder}/restic_serve.pyz'] if server == OURS else [server]
 
-    def command(self, server: str, root: Path) -> List[str]:
+    def command(self, server: str, address: str, root: Path) -> List[str]:
         """What serves a directory over TCP."""
-        words, address = self.program(server), '127.0.0.1:0'
-        cert, key = f'{self.folder}/cert.pem', f'{self.folder}/key.pem'
-        if server == 'rest-server':
-            secure = ['--tls', '--tls-cert', cert, '--tls-key', key] if self.wire == 'tls' else []
-            return [*words, '--listen', address, '--no-auth', '--path', str(root), *secure]
-        secure = ['--cert', cert, '--key', key] if self.wire == 'tls' else []
-        start = [*words, 'serve', 'restic'] if server == 'rclone' else words
-        return [*start, '--addr', address, *secure, str(root)]
+        return server_words(server, address, root, self.python, program=self.folder / 'restic_serve.pyz',
+                            tls=self.folder if self.wire == 'tls' else '')
 
 
 def copy_over(source: Path, target: Path) -> None:

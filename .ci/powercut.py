@@ -59,7 +59,7 @@ from typing import (Any, Callable, ContextManager, Deque, Dict, Iterable, Iterat
                     NoReturn, Optional, Set, Tuple)
 from unittest import mock
 
-from common import MIB, MODULE, OURS, Failed, Served, free_port
+from common import MIB, MODULE, OURS, Failed, Served, end, free_port, server_words
 import restic_serve as rs   # of which common knows the path
 
 PEERS = ('rest-server', 'rclone')
@@ -257,7 +257,8 @@ def recorded_disk(folder: Path) -> Iterator[Path]:
         yield where / 'disk'
     finally:
         unmount(where)
-        end(process)
+        with unbroken():
+            end(process)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], what: str) -> None:
@@ -267,14 +268,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], what
         if process.poll() is not None or time.monotonic() - begin > SECONDS:
             raise Failed(f'{what} does not start')
         time.sleep(0.01)
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """End a process that was started here, and its children."""
-    for signum in signal.SIGTERM, signal.SIGKILL:
-        with unbroken(), contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signum)
-            process.wait(SECONDS / 6)
 
 
 def copy_sparse(source: int, target: int, size: int) -> None:
@@ -371,18 +364,6 @@ class History:
 
 # ---- servers, and what they are asked ----
 
-def command(name: str, port: int, root: Path, python: str, mutant: str) -> List[str]:
-    address = f'127.0.0.1:{port}'
-    if name == 'rclone':
-        return ['rclone', 'serve', 'restic', '--addr', address, str(root)]
-    if name == 'rest-server':
-        return ['rest-server', '--listen', address, '--path', str(root), '--no-auth']
-    program = [__file__, SERVE_MUTANT, mutant] if mutant else [str(MODULE)]
-    keep = [] if mutant == WITHOUT_PAST else ['--keep-deleted', '1d']
-    # With a quota an object that is there is compared and not stored, which is another way to its answer.
-    return [python, *program, '--addr', address, *keep, '--max-size', '100G', str(root)]
-
-
 def serve_mutant(name: str, words: List[str]) -> int:
     """Be restic_serve, but for one sync."""
     sync, caller = rs.Folder.sync, CALLERS.get(name)
@@ -397,8 +378,11 @@ def serve_mutant(name: str, words: List[str]) -> int:
 
 
 def serve(name: str, root: Path, python: str, mutant: str, log: Path) -> Served:
-    port = free_port()
-    return Served(command(name, port, root, python, mutant), port, log=log)
+    port, keep = free_port(), [] if mutant == WITHOUT_PAST else ['--keep-deleted', '1d']
+    # With a quota an object that is there is compared and not stored, which is another way to its answer.
+    words = server_words(name, f'127.0.0.1:{port}', root, python, program=__file__ if mutant else MODULE,
+                         options=[*([SERVE_MUTANT, mutant] if mutant else []), *keep, '--max-size', '100G'])
+    return Served(words, port, log=log)
 
 
 class Task(NamedTuple):
