@@ -12092,18 +12092,6 @@ class DiskFaultsTest(FaultsTestCase):
             self.assertEqual(self.exchange(wire, 'GET', small), (200, b'content'))
             self.assertEqual(len(self.exchange(wire, 'GET', large)[1]), 1 << 20)
 
-    def test_a_file_system_without_links_or_nameless_files(self):
-        self.store.nameless = False
-        for wire in self.WIRES:
-            content = os.urandom(1000)
-            path = f'/data/{named(content)}'
-            with mock.patch.object(os, 'link', side_effect=OSError(errno.EPERM, 'made by a test')):
-                for _ in range(2):
-                    self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
-                self.assertEqual(self.exchange(wire, 'POST', path, b'other')[0], 400)
-            self.assertEqual(self.exchange(wire, 'GET', path), (200, content))
-        self.assertFalse([name for name in self.files() if 'upload-' in name])
-
 
 class WireFaultsTest(FaultsTestCase):
     """The connection fails: nothing of half a request stays."""
