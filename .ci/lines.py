@@ -30,7 +30,6 @@ import contextlib
 import functools
 import os
 import random
-import re
 import select
 import shlex
 import shutil
@@ -44,7 +43,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Deque, Dict, Generator, List, Tuple
+from typing import IO, Callable, Deque, Dict, Generator, Iterator, List, Tuple, cast
 
 from common import MIB, OURS, Failed, Served, free_port, make_certificate, pack, restic, server_words
 
@@ -243,43 +242,12 @@ def relay_pipes(command: List[str]) -> int:
 
 # ---- the line itself, measured ----
 
-class Ran:
-    """A program that runs while the context does, and what it says."""
-
-    def __init__(self, command: List[str], folder: Path, pattern: str) -> None:
-        """Wait until what `pattern` describes is said."""
-        self.said = folder / 'said'
-        far_input, self.input = os.pipe()
-        with self.said.open('wb') as file:
-            self.process = subprocess.Popen(command, stdin=far_input, stdout=file, stderr=file)
-        os.close(far_input)
-        end = time.monotonic() + 30
-        while True:
-            match = re.search(pattern, self.said.read_text(errors='replace'))
-            if match:
-                self.port = int(match[1])
-                return
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.process.kill()
-                raise Failed(f'{shlex.join(command)}: {self.said.read_text(errors="replace")}')
-            time.sleep(0.01)
-
-    def __enter__(self) -> Ran:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self.input)            # which ends the relay
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def line_to(port: int, folder: Path) -> Ran:
-    """A line to a port."""
-    return Ran([sys.executable, __file__, '--tcp', str(port)], folder, r'^(\d+)\n')
+@contextlib.contextmanager
+def line_to(port: int) -> Iterator[int]:
+    """A line to a port; the port of its near end.  It ends with its standard input, which is closed here."""
+    with subprocess.Popen([sys.executable, __file__, '--tcp', str(port)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as relay:
+        yield int(cast(IO[bytes], relay.stdout).readline())
 
 
 def answer_tests(listener: socket.socket, count: int) -> None:
@@ -307,15 +275,15 @@ def receive_all(read: Callable[[int], bytes]) -> Tuple[int, float]:
         count += len(data)
 
 
-def test_tcp(folder: Path, count: int) -> Tuple[float, float, float]:
+def test_tcp(count: int) -> Tuple[float, float, float]:
     """Seconds of a round trip, and bytes a second there and back."""
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         listener.listen()
         thread = threading.Thread(target=answer_tests, args=(listener, count), daemon=True)
         thread.start()
-        with line_to(listener.getsockname()[1], folder) as line:
-            address = '127.0.0.1', line.port
+        with line_to(listener.getsockname()[1]) as near:
+            address = '127.0.0.1', near
             trips = []
             with socket.create_connection(address) as sock:
                 for _ in range(6):
@@ -364,11 +332,11 @@ def test_pipes(count: int) -> Tuple[float, float, float]:
     return statistics.median(trips[1:]), received / seconds, received / seconds
 
 
-def test_line(folder: Path, count: int) -> bool:
+def test_line(count: int) -> bool:
     """Measure and print what the line is; whether it is what it should be, at the third attempt at the
     latest."""
     good = True
-    for name, test in (('TCP', functools.partial(test_tcp, folder)), ('pipes', test_pipes)):
+    for name, test in (('TCP', test_tcp), ('pipes', test_pipes)):
         for _ in range(3):
             trip, there, back = test(count)
             fits = 2 * DELAY <= trip <= 2.4 * DELAY
@@ -444,8 +412,8 @@ class Bench:
             options, scheme = (['--cacert', f'{self.folder}/cert.pem'], 'https') if tls else ([], 'http')
             port = free_port()
             with Served(self.command(server, f'127.0.0.1:{port}', root), port, log=where / 'log', tls=tls), \
-                    line_to(port, where) as line:
-                address = f'rest:{scheme}://127.0.0.1:{line.port}'
+                    line_to(port) as near:
+                address = f'rest:{scheme}://127.0.0.1:{near}'
                 yield from self.work(lambda one: f'{address}/{one}/', where, options)
 
     def program(self, server: str) -> List[str]:
@@ -509,7 +477,7 @@ def print_table(times: Times) -> bool:
 def work_in(folder: Path, options: argparse.Namespace) -> int:
     """Measure everything in a folder; the exit status."""
     begin = time.monotonic()
-    good = test_line(folder, 4 * MIB if options.quick else 48 * MIB)
+    good = test_line(4 * MIB if options.quick else 48 * MIB)
     for server in PEERS:
         if not shutil.which(server):
             print(f'left out: {server} is not here')

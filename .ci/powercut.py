@@ -55,8 +55,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import (Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple,
-                    NoReturn, Optional, Set, Tuple)
+from typing import (ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
+                    Set, Tuple)
 from unittest import mock
 
 from common import MIB, MODULE, OURS, Failed, Served, end, free_port, server_words
@@ -253,21 +253,16 @@ def recorded_disk(folder: Path) -> Iterator[Path]:
     process = subprocess.Popen([sys.executable, __file__, SERVE_DISK, str(folder / 'live'),
                                 str(folder / 'record'), str(where)], start_new_session=True)
     try:
-        wait_for(lambda: os.path.ismount(where), process, 'the FUSE program')
+        until = time.monotonic() + SECONDS
+        while not os.path.ismount(where):
+            if process.poll() is not None or time.monotonic() > until:
+                raise Failed('the FUSE program does not start')
+            time.sleep(0.01)
         yield where / 'disk'
     finally:
         unmount(where)
         with unbroken():
             end(process)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], what: str) -> None:
-    """Wait until a process has got ready."""
-    begin = time.monotonic()
-    while not condition():
-        if process.poll() is not None or time.monotonic() - begin > SECONDS:
-            raise Failed(f'{what} does not start')
-        time.sleep(0.01)
 
 
 def copy_sparse(source: int, target: int, size: int) -> None:
