@@ -9288,6 +9288,7 @@ class TlsTest(ListenerTestCase):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
             server = self.start('127.0.0.1:0', certificates=self.certificates(
                 client_ca=str(self.authority.path)))
+            server.connections.sweep_seconds = 0.02
             port = server.listeners[0].server_address[1]
             self.authority.issue('client', 'alice')
             wire = self.connect_tls(port, 'client')
@@ -9303,7 +9304,7 @@ class TlsTest(ListenerTestCase):
             self.assertIn('the client CA has changed', self.log[-1])
 
     def test_a_renewed_certificate_is_used_for_the_next_connection(self):
-        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
+        with mock.patch.multiple(restic_serve, LOOK_SECONDS=0, RENEWAL_SECONDS=0.01):
             port = self.start_tls()
             before = self.connect_tls(port)
             self.assertEqual(self.serial(port), 1)
