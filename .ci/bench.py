@@ -21,7 +21,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -31,19 +30,19 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
-HERE = Path(__file__).resolve().parent
-MIB = 1 << 20
+from common import (
+    MIB, MODULE, OURS, Served, free_port, make_certificate, make_repository, pack, restic,
+    server_words, store)
+
 PACK_BYTES = 16 * MIB
 PACKS = 8
 MANY_PACKS = 2000                           # whose pieces are read in no order, as restic does
 SMALL_PACK_BYTES = MIB // 2
 PIECE_BYTES = 500, 64 * 1024                # of a pack that are read at a time
 FILES = 2000                                # small ones of the repository on which restic works
-OURS = 'restic_serve'
 BEFORE = 'before'                           # another restic_serve.py, given by --before
 PEERS = ('rest-server', 'rclone')
 BOUND = 'nginx'                             # serves files, and nothing more
-BARE = 'bare'                               # stores uploads by the system's calls and SHA-256 alone
 CIPHER = 'TLS_AES_128_GCM_SHA256'           # what a program in Go asks for first, restic among them
 PASSWORD = 'Authorization: Basic ' + base64.b64encode(b'user:secret').decode()
 PACKED = 'packed'                           # restic_serve, compiled beforehand as the README has it
@@ -73,28 +72,14 @@ def commands(root: str, port: int, python: str, mode: str = '') -> Dict[str, Lis
     """The command that serves `root` on `port`, for each server there is; `mode` is `tls`,
     `bcrypt` or neither, and takes its files from the folder `.bench` in `root`."""
     address, files = f'127.0.0.1:{port}', f'{root}/.bench'
-    found = {OURS: [python, str(HERE.parent / 'restic_serve.py'), '--addr', address]}
-    if os.environ.get('BENCH_BEFORE'):
-        found[BEFORE] = [python, os.environ['BENCH_BEFORE'], '--addr', address]
-    alike = [*found, 'rclone']
-    found['rest-server'] = ['rest-server', '--listen', address, '--path', root]
-    found['rclone'] = ['rclone', 'serve', 'restic', '--addr', address]
-    if mode == 'tls':
-        for name in alike:
-            found[name] += ['--cert', f'{files}/cert.pem', '--key', f'{files}/key.pem']
-        found['rest-server'] += ['--tls', '--tls-cert', f'{files}/cert.pem', '--tls-key', f'{files}/key.pem']
-    if mode == 'bcrypt':
-        for name in alike:
-            found[name] += ['--htpasswd', f'{files}/htpasswd']
-        found['rest-server'] += ['--htpasswd-file', f'{files}/htpasswd']
-    else:
-        found['rest-server'] += ['--no-auth']
-    for name in alike:
-        found[name].append(root)
+    ours = {OURS: str(MODULE), BEFORE: os.environ.get('BENCH_BEFORE', ''),
+            PACKED: '' if mode else f'{files}/restic_serve.pyz'}
+    found = {name: server_words(name, address, root, python, program=ours.get(name, ''),
+                                tls=files if mode == 'tls' else '',
+                                htpasswd=f'{files}/htpasswd' if mode == 'bcrypt' else '')
+             for name in (OURS, BEFORE, *PEERS, PACKED) if ours.get(name, name)}
     if not mode:
         found[BOUND] = ['nginx', '-p', files, '-c', f'{files}/{port}.conf']
-        found[BARE] = [python, str(HERE / 'bench.py'), '--bare', str(port), root]
-        found[PACKED] = [python, f'{files}/restic_serve.pyz', '--addr', address, root]
     return {name: words for name, words in found.items() if shutil.which(words[0])}
 
 
@@ -114,116 +99,15 @@ http {{ access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000000
 
 # ---- servers ----
 
-def tree(pid: int) -> List[int]:
-    """A process and all below it."""
-    found = [pid]
-    for task in Path(f'/proc/{pid}/task').iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
-            for child in (task / 'children').read_text().split():
-                found += tree(int(child))
-    return found
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and its children, those that have ended included."""
-    ticks = 0
-    for one in tree(pid):
-        fields = Path(f'/proc/{one}/stat').read_text().rpartition(')')[2].split()
-        ticks += sum(map(int, fields[11:15] if one == pid else fields[11:13]))
-    return ticks / os.sysconf('SC_CLK_TCK')
-
-
-def pss_mib(pid: int) -> float:
-    """Memory of a process and its children, shared pages divided among those that share them."""
-    kib = 0
-    for one in tree(pid):
-        match = re.search(r'^Pss: +(\d+) kB', Path(f'/proc/{one}/smaps_rollup').read_text(), re.M)
-        kib += int(match[1]) if match else 0
-    return kib / 1024
-
-
-class Served:
-    """A running server, on a port of its own; `start_seconds` until its first answer."""
+class Compared(Served):
+    """One of the servers."""
 
     def __init__(self, name: str, root: str, python: str, mode: str = '') -> None:
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            self.port = sock.getsockname()[1]
-        self.name = name
+        self.name, port = name, free_port()
         self.scheme = 'https' if mode == 'tls' else 'http'
-        words = commands(root, self.port, python, mode)[name]
         if name == BOUND:
-            Path(root, '.bench', f'{self.port}.conf').write_text(nginx_configuration(root, self.port))
-        begin = time.perf_counter()
-        self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while True:
-            with contextlib.suppress(OSError, IndexError), Client(self.port) as client:
-                if mode != 'tls':
-                    client.request('GET', '/none/config')
-                break
-            if self.process.poll() is not None or time.perf_counter() - begin > 20:
-                sys.exit(f'{name} does not answer: {words}')
-        self.start_seconds = time.perf_counter() - begin
-
-    def __enter__(self) -> Served:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
-
-    def cpu(self) -> float:
-        return cpu_seconds(self.process.pid)
-
-    def pss(self) -> float:
-        return pss_mib(self.process.pid)
-
-
-def serve_bare(port: int, root: str) -> None:
-    """Store uploads by what any server has to do at the least, a process for each connection: what
-    the machine needs for it, without a server's own part."""
-    listener = socket.create_server(('127.0.0.1', port))
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
-    parent = os.getpid()
-    for _ in range(8):
-        if os.getpid() == parent:
-            os.fork()
-    while os.getpid() != parent:
-        sock, _ = listener.accept()
-        with sock:
-            store_bare(sock, root)
-    signal.pause()
-
-
-def store_bare(sock: socket.socket, root: str) -> None:
-    """Store what comes over one connection."""
-    buffer = memoryview(bytearray(MIB // 2))
-    while True:
-        head = b''
-        while b'\r\n\r\n' not in head:
-            head += sock.recv(8192)
-            if not head:
-                return
-        head, _, body = head.partition(b'\r\n\r\n')
-        left = int(head.partition(b'Content-Length: ')[2].split(b'\r', 1)[0]) - len(body)
-        if not head.startswith(b'POST'):
-            sock.sendall(b'HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n')
-            continue
-        name = head.split(b' ', 2)[1].rpartition(b'/')[2].decode()
-        folder = f'{root}/packs/data/{name[:2]}'
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
-        digest = hashlib.sha256(body)
-        os.write(fd, body)
-        while left:
-            part = buffer[:sock.recv_into(buffer[:left])]
-            digest.update(part)
-            os.write(fd, part)
-            left -= len(part)
-        os.fsync(fd)
-        os.link(f'/proc/self/fd/{fd}', f'{folder}/{digest.hexdigest()}', src_dir_fd=fd)
-        os.close(fd)
-        sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n')
+            Path(root, '.bench', f'{port}.conf').write_text(nginx_configuration(root, port))
+        super().__init__(commands(root, port, python, mode)[name], port, tls=mode == 'tls')
 
 
 # ---- clients ----
@@ -253,7 +137,7 @@ class Client:
         return int(self.sock.recv(65536).split(b' ', 2)[1])
 
 
-def h2load(server: Served, connections: int, paths: List[str], *words: str) -> Tuple[float, int]:
+def h2load(server: Compared, connections: int, paths: List[str], *words: str) -> Tuple[float, int]:
     """Requests a second and their number; an answer that is no success ends the benchmark."""
     with tempfile.NamedTemporaryFile('w') as uris:
         uris.write(''.join(f'{server.scheme}://127.0.0.1:{server.port}{path}\n' for path in paths))
@@ -286,7 +170,7 @@ def warm(root: str, size: int) -> None:
     path.unlink()
 
 
-def upload(server: Served, root: str, connections: int, each: int, size: int) -> Figures:
+def upload(server: Compared, root: str, connections: int, each: int, size: int) -> Figures:
     """Upload `each` new objects of `size` bytes over each connection."""
     base = os.urandom(size)
     jobs = []
@@ -297,12 +181,12 @@ def upload(server: Served, root: str, connections: int, each: int, size: int) ->
     context = multiprocessing.get_context('fork')
     workers = [context.Process(target=send_all, args=job) for job in jobs]
     warm(root, connections * each * size * 5 // 4)
-    before, begin = server.cpu(), time.perf_counter()
+    before, begin = server.processor(), time.perf_counter()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    seconds, cpu = time.perf_counter() - begin, server.cpu() - before
+    seconds, cpu = time.perf_counter() - begin, server.processor() - before
     if any(worker.exitcode for worker in workers):
         sys.exit(f'{server.name}: an upload failed')
     count = connections * each
@@ -313,7 +197,7 @@ def upload(server: Served, root: str, connections: int, each: int, size: int) ->
 
 # ---- works: each gives figures by name ----
 
-Work = Callable[[Served, str, bool], Figures]
+Work = Callable[[Compared, str, bool], Figures]
 
 
 def pack_paths(root: str) -> List[str]:
@@ -321,15 +205,16 @@ def pack_paths(root: str) -> List[str]:
             for path in sorted(Path(root, 'packs', 'data').glob('??/*'))]
 
 
-def get_pieces(server: Served, root: str, quick: bool, connections: int, *words: str) -> Tuple[float, float]:
+def get_pieces(server: Compared, root: str, quick: bool, connections: int,
+               *words: str) -> Tuple[float, float]:
     """GETs of 4 KiB a second, and processor µs for each."""
-    before = server.cpu()
+    before = server.processor()
     rate, count = h2load(server, connections, pack_paths(root), '-D', '1' if quick else '3',
                          '-H', 'Range: bytes=1048576-1052671', *words)
-    return rate, (server.cpu() - before) / count * 1e6
+    return rate, (server.processor() - before) / count * 1e6
 
 
-def work_get(server: Served, root: str, quick: bool) -> Figures:
+def work_get(server: Compared, root: str, quick: bool) -> Figures:
     figures = {}
     for connections in (1, 5, 64):
         rate, cpu = get_pieces(server, root, quick, connections)
@@ -360,7 +245,7 @@ end
 '''
 
 
-def work_pieces(server: Served, root: str, quick: bool) -> Figures:
+def work_pieces(server: Compared, root: str, quick: bool) -> Figures:
     """Pieces of many packs, each client in an order of its own."""
     figures = {}
     script, paths = Path(root, '.bench', 'pieces.lua'), Path(root, '.bench', 'pieces')
@@ -368,7 +253,7 @@ def work_pieces(server: Served, root: str, quick: bool) -> Figures:
     paths.write_text(''.join(f'/pieces/data/{path.name}\n'
                              for path in Path(root, 'pieces', 'data').glob('??/*')))
     for connections in (1, 5, 64):
-        before = server.cpu()
+        before = server.processor()
         words = ['wrk', f'-t{min(connections, 5)}', f'-c{connections}', '-d', '2' if quick else '5', '-s',
                  str(script), f'http://127.0.0.1:{server.port}', '--', str(paths)]
         text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
@@ -376,41 +261,32 @@ def work_pieces(server: Served, root: str, quick: bool) -> Figures:
         if not done or int(done[3]):
             sys.exit(f'wrk: {server.name}: {text}')
         figures[f'pieces/s, {connections} conn.'] = int(done[1]) / int(done[2]) * 1e6
-        figures[f'CPU µs a piece, {connections} conn.'] = (server.cpu() - before) / int(done[1]) * 1e6
+        figures[f'CPU µs a piece, {connections} conn.'] = (server.processor() - before) / int(done[1]) * 1e6
     return figures
 
 
-def work_restic(server: Served, root: str, quick: bool) -> Figures:
+def work_restic(server: Compared, root: str, quick: bool) -> Figures:
     """What restic's commands take in all, and the server of the processor meanwhile."""
     figures = {}
     repository = Path(root, f'of-{server.name}')
     shutil.copytree(Path(root, '.bench', 'repository'), repository)
-    environment = {**os.environ, 'RESTIC_PASSWORD': 'x', 'RESTIC_CACHE_DIR': f'{root}/.bench/cache'}
     for name, words in (('restore', ['restore', 'latest', '--target', f'{root}/.bench/restored']),
                         ('check --read-data', ['check', '--read-data']),
                         ('dump', ['dump', '--no-cache', 'latest', f'{root}/.bench/source/small']),
                         ('prune', ['forget', '--keep-last', '10', '--prune', '--max-unused', '0'])):
-        before, begin = server.cpu(), time.perf_counter()
+        before = server.processor()
         address = f'rest:http://127.0.0.1:{server.port}/{repository.name}/'
-        subprocess.run(['restic', '-q', '-r', address, *words], env=environment, check=True,
-                       stdout=subprocess.DEVNULL)
-        figures[f'restic {name}, s'] = time.perf_counter() - begin
-        figures[f'restic {name}, CPU s'] = server.cpu() - before
+        figures[f'restic {name}, s'] = restic(address, words, f'{root}/.bench/cache', ['-q'])
+        figures[f'restic {name}, CPU s'] = server.processor() - before
         shutil.rmtree(f'{root}/.bench/restored', ignore_errors=True)
     shutil.rmtree(repository)
     return figures
 
 
-def make_repository(root: str, quick: bool) -> None:
-    """A repository in which the blobs of many small files lie in many packs, more than a server would keep
-    open or remember, in no order."""
-    files = Path(root, '.bench')
-    environment = {**os.environ, 'RESTIC_PASSWORD': 'x', 'RESTIC_CACHE_DIR': f'{files}/cache'}
-
-    def restic(*words: str) -> None:
-        subprocess.run(['restic', '-q', '-r', f'{files}/repository', *words], env=environment, check=True)
-
-    restic('init')
+def back_up(files: Path, quick: bool) -> None:
+    """Make a repository in which the blobs of many small files lie in many packs, more than a server would
+    keep open or remember, in no order."""
+    restic(f'{files}/repository', ['init'], files / 'cache')
     (files / 'source' / 'small').mkdir(parents=True)
     (files / 'source' / 'large').mkdir()
     order, turns = list(range(FILES // (10 if quick else 1))), 20 if quick else 100
@@ -420,55 +296,43 @@ def make_repository(root: str, quick: bool) -> None:
             (files / 'source' / 'small' / f'{number:04d}').write_bytes(os.urandom(500 + number * 17 % 60_000))
         if turn % (turns // 20) == 0:
             (files / 'source' / 'large' / str(turn)).write_bytes(os.urandom((2 if quick else 20) * MIB))
-        restic('backup', f'{files}/source')
+        restic(f'{files}/repository', ['backup', f'{files}/source'], files / 'cache', ['-q'])
 
 
-def work_down(server: Served, root: str, quick: bool) -> Figures:
-    before = server.cpu()
+def work_down(server: Compared, root: str, quick: bool) -> Figures:
+    before = server.processor()
     rate, count = h2load(server, 4, pack_paths(root), '-n', '64' if quick else '256')
     gib = count * PACK_BYTES / 1024 ** 3
     return {'16 MiB down GiB/s': rate * PACK_BYTES / 1024 ** 3,
-            'CPU s/GiB down': (server.cpu() - before) / gib}
+            'CPU s/GiB down': (server.processor() - before) / gib}
 
 
-def work_tls(server: Served, root: str, quick: bool) -> Figures:
+def work_tls(server: Compared, root: str, quick: bool) -> Figures:
     figures = work_down(server, root, quick)
     figures['4 KiB GET/s, 5 conn.'], figures['CPU µs a GET, 5 conn.'] = get_pieces(server, root, quick, 5)
     return {f'TLS: {name}': value for name, value in figures.items()}
 
 
-def work_bcrypt(server: Served, root: str, quick: bool) -> Figures:
+def work_bcrypt(server: Compared, root: str, quick: bool) -> Figures:
     rate, _ = get_pieces(server, root, quick, 5, '-H', PASSWORD)
     return {'with a bcrypt password: 4 KiB GET/s, 5 conn.': rate}
 
 
-def work_up(server: Served, root: str, quick: bool) -> Figures:
+def work_up(server: Compared, root: str, quick: bool) -> Figures:
     done = upload(server, root, 4, 4 if quick else 12, PACK_BYTES)
     return {'16 MiB up GiB/s': done['gib/s'], 'CPU s/GiB up': done['cpu/gib']}
 
 
-def work_small(server: Served, root: str, quick: bool) -> Figures:
+def work_small(server: Compared, root: str, quick: bool) -> Figures:
     done = upload(server, root, 4, 100 if quick else 2000, 600)
     return {'600 B uploads/s': done['rate'], 'CPU ms an upload': done['cpu/1000']}
 
 
-def work_list(server: Served, root: str, quick: bool) -> Figures:
-    memory = server.pss()
-    begin = time.perf_counter()
-    with Client(server.port) as client:
-        client.sock.sendall(b'GET /many/data/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
-                            b'Accept: application/vnd.x.restic.rest.v2\r\n\r\n')
-        data = [client.sock.recv(65536)]
-        first = time.perf_counter() - begin
-        while data[-1]:
-            data.append(client.sock.recv(1 << 20))
-    whole = time.perf_counter() - begin
-    found = b''.join(data).count(b'"name"')
-    listed = int(Path(root, '.bench', 'listed').read_text())
-    if found < listed * 0.999:  # a chunk's border may cut a few
-        sys.exit(f'{server.name} lists {found} of {listed}')
+def work_list(server: Compared, root: str, quick: bool) -> Figures:
+    memory = server.memory()
+    first, whole = server.list('many', int(Path(root, '.bench', 'listed').read_text()))
     return {'list, first byte ms': first * 1000, 'list, whole ms': whole * 1000,
-            'memory growth of a list, MiB': server.pss() - memory}
+            'memory growth of a list, MiB': server.memory() - memory}
 
 
 WORKS: Dict[str, Work] = {'pieces': work_pieces, 'restic': work_restic, 'get': work_get, 'down': work_down,
@@ -476,7 +340,7 @@ WORKS: Dict[str, Work] = {'pieces': work_pieces, 'restic': work_restic, 'get': w
                           'bcrypt': work_bcrypt}
 NEEDS = {'pieces': 'wrk', 'restic': 'restic', 'get': 'h2load', 'down': 'h2load'}
 MODES = ('tls', 'bcrypt')           # works that need a server of their own
-OF_SOME = {BOUND: ('get', 'down'), BARE: ('up',), PACKED: ()}   # works that these can do
+OF_SOME = {BOUND: ('get', 'down'), PACKED: ()}   # works that these can do
 
 
 # ---- the run ----
@@ -488,35 +352,20 @@ def prepared(parent: str, works: List[str], listed: int, python: str, quick: boo
         files = Path(root, '.bench')
         files.mkdir()
         files.joinpath('listed').write_text(str(listed))
-        Path(files, 'packed').mkdir()
-        shutil.copy(HERE.parent / 'restic_serve.py', files / 'packed')
-        for module, words in (('compileall', ['-q', '-b', 'packed']),
-                              ('zipapp', ['packed', '-m', 'restic_serve:run', '-o', 'restic_serve.pyz'])):
-            subprocess.run([python, '-m', module, *words], cwd=files, check=True)
-        for kind in ('data', 'index', 'keys', 'locks', 'snapshots'):
-            Path(root, 'packs', kind).mkdir(parents=True)
-        for number in range(256):
-            Path(root, 'packs', 'data', f'{number:02x}').mkdir()
-            Path(root, 'many', 'data', f'{number:02x}').mkdir(parents=True)
+        pack(files, python)
+        for name in ('packs', 'pieces', 'many'):
+            make_repository(f'{root}/{name}')
         for _ in range(PACKS):
-            body = os.urandom(PACK_BYTES)
-            name = hashlib.sha256(body).hexdigest()
-            Path(root, 'packs', 'data', name[:2], name).write_bytes(body)
+            store(f'{root}/packs', 'data', os.urandom(PACK_BYTES))
         many = (MANY_PACKS // 20 if quick else MANY_PACKS) if 'pieces' in works else 0
         for _ in range(many):
-            body = os.urandom(SMALL_PACK_BYTES)
-            name = hashlib.sha256(body).hexdigest()
-            Path(root, 'pieces', 'data', name[:2]).mkdir(parents=True, exist_ok=True)
-            Path(root, 'pieces', 'data', name[:2], name).write_bytes(body)
+            store(f'{root}/pieces', 'data', os.urandom(SMALL_PACK_BYTES))
         if 'restic' in works:
-            make_repository(root, quick)
+            back_up(files, quick)
         for number in range(listed if 'list' in works else 0):
-            name = hashlib.sha256(str(number).encode()).hexdigest()
-            os.close(os.open(f'{root}/many/data/{name[:2]}/{name}', os.O_CREAT | os.O_WRONLY))
+            store(f'{root}/many', 'data', b'', hashlib.sha256(str(number).encode()).hexdigest())
         if 'tls' in works:
-            subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-subj',
-                            '/CN=localhost', '-keyout', files / 'key.pem', '-out', files / 'cert.pem'],
-                           check=True, capture_output=True)
+            make_certificate(files)
         if 'bcrypt' in works:
             subprocess.run(['htpasswd', '-bcBC', '10', files / 'htpasswd', 'user', 'secret'], check=True,
                            capture_output=True)
@@ -551,18 +400,18 @@ def measure(parent: str, works: List[str], rounds: int, quick: bool, listed: int
                                                 and work in OF_SOME.get(name, WORKS)]
                     if not todo:
                         continue
-                    with Served(name, root, python, mode) as server:
+                    with Compared(name, root, python, mode) as server:
                         if not mode and name not in OF_SOME:
-                            note(name, {'memory idle, MiB (PSS)': server.pss(),
+                            note(name, {'memory idle, MiB (PSS)': server.memory(),
                                         'start to first answer, ms': server.start_seconds * 1000})
                         for work in todo:
                             note(name, WORKS[work](server, root, quick))
                             clean(root, packs)
                         if not mode and name not in OF_SOME:
-                            note(name, {'memory after, MiB (PSS)': server.pss()})
+                            note(name, {'memory after, MiB (PSS)': server.memory()})
                         started = server.start_seconds
                     if not mode and name == OURS:
-                        with Served(PACKED, root, python) as server:
+                        with Compared(PACKED, root, python) as server:
                             starts = {'': started, 'packed: ': server.start_seconds}
                         for form, script in (('', OURS), ('packed: ', PACKED)):
                             words = commands(root, 0, python)[script][:2]
@@ -606,14 +455,11 @@ def restic_over_stdio(words: List[str], parent: str, size: int) -> Figures:
         times, serve = Path(root, 'times'), Path(root, 'serve')
         serve.write_text(f'#!/bin/sh\n{" ".join(words)} "$@"\ntimes > {times}.new\nmv {times}.new {times}\n')
         serve.chmod(0o755)
-        environment = {**os.environ, 'RESTIC_PASSWORD': 'x', 'RESTIC_CACHE_DIR': f'{root}/cache'}
+        options = ['-q', '-o', f'rclone.program={serve}']
         for name, command in (('', ['init']), ('backup', ['backup', str(folder)]),
                               ('check', ['check', '--read-data']),
                               ('restore', ['restore', 'latest', '--target', f'{root}/restored'])):
-            begin = time.perf_counter()
-            subprocess.run(['restic', '-q', '-o', f'rclone.program={serve}', '-r', f'rclone:{root}/srv',
-                            *command], env=environment, check=True, capture_output=True)
-            seconds = time.perf_counter() - begin
+            seconds = restic(f'rclone:{root}/srv', command, f'{root}/cache', options)
             while not times.exists():  # restic does not wait for the last of it
                 time.sleep(0.01)
             minutes = re.findall(r'(\d+)m([\d.]+)s', times.read_text().splitlines()[1])
@@ -630,7 +476,7 @@ def restic_over_stdio(words: List[str], parent: str, size: int) -> Figures:
 def measure_stdio(parent: str, rounds: int, quick: bool, python: str) -> None:
     """restic with ours and with rclone, in turn."""
     table: Table = {}
-    commands = {OURS: [python, str(HERE.parent / 'restic_serve.py')], 'rclone': ['rclone']}
+    commands = {OURS: [python, str(MODULE)], 'rclone': ['rclone']}
     for _ in range(rounds):
         for name, words in commands.items():
             done = restic_over_stdio(words, parent, 64 * MIB if quick else 1024 * MIB)
@@ -641,7 +487,7 @@ def measure_stdio(parent: str, rounds: int, quick: bool, python: str) -> None:
 
 def print_table(parent: str, table: Table) -> None:
     """Medians, and ours as a multiple of each other's."""
-    names = [name for name in (OURS, BEFORE, *PEERS, BOUND, BARE)
+    names = [name for name in (OURS, BEFORE, *PEERS, BOUND)
              if any(name in values for values in table.values())]
     peers = names[1:]
     heads = names + [f'÷ {peer}' for peer in peers]
@@ -705,12 +551,9 @@ def main() -> None:
     parser.add_argument('--listed', type=int, default=1_000_000, help='names in the list')
     parser.add_argument('--python', default=sys.executable, help='the Python that serves')
     parser.add_argument('--before', metavar='FILE', help='another restic_serve.py, to measure beside this')
-    parser.add_argument('--bare', nargs=2, metavar=('PORT', 'DIR'), help='be the bare server')
     options = parser.parse_args()
     if options.before:
         os.environ['BENCH_BEFORE'] = options.before
-    if options.bare:
-        serve_bare(int(options.bare[0]), options.bare[1])
     if options.peers:
         os.environ['PATH'] = f'{options.peers}:{os.environ["PATH"]}'
     for words in (['rest-server', '--version'], ['rclone', 'version'], [options.python, '-V']):

@@ -20,20 +20,18 @@ import os
 import select
 import shutil
 import signal
-import socket
 import stat
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Deque, Dict, Iterator, List, Optional, Tuple
 
-OURS = Path(__file__).resolve().parent.parent / 'restic_serve.py'
+from common import KINDS, MODULE, OURS, AnyPath, Served, free_port, make_repository, server_words, store
+
 PEER = 'rest-server'
-KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DROP_CACHES = '/proc/sys/vm/drop_caches'
 SETTLE_SECONDS = 0.5            # from the first answer until all workers have started
 WARM_LISTS = 5                  # of which the fastest counts
@@ -45,21 +43,11 @@ def object_names(count: int) -> List[str]:
     return [hashlib.sha256(b'%d' % number).hexdigest() for number in range(count)]
 
 
-def make_repository(root: str, count: int) -> None:
+def fill(root: str, count: int) -> None:
     """A repository of objects that take no blocks, made in no order, as restic does."""
-    for kind in KINDS:
-        os.makedirs(f'{root}/{kind}')
-    Path(root, 'config').write_text('x')
-    folders = []
-    for number in range(256):
-        os.mkdir(f'{root}/data/{number:02x}')
-        folders.append(os.open(f'{root}/data/{number:02x}', os.O_RDONLY))
+    make_repository(root)
     for size, name in enumerate(object_names(count)):
-        fd = os.open(name, os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=folders[int(name[:2], 16)])
-        os.ftruncate(fd, size)
-        os.close(fd)
-    for fd in folders:
-        os.close(fd)
+        os.truncate(store(root, 'data', b'', name), size)
     os.sync()
 
 
@@ -179,70 +167,31 @@ def mounted(count: int, delay: float) -> Iterator[str]:
 
 # ---- servers and their lists ----
 
-class Served:
-    """A running server, which serves a directory for reading."""
+class Listed(Served):
+    """A server of a directory for reading."""
 
-    def __init__(self, words: List[str], root: str) -> None:
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            self.port = sock.getsockname()[1]
-        at = f'127.0.0.1:{self.port}'
-        words = ([*words, '--no-auth', '--listen', at, '--path', root] if words[0] == PEER
-                 else [*words, '--read-only', '--addr', at, root])
-        self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', self.port)) as sock:
-                sock.sendall(b'GET /none/config HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
-                while sock.recv(4096):
-                    pass
-                time.sleep(SETTLE_SECONDS)
-                return
-            if self._process.poll() is not None or time.monotonic() > end:
-                sys.exit(f'no answer from {words}')
-            time.sleep(0.02)
-
-    def __enter__(self) -> Served:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
-
-    def list(self, count: int) -> Tuple[float, float]:
-        """Seconds until the first byte of a list's body, and until the last."""
-        begin, data = time.perf_counter(), b''
-        with socket.create_connection(('127.0.0.1', self.port)) as sock:
-            sock.sendall(b'GET /r/data/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n'
-                         b'Accept: application/vnd.x.restic.rest.v2\r\n\r\n')
-            while not data.partition(b'\r\n\r\n')[2]:
-                some = sock.recv(65536)
-                if not some:
-                    sys.exit(f'no list: {data[:200]!r}')
-                data += some
-            first = time.perf_counter() - begin
-            parts = [data, *iter(lambda: sock.recv(1 << 20), b'')]
-        whole = time.perf_counter() - begin
-        found = b''.join(parts).count(b'"size"')
-        if found < count * 0.999:   # a chunk's border may cut a few
-            sys.exit(f'{found} of {count} listed')
-        return first, whole
+    def __init__(self, name: str, program: AnyPath, root: str, python: str) -> None:
+        port = free_port()
+        super().__init__(server_words(name, f'127.0.0.1:{port}', root, python, program=program,
+                                      options=['--read-only']), port)
+        time.sleep(SETTLE_SECONDS)
 
 
 Rows = Dict[str, Dict[str, List[Tuple[float, float]]]]     # by figure and server, one value a round
 
 
-def measure(servers: Dict[str, List[str]], root: str, count: int, rounds: int, what: str, warm: bool) -> Rows:
+def measure(servers: Dict[str, AnyPath], python: str, root: str, count: int, rounds: int, what: str,
+            warm: bool) -> Rows:
     """First byte and whole of lists, each from caches that were dropped and, if `warm`, from full ones."""
     rows: Rows = {}
     for turn in range(rounds):
         for name in sorted(servers, reverse=bool(turn % 2)):
-            with Served(servers[name], root) as server:
+            with Listed(name, servers[name], root, python) as server:
                 os.sync()
                 Path(DROP_CACHES).write_text('3')
-                rows.setdefault(what, {}).setdefault(name, []).append(server.list(count))
+                rows.setdefault(what, {}).setdefault(name, []).append(server.list('r', count))
                 if warm:
-                    lists = [server.list(count) for _ in range(WARM_LISTS)]
+                    lists = [server.list('r', count) for _ in range(WARM_LISTS)]
                     rows.setdefault('disk, warm', {}).setdefault(name, []).append(
                         (min(first for first, _ in lists), min(whole for _, whole in lists)))
     return rows
@@ -256,7 +205,7 @@ def print_table(rows: Rows) -> None:
         for name, (first, whole) in medians.items():
             ratio, goal = whole / medians[PEER][1], GOALS.get(what)
             verdict = (f'<= {goal}: {"met" if ratio <= goal else "missed"}'
-                       if goal and name == OURS.stem else '')
+                       if goal and name == OURS else '')
             print(f'{what:12} {name:12} {first:14.1f} {whole:10.0f} {ratio:14.2f}  {verdict}')
 
 
@@ -279,13 +228,13 @@ def main() -> int:
     if not shutil.which(PEER):
         print('skipped: no rest-server to compare with')
         return 0
-    servers = {OURS.stem: [options.python, str(OURS)], PEER: [PEER]}
+    servers: Dict[str, AnyPath] = {OURS: MODULE, PEER: ''}    # ours with their programs
     if options.before:
-        servers['before'] = [options.python, options.before]
+        servers['before'] = options.before
     with tempfile.TemporaryDirectory(dir=options.dir, prefix='colddisk-') as root:
         count = options.objects or (40_000 if options.quick else 200_000)
-        make_repository(f'{root}/r', count)
-        print_table(measure(servers, root, count, rounds, 'disk, cold', True))
+        fill(f'{root}/r', count)
+        print_table(measure(servers, options.python, root, count, rounds, 'disk, cold', True))
     count = options.slow_objects or (1000 if options.quick else 5000)
     with contextlib.ExitStack() as stack:
         try:
@@ -293,7 +242,7 @@ def main() -> int:
         except OSError as error:
             print(f'skipped: FUSE cannot be mounted: {error.strerror}')
             return 0
-        print_table(measure(servers, root, count, rounds, 'FUSE', False))
+        print_table(measure(servers, options.python, root, count, rounds, 'FUSE', False))
     return 0
 
 

@@ -38,9 +38,8 @@ import time
 from pathlib import Path
 from typing import Callable, Counter, Dict, List, Optional, Set, Tuple
 
-MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
-sys.path.insert(0, str(MODULE.parent))
-import restic_serve as rs  # noqa: E402 - after its path is known
+from common import MODULE, Served, free_port, of_process
+import restic_serve as rs   # of which common knows the path
 
 WORKERS = 4
 GROWTH, GROWTH_MIB = 1.2, 8.0       # what memory may be at the end, of that after the first minute
@@ -142,8 +141,8 @@ class Gate:
                 self._changed.wait()
 
 
-class Served:
-    """The server as a process of its own, with workers."""
+class Busy(Served):
+    """The server, with workers."""
 
     def __init__(self, python: str, folder: Path) -> None:
         self.log, self.htpasswd = folder / 'log', folder / 'users'
@@ -152,25 +151,22 @@ class Served:
         self.slow = [f'{name}:{rs.new_entry(PASSWORD.encode(), 5)}'
                      for name in (ADMIN, *(one[0] for one in (*CLIENTS, *WIRES)))]
         self.write_users({})
-        self.process = subprocess.Popen(
-            [python, str(MODULE), '--workers', str(WORKERS), '--addr', 'tls://127.0.0.1:0',
-             '--addr', 'http://127.0.0.1:0', '--cert', str(folder / 'cert.pem'),
-             '--key', str(folder / 'key.pem'), '--htpasswd', str(self.htpasswd), '--private-repos',
+        self.hosts = {wire: f'127.0.0.1:{free_port()}' for wire in ('tls', 'plain')}
+        super().__init__(
+            [python, MODULE, '--workers', WORKERS, '--addr', f'tls://{self.hosts["tls"]}',
+             '--addr', f'http://{self.hosts["plain"]}', '--cert', folder / 'cert.pem',
+             '--key', folder / 'key.pem', '--htpasswd', self.htpasswd, '--private-repos',
              '--admin', ADMIN, '--max-size-per-user', QUOTA, '--keep-deleted', '1h',
              '--usage-interval', '15s', '--prometheus', '--on-event', 'true',
-             '-vv', '--log-file', str(self.log), str(folder / 'srv')],
-            stderr=subprocess.DEVNULL, env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'})
-        self.hosts: Dict[str, str] = {}     # address by wire
-        end = time.monotonic() + 30
-        while len(self.hosts) < 2 or len(self.workers()) < WORKERS:
-            time.sleep(0.02)
-            text = self.log.read_text() if self.log.exists() else ''
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.process.kill()
-                sys.exit(f'the server did not start: {text}')
-            for scheme, host in re.findall(r'(https?)://(127\.0\.0\.1:\d+)/', text):
-                self.hosts['tls' if scheme == 'https' else 'plain'] = host
-        self.oldest = self.workers()[1]     # a worker that lives to the end
+             '-vv', '--log-file', self.log, folder / 'srv'],
+            int(self.hosts['plain'].rpartition(':')[2]), log=folder / 'said')
+        self.wait_for_workers()
+        self.oldest = self.children()[1]    # a worker that lives to the end
+
+    def wait_for_workers(self) -> None:
+        end = time.monotonic() + 60
+        while len(self.children()) < WORKERS and time.monotonic() < end:
+            time.sleep(0.1)
 
     def write_users(self, guests: Dict[str, str]) -> None:
         lines = [*self.slow, *(entry(*guest) for guest in guests.items())]
@@ -178,11 +174,6 @@ class Served:
 
     def url(self, wire: str) -> str:
         return f'{"https" if wire == "tls" else "http"}://{self.hosts[wire]}'
-
-    def workers(self) -> List[int]:
-        """The workers' processes, in the order in which they began."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
     def certificate(self) -> bytes:
         """The certificate that it shows to a new connection."""
@@ -194,11 +185,9 @@ class Served:
     def figures(self) -> Dict[str, float]:
         """What its processes take: MiB that belong to them (PSS), descriptors, threads."""
         found = dict.fromkeys(('memory, MiB', 'of the oldest worker, MiB', 'descriptors', 'threads'), 0.0)
-        for pid in (self.process.pid, *self.workers()):
+        for pid in self.processes():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # one that was killed
-                text = Path(f'/proc/{pid}/smaps_rollup').read_text()
-                match = re.search(r'^Pss:\s+(\d+)', text, re.MULTILINE)
-                memory = int(match[1]) / 1024 if match else 0.0
+                memory = of_process(pid, 'Pss', 'smaps_rollup')
                 found['memory, MiB'] += memory
                 found['of the oldest worker, MiB'] += memory * (pid == self.oldest)
                 found['descriptors'] += len(os.listdir(f'/proc/{pid}/fd'))
@@ -207,9 +196,7 @@ class Served:
 
     def idle_figures(self) -> Dict[str, float]:
         """The same, when all workers are there and have nothing to do."""
-        end = time.monotonic() + 60
-        while len(self.workers()) < WORKERS and time.monotonic() < end:
-            time.sleep(0.1)
+        self.wait_for_workers()
         time.sleep(IDLE_SECONDS)
         return self.figures()
 
@@ -217,7 +204,7 @@ class Served:
 class Day:
     """The load, what was done, and what was not as it should be."""
 
-    def __init__(self, served: Served, folder: Path, least_age: float) -> None:
+    def __init__(self, served: Busy, folder: Path, least_age: float) -> None:
         self.served, self.folder = served, folder
         self.least_age = least_age          # of a worker that is killed
         self.gate = Gate()
@@ -441,7 +428,7 @@ class Day:
 
     def kill_worker(self) -> None:
         """Kill a worker that has lived long enough to be replaced at once, but one never."""
-        victims = [pid for pid in self.served.workers() if pid != self.served.oldest
+        victims = [pid for pid in self.served.children() if pid != self.served.oldest
                    and os.stat(f'/proc/{pid}').st_ctime < time.time() - self.least_age]
         if self.may_kill and victims:
             self.kills.append(time.monotonic())
@@ -569,9 +556,9 @@ def end(day: Day) -> None:
         return
     for user, wire in CLIENTS:
         day.restic(user, user, wire, 'check', '--read-data')
-    day.served.process.terminate()
-    if day.served.process.wait(30):
-        day.fault(f'the server ends with status {day.served.process.returncode}')
+    status = day.served.stop()
+    if status:
+        day.fault(f'the server ends with status {status}')
     for path in (day.folder / 'log.old', day.served.log):
         day.look_at_log(path)
 
@@ -592,8 +579,7 @@ def main(words: Optional[List[str]] = None) -> int:
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))    # and clean up
     first, rest, pause, least_age = (12.0, 14.0, 1.0, 5.0) if options.quick else (
         60.0, max(options.minutes * 60 - 90, 30), 5.0, rs.STEADY_SECONDS + 5.0)
-    with tempfile.TemporaryDirectory(prefix='day-') as name:
-        served = Served(options.python, Path(name))
+    with tempfile.TemporaryDirectory(prefix='day-') as name, Busy(options.python, Path(name)) as served:
         day = Day(served, Path(name), least_age)
         try:
             set_up(day)
@@ -602,9 +588,6 @@ def main(words: Optional[List[str]] = None) -> int:
                 end(day)
         finally:
             day.break_off()
-            if served.process.poll() is None:
-                served.process.kill()
-                served.process.wait()
     for what, count in sorted(day.done.items()):
         print(f'{count:7,}  {what}')
     print(f'{len(day.faults)} faults')

@@ -18,8 +18,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import hashlib
-import http.client
 import json
 import multiprocessing
 import os
@@ -33,12 +31,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
+from common import LIST_V2, MODULE, Served, free_port, make_repository, of_process, store
+
 PART_OF_FIRST = 4           # The first repository has 1/4 of the objects.
 PER_FOLDER = 100            # Repositories of a top-level folder.
 OBJECTS_AT_LEAST = 5        # Of a repository: config, a key, an index, a snapshot, data.
 CONFIG = b'config'
-LIST_V2 = 'application/vnd.x.restic.rest.v2'
 PATIENCE = 1800             # Seconds for the first count.
 Made = Tuple[int, int]      # Objects in data/, bytes of all objects.
 
@@ -48,34 +46,23 @@ def name_of(number: int) -> str:
     return f'folder-{number // PER_FOLDER:02}/host-{number:04}'
 
 
-def make_repository(work: Tuple[str, int, int]) -> Made:
+def fill(work: Tuple[str, int, int]) -> Made:
     """Make a repository of so many objects, its config included."""
     path, number, count = work
     counts = {'keys': 1, 'index': 1 + count // 100, 'snapshots': 1 + count // 50}
     counts['data'] = count - 1 - sum(counts.values())
     size = len(CONFIG)
-    for kind in ('', 'locks', *counts):
-        os.makedirs(f'{path}/{kind}', exist_ok=True)
-    with open(f'{path}/config', 'wb') as file:
-        file.write(CONFIG)
-    folders = set()
+    make_repository(path, CONFIG)
     for kind, objects in counts.items():
         for at in range(objects):
             content = b'%s %d of %d' % (kind.encode(), at, number)
             size += len(content)
-            name = hashlib.sha256(content).hexdigest()
-            folder = f'{path}/data/{name[:2]}' if kind == 'data' else f'{path}/{kind}'
-            if folder not in folders:
-                os.makedirs(folder, exist_ok=True)
-                folders.add(folder)
-            fd = os.open(f'{folder}/{name}', os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(fd, content)
-            os.close(fd)
+            store(path, kind, content)
     return counts['data'], size
 
 
 def plan(root: Path, objects: int, repositories: int) -> List[Tuple[str, int, int]]:
-    """What make_repository() is to make."""
+    """What fill() is to make."""
     first = objects // PART_OF_FIRST
     each, more = divmod(objects - first, repositories - 1)
     counts = [first, *(each + (number <= more) for number in range(1, repositories))]
@@ -100,7 +87,7 @@ def directory(parent: Optional[str], objects: int, repositories: int) -> Iterato
         work = plan(root, objects, repositories)
         with multiprocessing.Pool(initializer=ends_by_signals) as pool:
             try:
-                made = pool.map(make_repository, work, 1 + repositories // 100)
+                made = pool.map(fill, work, 1 + repositories // 100)
                 print(f'made {objects:,} objects of {repositories:,} repositories in '
                       f'{time.monotonic() - begin:.0f} s', flush=True)
                 yield root, made
@@ -108,64 +95,22 @@ def directory(parent: Optional[str], objects: int, repositories: int) -> Iterato
                 pool.map(remove, [path for path, _, _ in work], 1 + repositories // 100)
 
 
-class Served:
-    """The server as a process of its own, with its workers."""
+class Large(Served):
+    """A server of the large directory, with its workers."""
 
     def __init__(self, python: str, root: Path) -> None:
-        self.log = root.parent / 'log'
-        self.process = subprocess.Popen(
-            [python, str(MODULE), '--addr', '127.0.0.1:0', '--prometheus', '--log-file', str(self.log),
-             str(root)],
-            stderr=subprocess.DEVNULL, env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'})
-        self.port, end = 0, time.monotonic() + 30
-        while not self.port:
-            time.sleep(0.02)
-            text = self.log.read_text() if self.log.exists() else ''
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.process.kill()
-                sys.exit(f'the server did not start: {text}')
-            match = re.search(r'on http://127\.0\.0\.1:(\d+)/', text)
-            self.port = int(match[1]) if match else 0
+        port, self.log = free_port(), root.parent / 'log'
+        super().__init__([python, MODULE, '--addr', f'127.0.0.1:{port}', '--prometheus', root], port,
+                         log=self.log)
 
-    def processes(self) -> List[int]:
-        pid = self.process.pid
-        return [pid, *map(int, Path(f'/proc/{pid}/task/{pid}/children').read_text().split())]
-
-    def get(self, path: str, **headers: str) -> bytes:
-        connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=PATIENCE)
-        try:
-            connection.request('GET', path, headers=headers)
-            answer = connection.getresponse()
-            content = answer.read()
-            if answer.status != 200:
-                raise RuntimeError(f'GET {path}: {answer.status} {content[:200]!r}')
-            return content
-        finally:
-            connection.close()
-
-    def page(self, path: str = '/') -> str:
-        return self.get(path, Accept='text/html').decode()
-
-    def of_status(self, name: str, file: str = 'status') -> List[float]:
-        """A figure of /proc/PID/status in MiB, for each process."""
-        found = []
-        for pid in self.processes():
-            match = re.search(rf'^{name}:\s+(\d+)', Path(f'/proc/{pid}/{file}').read_text(), re.MULTILINE)
-            found.append(int(match[1]) / 1024 if match else 0.0)
-        return found
+    def peak(self) -> float:
+        """MiB that the largest of its processes has taken since begin()."""
+        return max(of_process(pid, 'VmHWM') for pid in self.processes())
 
     def begin(self) -> None:
         """Begin a new peak."""
         for pid in self.processes():
             Path(f'/proc/{pid}/clear_refs').write_text('5')
-
-    def processor(self) -> float:
-        """Seconds of the processor that it has taken."""
-        ticks = 0
-        for pid in self.processes():
-            fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf('SC_CLK_TCK')
 
 
 class Table:
@@ -179,13 +124,13 @@ class Table:
         memory = '' if shared is None else f'{shared:.0f}'
         print(f'| {what} | {seconds:.2f} | {processor:.2f} | {peak:.0f} | {memory} |', flush=True)
 
-    def served(self, served: Served, what: str, ask: Callable[[], Any], begun: float = 0.0) -> Any:
+    def served(self, served: Large, what: str, ask: Callable[[], Any], begun: float = 0.0) -> Any:
         """Measure something that the server does; its answer.  It may have `begun` before."""
         served.begin()
         processor, begin = served.processor() if not begun else 0.0, begun or time.monotonic()
         answer = ask()
         self.line(what, time.monotonic() - begin, served.processor() - processor,
-                  max(served.of_status('VmHWM')), sum(served.of_status('Pss', 'smaps_rollup')))
+                  served.peak(), served.memory())
         return answer
 
     def job(self, what: str, words: List[str]) -> Tuple[str, str]:
@@ -227,14 +172,9 @@ def check_report(table: Table, text: str, objects: int, made: List[Made]) -> Non
 def measure(python: str, root: Path, objects: int, made: List[Made]) -> List[str]:
     """Measure everything; what was wrong."""
     table, begin = Table(), time.monotonic()
-    served = Served(python, root)
-    try:
-        def counted() -> None:
-            while 'Calculating sizes' in served.page():
-                if time.monotonic() > begin + PATIENCE:
-                    raise RuntimeError('the first count does not end')
-                time.sleep(0.05)
-        table.served(served, 'from the start to the first count', counted, begin)
+    with Large(python, root) as served:
+        table.served(served, 'from the start to the first count', lambda: served.wait_for_count(PATIENCE),
+                     begin)
         time.sleep(1.1)     # else it uses what it has just computed
         for what in ('the page', 'the page again'):
             page = table.served(served, what, served.page)
@@ -260,9 +200,6 @@ def measure(python: str, root: Path, objects: int, made: List[Made]) -> List[str
         for line in served.log.read_text().splitlines():
             if ' ERROR: ' in line or ' WARNING: ' in line:
                 table.faults.append(line)
-    finally:
-        served.process.terminate()
-        served.process.wait()
     return table.faults
 
 

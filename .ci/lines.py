@@ -30,7 +30,6 @@ import contextlib
 import functools
 import os
 import random
-import re
 import select
 import shlex
 import shutil
@@ -44,10 +43,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Deque, Dict, Generator, Iterable, List, Tuple
+from typing import IO, Callable, Deque, Dict, Generator, Iterator, List, Tuple, cast
 
-MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
-MIB = 1 << 20
+from common import MIB, OURS, Failed, Served, free_port, make_certificate, pack, restic, server_words
+
 RATE = 400e6 / 8                # bytes a second, each way
 DELAY = 0.025                   # seconds, each way
 QUEUE = 0.025                   # seconds that may wait for their turn, each way
@@ -55,7 +54,7 @@ HELD_BYTES = int(2 * RATE * 2 * DELAY)  # of a flow whose receiver does not take
 PIECE_BYTES = 64 * 1024
 BUFFER_BYTES = 256 * 1024       # of the relay's sockets, so that they are no second queue
 MARKED, FAILED = 1.05, 1.25     # times the better peer's time
-OURS, PEERS = 'restic_serve', ('rest-server', 'rclone')
+PEERS = 'rest-server', 'rclone'
 WIRES = {'http': (OURS, *PEERS), 'tls': (OURS, *PEERS), 'stdio': (OURS, 'rclone')}
 # Files, their mean size, and those that change before the second backup.
 WORK, LITTLE_WORK = (300, MIB // 2, 45), (24, MIB // 4, 4)
@@ -63,12 +62,6 @@ STOPPED = threading.Event()     # another wire has failed, or the user has had e
 Times = Dict[Tuple[str, str, str], List[float]]     # by wire, command and server, one for each round
 Steps = Generator[Tuple[str, float], None, None]     # a command and its seconds, when it has run
 
-
-class Failed(Exception):
-    """A program failed, or did something else than it should."""
-
-
-# ---- the line ----
 
 class Direction:
     """One way of the line, for all connections."""
@@ -249,43 +242,12 @@ def relay_pipes(command: List[str]) -> int:
 
 # ---- the line itself, measured ----
 
-class Ran:
-    """A program that runs while the context does, and what it says."""
-
-    def __init__(self, command: List[str], folder: Path, pattern: str) -> None:
-        """Wait until what `pattern` describes is said."""
-        self.said = folder / 'said'
-        far_input, self.input = os.pipe()
-        with self.said.open('wb') as file:
-            self.process = subprocess.Popen(command, stdin=far_input, stdout=file, stderr=file)
-        os.close(far_input)
-        end = time.monotonic() + 30
-        while True:
-            match = re.search(pattern, self.said.read_text(errors='replace'))
-            if match:
-                self.port = int(match[1])
-                return
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.process.kill()
-                raise Failed(f'{shlex.join(command)}: {self.said.read_text(errors="replace")}')
-            time.sleep(0.01)
-
-    def __enter__(self) -> Ran:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self.input)            # which ends the relay
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def line_to(port: int, folder: Path) -> Ran:
-    """A line to a port."""
-    return Ran([sys.executable, __file__, '--tcp', str(port)], folder, r'^(\d+)\n')
+@contextlib.contextmanager
+def line_to(port: int) -> Iterator[int]:
+    """A line to a port; the port of its near end.  It ends with its standard input, which is closed here."""
+    with subprocess.Popen([sys.executable, __file__, '--tcp', str(port)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as relay:
+        yield int(cast(IO[bytes], relay.stdout).readline())
 
 
 def answer_tests(listener: socket.socket, count: int) -> None:
@@ -313,15 +275,15 @@ def receive_all(read: Callable[[int], bytes]) -> Tuple[int, float]:
         count += len(data)
 
 
-def test_tcp(folder: Path, count: int) -> Tuple[float, float, float]:
+def test_tcp(count: int) -> Tuple[float, float, float]:
     """Seconds of a round trip, and bytes a second there and back."""
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         listener.listen()
         thread = threading.Thread(target=answer_tests, args=(listener, count), daemon=True)
         thread.start()
-        with line_to(listener.getsockname()[1], folder) as line:
-            address = '127.0.0.1', line.port
+        with line_to(listener.getsockname()[1]) as near:
+            address = '127.0.0.1', near
             trips = []
             with socket.create_connection(address) as sock:
                 for _ in range(6):
@@ -370,11 +332,11 @@ def test_pipes(count: int) -> Tuple[float, float, float]:
     return statistics.median(trips[1:]), received / seconds, received / seconds
 
 
-def test_line(folder: Path, count: int) -> bool:
+def test_line(count: int) -> bool:
     """Measure and print what the line is; whether it is what it should be, at the third attempt at the
     latest."""
     good = True
-    for name, test in (('TCP', functools.partial(test_tcp, folder)), ('pipes', test_pipes)):
+    for name, test in (('TCP', test_tcp), ('pipes', test_pipes)):
         for _ in range(3):
             trip, there, back = test(count)
             fits = 2 * DELAY <= trip <= 2.4 * DELAY
@@ -388,38 +350,6 @@ def test_line(folder: Path, count: int) -> bool:
 
 
 # ---- the work ----
-
-def restic(repository: str, command: List[str], cache: Path, options: Iterable[str] = ()) -> float:
-    """Seconds of a command of restic.  Raises Failed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith('RESTIC_')}
-    environment.update(RESTIC_PASSWORD='x', RESTIC_CACHE_DIR=str(cache))
-    words = ['restic', *options, '-r', repository, *command]
-    begin = time.perf_counter()
-    done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, timeout=600)
-    seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise Failed(f'{shlex.join(words)}: exit status {done.returncode}\n'
-                     f'{done.stdout.decode(errors="replace")}')
-    return seconds
-
-
-def make_certificate(folder: Path) -> None:
-    """A key and a certificate of this host."""
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1',
-                    '-nodes', '-subj', '/CN=localhost', '-addext', 'subjectAltName=IP:127.0.0.1',
-                    '-days', '2', '-keyout', folder / 'key.pem', '-out', folder / 'cert.pem'],
-                   check=True, capture_output=True)
-
-
-def pack(folder: Path, python: str) -> None:
-    """Pack the server as the README has it, compiled in advance: over pipes each command starts it."""
-    (folder / 'packed').mkdir()
-    shutil.copy(MODULE, folder / 'packed')
-    for words in (['compileall', '-q', '-b', 'packed'],
-                  ['zipapp', 'packed', '-m', 'restic_serve:run', '-o', 'restic_serve.pyz']):
-        subprocess.run([python, '-m', *words], cwd=folder, check=True)
-
 
 class Bench:
     """One wire, and what all servers have in common: the files to back up, and a repository without
@@ -471,10 +401,8 @@ class Bench:
     def measure(self, server: str) -> Steps:
         """The same with a server."""
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            where, logs = Path(name), Path(name, 'server')
-            root = where / 'root'
+            where, root = Path(name), Path(name, 'root')
             root.mkdir()
-            logs.mkdir()
             if self.wire == 'stdio':
                 words = [sys.executable, __file__, '--pipes', *self.program(server)]
                 yield from self.work(lambda one: f'rclone:{root / one}', where,
@@ -482,24 +410,19 @@ class Bench:
                 return
             tls = self.wire == 'tls'
             options, scheme = (['--cacert', f'{self.folder}/cert.pem'], 'https') if tls else ([], 'http')
-            with Ran(self.command(server, root), logs, r'127\.0\.0\.1:([1-9]\d*)') as ran, \
-                    line_to(ran.port, where) as line:
-                address = f'rest:{scheme}://127.0.0.1:{line.port}'
+            port = free_port()
+            with Served(self.command(server, f'127.0.0.1:{port}', root), port, log=where / 'log', tls=tls), \
+                    line_to(port) as near:
+                address = f'rest:{scheme}://127.0.0.1:{near}'
                 yield from self.work(lambda one: f'{address}/{one}/', where, options)
 
     def program(self, server: str) -> List[str]:
         return [self.python, f'{self.folder}/restic_serve.pyz'] if server == OURS else [server]
 
-    def command(self, server: str, root: Path) -> List[str]:
+    def command(self, server: str, address: str, root: Path) -> List[str]:
         """What serves a directory over TCP."""
-        words, address = self.program(server), '127.0.0.1:0'
-        cert, key = f'{self.folder}/cert.pem', f'{self.folder}/key.pem'
-        if server == 'rest-server':
-            secure = ['--tls', '--tls-cert', cert, '--tls-key', key] if self.wire == 'tls' else []
-            return [*words, '--listen', address, '--no-auth', '--path', str(root), *secure]
-        secure = ['--cert', cert, '--key', key] if self.wire == 'tls' else []
-        start = [*words, 'serve', 'restic'] if server == 'rclone' else words
-        return [*start, '--addr', address, *secure, str(root)]
+        return server_words(server, address, root, self.python, program=self.folder / 'restic_serve.pyz',
+                            tls=self.folder if self.wire == 'tls' else '')
 
 
 def copy_over(source: Path, target: Path) -> None:
@@ -554,7 +477,7 @@ def print_table(times: Times) -> bool:
 def work_in(folder: Path, options: argparse.Namespace) -> int:
     """Measure everything in a folder; the exit status."""
     begin = time.monotonic()
-    good = test_line(folder, 4 * MIB if options.quick else 48 * MIB)
+    good = test_line(4 * MIB if options.quick else 48 * MIB)
     for server in PEERS:
         if not shutil.which(server):
             print(f'left out: {server} is not here')

@@ -8,8 +8,10 @@ and dark.  axe-core and puppeteer-core come from npm, into a temporary directory
 axe-core finds anything, if a page refers to anything else or is wider than its window, or if the page of 300
 repositories is taller on a phone than ten of its screens.
 """
+from __future__ import annotations
+
 import argparse
-import hashlib
+import contextlib
 import json
 import os
 import random
@@ -17,12 +19,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List
 
-MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
+from common import MODULE, Served, free_port, make_repository, store
+
 DAY = 86400
 WIDE, NARROW = (1280, 900), (390, 844)
 TALLEST = 10 * NARROW[1]        # Pixels of a page on a phone.
@@ -55,25 +56,15 @@ const axe = fs.readFileSync(require.resolve('axe-core/axe.min.js'), 'utf8');
 """
 
 
-def store(folder: Path, content: bytes, age: float) -> None:
-    """Write an object with the time at which it came."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / hashlib.sha256(content).hexdigest()
-    path.write_bytes(content)
-    os.utime(path, (time.time() - age,) * 2)
-
-
-def make_repository(path: Path, source: random.Random, age: float, snapshots: int = 20) -> None:
+def fill(path: Path, source: random.Random, age: float, snapshots: int = 20) -> None:
     """A repository whose last snapshot is `age` seconds old."""
-    for kind in ('data', 'index', 'keys', 'locks', 'snapshots'):
-        (path / kind).mkdir(parents=True, exist_ok=True)
-    (path / 'config').write_bytes(b'config')
-    store(path / 'keys', b'key' + os.urandom(20), age + 90 * DAY)
+    make_repository(path)
+    store(path, 'keys', b'key' + os.urandom(20), age=age + 90 * DAY)
     for number in range(snapshots):
         at = age + number * DAY * source.choice((1, 1, 1, 2, 3))
-        data = source.getrandbits(64).to_bytes(8, 'big') * source.randrange(10, 20_000)
-        store(path / 'data' / hashlib.sha256(data).hexdigest()[:2], data, at + 60)
-        store(path / 'snapshots', os.urandom(200), at)
+        store(path, 'data', source.getrandbits(64).to_bytes(8, 'big') * source.randrange(10, 20_000),
+              age=at + 60)
+        store(path, 'snapshots', os.urandom(200), age=at)
 
 
 def make_directory(root: Path, count: int) -> None:
@@ -83,44 +74,26 @@ def make_directory(root: Path, count: int) -> None:
     for number in range(count):
         folder = '' if count < 100 else ('north/', 'south/', 'west/')[number % 3]
         name = f'{folder}host-{number + 1}'
-        make_repository(root / name, source, source.randrange(600, 40 * 3600))
+        fill(root / name, source, source.randrange(600, 40 * 3600))
     if count >= 13:
         base = root if count < 100 else root / 'north'
-        make_repository(base / 'laptop', source, 5 * DAY)
-        make_repository(base / 'nas', source, 7200)
+        fill(base / 'laptop', source, 5 * DAY)
+        fill(base / 'nas', source, 7200)
         damaged = next(next((base / 'nas' / 'data').iterdir()).iterdir())
         damaged.write_bytes(b'damaged')
-        make_repository(base / 'desk', source, 3600)
-        store(base / 'desk' / 'locks', b'lock', 2 * DAY)
+        fill(base / 'desk', source, 3600)
+        store(base / 'desk', 'locks', b'lock', age=2 * DAY)
     subprocess.run([sys.executable, MODULE, '--scrub', '-q', root], stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL, check=False)
 
 
-def serve(root: Path, folder: Path) -> 'Tuple[subprocess.Popen[bytes], str]':
-    """A server of a directory, and its address."""
-    errors = folder / f'{root.name}.log'
-    with open(errors, 'wb') as file:
-        server = subprocess.Popen([sys.executable, MODULE, '--addr', '127.0.0.1:0', '--keep-deleted', '30d',
-                                   '--max-size', '1G', root], stderr=file)
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        for word in errors.read_text().split():
-            if word.startswith('http://'):
-                wait_for_count(word, end)
-                return server, word
-        time.sleep(0.05)
-    server.kill()
-    raise SystemExit(f'the server did not start: {errors.read_text()}')
-
-
-def wait_for_count(url: str, end: float) -> None:
-    """Wait until the page has what is stored."""
-    request = urllib.request.Request(url, headers={'Accept': 'text/html'})  # noqa: S310
-    while time.monotonic() < end:
-        with urllib.request.urlopen(request) as answer:     # noqa: S310
-            if b'being counted' not in answer.read():
-                return
-        time.sleep(0.1)
+def serve(root: Path) -> Served:
+    """A server of a directory that has counted what is there."""
+    port = free_port()
+    server = Served([sys.executable, MODULE, '--addr', f'127.0.0.1:{port}', '--keep-deleted', '30d',
+                     '--max-size', '1G', root], port)
+    server.wait_for_count(30)
+    return server
 
 
 def jobs_of(count: int, url: str, pictures: str) -> Iterator[Dict[str, object]]:
@@ -164,20 +137,15 @@ def main() -> int:
             print('skipped: axe-core and puppeteer-core cannot be had from npm')
             return 0
         (folder / 'look.js').write_text(SCRIPT)
-        jobs, servers, pictures = [], [], options.pictures and os.path.abspath(options.pictures)
-        try:
+        jobs, pictures = [], options.pictures and os.path.abspath(options.pictures)
+        with contextlib.ExitStack() as stack:
             for count in (0, 1, 13, 300):
                 root = folder / f'of-{count}'
                 make_directory(root, count)
-                server, url = serve(root, folder)
-                servers.append(server)
-                jobs += list(jobs_of(count, url, pictures))
+                server = stack.enter_context(serve(root))
+                jobs += list(jobs_of(count, f'http://127.0.0.1:{server.port}/', pictures))
             done = subprocess.run(['node', folder / 'look.js', browser], input=json.dumps(jobs), text=True,
                                   stdout=subprocess.PIPE, timeout=600, check=True)
-        finally:
-            for server in servers:
-                server.terminate()
-                server.wait()
         for job, line in zip(jobs, done.stdout.splitlines()):
             found = json.loads(line)
             faults = judge(found, int(str(job['width'])))

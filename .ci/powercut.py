@@ -47,7 +47,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import stat
 import struct
 import subprocess
@@ -56,16 +55,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import (Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple,
-                    NoReturn, Optional, Set, Tuple)
+from typing import (ContextManager, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
+                    Set, Tuple)
 from unittest import mock
 
-MODULE = Path(__file__).resolve().parent.parent / 'restic_serve.py'
-sys.path.insert(0, str(MODULE.parent))
-import restic_serve as rs  # noqa: E402 - after its path is known
+from common import MIB, MODULE, OURS, Failed, Served, end, free_port, server_words
+import restic_serve as rs   # of which common knows the path
 
-MIB = 1 << 20
-OURS = 'restic_serve'
 PEERS = ('rest-server', 'rclone')
 CONNECTIONS = 5
 SECONDS = 60                    # in which a program has to end, and a request to be answered
@@ -257,28 +253,16 @@ def recorded_disk(folder: Path) -> Iterator[Path]:
     process = subprocess.Popen([sys.executable, __file__, SERVE_DISK, str(folder / 'live'),
                                 str(folder / 'record'), str(where)], start_new_session=True)
     try:
-        wait_for(lambda: os.path.ismount(where), process, 'the FUSE program')
+        until = time.monotonic() + SECONDS
+        while not os.path.ismount(where):
+            if process.poll() is not None or time.monotonic() > until:
+                raise Failed('the FUSE program does not start')
+            time.sleep(0.01)
         yield where / 'disk'
     finally:
         unmount(where)
-        end(process)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], what: str) -> None:
-    """Wait until a process has got ready."""
-    begin = time.monotonic()
-    while not condition():
-        if process.poll() is not None or time.monotonic() - begin > SECONDS:
-            raise Fault(f'{what} does not start')
-        time.sleep(0.01)
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """End a process that was started here, and its children."""
-    for signum in signal.SIGTERM, signal.SIGKILL:
-        with unbroken(), contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signum)
-            process.wait(SECONDS / 6)
+        with unbroken():
+            end(process)
 
 
 def copy_sparse(source: int, target: int, size: int) -> None:
@@ -297,11 +281,7 @@ def copy_sparse(source: int, target: int, size: int) -> None:
             begin += os.pwrite(target, data, begin)
 
 
-class Fault(Exception):
-    """Why nothing can be said about a server."""
-
-
-class Unmountable(Fault):
+class Unmountable(Failed):
     """What mount(8) says."""
 
 
@@ -379,18 +359,6 @@ class History:
 
 # ---- servers, and what they are asked ----
 
-def command(name: str, port: int, root: Path, python: str, mutant: str) -> List[str]:
-    address = f'127.0.0.1:{port}'
-    if name == 'rclone':
-        return ['rclone', 'serve', 'restic', '--addr', address, str(root)]
-    if name == 'rest-server':
-        return ['rest-server', '--listen', address, '--path', str(root), '--no-auth']
-    program = [__file__, SERVE_MUTANT, mutant] if mutant else [str(MODULE)]
-    keep = [] if mutant == WITHOUT_PAST else ['--keep-deleted', '1d']
-    # With a quota an object that is there is compared and not stored, which is another way to its answer.
-    return [python, *program, '--addr', address, *keep, '--max-size', '100G', str(root)]
-
-
 def serve_mutant(name: str, words: List[str]) -> int:
     """Be restic_serve, but for one sync."""
     sync, caller = rs.Folder.sync, CALLERS.get(name)
@@ -404,27 +372,12 @@ def serve_mutant(name: str, words: List[str]) -> int:
         return rs.main(words)
 
 
-@contextlib.contextmanager
-def served(name: str, root: Path, python: str, mutant: str, log: Path) -> Iterator[int]:
-    """A server; its port."""
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        port: int = sock.getsockname()[1]
-
-    def answers() -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port), SECONDS):
-            return True
-        return False
-
-    with log.open('wb') as output:
-        process = subprocess.Popen(
-            command(name, port, root, python, mutant), stdout=output, stderr=output, start_new_session=True,
-            env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', 'RCLONE_CONFIG': '/dev/null'})
-    try:
-        wait_for(answers, process, name)
-        yield port
-    finally:
-        end(process)
+def serve(name: str, root: Path, python: str, mutant: str, log: Path) -> Served:
+    port, keep = free_port(), [] if mutant == WITHOUT_PAST else ['--keep-deleted', '1d']
+    # With a quota an object that is there is compared and not stored, which is another way to its answer.
+    words = server_words(name, f'127.0.0.1:{port}', root, python, program=__file__ if mutant else MODULE,
+                         options=[*([SERVE_MUTANT, mutant] if mutant else []), *keep, '--max-size', '100G'])
+    return Served(words, port, log=log)
 
 
 class Task(NamedTuple):
@@ -460,7 +413,7 @@ class Work:
         for thread in threads:
             thread.join()
         if self._failures:
-            raise Fault(self._failures[0])
+            raise Failed(self._failures[0])
 
     def _work(self, queue: Deque[Task]) -> None:
         connection = http.client.HTTPConnection('127.0.0.1', self._port, timeout=SECONDS)
@@ -742,7 +695,7 @@ class Trial:
         self.judge = Judge(self.history, False)
 
     def run(self) -> None:
-        """Raises Fault and OSError."""
+        """Raises Failed and OSError."""
         with tempfile.TemporaryDirectory(prefix='powercut-') as name:
             self._folder = Path(name)
             system = FILE_SYSTEMS[self._kind]
@@ -768,15 +721,16 @@ class Trial:
             root.mkdir()
             rs.Folder(str(root)).sync()
             rs.Folder(str(where)).sync()
-            with served(self._name, root, options.python, self._mutant, self._folder / 'log') as port:
-                work = Work(self.history, root, port, options.seed, options.uploads, self._name == OURS)
+            with serve(self._name, root, options.python, self._mutant, self._folder / 'log') as server:
+                work = Work(self.history, root, server.port, options.seed, options.uploads,
+                            self._name == OURS)
                 try:
                     work.begin()
                     if not self._has_past:
                         return None
                     work.go_on()
-                except Fault as fault:
-                    raise Fault(f'{fault}; its log: {(self._folder / "log").read_text()[-2000:]}') from None
+                except Failed as fault:
+                    raise Failed(f'{fault}; its log: {(self._folder / "log").read_text()[-2000:]}') from None
                 begin = self.history.instant()
                 roll_back(options.python, work.moment, root)
                 wanted = {path for path, events in self.history.by_path().items()
@@ -820,7 +774,7 @@ class Trial:
                 self.judge.check_rolled_back(Found(root), job, how, instant == job.end)
                 try:
                     roll_back(self._options.python, job.moment, root)
-                except Fault as fault:
+                except Failed as fault:
                     self.judge.lost.setdefault(('', ROLL_BACK), f'{fault} {how}')
                 self.judge.check_rolled_back(Found(root), job, f'after the second run {how}', True)
         except Unmountable as error:
@@ -828,11 +782,11 @@ class Trial:
 
 
 def roll_back(python: str, moment: str, root: Path) -> None:
-    """Raises Fault."""
+    """Raises Failed."""
     try:
         run(python, MODULE, '--roll-back', moment, '--force', root / 'r')
     except subprocess.CalledProcessError as error:
-        raise Fault(f'the roll-back fails: {error.stderr.strip()}') from None
+        raise Failed(f'the roll-back fails: {error.stderr.strip()}') from None
 
 
 # ---- the whole ----
@@ -971,7 +925,7 @@ def main() -> int:
             kept = compare(options, kinds)
         if options.mutants or options.quick:
             kept = try_mutants(options, kinds) and kept
-    except (Fault, OSError, subprocess.SubprocessError) as fault:
+    except (Failed, OSError, subprocess.SubprocessError) as fault:
         print(f'NOT TRIED TO THE END: {fault}')
         return 1
     return int(not kept)

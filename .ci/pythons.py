@@ -14,15 +14,16 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Dict, Iterator, List, cast
+from typing import Dict, Iterator, List
 
-SOURCE = Path(__file__).resolve().parent.parent
+from common import MODULE, Failed, Served, end, free_port
+
+SOURCE = MODULE.parent
 BACKUP_BYTES = 40 << 20
 WORKERS = 8     # each takes address space, of which 32 bits have little
 TEST_SECONDS = 900
@@ -96,7 +97,6 @@ def make_chroot(folder: Path, suite: str, *options: str) -> Python:
          mirror()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise Skipped(f'debootstrap failed: {"; ".join(done.stdout.splitlines()[-2:])}')
-    shutil.copy('/etc/hosts', root / 'etc' / 'hosts')
     shutil.copytree(SOURCE, root / 'app', ignore=shutil.ignore_patterns('.git', '__pycache__'))
     code = 'import os, sys; os.chdir("/app"); os.execvp("python3", ["python3", *sys.argv[1:]])'
     return Python([*NAMESPACES, 'sh', '-c', IN_CHROOT, 'sh', str(root), 'python3', '-c', code],
@@ -115,24 +115,13 @@ def make(kind: str, folder: Path) -> Python:
     return make_chroot(folder, release[1], '--arch=i386')
 
 
-def stop(process: subprocess.Popen[str]) -> int:
-    """End a program and all that it has started; its exit status."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        return process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
-
-
 def test(python: Python) -> str:
     """The last lines of the tests, `OK` among them; RuntimeError with all lines if some fail."""
     process = python.start('-W', 'error::ResourceWarning', '-m', 'unittest')
     try:
         said = process.communicate(timeout=TEST_SECONDS)[1]
     except subprocess.TimeoutExpired:
-        stop(process)
+        end(process)
         raise RuntimeError(f'the tests took more than {TEST_SECONDS} s') from None
     found = re.search(r'^Ran \d+ tests? in .*\n\n(OK.*)$', said, re.MULTILINE)
     if process.returncode or not found:
@@ -141,22 +130,15 @@ def test(python: Python) -> str:
 
 
 @contextlib.contextmanager
-def serving(python: Python) -> Iterator[str]:
+def serving(python: Python, log: Path) -> Iterator[str]:
     """The URL of a server; RuntimeError unless it ends well."""
-    process = python.start(python.module, '--addr', '127.0.0.1:0', '--workers', str(WORKERS), '--prometheus',
-                           '--max-size', '100G', '--keep-deleted', '1d', python.folder)
-    said = ''
-    with cast(IO[str], process.stderr) as lines:
-        try:
-            for line in lines:
-                said += line
-                url = re.search(r'restic -r (rest:\S+) init', line)
-                if url:
-                    yield url[1]
-                    break
-        finally:
-            status = stop(process)
-        said += ''.join(lines)
+    port = free_port()
+    with Served([*python.words, python.module, '--addr', f'127.0.0.1:{port}', '--workers', WORKERS,
+                 '--prometheus', '--max-size', '100G', '--keep-deleted', '1d', python.folder], port, log=log,
+                environment=python.environment) as server:
+        yield f'rest:http://127.0.0.1:{port}/'
+        status = server.stop()
+    said = log.read_text()
     if status or re.search('Traceback|ERROR|WARNING', said):
         raise RuntimeError(f'the server ended with {status}: {said}')
 
@@ -172,7 +154,7 @@ def back_up(python: Python, folder: Path) -> str:
     for number in range(4):
         (source / f'file {number}').write_bytes(os.urandom(BACKUP_BYTES // 4))
     environment = {**os.environ, 'RESTIC_PASSWORD': 'secret', 'HOME': str(folder)}
-    with serving(python) as url:
+    with serving(python, folder / 'log') as url:
         for words in (['init'], ['backup', str(source)], ['backup', '--force', str(source)],
                       ['forget', '--keep-last', '1', '--prune'], ['check', '--read-data'],
                       ['restore', 'latest', '--target', str(target)]):
@@ -198,7 +180,7 @@ def check(kind: str) -> bool:
             return True
         try:
             print(f'== {called}: {back_up(python, folder)}; {test(python)}', flush=True)
-        except RuntimeError as error:
+        except (Failed, RuntimeError) as error:
             print(f'== {called}: FAILED\n{error}', flush=True)
             return False
     return True
