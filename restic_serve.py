@@ -1809,6 +1809,7 @@ class Scratch(ScratchFile):
     """
 
     def __init__(self, store: Store, path: str) -> None:
+        self._folders = store.folders
         self.target = self.folder = store.folders.open(path)
         self.name, self.fd = '', -1
         try:
@@ -1840,9 +1841,9 @@ class Scratch(ScratchFile):
         if self.target.fd is not None:
             self.target.close()
 
-    def publish(self, name: str) -> None:
+    def publish(self, name: str, target: Optional[Folder] = None) -> None:
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
-        target = self.target
+        target = target or self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
         if not self.name:
             # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
@@ -1864,9 +1865,16 @@ class Scratch(ScratchFile):
 
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
-        if not self.name:
-            scratch = f'{HIDDEN}-{FRESH_PREFIX}{os.urandom(8).hex()}'
-            self.publish(scratch)
+        if not self.name:   # a crash should leave nothing in `target`, if that can be avoided
+            scratch, self.folder = f'{FRESH_PREFIX}{os.urandom(8).hex()}', self._folders.hidden()
+            try:
+                self.publish(scratch, self.folder)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                self.folder.close()
+                scratch, self.folder = f'{HIDDEN}-{scratch}', self.target
+                self.publish(scratch)
             self.name = scratch
         self.rename(self.target, name)
 
