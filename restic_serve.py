@@ -1100,6 +1100,8 @@ class ScratchFile(Closing):
     It is locked meanwhile, so that what a crash leaves can be told by its free lock.  A context manager
     that removes the file unless it was given its name."""
 
+    opened: Tuple[Folder, ...] = ()     # folders that are closed with it
+
     def __init__(self, folder: Folder, mode: int, prefix: str = '') -> None:
         self.folder = folder
         name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
@@ -1122,6 +1124,8 @@ class ScratchFile(Closing):
             except OSError as error:
                 log.error('cannot remove temporary file %s/%s: %s', self.folder.path, self.name, error)
             self.name = ''
+        for folder in self.opened:
+            folder.close()
 
     def rename(self, folder: Folder, name: str) -> None:
         """Give the file its name, replacing what has it.  It is closed before, since some file systems do not
@@ -1812,6 +1816,8 @@ class Scratch(ScratchFile):
         self._folders = store.folders
         self.target = self.folder = store.folders.open(path)
         self.name, self.fd = '', -1
+        if self.target.fd is not None:
+            self.opened = (self.target,)
         try:
             if store.nameless:
                 try:
@@ -1821,11 +1827,10 @@ class Scratch(ScratchFile):
                     if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                         raise
             if self.fd < 0:
-                self.folder = store.folders.hidden()
-                if self.folder.device() == self.target.device():
-                    super().__init__(self.folder, store.file_mode)
+                hidden = self._open_hidden()
+                if hidden.device() == self.target.device():
+                    super().__init__(hidden, store.file_mode)
                 else:
-                    self.folder.close()
                     super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
             if store.shared and hasattr(os, 'fchmod'):      # despite the umask
                 with contextlib.suppress(*_CHMOD_ERRORS):
@@ -1834,12 +1839,10 @@ class Scratch(ScratchFile):
             self.close()
             raise
 
-    def close(self) -> None:
-        super().close()
-        if self.folder is not self.target:
-            self.folder.close()
-        if self.target.fd is not None:
-            self.target.close()
+    def _open_hidden(self) -> Folder:
+        hidden = self._folders.hidden()
+        self.opened += (hidden,)
+        return hidden
 
     def publish(self, name: str, target: Optional[Folder] = None) -> None:
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
@@ -1866,16 +1869,15 @@ class Scratch(ScratchFile):
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
         if not self.name:   # a crash should leave nothing in `target`, if that can be avoided
-            scratch, self.folder = f'{FRESH_PREFIX}{os.urandom(8).hex()}', self._folders.hidden()
+            scratch, folder = f'{FRESH_PREFIX}{os.urandom(8).hex()}', self._open_hidden()
             try:
-                self.publish(scratch, self.folder)
+                self.publish(scratch, folder)
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-                self.folder.close()
-                scratch, self.folder = f'{HIDDEN}-{scratch}', self.target
+                scratch, folder = f'{HIDDEN}-{scratch}', self.target
                 self.publish(scratch)
-            self.name = scratch
+            self.folder, self.name = folder, scratch
         self.rename(self.target, name)
 
 
