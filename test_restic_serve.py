@@ -1320,6 +1320,15 @@ class StoreTest(TestCase):
                     self.assertRaises(PermissionError):
                 self.store.prepare()
 
+    def test_what_was_looked_at_is_looked_at_again_after_a_second(self):
+        remembered, looks = restic_serve.Remembered(), []
+        with mock.patch.object(time, 'monotonic') as clock, \
+                mock.patch.object(restic_serve, 'KNOWN_AT_MOST', 3):
+            for clock.return_value, path in ((0.0, 'a'), (0.9, 'a'), (0.9, 'b'), (1.1, 'a'), (1.1, 'b'),
+                                             (1.2, 'c'), (1.2, 'd'), (1.2, 'a')):
+                self.assertIsNone(remembered.get(path, looks.append))
+        self.assertEqual(looks, ['a', 'b', 'a', 'c', 'd', 'a'])
+
     def test_modes_are_private_whatever_the_umask(self):
         self.check_modes(0o700, 0o600)
 
@@ -1335,6 +1344,7 @@ class StoreTest(TestCase):
                 for nameless in NAMELESS:
                     self.store.nameless = nameless
                     self.save(b'%d' % nameless, repository=f'/host{number}')
+                self.store.hidden.write(f'state{number}', '')
             finally:
                 os.umask(old)
         for path in self.root.rglob('*'):
@@ -6384,7 +6394,9 @@ class ApiTest(TestCase):
             self.assertEqual(self.status('GET', path), 404)
             self.assertEqual(self.status('HEAD', path), 404)
             self.assertEqual(self.status('POST', path, self.CONTENT), 200)
+            before = descriptors()
             self.assertEqual(self.ask('GET', path)[2], self.CONTENT)
+            self.assertLessEqual(descriptors(), before)
             self.assertEqual(self.status('HEAD', path), 200)
             self.assertEqual(self.status('POST', path, self.CONTENT), 200)
             self.assertEqual(self.status('POST', path, b'other'), 400)
