@@ -1072,17 +1072,14 @@ def explain_denial(root: str, path: str, writes: bool) -> str:
                 f'chown -R {server} {root}, and run restic there as that user')
 
     folder = root = root or os.sep
-    for end in [*(at for at, letter in enumerate(path) if letter == '/'), len(path)]:
-        step = root + path[:end]
-        try:
+    reason = ''
+    with contextlib.suppress(OSError):
+        for end in [*(at for at, letter in enumerate(path) if letter == '/'), len(path)]:
+            step = root + path[:end]
             is_folder = stat.S_ISDIR(os.stat(step).st_mode)
-        except OSError:
-            break
-        reason = explain(step, os.R_OK | os.X_OK if is_folder else os.R_OK)
-        if reason:
-            return reason
-        folder = step if is_folder else folder
-    return explain(folder, os.W_OK) if writes else ''
+            reason = reason or explain(step, os.R_OK | os.X_OK if is_folder else os.R_OK)
+            folder = step if is_folder else folder
+    return reason or (explain(folder, os.W_OK) if writes else '')
 
 
 def user_name(uid: int) -> str:
@@ -1226,6 +1223,8 @@ class ScratchFile(Closing):
     It is locked meanwhile, so that what a crash leaves can be told by its free lock.  A context manager
     that removes the file unless it was given its name."""
 
+    opened: Tuple[Folder, ...] = ()     # folders that are closed with it
+
     def __init__(self, folder: Folder, mode: int, prefix: str = '') -> None:
         self.folder = folder
         name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
@@ -1248,6 +1247,8 @@ class ScratchFile(Closing):
             except OSError as error:
                 log.error('cannot remove temporary file %s/%s: %s', self.folder.path, self.name, error)
             self.name = ''
+        for folder in self.opened:
+            folder.close()
 
     def rename(self, folder: Folder, name: str) -> None:
         """Give the file its name, replacing what has it.  It is closed before, since some file systems do not
@@ -1944,8 +1945,11 @@ class Scratch(ScratchFile):
     """
 
     def __init__(self, store: Store, path: str) -> None:
+        self._folders = store.folders
         self.target = self.folder = store.folders.open(path)
         self.name, self.fd = '', -1
+        if self.target.fd is not None:
+            self.opened = (self.target,)
         try:
             if store.nameless:
                 try:
@@ -1955,11 +1959,10 @@ class Scratch(ScratchFile):
                     if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                         raise
             if self.fd < 0:
-                self.folder = store.folders.hidden()
-                if self.folder.device() == self.target.device():
-                    super().__init__(self.folder, store.file_mode)
+                hidden = self._open_hidden()
+                if hidden.device() == self.target.device():
+                    super().__init__(hidden, store.file_mode)
                 else:
-                    self.folder.close()
                     super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
             if store.shared and hasattr(os, 'fchmod'):      # despite the umask
                 with contextlib.suppress(*_CHMOD_ERRORS):
@@ -1968,16 +1971,14 @@ class Scratch(ScratchFile):
             self.close()
             raise
 
-    def close(self) -> None:
-        super().close()
-        if self.folder is not self.target:
-            self.folder.close()
-        if self.target.fd is not None:
-            self.target.close()
+    def _open_hidden(self) -> Folder:
+        hidden = self._folders.hidden()
+        self.opened += (hidden,)
+        return hidden
 
-    def publish(self, name: str) -> None:
+    def publish(self, name: str, target: Optional[Folder] = None) -> None:
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
-        target = self.target
+        target = target or self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
         if not self.name:
             # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
@@ -1999,10 +2000,16 @@ class Scratch(ScratchFile):
 
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
-        if not self.name:
-            scratch = f'{HIDDEN}-{FRESH_PREFIX}{os.urandom(8).hex()}'
-            self.publish(scratch)
-            self.name = scratch
+        if not self.name:   # a crash should leave nothing in `target`, if that can be avoided
+            scratch, folder = f'{FRESH_PREFIX}{os.urandom(8).hex()}', self._open_hidden()
+            try:
+                self.publish(scratch, folder)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                scratch, folder = f'{HIDDEN}-{scratch}', self.target
+                self.publish(scratch)
+            self.folder, self.name = folder, scratch
         self.rename(self.target, name)
 
 
@@ -2046,20 +2053,19 @@ class HiddenFolder:
         file system's clock."""
         try:
             with self._folders.open('', by_descriptor=True) as top:
-                self._remove_from(top, (PROBE_PREFIX,), now)
+                remove_left_overs(top, _names(top, PROBE_PREFIX), now)
             with self._folders.hidden(make=False) as folder:
-                self._remove_from(folder, (SCRATCH_PREFIX, FRESH_PREFIX), now)
+                remove_left_overs(folder, _names(folder, SCRATCH_PREFIX, FRESH_PREFIX), now)
         except FileNotFoundError:
             pass
         except OSError as error:
             log.error('cannot remove temporary files of interrupted uploads: %s', error)
 
-    @staticmethod
-    def _remove_from(folder: Folder, prefixes: Tuple[str, ...], now: Callable[[], float]) -> None:
-        """Remove the abandoned files in a folder whose names begin so."""
-        with _scan(folder.path or os.sep, folder.fd) as entries:
-            names = [entry.name for entry in entries if entry.name.startswith(prefixes)]
-        remove_left_overs(folder, names, now)
+
+def _names(folder: Folder, *prefixes: str) -> List[str]:
+    """The names in a folder that begin so."""
+    with _scan(folder.path or os.sep, folder.fd) as entries:
+        return [entry.name for entry in entries if entry.name.startswith(prefixes)]
 
 
 class Directory:
@@ -2501,6 +2507,7 @@ _MONTH_TO_SECOND = '(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0
 _TIME_OF_NAME = rf'[0-9]{{4}}{_MONTH_TO_SECOND}\.[0-9]{{6}}Z'
 _SINCE_NAME = re.compile(rf'since\.{_TIME_OF_NAME}')
 _TIME_FORMAT = '%Y%m%dT%H%M%S'
+_PARTS_OF_TIME = ((0, 4), (4, 6), (6, 8), (9, 11), (11, 13), (13, 15), (16, 22))     # year to microseconds
 _DELETED_NAME = re.compile(rf'([0-9a-f]{{64}}|config)\.({_TIME_OF_NAME})(?:-({_TIME_OF_NAME}))?')
 _MOMENT = re.compile(r'([0-9]{4}-[0-9]{2}-[0-9]{2})'
                      r'(?:T([0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]{1,6})?)?)?(Z?)')
@@ -2519,8 +2526,8 @@ def format_moment(moment: int) -> str:
 def read_moment(text: str) -> int:
     """The inverse of format_moment().  Raises ValueError."""
     import calendar
-    seconds, _, microseconds = text.rstrip('Z').partition('.')
-    return calendar.timegm(time.strptime(seconds, _TIME_FORMAT)) * 10 ** 6 + int(microseconds)
+    *parts, microseconds = (int(text[begin:end]) for begin, end in _PARTS_OF_TIME)
+    return calendar.timegm((*parts, 0, 0, 0)) * 10 ** 6 + microseconds
 
 
 def parse_deleted_name(name: str) -> Optional[DeletedName]:
@@ -2708,14 +2715,9 @@ class Past:
 
     def _entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
         """All that is in the folders of deleted objects.  Raises OSError."""
-        for kind in (*KINDS, 'config'):
-            paths = [f'{repository}/{DELETED}/{kind}']
-            if kind == 'data':
-                with self._store.scan(paths[0]) as (_, entries):
-                    paths = [f'{paths[0]}/{entry.name}' for entry in entries
-                             if _SUBDIRECTORY.fullmatch(entry.name)]
-            for path in paths:
-                with self._store.scan(path) as (folder, entries):
+        with self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config') as sources:
+            for source in sources:
+                with source.open() as folder, _scan(folder.path, folder.fd) as entries:
                     for entry in entries:
                         yield folder, entry
 
