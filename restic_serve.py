@@ -3084,8 +3084,7 @@ class Counters:
     def row(self, key: Key, width: int) -> memoryview:
         """The numbers of this process's row, which is added if it is missing; where there is no room that
         of OTHER, or a dummy.  With `lock`."""
-        row = self.rows.get(key)
-        return row if row is not None else self._new_row(key, width)
+        return self.rows.get(key) or self._new_row(key, width)
 
     def _new_row(self, key: Key, width: int) -> memoryview:
         slot, folder = self._slots[self._own], _folder_of(key)
@@ -3687,12 +3686,6 @@ def charge_of(size: int) -> int:
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
-def _scopes_of(repository: str) -> List[str]:
-    """The places that hold a repository: its path and those above it; `` is all that is stored."""
-    names = repository.split('/')[1:QUOTA_DEPTH + 1]
-    return ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
-
-
 def _to_row(count: Count) -> List[int]:
     return [*count.held, *count[1:-2], *count.days, *count.snapshot_days]
 
@@ -3896,26 +3889,21 @@ class Census:
 
     def _measure(self, repository: str, before: float) -> Count:
         """What a repository holds that was stored `before` a time of the file system's clock."""
-        now, last, unreadable, today = int(time.time()), 0, 0, int(before) // _DAY_SECONDS
+        now, last, today = int(time.time()), 0, int(before) // _DAY_SECONDS
         held, days, snapshots = dict.fromkeys(_COLUMNS, 0), [0] * DAYS, [0] * DAYS
-        pause = bool(self._counters.read(('counted',)))
-
-        def report(error: OSError) -> int:
-            log.error('cannot determine the full size of %s: %s', repository or '/', error)
-            return 1
-
+        pause, faults = bool(self._counters.read(('counted',))), []     # type: bool, List[OSError]
         for measure in (self._measure_config, functools.partial(self._measure_kept, before)):
             try:
                 measure(repository, held)
             except OSError as error:
-                unreadable += report(error)
+                faults.append(error)
         begin = time.monotonic()
         with self._store.object_folders(repository) as folders, contextlib.closing(
                 read_ahead(self._read(before, objects) for objects in folders)) as parts:
             for kind, charge, statuses, fault in parts:
                 held['charged'] += charge
                 if fault:
-                    unreadable += report(fault)
+                    faults.append(fault)
                 for status in statuses:
                     held['bytes'] += status.st_size
                     held['charged'] += charge_of(status.st_size)
@@ -3930,7 +3918,9 @@ class Census:
                 if pause:  # leave half of the time to requests, unless they wait for the first census
                     time.sleep(time.monotonic() - begin)
                     begin = time.monotonic()
-        return Count(Held(**held), last, now, held['bytes'], held['snapshots'], unreadable, days, snapshots)
+        for problem in faults:
+            log.error('cannot determine the full size of %s: %s', repository or '/', problem)
+        return Count(Held(**held), last, now, held['bytes'], held['snapshots'], len(faults), days, snapshots)
 
     def _measure_config(self, repository: str, held: Dict[str, int]) -> None:
         """Add the config of a repository, and its folders but those of objects.  Raises OSError."""
@@ -4058,8 +4048,7 @@ class Usage:
             return
         left = sum(len(names) for names, _ in self._store.objects(Location(repository, 'snapshots'), False))
         if deleted > left:
-            with self._counters.lock:
-                self._counters.row(key, 3)[2] = now
+            row[2] = now
             message = (f'{repository[1:] or "/"}: {deleted} of {deleted + left} snapshots were deleted '
                        'within a minute' + ('; they are kept (--keep-deleted)' if self.past.keeps else ''))
             log.warning('%s', message)
@@ -4096,12 +4085,15 @@ class Usage:
             log.error('cannot purge deleted objects of %s: %s', repository or '/', error)
 
     def scopes(self, repository: str) -> List[str]:
-        """The quota scopes of a repository that are counted: those that have a limit or may be given one."""
-        return _scopes_of(repository) if self._may_change else self.limited(repository)
+        """The quota scopes of a repository that are counted: its path and those above it, as far as they
+        have a limit or may be given one; `` is all that is stored."""
+        names = repository.split('/')[1:QUOTA_DEPTH + 1]
+        scopes = ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
+        return scopes if self._may_change else list(filter(self.limits.limit, scopes))
 
     def limited(self, repository: str) -> List[str]:
         """The scopes of a repository that have a limit now."""
-        return list(filter(self.limits.limit, _scopes_of(repository)))
+        return list(filter(self.limits.limit, self.scopes(repository)))
 
     def quota(self, scope: str) -> Quota:
         """What is known of a scope."""
