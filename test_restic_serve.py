@@ -9390,28 +9390,37 @@ class WorkersTest(TestCase):
         self.assertEqual(statuses.count(200), 5)
         self.assertEqual(set(statuses), {200, 507})
 
-    def test_a_new_worker_does_not_put_rights_of_the_start_in_force(self):
-        rights = self.folder / 'rights'
+    def test_a_new_worker_does_not_put_rights_and_users_of_the_start_in_force(self):
+        rights, users = self.folder / 'rights', self.folder / 'users'
         rights.write_text('* / read\n')
+        users.write_text(f'alice:{sha("a")}\n')
         self.make_repository('a')
         look_seconds = 0.1
-        server = self.serve('--rights', rights, change=f'LOOK_SECONDS = {look_seconds}')
+        server = self.serve('--rights', rights, '--htpasswd', users, change=f'LOOK_SECONDS = {look_seconds}')
 
         def statuses():
-            return {self.ask(server, get('/a/config'))[0] for _ in range(20)}
+            """Of alice and bob, by all workers."""
+            answers = set()
+            for _ in range(20):
+                with self.connect(server) as wire:
+                    answers.add(tuple(wire.ask(get('/a/config', basic(user, user[0])))[0]
+                                      for user in ('alice', 'bob')))
+            return answers
 
-        self.assertEqual(statuses(), {404})
+        self.assertEqual(statuses(), {(404, 401)})
         rights.write_text('* / none\n')
-        self.wait_until(lambda: statuses() == {403}, 'the new rights')
-        self.wait_until(lambda: any('read 1 rule ' in line for line in server.lines), 'the line of the first')
-        time.sleep(10 * look_seconds)   # nothing shows when the parent has read it
+        users.write_text(f'bob:{sha("b")}\n')
+        self.wait_until(lambda: statuses() == {(401, 403)}, 'the new rights and users')
+        time.sleep(10 * look_seconds)   # nothing shows when the parent has read them
         rights.write_text('rubbish\n')
-        self.wait_until(lambda: any('keeping the previous rights' in line for line in server.lines), 'a line')
+        users.unlink()
+        for line in ('keeping the previous rights', 'keeping the previous users'):
+            self.wait_until(lambda line=line: line in ' '.join(server.lines), line)
         before = self.children(server)
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         self.wait_until(lambda: len(set(self.children(server)) - set(before)) == 2, 'new workers')
-        self.assertEqual(statuses(), {403})
+        self.assertEqual(statuses(), {(401, 403)})
 
     def test_a_second_signal_ends_the_wait(self):
         self.make_repository()
