@@ -1925,7 +1925,7 @@ class Directory:
 
     def is_gone(self) -> bool:
         """Whether the directory is not the one that was there at the start: its disk was unmounted, and what
-        is missing is not missing, and what is stored would be lost.  Who notices a change first tells."""
+        is missing is not missing, and what is stored would be lost.  One process logs a change."""
         try:
             gone = self._identity not in (None, self._look())
         except OSError:
@@ -5417,8 +5417,8 @@ class Metrics:
     # ---- for Prometheus ----
 
     def exposition(self, shows: Optional[Callable[[str], bool]] = None, of_server: bool = True) -> str:
-        """The metrics of repositories and quotas, all of them or those that it `shows`, and perhaps those of
-        the server, in the text format.  One thread at a time computes them."""
+        """The metrics in the text format: of the repositories and quotas that it `shows` (default: all), and
+        perhaps of the server.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
             facts = self._facts(shows or (lambda path: True))
@@ -5588,7 +5588,7 @@ class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'l
         return f'{format_age(self.now - moment)} ago'
 
     def last_snapshot(self) -> str:
-        """When the last one has come."""
+        """When its last snapshot has come."""
         last = self.holdings.last_snapshot
         return f'last snapshot {self.ago(last)}' if last else 'no snapshot yet'
 
