@@ -6225,7 +6225,8 @@ class Page:
         if key:
             shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
         folds = len(shown) >= FOLD_FROM and not key
-        sound = [repository for repository in shown if not repository.troubles]
+        bad, sound = ([repository for repository in shown if bool(repository.troubles) == is_bad]
+                      for is_bad in (True, False))
         limited = any(visit.right(repository.name) != WRITE for repository in shown)
         table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
         disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
@@ -6235,7 +6236,7 @@ class Page:
             '' if shown else _first_backup(visit),
             f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
             f'{visit.sorted_by("size")}</p>' if folds else '',
-            table('Repositories', shown[:-len(sound)] if folds and sound else shown),
+            table('Repositories', bad if folds else shown),
             *(_folded(sound, visit, table) if folds else ())))
 
     def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:
