@@ -5589,7 +5589,8 @@ class WatchTest(TestCase):
                 self.put(name, 'snapshots', age)
             else:
                 self.put(name, 'keys', age)
-        self.put('locked', 'locks', 2 * 86400)
+        for age in (60, 2 * 86400, 120):
+            self.put('locked', 'locks', age)
         path = self.put('damaged', 'data', 60)
         path.write_bytes(b'damaged')
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
@@ -5628,7 +5629,7 @@ class WatchTest(TestCase):
                                    'scrubbed .*, 1 damaged$')
         self.assertRegex(lines[1], '^OVERDUE: never: no snapshot yet, 0 snapshots, 100 B, scrubbed .* ago, '
                                    '0 damaged$')
-        self.assertIn('1 lock, the oldest 2 days', lines[4])
+        self.assertIn('3 locks, the oldest 2 days', lines[4])
         self.assertTrue(lines[-1].startswith('sound: sound-10: last snapshot '), lines[-1])
         status, lines = self.report('--log-format', 'json', '--stale-after', '30d', '--max-size', '1G')
         told = [json.loads(line) for line in lines]
@@ -6046,6 +6047,9 @@ class PageTest(WatchedTestCase):
         self.assertEqual([(round(now - snapshot.time), snapshot.added) for snapshot in watch.snapshots('/a')],
                          [(7000, 115), (5000, 231)])
         self.assertEqual(watch.snapshots('/none'), [])
+        shutil.rmtree(self.root / 'a' / 'index')
+        (self.root / 'a' / 'index').write_text('')      # it cannot be read
+        self.assertEqual([snapshot.added for snapshot in watch.snapshots('/a')], [None, None])
 
     def test_what_was_deleted_is_kept_and_can_be_read(self):
         self.fill('/laptop', 'data', 'snapshots', 'snapshots')
