@@ -2089,7 +2089,7 @@ class Directory:
 
     def is_gone(self) -> bool:
         """Whether the directory is not the one that was there at the start: its disk was unmounted, and what
-        is missing is not missing, and what is stored would be lost.  Who notices a change first tells."""
+        is missing is not missing, and what is stored would be lost.  One process logs a change."""
         try:
             status = os.stat(self._root or os.sep)
             gone = self._identity not in (None, (status.st_dev, status.st_ino))
@@ -5271,8 +5271,8 @@ class Metrics:
     # ---- for Prometheus ----
 
     def exposition(self, shows: Optional[Callable[[str], bool]] = None, of_server: bool = True) -> str:
-        """The metrics of repositories and quotas, all of them or those that it `shows`, and perhaps those of
-        the server, in the text format.  One thread at a time computes them."""
+        """The metrics in the text format: of the repositories and quotas that it `shows` (default: all), and
+        perhaps of the server.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
             facts = self._facts(shows or (lambda path: True))
@@ -5442,7 +5442,7 @@ class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'l
         return f'{format_age(self.now - moment)} ago'
 
     def last_snapshot(self) -> str:
-        """When the last one has come."""
+        """When its last snapshot has come."""
         last = self.holdings.last_snapshot
         return f'last snapshot {self.ago(last)}' if last else 'no snapshot yet'
 
@@ -6079,7 +6079,8 @@ class Page:
         if key:
             shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
         folds = len(shown) >= FOLD_FROM and not key
-        sound = [repository for repository in shown if not repository.troubles]
+        bad, sound = ([repository for repository in shown if bool(repository.troubles) == is_bad]
+                      for is_bad in (True, False))
         limited = any(visit.right(repository.name) != WRITE for repository in shown)
         table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
         disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
@@ -6089,7 +6090,7 @@ class Page:
             '' if shown else _first_backup(visit),
             f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
             f'{visit.sorted_by("size")}</p>' if folds else '',
-            table('Repositories', shown[:-len(sound)] if folds and sound else shown),
+            table('Repositories', bad if folds else shown),
             *(_folded(sound, visit, table) if folds else ())))
 
     def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:

@@ -5589,7 +5589,8 @@ class WatchTest(TestCase):
                 self.put(name, 'snapshots', age)
             else:
                 self.put(name, 'keys', age)
-        self.put('locked', 'locks', 2 * 86400)
+        for age in (60, 2 * 86400, 120):
+            self.put('locked', 'locks', age)
         path = self.put('damaged', 'data', 60)
         path.write_bytes(b'damaged')
         restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
@@ -5629,7 +5630,7 @@ class WatchTest(TestCase):
                                    'scrubbed .*, 1 damaged$')
         self.assertRegex(lines[1], '^OVERDUE: never: no snapshot yet, 0 snapshots, 100 B, scrubbed .* ago, '
                                    '0 damaged$')
-        self.assertIn('1 lock, the oldest 2 days', lines[4])
+        self.assertIn('3 locks, the oldest 2 days', lines[4])
         self.assertTrue(lines[-1].startswith('sound: sound-10: last snapshot '), lines[-1])
         status, lines = self.report('--log-format', 'json', '--stale-after', '30d', '--max-size', '1G')
         told = [json.loads(line) for line in lines]
@@ -5679,10 +5680,11 @@ class EventsTest(WatchedTestCase):
 
     def events(self, command=None):
         """Events of a server that has counted what is stored."""
-        counters = Counters()
-        usage = Usage(self.store, counters, quotas=restic_serve.Quotas(self.quotas))
-        usage.census.count()
-        events = restic_serve.Events(self.store, counters, usage, restic_serve.Watch(self.store, usage, 3600),
+        self.counters = Counters()
+        self.usage = Usage(self.store, self.counters, quotas=restic_serve.Quotas(self.quotas))
+        self.usage.census.count()
+        watch = restic_serve.Watch(self.store, self.usage, 3600)
+        events = restic_serve.Events(self.store, self.counters, self.usage, watch,
                                      f'{self.TELL}{self.heard}' if command is None else command)
         self.addCleanup(events.stop, PATIENCE)
         return events
@@ -5701,14 +5703,14 @@ class EventsTest(WatchedTestCase):
     def served(self, command=None, **more):
         """Events of a server that is running."""
         events = self.events(command)
-        self.server = self.serve(Api(self.store, self.policy, usage=events._usage, events=events, **more))
+        self.server = self.serve(Api(self.store, self.policy, usage=self.usage, events=events, **more))
         self.port = self.server.listeners[0].server_address[1]
         return events
 
     def test_what_clients_do_is_told(self):
         self.policy = Policy(short_rights(append_only=True))
         self.fill('/laptop')
-        events = self.served(accounts=self.users('alice'))
+        self.served(accounts=self.users('alice'))
         alice, content = basic('alice', 'alice'), b'snapshot'
         path = f'/laptop/snapshots/{named(content)}'
         for _ in range(2):      # it comes once
@@ -5722,7 +5724,7 @@ class EventsTest(WatchedTestCase):
         reported, now = restic_serve.ReportedEvents(self.store), time.time()
         self.assertFalse(reported.claim('refused', '/laptop', now))
         self.assertTrue(reported.claim('refused', '/laptop', now + 3601))
-        self.assertEqual({key[1]: row[0] for key, row in events._counters.find('event').items() if row[0]},
+        self.assertEqual({key[1]: row[0] for key, row in self.counters.find('event').items() if row[0]},
                          {'snapshot': 1, 'refused': 1})
 
     def test_a_mass_delete_is_told_once(self):
@@ -5773,9 +5775,9 @@ class EventsTest(WatchedTestCase):
         events = self.events()
         content = b'snapshot'
         self.fill('/new')
-        events._usage.save(Location('/new', 'snapshots', named(content)), Bytes(content))
+        self.usage.save(Location('/new', 'snapshots', named(content)), Bytes(content))
         self.assertEqual(self.look(events), [])
-        self.assertGreater(events._usage.repositories()['/new'].last_snapshot, time.time() - 60)
+        self.assertGreater(self.usage.repositories()['/new'].last_snapshot, time.time() - 60)
 
     def test_damage_is_told_and_more_of_it(self):
         self.fill('/nas', 'data', 'data', 'snapshots')
@@ -5805,7 +5807,8 @@ class EventsTest(WatchedTestCase):
     def test_full_quotas_and_disks_are_told(self):
         self.fill('/alice', 'snapshots', *['data'] * 20)
         self.quotas = {'/alice': 1 << 30}
-        held = self.events()._usage.quota('alice')[0]
+        self.events()
+        held = self.usage.quota('alice').held
         self.quotas = {'/alice': held * 100 // 95}
         sizes = ' of '.join(map(restic_serve.format_size, (held, held * 100 // 95)))
         self.assertEqual(self.look(), [f'full|alice||quota of /alice is 95 % used: {sizes}'])
@@ -5928,7 +5931,7 @@ class EventsTest(WatchedTestCase):
             self.assertEqual([len(self.look(events)), self.look(events)], [1, []])
         self.assertFalse(path.exists())
         self.fill('/other', 'keys')     # the disk has room again: what was told meanwhile is saved, too
-        events._usage.census.count()
+        self.usage.census.count()
         self.assertEqual(self.look(events), ['overdue|other||other: overdue, no snapshot yet'])
         self.assertEqual(set(json.loads(path.read_text())['overdue']), {'/never', '/other'})
         shutil.rmtree(self.root / 'other')
@@ -6043,6 +6046,9 @@ class PageTest(WatchedTestCase):
         self.assertEqual([(round(now - snapshot.time), snapshot.added) for snapshot in watch.snapshots('/a')],
                          [(7000, 115), (5000, 231)])
         self.assertEqual(watch.snapshots('/none'), [])
+        shutil.rmtree(self.root / 'a' / 'index')
+        (self.root / 'a' / 'index').write_text('')      # it cannot be read
+        self.assertEqual([snapshot.added for snapshot in watch.snapshots('/a')], [None, None])
 
     def test_what_was_deleted_is_kept_and_can_be_read(self):
         self.fill('/laptop', 'data', 'snapshots', 'snapshots')
