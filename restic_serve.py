@@ -10246,8 +10246,8 @@ OPTIONS = (
     Option('limits', '--max-connections', parse_count, 'maximum number of simultaneous connections; more are '
            'rejected with 503', 'NUMBER', default='1024'),
     Option('limits', '--max-connections-per-address', parse_count, 'maximum per IPv4 address or IPv6 /64 '
-           'network, of connections and of HTTP/2 requests; more are rejected with 503; does not apply to '
-           'this host, unix sockets and --trust-proxy', 'NUMBER',
+           'network, of connections and of requests behind a proxy; more are rejected with 503; does not '
+           'apply to this host, unix sockets and --trust-proxy', 'NUMBER',
            shown='a quarter of --max-connections, at least 8'),
     Option('limits', '--max-header-bytes', parse_count, 'maximum size of a request header; as in rclone, '
            '4096 bytes more are allowed', 'BYTES', default='4096'),
