@@ -7231,15 +7231,15 @@ class Connection:
 
     def wait_for(self, what: int, seconds: Optional[float] = None) -> None:
         """Set what the thread waits for, and the deadline: without `seconds` it is that of a whole body."""
-        limits, deadline = self.limits, self._deadline
-        deadline.extension, deadline.stall, deadline.passed = 0.0, math.inf, 0
+        limits, deadline, extension, stall = self.limits, self._deadline, 0.0, math.inf
         if seconds is None and what == self.READING:
-            seconds, deadline.extension = limits.read_seconds, limits.read_extension
-            deadline.stall = limits.stall_seconds
+            seconds, extension, stall = limits.read_seconds, limits.read_extension, limits.stall_seconds
         elif seconds is None:
-            seconds, deadline.extension = limits.write_seconds, limits.write_extension
-        self.waits = what
+            seconds, extension = limits.write_seconds, limits.write_extension
+        # The end first: the main thread may look at any moment.  No calls: this is done for each request.
         deadline.end = (self._throttled_since or time.monotonic()) - self._throttled_seconds + seconds
+        deadline.extension, deadline.stall, deadline.passed = extension, stall, 0
+        self.waits = what
 
     def wait_no_longer(self, seconds: float) -> None:
         """Move the deadline to `seconds` from now, unless it is earlier."""
@@ -8354,8 +8354,6 @@ class Exchanges:
             self._ended = True
             self.abort_all('client disconnected', even_whole=failed)
             self.changed.notify_all()
-        self.flush()
-        with self.changed:
             self.changed.wait_for(lambda: not (self._running or self._is_sending))
 
     # ---- with the lock ----
@@ -8378,10 +8376,9 @@ class Exchanges:
         """Have a thread answer a request, or refuse it.  Raises StreamError."""
         stream.deadline.begin(self._connection.clock() + self._limits.read_seconds,
                               self._limits.read_extension, self._limits.stall_seconds)
-        # RFC 9113 5.1.2
-        require(len(self.streams) < STREAMS and self._running < 2 * STREAMS, 'too many requests at once',
-                ErrorCode.REFUSED_STREAM, StreamError)
         try:
+            if len(self.streams) >= STREAMS or self._running >= 2 * STREAMS:    # RFC 9113 5.1.2
+                raise RuntimeError('too many requests at once')
             self._threads.submit(functools.partial(self._serve, stream, request, refusal))
         except RuntimeError as error:
             raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
@@ -8479,7 +8476,7 @@ class Http2:
         """Serve the connection to its end; requests that are whole when input ends are answered.
         Raises Gone."""
         self._connection.wait_for(Connection.IDLE, math.inf)
-        self._connection.on_stop = lambda: threading.Thread(target=self._shut_down, daemon=True).start()
+        self._connection.on_stop = lambda: threading.Thread(target=self._go_away, daemon=True).start()
         failed = True
         try:
             self._exchange_prefaces()
@@ -8487,13 +8484,27 @@ class Http2:
                 self._handle_frame()
         except EOFError:
             failed = False
-        except HpackError as error:
-            self._fail(ErrorCode.COMPRESSION_ERROR, str(error))
-        except Http2Error as error:
-            self._fail(error.code, str(error))
+        except (HpackError, Http2Error) as error:
+            code = error.code if isinstance(error, Http2Error) else ErrorCode.COMPRESSION_ERROR
+            log.log(logging.DEBUG if self._has_settings else NOTICE, '%s: %s (HTTP/2 error %d)',
+                    self._connection.peer, error, code)
+            self._go_away(code, str(error))
         finally:
             self._exchanges.drain(failed)
         self._connection.linger()
+
+    def _go_away(self, code: ErrorCode = ErrorCode.NO_ERROR, reason: str = '') -> None:
+        """Send GOAWAY (RFC 9113 6.8), and take no more requests; without any, end the input.  Streams above
+        the last are not served, and the last never rises."""
+        exchanges = self._exchanges
+        with exchanges.changed:
+            if not exchanges.shuts_down:
+                exchanges.shuts_down, self._last_served = True, self._last
+            exchanges.queue(FrameType.GOAWAY, 0,
+                            struct.pack('>II', self._last_served, code) + reason.encode())
+            if not exchanges.streams:
+                self._connection.end_input()
+        exchanges.flush()
 
     def _exchange_prefaces(self) -> None:
         """Send our settings, and read the client's preface (RFC 9113 3.4)."""
@@ -8708,30 +8719,6 @@ class Http2:
             target.window += increment
             require(target.window <= LARGEST_WINDOW, 'the window is too large', ErrorCode.FLOW_CONTROL_ERROR,
                     error)
-
-    # ---- the end ----
-
-    def _fail(self, code: ErrorCode, reason: str) -> None:
-        """Send GOAWAY after an error (RFC 9113 5.4.1), with the first that is sent."""
-        log.log(logging.DEBUG if self._has_settings else NOTICE, '%s: %s (HTTP/2 error %d)',
-                self._connection.peer, reason, code)
-        with self._exchanges.changed:
-            self._queue_goaway(code, reason)
-
-    def _shut_down(self) -> None:
-        """Take no more requests, and end when there are none."""
-        with self._exchanges.changed:
-            self._queue_goaway(ErrorCode.NO_ERROR, '')
-            if not self._exchanges.streams:
-                self._connection.end_input()
-        self._exchanges.flush()
-
-    def _queue_goaway(self, code: ErrorCode, reason: str) -> None:
-        """RFC 9113 6.8: streams above the last are not served, and the last never rises."""
-        if not self._exchanges.shuts_down:
-            self._exchanges.shuts_down, self._last_served = True, self._last
-        self._exchanges.queue(FrameType.GOAWAY, 0, struct.pack('>II', self._last_served, code)
-                              + reason.encode())
 
 
 # For each type what it does, whether it must be a stream's (None: either), and the size of its payload.
@@ -9925,8 +9912,8 @@ OPTIONS = (
     Option('limits', '--max-connections', parse_count, 'maximum number of simultaneous connections; more are '
            'rejected with 503', 'NUMBER', default='1024'),
     Option('limits', '--max-connections-per-address', parse_count, 'maximum per IPv4 address or IPv6 /64 '
-           'network, of connections and of HTTP/2 requests; more are rejected with 503; does not apply to '
-           'this host, unix sockets and --trust-proxy', 'NUMBER',
+           'network, of connections and of requests behind a proxy; more are rejected with 503; does not '
+           'apply to this host, unix sockets and --trust-proxy', 'NUMBER',
            shown='a quarter of --max-connections, at least 8'),
     Option('limits', '--max-header-bytes', parse_count, 'maximum size of a request header; as in rclone, '
            '4096 bytes more are allowed', 'BYTES', default='4096'),

@@ -4,7 +4,7 @@
     .ci/day.py [--minutes 30] [--python PYTHON]
     .ci/day.py --quick              # the same in about a minute
 
-restic and curl work over HTTP/1.1, HTTP/2 and TLS, back up, prune, read the past, give wrong passwords and
+restic and curl work over HTTP and TLS, back up, prune, read the past, give wrong passwords and
 break off, while workers are killed, certificates and users renewed and the log is rotated.  After the first
 minute and at the end the load rests, and the idle server's memory, descriptors and threads are compared.
 
@@ -56,8 +56,8 @@ CLIENTS = (('anna', 'tls'), ('bert', 'tls'), ('cleo', 'plain'))
 # Who uses curl, over which wire, with which options, and the version of HTTP that it must be.
 Wire = Tuple[str, str, Tuple[str, ...], str]
 WIRES: Tuple[Wire, ...] = (
-    ('wire1', 'plain', ('--http2-prior-knowledge',), '2'),
-    ('wire2', 'tls', ('--http2-prior-knowledge', '--no-alpn'), '2'),    # with ALPN the server takes HTTP/1.1
+    ('wire1', 'plain', ('--http2',), '1.1'),    # it asks for h2c
+    ('wire2', 'tls', ('--http2',), '1.1'),
     ('wire3', 'tls', ('--http1.1',), '1.1'))
 GUESTS = tuple(f'guest{number}' for number in range(6))     # users who come and go
 PASSWORD = 'right'

@@ -35,7 +35,6 @@ from common import MODULE, Served, free_port
 import restic_serve as rs   # of which common knows the path
 
 SERVER, USER, STRANGERS = '198.51.100.1', '198.51.100.2', '198.51.100.100'
-HEADERS, SETTINGS, WINDOW_UPDATE, DATA = 1, 4, 8, 0
 CONNECTIONS = 1024
 REPOSITORIES = 10_000
 MEMORY_MIB = 100             # that strangers may cost above an idle server
@@ -169,48 +168,20 @@ def hold(served: Besieged, source: str, stop: Any, number: int, hello: bytes) ->
             sock.close()
 
 
-def request_block(method: str, path: str, authorization: str) -> bytes:
-    return rs.encode_headers([(':method', method), (':scheme', 'http'), (':path', path), (':authority', 'x'),
-                              ('authorization', authorization)])[1:]
-
-
-def uploads_over_http_1(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def uploads_unread(served: Besieged, source: str, stop: Any, count: Any) -> None:
     head = (f'POST /evil/data/{NAME} HTTP/1.1\r\nHost: x\r\nAuthorization: {login("evil", "wrong")}\r\n'
             'Content-Length: 16000000\r\n\r\n').encode()
     hold(served, source, stop, CONNECTIONS // 2, head + bytes(60_000))
-
-
-def uploads_over_http_2(served: Besieged, source: str, stop: Any, count: Any) -> None:
-    block = request_block('POST', f'/evil/data/{NAME}', login('evil', 'wrong'))
-    hold(served, source, stop, CONNECTIONS // 2, rs.PREFACE + rs.frame(SETTINGS, 0, 0) + rs.frame(
-        HEADERS, 4, 1, block) + b''.join(rs.frame(DATA, 0, 1, bytes(16_000)) for _ in range(4)))
 
 
 def silence(served: Besieged, source: str, stop: Any, count: Any) -> None:
     hold(served, source, stop, CONNECTIONS, b'G')
 
 
-def shut_windows(served: Besieged, source: str, stop: Any, count: Any) -> None:
-    block = request_block('GET', f'/evil/data/{NAME}', login('evil', 'right'))
-    hold(served, source, stop, 40, rs.PREFACE + rs.frame(SETTINGS, 0, 0, b'\0\4\0\0\0\0') + b''.join(
-        rs.frame(HEADERS, 5, number, block) for number in range(1, 200, 2)))
-
-
 def unread_answers(served: Besieged, source: str, stop: Any, count: Any) -> None:
     request = (f'GET /evil/data/{NAME} HTTP/1.1\r\nHost: x\r\n'
                f'Authorization: {login("evil", "right")}\r\n\r\n')
     hold(served, source, stop, 100, request.encode() * 500)
-
-
-def small_updates(served: Besieged, source: str, stop: Any, count: Any) -> None:
-    block = request_block('GET', f'/evil/data/{NAME}', login('evil', 'right'))
-    with served.connect(source) as sock:
-        sock.sendall(rs.PREFACE + rs.frame(SETTINGS, 0, 0, b'\0\4\0\0\0\0') + b''.join(
-            rs.frame(HEADERS, 5, number, block) for number in range(1, 200, 2)))
-        update = rs.frame(WINDOW_UPDATE, 0, 0, b'\0\0\0\1') * 100
-        while not stop.is_set():
-            sock.sendall(update)
-            count.value += 100
 
 
 def pages(served: Besieged, source: str, stop: Any, count: Any) -> None:
@@ -237,11 +208,8 @@ ATTACKS: Tuple[Tuple[str, int, Attack, float], ...] = (
     ('passwords with NUL, and long ones', 1, repeated(4, odd_passwords), MEMORY_MIB),
     ('50 who guess at cost 12', 1, repeated(50, guess), MEMORY_MIB),
     (f'{CONNECTIONS} connections that say nothing', 1, silence, MEMORY_MIB),
-    (f'{CONNECTIONS // 2} uploads, wrong password, HTTP/1.1', 1, uploads_over_http_1, MEMORY_MIB),
-    (f'{CONNECTIONS // 2} uploads, wrong password, HTTP/2', 1, uploads_over_http_2, MEMORY_MIB),
-    ('4,000 downloads with shut windows', 1, shut_windows, MEMORY_MIB),
+    (f'{CONNECTIONS // 2} uploads, wrong password', 1, uploads_unread, MEMORY_MIB),
     ('100 that ask and never read', 1, unread_answers, MEMORY_MIB),
-    ('updates of windows by one byte', 1, small_updates, MEMORY_MIB),
     (f'the page, with {REPOSITORIES:,} of others', 1, repeated(8, pages), MEMORY_MIB),
     ('uploads to names of 240 bytes', 1, repeated(4, long_names), MEMORY_MIB),
     ('repositories without end', 1, repeated(4, new_repositories), MEMORY_MIB))
