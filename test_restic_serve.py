@@ -84,9 +84,10 @@ def long(test):
 
 def setUpModule():
     atexit.register(say_what_was_left_out)
-    patch = mock.patch.object(unittest.TestCase, 'run', run_with_limit)
-    patch.start()
-    unittest.addModuleCleanup(patch.stop)
+    if hasattr(signal, 'setitimer'):
+        patch = mock.patch.object(unittest.TestCase, 'run', run_with_limit)
+        patch.start()
+        unittest.addModuleCleanup(patch.stop)
     # A thread that a test has left behind may not keep this process from its end.
     unittest.addModuleCleanup(faulthandler.dump_traceback_later, 60, exit=True)
 
