@@ -715,7 +715,8 @@ class Program:
                 self.lines.append(line.rstrip('\n'))
                 match = re.search(r'restic -r rest:(\S+) init', line)
                 if match:
-                    self.url = match[1]
+                    # A host need not resolve the name in a certificate.
+                    self.url = match[1].replace('//localhost:', '//127.0.0.1:')
                     break
             self._reader = threading.Thread(target=self._read)
             self._reader.start()
