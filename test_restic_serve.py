@@ -7,7 +7,8 @@ left out is said at the end.
 
 First stand the tools: what a test may use, clients made of bytes, and programs to start.  Then come the
 module's chapters in their order, each with the tests of its pure parts first; then restic itself, other
-clients and proxies, faults that are made on purpose (disk, wire, malice, death), and the README.
+clients and proxies, faults that are made on purpose (disk, wire, malice, death), the order of the
+chapters, and the README.
 """
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import bisect
 import collections
 import contextlib
 import copy
+import dis
 import errno
 import faulthandler
 import functools
@@ -42,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,9 +88,10 @@ def long(test):
 
 def setUpModule():
     atexit.register(say_what_was_left_out)
-    patch = mock.patch.object(unittest.TestCase, 'run', run_with_limit)
-    patch.start()
-    unittest.addModuleCleanup(patch.stop)
+    if hasattr(signal, 'setitimer'):
+        patch = mock.patch.object(unittest.TestCase, 'run', run_with_limit)
+        patch.start()
+        unittest.addModuleCleanup(patch.stop)
     # A thread that a test has left behind may not keep this process from its end.
     unittest.addModuleCleanup(faulthandler.dump_traceback_later, 60, exit=True)
 
@@ -745,7 +749,8 @@ class Program:
                 self.lines.append(line.rstrip('\n'))
                 match = re.search(r'restic -r rest:(\S+) init', line)
                 if match:
-                    self.url = match[1]
+                    # A host need not resolve the name in a certificate.
+                    self.url = match[1].replace('//localhost:', '//127.0.0.1:')
                     break
             self._reader = threading.Thread(target=self._read)
             self._reader.start()
@@ -12129,6 +12134,48 @@ class SharedFileSystemTest(ResticTestCase):
         self.assertIn('1 snapshot', self.roll_back(moment, '--force', root=self.mounts[1]))
         self.assert_sound(url)
         self.check_restore(url)
+
+
+# ---- Chapters --------------------------------------------------------------------------------------
+
+class ChaptersTest(unittest.TestCase):
+    """The map in the module's docstring is true."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.source = Path(MODULE).read_text(encoding='utf-8')
+        begins = [(match[1], number) for number, line in enumerate(cls.source.split('\n'), 1)
+                  for match in [re.match('# ==== (.+?) =+$', line)] if match]
+        cls.chapters, cls.begins = zip(*begins)
+
+    def names(self, code, *operations):
+        """Line and name of what code loads or stores beyond its own variables.  Annotations are text."""
+        line = code.co_firstlineno
+        for step in dis.get_instructions(code):
+            line = getattr(step, 'line_number', step.starts_line) or line
+            if step.opname in operations:
+                yield line, step.argval
+            if isinstance(step.argval, types.CodeType) and 'LOAD_GLOBAL' in operations:
+                yield from self.names(step.argval, *operations)
+
+    def chapter(self, line):
+        """The number of the chapter in which a line stands; -1 before the first."""
+        return bisect.bisect_right(self.begins, line) - 1
+
+    def test_the_docstring_names_the_chapters_in_their_order(self):
+        lines = restic_serve.__doc__.split('\n')
+        named = [match[1] for line in lines for match in [re.match(r' +(\w+(?: \w+)*)  +\w', line)] if match]
+        self.assertEqual(named, list(self.chapters))
+
+    def test_none_uses_what_a_later_one_defines(self):
+        code = compile(self.source, MODULE, 'exec')
+        homes = {}
+        for line, name in self.names(code, 'STORE_NAME'):
+            homes.setdefault(name, self.chapter(line))
+        self.assertEqual([f'{line}: {self.chapters[self.chapter(line)]} uses {name} of '
+                          f'{self.chapters[homes[name]]}, which comes later'
+                          for line, name in self.names(code, 'LOAD_GLOBAL', 'LOAD_NAME')
+                          if homes.get(name, -1) > self.chapter(line)], [])
 
 
 # ---- README ----------------------------------------------------------------------------------------
