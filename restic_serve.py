@@ -700,39 +700,6 @@ def one_line(text: object) -> str:
                    for letter in str(text))
 
 
-HEADER_SLACK = 4096          # Bytes that a header section may exceed --max-header-bytes, as in Go's servers.
-TRANSFER_SECONDS = 3600      # Default limit for a whole upload or download.
-SLOWEST_RATE = 1024          # Bytes that extend it by a second.
-
-
-class Limits:
-    """Limits of a client: bytes of a header section, and seconds for the header section, between two
-    requests, for receiving and for sending a whole body, and without any progress (a stall).
-
-    Where `read_seconds` or `write_seconds` is None the limit is TRANSFER_SECONDS, extended by
-    `extension` seconds for each byte that passes; 0 is no limit.
-    """
-
-    __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds',
-                 'read_extension', 'write_extension', 'stall_seconds')
-
-    def __init__(self, header_bytes: int = 4096, header_seconds: float = 10,
-                 idle_seconds: float = 60, read_seconds: Optional[float] = None,
-                 write_seconds: Optional[float] = None, stall_seconds: float = 60) -> None:
-        self.header_bytes = header_bytes
-        self.header_seconds = header_seconds
-        self.idle_seconds = idle_seconds
-        self.read_seconds, self.read_extension = self._transfer(read_seconds)
-        self.write_seconds, self.write_extension = self._transfer(write_seconds)
-        self.stall_seconds = stall_seconds or math.inf
-
-    @staticmethod
-    def _transfer(seconds: Optional[float]) -> Tuple[float, float]:
-        if seconds is None:
-            return TRANSFER_SECONDS, 1 / SLOWEST_RATE
-        return seconds or math.inf, 0.0  # 0 is no limit, as in rclone
-
-
 # ==== Tuning =====================================================================================
 # How the operating system treats this process: its cores, its turns, its memory, its open files.
 
@@ -7171,6 +7138,37 @@ LINGER_BYTES = 64 << 20      # Most unwanted input that is discarded.
 LINGER_SECONDS = 5           # Longest time for that.
 LINGER_MOST_SECONDS = 60     # Longest time for the end of the output.
 _UNWANTED = memoryview(bytearray(64 * 1024))    # shared buffer for input that is discarded
+HEADER_SLACK = 4096          # Bytes that a header section may exceed --max-header-bytes, as in Go's servers.
+TRANSFER_SECONDS = 3600      # Default limit for a whole upload or download.
+SLOWEST_RATE = 1024          # Bytes that extend it by a second.
+
+
+class Limits:
+    """Limits of a client: bytes of a header section, and seconds for the header section, between two
+    requests, for receiving and for sending a whole body, and without any progress (a stall).
+
+    Where `read_seconds` or `write_seconds` is None the limit is TRANSFER_SECONDS, extended by
+    `extension` seconds for each byte that passes; 0 is no limit.
+    """
+
+    __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds',
+                 'read_extension', 'write_extension', 'stall_seconds')
+
+    def __init__(self, header_bytes: int = 4096, header_seconds: float = 10,
+                 idle_seconds: float = 60, read_seconds: Optional[float] = None,
+                 write_seconds: Optional[float] = None, stall_seconds: float = 60) -> None:
+        self.header_bytes = header_bytes
+        self.header_seconds = header_seconds
+        self.idle_seconds = idle_seconds
+        self.read_seconds, self.read_extension = self._transfer(read_seconds)
+        self.write_seconds, self.write_extension = self._transfer(write_seconds)
+        self.stall_seconds = stall_seconds or math.inf
+
+    @staticmethod
+    def _transfer(seconds: Optional[float]) -> Tuple[float, float]:
+        if seconds is None:
+            return TRANSFER_SECONDS, 1 / SLOWEST_RATE
+        return seconds or math.inf, 0.0  # 0 is no limit, as in rclone
 
 
 class Deadline:
