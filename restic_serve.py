@@ -7196,7 +7196,8 @@ class Deadline:
 
 class Connection:
     """A client behind a `transport`: what its thread waits for, and until when.  `on_limit` is called with
-    a limit that ended something, `on_stop` when the server stops."""
+    a limit that ended something, `on_stop`, if there is one, instead of ending the input when the server
+    stops."""
 
     IDLE, READING, WRITING = range(3)
 
@@ -7206,7 +7207,7 @@ class Connection:
         self.peer = peer
         self.limits = limits
         self.on_limit = on_limit
-        self.on_stop = self._end_idling
+        self.on_stop: Optional[Callable[[], None]] = None
         self.waits = self.IDLE
         self.expired = False
         self.stopping = False
@@ -7392,10 +7393,9 @@ class Connection:
     def stop(self) -> None:
         """End the connection after the request that is being served."""
         self.stopping = True
-        self.on_stop()
-
-    def _end_idling(self) -> None:
-        if self.waits == self.IDLE:
+        if self.on_stop:
+            self.on_stop()
+        elif self.waits == self.IDLE:
             self.end_input()
 
 
@@ -7488,7 +7488,7 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
 class _ChunkedBody:
     """A chunked body (RFC 9112 7.1).  Chunk extensions and trailers are ignored."""
 
-    __slots__ = ('_connection', '_chunk', '_trailer_bytes', 'left')
+    __slots__ = ('_connection', '_chunk', '_trailer_bytes')
 
     piece = COPY_BYTES
     length = None
@@ -7497,16 +7497,15 @@ class _ChunkedBody:
         self._connection = connection
         self._trailer_bytes = trailer_bytes
         self._chunk = 0                 # bytes left of the current chunk
-        self.left = _UNKNOWN            # 0 after the last chunk
 
     def readinto(self, view: memoryview) -> int:
-        if not self.left:
+        if not self._connection.left:
             return 0
         if not self._chunk:
             self._chunk = self._next_chunk()
             if not self._chunk:
                 self._skip_trailers()
-                self.left = 0
+                self._connection.left = 0
                 return 0
         count = self._connection.read_content(view[:min(len(view), self._chunk)])
         self._chunk -= count
@@ -7544,8 +7543,8 @@ class Http1:
         self._limits = limits
         self._buffer = b''          # received, not yet parsed
         self._plain = False         # no header of the request concerns the framing or the connection
-        self.length = self.left = 0     # bytes of content, and those that were not read
-        self._body: Union[Http1, _ChunkedBody] = self
+        self.length = 0             # bytes of content, if it is not chunked
+        self.left = 0               # bytes of content that were not read, or _UNKNOWN
         self._sent = 0              # bytes of the current answer's body
         self._expects_continue = False  # the client waits for 100 (Continue) before it sends content
 
@@ -7573,14 +7572,14 @@ class Http1:
                 raise HandshakeFailed(f'{_NO_HTTP2}{_IN_PROXIES}')
             method, target, version, headers = parse_head(text)
             request = Request(method, target, version, headers, self, connection.peer)
-            self.length, self.left, self._body = 0, 0, self
+            self.length = self.left = 0
             self._plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
             if not self._plain:
                 connection.wait_for(connection.READING)
                 self._open_body(request)
             else:
                 connection.wait_for(connection.WRITING)
-            if connection.unpinned != (self._body.left > SMALL_BYTES):
+            if connection.unpinned != (self.left > SMALL_BYTES):
                 connection.unpin(not connection.unpinned)
         except HttpError as error:
             self._refuse(error, request)
@@ -7597,7 +7596,7 @@ class Http1:
             response.close()
         if not keep:
             connection.linger()
-        return keep and (not self._body.left or self._skip_body())
+        return keep and (not self.left or self._skip_body(request.body))
 
     def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
         """Answer a malformed or incomplete request, and end the connection."""
@@ -7639,7 +7638,7 @@ class Http1:
         """Give a request its body, which is still to be read.  Raises HttpError."""
         length = body_length(request.headers, request.version)
         if length is None:
-            request.body = self._body = _ChunkedBody(self, self._limits.header_bytes)
+            request.body, self.left = _ChunkedBody(self, self._limits.header_bytes), _UNKNOWN
         else:
             self.length = self.left = length
         # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
@@ -7693,7 +7692,7 @@ class Http1:
             self._connection.transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
 
     def _raise_cut_short(self, what: str) -> NoReturn:
-        self._body.left = _UNKNOWN
+        self.left = _UNKNOWN
         if self._connection.expired:
             raise HttpError(408, f'the {what} took too long')
         raise HttpError(400, f'the {what} was cut short')
@@ -7703,8 +7702,7 @@ class Http1:
     def _may_keep(self, request: Request) -> bool:
         """Whether the connection persists after a request that is not plain (RFC 9112 9.3)."""
         # A rest of the content is skipped if it is short and the client is sending it.
-        left = self._body.left
-        if left and (left > SKIP_BYTES or self._expects_continue):
+        if self.left and (self.left > SKIP_BYTES or self._expects_continue):
             return False
         options = request.headers.get('connection')
         if options is None:
@@ -7712,12 +7710,12 @@ class Http1:
         tokens = [token.strip(' \t').lower() for token in options.split(',')]
         return 'close' not in tokens and (request.version == 'HTTP/1.1' or 'keep-alive' in tokens)
 
-    def _skip_body(self) -> bool:
+    def _skip_body(self, body: Body) -> bool:
         """Discard the rest of a short body; whether it was complete."""
         self._connection.wait_for(Connection.READING)
         self._connection.wait_no_longer(LINGER_SECONDS)
         try:
-            while self._body.readinto(_UNWANTED):
+            while body.readinto(_UNWANTED):
                 pass
         except HttpError:
             return False
