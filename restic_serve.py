@@ -1533,9 +1533,9 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
     return [item for piece in read_ahead(pieces(), pace) for item in piece]
 
 
-# A folder of objects: its kind, path below DIR, how the objects' names begin, and open(), which gives the
-# Folder, one without entries if it is missing, or raises OSError.
-ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'path', 'prefix', 'open'])
+# A folder of objects: its kind, how the objects' names begin, and open(), which gives the Folder, one without
+# entries if it is missing, or raises OSError.
+ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'prefix', 'open'])
 
 
 def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
@@ -2201,16 +2201,16 @@ class Store:
 
     def _folders_of(self, path: str, kind: str, stack: contextlib.ExitStack) -> Iterator[ObjectFolder]:
         if kind != 'data':
-            yield ObjectFolder(kind, path, '', functools.partial(self.folders.open_to_scan, path))
+            yield ObjectFolder(kind, '', functools.partial(self.folders.open_to_scan, path))
             return
         try:
             data, entries = stack.enter_context(self.scan(path))
             for entry in entries:
                 if _SUBDIRECTORY.fullmatch(entry.name):
-                    yield ObjectFolder(kind, f'{path}/{entry.name}', entry.name,
-                                       functools.partial(self.folders.open_part, path, data, entry.name))
+                    yield ObjectFolder(kind, entry.name, functools.partial(
+                        self.folders.open_part, path, data, entry.name))
         except OSError as error:    # raised where the folder is read
-            yield ObjectFolder(kind, path, '', functools.partial(_raise, error))
+            yield ObjectFolder(kind, '', functools.partial(_raise, error))
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
@@ -2222,7 +2222,7 @@ class Store:
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
         """The objects in a folder below the root, their names beginning with `prefix`, and what stat(2)
         says of them.  Raises OSError."""
-        return self.read(ObjectFolder('', path, prefix, functools.partial(self.folders.open_to_scan, path)))
+        return self.read(ObjectFolder('', prefix, functools.partial(self.folders.open_to_scan, path)))
 
     @staticmethod
     def read(source: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
@@ -2528,9 +2528,10 @@ def parse_moment(text: str, now: float) -> int:
                          '2026-11-20T12:00, 2026-11-20, 36h or 2d') from None
 
 
-def parse_past(text: str) -> int:
-    """A moment as parse_moment() reads it, which has passed.  Raises ValueError."""
-    now = time.time()
+def parse_past(text: str, now: Optional[float] = None) -> int:
+    """A moment as parse_moment() reads it, which has passed `now` (default: by our clock).  Raises
+    ValueError."""
+    now = time.time() if now is None else now
     moment = parse_moment(text, now)
     if moment > now * 1e6:
         raise ValueError(f'{text} is in the future')
@@ -2661,13 +2662,10 @@ class Past:
         and NoHistory."""
         if not self.keeps:
             raise NotKept('this server does not keep deleted objects (--keep-deleted)')
-        now = self.now()
         try:
-            moment = parse_moment(location.at, now / 1e6)
+            moment = parse_past(location.at, self._clock())
         except ValueError as error:
             raise InvalidPath(str(error)) from None
-        if moment > now:
-            raise InvalidPath(f'{location.at} is in the future')
         self.check_known(location.repository, moment)
         return View(self._store, moment)
 
@@ -6669,13 +6667,12 @@ class Api:
             raise
         request.location = location     # it is counted as read when it was sent
         headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
-        wanted = request.headers.get('range')
         # RFC 9110 14.2: only GET has ranges.  13.1.5: answers have no validator here, so If-Range
         # cannot match, and the range is ignored.
         status, size, part = 200, content.length, None
-        if wanted and request.method == 'GET' and 'if-range' not in request.headers:
+        if request.method == 'GET' and 'if-range' not in request.headers:
             try:
-                part = parse_range(wanted, size)
+                part = parse_range(request.headers.get('range', ''), size)
             except HttpError:
                 content.close()
                 raise

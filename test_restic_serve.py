@@ -1562,7 +1562,7 @@ class StoreTest(TestCase):
 
         entries = contextlib.nullcontext(iter([Deleted(), Kept()]))
         with mock.patch.object(restic_serve, '_scan', lambda folder, relative: entries):
-            folder = restic_serve.ObjectFolder('keys', '', '', lambda: restic_serve.Folder('folder'))
+            folder = restic_serve.ObjectFolder('keys', '', lambda: restic_serve.Folder('folder'))
             self.assertEqual(list(restic_serve.names_and_sizes(folder, True, restic_serve.Pace())),
                              [([kept.name], [1])])
 
