@@ -3831,6 +3831,7 @@ class UsageTest(TestCase):
             self.assertTrue(self.usage.census.wait(PATIENCE))
             for _ in range(10):
                 self.usage.census.request()
+            self.assertTrue(self.usage.census.wait(0, fresh=True))          # within the interval
             self.usage.census._interval = 0
             self.usage.census.request()
             self.assertTrue(self.usage.census.wait(PATIENCE, fresh=True))   # newer than it was asked for
