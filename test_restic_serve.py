@@ -3260,6 +3260,8 @@ class CountersTest(TestCase):
             for number in range(1000):
                 counters.add(('added', f'/evil/{"x" * 200}{number}'), 1)
                 counters.add(('blob', 'alice', f'/evil/{"x" * 200}{number}', 'data'), 1, 0)
+            counters.join(0)    # who takes over has no more room
+            self.assertFalse(counters.add(('added', f'/evil/{"y" * 200}'), 0))
             for number in range(40):
                 self.assertTrue(counters.add(('added', f'/good{number}'), 5))
             self.assertTrue(counters.add(('delta', 'alice'), 1))
@@ -3998,6 +4000,7 @@ class UsageTest(TestCase):
             self.assertTrue(self.usage.census.wait(PATIENCE))
             for _ in range(10):
                 self.usage.census.request()
+            self.assertTrue(self.usage.census.wait(0, fresh=True))          # within the interval
             self.usage.census._interval = 0
             self.usage.census.request()
             self.assertTrue(self.usage.census.wait(PATIENCE, fresh=True))   # newer than it was asked for
@@ -4224,7 +4227,7 @@ class UsageTest(TestCase):
 
     def test_what_has_no_rows_of_its_own_is_counted_as_other_until_it_is_gone(self):
         with mock.patch.multiple(restic_serve, SLOT_BYTES=64 * 1024, SPARE_BYTES=8 * 1024):
-            self.usage = self.make()
+            self.limit(1 << 20)
             for number in range(30):
                 self.make_repository(f'evil/r{number}')
                 self.store.save(Location(f'/evil/r{number}', 'keys', named(b'x')), Bytes(b'x'))
@@ -4238,7 +4241,9 @@ class UsageTest(TestCase):
             for number in range(100):
                 self.make_repository(f'evil/s{number}')
                 self.usage.save(Location(f'/evil/s{number}', 'keys', named(b'y')), Bytes(b'y'))
+            self.assertEqual(self.usage.quota('')[0], 134)
             self.usage.census.count()
+            self.assertEqual(self.usage.quota('')[0], 134)
             self.assertEqual(sum(held.bytes for held in self.usage.repositories().values()), 134)
             shutil.rmtree(self.root / 'evil')
             for number in range(3):
