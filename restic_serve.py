@@ -8013,6 +8013,7 @@ CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is al
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
 CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
 SEND_BYTES = 128 * 1024      # of content that is sent at a time
+WRITE_BYTES = 32 * 1024      # that are written at a time; a client that takes none for too long has stalled
 UNREAD_BYTES = 64 * 1024     # of ACKs and the like that a client may leave unread
 LARGEST_WINDOW = (1 << 31) - 1  # RFC 9113 6.9.1
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
@@ -8268,11 +8269,12 @@ class Exchanges:
 
     def _send(self, frames: bytes) -> None:
         """Send frames, and then what others have left meanwhile."""
+        longest = min(self._limits.write_seconds, self._limits.stall_seconds)
         while frames:
-            self._connection.wait_for(Connection.WRITING,
-                                      min(self._limits.write_seconds, self._limits.stall_seconds))
             try:
-                self._connection.transmit(frames)
+                for at in range(0, len(frames), WRITE_BYTES):
+                    self._connection.wait_for(Connection.WRITING, longest)
+                    self._connection.transmit(frames[at:at + WRITE_BYTES])
             except Gone as gone:        # no request can be answered any more
                 with self.changed:
                     self.unsent = b''

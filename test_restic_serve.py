@@ -10452,6 +10452,19 @@ class StdioTest(TestCase):
                              headers(1, fields('GET', f'/data/{named(content)}')))
             self.assertEqual(server.process.wait(PATIENCE), 0)
 
+    def test_a_client_that_reads_slowly_has_not_stopped(self):
+        content = os.urandom(4 << 20)
+        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
+        with Stdio('--stall-timeout', '300ms', self.root) as server:
+            server.wire.grants = False
+            server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
+                             headers(1, fields('GET', f'/data/{named(content)}')))
+            for _ in range(12):
+                server.process.stdout.read1(32 << 10)
+                time.sleep(0.1)     # a slow client
+            server.process.stdout.read(3 << 20)
+            self.assertIsNone(server.process.poll())
+
     def test_pipes_that_are_full_both_ways_hold_up_nothing(self):
         """A client that sends an upload and PINGs, and reads when it has sent all of it."""
         content, old = os.urandom(12 << 20), bytes(8 << 20)
