@@ -269,6 +269,13 @@ class TestCase(unittest.TestCase):
         """A folder in the root that is taken for a repository; one may be there already."""
         (self.root / path.lstrip('/') / 'keys').mkdir(parents=True, exist_ok=True)
 
+    def run_server(self, *words, **more):
+        """A server in a process of its own."""
+        server = Program('--addr', '127.0.0.1:0', *words, **more)
+        self.addCleanup(server.__exit__)
+        self.assertTrue(server.url, server.lines)
+        return server
+
     def wait_until(self, condition, what):
         end = time.monotonic() + PATIENCE
         while not condition():
@@ -290,13 +297,6 @@ class TestCase(unittest.TestCase):
         ours, theirs = pty.openpty()
         self.addCleanup(os.close, ours)
         return ours, theirs
-
-    def run_server(self, *words, **more):
-        """A server in a process of its own."""
-        server = Program('--addr', '127.0.0.1:0', *words, **more)
-        self.addCleanup(server.__exit__)
-        self.assertTrue(server.url, server.lines)
-        return server
 
     def serve(self, api, limits=None, addresses=(LOCAL,), **more):
         """A server in a thread of its own."""
@@ -3937,16 +3937,22 @@ class UsageTest(TestCase):
     def upload_at_once(self, number, **more):
         """The answers to so many uploads of 1000 bytes at the same time."""
         barrier = threading.Barrier(number)
+        answers = []
 
-        def upload(size):
+        def upload():
             barrier.wait(PATIENCE)
             try:
-                self.save(size, **more)
+                self.save(1000, **more)
+                answers.append(200)
             except HttpError as error:
-                return error.status
-            return 200
+                answers.append(error.status)
 
-        return at_once(upload, [1000] * number)
+        threads = [threading.Thread(target=upload) for _ in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return answers
 
     def test_uploads_at_once_do_not_slip_past_a_quota_together(self):
         for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
@@ -4107,10 +4113,10 @@ class UsageTest(TestCase):
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
         usage = self.make(quotas=restic_serve.Quotas({'/': 1000}))
-        self.make_repository('host')
         usage.census.count()
         content = os.urandom(1000)
         location = Location('/host', 'data', named(content))
+        self.make_repository('host')
         self.assertEqual(usage.save(location, Bytes(content)), (1, 1000))
         config = Location('/host', 'config')
         with mock.patch.object(restic_serve, 'Scratch', side_effect=AssertionError('a scratch file')):
@@ -4411,7 +4417,9 @@ class PasswordFileTest(TestCase):
     def setUp(self):
         super().setUp()
         self.path = self.folder / 'htpasswd'
-        patch_for(self, restic_serve, LOOK_SECONDS=0)
+        patch = mock.patch.object(restic_serve, 'LOOK_SECONDS', 0)
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def write(self, text):
         self.path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -4865,8 +4873,8 @@ class LoginTest(ListenerTestCase):
         programs = 'any program on this host can claim any user name with header X-User'
         for addresses, words, expected in (
                 ([path], password, [sockets]), ([path], [*password, '--socket-auth'], []), ([path], [], []),
-                (['127.0.0.1:0'], header, [programs]), ([path], header, []),
-                (['127.0.0.1:0'], password, []), (['127.0.0.1:0'], [], []),
+                (['127.0.0.1:0'], header, [programs]),
+                ([path], header, []), (['127.0.0.1:0'], password, []), (['127.0.0.1:0'], [], []),
                 ([':0'], [], ['no authentication: anyone']), ([':0'], password, []),
                 # Certificates say nothing of who comes without TLS.
                 (['http://:0'], ['--client-ca', 'x', '--cert', 'x', '--key', 'x'],
@@ -4946,7 +4954,8 @@ class RightsTest(TestCase):
     )
 
     def test_every_role_with_every_request_on_every_kind_of_path(self):
-        store = self.make_store()
+        store = Store(str(self.root))
+        store.prepare()
         for append_only, private, user, own, other, root in self.TABLE:
             policy = Policy(short_rights(append_only, private, ['admin']))
             api = Api(store, policy, Accounts(user=user or 'alice', password='p'))
@@ -5056,7 +5065,8 @@ class RightsTest(TestCase):
     def test_a_file_is_read_again_and_a_bad_one_changes_nothing(self):
         path = self.folder / 'rights'
         path.write_text('alice /a read\n')
-        store = self.make_store()
+        store = Store(str(self.root))
+        store.prepare()
         self.prepare(store, '/a')
         policy = Policy(file=restic_serve.RightsFile(str(path)))
         api = Api(store, policy, Accounts(certificates=True))
@@ -5190,10 +5200,11 @@ class RightsTest(TestCase):
         store = self.make_store()
         usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
-        for number in range(5):
-            with self.assertRaises(HttpError) as caught:
-                usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
-            self.assertEqual(caught.exception.status, 404)
+        with mock.patch.object(Store, 'has_repository', lambda store, repository: False):
+            for number in range(5):
+                with self.assertRaises(HttpError) as caught:
+                    usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
+                self.assertEqual(caught.exception.status, 404)
         self.assertEqual(usage._counters.keys('reserved'), set())
 
     def test_who_may_only_read_stores_nothing_but_locks(self):
@@ -5240,7 +5251,6 @@ class RightsOnWiresTest(WatchedTestCase):
         self.policy = Policy()
         api = Api(self.store, self.policy, Accounts(user_header='X-User'))
         port = self.serve(api).listeners[0].server_port
-        self.make_repository('a')
         path, other = f'/a/data/{named(b"x")}', f'/a/data/{named(b"y")}'
         lock = f'/a/locks/{named(b"x")}'
         requests = (('GET', path), ('HEAD', path), ('GET', '/a/data/'), ('POST', path), ('POST', lock),
@@ -5249,6 +5259,7 @@ class RightsOnWiresTest(WatchedTestCase):
                   'append': [200] * 7 + [403], 'write': [200] * 8}
         for may, statuses in rights.items():
             self.policy.rights = restic_serve.parse_rights(f'* /%u {may}')
+            self.make_repository('a')
             for name in (b'x', b'y'):
                 self.store.save(Location('/a', 'data', named(name)), Bytes(name))
             got = []
@@ -5448,11 +5459,11 @@ class MetricsTest(WatchedTestCase):
                 self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
 
     def test_their_user_may_see_nothing_else(self):
-        self.make_repository()
         content = b'x'
         path = f'/data/{named(content)}'
         for administrators, status in (((), 403), (('metrics',), 404)):
             policy = Policy(short_rights(administrators=administrators, metrics=True))
+            self.make_repository()
             self.watch(policy, Accounts(user='metrics', password='m'))
             login = basic('metrics', 'm')
             self.assertEqual(self.ask(get('/metrics', login))[0], 200)
@@ -5627,7 +5638,7 @@ class WatchTest(TestCase):
         self.assertEqual(restic_serve.count_troubles([]), '')
 
     def report(self, *words):
-        done = subprocess.run([sys.executable, compiled(), '--report', *words, str(self.root)], text=True,
+        done = subprocess.run([sys.executable, MODULE, '--report', *words, str(self.root)], text=True,
                               capture_output=True, env=clean_environment())
         self.assertEqual(done.stderr, '')
         return done.returncode, done.stdout.splitlines()
@@ -9306,7 +9317,7 @@ class TlsTest(ListenerTestCase):
             self.assertIn('the client CA has changed', self.log[-1])
 
     def test_a_renewed_certificate_is_used_for_the_next_connection(self):
-        with mock.patch.multiple(restic_serve, LOOK_SECONDS=0, RENEWAL_SECONDS=0.01):
+        with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0):
             port = self.start_tls()
             before = self.connect_tls(port)
             self.assertEqual(self.serial(port), 1)
@@ -9533,9 +9544,12 @@ class SharesTest(Http2TestCase):
 class ForwardedClientsTest(ListenerTestCase):
     """Clients behind a proxy that is trusted."""
 
+    repositories = ()
+
     def setUp(self):
         super().setUp()
-        store = self.make_store()
+        store = Store(str(self.root))
+        store.prepare()
         self.api = Api(store, Policy(), Accounts(
             user='alice', password='secret', proxies=[restic_serve.parse_network('127.0.0.1')]))
 
@@ -9552,6 +9566,7 @@ class ForwardedClientsTest(ListenerTestCase):
 
     def test_each_has_a_share_of_its_own(self):
         server = self.serve(self.api, max_connections=100, per_address=2)
+        (self.root / 'keys').mkdir()
         port, credentials = server.listeners[0].server_port, basic('alice', 'secret')
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(port)) for _ in range(5)]

@@ -372,12 +372,15 @@ def serve_mutant(name: str, words: List[str]) -> int:
         return rs.main(words)
 
 
-def serve(name: str, root: Path, python: str, mutant: str, log: Path) -> Served:
+@contextlib.contextmanager
+def served(name: str, root: Path, python: str, mutant: str, log: Path) -> Iterator[int]:
+    """A server; its port."""
     port, keep = free_port(), [] if mutant == WITHOUT_PAST else ['--keep-deleted', '1d']
     # With a quota an object that is there is compared and not stored, which is another way to its answer.
     words = server_words(name, f'127.0.0.1:{port}', root, python, program=__file__ if mutant else MODULE,
                          options=[*([SERVE_MUTANT, mutant] if mutant else []), *keep, '--max-size', '100G'])
-    return Served(words, port, log=log)
+    with Served(words, port, log=log):
+        yield port
 
 
 class Task(NamedTuple):
@@ -721,9 +724,8 @@ class Trial:
             root.mkdir()
             rs.sync_directory(str(root))
             rs.sync_directory(str(where))
-            with serve(self._name, root, options.python, self._mutant, self._folder / 'log') as server:
-                work = Work(self.history, root, server.port, options.seed, options.uploads,
-                            self._name == OURS)
+            with served(self._name, root, options.python, self._mutant, self._folder / 'log') as port:
+                work = Work(self.history, root, port, options.seed, options.uploads, self._name == OURS)
                 try:
                     work.begin()
                     if not self._has_past:

@@ -31,7 +31,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from common import MODULE, Served, free_port
+import common
+from common import MODULE, free_port
 import restic_serve as rs   # of which common knows the path
 
 SERVER, USER, STRANGERS = '198.51.100.1', '198.51.100.2', '198.51.100.100'
@@ -67,7 +68,7 @@ def login(user: str, password: str) -> str:
     return 'Basic ' + base64.b64encode(f'{user}:{password}'.encode()).decode()
 
 
-class Besieged(Served):
+class Served(common.Served):
     """The server that strangers attack."""
 
     def __init__(self, python: str, folder: Path, host: str) -> None:
@@ -108,10 +109,10 @@ class Besieged(Served):
             connection.close()
 
 
-Attack = Callable[[Besieged, str, Any, Any], None]
+Attack = Callable[[Served, str, Any, Any], None]
 
 
-def worker(attack: Attack, served: Besieged, source: str, stop: Any, count: Any) -> None:
+def worker(attack: Attack, served: Served, source: str, stop: Any, count: Any) -> None:
     """A process of strangers; it counts answers."""
     while not stop.is_set():
         try:
@@ -122,7 +123,7 @@ def worker(attack: Attack, served: Besieged, source: str, stop: Any, count: Any)
 
 def repeated(number: int, attack: Attack) -> Attack:
     """The same from so many threads."""
-    def run(served: Besieged, source: str, stop: Any, count: Any) -> None:
+    def run(served: Served, source: str, stop: Any, count: Any) -> None:
         threads = [threading.Thread(target=worker, args=(attack, served, source, stop, count), daemon=True)
                    for _ in range(number)]
         for thread in threads:
@@ -132,18 +133,18 @@ def repeated(number: int, attack: Attack) -> Attack:
     return run
 
 
-def odd_passwords(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def odd_passwords(served: Served, source: str, stop: Any, count: Any) -> None:
     for password in ('\0', 'x\0y', 'x' * 512, 'x' * 2000):
         served.ask(source, 'GET', '/x/config', login('x', password))
         count.value += 1
 
 
-def guess(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def guess(served: Served, source: str, stop: Any, count: Any) -> None:
     served.ask(source, 'GET', '/slow1/config', login('slow1', os.urandom(6).hex()))
     count.value += 1
 
 
-def hold(served: Besieged, source: str, stop: Any, number: int, hello: bytes) -> None:
+def hold(served: Served, source: str, stop: Any, number: int, hello: bytes) -> None:
     """Connections that begin with some bytes and then say nothing; those that end are made anew."""
     socks: List[socket.socket] = []
     try:
@@ -174,35 +175,35 @@ def request_block(method: str, path: str, authorization: str) -> bytes:
                               ('authorization', authorization)])[1:]
 
 
-def uploads_over_http_1(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def uploads_over_http_1(served: Served, source: str, stop: Any, count: Any) -> None:
     head = (f'POST /evil/data/{NAME} HTTP/1.1\r\nHost: x\r\nAuthorization: {login("evil", "wrong")}\r\n'
             'Content-Length: 16000000\r\n\r\n').encode()
     hold(served, source, stop, CONNECTIONS // 2, head + bytes(60_000))
 
 
-def uploads_over_http_2(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def uploads_over_http_2(served: Served, source: str, stop: Any, count: Any) -> None:
     block = request_block('POST', f'/evil/data/{NAME}', login('evil', 'wrong'))
     hold(served, source, stop, CONNECTIONS // 2, rs.PREFACE + rs.frame(SETTINGS, 0, 0) + rs.frame(
         HEADERS, 4, 1, block) + b''.join(rs.frame(DATA, 0, 1, bytes(16_000)) for _ in range(4)))
 
 
-def silence(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def silence(served: Served, source: str, stop: Any, count: Any) -> None:
     hold(served, source, stop, CONNECTIONS, b'G')
 
 
-def shut_windows(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def shut_windows(served: Served, source: str, stop: Any, count: Any) -> None:
     block = request_block('GET', f'/evil/data/{NAME}', login('evil', 'right'))
     hold(served, source, stop, 40, rs.PREFACE + rs.frame(SETTINGS, 0, 0, b'\0\4\0\0\0\0') + b''.join(
         rs.frame(HEADERS, 5, number, block) for number in range(1, 200, 2)))
 
 
-def unread_answers(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def unread_answers(served: Served, source: str, stop: Any, count: Any) -> None:
     request = (f'GET /evil/data/{NAME} HTTP/1.1\r\nHost: x\r\n'
                f'Authorization: {login("evil", "right")}\r\n\r\n')
     hold(served, source, stop, 100, request.encode() * 500)
 
 
-def small_updates(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def small_updates(served: Served, source: str, stop: Any, count: Any) -> None:
     block = request_block('GET', f'/evil/data/{NAME}', login('evil', 'right'))
     with served.connect(source) as sock:
         sock.sendall(rs.PREFACE + rs.frame(SETTINGS, 0, 0, b'\0\4\0\0\0\0') + b''.join(
@@ -213,19 +214,19 @@ def small_updates(served: Besieged, source: str, stop: Any, count: Any) -> None:
             count.value += 100
 
 
-def pages(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def pages(served: Served, source: str, stop: Any, count: Any) -> None:
     status, _ = served.ask(source, 'GET', '/', login('evil', 'right'), Accept='text/html')
     count.value += status == 200
 
 
-def long_names(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def long_names(served: Served, source: str, stop: Any, count: Any) -> None:
     name = os.urandom(120).hex()
     served.ask(source, 'POST', f'/evil/{name}/?create=true', login('evil', 'right'))
     served.ask(source, 'POST', f'/evil/{name}/locks/{NAME}', login('evil', 'right'), CONTENT)
     count.value += 1
 
 
-def new_repositories(served: Besieged, source: str, stop: Any, count: Any) -> None:
+def new_repositories(served: Served, source: str, stop: Any, count: Any) -> None:
     status, _ = served.ask(source, 'POST', f'/evil/{os.urandom(8).hex()}/?create=true',
                            login('evil', 'right'))
     count.value += status == 200
@@ -247,13 +248,13 @@ ATTACKS: Tuple[Tuple[str, int, Attack, float], ...] = (
     ('repositories without end', 1, repeated(4, new_repositories), MEMORY_MIB))
 
 
-def strangers_process(attack: Attack, served: Besieged, source: str, stop: Any, count: Any) -> None:
+def strangers_process(attack: Attack, served: Served, source: str, stop: Any, count: Any) -> None:
     if hasattr(os, 'nice'):
         os.nice(10)     # on a machine of their own they would take nothing of the server's processor
     worker(attack, served, source, stop, count)
 
 
-def besiege(served: Besieged, name: str, number: int, attack: Attack, seconds: float, first: int,
+def besiege(served: Served, name: str, number: int, attack: Attack, seconds: float, first: int,
             spread: bool) -> Dict[str, float]:
     """One attack, and the user's times meanwhile."""
     stop, count = multiprocessing.Event(), multiprocessing.Value('q', 0)
@@ -300,11 +301,11 @@ def main(words: Optional[List[str]] = None) -> int:
     print('in a network namespace, strangers and user have addresses of their own' if spread else
           'without a network namespace: what bounds each address is not tried')
     with tempfile.TemporaryDirectory(dir='/dev/shm' if os.path.isdir('/dev/shm') else None) as name, \
-            Besieged(options.python, Path(name), SERVER if spread else '127.0.0.1') as served:
+            Served(options.python, Path(name), SERVER if spread else '127.0.0.1') as served:
         return judge(served, options.seconds, spread)
 
 
-def judge(served: Besieged, seconds: float, spread: bool) -> int:
+def judge(served: Served, seconds: float, spread: bool) -> int:
     user = USER if spread else ''
     for name in ('alice', 'evil'):
         served.ask(user, 'POST', f'/{name}/?create=true', login(name, 'right'))
