@@ -7,7 +7,8 @@ left out is said at the end.
 
 First stand the tools: what a test may use, clients made of bytes, and programs to start.  Then come the
 module's chapters in their order, each with the tests of its pure parts first; then restic itself, other
-clients and proxies, faults that are made on purpose (disk, wire, malice, death), and the README.
+clients and proxies, faults that are made on purpose (disk, wire, malice, death), the order of the
+chapters, and the README.
 """
 from __future__ import annotations
 
@@ -12835,6 +12836,49 @@ class SharedFileSystemTest(ResticTestCase):
         self.assertIn('1 snapshot', self.roll_back(moment, '--force', root=self.mounts[1]))
         self.assert_sound(url)
         self.check_restore(url)
+
+
+# ---- Chapters --------------------------------------------------------------------------------------
+
+class ChaptersTest(unittest.TestCase):
+    """The map in the module's docstring is true."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.source = Path(MODULE).read_text(encoding='utf-8')
+        begins = [(match[1], number) for number, line in enumerate(cls.source.split('\n'), 1)
+                  for match in [re.match('# ==== (.+?) =+$', line)] if match]
+        cls.chapters, cls.begins = zip(*begins)
+
+    def names(self, code, *operations):
+        """Line and name of what code loads or stores beyond its own variables.  Annotations are text."""
+        import dis
+        line = code.co_firstlineno
+        for step in dis.get_instructions(code):
+            line = getattr(step, 'line_number', step.starts_line) or line
+            if step.opname in operations:
+                yield line, step.argval
+            if isinstance(step.argval, type(code)) and 'LOAD_GLOBAL' in operations:
+                yield from self.names(step.argval, *operations)
+
+    def chapter(self, line):
+        """The number of the chapter in which a line stands; -1 before the first."""
+        return bisect.bisect_right(self.begins, line) - 1
+
+    def test_the_docstring_names_the_chapters_in_their_order(self):
+        lines = restic_serve.__doc__.split('\n')
+        named = [match[1] for line in lines for match in [re.match(r' +(\w+(?: \w+)*)  +\w', line)] if match]
+        self.assertEqual(named, list(self.chapters))
+
+    def test_none_uses_what_a_later_one_defines(self):
+        code = compile(self.source, MODULE, 'exec')
+        homes = {}
+        for line, name in self.names(code, 'STORE_NAME'):
+            homes.setdefault(name, self.chapter(line))
+        self.assertEqual([f'{line}: {self.chapters[self.chapter(line)]} uses {name} of '
+                          f'{self.chapters[homes[name]]}, which comes later'
+                          for line, name in self.names(code, 'LOAD_GLOBAL', 'LOAD_NAME')
+                          if homes.get(name, -1) > self.chapter(line)], [])
 
 
 # ---- README ----------------------------------------------------------------------------------------
