@@ -4,25 +4,39 @@
     restic_serve.py /srv/backup
     restic -r rest:http://127.0.0.1:8080/ init
 
-The chapters stand in the order in which each builds on those above it:
+The chapters stand in the order in which each builds on those above it, on six floors:
+
+  Ground, which knows nothing of restic:
 
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
     Tuning        cores, scheduling, memory and open files of this process
-    Files         opening, listing and syncing files safely
+    Files         opening, listing and writing files safely; what the file layer raises
     Read ahead    reading folders of a slow disk several at a time
-    Store         repositories and objects as files; an object is whole or absent
-    Past          what was deleted, and repositories as they were
     Counters      statistics in memory that all processes of the server share
     Bandwidth     the limit on bytes a second
+
+  Storage, which knows nothing of HTTP:
+
+    Store         repositories and objects as files; an object is whole or absent
+    Past          what was deleted, and repositories as they were
     Scrub         verifying every object against its name, without a password
     Usage         how much each repository holds, and quotas
+
+  Rules:
+
     Accounts      authentication: passwords, certificates, proxies
-    Policy        authorization
+    Policy        authorization: who may do what, where
+
+  Watching:
+
     Metrics       statistics for Prometheus and for the log
     Watch         what is wrong with repositories
     Events        runs a command when something happens
     Page          the status page for browsers
+
+  Wires, from a request to its answer:
+
     Admission     places for connections, and the share of each client
     Api           routes and answers
     Transport     bytes over a socket, TLS, or standard input and output
@@ -30,6 +44,9 @@ The chapters stand in the order in which each builds on those above it:
     Http1         requests and answers on one connection of HTTP/1.1
     Hpack         the header compression of HTTP/2
     Http2         requests and answers over standard input and output
+
+  Process:
+
     Loop          the event loop of each process: descriptors, signals, timers
     Listeners     TCP, unix sockets, inherited sockets, TLS certificates
     Server        connections, their threads and deadlines, start and stop
@@ -1596,6 +1613,261 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
     return statuses
 
 
+# ==== Counters ===================================================================================
+# Statistics in memory that all processes of the server share.
+#
+# Theory of operation.  Each process writes to a slot of its own and reads all slots, so that no process
+# waits for another; within a process, `lock` guards them.  A slot is the number of its words in use and
+# rows; a row is its width, the length of its key in bytes, its numbers and its key.  Rows are only
+# appended, and stay as long as the server runs, also those of a repository that was deleted.
+#
+# Rows of repositories are bounded: those below one top-level folder may use a part of a slot, and what
+# does not fit is counted under OTHER.
+
+# Address space for a slot, of which memory is used as rows are added: 80,000 repositories, or
+# 20,000 where addresses have 32 bits.
+SLOT_BYTES = (128 if sys.maxsize > 1 << 32 else 32) << 20
+SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a repository.
+FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
+OTHER = 'other'             # Key instead of a repository's path, which begins with a slash.
+CONNECTIONS = ('connections',)  # Row: connections admitted, connections served.
+REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
+ADDRESSES = ('addresses',)      # Row: connections by the hash of their address.
+ADDRESS_BUCKETS = 4096
+# Gauges: zeroed when their process dies.
+_GAUGES = ('connections', 'addresses', 'reserved')
+# Position of the repository in the keys of rows that belong to one.
+_OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
+_OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # kinds of rows of a quota's scope
+
+
+def shared_memory(length: int) -> memoryview:
+    """Words of memory, zero at first, that forked processes share: `length` bytes and a page.  Pages that
+    nobody touches take none.  Raises OSError."""
+    import mmap
+    length += mmap.PAGESIZE
+    if length > sys.maxsize:    # mmap() raises OverflowError
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if not sys.platform.startswith('linux') or not hasattr(mmap, 'MAP_SHARED'):
+        return memoryview(mmap.mmap(-1, length)).cast('q')
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0x4000)    # mmap(2)
+    return memoryview(mmap.mmap(-1, length, flags=flags)).cast('q')
+
+
+class Counters:
+    """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
+    a row half updated.
+
+    `rows` are those of this process, which may change their numbers with `lock`.  They last as long as the
+    process, until join() replaces `rows` in one that was forked: what keeps rows looks them up there."""
+
+    def __init__(self, slots: int = 1) -> None:
+        size = SLOT_BYTES
+        while True:
+            try:
+                words = shared_memory(slots * size)
+                break
+            except OSError as error:    # a system that promises no more than it has (vm.overcommit_memory)
+                if size <= 4 << 20:
+                    raise OSError(error.errno, f'{error.strerror} for the counters of {slots} processes'
+                                  ) from None
+                size //= 2
+        size //= 8
+        self._slots = [words[slot * size:(slot + 1) * size] for slot in range(slots)]
+        self._looked = [1] * slots      # how far each slot was read
+        self._by_kind: Dict[str, Dict[Key, List[memoryview]]] = {}     # what was read, of all slots
+        self._is_full = False
+        self.join(0)
+
+    def join(self, slot: int) -> None:
+        """Write to `slot` from now on, and continue with the rows that are there."""
+        self._own = slot
+        self.lock = threading.Lock()
+        self.rows: Dict[Key, memoryview] = {}
+        self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
+        self.clear(slot)
+        for key, row, words in _rows_of(self._slots[slot]):
+            self.rows[key] = row
+            self._take(_folder_of(key), words)
+
+    def clear(self, slot: int) -> None:
+        """Zero the gauges in the slot of a process that has died."""
+        for key, row, _ in _rows_of(self._slots[slot]):
+            if key[0] in _GAUGES:
+                row[:] = memoryview(bytes(row.nbytes)).cast('q')
+
+    # ---- writing ----
+
+    def add(self, key: Key, *amounts: int) -> bool:
+        """Add to the numbers of this process's row; False if they were counted elsewhere for lack of room."""
+        with self.lock:
+            row = self.row(key, len(amounts))
+            for position, amount in enumerate(amounts):
+                row[position] += amount
+            return key in self.rows
+
+    def put(self, key: Key, *values: int) -> bool:
+        """Set the numbers of this process's row; False if there is no room for one."""
+        with self.lock:
+            row = self.row(key, len(values))
+            if key in self.rows:
+                row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
+            return key in self.rows
+
+    def row(self, key: Key, width: int) -> memoryview:
+        """The numbers of this process's row, which is added if it is missing; where there is no room that
+        of OTHER, or a dummy.  With `lock`."""
+        return self.rows.get(key) or self._new_row(key, width)
+
+    def _new_row(self, key: Key, width: int) -> memoryview:
+        slot, folder = self._slots[self._own], _folder_of(key)
+        text = '\0'.join(key).encode('utf-8', 'surrogateescape')
+        words = memoryview(struct.pack('2q', width, len(text)) + bytes(8 * width)
+                           + text + bytes(-len(text) % 8)).cast('q')
+        begin, end = 1 + slot[0], 1 + slot[0] + len(words)
+        limit = len(slot) - (SPARE_BYTES // 8 if folder else 0)
+        if end > limit or (folder and self._taken.get(folder, 0) + len(words) > limit // FOLDER_PART):
+            if not self._is_full:
+                self._is_full = True
+                log.warning('too many repositories to count each one; the rest is counted as "%s"', OTHER)
+            position = _OF_REPOSITORIES.get(key[0], 0)
+            if position and key[position] != OTHER:
+                return self.row((*key[:1], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
+            return memoryview(bytearray(8 * width)).cast('q')
+        slot[begin:end] = words
+        slot[0] += len(words)   # from now on, other processes see it
+        self._take(folder, len(words))
+        self._look(self._own)
+        return self.rows.setdefault(key, slot[begin + 2:begin + 2 + width])
+
+    def _take(self, folder: str, words: int) -> None:
+        self._taken[folder] = self._taken.get(folder, 0) + words
+
+    # ---- reading ----
+
+    def read(self, key: Key) -> List[List[int]]:
+        """The rows under a key, one for each process that has one."""
+        with self.lock:
+            return [row.tolist() for row in self._find(key[0]).get(key, ())]
+
+    def total(self, key: Key, width: int) -> List[int]:
+        """The first `width` numbers under a key, summed over all processes."""
+        return [sum(row[i] for row in self.read(key)) for i in range(width)]
+
+    def sum_at(self, key: Key, position: int) -> int:
+        """One number of the rows under a key, summed over all processes."""
+        with self.lock:
+            return sum(row[position] for row in self._find(key[0]).get(key, ()))
+
+    def keys(self, kind: str) -> Set[Key]:
+        """The keys of all rows that begin with `kind`."""
+        with self.lock:
+            return set(self._find(kind))
+
+    def find(self, kind: str) -> Dict[Key, List[int]]:
+        """All rows whose keys begin with `kind`, summed over all processes."""
+        with self.lock:
+            return {key: [sum(numbers) for numbers in zip(*rows)] for key, rows in self._find(kind).items()}
+
+    def _find(self, kind: str) -> Dict[Key, List[memoryview]]:
+        """The rows whose keys begin with `kind`, with those that were added since the last look."""
+        for slot, words in enumerate(self._slots):
+            if self._looked[slot] <= words[0]:
+                self._look(slot)
+        return self._by_kind.get(kind, {})
+
+    def _look(self, slot: int) -> None:
+        """Find the rows that were added to a slot since the last look."""
+        for key, row, words in _rows_of(self._slots[slot], self._looked[slot]):
+            self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
+            self._looked[slot] += words
+            if slot == self._own:
+                self.rows[key] = row
+
+
+def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, int]]:
+    """The rows of a slot from a word on: the key, the numbers, and the words that they take."""
+    end = 1 + slot[0]
+    while at < end:
+        width, length = slot[at:at + 2].tolist()
+        words = 2 + width + -(-length // 8)
+        text = slot[at + 2 + width:at + words].tobytes()[:length].decode('utf-8', 'surrogateescape')
+        yield tuple(text.split('\0')), slot[at + 2:at + 2 + width], words
+        at += words
+
+
+def _folder_of(key: Key) -> str:
+    """The top-level folder of a row's repository or scope, with a slash; empty for rows without one."""
+    if key[0] in _OF_SCOPES:
+        return f'/{key[1].partition("/")[0]}' if key[1] else ''
+    position = _OF_REPOSITORIES.get(key[0], 0)
+    if not position or key[position] == OTHER:
+        return ''
+    return f'/{key[position].split("/")[1]}' if key[position] else '/'
+
+
+# ==== Bandwidth ==================================================================================
+# The limit on the bytes a second that all connections together may send and receive.
+
+STEP_SECONDS = 0.02          # Worth of bytes that a connection passes at a time; makes it smooth and fair.
+SMALLEST_STEP = 512          # Bytes.
+
+
+class Bandwidth:
+    """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  First come, first
+    served; time that was not used is lost.  Processes that share `counters` share the limit.  `clock`
+    is monotonic, `today` gives the local time."""
+
+    SENT, RECEIVED = 1, 2  # the fields of a TimetableEntry
+
+    def __init__(self, timetable: List[TimetableEntry], counters: Optional[Counters] = None,
+                 clock: Callable[[], float] = time.monotonic,
+                 today: Callable[[], time.struct_time] = time.localtime,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
+        self._timetable = timetable
+        self._clock, self._today, self._sleep = clock, today, sleep
+        self._entry = timetable[0]
+        self._next_look = -math.inf
+        self._counters = counters or Counters()
+        self._lock = threading.Lock()
+
+    def toggle(self) -> bool:
+        """Lift the limit, or put it in force again; whether it is lifted now."""
+        self._counters.add(('bandwidth', 'toggled'), 1)
+        return self._is_lifted()
+
+    def rate(self, direction: int) -> int:
+        """The limit in force, in bytes a second; 0 is none."""
+        if self._clock() >= self._next_look:
+            self._next_look = self._clock() + 1
+            today = self._today()
+            now = (today.tm_wday * 24 + today.tm_hour) * 60 + today.tm_min
+            # The entry that began last; before the first of the week it is the last of the week before.
+            self._entry = min(self._timetable, key=lambda entry: (now - entry.minute) % _WEEK)
+        return 0 if self._is_lifted() else int(self._entry[direction])
+
+    def step(self, direction: int, count: int) -> int:
+        """How many of `count` bytes may pass at a time."""
+        rate = self.rate(direction)
+        return min(count, max(int(rate * STEP_SECONDS), SMALLEST_STEP)) if rate else count
+
+    def wait(self, direction: int, count: int) -> None:
+        """Wait until `count` bytes may pass."""
+        rate = self.rate(direction)
+        if not rate:
+            return
+        key = ('bandwidth', str(direction))     # when the next bytes may pass, in nanoseconds
+        with self._lock:
+            now = self._clock()
+            begin = max(now, *(row[0] / 1e9 for row in self._counters.read(key)), 0)
+            self._counters.put(key, int((begin + count / rate) * 1e9))
+        if begin > now:
+            self._sleep(begin - now)
+
+    def _is_lifted(self) -> bool:
+        return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
+
+
 # ==== Store ======================================================================================
 # Repositories and objects as files in restic's own local layout.  An object is whole or absent: it is
 # written where no list shows it, verified, synced to the disk, and then linked to its name, and the
@@ -2943,261 +3215,6 @@ def _text_of_sizes(sizes: Dict[str, List[int]]) -> str:
     return ', '.join(format_count(len(sizes[kind]), word)
                      + (f' ({format_size(sum(sizes[kind]))})' if kind == 'data' else '')
                      for kind, word in words.items() if kind in sizes)
-
-
-# ==== Counters ===================================================================================
-# Statistics in memory that all processes of the server share.
-#
-# Theory of operation.  Each process writes to a slot of its own and reads all slots, so that no process
-# waits for another; within a process, `lock` guards them.  A slot is the number of its words in use and
-# rows; a row is its width, the length of its key in bytes, its numbers and its key.  Rows are only
-# appended, and stay as long as the server runs, also those of a repository that was deleted.
-#
-# Rows of repositories are bounded: those below one top-level folder may use a part of a slot, and what
-# does not fit is counted under OTHER.
-
-# Address space for a slot, of which memory is used as rows are added: 80,000 repositories, or
-# 20,000 where addresses have 32 bits.
-SLOT_BYTES = (128 if sys.maxsize > 1 << 32 else 32) << 20
-SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a repository.
-FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
-OTHER = 'other'             # Key instead of a repository's path, which begins with a slash.
-CONNECTIONS = ('connections',)  # Row: connections admitted, connections served.
-REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
-ADDRESSES = ('addresses',)      # Row: connections by the hash of their address.
-ADDRESS_BUCKETS = 4096
-# Gauges: zeroed when their process dies.
-_GAUGES = ('connections', 'addresses', 'reserved')
-# Position of the repository in the keys of rows that belong to one.
-_OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
-_OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # kinds of rows of a quota's scope
-
-
-def shared_memory(length: int) -> memoryview:
-    """Words of memory, zero at first, that forked processes share: `length` bytes and a page.  Pages that
-    nobody touches take none.  Raises OSError."""
-    import mmap
-    length += mmap.PAGESIZE
-    if length > sys.maxsize:    # mmap() raises OverflowError
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    if not sys.platform.startswith('linux') or not hasattr(mmap, 'MAP_SHARED'):
-        return memoryview(mmap.mmap(-1, length)).cast('q')
-    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0x4000)    # mmap(2)
-    return memoryview(mmap.mmap(-1, length, flags=flags)).cast('q')
-
-
-class Counters:
-    """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
-    a row half updated.
-
-    `rows` are those of this process, which may change their numbers with `lock`.  They last as long as the
-    process, until join() replaces `rows` in one that was forked: what keeps rows looks them up there."""
-
-    def __init__(self, slots: int = 1) -> None:
-        size = SLOT_BYTES
-        while True:
-            try:
-                words = shared_memory(slots * size)
-                break
-            except OSError as error:    # a system that promises no more than it has (vm.overcommit_memory)
-                if size <= 4 << 20:
-                    raise OSError(error.errno, f'{error.strerror} for the counters of {slots} processes'
-                                  ) from None
-                size //= 2
-        size //= 8
-        self._slots = [words[slot * size:(slot + 1) * size] for slot in range(slots)]
-        self._looked = [1] * slots      # how far each slot was read
-        self._by_kind: Dict[str, Dict[Key, List[memoryview]]] = {}     # what was read, of all slots
-        self._is_full = False
-        self.join(0)
-
-    def join(self, slot: int) -> None:
-        """Write to `slot` from now on, and continue with the rows that are there."""
-        self._own = slot
-        self.lock = threading.Lock()
-        self.rows: Dict[Key, memoryview] = {}
-        self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
-        self.clear(slot)
-        for key, row, words in _rows_of(self._slots[slot]):
-            self.rows[key] = row
-            self._take(_folder_of(key), words)
-
-    def clear(self, slot: int) -> None:
-        """Zero the gauges in the slot of a process that has died."""
-        for key, row, _ in _rows_of(self._slots[slot]):
-            if key[0] in _GAUGES:
-                row[:] = memoryview(bytes(row.nbytes)).cast('q')
-
-    # ---- writing ----
-
-    def add(self, key: Key, *amounts: int) -> bool:
-        """Add to the numbers of this process's row; False if they were counted elsewhere for lack of room."""
-        with self.lock:
-            row = self.row(key, len(amounts))
-            for position, amount in enumerate(amounts):
-                row[position] += amount
-            return key in self.rows
-
-    def put(self, key: Key, *values: int) -> bool:
-        """Set the numbers of this process's row; False if there is no room for one."""
-        with self.lock:
-            row = self.row(key, len(values))
-            if key in self.rows:
-                row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
-            return key in self.rows
-
-    def row(self, key: Key, width: int) -> memoryview:
-        """The numbers of this process's row, which is added if it is missing; where there is no room that
-        of OTHER, or a dummy.  With `lock`."""
-        return self.rows.get(key) or self._new_row(key, width)
-
-    def _new_row(self, key: Key, width: int) -> memoryview:
-        slot, folder = self._slots[self._own], _folder_of(key)
-        text = '\0'.join(key).encode('utf-8', 'surrogateescape')
-        words = memoryview(struct.pack('2q', width, len(text)) + bytes(8 * width)
-                           + text + bytes(-len(text) % 8)).cast('q')
-        begin, end = 1 + slot[0], 1 + slot[0] + len(words)
-        limit = len(slot) - (SPARE_BYTES // 8 if folder else 0)
-        if end > limit or (folder and self._taken.get(folder, 0) + len(words) > limit // FOLDER_PART):
-            if not self._is_full:
-                self._is_full = True
-                log.warning('too many repositories to count each one; the rest is counted as "%s"', OTHER)
-            position = _OF_REPOSITORIES.get(key[0], 0)
-            if position and key[position] != OTHER:
-                return self.row((*key[:1], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
-            return memoryview(bytearray(8 * width)).cast('q')
-        slot[begin:end] = words
-        slot[0] += len(words)   # from now on, other processes see it
-        self._take(folder, len(words))
-        self._look(self._own)
-        return self.rows.setdefault(key, slot[begin + 2:begin + 2 + width])
-
-    def _take(self, folder: str, words: int) -> None:
-        self._taken[folder] = self._taken.get(folder, 0) + words
-
-    # ---- reading ----
-
-    def read(self, key: Key) -> List[List[int]]:
-        """The rows under a key, one for each process that has one."""
-        with self.lock:
-            return [row.tolist() for row in self._find(key[0]).get(key, ())]
-
-    def total(self, key: Key, width: int) -> List[int]:
-        """The first `width` numbers under a key, summed over all processes."""
-        return [sum(row[i] for row in self.read(key)) for i in range(width)]
-
-    def sum_at(self, key: Key, position: int) -> int:
-        """One number of the rows under a key, summed over all processes."""
-        with self.lock:
-            return sum(row[position] for row in self._find(key[0]).get(key, ()))
-
-    def keys(self, kind: str) -> Set[Key]:
-        """The keys of all rows that begin with `kind`."""
-        with self.lock:
-            return set(self._find(kind))
-
-    def find(self, kind: str) -> Dict[Key, List[int]]:
-        """All rows whose keys begin with `kind`, summed over all processes."""
-        with self.lock:
-            return {key: [sum(numbers) for numbers in zip(*rows)] for key, rows in self._find(kind).items()}
-
-    def _find(self, kind: str) -> Dict[Key, List[memoryview]]:
-        """The rows whose keys begin with `kind`, with those that were added since the last look."""
-        for slot, words in enumerate(self._slots):
-            if self._looked[slot] <= words[0]:
-                self._look(slot)
-        return self._by_kind.get(kind, {})
-
-    def _look(self, slot: int) -> None:
-        """Find the rows that were added to a slot since the last look."""
-        for key, row, words in _rows_of(self._slots[slot], self._looked[slot]):
-            self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
-            self._looked[slot] += words
-            if slot == self._own:
-                self.rows[key] = row
-
-
-def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, int]]:
-    """The rows of a slot from a word on: the key, the numbers, and the words that they take."""
-    end = 1 + slot[0]
-    while at < end:
-        width, length = slot[at:at + 2].tolist()
-        words = 2 + width + -(-length // 8)
-        text = slot[at + 2 + width:at + words].tobytes()[:length].decode('utf-8', 'surrogateescape')
-        yield tuple(text.split('\0')), slot[at + 2:at + 2 + width], words
-        at += words
-
-
-def _folder_of(key: Key) -> str:
-    """The top-level folder of a row's repository or scope, with a slash; empty for rows without one."""
-    if key[0] in _OF_SCOPES:
-        return f'/{key[1].partition("/")[0]}' if key[1] else ''
-    position = _OF_REPOSITORIES.get(key[0], 0)
-    if not position or key[position] == OTHER:
-        return ''
-    return f'/{key[position].split("/")[1]}' if key[position] else '/'
-
-
-# ==== Bandwidth ==================================================================================
-# The limit on the bytes a second that all connections together may send and receive.
-
-STEP_SECONDS = 0.02          # Worth of bytes that a connection passes at a time; makes it smooth and fair.
-SMALLEST_STEP = 512          # Bytes.
-
-
-class Bandwidth:
-    """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  First come, first
-    served; time that was not used is lost.  Processes that share `counters` share the limit.  `clock`
-    is monotonic, `today` gives the local time."""
-
-    SENT, RECEIVED = 1, 2  # the fields of a TimetableEntry
-
-    def __init__(self, timetable: List[TimetableEntry], counters: Optional[Counters] = None,
-                 clock: Callable[[], float] = time.monotonic,
-                 today: Callable[[], time.struct_time] = time.localtime,
-                 sleep: Callable[[float], None] = time.sleep) -> None:
-        self._timetable = timetable
-        self._clock, self._today, self._sleep = clock, today, sleep
-        self._entry = timetable[0]
-        self._next_look = -math.inf
-        self._counters = counters or Counters()
-        self._lock = threading.Lock()
-
-    def toggle(self) -> bool:
-        """Lift the limit, or put it in force again; whether it is lifted now."""
-        self._counters.add(('bandwidth', 'toggled'), 1)
-        return self._is_lifted()
-
-    def rate(self, direction: int) -> int:
-        """The limit in force, in bytes a second; 0 is none."""
-        if self._clock() >= self._next_look:
-            self._next_look = self._clock() + 1
-            today = self._today()
-            now = (today.tm_wday * 24 + today.tm_hour) * 60 + today.tm_min
-            # The entry that began last; before the first of the week it is the last of the week before.
-            self._entry = min(self._timetable, key=lambda entry: (now - entry.minute) % _WEEK)
-        return 0 if self._is_lifted() else int(self._entry[direction])
-
-    def step(self, direction: int, count: int) -> int:
-        """How many of `count` bytes may pass at a time."""
-        rate = self.rate(direction)
-        return min(count, max(int(rate * STEP_SECONDS), SMALLEST_STEP)) if rate else count
-
-    def wait(self, direction: int, count: int) -> None:
-        """Wait until `count` bytes may pass."""
-        rate = self.rate(direction)
-        if not rate:
-            return
-        key = ('bandwidth', str(direction))     # when the next bytes may pass, in nanoseconds
-        with self._lock:
-            now = self._clock()
-            begin = max(now, *(row[0] / 1e9 for row in self._counters.read(key)), 0)
-            self._counters.put(key, int((begin + count / rate) * 1e9))
-        if begin > now:
-            self._sleep(begin - now)
-
-    def _is_lifted(self) -> bool:
-        return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
 
 
 # ==== Scrub ======================================================================================
