@@ -8225,8 +8225,8 @@ class Stream:
 
 class Exchanges:
     """The requests of a connection, and all that is sent on it.  `changed` has the lock, and is notified of
-    whatever somebody may wait for.  The first methods are for threads without the lock, the others for those
-    that have it."""
+    each change that a thread may wait for.  The methods up to drain() are called without the lock, the
+    others with it."""
 
     def __init__(self, connection: Connection, api: Api) -> None:
         self.changed = threading.Condition()

@@ -11066,7 +11066,7 @@ class OldResticStdioTest(StdioScenarios, ResticTestCase):
 # ---- Other clients and proxies ---------------------------------------------------------------------
 
 class Http2ClientsTest(TestCase):
-    """What programs that others have written make of it that HTTP/2 is not spoken over the network."""
+    """Clients of HTTP/2 at a server that speaks HTTP/1.1 alone over the network."""
 
     def test_a_client_that_prefers_http_2_takes_http_1(self):
         authority = Authority(self.folder)
