@@ -4271,98 +4271,82 @@ SLOW_SECONDS = 2.0          # Slower hashes have a queue of their own.
 WAITING_LOGINS = 8          # Requests of one address that may wait for their password to be hashed.
 _ITOA64 = './0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
 _BCRYPT64 = './ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
-_BCRYPT = re.compile(r'\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$([./A-Za-z0-9]{22})([./A-Za-z0-9]{31})')
-_MD5 = re.compile(r'(\$(?:apr1|1)\$)([^$:]{0,8})\$([./0-9A-Za-z]{22})')
-_SHA2 = re.compile(r'\$([56])\$(?:rounds=([0-9]{1,9})\$)?([^$:]{0,16})\$([./0-9A-Za-z]{43}|'
-                   r'[./0-9A-Za-z]{86})')
-_SHA1 = re.compile(r'\{SHA\}[A-Za-z0-9+/]{27}=')
+# bcrypt, SHA-crypt, MD5-crypt (the original and Apache's) and SHA-1: scheme, cost and salt.
+_ENTRIES = [re.compile(pattern) for pattern in (
+    r'(\$2[aby]\$)(0[4-9]|[12][0-9]|3[01])\$([./A-Za-z0-9]{22})[./A-Za-z0-9]{31}',
+    r'(\$[56]\$)(?:rounds=([0-9]{1,9})\$)?([^$:]{0,16})\$(?:[./0-9A-Za-z]{43}|[./0-9A-Za-z]{86})',
+    r'(\$(?:apr1|1)\$)()([^$:]{0,8})\$[./0-9A-Za-z]{22}', r'()()()\{SHA\}[A-Za-z0-9+/]{27}=')]
 
 
 class Entry(str):
-    """A password's hash in an htpasswd file.  `scheme` is how it begins, such as `$6$`; it is `$2` for all
-    variants of bcrypt and empty for SHA-1.  `cost` is that of verifying a password, roughly in MD5 rounds.
-    Raises ValueError for an unknown scheme."""
+    """A password's hash in an htpasswd file.  `scheme` is how it begins, such as `$6$`, empty for SHA-1;
+    `rounds` is the binary logarithm of their number for bcrypt; `cost` is that of verifying a password in
+    Python, roughly in rounds of MD5.  Raises ValueError for an unknown scheme."""
 
     def __init__(self, text: str) -> None:
-        bcrypt, sha2 = _BCRYPT.fullmatch(text), _SHA2.fullmatch(text)
-        if not (bcrypt or sha2 or _MD5.fullmatch(text) or _SHA1.fullmatch(text)):
+        match = next(filter(None, (entry.fullmatch(text) for entry in _ENTRIES)), None)
+        if not match:
             raise ValueError('unknown password scheme')
-        self.scheme = '$2' if bcrypt else prefix_of(text)
-        self.cost = (1000 << int(bcrypt[1]) if bcrypt else int(sha2[2] or 5000) if sha2
-                     else 1000 if self.scheme else 1)
+        self.scheme, rounds, self.salt = match.groups()
+        self.is_bcrypt = self.scheme.startswith('$2')
+        self.rounds = int(rounds or {'$5$': 5000, '$6$': 5000, '': 1}.get(self.scheme, 1000))
+        self.cost = 8000 << self.rounds if self.is_bcrypt else self.rounds
 
     def rest_of_cost(self, slowest: Entry) -> List[Entry]:
         """Dummies that take as long to verify as `slowest`, of the same scheme, less what this one takes."""
-        if self.scheme == '$2':     # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
-            return [Entry(f'{slowest[:4]}{cost:02d}{slowest[6:]}')
-                    for cost in range(int(self[4:6]), int(slowest[4:6]))]
-        rounds = slowest.cost - self.cost
+        if self.is_bcrypt:      # 2 ** n is 2 ** m + 2 ** m + 2 ** (m + 1) + ... + 2 ** (n - 1)
+            return [Entry(f'{slowest[:4]}{rounds:02d}{slowest[6:]}')
+                    for rounds in range(self.rounds, slowest.rounds)]
+        rounds = slowest.rounds - self.rounds
         if rounds < 1000:   # the fewest that there are
             return []
         return [Entry(re.sub(r'^(\$.\$)(rounds=\d+\$)?', rf'\g<1>rounds={rounds}$', slowest))]
 
-    def seconds_in_python(self) -> float:
-        """Estimated seconds to verify it in Python."""
-        sample = Entry(cheapest_of(prefix_of(self)))
-        return _seconds_of(sample) * self.cost / sample.cost
+    def seconds(self) -> float:
+        """Estimated seconds to verify it; 0 where the C library does."""
+        return 0 if is_in_c(self.scheme) else self.cost * _seconds_of_round()
 
     def is_slow(self) -> bool:
         """Whether verifying it takes so long that others must not wait for it."""
-        return not is_in_c(self) and self.seconds_in_python() > SLOW_SECONDS
+        return self.seconds() > SLOW_SECONDS
 
 
-def prefix_of(entry: str) -> str:
-    """How an entry begins: the name of its scheme in crypt(3), such as `$2y$`; empty for SHA-1."""
-    return entry[:entry.find('$', 1) + 1]
-
-
-def cheapest_of(prefix: str) -> str:
-    """An entry that is verified as fast as the scheme allows."""
-    return {'': f'{{SHA}}{27 * "A"}=', '$1$': f'$1$x${22 * "."}', '$apr1$': f'$apr1$x${22 * "."}',
-            '$5$': f'$5$rounds=1000$x${43 * "."}', '$6$': f'$6$rounds=1000$x${86 * "."}'}.get(
-                prefix, f'{prefix}04${53 * "."}')
-
-
-@functools.lru_cache(maxsize=16)
-def _seconds_of(entry: str) -> float:
-    """Measured seconds to verify an entry in Python."""
+@functools.lru_cache(maxsize=None)
+def _seconds_of_round() -> float:
+    """Measured seconds of a round of MD5 in Python."""
     begin = time.perf_counter()
-    crypt(b'x', entry)
-    return time.perf_counter() - begin
+    crypt(b'x', Entry(f'$1$x${22 * "."}'))
+    return (time.perf_counter() - begin) / 1000
 
 
-def verify(password: bytes, entry: str) -> bool:
-    """Whether a password matches an entry: bcrypt, SHA-crypt, MD5-crypt (Apache's and the original) or
-    SHA-1.  Uses the C library for schemes that it supports, else Python.  A password with a NUL never
-    matches, nor one longer than PASSWORD_BYTES, except for bcrypt."""
+def verify(password: bytes, entry: Entry) -> bool:
+    """Whether a password matches an entry.  One with a NUL never does, nor one longer than PASSWORD_BYTES,
+    except for bcrypt."""
     import hmac
-    if b'\0' in password:
-        return False
-    is_bcrypt = _BCRYPT.fullmatch(entry) is not None
-    used = password[:BCRYPT_BYTES if is_bcrypt else PASSWORD_BYTES]
-    computed = crypt_in_c(used, entry) if is_in_c(entry) else crypt(used, entry)
-    return (hmac.compare_digest(computed.encode(), entry.encode())
-            and (is_bcrypt or len(password) <= PASSWORD_BYTES))
+    return (b'\0' not in password and hmac.compare_digest(compute(password, entry).encode(), entry.encode())
+            and (entry.is_bcrypt or len(password) <= PASSWORD_BYTES))
+
+
+def compute(password: bytes, entry: Entry) -> str:
+    """An entry for a password with the scheme, cost and salt of another, by the C library where it supports
+    the scheme; not thread-safe."""
+    used = password[:BCRYPT_BYTES if entry.is_bcrypt else PASSWORD_BYTES]
+    return crypt_in_c(used, entry) if is_in_c(entry.scheme) else crypt(used, entry)
 
 
 def crypt_in_c(password: bytes, entry: str) -> str:
-    """crypt(3) of the C library, for a scheme that it supports; not thread-safe."""
+    """crypt(3) of the C library, empty or something else for a scheme that it does not support."""
     return (_c_crypt()(password, entry.encode()) or b'').decode('latin-1')
 
 
-def is_in_c(entry: str) -> bool:
-    """Whether the C library supports an entry's scheme.  Python takes a hundred times as long."""
-    return _knows_scheme(_c_crypt(), prefix_of(entry))
-
-
 @functools.lru_cache(maxsize=16)
-def _knows_scheme(function: Any, prefix: str) -> bool:
-    """Whether crypt(3) supports a scheme: try its cheapest hash."""
-    if not function or prefix in ('', '$apr1$'):
+def is_in_c(scheme: str) -> bool:
+    """Whether the C library supports a scheme, by its cheapest hash; Python takes a hundred times as long."""
+    if scheme in ('', '$apr1$') or not _c_crypt():
         return False
-    sample = cheapest_of(prefix)
-    computed = (function(b'x', sample.encode()) or b'').decode('latin-1')
-    return computed.startswith(prefix) and len(computed) == len(sample)
+    setting = {'$1$': '$1$x', '$5$': '$5$rounds=1000$x', '$6$': '$6$rounds=1000$x'}.get(
+        scheme, f'{scheme}04${22 * "."}')
+    return crypt_in_c(b'x', setting).startswith(setting)
 
 
 @functools.lru_cache(maxsize=None)
@@ -4373,119 +4357,82 @@ def _c_crypt() -> Any:
     except ImportError:
         return None
     for name in ('libcrypt.so.1', 'libcrypt.so.2', 'libcrypt.so', None):
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, TypeError):   # Windows has no library None
             function = ctypes.CDLL(name).crypt
             function.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
             function.restype = ctypes.c_char_p
-            return functools.partial(function)  # which can be hashed
+            return function
     return None
 
 
-def crypt(password: bytes, entry: str) -> str:
-    """Hash a password with the scheme and salt of an entry, in Python; empty for an unknown scheme."""
-    if _SHA1.fullmatch(entry):
+def crypt(password: bytes, entry: Entry) -> str:
+    """What compute() does, in Python."""
+    if not entry.scheme:
         import base64
         return '{SHA}' + base64.b64encode(hashlib.sha1(password).digest()).decode()
-    bcrypt, md5, sha2 = (form.fullmatch(entry) for form in (_BCRYPT, _MD5, _SHA2))
-    if bcrypt:
-        return bcrypt_crypt(password, entry[:29])
-    if md5:
-        return md5_crypt(password, md5[1], md5[2])
-    return sha2_crypt(password, sha2[1], sha2[2], sha2[3]) if sha2 else ''
+    return _bcrypt(password, entry) if entry.is_bcrypt else _unix_crypt(password, entry)
 
 
-def md5_crypt(password: bytes, magic: str, salt_text: str) -> str:
-    """MD5-crypt of FreeBSD; `magic` is `$1$`, or `$apr1$` for Apache's variant."""
-    salt, size = salt_text.encode(), len(password)
-    inner = hashlib.md5(password + salt + password).digest()
-    first = password + magic.encode() + salt + (inner * (size // 16 + 1))[:size]
-    while size:
-        first += b'\0' if size & 1 else password[:1]
-        size >>= 1
-    digest = _stretch(hashlib.md5, hashlib.md5(first).digest(), password, salt, 1000)
-    order = [(0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,)]
-    return f'{magic}{salt_text}${_encode64(digest, order)}'
-
-
-def sha2_crypt(password: bytes, scheme: str, rounds: Optional[str], salt_text: str) -> str:
-    """SHA-crypt; `scheme` is 5 for SHA-256 and 6 for SHA-512.
-
-    https://www.akkadia.org/drepper/SHA-crypt.txt
-    """
-    algorithm = hashlib.sha256 if scheme == '5' else hashlib.sha512
-    salt, size = salt_text.encode(), len(password)
-    width = algorithm().digest_size
+def _unix_crypt(password: bytes, entry: Entry) -> str:
+    """MD5-crypt of FreeBSD and SHA-crypt (https://www.akkadia.org/drepper/SHA-crypt.txt)."""
+    algorithm = {'$5$': hashlib.sha256, '$6$': hashlib.sha512}.get(entry.scheme, hashlib.md5)
+    is_sha = algorithm is not hashlib.md5
+    salt, size = entry.salt.encode(), len(password)
     inner = algorithm(password + salt + password).digest()
-    first = algorithm(password + salt + (inner * (size // width + 1))[:size])
-    while size:
-        first.update(inner if size & 1 else password)
-        size >>= 1
-    digest, size = first.digest(), len(password)
-    p = (algorithm(password * size).digest() * (size // width + 1))[:size]
-    s = algorithm(salt * (16 + digest[0])).digest()[:len(salt)]
-    count = min(max(int(rounds or 5000), 1000), 999999999)
-    digest = _stretch(algorithm, digest, p, s, count)
-    # Bytes from three thirds of the digest, the thirds rotated from one group to the next.
-    third, turn = (10, 2) if scheme == '5' else (21, 1)
-    order: List[Tuple[int, ...]] = []
-    for k in range(third):
-        group = (k, k + third, k + 2 * third) * 2
-        order.append(group[k * turn % 3:k * turn % 3 + 3])
-    order.append((31, 30) if scheme == '5' else (63,))
-    prefix = f'${scheme}$' + (f'rounds={rounds}$' if rounds else '')
-    return f'{prefix}{salt_text}${_encode64(digest, order)}'
-
-
-def _stretch(algorithm: Callable[..., Any], digest: bytes, password: bytes, salt: bytes,
-             rounds: int) -> bytes:
-    """The rounds of MD5-crypt and SHA-crypt."""
+    first = password + (b'' if is_sha else entry.scheme.encode()) + salt + _repeated(inner, size)
+    odd, even = (inner, password) if is_sha else (b'\0', password[:1])
+    for bit in reversed(f'{size:b}'):
+        first += odd if bit == '1' else even
+    digest = algorithm(first).digest()
+    rounds = entry.rounds
+    if is_sha:
+        rounds = min(max(rounds, 1000), 999999999)
+        salt = algorithm(salt * (16 + digest[0])).digest()[:len(salt)]
+        password = _repeated(algorithm(password * size).digest(), size)
     for i in range(rounds):
-        odd = i & 1
-        data = password if odd else digest
+        data = password if i & 1 else digest
         if i % 3:
             data += salt
         if i % 7:
             data += password
-        digest = algorithm(data + (digest if odd else password)).digest()
-    return digest
-
-
-def _encode64(digest: bytes, order: Iterable[Tuple[int, ...]]) -> str:
-    """Groups of a digest's bytes, the first the highest, in base 64 with the lowest digit first."""
-    text = ''
-    for group in order:
+        digest = algorithm(data + (digest if i & 1 else password)).digest()
+    if is_sha:  # Bytes from three thirds of the digest, the thirds rotated from one group to the next.
+        third, turn, last = (10, 2, (31, 30)) if entry.scheme == '$5$' else (21, 1, (63,))
+        order = [((k, k + third, k + 2 * third) * 2)[k * turn % 3:][:3] for k in range(third)] + [last]
+    else:
+        order = [(0, 6, 12), (1, 7, 13), (2, 8, 14), (3, 9, 15), (4, 10, 5), (11,)]
+    text = entry[:entry.rindex('$') + 1]
+    for group in order:     # in base 64, the lowest digit first
         value = int.from_bytes(bytes(digest[index] for index in group), 'big')
-        for _ in range(len(group) + 1):
-            text += _ITOA64[value & 63]
-            value >>= 6
+        text += ''.join(_ITOA64[value >> 6 * digit & 63] for digit in range(len(group) + 1))
     return text
 
 
-def bcrypt_crypt(password: bytes, setting: str) -> str:
-    """bcrypt of the first 72 bytes of a password; `setting` is `$2b$10$` and 22 characters of salt.
+def _repeated(data: bytes, size: int) -> bytes:
+    return (data * (size // len(data) + 1))[:size]
 
-    Provos and Mazieres, "A Future-Adaptable Password Scheme", USENIX 1999.
-    """
-    salt_bits = int.from_bytes(_bcrypt_decode(setting[7:29]), 'big')
-    salt = [salt_bits >> shift & 0xffffffff for shift in (96, 64, 32, 0)]
-    data = (password + b'\0')[:72]
-    stream = (data * (72 // len(data) + 1))[:72]
-    key = [int.from_bytes(stream[at:at + 4], 'big') for at in range(0, 72, 4)]
-    # The rounds alternate between the password and the salt as keys, both without salt.
-    salt_key, nothing = (salt * 5)[:18], [0, 0, 0, 0]
+
+def _bcrypt(password: bytes, entry: Entry) -> str:
+    """Provos and Mazieres, "A Future-Adaptable Password Scheme", USENIX 1999."""
+    bits = 0
+    for letter in entry.salt:
+        bits = bits << 6 | _BCRYPT64.index(letter)
+    salt = [bits >> shift & 0xffffffff for shift in (100, 68, 36, 4)]
+    key, nothing = list(struct.unpack('>18I', _repeated(password + b'\0', 72))), [0, 0, 0, 0]
     words = list(_digits_of_pi())
     _expand_key(words, key, salt)
-    for _ in range(1 << int(setting[4:6])):
+    # The rounds alternate between the password and the salt as keys, both without salt.
+    for _ in range(1 << entry.rounds):
         _expand_key(words, key, nothing)
-        _expand_key(words, salt_key, nothing)
+        _expand_key(words, (salt * 5)[:18], nothing)
     output = b''
-    text = b'OrpheanBeholderScryDoubt'
-    for at in range(0, 24, 8):
-        left, right = (int.from_bytes(text[at + half:at + half + 4], 'big') for half in (0, 4))
+    for block in (b'OrpheanB', b'eholderS', b'cryDoubt'):
+        left, right = struct.unpack('>2I', block)
         for _ in range(64):
             left, right = _encipher(words, left, right)
-        output += left.to_bytes(4, 'big') + right.to_bytes(4, 'big')
-    return setting + _bcrypt_encode(output[:23])
+        output += struct.pack('>2I', left, right)
+    bits = int.from_bytes(output[:23], 'big') << 2
+    return entry[:29] + ''.join(_BCRYPT64[bits >> shift & 63] for shift in range(180, -1, -6))
 
 
 def _expand_key(words: List[int], key: List[int], salt: List[int]) -> None:
@@ -4513,36 +4460,14 @@ def _encipher(words: List[int], left: int, right: int) -> Tuple[int, int]:
 
 @functools.lru_cache(maxsize=None)
 def _digits_of_pi() -> Tuple[int, ...]:
-    """Blowfish's subkeys and S-boxes: 1042 words of 32 bits of pi's fraction, by Machin's formula."""
-    bits = 1042 * 32
-    unit = 1 << bits + 64
-
-    def arctan_of_inverse(x: int) -> int:
-        power = total = unit // x
-        n, sign = 1, 1
-        while power:
-            power //= x * x
-            n, sign = n + 2, -sign
-            total += sign * (power // n)
-        return total
-
-    pi = 16 * arctan_of_inverse(5) - 4 * arctan_of_inverse(239)
-    fraction = (pi & unit - 1) >> 64
-    return tuple(fraction >> bits - 32 * i & 0xffffffff for i in range(1, 1043))
-
-
-def _bcrypt_encode(data: bytes) -> str:
-    import base64
-    text = base64.b64encode(data).decode().rstrip('=')
-    return text.translate(str.maketrans(_BASE64, _BCRYPT64))
-
-
-def _bcrypt_decode(text: str) -> bytes:
-    import base64
-    return base64.b64decode(text.translate(str.maketrans(_BCRYPT64, _BASE64)) + '==')
-
-
-_BASE64 = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/'
+    """Blowfish's subkeys and S-boxes: 1042 words of 32 bits of pi's fraction, which is 6 arcsin(1/2)."""
+    bits, k = 1042 * 32, 0
+    pi = term = 3 << bits + 64
+    while term:
+        k += 2
+        term = term * (k - 1) ** 2 // (4 * k * (k + 1))
+        pi += term
+    return tuple(pi >> bits + 64 - 32 * i & 0xffffffff for i in range(1, 1043))
 
 
 class PasswordFile(WatchedFiles):
@@ -4557,12 +4482,6 @@ class PasswordFile(WatchedFiles):
         super().__init__(path)
 
     def load(self) -> str:
-        self.entries = self._parse()
-        self.slowest = {entry.scheme: entry for entry in sorted(
-            self.entries.values(), key=lambda entry: entry.cost)}
-        return f'read {format_count(len(self.entries), "user")} from {self._path}'
-
-    def _parse(self) -> Dict[str, Entry]:
         with open(self._path, 'rb') as file:
             content = file.read()
         if content.startswith((b'\xff\xfe', b'\xfe\xff')):
@@ -4590,9 +4509,12 @@ class PasswordFile(WatchedFiles):
                 reload_log.warning(
                     "%s: the C library of this system does not support the scheme of %s's password, and "
                     'Python takes %.0f s for each login; use a lower cost (htpasswd -B -C %d)', where, user,
-                    entry.seconds_in_python(), SLOW_COST)
+                    entry.seconds(), SLOW_COST)
             entries[user] = entry
-        return entries
+        self.entries = entries
+        self.slowest = {entry.scheme: entry for entry in sorted(
+            entries.values(), key=lambda entry: entry.cost)}
+        return f'read {format_count(len(entries), "user")} from {self._path}'
 
 
 class FairQueue:
@@ -4609,18 +4531,15 @@ class FairQueue:
 
     def run(self, group: str, attempt: Callable[[], bool]) -> bool:
         """Wait for a turn and make an attempt; whether it has succeeded.  Raises HttpError 429."""
-        gate = None
+        gate = threading.Lock()
+        gate.acquire()
         with self._lock:
-            if self._busy or group in self._resting:
-                if len(self._waiting.get(group, ())) >= WAITING_LOGINS:
-                    raise HttpError(429, 'too many logins from your address', [('Retry-After', '2')])
-                gate = threading.Lock()
-                gate.acquire()
-                self._waiting.setdefault(group, collections.deque()).append(gate)
-            else:
-                self._busy = True
-        if gate:
-            gate.acquire()  # released by _give_turn()
+            if (self._busy or group in self._resting) and len(
+                    self._waiting.get(group, ())) >= WAITING_LOGINS:
+                raise HttpError(429, 'too many logins from your address', [('Retry-After', '2')])
+            self._waiting.setdefault(group, collections.deque()).append(gate)
+            self._give_turn()
+        gate.acquire()      # released by _give_turn()
         succeeded, begin = True, time.monotonic()
         try:
             succeeded = attempt()
@@ -4656,12 +4575,13 @@ class Accounts:
     (kept as a hash with `salt`); the header `user_header` of a proxy that is in `proxies` or on this
     host.  Without these, `certificates` may name them.  Over a unix socket the user is the login name of
     the client's process, unless `socket_auth` requires a password there, too.  `realm` is shown by
-    clients when they ask for a password.
+    clients when they ask for a password.  `demanded` says whether clients have to log in (but perhaps not
+    over a unix socket).
 
     A verified password is remembered as a keyed digest of the user, the password and the entry that it
     matched.  It holds as long as the file has that entry, so nothing has to be invalidated, and a
     remembered login never waits for one that is being verified.  Processes share the digests through
-    `counters`.
+    `counters`.  The single user's is remembered from the start.
     """
 
     def __init__(self, file: Optional[PasswordFile] = None, user: str = '', password: str = '',
@@ -4670,22 +4590,19 @@ class Accounts:
                  counters: Optional[Counters] = None) -> None:
         self.file = file
         self._user = user
-        self._salt = salt.encode()
-        self._password = self._salted(password.encode())
+        self._salt = f'salt {salt}'     # in the place of the single user's entry
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._user_header = user_header.lower()
         self.proxies = list(proxies)    # networks of proxies that may name clients
         self._certificates = certificates and not (file or user or user_header)
         self._socket_auth = socket_auth and bool(file or user)
+        self.demanded = bool(file or user or user_header or certificates)
         self._secret = os.urandom(32)
         self._verified: Dict[str, bytes] = {}   # the last digest of each user
+        if user:
+            self._verified[user] = self._digest(user, password.encode(), self._salt)
         self._counters = counters or Counters()
         self._queue, self._slow_queue = FairQueue(), FairQueue()
-
-    @property
-    def demanded(self) -> bool:
-        """Whether clients have to log in (but perhaps not over a unix socket)."""
-        return bool(self.file or self._user or self._user_header or self._certificates)
 
     def identify(self, request: Request) -> str:
         """The user of a request, empty if nothing names one.  Raises HttpError 401, 403 and 429."""
@@ -4694,11 +4611,10 @@ class Accounts:
             user = request.headers.get(self._user_header, '')
             if not user.isascii():
                 user = normalize_user(user.encode('latin-1').decode('utf-8', 'replace'))
-            if not is_user(user):
-                log.log(NOTICE, 'request from %s without a valid user name in header %s', peer,
-                        self._user_header)
-                raise self._unauthorized('the proxy sent no valid user name')
-            return user
+            if is_user(user):
+                return user
+            log.log(NOTICE, 'request from %s without a valid user name in header %s', peer, self._user_header)
+            raise self._unauthorized('the proxy sent no valid user name')
         if peer.unix and not self._socket_auth:
             return peer.user
         if self.file or self._user:
@@ -4723,14 +4639,7 @@ class Accounts:
         if not header:
             raise self._unauthorized('authentication required')
         user, password = self._parse_basic(header)
-        if self.file:
-            right = (self._is_remembered(self.file, user, password)
-                     or self._verify(self.file, user, password, request.client.group))
-        else:
-            import hmac
-            right_user = hmac.compare_digest(user.encode(), self._user.encode())
-            right = hmac.compare_digest(self._salted(password), self._password) and right_user
-        if not right:
+        if not (self._is_remembered(user, password) or self._verify(user, password, request.client.group)):
             self._counters.add(REFUSED_LOGINS, 1)
             log.log(NOTICE, "authentication failed for '%s' from %s",
                     user if is_user(user) else re.sub(
@@ -4750,23 +4659,21 @@ class Accounts:
                 return normalize_user(name.decode()), password
         raise self._unauthorized('malformed credentials')
 
-    def _is_remembered(self, file: PasswordFile, user: str, password: bytes) -> bool:
+    def _is_remembered(self, user: str, password: bytes) -> bool:
         """Whether a password has been verified, by this process or another."""
-        entry = file.entries.get(user)
-        if entry is None:
-            return False
-        digest = self._digest(user, password, entry)
-        if self._verified.get(user) == digest:
-            return True
-        if list(struct.unpack('4q', digest)) in self._counters.read(('login', user)):
+        digest = self._digest(user, password, self.file.entries.get(user, '') if self.file else self._salt)
+        if self._verified.get(user) != digest:  # How long this takes says nothing without the digest's key.
+            if list(struct.unpack('4q', digest)) not in self._counters.read(('login', user)):
+                return False
             self._verified[user] = digest
-            return True
-        return False
+        return True
 
-    def _verify(self, file: PasswordFile, user: str, password: bytes, group: str) -> bool:
+    def _verify(self, user: str, password: bytes, group: str) -> bool:
         """Whether a password is the user's, by its hash.  Every failure takes the same time, that of the
         slowest entry of each scheme in the file, so that it does not show which users exist."""
-        entry, slowest = file.entries.get(user), dict(file.slowest)
+        if not self.file:
+            return False
+        entry, slowest = self.file.entries.get(user), dict(self.file.slowest)
         entries: List[Entry] = []
         if entry is not None:
             entries = [entry, *entry.rest_of_cost(slowest.pop(entry.scheme, entry))]
@@ -4774,7 +4681,7 @@ class Accounts:
 
         def matches(candidates: List[Entry]) -> bool:
             for candidate in candidates:
-                if candidate is entry and self._is_remembered(file, user, password):
+                if candidate is entry and self._is_remembered(user, password):
                     return True     # another request has verified it meanwhile
                 if verify(password, candidate) and candidate is entry:
                     digest = self._digest(user, password, entry)
@@ -4795,14 +4702,13 @@ class Accounts:
         return hashlib.blake2b(f'{user}\0{entry}\0'.encode() + password, key=self._secret,
                                digest_size=32).digest()
 
-    def _salted(self, password: bytes) -> bytes:
-        return hashlib.sha256(self._salt + password).digest()
-
     def is_proxy(self, name: str) -> bool:
         """Whether an address belongs to a proxy, which may name users."""
-        return is_loopback(name) or (bool(self.proxies) and self._is_trusted(name))
+        return is_loopback(name) or self._is_trusted(name)
 
     def _is_trusted(self, name: str) -> bool:
+        if not self.proxies:
+            return False
         import ipaddress
         address = ipaddress.ip_address(name.partition('%')[0])
         return any(address in network for network in self.proxies)
@@ -4810,15 +4716,11 @@ class Accounts:
     def find_client(self, request: Request) -> None:
         """Set a request's client: where one of the trusted `proxies` or a unix socket sends it, the last
         address it is forwarded for that is no proxy's."""
-        if not (request.peer.unix or self._is_trusted(request.peer.name)):
-            return
-        client = ''
-        for address in forwarded_addresses(request.headers):
-            client = address
-            if not self._is_trusted(address):
-                break
-        if client:
-            request.client = Peer(client)
+        if request.peer.unix or self._is_trusted(request.peer.name):
+            for address in forwarded_addresses(request.headers):
+                request.client = Peer(address)
+                if not self._is_trusted(address):
+                    break
 
     def _unauthorized(self, reason: str) -> HttpError:
         return HttpError(401, reason, [('WWW-Authenticate', self._challenge)])
@@ -4834,28 +4736,29 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
         lines = file.read().splitlines(keepends=True)
         status = os.fstat(file.fileno())
         mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
-    mine = [normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip()) == user
-            for line in lines]
-    new = f'{user}:{entry}\n'.encode() if entry else b''
-    first = mine.index(True) if any(mine) else -1
-    kept = [new if own else line for at, (own, line) in enumerate(zip(mine, lines))
-            if not own or (new and at == first)]
-    if new and not any(mine):
+    new = [f'{user}:{entry}\n'.encode()] if entry else []
+    kept: List[bytes] = []
+    known = False
+    for line in lines:
+        if normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip()) != user:
+            kept.append(line)
+        else:       # the first line of the user is replaced, others go
+            kept += [] if known else new
+            known = True
+    if new and not known:
         if kept and not kept[-1].endswith(b'\n'):
             kept[-1] += b'\n'
-        kept.append(new)
+        kept += new
     folder, name = os.path.split(path)
     write_durably(Folder(folder), name, kept, mode, prefix='.htpasswd-', owner=owner)
-    return any(mine)
+    return known
 
 
 def new_entry(password: bytes, cost: Optional[int] = None) -> str:
     """A bcrypt entry for a password; the default cost depends on what computes bcrypt here."""
-    salt = _bcrypt_encode(os.urandom(16))
-    if cost is None:
-        cost = FAST_COST if is_in_c('$2y$') else SLOW_COST
-    entry = f'$2y${cost:02d}${salt}'
-    return crypt_in_c(password, entry) if is_in_c(entry) else bcrypt_crypt(password, entry)
+    salt = ''.join(_BCRYPT64[byte & 63] for byte in os.urandom(21)) + '.'   # the last one has but 2 bits
+    cost = cost or (FAST_COST if is_in_c('$2y$') else SLOW_COST)
+    return compute(password, Entry(f'$2y${cost:02d}${salt}{31 * "."}'))
 
 
 # ==== Policy =====================================================================================
