@@ -379,8 +379,8 @@ def is_user(name: str) -> bool:
 
 
 def parse_shown_user(text: str) -> str:
-    """The user of --show-rights, `*` for the table of all."""
-    return '*' if text == '*' else parse_user(text)
+    """The user of --show-rights, `*` for the table of all, also where DIR follows instead."""
+    return '*' if text == '*' or '/' in text else parse_user(text)
 
 
 def parse_cost(text: str) -> int:
@@ -9607,30 +9607,27 @@ class Workers:
 # ==== Logs =======================================================================================
 # Log formats and log files.
 
-_DATE_FORMAT = '%Y/%m/%d %H:%M:%S'
-# Priorities of syslog(3) by level.
-_PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, NOTICE: 5, logging.INFO: 6, logging.DEBUG: 7}
-
 
 class LogFormatter(logging.Formatter):
     """rclone's log lines; those of the access log have no prefix, for programs that read them.  A message is
-    always one line.  For the `journal` a line begins with its priority (sd-daemon(3)), not with a time."""
+    always one line.  For the `journal` a line begins with its priority (sd-daemon(3)), not a time."""
+
+    PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, NOTICE: 5, logging.INFO: 6, logging.DEBUG: 7}
 
     def __init__(self, journal: bool) -> None:
-        super().__init__('%(levelname)s: %(message)s' if journal else
-                         '%(asctime)s %(levelname)s: %(message)s', _DATE_FORMAT)
+        super().__init__(datefmt='%Y/%m/%d %H:%M:%S')
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage() if record.name == access_log.name else super().format(record)
-        if not self._journal:
-            return text
-        priority = f'<{_PRIORITIES[record.levelno]}>'
+        text = record.getMessage()
+        if record.name != access_log.name:
+            text = f'{record.levelname}: {one_line(text)}'
+            if not self._journal:
+                text = f'{self.formatTime(record, self.datefmt)} {text}'
+            if record.exc_info:
+                text += f'\n{self.formatException(record.exc_info)}'
+        priority = f'<{self.PRIORITIES[record.levelno]}>' if self._journal else ''
         return priority + text.replace('\n', f'\n{priority}')
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        record.message = one_line(record.message)
-        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -9668,57 +9665,52 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-def is_journal(fd: int) -> bool:
-    """Whether a descriptor leads to systemd's journal: JOURNAL_STREAM names its device and inode
-    (systemd.exec(5))."""
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return False
-    return os.environ.get('JOURNAL_STREAM') == f'{status.st_dev}:{status.st_ino}'
-
-
-def start_log(level: int, path: str, as_json: bool = False) -> None:
-    """Log to stderr, or to the end of the file `path`.  Raises OSError."""
+def start_log(level: str, path: str, as_json: bool = False) -> None:
+    """Log to the end of the file `path`, or to stderr, which may lead to systemd's journal: JOURNAL_STREAM
+    names its device and inode (systemd.exec(5)).  Raises OSError."""
     logging.addLevelName(NOTICE, 'NOTICE')
     logging.raiseExceptions = False  # a full disk for the log must not stop the service
     handler = LogFile(path) if path else logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if as_json else LogFormatter(not path and is_journal(2)))
+    journal = False
+    with contextlib.suppress(OSError):  # stderr may be closed
+        status = os.fstat(2)
+        journal = not path and os.environ.get('JOURNAL_STREAM') == f'{status.st_dev}:{status.st_ino}'
+    handler.setFormatter(JsonFormatter() if as_json else LogFormatter(journal))
     log.addHandler(handler)
     log.setLevel(level)
     log.propagate = False
 
 
 # ==== Options ====================================================================================
-# The command line and the environment.  Each option is described once, in OPTIONS.
+# The command line and the environment.  Each option is described once, in HELP.
 
 
 class Option:
-    """An option with a value; a bool may go without one, which means true.
+    """An option with a value, in the `words` of --help: `--name VALUE`.  A bool may go without a value, which
+    means true; another one if it has a `const`, which then is its value.
 
     `parse` makes a value of text and raises ValueError.  `default` is text, too; where it is empty a
     bool is false, and anything else empty or None.  `shown` is the default in --help, if the text is
-    not to stand there.  `requires` are options without which it makes no sense.  Over `stdio` it may
+    not to stand there.  `requires` is an option without which it makes no sense.  Over `stdio` it may
     be refused, from the `environment` not be read.  `repeated` makes a list of the values, and of the
     words in the environment's variable, or of its lines where a value may have spaces.
     """
 
-    def __init__(self, group: str, name: str, parse: Callable[[str], Any], text: str, metavar: str = '', *,
-                 default: str = '', shown: Optional[str] = None, requires: Tuple[str, ...] = (),
-                 repeated: bool = False, stdio: bool = True, environment: bool = True) -> None:
-        self.group = group
-        self.name = name
-        self.dest = name[2:].replace('-', '_')
+    def __init__(self, words: str, parse: Callable[[str], Any], text: str = argparse.SUPPRESS, *,
+                 default: str = '', const: Optional[str] = None, shown: Optional[str] = None,
+                 requires: str = '', repeated: bool = False, stdio: bool = True, environment: bool = True
+                 ) -> None:
+        self.name, _, self.metavar = words.partition(' ')
+        self.dest = self.name[2:].replace('-', '_')
         self.variable = f'RESTIC_SERVE_{self.dest.upper()}' if environment else ''
-        self.metavar = metavar
+        self.const = const
         self.requires = requires
         self.repeated = repeated
         self.stdio = stdio
         self._parse = parse
         self.is_flag = parse is parse_bool
-        if text != argparse.SUPPRESS and (default or shown) and shown != '':
-            text += f' (default: {shown})' if shown else f' (default {default})'
-        self.help = text
+        self.help = text + (f' (default: {shown})' if shown else
+                            f' (default {default})' if default and shown is None else '')
         self.default: Any = (self.read(default) if default else [] if repeated else False if self.is_flag
                              else '' if parse is str else None)
 
@@ -9726,8 +9718,8 @@ class Option:
         """The value of the environment's variable.  Raises ValueError."""
         if not self.repeated:
             return self._parse(text)
-        return [self._parse(part) for part in (
-            text.splitlines() if self._parse is parse_header else text.split())]
+        words = text.splitlines() if self._parse is parse_header else text.split()
+        return [self._parse(word) for word in words]
 
     def value(self, word: str) -> Any:
         """The value of a word of the command line."""
@@ -9736,272 +9728,152 @@ class Option:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    def is_set(self, options: argparse.Namespace) -> bool:
-        """Whether it has another value than its default."""
-        return bool(getattr(options, self.dest) != self.default)
 
-
-def default_workers() -> int:
-    """Default of --workers: more than four gain little, and each takes memory."""
-    return min(len(CORES), 4) if hasattr(os, 'fork') else 1
-
-
-OPTIONS = (
-    Option('serving', '--addr', parse_address, 'address to listen on: 1.2.3.4:8000, [::1]:8080, localhost:0 '
-           '(a free port), :8080 (all addresses), unix:///path/to/socket or /path/to/socket; a leading '
-           'http:// or tls:// selects the protocol for that address; repeatable', 'ADDRESS',
-           default='127.0.0.1:8080', repeated=True),
-    Option('serving', '--stdio', parse_bool, 'speak HTTP/2 over standard input and output, for restic -o '
+# Default of --workers: more than four gain little, and each takes memory.
+_WORKERS = min(len(CORES), 4) if hasattr(os, 'fork') else 1
+# Options in scripts for rclone that mean nothing to a local directory; they are ignored and logged.
+_IGNORED = (
+    *(Option(name, parse_bool, environment=False)
+      for name in ('--fast-list', '--progress', '--stats-one-line', '--use-mmap')),
+    *(Option(name, str, environment=False)
+      for name in ('--buffer-size', '--cache-dir', '--checkers', '--contimeout', '--low-level-retries',
+                   '--retries', '--timeout', '--tpslimit', '--tpslimit-burst', '--transfers',
+                   '--user-agent')))
+# The options in the order of --help, each group after its title.
+HELP: Tuple[Union[str, Option], ...] = (
+    'serving',
+    Option('--addr ADDRESS', parse_address, 'address to listen on: 1.2.3.4:8000, [::1]:8080, localhost:0 (a '
+           'free port), :8080 (all addresses), unix:///path/to/socket or /path/to/socket; a leading http:// '
+           'or tls:// selects the protocol for that address; repeatable', default='127.0.0.1:8080',
+           repeated=True),
+    Option('--stdio', parse_bool, 'speak HTTP/2 over standard input and output, for restic -o '
            'rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; ignores --addr', environment=False),
-    Option('serving', '--b2-hard-delete', parse_bool, argparse.SUPPRESS),   # restic passes it to rclone
-    Option('serving', '--baseurl', parse_baseurl, 'prefix for all URLs, for use behind a proxy', 'PATH',
-           default='/', shown=''),
-    Option('serving', '--cache-objects', parse_bool, 'ignored; accepted for compatibility with rclone',
-           default='true', shown=''),
-    Option('serving', '--allow-origin', parse_origin, 'web origin whose scripts may use the server (CORS), '
-           'or * for any', 'ORIGIN', stdio=False),
-    Option('serving', '--response-header', parse_header, 'header to add to all responses; repeatable',
-           "'NAME: VALUE'", repeated=True),
-    Option('serving', '--workers', parse_count, 'number of worker processes', 'NUMBER',
-           default=str(default_workers()), shown='one per available core, at most 4; 1 on systems without '
-           'fork'),
-
-    Option('TLS', '--cert', str, 'TLS certificate with its chain (PEM); all TCP addresses then use TLS, '
-           'except those written with http://', 'FILE', requires=('--key',), stdio=False),
-    Option('TLS', '--key', str, 'private key of the certificate (PEM)', 'FILE', requires=('--cert',),
+    Option('--b2-hard-delete', parse_bool),     # restic passes it to rclone
+    Option('--baseurl PATH', parse_baseurl, 'prefix for all URLs, for use behind a proxy', default='/',
+           shown=''),
+    Option('--cache-objects', parse_bool, 'ignored; accepted for compatibility with rclone'),
+    Option('--allow-origin ORIGIN', parse_origin, 'web origin whose scripts may use the server (CORS), or * '
+           'for any', stdio=False),
+    Option("--response-header 'NAME: VALUE'", parse_header, 'header to add to all responses; repeatable',
+           repeated=True),
+    Option('--workers NUMBER', parse_count, 'number of worker processes', default=str(_WORKERS),
+           shown='one per available core, at most 4; 1 on systems without fork'),
+    'TLS',
+    Option('--cert FILE', str, 'TLS certificate with its chain (PEM); all TCP addresses then use TLS, except '
+           'those written with http://', requires='--key', stdio=False),
+    Option('--key FILE', str, 'private key of the certificate (PEM)', requires='--cert', stdio=False),
+    Option('--client-ca FILE', str, 'require client certificates signed by this CA (PEM)', requires='--cert',
            stdio=False),
-    Option('TLS', '--client-ca', str, 'require client certificates signed by this CA (PEM)', 'FILE',
-           requires=('--cert',), stdio=False),
-    Option('TLS', '--min-tls-version', parse_tls_version, 'minimum version: tls1.0, tls1.1, tls1.2 or tls1.3',
-           'VERSION', shown='minimum of the TLS library', requires=('--cert',), stdio=False),
-
-    Option('authentication', '--no-auth', parse_bool, 'allow access without authentication and do not warn '
-           'about it', stdio=False),
-    Option('authentication', '--htpasswd', str, 'file of users and passwords, as written by htpasswd; '
-           'reloaded when it changes', 'FILE', stdio=False),
-    Option('authentication', '--user', parse_user, 'a single user, instead of a file', 'NAME',
-           requires=('--pass',), stdio=False),
-    Option('authentication', '--pass', str, 'password of that user; set RESTIC_SERVE_PASS instead to keep it '
-           'out of the process list', 'PASSWORD', requires=('--user',), stdio=False),
-    Option('authentication', '--salt', str, 'salt of the hash kept in memory for that password', 'TEXT',
-           default='dlPL2MqE'),
-    Option('authentication', '--realm', parse_realm, 'realm that clients show when asking for a password',
-           'TEXT', default='restic_serve'),
-    Option('authentication', '--user-from-header', parse_header_name, 'header in which a proxy (on this '
-           'host, or listed in --trust-proxy) passes the user name', 'NAME', stdio=False),
-    Option('authentication', '--trust-proxy', parse_network, 'address or network of a proxy whose user '
-           'name (--user-from-header) and client address (X-Forwarded-For, Forwarded) are believed, also '
-           'over unix sockets; limits per address do not apply to it; repeatable', 'ADDRESS[/BITS]',
+    Option('--min-tls-version VERSION', parse_tls_version, 'minimum version: tls1.0, tls1.1, tls1.2 or '
+           'tls1.3', shown='minimum of the TLS library', requires='--cert', stdio=False),
+    'authentication',
+    Option('--no-auth', parse_bool, 'allow access without authentication and do not warn about it',
+           stdio=False),
+    Option('--htpasswd FILE', str, 'file of users and passwords, as written by htpasswd; reloaded when it '
+           'changes', stdio=False),
+    Option('--user NAME', parse_user, 'a single user, instead of a file', requires='--pass', stdio=False),
+    Option('--pass PASSWORD', str, 'password of that user; set RESTIC_SERVE_PASS instead to keep it out of '
+           'the process list', requires='--user', stdio=False),
+    Option('--salt TEXT', str, 'salt of the hash kept in memory for that password', default='dlPL2MqE'),
+    Option('--realm TEXT', parse_realm, 'realm that clients show when asking for a password',
+           default='restic_serve'),
+    Option('--user-from-header NAME', parse_header_name, 'header in which a proxy (on this host, or listed '
+           'in --trust-proxy) passes the user name', stdio=False),
+    Option('--trust-proxy ADDRESS[/BITS]', parse_network, 'address or network of a proxy whose user name '
+           '(--user-from-header) and client address (X-Forwarded-For, Forwarded) are believed, also over '
+           'unix sockets; limits per address do not apply to it; repeatable', repeated=True, stdio=False),
+    Option('--socket-auth', parse_bool, 'require a password on unix sockets too', stdio=False),
+    'access control',
+    Option('--append-only', parse_bool, 'disallow deleting or changing anything except locks'),
+    Option('--private-repos', parse_bool, 'restrict users to repositories below /<user>/', stdio=False),
+    Option('--admin NAME', parse_user, 'user exempt from --append-only and --private-repos; repeatable',
            repeated=True, stdio=False),
-    Option('authentication', '--socket-auth', parse_bool, 'require a password on unix sockets too',
-           stdio=False),
-
-    Option('access control', '--append-only', parse_bool, 'disallow deleting or changing anything except '
-           'locks'),
-    Option('access control', '--private-repos', parse_bool, 'restrict users to repositories below /<user>/',
-           stdio=False),
-    Option('access control', '--admin', parse_user, 'user exempt from --append-only and --private-repos; '
-           'repeatable', 'NAME', repeated=True, stdio=False),
-    Option('access control', '--rights', str, 'file of access rules, one per line, such as "alice /alice '
-           'append 50G"; replaces the three options above and --max-size-per-user', 'FILE', stdio=False),
-
-    Option('storage', '--group-accessible', parse_bool, 'give the group access to new directories and files '
-           '(0770 and 0660 instead of 0700 and 0600)'),
-    Option('storage', '--must-exist', parse_bool, 'fail if DIR does not exist, for example because its disk '
-           'is not mounted, instead of creating it'),
-    Option('storage', '--read-only', parse_bool, 'refuse all changes, even locks (use restic --no-lock)'),
-    Option('storage', '--keep-deleted', parse_duration, 'keep deleted objects for this time, such as 30d, so '
+    Option('--rights FILE', str, 'file of access rules, one per line, such as "alice /alice append 50G"; '
+           'replaces the three options above and --max-size-per-user', stdio=False),
+    'storage',
+    Option('--group-accessible', parse_bool, 'give the group access to new directories and files (0770 and '
+           '0660 instead of 0700 and 0600)'),
+    Option('--must-exist', parse_bool, 'fail if DIR does not exist, for example because its disk is not '
+           'mounted, instead of creating it'),
+    Option('--read-only', parse_bool, 'refuse all changes, even locks (use restic --no-lock)'),
+    Option('--keep-deleted DURATION', parse_duration, 'keep deleted objects for this time, such as 30d, so '
            'that repositories can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back '
-           '(--roll-back)', 'DURATION', default='0', shown='0, keep nothing'),
-    Option('storage', '--no-verify-upload', parse_bool, 'do not verify the SHA-256 of uploads; only for very '
-           'weak machines'),
-
-    Option('limits', '--bwlimit', parse_timetable, 'bandwidth limit for all connections together, such as '
+           '(--roll-back)', default='0', shown='0, keep nothing'),
+    Option('--no-verify-upload', parse_bool, 'do not verify the SHA-256 of uploads; only for very weak '
+           'machines'),
+    'limits',
+    Option('--bwlimit BANDWIDTH', parse_timetable, 'bandwidth limit for all connections together, such as '
            '10M, 10M:1M (sent:received) or a timetable "08:00,512k Sat-10:00,off"; SIGUSR2 toggles it',
-           'BANDWIDTH', default='off'),
-    Option('limits', '--max-size', parse_quota, 'quota for all repositories together, such as 500G; uploads '
-           'beyond it fail with 507', 'SIZE', default='0', shown='0, no limit'),
-    Option('limits', '--max-size-per-user', parse_quota, 'quota for all repositories below each /<user>/; '
-           'requires --private-repos', 'SIZE', default='0', shown='0, no limit',
-           requires=('--private-repos',), stdio=False),
-    Option('limits', '--max-connections', parse_count, 'maximum number of simultaneous connections; more are '
-           'rejected with 503', 'NUMBER', default='1024'),
-    Option('limits', '--max-connections-per-address', parse_count, 'maximum per IPv4 address or IPv6 /64 '
+           default='off'),
+    Option('--max-size SIZE', parse_quota, 'quota for all repositories together, such as 500G; uploads '
+           'beyond it fail with 507', default='0', shown='0, no limit'),
+    Option('--max-size-per-user SIZE', parse_quota, 'quota for all repositories below each /<user>/; '
+           'requires --private-repos', default='0', shown='0, no limit', requires='--private-repos',
+           stdio=False),
+    Option('--max-connections NUMBER', parse_count, 'maximum number of simultaneous connections; more are '
+           'rejected with 503', default='1024'),
+    Option('--max-connections-per-address NUMBER', parse_count, 'maximum per IPv4 address or IPv6 /64 '
            'network, of connections and of requests behind a proxy; more are rejected with 503; does not '
-           'apply to this host, unix sockets and --trust-proxy', 'NUMBER',
+           'apply to this host, unix sockets and --trust-proxy',
            shown='a quarter of --max-connections, at least 8'),
-    Option('limits', '--max-header-bytes', parse_count, 'maximum size of a request header; as in rclone, '
-           '4096 bytes more are allowed', 'BYTES', default='4096'),
-    Option('limits', '--server-read-timeout', parse_duration, 'maximum time for an upload, not counting '
-           'delays by --bwlimit; 0 for no limit', 'DURATION',
-           shown='1h0m0s, plus a second for each KiB transferred'),
-    Option('limits', '--server-write-timeout', parse_duration, 'maximum time for a download, likewise',
-           'DURATION'),
-    Option('limits', '--stall-timeout', parse_duration, 'abort uploads and downloads that make no progress '
-           'for this time; 0 for no limit', 'DURATION', default='1m0s'),
-
-    Option('logging', '--quiet', parse_bool, 'log errors only; also -q'),
-    Option('logging', '--log-level', parse_log_level, 'DEBUG (as -vv), INFO (as -v), NOTICE or ERROR (as -q)',
-           'LEVEL'),
-    Option('logging', '--log-file', str, 'append the log to FILE instead of stderr; reopened on SIGHUP',
-           'FILE'),
-    Option('logging', '--log-format', parse_log_format, 'text, or json for one JSON object per line',
-           'FORMAT', default='text'),
-
-    Option('monitoring', '--status', parse_bool, 'serve a status page to browsers; --status=false disables '
-           'it', default='true'),
-    Option('monitoring', '--stale-after', parse_duration, 'age of the last snapshot after which a repository '
-           'is overdue', 'DURATION', default='48h'),
-    Option('monitoring', '--prometheus', parse_bool, 'serve metrics at /metrics; if there are users, only to '
+    Option('--max-header-bytes BYTES', parse_count, 'maximum size of a request header; as in rclone, 4096 '
+           'bytes more are allowed', default='4096'),
+    Option('--server-read-timeout DURATION', parse_duration, 'maximum time for an upload, not counting '
+           'delays by --bwlimit; 0 for no limit', shown='1h0m0s, plus a second for each KiB transferred'),
+    Option('--server-write-timeout DURATION', parse_duration, 'maximum time for a download, likewise'),
+    Option('--stall-timeout DURATION', parse_duration, 'abort uploads and downloads that make no progress '
+           'for this time; 0 for no limit', default='1m0s'),
+    'logging',
+    Option('--quiet', parse_bool, 'log errors only; also -q'),
+    Option('--log-level LEVEL', parse_log_level, 'DEBUG (as -vv), INFO (as -v), NOTICE or ERROR (as -q)'),
+    Option('--log-file FILE', str, 'append the log to FILE instead of stderr; reopened on SIGHUP'),
+    Option('--log-format FORMAT', parse_log_format, 'text, or json for one JSON object per line',
+           default='text'),
+    'monitoring',
+    Option('--status', parse_bool, 'serve a status page to browsers; --status=false disables it',
+           default='true'),
+    Option('--stale-after DURATION', parse_duration, 'age of the last snapshot after which a repository is '
+           'overdue', default='48h'),
+    Option('--prometheus', parse_bool, 'serve metrics at /metrics; if there are users, only to '
            'administrators and the user "metrics"', stdio=False),
-    Option('monitoring', '--prometheus-no-auth', parse_bool, 'serve metrics without authentication',
-           requires=('--prometheus',), stdio=False),
-    Option('monitoring', '--on-event', str, 'shell command to run when a snapshot arrives (snapshot); when a '
+    Option('--prometheus-no-auth', parse_bool, 'serve metrics without authentication',
+           requires='--prometheus', stdio=False),
+    Option('--on-event COMMAND', str, 'shell command to run when a snapshot arrives (snapshot); when a '
            'repository is overdue, no longer overdue, or damaged (overdue, back, damaged); when a quota or '
            'the disk is 90%% full (full); when most snapshots are deleted (deleted) or a delete is refused '
            '(refused); when DIR disappears (gone). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, '
-           '_DIRECTORY and _TIME describe the event', 'COMMAND', stdio=False),
-    Option('monitoring', '--usage-interval', parse_duration, 'maximum age of the sizes used by the '
-           'page, metrics and quotas; uploads and deletions update it immediately', 'DURATION', default='1h'),
-    Option('monitoring', '--stats', parse_duration, 'with -v, log a summary at this interval; SIGUSR1 logs '
-           'one at once; 0 to disable', 'DURATION', default='1m'),
-
-    Option('jobs', '--report', parse_bool, 'print the state of each repository in DIR, problems first (with '
-           '-q only problems; with --log-format json as JSON); exit status 1 if there are any. Can run '
-           'beside a server and needs no password', environment=False, stdio=False),
-    Option('jobs', '--scrub', parse_bool, 'verify the SHA-256 of all objects in DIR and list damaged and '
-           'foreign files; exit status 1 if anything is damaged. Can run beside a server and needs no '
-           'password', environment=False),
-    Option('jobs', '--scrub-age', parse_duration, 'skip objects verified within this time, such as 30d',
-           'DURATION', default='0', shown='0, skip nothing', requires=('--scrub',), environment=False),
-    Option('jobs', '--roll-back', parse_past, 'reset the repository at DIR, or all repositories below it, to '
-           'TIME: restore what was deleted since and set aside what was added (see --keep-deleted for '
-           'TIME). Can run beside a server and needs no password', 'TIME', environment=False, stdio=False),
-    Option('jobs', '--dry-run', parse_bool, 'with --roll-back, only print what would be done',
-           requires=('--roll-back',), environment=False),
-    Option('jobs', '--force', parse_bool, 'with --roll-back, ignore locks younger than 30 minutes, and '
-           'skip repositories that cannot be rolled back', requires=('--roll-back',), environment=False),
-    Option('jobs', '--add-user', parse_user, 'add a user to the --htpasswd file or change the password, '
-           'which is prompted for or read from standard input', 'NAME', requires=('--htpasswd',),
+           '_DIRECTORY and _TIME describe the event', stdio=False),
+    Option('--usage-interval DURATION', parse_duration, 'maximum age of the sizes used by the page, metrics '
+           'and quotas; uploads and deletions update it immediately', default='1h'),
+    Option('--stats DURATION', parse_duration, 'with -v, log a summary at this interval; SIGUSR1 logs one at '
+           'once; 0 to disable', default='1m'),
+    'jobs',
+    Option('--report', parse_bool, 'print the state of each repository in DIR, problems first (with -q only '
+           'problems; with --log-format json as JSON); exit status 1 if there are any. Can run beside a '
+           'server and needs no password', environment=False, stdio=False),
+    Option('--scrub', parse_bool, 'verify the SHA-256 of all objects in DIR and list damaged and foreign '
+           'files; exit status 1 if anything is damaged. Can run beside a server and needs no password',
            environment=False),
-    Option('jobs', '--remove-user', parse_user, 'remove a user from the --htpasswd file', 'NAME',
-           requires=('--htpasswd',), environment=False),
-    Option('jobs', '--show-rights', parse_shown_user, 'print the access rules in effect, or describe the '
-           'rights of USER', '[USER]', environment=False, stdio=False),
-    Option('jobs', '--bcrypt-cost', parse_cost, 'cost of new bcrypt passwords, 4 to 31', 'NUMBER',
+    Option('--scrub-age DURATION', parse_duration, 'skip objects verified within this time, such as 30d',
+           default='0', shown='0, skip nothing', requires='--scrub', environment=False),
+    Option('--roll-back TIME', parse_past, 'reset the repository at DIR, or all repositories below it, to '
+           'TIME: restore what was deleted since and set aside what was added (see --keep-deleted for TIME). '
+           'Can run beside a server and needs no password', environment=False, stdio=False),
+    Option('--dry-run', parse_bool, 'with --roll-back, only print what would be done', requires='--roll-back',
+           environment=False),
+    Option('--force', parse_bool, 'with --roll-back, ignore locks younger than 30 minutes, and skip '
+           'repositories that cannot be rolled back', requires='--roll-back', environment=False),
+    Option('--add-user NAME', parse_user, 'add a user to the --htpasswd file or change the password, which '
+           'is prompted for or read from standard input', requires='--htpasswd', environment=False),
+    Option('--remove-user NAME', parse_user, 'remove a user from the --htpasswd file', requires='--htpasswd',
+           environment=False),
+    Option('--show-rights USER', parse_shown_user, 'print the access rules in effect, or describe the rights '
+           'of USER', const='*', environment=False, stdio=False),
+    Option('--bcrypt-cost NUMBER', parse_cost, 'cost of new bcrypt passwords, 4 to 31',
            shown='10, or 5 where bcrypt runs in Python'),
-
-    # Options in scripts for rclone that mean nothing to a local directory; they are ignored and logged.
-    *(Option('rclone', name, parse_bool, argparse.SUPPRESS, environment=False)
-      for name in ('--fast-list', '--progress', '--stats-one-line', '--use-mmap')),
-    *(Option('rclone', name, str, argparse.SUPPRESS, environment=False)
-      for name in ('--buffer-size', '--cache-dir', '--checkers', '--contimeout', '--low-level-retries',
-                   '--retries', '--timeout', '--tpslimit', '--tpslimit-burst', '--transfers',
-                   '--user-agent')),
+    *_IGNORED,
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """The command line, in the groups of --help; defaults may come from the `environment`.  Errors are
-    one line and exit status 2."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        super().__init__(
-            prog='restic_serve', usage='restic_serve.py [options] DIR', allow_abbrev=False,
-            add_help=False,
-            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=100),
-            description='Serve the directory DIR as a storage backend for restic, over HTTP, HTTPS, a unix '
-                        'socket or ssh.',
-            epilog='All options except --stdio and jobs can also be set in the environment: --append-only as '
-                   'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces between '
-                   'addresses. With --stdio the environment is ignored. Sizes are written as 100B, 512k, '
-                   '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
-        self._environment = environment
-        self._lists: Dict[str, List[Any]] = {}  # defaults of options that may be repeated
-        self.add_argument('arguments', nargs='*', help=argparse.SUPPRESS)
-        groups = {title: self.add_argument_group(title)
-                  for title in dict.fromkeys(option.group for option in OPTIONS)}
-        groups['logging'].add_argument(
-            '-v', '--verbose', action='count', default=self._verbosity(), help='log each request, in the '
-            'Combined Log Format; -vv also logs debugging information')
-        for letter, name in (('-q', 'quiet'), ('-P', 'progress')):
-            self.add_argument(letter, dest=name, action='store_true', default=argparse.SUPPRESS,
-                              help=argparse.SUPPRESS)
-        for option in OPTIONS:
-            self._add_option(groups[option.group], option)
-        groups['jobs'].add_argument('--version', action='version',
-                                          version=f'restic_serve {__version__}')
-        groups['jobs'].add_argument('-h', '--help', action='help', help='show this help and exit')
-
-    def _add_option(self, group: Any, option: Option) -> None:
-        default, text = option.default, self._environment.get(option.variable)
-        if text:
-            try:
-                default = option.read(text)
-            except ValueError as error:
-                self.error(f'{option.variable}: {error}')
-        if option.repeated:     # argparse would add to the default, rather than replace it
-            self._lists[option.dest], default = default, None
-        group.add_argument(option.name, type=option.value, action='append' if option.repeated else 'store',
-                           default=default, help=option.help, metavar=option.metavar)
-
-    def parse(self, args: List[str]) -> argparse.Namespace:
-        """The options that `args` set.  Exits after an error, --help and --version."""
-        flags = {option.name for option in OPTIONS if option.is_flag}
-        end = args.index('--') if '--' in args else len(args)
-        # A bool takes a value only after '=', or it would swallow DIR.
-        options = self.parse_intermixed_args([f'{word}=true' if word in flags else word
-                                              for word in self._complete_user(args[:end])])
-        options.arguments += args[end + 1:]
-        for name, default in self._lists.items():
-            if getattr(options, name) is None:
-                setattr(options, name, default)
-        return options
-
-    @staticmethod
-    def _complete_user(args: List[str]) -> List[str]:
-        """`args` with a value for --show-rights where no user follows."""
-        if '--show-rights' not in args:
-            return args
-        at = args.index('--show-rights')
-        user = ''.join(args[at + 1:at + 2])
-        named = not user.startswith('-') and is_user(normalize_user(user))
-        return [*args[:at], f'--show-rights={user if named else "*"}', *args[at + 1 + named:]]
-
-    def _verbosity(self) -> int:
-        """How often -v is said in the environment: RESTIC_SERVE_VERBOSE=1 or 2."""
-        text = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
-        if not re.fullmatch('[0-9]|true|false', text):
-            self.error(f'RESTIC_SERVE_VERBOSE: invalid level {text!r}; use 1 for -v, 2 for -vv')
-        return int(text) if text.isdigit() else int(text == 'true')
-
-    @staticmethod
-    def _hint_at(name: str) -> str:
-        """What is meant by an option that does not exist here."""
-        import difflib
-        if name in _HINTS:
-            return f'; {_HINTS[name]}'
-        close = difflib.get_close_matches(name, [option.name for option in OPTIONS], 1)
-        return f'; did you mean {close[0]}?' if close else ''
-
-    def unknown_variables(self) -> Dict[str, str]:
-        """Variables of this server, rclone and rest-server's container in the environment that have no
-        effect, and what to use instead, which may be empty."""
-        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS if option.variable)}
-        instead = {**{name.replace('RESTIC_SERVE_', 'RCLONE_'): name for name in known},
-                   **_VARIABLES_OF_REST_SERVER}
-        return {name: instead.get(name, '') for name in self._environment
-                if name in instead or (name not in known and name.startswith('RESTIC_SERVE_')
-                                       and not name.startswith('RESTIC_SERVE_TEST_'))}
-
-    def error(self, message: str) -> NoReturn:
-        """One line on stderr, and exit status 2; what may be meant by an unknown option."""
-        unknown = re.match('unrecognized arguments: (--?[a-z][a-z0-9-]*)', message)
-        if unknown:
-            message = f'{unknown[1]}: unknown option{self._hint_at(unknown[1])}'
-        self.exit(2, f"restic_serve: {one_line(re.sub('^argument ', '', message))}\n")
-
-
+OPTIONS = [entry for entry in HELP if isinstance(entry, Option)]
 # Variables of rest-server's container, and what to use instead.
 _VARIABLES_OF_REST_SERVER = {
     'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'RESTIC_SERVE_HTPASSWD',
@@ -10016,16 +9888,92 @@ _HINTS = {
     '--proxy-auth-username': 'use --user-from-header'}
 
 
-def says_stdio(args: List[str]) -> bool:
-    """Whether a command line has --stdio.  Then the environment is ignored: ssh clients may set variables
-    (AcceptEnv in sshd_config(5)), and a forced command must mean what it says."""
-    end = args.index('--') if '--' in args else len(args)
-    return any(word.partition('=')[0] == '--stdio' for word in args[:end])
+class Parser(argparse.ArgumentParser):
+    """The command line, in the groups of --help; what it leaves out may come from the `environment`.  Errors
+    are one line and exit status 2."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        super().__init__(
+            prog='restic_serve', usage='restic_serve.py [options] DIR', allow_abbrev=False,
+            add_help=False, argument_default=argparse.SUPPRESS,
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=100),
+            description='Serve the directory DIR as a storage backend for restic, over HTTP, HTTPS, a unix '
+                        'socket or ssh.',
+            epilog='All options except --stdio and jobs can also be set in the environment: --append-only as '
+                   'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces between '
+                   'addresses. With --stdio the environment is ignored. Sizes are written as 100B, 512k, '
+                   '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
+        self._environment = environment
+        self.add_argument('arguments', nargs='*', default=None, help=argparse.SUPPRESS)
+        for letter, name in (('-q', 'quiet'), ('-P', 'progress')):
+            self.add_argument(letter, dest=name, action='store_true', help=argparse.SUPPRESS)
+        group: Any = self
+        for entry in HELP:
+            if isinstance(entry, Option):
+                group.add_argument(
+                    entry.name, action='append' if entry.repeated else 'store', type=entry.value,
+                    nargs='?' if entry.const else None, const=entry.const, metavar=entry.metavar,
+                    help=entry.help)
+                continue
+            group = self.add_argument_group(entry)
+            if entry == 'logging':
+                group.add_argument('-v', '--verbose', action='count', default=0, help='log each request, in '
+                                   'the Combined Log Format; -vv also logs debugging information')
+        group.add_argument('--version', action='version', version=f'restic_serve {__version__}')
+        group.add_argument('-h', '--help', action='help', help='show this help and exit')
+
+    def parse(self, args: List[str]) -> argparse.Namespace:
+        """The options that `args` and the environment set; those of OPTIONS that differ from their defaults
+        are `given`, too, by name.  Exits after an error, --help and --version."""
+        flags = {option.name for option in OPTIONS if option.is_flag}
+        end = args.index('--') if '--' in args else len(args)
+        # A bool takes a value only after '=', or it would swallow DIR.
+        options = self.parse_intermixed_args([f'{word}=true' if word in flags else word
+                                              for word in args[:end]])
+        options.arguments += args[end + 1:]
+        if 'stdio' in options:
+            # ssh clients may set variables (AcceptEnv in sshd_config(5)), and a forced command must mean
+            # what it says.
+            self._environment = {}
+        level = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
+        if not re.fullmatch('[0-9]|true|false', level):
+            self.error(f'RESTIC_SERVE_VERBOSE: invalid level {level!r}; use 1 for -v, 2 for -vv')
+        options.verbose += int({'true': '1', 'false': '0'}.get(level, level))
+        for option in OPTIONS:
+            text = self._environment.get(option.variable)
+            try:
+                value = option.read(text) if text else option.default
+            except ValueError as error:
+                self.error(f'{option.variable}: {error}')
+            vars(options).setdefault(option.dest, value)
+        options.given = {option.name: option for option in OPTIONS
+                         if getattr(options, option.dest) != option.default}
+        return options
+
+    def unknown_variables(self) -> Dict[str, str]:
+        """Variables of this server, rclone and rest-server's container in the environment that have no
+        effect, and what to use instead, which may be empty."""
+        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS if option.variable)}
+        instead = {**{name.replace('RESTIC_SERVE_', 'RCLONE_'): name for name in known},
+                   **_VARIABLES_OF_REST_SERVER}
+        return {name: instead.get(name, '') for name in self._environment
+                if name in instead or (name not in known and re.match('RESTIC_SERVE_(?!TEST_)', name))}
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, and exit status 2; what may be meant by an unknown option."""
+        unknown = re.match('unrecognized arguments: (--?[a-z][a-z0-9-]*)', message)
+        if unknown:
+            import difflib
+            close = difflib.get_close_matches(unknown[1], [option.name for option in OPTIONS], 1)
+            hint = _HINTS.get(unknown[1]) or (f'did you mean {close[0]}?' if close else '')
+            message = f'{unknown[1]}: unknown option{hint and "; "}{hint}'
+        self.exit(2, f"restic_serve: {one_line(re.sub('^argument ', '', message))}\n")
 
 
 def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, str]:
     """DIR among the positional arguments, where rclone's `serve restic` may come before it; and the TIME of
-    DIR/.at/TIME, with which --stdio serves repositories as they were."""
+    DIR/.at/TIME, with which --stdio serves repositories as they were.  Refuses a DIR that is meant for
+    another program, with one line and exit status 2."""
     words = options.arguments
     if words[:2] == ['serve', 'restic']:
         words = words[2:]
@@ -10034,41 +9982,26 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
     if len(words) > 1:
         parser.error(f'unexpected argument {words[1]!r}; boolean options are written '
                      '--append-only or --append-only=false')
-    directory = re.sub('^:local:(?=.)', '', words[0])   # as rclone has it
-    before, mark, at = f'./{directory}'.rstrip('/').rpartition(f'/{AT}/')
-    if not mark:
-        return directory, ''
-    if not options.stdio:
-        parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP, put TIME in the URL: '
-                     f'rest:http://HOST/PATH/{AT}/TIME/')
-    try:  # once for the whole session
-        at = moment_for_people(parse_past(at))
-    except ValueError as error:
-        parser.error(f'{directory}: {error}')
-    return before[2:] or ('/' if directory.startswith('/') else '.'), at
-
-
-def check_directory(parser: Parser, options: argparse.Namespace, directory: str) -> None:
-    """Refuse a DIR that is meant for another program, with one line and exit status 2."""
-    remote = re.match(r'([\w.+@-]{2,} *|):', directory)
-    if remote and not os.path.isdir(directory):
+    directory, at = re.sub('^:local:(?=.)', '', words[0]), ''   # as rclone has it
+    past = re.fullmatch(rf'(?s)(?:(.*)/)?{re.escape(AT)}/(.*?)/*', directory)
+    if past:
+        if not options.stdio:
+            parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP, put TIME in the URL: '
+                         f'rest:http://HOST/PATH/{AT}/TIME/')
+        try:  # once for the whole session
+            at = moment_for_people(parse_past(past[2]))
+        except ValueError as error:
+            parser.error(f'{directory}: {error}')
+        directory = past[1] or ('/' if directory.startswith('/') else '.')
+    if re.match(r'([\w.+@-]{2,} *|):', directory) and not os.path.isdir(directory):
         parser.error(f'DIR: {directory!r} is an rclone remote; only local directories can be served. Use '
                      f'./{directory} for a directory of that name')
     passwords = os.path.join(directory, '.htpasswd')
     settled = (*_SOURCES, '--client-ca', '--no-auth', '--stdio', '--scrub', '--report', '--roll-back')
-    if os.path.exists(passwords) and not any(
-            option.is_set(options) for option in OPTIONS if option.name in settled):
+    if os.path.exists(passwords) and not set(settled).intersection(options.given):
         parser.error(f'{passwords} exists (used by rest-server); add --htpasswd {passwords}, or '
                      '--no-auth to allow access without a password')
-
-
-def check_requirements(parser: Parser, options: argparse.Namespace, group: str = '') -> None:
-    """Refuse options (of a group) without those that they require, with one line and exit status 2."""
-    by_name = {option.name: option for option in OPTIONS}
-    for option in OPTIONS:
-        for name in option.requires if option.group == (group or option.group) else ():
-            if option.is_set(options) and not by_name[name].is_set(options):
-                parser.error(f'{option.name} requires {name}')
+    return directory, at
 
 
 # Pairs that cannot be combined, and why if that is not plain.
@@ -10077,7 +10010,6 @@ _CONFLICTS = (
     ('--roll-back', '--read-only', ''), ('--stdio', '--scrub', ''),
     ('--socket-auth', '--user-from-header', ': over a unix socket, the proxy names the user'))
 _SOURCES = ('--htpasswd', '--user', '--user-from-header')       # of users
-_SHORT_RIGHTS = ('--append-only', '--private-repos', '--admin', '--max-size-per-user')
 
 
 def rights_of(options: argparse.Namespace, ignore_case: bool = False) -> Rights:
@@ -10089,14 +10021,16 @@ def rights_of(options: argparse.Namespace, ignore_case: bool = False) -> Rights:
 
 def check_options(parser: Parser, options: argparse.Namespace) -> None:
     """Refuse combinations that make no sense, with one line and exit status 2."""
-    given = [option.name for option in OPTIONS if option.is_set(options)]
+    given = options.given
     for first, second, reason in _CONFLICTS:
         if first in given and second in given:
             parser.error(f'{first} cannot be combined with {second}{reason}')
     if options.stdio:
         check_stdio(parser, given)
         return
-    check_requirements(parser, options)
+    for name, option in given.items():
+        if option.requires and option.requires not in given:
+            parser.error(f'{name} requires {option.requires}')
     sources = [name for name in _SOURCES if name in given]
     if len(sources) > 1:
         parser.error(f'{" and ".join(sources)} cannot be combined: use one source of users')
@@ -10104,15 +10038,16 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error('--no-auth cannot be combined with options that define users')
     if options.socket_auth and not sources:
         parser.error('--socket-auth requires --htpasswd or --user')
-    # Over a unix socket the user is the login name, and inherited sockets may be unix.
-    have_names = (sources or options.client_ca or os.environ.get('LISTEN_FDS')
-                  or all(address.path for address in options.addr))
-    for name in given:
-        if name in _SHORT_RIGHTS and options.rights:
+    for name in ('--append-only', '--private-repos', '--admin', '--max-size-per-user'):
+        if name in given and options.rights:
             table = rights_of(options).text().replace('\n', '; ')
             parser.error(f'{name} cannot be combined with --rights; put this into {options.rights} instead: '
                          f'{table}')
-        if name in ('--private-repos', '--admin') and not have_names:
+    # Over a unix socket the user is the login name, and inherited sockets may be unix.
+    have_names = (sources or options.client_ca or os.environ.get('LISTEN_FDS')
+                  or all(address.path for address in options.addr))
+    for name in ('--private-repos', '--admin'):
+        if name in given and not have_names:
             parser.error(f'{name}: no users are defined; add --htpasswd, --user, --client-ca or '
                          '--user-from-header')
     if options.workers > 1 and not hasattr(os, 'fork'):
@@ -10123,11 +10058,11 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error('--addr: tls:// requires --cert and --key')
 
 
-def check_stdio(parser: Parser, given: List[str]) -> None:
+def check_stdio(parser: Parser, given: Dict[str, Option]) -> None:
     """Refuse what --stdio cannot do."""
-    for option in OPTIONS:
-        if not option.stdio and option.name in given:
-            parser.error(f'{option.name} cannot be combined with --stdio, which has no users, '
+    for name, option in given.items():
+        if not option.stdio:
+            parser.error(f'{name} cannot be combined with --stdio, which has no users, '
                          'certificates, status page or metrics')
     if os.name == 'nt':
         parser.error('--stdio is not supported on this system; use --addr')
@@ -10397,7 +10332,8 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
     """Do --add-user or --remove-user; the exit status.  Raises OSError."""
-    check_requirements(parser, options, 'jobs')
+    if not options.htpasswd:
+        parser.error(f'--{"add" if options.add_user else "remove"}-user requires --htpasswd')
     if options.arguments:
         parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user take --htpasswd FILE and no '
                      'DIR')
@@ -10462,17 +10398,9 @@ def arguments() -> List[str]:
         return [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in words]
 
 
-def log_level(options: argparse.Namespace) -> int:
-    """The level that the options ask for."""
-    if options.quiet or options.log_level:
-        return {'DEBUG': logging.DEBUG, 'INFO': logging.INFO, 'NOTICE': NOTICE}.get(
-            options.log_level, logging.ERROR)
-    return {0: NOTICE, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
-
-
 def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
     """Log what is ignored, and what may not be meant."""
-    ignored = [option.name for option in OPTIONS if option.group == 'rclone' and option.is_set(options)]
+    ignored = [option.name for option in _IGNORED if option.name in options.given]
     if ignored:
         log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
     for name, instead in sorted(parser.unknown_variables().items()):
@@ -10487,7 +10415,7 @@ def main(args: Optional[List[str]] = None) -> int:
         signal.signal(signum, lambda signum, frame: sys.exit(0))
     args = arguments() if args is None else args
     # A command of --on-event inherits variables that are not meant for it.
-    parser = Parser({} if says_stdio(args) or 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
+    parser = Parser({} if 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
     try:
         if options.add_user or options.remove_user:
@@ -10496,8 +10424,8 @@ def main(args: Optional[List[str]] = None) -> int:
             return show_rights(parser, options)
         directory, at = find_directory(parser, options)
         check_options(parser, options)
-        check_directory(parser, options, directory)
-        start_log(log_level(options), options.log_file, options.log_format == 'json')
+        level = 'ERROR' if options.quiet else ('NOTICE', 'INFO', 'DEBUG')[min(options.verbose, 2)]
+        start_log(options.log_level or level, options.log_file, options.log_format == 'json')
         warn_of_options(parser, options)
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
