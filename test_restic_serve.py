@@ -5413,7 +5413,7 @@ class MetricsTest(WatchedTestCase):
         request = Request('GET', '/', '', {}, None, Peer('x'))
         request.location = Location('/a', 'data', 'x')
         for slot in range(2):   # as after a fork: what was known of the other slot is not written to
-            metrics.join(slot)
+            counters.join(slot)
             metrics.count(request, 200, 5)
         self.assertEqual([sum(row[1:]) for row in counters.read(('request', 'GET', '200'))], [1, 1])
         self.assertEqual(counters.read(('blob', '', '/a', 'data')), [[0, 0, 1, 5, 0, 0]] * 2)
