@@ -604,16 +604,13 @@ class Http2TestCase(WireTestCase):
         target, connections = os.dup(theirs.fileno()), (server or self.server).connections
         pipes = restic_serve.PipeTransport(theirs.fileno(), target)
 
-        def serve():
-            ticket = connections.admit('')
+        def serve(ticket):
             self.server.loop.wake()
             connections.serve(pipes, Peer('127.0.0.1'), ticket)
             theirs.close()
             os.close(target)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
-        self.addCleanup(thread.join, PATIENCE)
+        connections.begin(Peer('127.0.0.1'), serve)
         wire = Http2Wire(ours, **more)
         self.addCleanup(wire.__exit__)
         return wire
