@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     T = TypeVar('T')
     Headers = List[Tuple[str, str]]
     Sample = Tuple[Any, ...]                # of a metric: perhaps a suffix of its name, labels, value
-    Samples = Callable[[Any], Iterable[Sample]]     # of a metric, from Facts
+    Family = Tuple[str, str, Iterable[Sample]]      # a metric's name, help text and samples
     Key = Tuple[str, ...]                   # of a row of Counters
 
     class Body(Protocol):
@@ -5092,16 +5092,18 @@ class Metrics:
                 row[what] += 1
                 row[what + 1] += size
 
-    def connections(self) -> int:
-        """Connections that are being served."""
-        return self.counters.total(CONNECTIONS, 2)[1]
-
     def count_limited(self, limit: str, address: str) -> None:
         """Count that a limit has ended or refused something; log_limited() reports it."""
         self.counters.add(('limited', limit), 1)
         with self._lock:
             of_limit = self._limited.setdefault(limit, collections.Counter())
             of_limit[address if len(of_limit) < REMEMBERED or address in of_limit else 'others'] += 1
+
+    def connections(self) -> int:
+        """Connections that are being served."""
+        return self.counters.total(CONNECTIONS, 2)[1]
+
+    # ---- for the log ----
 
     def log_limited(self, at_once: bool = False) -> float:
         """Log what limits have ended or refused, each once in LIMITED_SECONDS; seconds until there is more
@@ -5110,17 +5112,16 @@ class Metrics:
         with self._lock:
             waits = {limit: self._logged_at.get(limit, -math.inf) + LIMITED_SECONDS - now
                      for limit in self._limited}
-            due = {limit: self._limited.pop(limit) for limit, wait in waits.items() if wait <= 0 or at_once}
-            self._logged_at.update(dict.fromkeys(due, now))
-        for limit, by_address in due.items():
-            listed = by_address.most_common(LIMITED_ADDRESSES)
-            rest = len(by_address) - len(listed)
-            log.warning('%s: closed or rejected %d, from %s', limit, sum(by_address.values()), ', '.join(
-                f'{address or "unix"} ({count})' for address, count in listed)
-                + (f' and {rest} more' if rest else ''))
-        return min((wait for limit, wait in waits.items() if limit not in due), default=math.inf)
-
-    # ---- for the log ----
+            for limit, wait in waits.items():
+                if wait <= 0 or at_once:
+                    by_address = self._limited.pop(limit)
+                    self._logged_at[limit], waits[limit] = now, math.inf
+                    listed = ', '.join(f'{address or "unix"} ({count})'
+                                       for address, count in by_address.most_common(LIMITED_ADDRESSES))
+                    more = len(by_address) - LIMITED_ADDRESSES
+                    log.warning('%s: closed or rejected %d, from %s%s', limit, sum(by_address.values()),
+                                listed, f' and {more} more' if more > 0 else '')
+        return min(waits.values(), default=math.inf)
 
     def has_news(self) -> bool:
         """Whether anything happened since the last line."""
@@ -5160,130 +5161,92 @@ class Metrics:
         perhaps of the server.  One thread at a time computes them."""
         self._usage.census.request()
         with self._exposing:
-            facts = self._facts(shows or (lambda path: True))
-            families = (*_SERVER_FAMILIES, *_REPOSITORY_FAMILIES) if of_server else _REPOSITORY_FAMILIES
-            return ''.join(line for family in families for line in _lines(family, facts))
+            families = itertools.chain(self._of_server() if of_server else (),
+                                       self._of_repositories(shows or (lambda path: True)))
+            return ''.join(line for family in families for line in _lines(*family))
 
-    def _facts(self, shows: Callable[[str], bool]) -> Facts:
-        find, repositories = self.counters.find, self._usage.repositories()
-        return Facts(
-            {key: row for key, row in find('blob').items() if shows(key[2])}, find('request'),
-            find('limited'), find('event'), self.connections(), self._begin,
-            {name: holdings for name, holdings in repositories.items() if shows(name)},
-            {name: result for name, result in last_scrubs(self._store).items() if shows(name)},
-            {scope: quota for scope, quota in self._usage.quotas(repositories).items()
-             if shows(f'/{scope}' if scope else '')},
-            self.counters.total(REFUSED_LOGINS, 1)[0], disk_space(self._store.root))
+    def _of_server(self) -> Iterator[Family]:
+        requests, disk = self.counters.find('request'), disk_space(self._store.root)
+        yield 'restic_serve_requests_total', 'Requests answered.', (
+            ({'method': method, 'status': status}, sum(row[1:]))
+            for (_, method, status), row in requests.items())
+        yield ('restic_serve_request_duration_seconds',
+               "Time from the end of a request's header to the end of its answer.", _durations(requests))
+        yield 'restic_serve_limited_total', 'Requests and connections closed or rejected by a limit.', (
+            ({'limit': limit}, row[0]) for (_, limit), row in self.counters.find('limited').items())
+        yield 'restic_serve_events_total', 'Events, as passed to --on-event.', (
+            ({'event': kind}, row[0]) for (_, kind), row in self.counters.find('event').items())
+        yield 'restic_serve_build_info', 'The version of the server.', [
+            ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]
+        for name, text, value in (
+                ('connections', 'Connections that are open.', self.connections()),
+                ('refused_logins_total', 'Logins with a wrong user or password.',
+                 self.counters.total(REFUSED_LOGINS, 1)[0]),
+                ('disk_bytes', 'Size of the file system that holds DIR.', disk and disk.total),
+                ('disk_free_bytes', 'Free space on the file system that holds DIR.', disk and disk.free),
+                ('start_time_seconds', 'Start time of the server.', int(self._begin))):
+            yield f'restic_serve_{name}', text, [] if value is None else [({}, value)]
+
+    def _of_repositories(self, shows: Callable[[str], bool]) -> Iterator[Family]:
+        blobs = {key: row for key, row in self.counters.find('blob').items() if shows(key[2])}
+        for position, (name, text) in enumerate((   # as rest-server has them
+                ('write_total', 'blobs written'), ('write_bytes_total', 'bytes of blobs written'),
+                ('read_total', 'blobs read'), ('read_bytes_total', 'bytes of blobs read'),
+                ('delete_total', 'blobs deleted'), ('delete_bytes_total', 'bytes of blobs deleted'))):
+            yield f'rest_server_blob_{name}', f'Total number of {text}', (
+                ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[position])
+                for (_, user, repository, kind), row in blobs.items() if row[position - position % 2])
+
+        repositories = self._usage.repositories()
+        holdings = {name: held for name, held in repositories.items() if shows(name)}
+        with_snapshots = {name: held for name, held in holdings.items() if held.last_snapshot}
+        scrubs = {name: result for name, result in last_scrubs(self._store).items() if shows(name)}
+        yield 'restic_serve_repository_objects', 'Objects of each type.', (
+            ({'repo': repository_label(name), 'type': kind}, count)
+            for name, held in holdings.items() for kind, count in held.objects.items())
+        for name, text, facts, field in (
+                ('bytes', 'Bytes of all objects.', holdings, 'bytes'),
+                ('last_snapshot_timestamp_seconds', 'Time of the last snapshot.', with_snapshots,
+                 'last_snapshot'),
+                ('deleted_kept_bytes', 'Bytes of deleted objects that are kept.', holdings, 'kept_bytes'),
+                ('deleted_kept_objects', 'Deleted objects that are kept.', holdings, 'kept'),
+                ('deleted_last_day_objects', 'Objects deleted in the last day that are kept.', holdings,
+                 'deleted'),
+                ('scrub_timestamp_seconds', 'Time of the last scrub.', scrubs, 'time'),
+                ('scrub_checked_objects', 'Objects that the last --scrub read.', scrubs, 'checked'),
+                ('scrub_damaged_objects', 'Objects that the last --scrub found damaged.', scrubs, 'damaged')):
+            yield f'restic_serve_repository_{name}', text, (
+                ({'repo': repository_label(path)}, getattr(fact, field)) for path, fact in facts.items())
+
+        quotas = {scope: quota for scope, quota in self._usage.quotas(repositories).items()
+                  if shows(f'/{scope}' if scope else '')}
+        yield 'restic_serve_quota_used_bytes', 'Bytes stored under the quota.', (
+            ({'folder': scope}, quota.held) for scope, quota in quotas.items())
+        yield 'restic_serve_quota_limit_bytes', 'Limit of the quota.', (
+            ({'folder': scope}, quota.limit) for scope, quota in quotas.items())
 
 
-# What the metrics are computed from: rows of Counters, repositories, scrubs and quotas by name, logins that
-# were refused, and the disk's bytes, None where they are not known.
-Facts = collections.namedtuple('Facts', [
-    'blobs', 'requests', 'limited', 'events', 'connections', 'begin', 'repositories', 'scrubs', 'quotas',
-    'refused_logins', 'disk'])
-
-
-# A metric: its name, help text, and a function that yields its samples from Facts: labels and value, preceded
-# by a suffix of the name in a histogram.  Otherwise it is by its name a counter or a gauge.
-Family = collections.namedtuple('Family', ['name', 'text', 'samples', 'kind'], defaults=[''])
-
-
-def _lines(family: Family, facts: Facts) -> Iterator[str]:
+def _lines(name: str, text: str, samples: Iterable[Sample]) -> Iterator[str]:
     """A metric in the text format; none if it has no samples."""
-    kind = family.kind or ('counter' if family.name.endswith('_total') else 'gauge')
-    head = f'# HELP {family.name} {family.text}\n# TYPE {family.name} {kind}\n'
-    for *suffix, labels, value in family.samples(facts):
-        text = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
-        yield f'{head}{"".join([family.name, *suffix])}{f"{{{text}}}" if text else ""} {value}\n'
+    kind = ('counter' if name.endswith('_total') else
+            'histogram' if name.endswith('_duration_seconds') else 'gauge')
+    head = f'# HELP {name} {text}\n# TYPE {name} {kind}\n'
+    for *suffix, labels, value in samples:
+        inner = ','.join(f'{label}="{_label(word)}"' for label, word in labels.items())
+        yield f'{head}{"".join([name, *suffix])}{f"{{{inner}}}" if inner else ""} {value}\n'
         head = ''
 
 
-def _durations(facts: Facts) -> Iterator[Sample]:
+def _durations(requests: Dict[Key, List[int]]) -> Iterator[Sample]:
     """A histogram for each method."""
     methods: Dict[str, List[int]] = {}
-    for (_, method, _), row in facts.requests.items():
+    for (_, method, _), row in requests.items():
         methods[method] = list(map(operator.add, methods.get(method, [0] * len(row)), row))
     for method, (microseconds, *counts) in methods.items():
         for total, bound in zip(itertools.accumulate(counts), (*map(str, SECONDS), '+Inf')):
             yield '_bucket', {'method': method, 'le': bound}, total
         yield '_sum', {'method': method}, microseconds / 1e6
         yield '_count', {'method': method}, sum(counts)
-
-
-def _counted(kind: str, label: str) -> Samples:
-    """The first number of rows of Counters, by the word in their keys."""
-    return lambda facts: (({label: word}, row[0]) for (_, word), row in getattr(facts, kind).items())
-
-
-def _blobs(what: int, in_bytes: bool = False) -> Samples:
-    """Blobs that were WRITTEN, READ or DELETED, or their bytes."""
-    return lambda facts: (
-        ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[what + in_bytes])
-        for (_, user, repository, kind), row in facts.blobs.items() if row[what])
-
-
-def _of_each(kind: str, field: str) -> Samples:
-    """A field of the Holdings or the ScrubResult of each repository, or of each Quota."""
-    return lambda facts: (
-        ({'folder': name} if kind == 'quotas' else {'repo': repository_label(name)}, getattr(item, field))
-        for name, item in getattr(facts, kind).items())
-
-
-_SERVER_FAMILIES = (
-    Family('restic_serve_requests_total', 'Requests answered.', lambda facts: (
-        ({'method': method, 'status': status}, sum(row[1:]))
-        for (_, method, status), row in facts.requests.items())),
-    Family('restic_serve_request_duration_seconds',
-           "Time from the end of a request's header to the end of its answer.", _durations, 'histogram'),
-    Family('restic_serve_connections', 'Connections that are open.',
-           lambda facts: [({}, facts.connections)]),
-    Family('restic_serve_limited_total', 'Requests and connections closed or rejected by a limit.',
-           _counted('limited', 'limit')),
-    Family('restic_serve_events_total', 'Events, as passed to --on-event.', _counted('events', 'event')),
-    Family('restic_serve_refused_logins_total', 'Logins with a wrong user or password.',
-           lambda facts: [({}, facts.refused_logins)]),
-    Family('restic_serve_disk_bytes', 'Size of the file system that holds DIR.',
-           lambda facts: [({}, facts.disk.total)] if facts.disk else []),
-    Family('restic_serve_disk_free_bytes', 'Free space on the file system that holds DIR.',
-           lambda facts: [({}, facts.disk.free)] if facts.disk else []),
-    Family('restic_serve_start_time_seconds', 'Start time of the server.',
-           lambda facts: [({}, int(facts.begin))]),
-    Family('restic_serve_build_info', 'The version of the server.', lambda facts: [
-        ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]),
-)
-_REPOSITORY_FAMILIES = (
-    # As rest-server has them
-    Family('rest_server_blob_write_total', 'Total number of blobs written', _blobs(Metrics.WRITTEN)),
-    Family('rest_server_blob_write_bytes_total', 'Total number of bytes of blobs written',
-           _blobs(Metrics.WRITTEN, True)),
-    Family('rest_server_blob_read_total', 'Total number of blobs read', _blobs(Metrics.READ)),
-    Family('rest_server_blob_read_bytes_total', 'Total number of bytes of blobs read',
-           _blobs(Metrics.READ, True)),
-    Family('rest_server_blob_delete_total', 'Total number of blobs deleted', _blobs(Metrics.DELETED)),
-    Family('rest_server_blob_delete_bytes_total', 'Total number of bytes of blobs deleted',
-           _blobs(Metrics.DELETED, True)),
-
-    Family('restic_serve_repository_bytes', 'Bytes of all objects.', _of_each('repositories', 'bytes')),
-    Family('restic_serve_repository_objects', 'Objects of each type.', lambda facts: (
-        ({'repo': repository_label(name), 'type': kind}, count)
-        for name, holdings in facts.repositories.items() for kind, count in holdings.objects.items())),
-    Family('restic_serve_repository_last_snapshot_timestamp_seconds', 'Time of the last snapshot.',
-           lambda facts: filter(operator.itemgetter(1), _of_each('repositories', 'last_snapshot')(facts))),
-    Family('restic_serve_repository_deleted_kept_bytes', 'Bytes of deleted objects that are kept.',
-           _of_each('repositories', 'kept_bytes')),
-    Family('restic_serve_repository_deleted_kept_objects', 'Deleted objects that are kept.',
-           _of_each('repositories', 'kept')),
-    Family('restic_serve_repository_deleted_last_day_objects',
-           'Objects deleted in the last day that are kept.', _of_each('repositories', 'deleted')),
-    Family('restic_serve_repository_scrub_timestamp_seconds', 'Time of the last scrub.',
-           _of_each('scrubs', 'time')),
-    Family('restic_serve_repository_scrub_checked_objects', 'Objects that the last --scrub read.',
-           _of_each('scrubs', 'checked')),
-    Family('restic_serve_repository_scrub_damaged_objects', 'Objects that the last --scrub found damaged.',
-           _of_each('scrubs', 'damaged')),
-    Family('restic_serve_quota_used_bytes', 'Bytes stored under the quota.', _of_each('quotas', 'held')),
-    Family('restic_serve_quota_limit_bytes', 'Limit of the quota.', _of_each('quotas', 'limit')),
-)
 
 
 def repository_label(name: str) -> str:

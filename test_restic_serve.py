@@ -605,16 +605,13 @@ class Http2TestCase(WireTestCase):
         target, connections = os.dup(theirs.fileno()), (server or self.server).connections
         pipes = restic_serve.PipeTransport(theirs.fileno(), target)
 
-        def serve():
-            ticket = connections.admit('')
+        def serve(ticket):
             self.server.loop.wake()
             connections.serve(pipes, Peer('127.0.0.1'), ticket)
             theirs.close()
             os.close(target)
 
-        thread = threading.Thread(target=serve)
-        thread.start()
-        self.addCleanup(thread.join, PATIENCE)
+        connections.begin(Peer('127.0.0.1'), serve)
         wire = Http2Wire(ours, **more)
         self.addCleanup(wire.__exit__)
         return wire
@@ -5424,7 +5421,7 @@ class MetricsTest(WatchedTestCase):
         request = Request('GET', '/', '', {}, None, Peer('x'))
         request.location = Location('/a', 'data', 'x')
         for slot in range(2):   # as after a fork: what was known of the other slot is not written to
-            metrics.join(slot)
+            counters.join(slot)
             metrics.count(request, 200, 5)
         self.assertEqual([sum(row[1:]) for row in counters.read(('request', 'GET', '200'))], [1, 1])
         self.assertEqual(counters.read(('blob', '', '/a', 'data')), [[0, 0, 1, 5, 0, 0]] * 2)
