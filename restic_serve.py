@@ -1632,13 +1632,11 @@ FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4
 OTHER = 'other'             # Key instead of a repository's path, which begins with a slash.
 CONNECTIONS = ('connections',)  # Row: connections admitted, connections served.
 REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
-ADDRESSES = ('addresses',)      # Row: connections by the hash of their address.
-ADDRESS_BUCKETS = 4096
 # Gauges: zeroed when their process dies.
 _GAUGES = ('connections', 'addresses', 'reserved')
 # Position of the repository in the keys of rows that belong to one.
 _OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
-_OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # kinds of rows of a quota's scope
+_OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # Rows of a quota's scope, the second word.
 
 
 def shared_memory(length: int) -> memoryview:
@@ -1648,7 +1646,7 @@ def shared_memory(length: int) -> memoryview:
     length += mmap.PAGESIZE
     if length > sys.maxsize:    # mmap() raises OverflowError
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    if not sys.platform.startswith('linux') or not hasattr(mmap, 'MAP_SHARED'):
+    if not sys.platform.startswith('linux'):
         return memoryview(mmap.mmap(-1, length)).cast('q')
     flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0x4000)    # mmap(2)
     return memoryview(mmap.mmap(-1, length, flags=flags)).cast('q')
@@ -1658,8 +1656,8 @@ class Counters:
     """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
     a row half updated.
 
-    `rows` are those of this process, which may change their numbers with `lock`.  They last as long as the
-    process, until join() replaces `rows` in one that was forked: what keeps rows looks them up there."""
+    `rows` are those of this process, which may change their numbers with `lock`; join() in a process that was
+    forked replaces them."""
 
     def __init__(self, slots: int = 1) -> None:
         size = SLOT_BYTES
@@ -1674,9 +1672,6 @@ class Counters:
                 size //= 2
         size //= 8
         self._slots = [words[slot * size:(slot + 1) * size] for slot in range(slots)]
-        self._looked = [1] * slots      # how far each slot was read
-        self._by_kind: Dict[str, Dict[Key, List[memoryview]]] = {}     # what was read, of all slots
-        self._is_full = False
         self.join(0)
 
     def join(self, slot: int) -> None:
@@ -1684,19 +1679,18 @@ class Counters:
         self._own = slot
         self.lock = threading.Lock()
         self.rows: Dict[Key, memoryview] = {}
-        self._taken: Dict[str, int] = {}        # words of this slot in use, by top-level folder
+        self._taken: collections.Counter[str] = collections.Counter()   # words in use, by top-level folder
+        self._looked = [1] * len(self._slots)   # how far each slot was read
+        self._by_kind: Dict[str, Dict[Key, List[memoryview]]] = {}     # what was read
+        self._is_full = False
         self.clear(slot)
-        for key, row, words in _rows_of(self._slots[slot]):
-            self.rows[key] = row
-            self._take(_folder_of(key), words)
+        self._find('')
 
     def clear(self, slot: int) -> None:
         """Zero the gauges in the slot of a process that has died."""
         for key, row, _ in _rows_of(self._slots[slot]):
             if key[0] in _GAUGES:
-                row[:] = memoryview(bytes(row.nbytes)).cast('q')
-
-    # ---- writing ----
+                struct.pack_into(f'{len(row)}q', row, 0, *[0] * len(row))
 
     def add(self, key: Key, *amounts: int) -> bool:
         """Add to the numbers of this process's row; False if they were counted elsewhere for lack of room."""
@@ -1711,7 +1705,7 @@ class Counters:
         with self.lock:
             row = self.row(key, len(values))
             if key in self.rows:
-                row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
+                struct.pack_into(f'{len(values)}q', row, 0, *values)
             return key in self.rows
 
     def row(self, key: Key, width: int) -> memoryview:
@@ -1724,26 +1718,19 @@ class Counters:
         text = '\0'.join(key).encode('utf-8', 'surrogateescape')
         words = memoryview(struct.pack('2q', width, len(text)) + bytes(8 * width)
                            + text + bytes(-len(text) % 8)).cast('q')
-        begin, end = 1 + slot[0], 1 + slot[0] + len(words)
-        limit = len(slot) - (SPARE_BYTES // 8 if folder else 0)
-        if end > limit or (folder and self._taken.get(folder, 0) + len(words) > limit // FOLDER_PART):
-            if not self._is_full:
-                self._is_full = True
-                log.warning('too many repositories to count each one; the rest is counted as "%s"', OTHER)
-            position = _OF_REPOSITORIES.get(key[0], 0)
-            if position and key[position] != OTHER:
-                return self.row((*key[:1], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
-            return memoryview(bytearray(8 * width)).cast('q')
-        slot[begin:end] = words
-        slot[0] += len(words)   # from now on, other processes see it
-        self._take(folder, len(words))
-        self._look(self._own)
-        return self.rows.setdefault(key, slot[begin + 2:begin + 2 + width])
-
-    def _take(self, folder: str, words: int) -> None:
-        self._taken[folder] = self._taken.get(folder, 0) + words
-
-    # ---- reading ----
+        end, limit = 1 + slot[0] + len(words), len(slot) - (SPARE_BYTES // 8 if folder else 0)
+        if end <= limit and (not folder or self._taken[folder] + len(words) <= limit // FOLDER_PART):
+            slot[1 + slot[0]:end] = words
+            slot[0] += len(words)   # from now on, other processes see it
+            self._find('')
+            return self.rows[key]
+        if not self._is_full:
+            self._is_full = True
+            log.warning('too many repositories to count each one; the rest is counted as "%s"', OTHER)
+        position = _OF_REPOSITORIES.get(key[0], 0)
+        if position and key[position] != OTHER:
+            return self.row((key[0], *[''] * (position - 1), OTHER, *key[position + 1:]), width)
+        return memoryview(bytearray(8 * width)).cast('q')
 
     def read(self, key: Key) -> List[List[int]]:
         """The rows under a key, one for each process that has one."""
@@ -1751,13 +1738,8 @@ class Counters:
             return [row.tolist() for row in self._find(key[0]).get(key, ())]
 
     def total(self, key: Key, width: int) -> List[int]:
-        """The first `width` numbers under a key, summed over all processes."""
-        return [sum(row[i] for row in self.read(key)) for i in range(width)]
-
-    def sum_at(self, key: Key, position: int) -> int:
-        """One number of the rows under a key, summed over all processes."""
-        with self.lock:
-            return sum(row[position] for row in self._find(key[0]).get(key, ()))
+        """The `width` numbers under a key, summed over all processes."""
+        return [sum(numbers) for numbers in zip(*self.read(key))] or [0] * width
 
     def keys(self, kind: str) -> Set[Key]:
         """The keys of all rows that begin with `kind`."""
@@ -1772,17 +1754,15 @@ class Counters:
     def _find(self, kind: str) -> Dict[Key, List[memoryview]]:
         """The rows whose keys begin with `kind`, with those that were added since the last look."""
         for slot, words in enumerate(self._slots):
-            if self._looked[slot] <= words[0]:
-                self._look(slot)
+            if self._looked[slot] > words[0]:
+                continue
+            for key, row, size in _rows_of(words, self._looked[slot]):
+                self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
+                self._looked[slot] += size
+                if slot == self._own:
+                    self.rows[key] = row
+                    self._taken[_folder_of(key)] += size
         return self._by_kind.get(kind, {})
-
-    def _look(self, slot: int) -> None:
-        """Find the rows that were added to a slot since the last look."""
-        for key, row, words in _rows_of(self._slots[slot], self._looked[slot]):
-            self._by_kind.setdefault(key[0], {}).setdefault(key, []).append(row)
-            self._looked[slot] += words
-            if slot == self._own:
-                self.rows[key] = row
 
 
 def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, int]]:
@@ -1797,13 +1777,9 @@ def _rows_of(slot: memoryview, at: int = 1) -> Iterator[Tuple[Key, memoryview, i
 
 
 def _folder_of(key: Key) -> str:
-    """The top-level folder of a row's repository or scope, with a slash; empty for rows without one."""
-    if key[0] in _OF_SCOPES:
-        return f'/{key[1].partition("/")[0]}' if key[1] else ''
-    position = _OF_REPOSITORIES.get(key[0], 0)
-    if not position or key[position] == OTHER:
-        return ''
-    return f'/{key[position].split("/")[1]}' if key[position] else '/'
+    """The top-level folder of a row's repository or scope; empty for rows without one."""
+    position = _OF_REPOSITORIES.get(key[0], int(key[0] in _OF_SCOPES))
+    return key[position].lstrip('/').partition('/')[0] if position and key[position] != OTHER else ''
 
 
 # ==== Bandwidth ==================================================================================
@@ -6284,18 +6260,17 @@ class Admission:
 
     def _count_share(self, group: str, change: int) -> None:
         if group:
-            with self._counters.lock:
-                self._counters.row(ADDRESSES, ADDRESS_BUCKETS)[_bucket(group)] += change
+            self._counters.add(_share(group), change)
 
     def _taken(self, group: str) -> int:
         """What a group has of its share, in all processes."""
-        return self._counters.sum_at(ADDRESSES, _bucket(group)) if group else 0
+        return self._counters.total(_share(group), 1)[0] if group else 0
 
 
-def _bucket(group: str) -> int:
-    """The position where a group is counted.  Forked processes hash alike, with a seed that strangers do not
-    know; groups that collide share their limit."""
-    return hash(group) % ADDRESS_BUCKETS
+def _share(group: str) -> Key:
+    """The row that counts a group.  Forked processes hash alike, with a seed that strangers do not know;
+    groups that collide share their limit."""
+    return 'addresses', str(hash(group) % 4096)
 
 
 def default_share(connections: int) -> int:

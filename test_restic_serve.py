@@ -8980,8 +8980,8 @@ class ForwardedClientsTest(ListenerTestCase):
             self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
             wires[0].sock.shutdown(socket.SHUT_RDWR)
             self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
-        self.wait_until(lambda: not any(map(sum, self.api.metrics.counters.read(restic_serve.ADDRESSES))),
-                        'the end of all shares')
+        counters = self.api.metrics.counters
+        self.wait_until(lambda: not any(map(sum, counters.find('addresses').values())), 'the end of all shares')
 
 
 class ConnectionLimitTest(ListenerTestCase):
