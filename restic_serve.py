@@ -2721,11 +2721,9 @@ _SINCE = 'since.'
 _MONTH_TO_SECOND = '(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]'
 _TIME_OF_NAME = rf'[0-9]{{4}}{_MONTH_TO_SECOND}\.[0-9]{{6}}Z'
 _SINCE_NAME = re.compile(rf'since\.{_TIME_OF_NAME}')
-_TIME_FORMAT = '%Y%m%dT%H%M%S'
-_PARTS_OF_TIME = ((0, 4), (4, 6), (6, 8), (9, 11), (11, 13), (13, 15), (16, 22))     # year to microseconds
 _DELETED_NAME = re.compile(rf'([0-9a-f]{{64}}|config)\.({_TIME_OF_NAME})(?:-({_TIME_OF_NAME}))?')
 _MOMENT = re.compile(r'([0-9]{4}-[0-9]{2}-[0-9]{2})'
-                     r'(?:T([0-9]{2}:[0-9]{2})(:[0-9]{2}(?:\.[0-9]{1,6})?)?)?(Z?)')
+                     r'(?:T([0-9]{2}:[0-9]{2})(?:(:[0-9]{2})(?:\.([0-9]{1,6}))?)?)?(Z?)')
 
 # A name in a folder of deleted objects: the object's file name, when it was deleted and, for a mark, when
 # it came back (else empty), as text, which sorts by time.
@@ -2735,14 +2733,14 @@ DeletedName = collections.namedtuple('DeletedName', ['file', 'deleted', 'returne
 def format_moment(moment: int) -> str:
     """A time in microseconds since the epoch as names have it, such as `20261120T120000.123456Z`."""
     seconds, microseconds = divmod(max(moment, 0), 10 ** 6)
-    return f'{time.strftime(_TIME_FORMAT, time.gmtime(seconds))}.{microseconds:06}Z'
+    return f'{time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))}.{microseconds:06}Z'
 
 
 def read_moment(text: str) -> int:
-    """The inverse of format_moment().  Raises ValueError."""
+    """The inverse of format_moment()."""
     import calendar
-    *parts, microseconds = (int(text[begin:end]) for begin, end in _PARTS_OF_TIME)
-    return calendar.timegm((*parts, 0, 0, 0)) * 10 ** 6 + microseconds
+    month_to_second = [int(text[at:at + 2]) for at in (4, 6, 9, 11, 13)]
+    return calendar.timegm((int(text[:4]), *month_to_second, 0, 0, 0)) * 10 ** 6 + int(text[16:22])
 
 
 def parse_deleted_name(name: str) -> Optional[DeletedName]:
@@ -2751,43 +2749,33 @@ def parse_deleted_name(name: str) -> Optional[DeletedName]:
     return DeletedName(match[1], match[2], match[3] or '') if match else None
 
 
-def parse_moment(text: str, now: float) -> int:
-    """Microseconds since the epoch of a moment: `2026-11-20T12:00:00Z`, without Z in the local time zone,
-    without seconds, a date alone, or a duration before `now` such as `36h`.  Raises ValueError."""
+def parse_past(text: str, now: Optional[float] = None) -> int:
+    """Microseconds since the epoch of a moment that has passed `now` (default: by our clock):
+    `2026-11-20T12:00:00Z`, without Z in the local time zone, without seconds, a date alone, or a duration
+    before `now` such as `36h`.  Raises ValueError."""
+    import calendar
+    now = time.time() if now is None else now
+    # The length comes before anything that takes longer for more.
+    is_short = len(text) <= MOMENT_LETTERS and text.isascii() and not text.isdecimal()
+    match = _MOMENT.fullmatch(text) if is_short else None
     try:
-        if len(text) > MOMENT_LETTERS or not text.isascii():    # before anything that takes longer for more
-            raise ValueError
-        match = _MOMENT.fullmatch(text)
-        if not match:
-            if text.isdecimal():
-                raise ValueError
-            return int(max(now - parse_duration(text), 0) * 1e6)
-        date, clock, seconds, zone = match.groups()
-        whole, _, fraction = (seconds or ':00').partition('.')
-        parsed = time.strptime(f'{date} {clock or "00:00"}{whole}', '%Y-%m-%d %H:%M:%S')
-        if zone:
-            import calendar
-            moment = calendar.timegm(parsed)
+        if match:
+            date, clock, seconds, fraction, zone = match.groups()
+            parsed = time.strptime(f'{date}T{clock or "00:00"}{seconds or ":00"}', '%Y-%m-%dT%H:%M:%S')
+            whole = calendar.timegm(parsed) if zone else int(time.mktime(parsed))
+            moment = whole * 10 ** 6 + int((fraction or '').ljust(6, '0'))
         else:
-            moment = int(time.mktime(parsed))
-        return moment * 10 ** 6 + int(fraction.ljust(6, '0'))
+            moment = int(max(now - parse_duration(text if is_short else ''), 0) * 1e6)
     except (ValueError, OverflowError):
         raise ValueError(f'invalid time {text[:MOMENT_LETTERS]!r}; use 2026-11-20T12:00:00Z, '
                          '2026-11-20T12:00, 2026-11-20, 36h or 2d') from None
-
-
-def parse_past(text: str, now: Optional[float] = None) -> int:
-    """A moment as parse_moment() reads it, which has passed `now` (default: by our clock).  Raises
-    ValueError."""
-    now = time.time() if now is None else now
-    moment = parse_moment(text, now)
     if moment > now * 1e6:
         raise ValueError(f'{text} is in the future')
     return moment
 
 
 def moment_for_people(moment: int) -> str:
-    """A time as parse_moment() reads it, rounded up to seconds."""
+    """A time as parse_past() reads it, rounded up to seconds."""
     return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(-(-moment // 10 ** 6)))
 
 
@@ -2823,30 +2811,25 @@ class Past:
             source = self._store.folders.open(location.folder)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        size = None
         with source:
-            try:
+            with contextlib.suppress(FileNotFoundError):    # another request was faster
                 status = source.stat(location.file)
-            except FileNotFoundError:   # another request may have deleted it just now
-                with contextlib.suppress(FileNotFoundError), self._store.folders.open(
-                        path, by_descriptor=True) as target:
-                    target.sync()
-                source.sync()
-                return None
-            if not stat.S_ISREG(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, 'not a regular file', source.at(location.file))
-            self._begun.get(location.repository, self.begin)
-            moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
-            name = f'{location.file}.{format_moment(moment)}'
-            self._store.folders.make(path)
-            with self._store.folders.open(path, by_descriptor=True) as target:
-                moved = True
-                try:
-                    move(source, location.file, target, name, self._store.file_mode)
-                except FileNotFoundError:  # another request was faster, and may not have synced it yet
-                    moved = False
+                if not stat.S_ISREG(status.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, 'not a regular file', source.at(location.file))
+                self._begun.get(location.repository, self.begin)
+                moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
+                self._store.folders.make(path)
+                with self._store.folders.open(path) as target:
+                    move(source, location.file, target, f'{location.file}.{format_moment(moment)}',
+                         self._store.file_mode)
+                size = status.st_size
+            # Also what the other may not have synced yet.
+            with contextlib.suppress(FileNotFoundError), self._store.folders.open(
+                    path, by_descriptor=True) as target:
                 target.sync()
-                source.sync()
-        return status.st_size if moved else None
+            source.sync()
+        return size
 
     def keeps_object(self, location: Location) -> bool:
         """Whether an object is kept when it is deleted."""
@@ -2874,12 +2857,10 @@ class Past:
     def _set_since(self, repository: str, moment: str) -> None:
         """Nothing before a moment is known any more."""
         with self._store.scan(f'{repository}/{DELETED}') as (folder, entries):
-            marks = sorted(entry.name for entry in entries if _SINCE_NAME.fullmatch(entry.name))
-            if marks and marks[-1] < f'{_SINCE}{moment}':
+            mark = max((entry.name for entry in entries if _SINCE_NAME.fullmatch(entry.name)), default='')
+            if mark and mark < f'{_SINCE}{moment}':
                 with contextlib.suppress(FileNotFoundError):    # another server moves it, too
-                    folder.rename(marks.pop(), folder, f'{_SINCE}{moment}')
-                    for mark in marks:
-                        folder.unlink(mark)
+                    folder.rename(mark, folder, f'{_SINCE}{moment}')
                 folder.sync()
 
     def _since(self, repository: str) -> Optional[int]:
@@ -3020,14 +3001,12 @@ class View:
         if it was deleted since, else empty, and status."""
         # What is deleted while we look is among the deleted objects afterwards, and what a roll-back brings
         # back was among them before.
-        before, latest = self._history(deleted), self._nanoseconds
-        objects = list(self._store.object_entries(present, prefix))
         history = self._history(deleted)
-        for name, names in before.items():
+        objects = list(self._store.object_entries(present, prefix))
+        for name, names in self._history(deleted).items():
             history.setdefault(name, set()).update(names)
         for entry, status in objects:
-            if status.st_mtime_ns <= latest and (
-                    entry.name not in history or self._existed(status, history[entry.name])):
+            if self._existed(status, history.get(entry.name, ())):
                 yield entry.name, '', status
         if not history:
             return
@@ -3087,21 +3066,20 @@ class RollBack:
         self._repository = repository
         self._moment = moment
         self._view = View(store, moment)
-        self._touched: Set[str] = set()     # folders that are to be synced
         # By kind: the sizes of objects in bytes.
         self.back: Dict[str, List[int]] = collections.defaultdict(list)
         self.aside: Dict[str, List[int]] = collections.defaultdict(list)
 
-    def check_known(self) -> None:
-        """Raises NoHistory where what was deleted since is not all there."""
+    def check(self, force: bool) -> None:
+        """Raises NoHistory where what was deleted since is not all there, and ValueError where there was no
+        repository, or its files have lost their times, or as check_locks() does without `force`."""
         self._past.check_known(self._repository, self._moment)
-
-    def check_existed(self) -> None:
-        """Raises ValueError where there was no repository, or its files have lost their times."""
         try:
             self._view.open(Location(self._repository, 'config')).close()
         except FileNotFoundError:
             raise ValueError('the repository did not exist at that time') from None
+        if not force:
+            self.check_locks()
 
     def check_locks(self) -> None:
         """Raises ValueError where somebody holds a lock that restic would heed."""
@@ -3117,15 +3095,16 @@ class RollBack:
         on the way: what is there then is sound, and with what was deleted."""
         begun = self._store.now()
         for kind in self.BACK:
-            if not dry:
-                self.check_known()  # a server may have purged meanwhile
+            if not dry:     # a server may have purged meanwhile
+                self._past.check_known(self._repository, self._moment)
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
-                for name, file, status in list(self._view.find(present, deleted, prefix)):
-                    if file and self._is_missing(kind, name):
+                files: Dict[str, str] = {}      # of deleted objects, by what they were
+                for name, file, status in self._view.find(present, deleted, prefix):
+                    if file and name not in files and self._is_missing(kind, name):
+                        files[name] = file
                         self.back[kind].append(status.st_size)
-                        if not dry:
-                            self._bring_back(kind, name, file)
-            self._sync()
+                if files and not dry:
+                    self._bring_back(present, deleted, files)
         for kind in self.ASIDE:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
                 if not (dry or force):
@@ -3148,41 +3127,27 @@ class RollBack:
         except OSError:
             return True
 
-    def _bring_back(self, kind: str, name: str, file: str) -> None:
-        """Rename a deleted object to what it was, after a mark of when it was away."""
-        location = Location(self._repository, kind, '' if kind == 'config' else name)
-        path = deleted_folder(location)
-        self._store.folders.make(location.folder)
-        with self._store.folders.open(path, by_descriptor=True) as source, \
-                self._store.folders.open(location.folder, by_descriptor=True) as target:
-            now = self._past.now()
-            self._keep_present(target, location.file, source, now)
-            mark = f'{file}-{format_moment(now)}'
-            os.close(source.open(mark, os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
+    def _bring_back(self, present: str, deleted: str, files: Dict[str, str]) -> None:
+        """Rename deleted objects of a folder to what they were, after marks of when they were away."""
+        self._store.folders.make(present)
+        with self._store.folders.open(deleted, by_descriptor=True) as source, \
+                self._store.folders.open(present, by_descriptor=True) as target:
+            now, mode = format_moment(self._past.now()), self._store.file_mode
+            for name, file in files.items():
+                # What is replaced is copied: its name is there at every instant.
+                with contextlib.suppress(FileNotFoundError):
+                    copy_durably(*open_plain(target, name), source, f'{name}.{now}', mode)
+                os.close(source.open(f'{file}-{now}', os.O_WRONLY | os.O_CREAT | _BINARY, mode))
             source.sync()
-            move(source, file, target, location.file, self._store.file_mode)
-        self._touched.update((path, location.folder))
-
-    def _keep_present(self, target: Folder, name: str, deleted: Folder, now: int) -> None:
-        """Keep a copy of what is about to be replaced: its name is there at every instant."""
-        try:
-            fd, status = open_plain(target, name)
-        except FileNotFoundError:
-            return
-        copy_durably(fd, status, deleted, f'{name}.{format_moment(now)}', self._store.file_mode)
-
-    def _sync(self) -> None:
-        """Sync what was renamed, before anything that relies on it."""
-        for path in self._touched:
-            with self._store.folders.open(path, by_descriptor=True) as folder:
-                folder.sync()
-        self._touched.clear()
+            for name, file in files.items():
+                move(source, file, target, name, mode)
+            target.sync()
+            source.sync()
 
     def __str__(self) -> str:
-        if not self.back and not self.aside:
-            return 'nothing to do'
         return ', '.join(f'{text} {what}' for text, what in (
-            (_text_of_sizes(self.back), 'restored'), (_text_of_sizes(self.aside), 'set aside')) if text)
+            (_text_of_sizes(self.back), 'restored'), (_text_of_sizes(self.aside), 'set aside'))
+            if text) or 'nothing to do'
 
 
 def _text_of_sizes(sizes: Dict[str, List[int]]) -> str:
@@ -10248,10 +10213,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
         if folder.is_repository:
             job = RollBack(store, past, folder.path, options.roll_back)
             try:
-                job.check_known()
-                job.check_existed()
-                if not options.force:
-                    job.check_locks()
+                job.check(options.force)
                 jobs[folder.path] = job
             except ValueError as error:
                 refuse(folder.path, error)

@@ -2367,7 +2367,7 @@ class FoldersOfOthersTest(TestCase):
 class MomentTest(unittest.TestCase):
     """Times as people write them, and as names have them."""
 
-    NOW = 1_795_000_000.0
+    NOW = 1_796_000_000.0
 
     def test_moments(self):
         at = int(restic_serve.time.mktime((2026, 11, 20, 12, 0, 0, 0, 0, -1)))
@@ -2377,11 +2377,11 @@ class MomentTest(unittest.TestCase):
                 ('2026-11-20T12:00:00', at), ('2026-11-20T12:00', at), ('2026-11-20', at - 12 * 3600),
                 ('36h', self.NOW - 36 * 3600), ('2d', self.NOW - 2 * 86400),
                 ('1d12h', self.NOW - 1.5 * 86400)):
-            self.assertEqual(restic_serve.parse_moment(text, self.NOW), int(seconds * 1e6), text)
+            self.assertEqual(restic_serve.parse_past(text, self.NOW), int(seconds * 1e6), text)
         for text in ('', 'x', '10', '2026', '2026-13-01', '2026-11-20 12:00', '2026-11-20T25:00', '-2d',
                      '2026-11-20T12:00:00+01:00', '2026-11-20T12Z', '٣d', '2026-11-20T12:00:60.5.5Z'):
             with self.assertRaisesRegex(ValueError, 'invalid time', msg=text):
-                restic_serve.parse_moment(text, self.NOW)
+                restic_serve.parse_past(text, self.NOW)
 
     def test_a_time_of_more_than_40_bytes_is_refused_before_it_is_parsed(self):
         digits = '9' * 7000
@@ -2389,7 +2389,7 @@ class MomentTest(unittest.TestCase):
         for text in (digits, f'{digits}x', f'{digits}.{digits}', '1d' * 3500, '2026-11-20T12:00:00.' + digits,
                      'ä' * 21):
             with self.assertRaisesRegex(ValueError, 'invalid time .{,60};', msg=text[:9]):
-                restic_serve.parse_moment(text, self.NOW)
+                restic_serve.parse_past(text, self.NOW)
         self.assertLess(time.process_time() - begin, 0.1)
 
     def test_names_sort_by_time_and_are_read_back(self):
