@@ -8981,7 +8981,7 @@ class ForwardedClientsTest(ListenerTestCase):
             wires[0].sock.shutdown(socket.SHUT_RDWR)
             self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
         counters = self.api.metrics.counters
-        self.wait_until(lambda: not any(map(sum, counters.find('addresses').values())), 'the end of all shares')
+        self.wait_until(lambda: not any(map(sum, counters.find('addresses').values())), 'no share to be held')
 
 
 class ConnectionLimitTest(ListenerTestCase):
