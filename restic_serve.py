@@ -1690,7 +1690,7 @@ class Counters:
         """Zero the gauges in the slot of a process that has died."""
         for key, row, _ in _rows_of(self._slots[slot]):
             if key[0] in _GAUGES:
-                struct.pack_into(f'{len(row)}q', row, 0, *[0] * len(row))
+                row[:] = memoryview(bytes(row.nbytes)).cast('q')
 
     def add(self, key: Key, *amounts: int) -> bool:
         """Add to the numbers of this process's row; False if they were counted elsewhere for lack of room."""
@@ -1705,7 +1705,7 @@ class Counters:
         with self.lock:
             row = self.row(key, len(values))
             if key in self.rows:
-                struct.pack_into(f'{len(values)}q', row, 0, *values)
+                row[:] = memoryview(struct.pack(f'{len(values)}q', *values)).cast('q')
             return key in self.rows
 
     def row(self, key: Key, width: int) -> memoryview:

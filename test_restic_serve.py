@@ -10443,6 +10443,7 @@ class StdioTest(TestCase):
 
     def test_a_client_that_stops_reading_ends_it(self):
         content = bytes(8 << 20)
+        self.make_repository()
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
         with Stdio('--stall-timeout', '300ms', self.root) as server:
             server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
@@ -10451,6 +10452,7 @@ class StdioTest(TestCase):
 
     def test_a_client_that_reads_slowly_has_not_stopped(self):
         content = os.urandom(4 << 20)
+        self.make_repository()
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
         with Stdio('--stall-timeout', '300ms', self.root) as server:
             server.wire.grants = False
