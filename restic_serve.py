@@ -205,22 +205,22 @@ def format_exact(count: int) -> str:
     return str(count)
 
 
+_UNITS = {'days': 86400, 'hours': 3600, 'minutes': 60, 'seconds': 1}
+
+
 def format_duration(seconds: float) -> str:
     """A time for people, in its two largest units: `9 s`, `3 m 20 s`, `2 d 5 h`."""
-    left, parts = int(seconds), []  # type: int, List[str]
-    for unit, size in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
-        if left >= size:
-            parts.append(f'{left // size} {unit}')
-            left %= size
+    parts, left = [], int(seconds)
+    for unit, size in _UNITS.items():
+        count, left = divmod(left, size)
+        parts += [f'{count} {unit[0]}'] if count else []
     return ' '.join(parts[:2]) or '0 s'
 
 
 def format_age(seconds: float) -> str:
     """A rounded age, such as `3 days`."""
-    for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
-        if seconds >= 2 * size:
-            return f'{seconds // size:.0f} {unit}'
-    return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
+    return next((f'{seconds // size:.0f} {unit}' for unit, size in _UNITS.items() if seconds >= 2 * size),
+                'a moment')
 
 
 def plural(count: int, noun: str) -> str:
@@ -4756,9 +4756,8 @@ class Rights:
     def quotas(self, limit: int = 0) -> Quotas:
         """The quotas of the table, with a `limit` for everything."""
         limits = {rule.where or '/': rule.quota for rule in self.rules if rule.quota}
-        whole = [size for size in (limit, limits.get('/', 0)) if size]
-        return Quotas({**limits, '/': min(whole, default=0)},
-                      [rule.where for rule in self.rules if rule.where and '%u' not in rule.where])
+        limits['/'] = min(filter(None, (limit, limits.get('/'))), default=0)
+        return Quotas(limits, [rule.where for rule in self.rules if rule.where and '%u' not in rule.where])
 
     def _of_user(self, user: str) -> Dict[str, Rule]:
         """The rules of a user, empty for a client without a name, by place."""
@@ -4776,10 +4775,8 @@ class Rights:
     def text(self) -> str:
         """The table as a file would have it."""
         import shlex
-        rows = []
-        for who, where, may, quota, _ in self.rules:
-            word = where if re.fullmatch(r'[^\s"\'\\#]+', where) else shlex.quote(where or '/')
-            rows.append((who, word, may, format_exact(quota) if quota else ''))
+        rows = [(who, where if re.fullmatch(r'[^\s"\'\\#]+', where) else shlex.quote(where or '/'), may,
+                 format_exact(quota) if quota else '') for who, where, may, quota, _ in self.rules]
         widths = [max(map(len, column)) for column in zip(*rows)]
         return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -4813,24 +4810,24 @@ class RightsFault(ValueError):
 
 def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False, source: str = '') -> Rights:
     """The table in the text of a rights file.  Raises RightsFault with all faults, each after `source`."""
+    import shlex
     rules: Dict[Tuple[str, str], Rule] = {}     # by who and where
     quotas: Dict[str, Rule] = {}                # by where
     faults: List[str] = []
     for number, line in enumerate(text.split('\n'), 1):
         try:
-            rule = _parse_rule(number, line.lower() if ignore_case else line)
+            words = shlex.split(line.lower() if ignore_case else line, comments=True)
+            if not words:
+                continue
+            rule = _parse_rule(number, words)
+            place, same = rule.where or '/', rules.setdefault((rule.who, rule.where), rule)
+            limited = quotas.setdefault(place, rule) if rule.quota else rule
+            if same is not rule:
+                raise ValueError(f'{rule.who} already has a rule for {place}, line {same.line}')
+            if limited.quota != rule.quota:
+                raise ValueError(f'{place} has a different quota in line {limited.line}')
         except ValueError as error:
             faults.append(f'{source}line {number}: {error}')
-            continue
-        if not rule:
-            continue
-        place, same = rule.where or '/', rules.setdefault((rule.who, rule.where), rule)
-        limited = quotas.setdefault(place, rule) if rule.quota else rule
-        if same is not rule:
-            faults.append(f'{source}line {number}: {rule.who} already has a rule for {place}, '
-                          f'line {same.line}')
-        elif limited.quota != rule.quota:
-            faults.append(f'{source}line {number}: {place} has a different quota in line {limited.line}')
     if not rules and not faults:    # perhaps half of a file that is being written
         faults.append(f'{source}no rules; use "* / none" to deny all access')
     if faults:
@@ -4838,12 +4835,8 @@ def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False, 
     return Rights(rules.values(), strangers)
 
 
-def _parse_rule(number: int, line: str) -> Optional[Rule]:
-    """The rule of a line, None if it has none.  Raises ValueError."""
-    import shlex
-    words = shlex.split(line, comments=True)
-    if not words:
-        return None
+def _parse_rule(number: int, words: List[str]) -> Rule:
+    """The rule of a line.  Raises ValueError."""
     if not 3 <= len(words) <= 4:
         raise ValueError('expected WHO WHERE MAY [QUOTA], such as alice /alice append 50G (# starts '
                          'a comment; quote paths with # or spaces)')
@@ -4858,10 +4851,8 @@ def _parse_rule(number: int, line: str) -> Optional[Rule]:
         raise ValueError(f'{where!r}: %u (the user name) must be a whole path segment')
     try:
         check_repository(where, False)
-    except ReservedName:
-        raise ValueError(f'{where!r}: {RESERVED}') from None
-    except InvalidPath as error:
-        raise ValueError(f'{where!r}: {error}') from None
+    except (InvalidPath, ReservedName) as error:
+        raise ValueError(f'{where!r}: {RESERVED if isinstance(error, ReservedName) else error}') from None
     if size and where.count('/') > QUOTA_DEPTH:
         raise ValueError(f'{where!r}: a path with a quota may have at most {QUOTA_DEPTH} segments')
     if may not in RIGHTS:
@@ -4921,9 +4912,8 @@ class Policy(WatchedFiles):
         if is_user(owner) and any('%u' in rule.where for rule in self.rights.rules):
             names.add(owner)
         holders: Dict[str, List[str]] = {right: [] for right in reversed(RIGHTS)}
-        for name in sorted(names):
-            holders[self.right(name, repository)].append(name)
-        holders[self.right('*', repository)].append('anyone else')
+        for name in [*sorted(names), '*']:
+            holders[self.right(name, repository)].append('anyone else' if name == '*' else name)
         return {right: names for right, names in holders.items() if names and right != NONE}
 
     def metrics_of(self, user: str) -> Optional[Callable[[str], bool]]:
