@@ -222,22 +222,22 @@ def format_exact(count: int) -> str:
     return str(count)
 
 
+_UNITS = {'days': 86400, 'hours': 3600, 'minutes': 60, 'seconds': 1}
+
+
 def format_duration(seconds: float) -> str:
     """A time for people, in its two largest units: `9 s`, `3 m 20 s`, `2 d 5 h`."""
-    left, parts = int(seconds), []  # type: int, List[str]
-    for unit, size in (('d', 86400), ('h', 3600), ('m', 60), ('s', 1)):
-        if left >= size:
-            parts.append(f'{left // size} {unit}')
-            left %= size
+    parts, left = [], int(seconds)
+    for unit, size in _UNITS.items():
+        count, left = divmod(left, size)
+        parts += [f'{count} {unit[0]}'] if count else []
     return ' '.join(parts[:2]) or '0 s'
 
 
 def format_age(seconds: float) -> str:
     """A rounded age, such as `3 days`."""
-    for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
-        if seconds >= 2 * size:
-            return f'{seconds // size:.0f} {unit}'
-    return 'a moment' if seconds < 2 else f'{seconds:.0f} seconds'
+    return next((f'{seconds // size:.0f} {unit}' for unit, size in _UNITS.items() if seconds >= 2 * size),
+                'a moment')
 
 
 def plural(count: int, noun: str) -> str:
@@ -261,21 +261,6 @@ def format_time(seconds: float, digits: int = 0) -> str:
     zone = time.strftime('%z', local)
     fraction = f'{seconds % 1:.9f}'[1:2 + digits] if digits else ''
     return f'{time.strftime("%Y-%m-%dT%H:%M:%S", local)}{fraction}{zone[:3]}:{zone[3:]}'
-
-
-def parse_bool(text: str) -> bool:
-    """A bool written true or false, 1 or 0, yes or no, on or off, t or f, y or n."""
-    is_true = text.lower() in ('true', '1', 'yes', 'on', 't', 'y')
-    if not is_true and text.lower() not in ('false', '0', 'no', 'off', 'f', 'n', ''):
-        raise ValueError(f'invalid value {text!r}; use true or false')
-    return is_true
-
-
-def parse_count(text: str) -> int:
-    """A positive whole number."""
-    if not re.fullmatch(r'[0-9]{1,18}', text) or int(text) == 0:
-        raise ValueError(f'invalid number {text!r}; use a whole number of at least 1')
-    return int(text)
 
 
 # Where to listen: TCP `port` of `host` (empty: every address), or a unix socket at `path`.  `scheme` is
@@ -303,33 +288,39 @@ def is_loopback(host: str) -> bool:
     return host.startswith('127.') or host == '::1'
 
 
-def text_like(pattern: str, fault: str, right: str) -> Callable[[str], str]:
-    """A parser for text that matches a whole pattern; `fault` and `right` say what is wrong otherwise, and
-    what would be right."""
-    def parse(text: str) -> str:
+def parser_of(pattern: str, fault: str, right: str, value: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser of text that matches a whole pattern to its `value`; `fault` and `right` say what is wrong
+    otherwise, and what would be right."""
+    def parse(text: str) -> T:
         if not re.fullmatch(pattern, text):
             raise ValueError(f'{fault} {text!r}; use {right}')
-        return text
+        return value(text)
 
     return parse
 
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"     # RFC 9110 5.6.2
 
+parse_bool = parser_of('(?ai)(true|1|yes|on|t|y|false|0|no|off|f|n)?', 'invalid value', 'true or false',
+                       lambda text: text.lower() in ('true', '1', 'yes', 'on', 't', 'y'))
+parse_count = parser_of('0*[1-9][0-9]{0,17}', 'invalid number', 'a whole number of at least 1', int)
+parse_cost = parser_of('0?[4-9]|[12][0-9]|3[01]', 'invalid bcrypt cost', '4 to 31', int)
 # RFC 6454 7
-parse_origin = text_like(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', 'invalid origin', 'https://example.org')
+parse_origin = parser_of(r'\*|[a-z][a-z0-9+.-]*://[A-Za-z0-9._~:\[\]-]+', 'invalid origin',
+                         'https://example.org', str)
 # Without characters that need quoting (RFC 7617 2)
-parse_realm = text_like(r'[ !#-\[\]-~]*', 'invalid realm', 'ASCII without quotes and backslashes')
-parse_header_name = text_like(_TOKEN, 'invalid header name', 'X-Forwarded-User')
-parse_log_level = text_like('DEBUG|INFO|NOTICE|ERROR', 'invalid log level', 'DEBUG, INFO, NOTICE or ERROR')
-parse_log_format = text_like('text|json', 'invalid log format', 'text or json')
-
-
-def parse_tls_version(text: str) -> str:
-    """`tls1.0` to `tls1.3` as in rclone, or `1.0` to `1.3` as in rest-server."""
-    if not re.fullmatch(r'(tls)?1\.[0-3]', text):
-        raise ValueError(f'invalid TLS version {text!r}; use tls1.0, tls1.1, tls1.2 or tls1.3')
-    return f'tls{text[-3:]}'
+parse_realm = parser_of(r'[ !#-\[\]-~]*', 'invalid realm', 'ASCII without quotes and backslashes', str)
+parse_header_name = parser_of(_TOKEN, 'invalid header name', 'X-Forwarded-User', str)
+parse_log_level = parser_of('DEBUG|INFO|NOTICE|ERROR', 'invalid log level', 'DEBUG, INFO, NOTICE or ERROR',
+                            str)
+parse_log_format = parser_of('text|json', 'invalid log format', 'text or json', str)
+# As in rclone, or without `tls` as in rest-server
+parse_tls_version = parser_of(r'(tls)?1\.[0-3]', 'invalid TLS version', 'tls1.0, tls1.1, tls1.2 or tls1.3',
+                              lambda text: f'tls{text[-3:]}')
+_SEGMENT = r"[-A-Za-z0-9._~!$&'()*+,;=:@]+"     # RFC 3986 3.3, without percent-encoding
+# The prefix of every path, without a slash at its end: `x`, `/x` and `/x/` are `/x`.
+parse_baseurl = parser_of(f'/*({_SEGMENT}(/{_SEGMENT})*)?/*', 'invalid URL path', '/backup',
+                          lambda text: f'/{text.strip("/")}'.rstrip('/'))
 
 
 def parse_header(text: str) -> Tuple[str, str]:
@@ -383,11 +374,9 @@ def parse_shown_user(text: str) -> str:
     return '*' if text == '*' or '/' in text else parse_user(text)
 
 
-def parse_cost(text: str) -> int:
-    """A bcrypt cost, the logarithm of the rounds."""
-    if not re.fullmatch('[0-9]{1,2}', text) or not 4 <= int(text) <= 31:
-        raise ValueError(f'invalid bcrypt cost {text!r}; use 4 to 31')
-    return int(text)
+def parse_who(text: str) -> str:
+    """A user, or `*` for all."""
+    return '*' if text == '*' else parse_user(text)
 
 
 def parse_network(text: str) -> Any:
@@ -397,14 +386,6 @@ def parse_network(text: str) -> Any:
         return ipaddress.ip_network(text)
     except ValueError:
         raise ValueError(f'invalid network {text!r}; use 10.0.0.1 or 10.0.0.0/8') from None
-
-
-def parse_baseurl(text: str) -> str:
-    """The prefix of every path, without a slash at its end: `x`, `/x` and `/x/` are `/x`."""
-    path = text.strip('/')
-    if not re.fullmatch(r"[-A-Za-z0-9._~!$&'()*+,;=:@/]*", path) or '//' in path:
-        raise ValueError(f'invalid URL path {text!r}; use /backup')
-    return '/' + path if path else ''
 
 
 # ==== Messages ===================================================================================
@@ -4712,8 +4693,7 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
 # refused.
 
 METRICS_USER = 'metrics'     # May see the metrics with --prometheus, besides administrators.
-NONE, METRICS, READ, APPEND, WRITE = RIGHTS = 'none', 'metrics', 'read', 'append', 'write'
-_RANKS = {NONE: 0, METRICS: 0, READ: 1, APPEND: 2, WRITE: 3}
+NONE, METRICS, READ, APPEND, WRITE = RIGHTS = 'none', 'metrics', 'read', 'append', 'write'   # each has more
 _WORDS_OF_RIGHTS = {
     NONE: 'may do nothing', METRICS: 'may see the status page and metrics, but no repositories,',
     READ: 'may read', APPEND: 'may read and add, but delete only locks,', WRITE: 'may read, add and delete'}
@@ -4737,9 +4717,8 @@ class Rights:
     def quotas(self, limit: int = 0) -> Quotas:
         """The quotas of the table, with a `limit` for everything."""
         limits = {rule.where or '/': rule.quota for rule in self.rules if rule.quota}
-        whole = [size for size in (limit, limits.get('/', 0)) if size]
-        return Quotas({**limits, '/': min(whole, default=0)},
-                      [rule.where for rule in self.rules if rule.where and '%u' not in rule.where])
+        limits['/'] = min(filter(None, (limit, limits.get('/'))), default=0)
+        return Quotas(limits, [rule.where for rule in self.rules if rule.where and '%u' not in rule.where])
 
     def _of_user(self, user: str) -> Dict[str, Rule]:
         """The rules of a user, empty for a client without a name, by place."""
@@ -4756,11 +4735,11 @@ class Rights:
 
     def text(self) -> str:
         """The table as a file would have it."""
-        rows = [(rule.who, _quoted(rule.where or '/'), rule.may,
-                 format_exact(rule.quota) if rule.quota else '') for rule in self.rules]
+        import shlex
+        rows = [(who, where if re.fullmatch(r'[^\s"\'\\#]+', where) else shlex.quote(where or '/'), may,
+                 format_exact(quota) if quota else '') for who, where, may, quota, _ in self.rules]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        return '\n'.join('  '.join(word.ljust(width) for word, width in zip(row, widths)).rstrip()
-                         for row in rows)
+        return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def words(self, user: str, limit: int = 0) -> List[str]:
         """What a user may do where, in sentences; everything together may hold `limit` bytes."""
@@ -4768,17 +4747,11 @@ class Rights:
         for place, rule in sorted(self.of_user(user).items()):
             names = place.split('/')
             scopes = ['/'.join(names[1:depth]) for depth in range(len(names), 0, -1)]
-            sizes = [f'{format_size(quotas.limit(scope))} in /{scope}' for scope in scopes
-                     if quotas.limit(scope)]
+            sizes = ', '.join(f'{format_size(quotas.limit(scope))} in /{scope}'
+                              for scope in filter(quotas.limit, scopes))
             sentences.append(f'{user} {_WORDS_OF_RIGHTS[rule.may]} at and below {place or "/"}'
-                             + (f', within {", ".join(sizes)}' if sizes else ''))
+                             + (f', within {sizes}' if sizes else ''))
         return sentences or [f'{user} may do nothing']
-
-
-def _quoted(word: str) -> str:
-    """A word of a rights file, in quotes if it needs them."""
-    import shlex
-    return word if re.fullmatch(r'[^\s"\'\\#]+', word) else shlex.quote(word)
 
 
 def short_rights(append_only: bool = False, private: bool = False, administrators: Iterable[str] = (),
@@ -4786,10 +4759,9 @@ def short_rights(append_only: bool = False, private: bool = False, administrator
     """The table for which --append-only, --private-repos, --admin, the user of --prometheus and
     --max-size-per-user stand."""
     rules = [Rule('*', '/%u' if private else '', APPEND if append_only else WRITE, quota, 0)]
-    known = {*administrators, *([METRICS_USER] if metrics else ())}
-    for name in sorted(known):
+    for name in sorted({*administrators, *([METRICS_USER] if metrics else ())}):
         may = WRITE if name in administrators else METRICS
-        rules += [Rule(name, '', may, 0, 0), *([Rule(name, f'/{name}', may, 0, 0)] if private else ())]
+        rules += [Rule(name, place, may, 0, 0) for place in (['', f'/{name}'] if private else [''])]
     return Rights(rules)
 
 
@@ -4799,42 +4771,38 @@ class RightsFault(ValueError):
 
 def parse_rights(text: str, strangers: bool = False, ignore_case: bool = False, source: str = '') -> Rights:
     """The table in the text of a rights file.  Raises RightsFault with all faults, each after `source`."""
+    import shlex
     rules: Dict[Tuple[str, str], Rule] = {}     # by who and where
     quotas: Dict[str, Rule] = {}                # by where
     faults: List[str] = []
     for number, line in enumerate(text.split('\n'), 1):
         try:
-            rule = _parse_rule(number, line.lower() if ignore_case else line)
+            words = shlex.split(line.lower() if ignore_case else line, comments=True)
+            if not words:
+                continue
+            rule = _parse_rule(number, words)
+            place, same = rule.where or '/', rules.setdefault((rule.who, rule.where), rule)
+            limited = quotas.setdefault(place, rule) if rule.quota else rule
+            if same is not rule:
+                raise ValueError(f'{rule.who} already has a rule for {place}, line {same.line}')
+            if limited.quota != rule.quota:
+                raise ValueError(f'{place} has a different quota in line {limited.line}')
         except ValueError as error:
-            faults.append(f'line {number}: {error}')
-            continue
-        if not rule:
-            continue
-        same = rules.setdefault((rule.who, rule.where), rule)
-        limited = quotas.setdefault(rule.where, rule) if rule.quota else rule
-        if same is not rule:
-            faults.append(f'line {number}: {rule.who} already has a rule for {rule.where or "/"}, '
-                          f'line {same.line}')
-        elif limited.quota != rule.quota:
-            faults.append(f'line {number}: {rule.where or "/"} has a different quota in line {limited.line}')
+            faults.append(f'{source}line {number}: {error}')
     if not rules and not faults:    # perhaps half of a file that is being written
-        faults.append('no rules; use "* / none" to deny all access')
+        faults.append(f'{source}no rules; use "* / none" to deny all access')
     if faults:
-        raise RightsFault('\n'.join(source + fault for fault in faults))
+        raise RightsFault('\n'.join(faults))
     return Rights(rules.values(), strangers)
 
 
-def _parse_rule(number: int, line: str) -> Optional[Rule]:
-    """The rule of a line, None if it has none.  Raises ValueError."""
-    import shlex
-    words = shlex.split(line, comments=True)
-    if not words:
-        return None
+def _parse_rule(number: int, words: List[str]) -> Rule:
+    """The rule of a line.  Raises ValueError."""
     if not 3 <= len(words) <= 4:
         raise ValueError('expected WHO WHERE MAY [QUOTA], such as alice /alice append 50G (# starts '
                          'a comment; quote paths with # or spaces)')
-    who, where, may = words[:3]
-    who = '*' if who == '*' else parse_user(who)
+    who, where, may, *size = words
+    who = parse_who(who)
     if not where.startswith('/'):
         raise ValueError(f'path {where!r} must begin with a slash')
     where = normalize_user(where.rstrip('/'))
@@ -4844,55 +4812,42 @@ def _parse_rule(number: int, line: str) -> Optional[Rule]:
         raise ValueError(f'{where!r}: %u (the user name) must be a whole path segment')
     try:
         check_repository(where, False)
-    except ReservedName:
-        raise ValueError(f'{where!r}: {RESERVED}') from None
-    except InvalidPath as error:
-        raise ValueError(f'{where!r}: {error}') from None
-    if len(words) > 3 and where.count('/') > QUOTA_DEPTH:
+    except (InvalidPath, ReservedName) as error:
+        raise ValueError(f'{where!r}: {RESERVED if isinstance(error, ReservedName) else error}') from None
+    if size and where.count('/') > QUOTA_DEPTH:
         raise ValueError(f'{where!r}: a path with a quota may have at most {QUOTA_DEPTH} segments')
     if may not in RIGHTS:
         raise ValueError(f'invalid right {may!r}; use none, metrics, read, append or write')
-    return Rule(who, where, may, parse_quota(words[3]) if len(words) > 3 else 0, number)
+    return Rule(who, where, may, parse_quota(size[0]) if size else 0, number)
 
 
-class RightsFile(WatchedFiles):
-    """The table in a file.  Raises OSError if it cannot be read, and RightsFault if it is no good.
-    `on_change` is called with each new table."""
+class Policy(WatchedFiles):
+    """Says who may do what, by a table of rights, or by the one in the file at `path`, which is read as
+    parse_rights() has it.  `on_change` is called with new rights, `on_refused_delete` with the repository,
+    the user, who that is, and the right he has.  Raises OSError if the file cannot be read, and
+    RightsFault if it is no good."""
 
     kept = 'keeping the previous rights'
 
-    def __init__(self, path: str, strangers: bool = False, ignore_case: bool = False) -> None:
-        self._path = path
-        self._options = strangers, ignore_case
+    def __init__(self, rights: Optional[Rights] = None, path: str = '', strangers: bool = False,
+                 ignore_case: bool = False) -> None:
+        self.rights = rights or short_rights()
+        self.path = path
+        self._options = strangers, ignore_case, f'{path}, '
         self.on_change: Callable[[Rights], object] = lambda rights: None
-        super().__init__(path)
+        self.on_refused_delete: Callable[[str, str, object, str], object] = lambda *what: None
+        if path:
+            super().__init__(path)
 
     def load(self) -> str:
         try:
-            with open(self._path, encoding='utf-8-sig', newline='') as file:
+            with open(self.path, encoding='utf-8-sig', newline='') as file:
                 text = file.read()
         except UnicodeDecodeError:
-            raise RightsFault(f'{self._path}: file is not UTF-8') from None
-        self.rights = parse_rights(text, *self._options, f'{self._path}, ')
+            raise RightsFault(f'{self.path}: file is not UTF-8') from None
+        self.rights = parse_rights(text, *self._options)
         self.on_change(self.rights)
-        return f'read {format_count(len(self.rights.rules), "rule")} from {self._path}'
-
-
-class Policy:
-    """Says who may do what, by a table of rights, which a `file` may hold.  `on_change` is called with new
-    ones, `on_refused_delete` with the repository, the user, who that is, and the right he has."""
-
-    def __init__(self, rights: Optional[Rights] = None, file: Optional[RightsFile] = None) -> None:
-        self.file = file
-        self.rights = file.rights if file else rights or short_rights()
-        self.on_change: Callable[[Rights], object] = lambda rights: None
-        self.on_refused_delete: Callable[[str, str, object, str], object] = lambda *what: None
-        if file:
-            file.on_change = self._change
-
-    def _change(self, rights: Rights) -> None:
-        self.rights = rights
-        self.on_change(rights)
+        return f'read {format_count(len(self.rights.rules), "rule")} from {self.path}'
 
     def right(self, user: str, repository: str) -> str:
         """What a user may do in a repository: one of RIGHTS."""
@@ -4901,7 +4856,7 @@ class Policy:
     @property
     def is_for_all(self) -> bool:
         """Whether the options give everybody the same rights everywhere, but for the user of --prometheus."""
-        return not self.file and all(
+        return not self.path and all(
             rule.where == '' and (rule.who == '*' or (rule.who == METRICS_USER and rule.may == METRICS))
             for rule in self.rights.rules)
 
@@ -4918,9 +4873,8 @@ class Policy:
         if is_user(owner) and any('%u' in rule.where for rule in self.rights.rules):
             names.add(owner)
         holders: Dict[str, List[str]] = {right: [] for right in reversed(RIGHTS)}
-        for name in sorted(names):
-            holders[self.right(name, repository)].append(name)
-        holders[self.right('*', repository)].append('anyone else')
+        for name in [*sorted(names), '*']:
+            holders[self.right(name, repository)].append('anyone else' if name == '*' else name)
         return {right: names for right, names in holders.items() if names and right != NONE}
 
     def metrics_of(self, user: str) -> Optional[Callable[[str], bool]]:
@@ -4953,10 +4907,10 @@ class Policy:
             needed, verb = APPEND, 'add to'
         elif request.method == 'DELETE' and location.is_object and location.kind != 'locks':
             needed, verb = WRITE, 'delete in'
-        if _RANKS[may] >= _RANKS[needed]:
+        if RIGHTS.index(may) >= RIGHTS.index(needed):
             return
         who = f"'{request.user}' from {request.client}" if request.user else request.client
-        if _RANKS[may] == 0:    # the same whether or not there is such a repository
+        if may in (NONE, METRICS):  # the same whether or not there is such a repository
             log.log(NOTICE, 'access denied: %s may not access %s', who, location)
             raise HttpError(403, f'{request.user or "you"} may not access {location.repository or "/"}')
         log.log(NOTICE, 'access denied: %s may not %s %s; only %s access to %s', who,
@@ -9130,7 +9084,8 @@ class Server:
         self.listeners: List[Any] = []
         self.stops = 0                  # stop signals seen; the second skips the grace period
         self.certificates = certificates
-        self._files = [files for files in (certificates, api.accounts.file, api.policy.file) if files]
+        self._files = [files for files in (certificates, api.accounts.file,
+                                           api.policy if api.policy.path else None) if files]
         self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._is_first = True           # of the processes: makes censuses, purges, runs events
@@ -10078,7 +10033,7 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
     """The policy that the options describe; with a `login` clients without a name have no rights by a file.
     Raises OSError and RightsFault with a message for the user."""
     if options.rights:
-        return Policy(file=RightsFile(options.rights, not login, store.ignores_case))
+        return Policy(None, options.rights, not login, store.ignores_case)
     return Policy(rights_of(options, store.ignores_case))
 
 
@@ -10257,7 +10212,7 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
 def show_rights(parser: Parser, options: argparse.Namespace) -> int:
     """Do --show-rights; the exit status.  Raises OSError and RightsFault."""
     check_options(parser, options)
-    rights = RightsFile(options.rights).rights if options.rights else rights_of(options)
+    rights = Policy(path=options.rights).rights if options.rights else rights_of(options)
     user = options.show_rights
     print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size)))
     return 0

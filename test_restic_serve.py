@@ -5101,7 +5101,7 @@ class RightsTest(TestCase):
     def test_a_file_is_read_again_and_a_bad_one_changes_nothing(self):
         path = self.folder / 'rights'
         path.write_text('alice /a read\n')
-        policy = Policy(file=restic_serve.RightsFile(str(path)))
+        policy = Policy(path=str(path))
         request = Request('POST', '/', 'HTTP/1.1', {}, Bytes(b''), Peer('1.2.3.4'))
         request.user = 'alice'
         for text, fault, said in (
@@ -5111,7 +5111,7 @@ class RightsTest(TestCase):
                 ('', '', 'no rules; use '), ('bob / write', 'alice may not access /a', '')):
             path.write_text(text)
             for _ in range(2):
-                policy.file.look(force=True)
+                policy.look(force=True)
             self.assertIn(said, self.log[-1])
             with self.assertRaisesRegex(HttpError, fault) if fault else contextlib.nullcontext():
                 policy.check(request, Location('/a', 'data', self.NAME))
