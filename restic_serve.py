@@ -10162,20 +10162,28 @@ def check_stdio(parser: Parser, given: Dict[str, Option]) -> None:
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log the addresses of the server and what is in force, and warn of what may not be meant."""
-    accounts = server.api.accounts
+    users = server.api.accounts.users()
+    has_password = options.htpasswd or options.user
+    folder = f'{users[0] if users else "USER"}/' if options.private_repos else ''
     certified = server.certificates.warn() if server.certificates else ''
-    folder = f'{next(iter(accounts.users() or ()), "USER")}/' if options.private_repos else ''
     for listener in server.listeners:
         where = listener.server_address
         if isinstance(where, tuple):
             host, port = where[:2]
-            warn_of_access(host, port, listener.tls, root, options)
+            is_open = not (has_password or options.user_from_header or (options.client_ca and listener.tls))
+            if is_open and not is_loopback(host) and not options.no_auth:
+                log.warning('no authentication: anyone who can connect to port %d can read, add and '
+                            'delete the backups in %s', port, root)
+            if options.user_from_header and is_loopback(host):
+                log.warning('any program on this host can claim any user name with header %s at %s; let '
+                            'the proxy connect to a unix socket (--addr unix:///PATH)',
+                            options.user_from_header, host)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
         else:
             url = f'http+unix://{where}:{options.baseurl}/'
-            if (options.htpasswd or options.user) and not options.socket_auth:
+            if has_password and not options.socket_auth:
                 log.warning('no password is required on unix socket %s: anyone who may connect to it is '
                             'let in, and a proxy lets in all its clients; use --socket-auth to require one',
                             where)
@@ -10185,20 +10193,12 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
             url = f'https://{certified}:{port}{options.baseurl}/'
         log.log(NOTICE, 'try: restic -r rest:%s init', url + folder)
     log.log(NOTICE, 'settings: %s', in_force(server.api, options))
-    warn_of_users(server.api, options)
-
-
-def warn_of_access(host: str, port: int, tls: bool, root: str, options: argparse.Namespace) -> None:
-    """Warn where a TCP address lets in more than it seems."""
-    is_open = not (options.htpasswd or options.user or options.user_from_header
-                   or (options.client_ca and tls))
-    if is_open and not is_loopback(host) and not options.no_auth:
-        log.warning('no authentication: anyone who can connect to port %d can read, add and '
-                    'delete the backups in %s', port, root)
-    if options.user_from_header and is_loopback(host):
-        log.warning('any program on this host can claim any user name with header %s at %s; let '
-                    'the proxy connect to a unix socket (--addr unix:///PATH)',
-                    options.user_from_header, host)
+    if users == []:
+        log.warning('%s contains no users, so nobody can log in (--add-user)', options.htpasswd)
+    fold: Callable[[str], str] = str.lower if server.api.store.ignores_case else str
+    for name in options.admin:
+        if users and fold(name) not in map(fold, users):
+            log.warning('--admin: unknown user %s', name)
 
 
 def in_force(api: Api, options: argparse.Namespace) -> str:
@@ -10219,41 +10219,6 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     return '; '.join([access, login, *(text for is_set, text in more if is_set)])
 
 
-def warn_of_users(api: Api, options: argparse.Namespace) -> None:
-    """Warn where nobody can log in, or an administrator cannot."""
-    users = api.accounts.users()
-    if users == []:
-        log.warning('%s contains no users, so nobody can log in (--add-user)', options.htpasswd)
-    fold: Callable[[str], str] = str.lower if api.store.ignores_case else str
-    for name in options.admin:
-        if users and fold(name) not in map(fold, users):
-            log.warning('--admin: unknown user %s', name)
-
-
-def make_server(options: argparse.Namespace, store: Store) -> Server:
-    """The server that the options describe.  Raises OSError with a message for the user."""
-    certificates = None
-    if options.cert:
-        try:
-            certificates = Certificates(options.cert, options.key, options.client_ca,
-                                        options.min_tls_version or '')
-        except ImportError as error:
-            raise OSError(f'--cert: this Python has no TLS support: {error}') from None
-    counters = Counters(options.workers + 1)
-    accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
-                        options.user or '', getattr(options, 'pass'), options.salt, options.realm,
-                        options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
-                        options.socket_auth, counters)
-    policy = make_policy(options, store, accounts.demanded)
-    limits = Limits(header_bytes=options.max_header_bytes + HEADER_SLACK,
-                    read_seconds=options.server_read_timeout,
-                    write_seconds=options.server_write_timeout,
-                    stall_seconds=options.stall_timeout)
-    return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
-                  certificates, inherited_sockets(os.environ), SystemdNotifier(os.environ),
-                  make_bandwidth(options, counters), stats_seconds(options))
-
-
 def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Policy:
     """The policy that the options describe; with a `login` clients without a name have no rights by a file.
     Raises OSError and RightsFault with a message for the user."""
@@ -10262,9 +10227,29 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
     return Policy(rights_of(options, store.ignores_case))
 
 
-def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
-             accounts: Accounts, at: str = '') -> Api:
-    """The Api that the options describe."""
+def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
+    """The limit of --bwlimit, None if there is none at any time."""
+    limited = any(slot.sent or slot.received for slot in options.bwlimit)
+    return Bandwidth(options.bwlimit, counters) if limited else None
+
+
+def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
+    """The server that the options describe; with `at` for repositories as they were then.  One of --stdio has
+    no listeners and ignores the environment.  Raises OSError and RightsFault with a message for the user."""
+    environment: MutableMapping[str, str] = {} if options.stdio else os.environ
+    certificates = None
+    if options.cert:
+        try:
+            certificates = Certificates(options.cert, options.key, options.client_ca,
+                                        options.min_tls_version or '')
+        except ImportError as error:
+            raise OSError(f'--cert: this Python has no TLS support: {error}') from None
+    counters = Counters(1 if options.stdio else options.workers + 1)
+    accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
+                        options.user or '', getattr(options, 'pass'), options.salt, options.realm,
+                        options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
+                        options.socket_auth, counters)
+    policy = make_policy(options, store, accounts.demanded)
     usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
 
@@ -10272,80 +10257,73 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
         usage.limits = rights.quotas(options.max_size)
 
     policy.on_change = on_change
-    prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     metrics = Metrics(counters, usage, store)
-    return Api(store, policy, accounts, options.baseurl, options.response_header,
-               options.allow_origin or '', usage, metrics, prometheus,
-               Page(store, usage, options.stale_after) if options.status else None, at,
-               Events(store, counters, usage, Watch(store, usage, options.stale_after),
-                      options.on_event),
-               Admission(metrics, accounts.is_proxy, options.max_connections,
-                         options.max_connections_per_address))
+    api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
+              usage, metrics,
+              'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
+              Page(store, usage, options.stale_after) if options.status else None, at,
+              Events(store, counters, usage, Watch(store, usage, options.stale_after), options.on_event),
+              Admission(metrics, accounts.is_proxy, options.max_connections,
+                        options.max_connections_per_address))
+    limits = Limits(options.max_header_bytes + HEADER_SLACK, read_seconds=options.server_read_timeout,
+                    write_seconds=options.server_write_timeout, stall_seconds=options.stall_timeout)
+    if options.stdio:   # restic ends the connection when it wants
+        limits.header_seconds = limits.idle_seconds = math.inf
+    return Server(api, limits, [] if options.stdio else options.addr, certificates,
+                  inherited_sockets(environment), SystemdNotifier(environment),
+                  make_bandwidth(options, counters),
+                  options.stats if options.stats and log.isEnabledFor(logging.INFO) else math.inf)
 
 
-def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
-    """The limit of --bwlimit, None if there is none at any time."""
-    limited = any(slot.sent or slot.received for slot in options.bwlimit)
-    return Bandwidth(options.bwlimit, counters) if limited else None
-
-
-def stats_seconds(options: argparse.Namespace) -> float:
-    """The interval of --stats, infinite for none."""
-    return float(options.stats) if options.stats and log.isEnabledFor(logging.INFO) else math.inf
-
-
-def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
-    """Serve standard input and output until they end; with `at` the repositories of that moment."""
-    counters = Counters()
-    api = make_api(options, store, counters, Policy(short_rights(options.append_only)), Accounts(), at)
-    limits = Limits(options.max_header_bytes + HEADER_SLACK, math.inf, math.inf, options.server_read_timeout,
-                    options.server_write_timeout, options.stall_timeout)
-    server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
-                    stats_seconds=stats_seconds(options))
+def serve_stdio(server: Server, at: str) -> None:
+    """Serve standard input and output until they end, and then purge what was kept long enough."""
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     server.adopt(PipeTransport(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()
-    if api.usage.past.keeps and not (at or store.directory.read_only):
-        api.usage.purge(STDIO_PURGE_SECONDS)
+    usage = server.api.usage
+    if usage.past.keeps and not (at or server.api.store.directory.read_only):
+        usage.purge(STDIO_PURGE_SECONDS)
+
+
+def complain(text: object) -> None:
+    """Say what is wrong on standard error, in a line."""
+    print(f'restic_serve: {one_line(text)}', file=sys.stderr)
 
 
 def scrub(options: argparse.Namespace, store: Store) -> int:
     """Do --scrub; the exit status.  Raises OSError."""
     for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
         signal.signal(stop, lambda signum, frame: sys.exit(1))
-    store.find()
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
 
     def report(path: str, reason: str) -> None:
-        name = path.encode('utf-8', 'backslashreplace').decode()
-        sys.stdout.write(f'{one_line(name)}: {reason}\n')
+        sys.stdout.write(f'{one_line(path)}: {reason}\n')   # at once, as threads may
         sys.stdout.flush()
 
     with open(os.devnull, 'w') as nothing:
         job = Scrub(store, options.scrub_age, bandwidth, report, nothing if options.quiet else sys.stderr)
         damaged = job.run()
     if not job.repositories:
-        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
+        complain(f'no repository in {store.root}')
     return int(damaged > 0 or not job.repositories)
 
 
 def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
-    store.find()
     quotas = make_policy(options, store, False).rights.quotas(options.max_size)
-    usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
+    usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted))
     usage.census.count()
     repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
     for path in usage.census.unreadable:
-        print(f'restic_serve: cannot read {one_line(path[1:] or "/")}', file=sys.stderr)
+        complain(f'cannot read {path[1:] or "/"}')
     for repository in repositories:
         if repository.troubles or not options.quiet:    # so that cron has nothing to mail
             print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
     if not repositories:
-        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
+        complain(f'no repository in {store.root}')
     return int(not repositories or bool(usage.census.unreadable)
                or any(repository.troubles for repository in repositories))
 
@@ -10376,18 +10354,16 @@ def _report_as_json(repository: Watched) -> str:
 def roll_back(options: argparse.Namespace, store: Store) -> int:
     """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
     back.  Raises OSError."""
-    store.find()
     past = Past(store, math.inf)
     jobs: Dict[str, RollBack] = {}      # by path
-    failed = False
+    refused = []                        # paths
 
     def name_of(path: str) -> str:
-        return one_line(path[1:] or os.path.basename(store.root))
+        return path[1:] or os.path.basename(store.root)
 
     def refuse(path: str, reason: object) -> None:
-        nonlocal failed
-        failed = True
-        print(f'restic_serve: {name_of(path)}: {one_line(reason)}', file=sys.stderr)
+        refused.append(path)
+        complain(f'{name_of(path)}: {reason}')
 
     for folder in store.walk(refuse):
         if folder.is_repository:
@@ -10400,17 +10376,17 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
                 jobs[folder.path] = job
             except ValueError as error:
                 refuse(folder.path, error)
-    if not jobs and not failed:
-        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
-    if not jobs or (failed and not options.force):
+    if not jobs and not refused:
+        complain(f'no repository in {store.root}')
+    if not jobs or (refused and not options.force):
         return 1
     for path, job in jobs.items():
         try:
             job.run(options.dry_run, options.force)
-            print(f'{name_of(path)}: {job}', flush=True)
+            print(one_line(f'{name_of(path)}: {job}'), flush=True)
         except ValueError as error:
             refuse(path, f'{job}, then stopped: {error}')
-    return int(failed)
+    return int(bool(refused))
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
@@ -10420,21 +10396,30 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
     if options.arguments:
         parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user take --htpasswd FILE and no '
                      'DIR')
-    user, entry = options.remove_user, ''
-    if options.add_user:
-        user = options.add_user
-        try:
-            entry = new_entry(read_password(user), options.bcrypt_cost)
-        except ValueError as error:
-            print(f'restic_serve: {error}', file=sys.stderr)
-            return 1
+    user = options.add_user or options.remove_user
+    entry = new_entry(read_password(user), options.bcrypt_cost) if options.add_user else ''
     known = change_password_file(options.htpasswd, user, entry)
     if not known and not entry:
-        print(f'restic_serve: {options.htpasswd} has no user {user!r}', file=sys.stderr)
+        complain(f'{options.htpasswd} has no user {user!r}')
         return 1
-    done = 'removed' if not entry else 'changed the password of' if known else 'added'
-    print(f'{done} {user}')
+    print('removed' if not entry else 'changed the password of' if known else 'added', user)
     return 0
+
+
+def read_password(user: str) -> bytes:
+    """A new password, asked for twice on a terminal, or a line of standard input.  Raises OSError with a
+    message for the user."""
+    if sys.stdin.isatty():
+        import getpass
+        text = getpass.getpass(f'New password for {user}: ')
+        if text != getpass.getpass('Repeat password: '):
+            raise OSError('the passwords do not match')
+    else:
+        text = sys.stdin.readline().rstrip('\r\n')
+    password = text.encode('utf-8', 'surrogateescape')
+    if not password or b'\0' in password or len(password) > 72:
+        raise OSError('passwords must be 1 to 72 bytes without NUL (bcrypt limit)')
+    return password
 
 
 def show_rights(parser: Parser, options: argparse.Namespace) -> int:
@@ -10444,41 +10429,6 @@ def show_rights(parser: Parser, options: argparse.Namespace) -> int:
     user = options.show_rights
     print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size)))
     return 0
-
-
-def print_faults(error: OSError | RightsFault) -> None:
-    """Say what is wrong on standard error, a line for each fault."""
-    reason = str(error)
-    if isinstance(error, OSError) and error.filename:
-        reason = f'{error.filename}: {error.strerror}'
-    for line in reason.split('\n'):
-        print(f'restic_serve: {one_line(line)}', file=sys.stderr)
-
-
-def read_password(user: str) -> bytes:
-    """A new password, asked for twice on a terminal, or a line of standard input.  Raises
-    ValueError."""
-    if sys.stdin.isatty():
-        import getpass
-        text = getpass.getpass(f'New password for {user}: ')
-        if text != getpass.getpass('Repeat password: '):
-            raise ValueError('the passwords do not match')
-    else:
-        text = sys.stdin.readline().rstrip('\r\n')
-    password = text.encode('utf-8', 'surrogateescape')
-    if not password or b'\0' in password or len(password) > 72:
-        raise ValueError('passwords must be 1 to 72 bytes without NUL (bcrypt limit)')
-    return password
-
-
-def arguments() -> List[str]:
-    """The program's arguments.  PyPy takes them for UTF-8 even where it takes file names for ASCII."""
-    words = sys.argv[1:]
-    try:
-        os.fsencode(''.join(words))
-        return words
-    except UnicodeEncodeError:
-        return [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in words]
 
 
 def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
@@ -10492,11 +10442,13 @@ def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
         log.warning('--allow-origin: * lets scripts of any web site use the server')
 
 
-def main(args: Optional[List[str]] = None) -> int:
-    """Run the command line `args` (default: the program's own); the exit status."""
+def main() -> int:
+    """Run the program's command line; the exit status."""
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
         signal.signal(signum, lambda signum, frame: sys.exit(0))
-    args = arguments() if args is None else args
+    args = sys.argv[1:]
+    if sys.implementation.name == 'pypy':   # takes them for UTF-8, even where it takes file names for ASCII
+        args = [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in args]
     # A command of --on-event inherits variables that are not meant for it.
     parser = Parser({} if 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
@@ -10512,10 +10464,11 @@ def main(args: Optional[List[str]] = None) -> int:
         warn_of_options(parser, options)
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
-        if options.scrub or options.report:
-            return (scrub if options.scrub else report)(options, store)
-        if options.roll_back is not None:
-            return roll_back(options, store)
+        job = (scrub if options.scrub else report if options.report
+               else roll_back if options.roll_back is not None else None)
+        if job:
+            store.find()
+            return job(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
         run_in_batches()
         if not options.stdio:
@@ -10523,15 +10476,19 @@ def main(args: Optional[List[str]] = None) -> int:
         with contextlib.suppress(ValueError, RuntimeError):     # where stacks have a size of their own
             threading.stack_size(STACK_BYTES)
         store.prepare(options.must_exist or bool(at))
+        server = make_server(options, store, at)
         if options.stdio:
-            serve_stdio(options, store, at)
+            serve_stdio(server, at)
             return 0
-        server = make_server(options, store)
     except ImportError as error:
-        print(f'restic_serve: this Python lacks {error.name}; install python3', file=sys.stderr)
+        complain(f'this Python lacks {error.name}; install python3')
         return 1
     except (OSError, RightsFault) as error:
-        print_faults(error)
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f'{error.filename}: {error.strerror}'
+        for line in reason.split('\n'):
+            complain(line)
         return 1
     announce(server, store.root, options)
     trim_memory()
