@@ -8865,9 +8865,9 @@ _AF_UNIX = getattr(socket, 'AF_UNIX', None)
 
 
 class Certificates(WatchedFiles):
-    """TLS contexts from PEM files.  `client_ca` is the CA that signs the clients' certificates.  `minimum` is
-    the lowest version, `tls1.0` to `tls1.3`; without one the TLS library decides.  Raises OSError, and
-    ImportError where Python has no TLS."""
+    """TLS from PEM files: wrap() makes a TlsTransport.  `client_ca` is the CA that signs the clients'
+    certificates, `authority` that file's content.  `minimum` is the lowest version, `tls1.0` to `tls1.3`;
+    without one the TLS library decides.  Raises OSError, and ImportError where Python has no TLS."""
 
     def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
         self._cert = cert
@@ -8877,48 +8877,37 @@ class Certificates(WatchedFiles):
         self.kept = f'invalid certificate {cert}, keeping the previous one'
         super().__init__(cert, key, client_ca)
 
-    @property
-    def authority(self) -> bytes:
-        """The content of the file `client_ca`."""
-        return self._loaded[1]
-
-    def wrap(self, below: SocketTransport) -> TlsTransport:
-        """The server's side of TLS on a connection, before its handshake."""
-        return TlsTransport(below, *self._loaded)
-
     def load(self) -> str:
         import ssl
         import warnings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self._minimum:
+            names = {'tls1.0': 'TLSv1', 'tls1.1': 'TLSv1_1', 'tls1.2': 'TLSv1_2', 'tls1.3': 'TLSv1_3'}
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', DeprecationWarning)  # of versions below 1.2
-                context.minimum_version = {
-                    'tls1.0': ssl.TLSVersion.TLSv1, 'tls1.1': ssl.TLSVersion.TLSv1_1,
-                    'tls1.2': ssl.TLSVersion.TLSv1_2, 'tls1.3': ssl.TLSVersion.TLSv1_3,
-                }[self._minimum]
-            if self._minimum in ('tls1.0', 'tls1.1'):
-                # These versions sign with SHA-1, which OpenSSL's security level 1 forbids.
-                context.set_ciphers('DEFAULT:@SECLEVEL=0')
-        if self._minimum not in ('tls1.0', 'tls1.1') and sys.version_info >= (3, 10):
+                context.minimum_version = ssl.TLSVersion[names[self._minimum]]
+        if self._minimum in ('tls1.0', 'tls1.1'):
+            # These versions sign with SHA-1, which OpenSSL's security level 1 forbids.
+            context.set_ciphers('DEFAULT:@SECLEVEL=0')
+        elif sys.version_info >= (3, 10):
             # All ciphers are secure; the client knows which one its processor accelerates.
             context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(['http/1.1'])
-        context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
+        context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # costs the server more than the client
         cert, key = self._read('--cert', self._cert), self._read('--key', self._key)
         try:
             context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
         except ssl.SSLError as error:
+            fault = f'--cert: {self._cert} with {self._key}: {error}'
             if b'-----BEGIN CERTIFICATE-----' not in cert:
-                raise OSError(f'--cert: no PEM certificate in {self._cert}') from None
-            if b'PRIVATE KEY-----' not in key:
-                raise OSError(f'--key: no PEM private key in {self._key}') from None
-            if b'ENCRYPTED' in key:
-                raise OSError(f'--key: {self._key} is encrypted; '
-                              'remove its passphrase (openssl pkey)') from None
-            if error.reason in ('KEY_VALUES_MISMATCH', 'NO_CERTIFICATE_ASSIGNED', 'KEY_TYPE_MISMATCH'):
-                raise OSError(f'--key: {self._key} does not match the certificate {self._cert}') from None
-            raise OSError(f'--cert: {self._cert} with {self._key}: {error}') from None
+                fault = f'--cert: no PEM certificate in {self._cert}'
+            elif b'PRIVATE KEY-----' not in key:
+                fault = f'--key: no PEM private key in {self._key}'
+            elif b'ENCRYPTED' in key:
+                fault = f'--key: {self._key} is encrypted; remove its passphrase (openssl pkey)'
+            elif error.reason in ('KEY_VALUES_MISMATCH', 'NO_CERTIFICATE_ASSIGNED', 'KEY_TYPE_MISMATCH'):
+                fault = f'--key: {self._key} does not match the certificate {self._cert}'
+            raise OSError(fault) from None
         authority = b''
         if self._client_ca:
             authority = self._read('--client-ca', self._client_ca)
@@ -8927,7 +8916,8 @@ class Certificates(WatchedFiles):
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError:
                 raise OSError(f'--client-ca: no PEM certificate in {self._client_ca}') from None
-        self._loaded = context, authority
+        self.authority = authority
+        self.wrap = functools.partial(TlsTransport, context=context, authority=authority)
         return f'loaded certificate {self._cert}'
 
     @staticmethod
@@ -8940,10 +8930,9 @@ class Certificates(WatchedFiles):
 
     def warn(self) -> str:
         """Log what is doubtful about the files; the first name of the certificate, which may be empty."""
-        with contextlib.suppress(OSError):
-            if os.name == 'posix' and os.stat(self._key).st_mode & stat.S_IROTH:
-                log.warning('--key: %s is readable by all users of this host (chmod o-r)', self._key)
         import ssl
+        if os.name == 'posix' and os.stat(self._key).st_mode & stat.S_IROTH:
+            log.warning('--key: %s is readable by all users of this host (chmod o-r)', self._key)
         try:  # the library's own reader, which has no public name
             certificate: Dict[str, Any] = vars(ssl)['_ssl']._test_decode_cert(self._cert)
             if ssl.cert_time_to_seconds(certificate['notAfter']) < time.time():
