@@ -8639,9 +8639,9 @@ _AF_UNIX = getattr(socket, 'AF_UNIX', None)
 
 
 class Certificates(WatchedFiles):
-    """TLS contexts from PEM files.  `client_ca` is the CA that signs the clients' certificates.  `minimum` is
-    the lowest version, `tls1.0` to `tls1.3`; without one the TLS library decides.  Raises OSError, and
-    ImportError where Python has no TLS."""
+    """TLS from PEM files: wrap() makes a TlsTransport.  `client_ca` is the CA that signs the clients'
+    certificates, `authority` that file's content.  `minimum` is the lowest version, `tls1.0` to `tls1.3`;
+    without one the TLS library decides.  Raises OSError, and ImportError where Python has no TLS."""
 
     def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
         self._cert = cert
@@ -8651,48 +8651,37 @@ class Certificates(WatchedFiles):
         self.kept = f'invalid certificate {cert}, keeping the previous one'
         super().__init__(cert, key, client_ca)
 
-    @property
-    def authority(self) -> bytes:
-        """The content of the file `client_ca`."""
-        return self._loaded[1]
-
-    def wrap(self, below: SocketTransport) -> TlsTransport:
-        """The server's side of TLS on a connection, before its handshake."""
-        return TlsTransport(below, *self._loaded)
-
     def load(self) -> str:
         import ssl
         import warnings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self._minimum:
+            names = {'tls1.0': 'TLSv1', 'tls1.1': 'TLSv1_1', 'tls1.2': 'TLSv1_2', 'tls1.3': 'TLSv1_3'}
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', DeprecationWarning)  # of versions below 1.2
-                context.minimum_version = {
-                    'tls1.0': ssl.TLSVersion.TLSv1, 'tls1.1': ssl.TLSVersion.TLSv1_1,
-                    'tls1.2': ssl.TLSVersion.TLSv1_2, 'tls1.3': ssl.TLSVersion.TLSv1_3,
-                }[self._minimum]
-            if self._minimum in ('tls1.0', 'tls1.1'):
-                # These versions sign with SHA-1, which OpenSSL's security level 1 forbids.
-                context.set_ciphers('DEFAULT:@SECLEVEL=0')
-        if self._minimum not in ('tls1.0', 'tls1.1') and sys.version_info >= (3, 10):
+                context.minimum_version = ssl.TLSVersion[names[self._minimum]]
+        if self._minimum in ('tls1.0', 'tls1.1'):
+            # These versions sign with SHA-1, which OpenSSL's security level 1 forbids.
+            context.set_ciphers('DEFAULT:@SECLEVEL=0')
+        elif sys.version_info >= (3, 10):
             # All ciphers are secure; the client knows which one its processor accelerates.
             context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(['http/1.1'])
-        context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # RFC 9113 9.2.1
+        context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # costs the server more than the client
         cert, key = self._read('--cert', self._cert), self._read('--key', self._key)
         try:
             context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
         except ssl.SSLError as error:
+            fault = f'--cert: {self._cert} with {self._key}: {error}'
             if b'-----BEGIN CERTIFICATE-----' not in cert:
-                raise OSError(f'--cert: no PEM certificate in {self._cert}') from None
-            if b'PRIVATE KEY-----' not in key:
-                raise OSError(f'--key: no PEM private key in {self._key}') from None
-            if b'ENCRYPTED' in key:
-                raise OSError(f'--key: {self._key} is encrypted; '
-                              'remove its passphrase (openssl pkey)') from None
-            if error.reason in ('KEY_VALUES_MISMATCH', 'NO_CERTIFICATE_ASSIGNED', 'KEY_TYPE_MISMATCH'):
-                raise OSError(f'--key: {self._key} does not match the certificate {self._cert}') from None
-            raise OSError(f'--cert: {self._cert} with {self._key}: {error}') from None
+                fault = f'--cert: no PEM certificate in {self._cert}'
+            elif b'PRIVATE KEY-----' not in key:
+                fault = f'--key: no PEM private key in {self._key}'
+            elif b'ENCRYPTED' in key:
+                fault = f'--key: {self._key} is encrypted; remove its passphrase (openssl pkey)'
+            elif error.reason in ('KEY_VALUES_MISMATCH', 'NO_CERTIFICATE_ASSIGNED', 'KEY_TYPE_MISMATCH'):
+                fault = f'--key: {self._key} does not match the certificate {self._cert}'
+            raise OSError(fault) from None
         authority = b''
         if self._client_ca:
             authority = self._read('--client-ca', self._client_ca)
@@ -8701,7 +8690,8 @@ class Certificates(WatchedFiles):
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError:
                 raise OSError(f'--client-ca: no PEM certificate in {self._client_ca}') from None
-        self._loaded = context, authority
+        self.authority = authority
+        self.wrap = functools.partial(TlsTransport, context=context, authority=authority)
         return f'loaded certificate {self._cert}'
 
     @staticmethod
@@ -8714,10 +8704,9 @@ class Certificates(WatchedFiles):
 
     def warn(self) -> str:
         """Log what is doubtful about the files; the first name of the certificate, which may be empty."""
-        with contextlib.suppress(OSError):
-            if os.name == 'posix' and os.stat(self._key).st_mode & stat.S_IROTH:
-                log.warning('--key: %s is readable by all users of this host (chmod o-r)', self._key)
         import ssl
+        if os.name == 'posix' and os.stat(self._key).st_mode & stat.S_IROTH:
+            log.warning('--key: %s is readable by all users of this host (chmod o-r)', self._key)
         try:  # the library's own reader, which has no public name
             certificate: Dict[str, Any] = vars(ssl)['_ssl']._test_decode_cert(self._cert)
             if ssl.cert_time_to_seconds(certificate['notAfter']) < time.time():
@@ -9544,8 +9533,8 @@ def start_log(level: str, path: str, as_json: bool = False) -> None:
 
 
 class Option:
-    """An option with a value, in the `words` of --help: `--name VALUE`.  A bool may go without a value, which
-    means true; another one if it has a `const`, which then is its value.
+    """An option in the `words` of --help, `--name VALUE`; without VALUE it is a bool, whose name alone means
+    true.  Another one whose name stands alone is `const`, if that is given.
 
     `parse` makes a value of text and raises ValueError.  `default` is text, too; where it is empty a
     bool is false, and anything else empty or None.  `shown` is the default in --help, if the text is
@@ -9554,7 +9543,7 @@ class Option:
     words in the environment's variable, or of its lines where a value may have spaces.
     """
 
-    def __init__(self, words: str, parse: Callable[[str], Any], text: str = argparse.SUPPRESS, *,
+    def __init__(self, words: str, text: str = argparse.SUPPRESS, parse: Callable[[str], Any] = str, *,
                  default: str = '', const: Optional[str] = None, shown: Optional[str] = None,
                  requires: str = '', repeated: bool = False, stdio: bool = True, environment: bool = True
                  ) -> None:
@@ -9565,185 +9554,173 @@ class Option:
         self.requires = requires
         self.repeated = repeated
         self.stdio = stdio
-        self._parse = parse
-        self.is_flag = parse is parse_bool
+        self._parse = parse if self.metavar else parse_bool
         self.help = text + (f' (default: {shown})' if shown else
                             f' (default {default})' if default and shown is None else '')
-        self.default: Any = (self.read(default) if default else [] if repeated else False if self.is_flag
-                             else '' if parse is str else None)
+        self.default: Any = (self.read(self.split(default)) if default else [] if repeated else
+                             False if not self.metavar else '' if parse is str else None)
 
-    def read(self, text: str) -> Any:
-        """The value of the environment's variable.  Raises ValueError."""
+    def split(self, text: str) -> List[str]:
+        """The words in the environment's variable."""
         if not self.repeated:
-            return self._parse(text)
-        words = text.splitlines() if self._parse is parse_header else text.split()
-        return [self._parse(word) for word in words]
+            return [text]
+        return text.splitlines() if self._parse is parse_header else text.split()
 
-    def value(self, word: str) -> Any:
-        """The value of a word of the command line."""
-        try:
-            return self._parse(word)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+    def read(self, words: List[str]) -> Any:
+        """The value of words, of which the last one counts unless it is `repeated`.  Raises ValueError."""
+        values = [self._parse(word) for word in words]
+        return values if self.repeated else values[-1]
 
 
 # Default of --workers: more than four gain little, and each takes memory.
 _WORKERS = min(len(CORES), 4) if hasattr(os, 'fork') else 1
 # Options in scripts for rclone that mean nothing to a local directory; they are ignored and logged.
-_IGNORED = (
-    *(Option(name, parse_bool, environment=False)
-      for name in ('--fast-list', '--progress', '--stats-one-line', '--use-mmap')),
-    *(Option(name, str, environment=False)
-      for name in ('--buffer-size', '--cache-dir', '--checkers', '--contimeout', '--low-level-retries',
-                   '--retries', '--timeout', '--tpslimit', '--tpslimit-burst', '--transfers',
-                   '--user-agent')))
+_IGNORED = [Option(words, environment=False) for words in (
+    '--fast-list', '--progress', '--stats-one-line', '--use-mmap', '--buffer-size SIZE', '--cache-dir DIR',
+    '--checkers N', '--contimeout TIME', '--low-level-retries N', '--retries N', '--timeout TIME',
+    '--tpslimit N', '--tpslimit-burst N', '--transfers N', '--user-agent NAME')]
 # The options in the order of --help, each group after its title.
 HELP: Tuple[Union[str, Option], ...] = (
     'serving',
-    Option('--addr ADDRESS', parse_address, 'address to listen on: 1.2.3.4:8000, [::1]:8080, localhost:0 (a '
-           'free port), :8080 (all addresses), unix:///path/to/socket or /path/to/socket; a leading http:// '
-           'or tls:// selects the protocol for that address; repeatable', default='127.0.0.1:8080',
+    Option('--addr ADDRESS', 'address to listen on: 1.2.3.4:8000, [::1]:8080, localhost:0 (a free port), '
+           ':8080 (all addresses), unix:///path/to/socket or /path/to/socket; a leading http:// or tls:// '
+           'selects the protocol for that address; repeatable', parse_address, default='127.0.0.1:8080',
            repeated=True),
-    Option('--stdio', parse_bool, 'speak HTTP/2 over standard input and output, for restic -o '
-           'rclone.program="ssh HOST restic_serve.py" -r rclone:DIR; ignores --addr', environment=False),
-    Option('--b2-hard-delete', parse_bool),     # restic passes it to rclone
-    Option('--baseurl PATH', parse_baseurl, 'prefix for all URLs, for use behind a proxy', default='/',
+    Option('--stdio', 'speak HTTP/2 over standard input and output, for restic -o rclone.program="ssh HOST '
+           'restic_serve.py" -r rclone:DIR; ignores --addr', environment=False),
+    Option('--b2-hard-delete'),     # restic passes it to rclone
+    Option('--baseurl PATH', 'prefix for all URLs, for use behind a proxy', parse_baseurl, default='/',
            shown=''),
-    Option('--cache-objects', parse_bool, 'ignored; accepted for compatibility with rclone'),
-    Option('--allow-origin ORIGIN', parse_origin, 'web origin whose scripts may use the server (CORS), or * '
-           'for any', stdio=False),
-    Option("--response-header 'NAME: VALUE'", parse_header, 'header to add to all responses; repeatable',
+    Option('--cache-objects', 'ignored; accepted for compatibility with rclone'),
+    Option('--allow-origin ORIGIN', 'web origin whose scripts may use the server (CORS), or * for any',
+           parse_origin, stdio=False),
+    Option("--response-header 'NAME: VALUE'", 'header to add to all responses; repeatable', parse_header,
            repeated=True),
-    Option('--workers NUMBER', parse_count, 'number of worker processes', default=str(_WORKERS),
+    Option('--workers NUMBER', 'number of worker processes', parse_count, default=str(_WORKERS),
            shown='one per available core, at most 4; 1 on systems without fork'),
     'TLS',
-    Option('--cert FILE', str, 'TLS certificate with its chain (PEM); all TCP addresses then use TLS, except '
+    Option('--cert FILE', 'TLS certificate with its chain (PEM); all TCP addresses then use TLS, except '
            'those written with http://', requires='--key', stdio=False),
-    Option('--key FILE', str, 'private key of the certificate (PEM)', requires='--cert', stdio=False),
-    Option('--client-ca FILE', str, 'require client certificates signed by this CA (PEM)', requires='--cert',
+    Option('--key FILE', 'private key of the certificate (PEM)', requires='--cert', stdio=False),
+    Option('--client-ca FILE', 'require client certificates signed by this CA (PEM)', requires='--cert',
            stdio=False),
-    Option('--min-tls-version VERSION', parse_tls_version, 'minimum version: tls1.0, tls1.1, tls1.2 or '
-           'tls1.3', shown='minimum of the TLS library', requires='--cert', stdio=False),
+    Option('--min-tls-version VERSION', 'minimum version: tls1.0, tls1.1, tls1.2 or tls1.3',
+           parse_tls_version, shown='minimum of the TLS library', requires='--cert', stdio=False),
     'authentication',
-    Option('--no-auth', parse_bool, 'allow access without authentication and do not warn about it',
+    Option('--no-auth', 'allow access without authentication and do not warn about it', stdio=False),
+    Option('--htpasswd FILE', 'file of users and passwords, as written by htpasswd; reloaded when it changes',
            stdio=False),
-    Option('--htpasswd FILE', str, 'file of users and passwords, as written by htpasswd; reloaded when it '
-           'changes', stdio=False),
-    Option('--user NAME', parse_user, 'a single user, instead of a file', requires='--pass', stdio=False),
-    Option('--pass PASSWORD', str, 'password of that user; set RESTIC_SERVE_PASS instead to keep it out of '
-           'the process list', requires='--user', stdio=False),
-    Option('--salt TEXT', str, 'salt of the hash kept in memory for that password', default='dlPL2MqE'),
-    Option('--realm TEXT', parse_realm, 'realm that clients show when asking for a password',
+    Option('--user NAME', 'a single user, instead of a file', parse_user, requires='--pass', stdio=False),
+    Option('--pass PASSWORD', 'password of that user; set RESTIC_SERVE_PASS instead to keep it out of the '
+           'process list', requires='--user', stdio=False),
+    Option('--salt TEXT', 'salt of the hash kept in memory for that password', default='dlPL2MqE'),
+    Option('--realm TEXT', 'realm that clients show when asking for a password', parse_realm,
            default='restic_serve'),
-    Option('--user-from-header NAME', parse_header_name, 'header in which a proxy (on this host, or listed '
-           'in --trust-proxy) passes the user name', stdio=False),
-    Option('--trust-proxy ADDRESS[/BITS]', parse_network, 'address or network of a proxy whose user name '
+    Option('--user-from-header NAME', 'header in which a proxy (on this host, or listed in --trust-proxy) '
+           'passes the user name', parse_header_name, stdio=False),
+    Option('--trust-proxy ADDRESS[/BITS]', 'address or network of a proxy whose user name '
            '(--user-from-header) and client address (X-Forwarded-For, Forwarded) are believed, also over '
-           'unix sockets; limits per address do not apply to it; repeatable', repeated=True, stdio=False),
-    Option('--socket-auth', parse_bool, 'require a password on unix sockets too', stdio=False),
-    'access control',
-    Option('--append-only', parse_bool, 'disallow deleting or changing anything except locks'),
-    Option('--private-repos', parse_bool, 'restrict users to repositories below /<user>/', stdio=False),
-    Option('--admin NAME', parse_user, 'user exempt from --append-only and --private-repos; repeatable',
-           repeated=True, stdio=False),
-    Option('--rights FILE', str, 'file of access rules, one per line, such as "alice /alice append 50G"; '
-           'replaces the three options above and --max-size-per-user', stdio=False),
-    'storage',
-    Option('--group-accessible', parse_bool, 'give the group access to new directories and files (0770 and '
-           '0660 instead of 0700 and 0600)'),
-    Option('--must-exist', parse_bool, 'fail if DIR does not exist, for example because its disk is not '
-           'mounted, instead of creating it'),
-    Option('--read-only', parse_bool, 'refuse all changes, even locks (use restic --no-lock)'),
-    Option('--keep-deleted DURATION', parse_duration, 'keep deleted objects for this time, such as 30d, so '
-           'that repositories can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back '
-           '(--roll-back)', default='0', shown='0, keep nothing'),
-    Option('--no-verify-upload', parse_bool, 'do not verify the SHA-256 of uploads; only for very weak '
-           'machines'),
-    'limits',
-    Option('--bwlimit BANDWIDTH', parse_timetable, 'bandwidth limit for all connections together, such as '
-           '10M, 10M:1M (sent:received) or a timetable "08:00,512k Sat-10:00,off"; SIGUSR2 toggles it',
-           default='off'),
-    Option('--max-size SIZE', parse_quota, 'quota for all repositories together, such as 500G; uploads '
-           'beyond it fail with 507', default='0', shown='0, no limit'),
-    Option('--max-size-per-user SIZE', parse_quota, 'quota for all repositories below each /<user>/; '
-           'requires --private-repos', default='0', shown='0, no limit', requires='--private-repos',
+           'unix sockets; limits per address do not apply to it; repeatable', parse_network, repeated=True,
            stdio=False),
-    Option('--max-connections NUMBER', parse_count, 'maximum number of simultaneous connections; more are '
-           'rejected with 503', default='1024'),
-    Option('--max-connections-per-address NUMBER', parse_count, 'maximum per IPv4 address or IPv6 /64 '
-           'network, of connections and of requests behind a proxy; more are rejected with 503; does not '
-           'apply to this host, unix sockets and --trust-proxy',
+    Option('--socket-auth', 'require a password on unix sockets too', stdio=False),
+    'access control',
+    Option('--append-only', 'disallow deleting or changing anything except locks'),
+    Option('--private-repos', 'restrict users to repositories below /<user>/', stdio=False),
+    Option('--admin NAME', 'user exempt from --append-only and --private-repos; repeatable', parse_user,
+           repeated=True, stdio=False),
+    Option('--rights FILE', 'file of access rules, one per line, such as "alice /alice append 50G"; replaces '
+           'the three options above and --max-size-per-user', stdio=False),
+    'storage',
+    Option('--group-accessible', 'give the group access to new directories and files (0770 and 0660 instead '
+           'of 0700 and 0600)'),
+    Option('--must-exist', 'fail if DIR does not exist, for example because its disk is not mounted, instead '
+           'of creating it'),
+    Option('--read-only', 'refuse all changes, even locks (use restic --no-lock)'),
+    Option('--keep-deleted DURATION', 'keep deleted objects for this time, such as 30d, so that repositories '
+           'can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back (--roll-back)',
+           parse_duration, default='0', shown='0, keep nothing'),
+    Option('--no-verify-upload', 'do not verify the SHA-256 of uploads; only for very weak machines'),
+    'limits',
+    Option('--bwlimit BANDWIDTH', 'bandwidth limit for all connections together, such as 10M, 10M:1M '
+           '(sent:received) or a timetable "08:00,512k Sat-10:00,off"; SIGUSR2 toggles it', parse_timetable,
+           default='off'),
+    Option('--max-size SIZE', 'quota for all repositories together, such as 500G; uploads beyond it fail '
+           'with 507', parse_quota, default='0', shown='0, no limit'),
+    Option('--max-size-per-user SIZE', 'quota for all repositories below each /<user>/; requires '
+           '--private-repos', parse_quota, default='0', shown='0, no limit', requires='--private-repos',
+           stdio=False),
+    Option('--max-connections NUMBER', 'maximum number of simultaneous connections; more are rejected with '
+           '503', parse_count, default='1024'),
+    Option('--max-connections-per-address NUMBER', 'maximum per IPv4 address or IPv6 /64 network, of '
+           'connections and of requests behind a proxy; more are rejected with 503; does not apply to this '
+           'host, unix sockets and --trust-proxy', parse_count,
            shown='a quarter of --max-connections, at least 8'),
-    Option('--max-header-bytes BYTES', parse_count, 'maximum size of a request header; as in rclone, 4096 '
-           'bytes more are allowed', default='4096'),
-    Option('--server-read-timeout DURATION', parse_duration, 'maximum time for an upload, not counting '
-           'delays by --bwlimit; 0 for no limit', shown='1h0m0s, plus a second for each KiB transferred'),
-    Option('--server-write-timeout DURATION', parse_duration, 'maximum time for a download, likewise'),
-    Option('--stall-timeout DURATION', parse_duration, 'abort uploads and downloads that make no progress '
-           'for this time; 0 for no limit', default='1m0s'),
+    Option('--max-header-bytes BYTES', 'maximum size of a request header; as in rclone, 4096 bytes more are '
+           'allowed', parse_count, default='4096'),
+    Option('--server-read-timeout DURATION', 'maximum time for an upload, not counting delays by --bwlimit; '
+           '0 for no limit', parse_duration, shown='1h0m0s, plus a second for each KiB transferred'),
+    Option('--server-write-timeout DURATION', 'maximum time for a download, likewise', parse_duration),
+    Option('--stall-timeout DURATION', 'abort uploads and downloads that make no progress for this time; 0 '
+           'for no limit', parse_duration, default='1m0s'),
     'logging',
-    Option('--quiet', parse_bool, 'log errors only; also -q'),
-    Option('--log-level LEVEL', parse_log_level, 'DEBUG (as -vv), INFO (as -v), NOTICE or ERROR (as -q)'),
-    Option('--log-file FILE', str, 'append the log to FILE instead of stderr; reopened on SIGHUP'),
-    Option('--log-format FORMAT', parse_log_format, 'text, or json for one JSON object per line',
+    Option('--quiet', 'log errors only; also -q'),
+    Option('--log-level LEVEL', 'DEBUG (as -vv), INFO (as -v), NOTICE or ERROR (as -q)', parse_log_level),
+    Option('--log-file FILE', 'append the log to FILE instead of stderr; reopened on SIGHUP'),
+    Option('--log-format FORMAT', 'text, or json for one JSON object per line', parse_log_format,
            default='text'),
     'monitoring',
-    Option('--status', parse_bool, 'serve a status page to browsers; --status=false disables it',
-           default='true'),
-    Option('--stale-after DURATION', parse_duration, 'age of the last snapshot after which a repository is '
-           'overdue', default='48h'),
-    Option('--prometheus', parse_bool, 'serve metrics at /metrics; if there are users, only to '
-           'administrators and the user "metrics"', stdio=False),
-    Option('--prometheus-no-auth', parse_bool, 'serve metrics without authentication',
-           requires='--prometheus', stdio=False),
-    Option('--on-event COMMAND', str, 'shell command to run when a snapshot arrives (snapshot); when a '
-           'repository is overdue, no longer overdue, or damaged (overdue, back, damaged); when a quota or '
-           'the disk is 90%% full (full); when most snapshots are deleted (deleted) or a delete is refused '
-           '(refused); when DIR disappears (gone). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, '
-           '_DIRECTORY and _TIME describe the event', stdio=False),
-    Option('--usage-interval DURATION', parse_duration, 'maximum age of the sizes used by the page, metrics '
-           'and quotas; uploads and deletions update it immediately', default='1h'),
-    Option('--stats DURATION', parse_duration, 'with -v, log a summary at this interval; SIGUSR1 logs one at '
-           'once; 0 to disable', default='1m'),
+    Option('--status', 'serve a status page to browsers; --status=false disables it', default='true'),
+    Option('--stale-after DURATION', 'age of the last snapshot after which a repository is overdue',
+           parse_duration, default='48h'),
+    Option('--prometheus', 'serve metrics at /metrics; if there are users, only to administrators and the '
+           'user "metrics"', stdio=False),
+    Option('--prometheus-no-auth', 'serve metrics without authentication', requires='--prometheus',
+           stdio=False),
+    Option('--on-event COMMAND', 'shell command to run when a snapshot arrives (snapshot); when a repository '
+           'is overdue, no longer overdue, or damaged (overdue, back, damaged); when a quota or the disk is '
+           '90%% full (full); when most snapshots are deleted (deleted) or a delete is refused (refused); '
+           'when DIR disappears (gone). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, _DIRECTORY and '
+           '_TIME describe the event', stdio=False),
+    Option('--usage-interval DURATION', 'maximum age of the sizes used by the page, metrics and quotas; '
+           'uploads and deletions update it immediately', parse_duration, default='1h'),
+    Option('--stats DURATION', 'with -v, log a summary at this interval; SIGUSR1 logs one at once; 0 to '
+           'disable', parse_duration, default='1m'),
     'jobs',
-    Option('--report', parse_bool, 'print the state of each repository in DIR, problems first (with -q only '
-           'problems; with --log-format json as JSON); exit status 1 if there are any. Can run beside a '
-           'server and needs no password', environment=False, stdio=False),
-    Option('--scrub', parse_bool, 'verify the SHA-256 of all objects in DIR and list damaged and foreign '
-           'files; exit status 1 if anything is damaged. Can run beside a server and needs no password',
+    Option('--report', 'print the state of each repository in DIR, problems first (with -q only problems; '
+           'with --log-format json as JSON); exit status 1 if there are any. Can run beside a server and '
+           'needs no password', environment=False, stdio=False),
+    Option('--scrub', 'verify the SHA-256 of all objects in DIR and list damaged and foreign files; exit '
+           'status 1 if anything is damaged. Can run beside a server and needs no password',
            environment=False),
-    Option('--scrub-age DURATION', parse_duration, 'skip objects verified within this time, such as 30d',
+    Option('--scrub-age DURATION', 'skip objects verified within this time, such as 30d', parse_duration,
            default='0', shown='0, skip nothing', requires='--scrub', environment=False),
-    Option('--roll-back TIME', parse_past, 'reset the repository at DIR, or all repositories below it, to '
-           'TIME: restore what was deleted since and set aside what was added (see --keep-deleted for TIME). '
-           'Can run beside a server and needs no password', environment=False, stdio=False),
-    Option('--dry-run', parse_bool, 'with --roll-back, only print what would be done', requires='--roll-back',
+    Option('--roll-back TIME', 'reset the repository at DIR, or all repositories below it, to TIME: restore '
+           'what was deleted since and set aside what was added (see --keep-deleted for TIME). Can run '
+           'beside a server and needs no password', parse_past, environment=False, stdio=False),
+    Option('--dry-run', 'with --roll-back, only print what would be done', requires='--roll-back',
            environment=False),
-    Option('--force', parse_bool, 'with --roll-back, ignore locks younger than 30 minutes, and skip '
-           'repositories that cannot be rolled back', requires='--roll-back', environment=False),
-    Option('--add-user NAME', parse_user, 'add a user to the --htpasswd file or change the password, which '
-           'is prompted for or read from standard input', requires='--htpasswd', environment=False),
-    Option('--remove-user NAME', parse_user, 'remove a user from the --htpasswd file', requires='--htpasswd',
+    Option('--force', 'with --roll-back, ignore locks younger than 30 minutes, and skip repositories that '
+           'cannot be rolled back', requires='--roll-back', environment=False),
+    Option('--add-user NAME', 'add a user to the --htpasswd file or change the password, which is prompted '
+           'for or read from standard input', parse_user, requires='--htpasswd', environment=False),
+    Option('--remove-user NAME', 'remove a user from the --htpasswd file', parse_user, requires='--htpasswd',
            environment=False),
-    Option('--show-rights USER', parse_shown_user, 'print the access rules in effect, or describe the rights '
-           'of USER', const='*', environment=False, stdio=False),
-    Option('--bcrypt-cost NUMBER', parse_cost, 'cost of new bcrypt passwords, 4 to 31',
+    Option('--show-rights USER', 'print the access rules in effect, or describe the rights of USER',
+           parse_shown_user, const='*', environment=False, stdio=False),
+    Option('--bcrypt-cost NUMBER', 'cost of new bcrypt passwords, 4 to 31', parse_cost,
            shown='10, or 5 where bcrypt runs in Python'),
     *_IGNORED,
 )
 OPTIONS = [entry for entry in HELP if isinstance(entry, Option)]
-# Variables of rest-server's container, and what to use instead.
-_VARIABLES_OF_REST_SERVER = {
-    'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'RESTIC_SERVE_HTPASSWD',
-    'OPTIONS': 'RESTIC_SERVE_… for each'}
-# What to use instead of options of rest-server and rclone.
+# What to use instead of options of rest-server and rclone, and of variables of rest-server's container.
 _HINTS = {
     '--config': 'there is no configuration file, and only local directories are served',
     '--listen': 'use --addr', '--path': 'use DIR as the last word', '--tls': 'use --cert and --key',
     '--tls-cert': 'use --cert', '--tls-key': 'use --key', '--tls-min-ver': 'use --min-tls-version',
     '--htpasswd-file': 'use --htpasswd', '--group-accessible-repos': 'use --group-accessible',
-    '--log': 'use --log-file and -v', '--debug': 'use -vv',
-    '--proxy-auth-username': 'use --user-from-header'}
+    '--log': 'use --log-file and -v', '--debug': 'use -vv', '--proxy-auth-username': 'use --user-from-header',
+    'DISABLE_AUTHENTICATION': 'use RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'use RESTIC_SERVE_HTPASSWD',
+    'OPTIONS': 'use RESTIC_SERVE_… for each'}
 
 
 class Parser(argparse.ArgumentParser):
@@ -9764,14 +9741,12 @@ class Parser(argparse.ArgumentParser):
         self._environment = environment
         self.add_argument('arguments', nargs='*', default=None, help=argparse.SUPPRESS)
         for letter, name in (('-q', 'quiet'), ('-P', 'progress')):
-            self.add_argument(letter, dest=name, action='store_true', help=argparse.SUPPRESS)
+            self.add_argument(letter, dest=name, action='append_const', const='true', help=argparse.SUPPRESS)
         group: Any = self
         for entry in HELP:
             if isinstance(entry, Option):
-                group.add_argument(
-                    entry.name, action='append' if entry.repeated else 'store', type=entry.value,
-                    nargs='?' if entry.const else None, const=entry.const, metavar=entry.metavar,
-                    help=entry.help)
+                group.add_argument(entry.name, action='append', nargs='?' if entry.const else None,
+                                   const=entry.const, metavar=entry.metavar, help=entry.help)
                 continue
             group = self.add_argument_group(entry)
             if entry == 'logging':
@@ -9783,7 +9758,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, args: List[str]) -> argparse.Namespace:
         """The options that `args` and the environment set; those of OPTIONS that differ from their defaults
         are `given`, too, by name.  Exits after an error, --help and --version."""
-        flags = {option.name for option in OPTIONS if option.is_flag}
+        flags = {option.name for option in OPTIONS if not option.metavar}
         end = args.index('--') if '--' in args else len(args)
         # A bool takes a value only after '=', or it would swallow DIR.
         options = self.parse_intermixed_args([f'{word}=true' if word in flags else word
@@ -9797,25 +9772,28 @@ class Parser(argparse.ArgumentParser):
         if not re.fullmatch('[0-9]|true|false', level):
             self.error(f'RESTIC_SERVE_VERBOSE: invalid level {level!r}; use 1 for -v, 2 for -vv')
         options.verbose += int({'true': '1', 'false': '0'}.get(level, level))
+        options.given = {}
         for option in OPTIONS:
+            name, words = option.name, getattr(options, option.dest, [])
             text = self._environment.get(option.variable)
+            if text and not words:
+                name, words = option.variable, option.split(text)
             try:
-                value = option.read(text) if text else option.default
+                value = option.read(words) if words else option.default
             except ValueError as error:
-                self.error(f'{option.variable}: {error}')
-            vars(options).setdefault(option.dest, value)
-        options.given = {option.name: option for option in OPTIONS
-                         if getattr(options, option.dest) != option.default}
+                self.error(f'{name}: {error}')
+            setattr(options, option.dest, value)
+            if value != option.default:
+                options.given[option.name] = option
         return options
 
     def unknown_variables(self) -> Dict[str, str]:
         """Variables of this server, rclone and rest-server's container in the environment that have no
-        effect, and what to use instead, which may be empty."""
-        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS if option.variable)}
-        instead = {**{name.replace('RESTIC_SERVE_', 'RCLONE_'): name for name in known},
-                   **_VARIABLES_OF_REST_SERVER}
-        return {name: instead.get(name, '') for name in self._environment
-                if name in instead or (name not in known and re.match('RESTIC_SERVE_(?!TEST_)', name))}
+        effect, and what to do instead, which may be empty."""
+        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
+        hints = {**_HINTS, **{name.replace('RESTIC_SERVE_', 'RCLONE_'): f'use {name}' for name in known}}
+        return {name: hints.get(name, '') for name in self._environment
+                if name in hints or (name not in known and re.match('RESTIC_SERVE_(?!TEST_)', name))}
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2; what may be meant by an unknown option."""
@@ -9832,16 +9810,14 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
     """DIR among the positional arguments, where rclone's `serve restic` may come before it; and the TIME of
     DIR/.at/TIME, with which --stdio serves repositories as they were.  Refuses a DIR that is meant for
     another program, with one line and exit status 2."""
-    words = options.arguments
-    if words[:2] == ['serve', 'restic']:
-        words = words[2:]
+    words = options.arguments[2 if options.arguments[:2] == ['serve', 'restic'] else 0:]
     if not words or not words[0]:
         parser.error('DIR is missing; use restic_serve.py /srv/backup')
     if len(words) > 1:
         parser.error(f'unexpected argument {words[1]!r}; boolean options are written '
                      '--append-only or --append-only=false')
     directory, at = re.sub('^:local:(?=.)', '', words[0]), ''   # as rclone has it
-    past = re.fullmatch(rf'(?s)(?:(.*)/)?{re.escape(AT)}/(.*?)/*', directory)
+    past = re.fullmatch(rf'(?s)(?:(.*)/)?{re.escape(AT)}/(.+?)/*', directory)
     if past:
         if not options.stdio:
             parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP, put TIME in the URL: '
@@ -9883,12 +9859,21 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
     for first, second, reason in _CONFLICTS:
         if first in given and second in given:
             parser.error(f'{first} cannot be combined with {second}{reason}')
-    if options.stdio:
-        check_stdio(parser, given)
-        return
     for name, option in given.items():
-        if option.requires and option.requires not in given:
+        if options.stdio and not option.stdio:
+            parser.error(f'{name} cannot be combined with --stdio, which has no users, certificates, status '
+                         'page or metrics')
+        if option.requires and option.requires not in given and not options.stdio:
             parser.error(f'{name} requires {option.requires}')
+    if options.stdio:
+        if os.name == 'nt':
+            parser.error('--stdio is not supported on this system; use --addr')
+        if sys.stdin is None or sys.stdout is None:
+            parser.error('--stdio: standard input or output is closed')
+        if os.isatty(0) or os.isatty(1):
+            parser.error("--stdio: must be started by restic; use restic -o "
+                         "rclone.program='ssh HOST restic_serve.py' -r rclone:DIR snapshots")
+        return
     sources = [name for name in _SOURCES if name in given]
     if len(sources) > 1:
         parser.error(f'{" and ".join(sources)} cannot be combined: use one source of users')
@@ -9916,41 +9901,34 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
         parser.error('--addr: tls:// requires --cert and --key')
 
 
-def check_stdio(parser: Parser, given: Dict[str, Option]) -> None:
-    """Refuse what --stdio cannot do."""
-    for name, option in given.items():
-        if not option.stdio:
-            parser.error(f'{name} cannot be combined with --stdio, which has no users, '
-                         'certificates, status page or metrics')
-    if os.name == 'nt':
-        parser.error('--stdio is not supported on this system; use --addr')
-    if sys.stdin is None or sys.stdout is None:
-        parser.error('--stdio: standard input or output is closed')
-    if os.isatty(0) or os.isatty(1):
-        parser.error("--stdio: must be started by restic; use restic -o "
-                     "rclone.program='ssh HOST restic_serve.py' -r rclone:DIR snapshots")
-
-
 # ==== Main =======================================================================================
 # Serving, and the other jobs.
 
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log the addresses of the server and what is in force, and warn of what may not be meant."""
-    accounts = server.api.accounts
+    users = server.api.accounts.users()
+    has_password = options.htpasswd or options.user
+    folder = f'{users[0] if users else "USER"}/' if options.private_repos else ''
     certified = server.certificates.warn() if server.certificates else ''
-    folder = f'{next(iter(accounts.users() or ()), "USER")}/' if options.private_repos else ''
     for listener in server.listeners:
         where = listener.server_address
         if isinstance(where, tuple):
             host, port = where[:2]
-            warn_of_access(host, port, listener.tls, root, options)
+            is_open = not (has_password or options.user_from_header or (options.client_ca and listener.tls))
+            if is_open and not is_loopback(host) and not options.no_auth:
+                log.warning('no authentication: anyone who can connect to port %d can read, add and '
+                            'delete the backups in %s', port, root)
+            if options.user_from_header and is_loopback(host):
+                log.warning('any program on this host can claim any user name with header %s at %s; let '
+                            'the proxy connect to a unix socket (--addr unix:///PATH)',
+                            options.user_from_header, host)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
             name = f'[{name}]' if ':' in name else name
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
         else:
             url = f'http+unix://{where}:{options.baseurl}/'
-            if (options.htpasswd or options.user) and not options.socket_auth:
+            if has_password and not options.socket_auth:
                 log.warning('no password is required on unix socket %s: anyone who may connect to it is '
                             'let in, and a proxy lets in all its clients; use --socket-auth to require one',
                             where)
@@ -9960,20 +9938,12 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
             url = f'https://{certified}:{port}{options.baseurl}/'
         log.log(NOTICE, 'try: restic -r rest:%s init', url + folder)
     log.log(NOTICE, 'settings: %s', in_force(server.api, options))
-    warn_of_users(server.api, options)
-
-
-def warn_of_access(host: str, port: int, tls: bool, root: str, options: argparse.Namespace) -> None:
-    """Warn where a TCP address lets in more than it seems."""
-    is_open = not (options.htpasswd or options.user or options.user_from_header
-                   or (options.client_ca and tls))
-    if is_open and not is_loopback(host) and not options.no_auth:
-        log.warning('no authentication: anyone who can connect to port %d can read, add and '
-                    'delete the backups in %s', port, root)
-    if options.user_from_header and is_loopback(host):
-        log.warning('any program on this host can claim any user name with header %s at %s; let '
-                    'the proxy connect to a unix socket (--addr unix:///PATH)',
-                    options.user_from_header, host)
+    if users == []:
+        log.warning('%s contains no users, so nobody can log in (--add-user)', options.htpasswd)
+    fold: Callable[[str], str] = str.lower if server.api.store.ignores_case else str
+    for name in options.admin:
+        if users and fold(name) not in map(fold, users):
+            log.warning('--admin: unknown user %s', name)
 
 
 def in_force(api: Api, options: argparse.Namespace) -> str:
@@ -9994,41 +9964,6 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     return '; '.join([access, login, *(text for is_set, text in more if is_set)])
 
 
-def warn_of_users(api: Api, options: argparse.Namespace) -> None:
-    """Warn where nobody can log in, or an administrator cannot."""
-    users = api.accounts.users()
-    if users == []:
-        log.warning('%s contains no users, so nobody can log in (--add-user)', options.htpasswd)
-    fold: Callable[[str], str] = str.lower if api.store.ignores_case else str
-    for name in options.admin:
-        if users and fold(name) not in map(fold, users):
-            log.warning('--admin: unknown user %s', name)
-
-
-def make_server(options: argparse.Namespace, store: Store) -> Server:
-    """The server that the options describe.  Raises OSError with a message for the user."""
-    certificates = None
-    if options.cert:
-        try:
-            certificates = Certificates(options.cert, options.key, options.client_ca,
-                                        options.min_tls_version or '')
-        except ImportError as error:
-            raise OSError(f'--cert: this Python has no TLS support: {error}') from None
-    counters = Counters(options.workers + 1)
-    accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
-                        options.user or '', getattr(options, 'pass'), options.salt, options.realm,
-                        options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
-                        options.socket_auth, counters)
-    policy = make_policy(options, store, accounts.demanded)
-    limits = Limits(header_bytes=options.max_header_bytes + HEADER_SLACK,
-                    read_seconds=options.server_read_timeout,
-                    write_seconds=options.server_write_timeout,
-                    stall_seconds=options.stall_timeout)
-    return Server(make_api(options, store, counters, policy, accounts), limits, options.addr,
-                  certificates, inherited_sockets(os.environ), SystemdNotifier(os.environ),
-                  make_bandwidth(options, counters), stats_seconds(options))
-
-
 def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Policy:
     """The policy that the options describe; with a `login` clients without a name have no rights by a file.
     Raises OSError and RightsFault with a message for the user."""
@@ -10037,9 +9972,29 @@ def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Polic
     return Policy(rights_of(options, store.ignores_case))
 
 
-def make_api(options: argparse.Namespace, store: Store, counters: Counters, policy: Policy,
-             accounts: Accounts, at: str = '') -> Api:
-    """The Api that the options describe."""
+def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
+    """The limit of --bwlimit, None if there is none at any time."""
+    limited = any(slot.sent or slot.received for slot in options.bwlimit)
+    return Bandwidth(options.bwlimit, counters) if limited else None
+
+
+def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
+    """The server that the options describe; with `at` for repositories as they were then.  One of --stdio has
+    no listeners and ignores the environment.  Raises OSError and RightsFault with a message for the user."""
+    environment: MutableMapping[str, str] = {} if options.stdio else os.environ
+    certificates = None
+    if options.cert:
+        try:
+            certificates = Certificates(options.cert, options.key, options.client_ca,
+                                        options.min_tls_version or '')
+        except ImportError as error:
+            raise OSError(f'--cert: this Python has no TLS support: {error}') from None
+    counters = Counters(1 if options.stdio else options.workers + 1)
+    accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
+                        options.user or '', getattr(options, 'pass'), options.salt, options.realm,
+                        options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
+                        options.socket_auth, counters)
+    policy = make_policy(options, store, accounts.demanded)
     usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
 
@@ -10047,80 +10002,71 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
         usage.limits = rights.quotas(options.max_size)
 
     policy.on_change = on_change
-    prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     metrics = Metrics(counters, usage, store)
-    return Api(store, policy, accounts, options.baseurl, options.response_header,
-               options.allow_origin or '', usage, metrics, prometheus,
-               Page(store, usage, options.stale_after) if options.status else None, at,
-               Events(store, counters, usage, Watch(store, usage, options.stale_after),
-                      options.on_event),
-               Admission(metrics, accounts.is_proxy, options.max_connections,
-                         options.max_connections_per_address))
+    api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
+              usage, metrics,
+              'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
+              Page(store, usage, options.stale_after) if options.status else None, at,
+              Events(store, counters, usage, Watch(store, usage, options.stale_after), options.on_event),
+              Admission(metrics, accounts.is_proxy, options.max_connections,
+                        options.max_connections_per_address))
+    limits = Limits(options.max_header_bytes + HEADER_SLACK, read_seconds=options.server_read_timeout,
+                    write_seconds=options.server_write_timeout, stall_seconds=options.stall_timeout)
+    if options.stdio:   # restic ends the connection when it wants
+        limits.header_seconds = limits.idle_seconds = math.inf
+    return Server(api, limits, [] if options.stdio else options.addr, certificates,
+                  inherited_sockets(environment), SystemdNotifier(environment),
+                  make_bandwidth(options, counters),
+                  options.stats if options.stats and log.isEnabledFor(logging.INFO) else math.inf)
 
 
-def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
-    """The limit of --bwlimit, None if there is none at any time."""
-    limited = any(slot.sent or slot.received for slot in options.bwlimit)
-    return Bandwidth(options.bwlimit, counters) if limited else None
-
-
-def stats_seconds(options: argparse.Namespace) -> float:
-    """The interval of --stats, infinite for none."""
-    return float(options.stats) if options.stats and log.isEnabledFor(logging.INFO) else math.inf
-
-
-def serve_stdio(options: argparse.Namespace, store: Store, at: str) -> None:
-    """Serve standard input and output until they end; with `at` the repositories of that moment."""
-    counters = Counters()
-    api = make_api(options, store, counters, Policy(short_rights(options.append_only)), Accounts(), at)
-    limits = Limits(options.max_header_bytes + HEADER_SLACK, math.inf, math.inf, options.server_read_timeout,
-                    options.server_write_timeout, options.stall_timeout)
-    server = Server(api, limits, [], bandwidth=make_bandwidth(options, counters),
-                    stats_seconds=stats_seconds(options))
+def serve_stdio(server: Server, at: str) -> None:
+    """Serve standard input and output until they end, and then purge what was kept long enough."""
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     server.adopt(PipeTransport(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()
-    if api.usage.past.keeps and not (at or store.directory.read_only):
-        api.usage.purge(STDIO_PURGE_SECONDS)
+    usage = server.api.usage
+    if usage.past.keeps and not (at or server.api.store.directory.read_only):
+        usage.purge(STDIO_PURGE_SECONDS)
+
+
+def complain(text: object) -> None:
+    """Say what is wrong on standard error, in a line."""
+    print(f'restic_serve: {one_line(text)}', file=sys.stderr)
 
 
 def scrub(options: argparse.Namespace, store: Store) -> int:
     """Do --scrub; the exit status.  Raises OSError."""
     for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
         signal.signal(stop, lambda signum, frame: sys.exit(1))
-    store.find()
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
 
-    def report(path: str, reason: str) -> None:
-        name = path.encode('utf-8', 'backslashreplace').decode()
-        sys.stdout.write(f'{one_line(name)}: {reason}\n')
-        sys.stdout.flush()
-
     with open(os.devnull, 'w') as nothing:
-        job = Scrub(store, options.scrub_age, bandwidth, report, nothing if options.quiet else sys.stderr)
+        job = Scrub(store, options.scrub_age, bandwidth,
+                    lambda path, reason: print(f'{one_line(path)}: {reason}', flush=True),
+                    nothing if options.quiet else sys.stderr)
         damaged = job.run()
     if not job.repositories:
-        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
+        complain(f'no repository in {store.root}')
     return int(damaged > 0 or not job.repositories)
 
 
 def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
-    store.find()
     quotas = make_policy(options, store, False).rights.quotas(options.max_size)
-    usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted or 0))
+    usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted))
     usage.census.count()
     repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
     for path in usage.census.unreadable:
-        print(f'restic_serve: cannot read {one_line(path[1:] or "/")}', file=sys.stderr)
+        complain(f'cannot read {path[1:] or "/"}')
     for repository in repositories:
         if repository.troubles or not options.quiet:    # so that cron has nothing to mail
             print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
     if not repositories:
-        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
+        complain(f'no repository in {store.root}')
     return int(not repositories or bool(usage.census.unreadable)
                or any(repository.troubles for repository in repositories))
 
@@ -10151,18 +10097,16 @@ def _report_as_json(repository: Watched) -> str:
 def roll_back(options: argparse.Namespace, store: Store) -> int:
     """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
     back.  Raises OSError."""
-    store.find()
     past = Past(store, math.inf)
     jobs: Dict[str, RollBack] = {}      # by path
-    failed = False
+    refused = []                        # paths
 
     def name_of(path: str) -> str:
-        return one_line(path[1:] or os.path.basename(store.root))
+        return path[1:] or os.path.basename(store.root)
 
     def refuse(path: str, reason: object) -> None:
-        nonlocal failed
-        failed = True
-        print(f'restic_serve: {name_of(path)}: {one_line(reason)}', file=sys.stderr)
+        refused.append(path)
+        complain(f'{name_of(path)}: {reason}')
 
     for folder in store.walk(refuse):
         if folder.is_repository:
@@ -10172,17 +10116,17 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
                 jobs[folder.path] = job
             except ValueError as error:
                 refuse(folder.path, error)
-    if not jobs and not failed:
-        print(f'restic_serve: no repository in {store.root}', file=sys.stderr)
-    if not jobs or (failed and not options.force):
+    if not jobs and not refused:
+        complain(f'no repository in {store.root}')
+    if not jobs or (refused and not options.force):
         return 1
     for path, job in jobs.items():
         try:
             job.run(options.dry_run, options.force)
-            print(f'{name_of(path)}: {job}', flush=True)
+            print(one_line(f'{name_of(path)}: {job}'), flush=True)
         except ValueError as error:
             refuse(path, f'{job}, then stopped: {error}')
-    return int(failed)
+    return int(bool(refused))
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
@@ -10192,21 +10136,30 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
     if options.arguments:
         parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user take --htpasswd FILE and no '
                      'DIR')
-    user, entry = options.remove_user, ''
-    if options.add_user:
-        user = options.add_user
-        try:
-            entry = new_entry(read_password(user), options.bcrypt_cost)
-        except ValueError as error:
-            print(f'restic_serve: {error}', file=sys.stderr)
-            return 1
+    user = options.add_user or options.remove_user
+    entry = new_entry(read_password(user), options.bcrypt_cost) if options.add_user else ''
     known = change_password_file(options.htpasswd, user, entry)
     if not known and not entry:
-        print(f'restic_serve: {options.htpasswd} has no user {user!r}', file=sys.stderr)
+        complain(f'{options.htpasswd} has no user {user!r}')
         return 1
-    done = 'removed' if not entry else 'changed the password of' if known else 'added'
-    print(f'{done} {user}')
+    print('removed' if not entry else 'changed the password of' if known else 'added', user)
     return 0
+
+
+def read_password(user: str) -> bytes:
+    """A new password, asked for twice on a terminal, or a line of standard input.  Raises OSError with a
+    message for the user."""
+    if sys.stdin.isatty():
+        import getpass
+        text = getpass.getpass(f'New password for {user}: ')
+        if text != getpass.getpass('Repeat password: '):
+            raise OSError('the passwords do not match')
+    else:
+        text = sys.stdin.readline().rstrip('\r\n')
+    password = text.encode('utf-8', 'surrogateescape')
+    if not password or b'\0' in password or len(password) > 72:
+        raise OSError('passwords must be 1 to 72 bytes without NUL (bcrypt limit)')
+    return password
 
 
 def show_rights(parser: Parser, options: argparse.Namespace) -> int:
@@ -10218,57 +10171,24 @@ def show_rights(parser: Parser, options: argparse.Namespace) -> int:
     return 0
 
 
-def print_faults(error: OSError | RightsFault) -> None:
-    """Say what is wrong on standard error, a line for each fault."""
-    reason = str(error)
-    if isinstance(error, OSError) and error.filename:
-        reason = f'{error.filename}: {error.strerror}'
-    for line in reason.split('\n'):
-        print(f'restic_serve: {one_line(line)}', file=sys.stderr)
-
-
-def read_password(user: str) -> bytes:
-    """A new password, asked for twice on a terminal, or a line of standard input.  Raises
-    ValueError."""
-    if sys.stdin.isatty():
-        import getpass
-        text = getpass.getpass(f'New password for {user}: ')
-        if text != getpass.getpass('Repeat password: '):
-            raise ValueError('the passwords do not match')
-    else:
-        text = sys.stdin.readline().rstrip('\r\n')
-    password = text.encode('utf-8', 'surrogateescape')
-    if not password or b'\0' in password or len(password) > 72:
-        raise ValueError('passwords must be 1 to 72 bytes without NUL (bcrypt limit)')
-    return password
-
-
-def arguments() -> List[str]:
-    """The program's arguments.  PyPy takes them for UTF-8 even where it takes file names for ASCII."""
-    words = sys.argv[1:]
-    try:
-        os.fsencode(''.join(words))
-        return words
-    except UnicodeEncodeError:
-        return [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in words]
-
-
 def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
     """Log what is ignored, and what may not be meant."""
     ignored = [option.name for option in _IGNORED if option.name in options.given]
     if ignored:
         log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
-    for name, instead in sorted(parser.unknown_variables().items()):
-        log.warning('unknown environment variable %s%s', name, f'; use {instead}' if instead else '')
+    for name, hint in sorted(parser.unknown_variables().items()):
+        log.warning('unknown environment variable %s%s', name, f'; {hint}' if hint else '')
     if options.allow_origin == '*':
         log.warning('--allow-origin: * lets scripts of any web site use the server')
 
 
-def main(args: Optional[List[str]] = None) -> int:
-    """Run the command line `args` (default: the program's own); the exit status."""
+def main() -> int:
+    """Run the program's command line; the exit status."""
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
         signal.signal(signum, lambda signum, frame: sys.exit(0))
-    args = arguments() if args is None else args
+    args = sys.argv[1:]
+    if sys.implementation.name == 'pypy':   # takes them for UTF-8, even where it takes file names for ASCII
+        args = [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in args]
     # A command of --on-event inherits variables that are not meant for it.
     parser = Parser({} if 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
@@ -10284,10 +10204,11 @@ def main(args: Optional[List[str]] = None) -> int:
         warn_of_options(parser, options)
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
-        if options.scrub or options.report:
-            return (scrub if options.scrub else report)(options, store)
-        if options.roll_back is not None:
-            return roll_back(options, store)
+        job = (scrub if options.scrub else report if options.report
+               else roll_back if options.roll_back is not None else None)
+        if job:
+            store.find()
+            return job(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
         run_in_batches()
         if not options.stdio:
@@ -10295,15 +10216,19 @@ def main(args: Optional[List[str]] = None) -> int:
         with contextlib.suppress(ValueError, RuntimeError):     # where stacks have a size of their own
             threading.stack_size(STACK_BYTES)
         store.prepare(options.must_exist or bool(at))
+        server = make_server(options, store, at)
         if options.stdio:
-            serve_stdio(options, store, at)
+            serve_stdio(server, at)
             return 0
-        server = make_server(options, store)
     except ImportError as error:
-        print(f'restic_serve: this Python lacks {error.name}; install python3', file=sys.stderr)
+        complain(f'this Python lacks {error.name}; install python3')
         return 1
     except (OSError, RightsFault) as error:
-        print_faults(error)
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f'{error.filename}: {error.strerror}'
+        for line in reason.split('\n'):
+            complain(line)
         return 1
     announce(server, store.root, options)
     trim_memory()

@@ -9566,15 +9566,15 @@ class WorkersTest(TestCase):
 class OptionTest(unittest.TestCase):
     """One description of an option, and what follows from it."""
 
-    def make(self, parse=restic_serve.parse_duration, **more):
-        return restic_serve.Option('--some-time TIME', parse, 'text', **more)
+    def make(self, parse=restic_serve.parse_duration, words='--some-time TIME', **more):
+        return restic_serve.Option(words, 'text', parse, **more)
 
     def test_the_default_is_read_like_a_value_and_shown(self):
         for option, default, text in (
                 (self.make(default='2m'), 120, 'text (default 2m)'), (self.make(), None, 'text'),
                 (self.make(default='2m', shown=''), 120, 'text'),
                 (self.make(shown='as you like'), None, 'text (default: as you like)'),
-                (self.make(repeated=True), [], 'text'), (self.make(restic_serve.parse_bool), False, 'text'),
+                (self.make(repeated=True), [], 'text'), (self.make(words='--flag'), False, 'text'),
                 (self.make(str), '', 'text'), (self.make(repeated=True, default='1m'), [60],
                                                'text (default 1m)')):
             self.assertEqual((option.default, option.help), (default, text))
@@ -9586,9 +9586,10 @@ class OptionTest(unittest.TestCase):
         self.assertEqual(self.make(environment=False).variable, '')
 
     def test_several_values_in_a_variable_are_words_or_lines(self):
-        self.assertEqual(self.make(repeated=True).read('1m 2m'), [60, 120])
-        self.assertEqual(self.make(restic_serve.parse_header, repeated=True).read('A: b c\nD: e'),
-                         [('A', 'b c'), ('D', 'e')])
+        parser = restic_serve.Parser({'RESTIC_SERVE_ADMIN': 'a b',
+                                      'RESTIC_SERVE_RESPONSE_HEADER': 'A: b c\nD: e'})
+        options = parser.parse(['dir'])
+        self.assertEqual((options.admin, options.response_header), (['a', 'b'], [('A', 'b c'), ('D', 'e')]))
 
     def test_it_is_given_where_it_differs_from_its_default(self):
         options = restic_serve.Parser({'RESTIC_SERVE_QUIET': '1'}).parse(
@@ -9731,8 +9732,8 @@ class OtherServersTest(TestCase):
         parser = restic_serve.Parser({'RCLONE_ADDR': ':1', 'RCLONE_CONFIG': 'x', 'OPTIONS': '--private-repos',
                                       'DISABLE_AUTHENTICATION': '1', 'RESTIC_SERVE_ADR': 'x'})
         self.assertEqual(parser.unknown_variables(), {
-            'RCLONE_ADDR': 'RESTIC_SERVE_ADDR', 'OPTIONS': 'RESTIC_SERVE_… for each',
-            'DISABLE_AUTHENTICATION': 'RESTIC_SERVE_NO_AUTH=true', 'RESTIC_SERVE_ADR': ''})
+            'RCLONE_ADDR': 'use RESTIC_SERVE_ADDR', 'OPTIONS': 'use RESTIC_SERVE_… for each',
+            'DISABLE_AUTHENTICATION': 'use RESTIC_SERVE_NO_AUTH=true', 'RESTIC_SERVE_ADR': ''})
 
 
 # ---- Main ------------------------------------------------------------------------------------------
