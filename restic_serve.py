@@ -5489,11 +5489,10 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 # Runs a command of the administrator's when something happens (--on-event).
 #
 # Theory of operation.  Any process may find that something has happened; it sends that over a channel to the
-# process that makes the censuses, which runs the command in a thread, for one event at a time: _enqueue()
-# decides which is next.  The same thread looks every WATCH_SECONDS for problems.  Which of them were reported
-# is kept in EVENTS_FILE, which is changed under a lock, so that other servers of the directory, and the next
-# start, do not report them again: an event is claimed there first, and released if the server stops before
-# its command has run.
+# process that makes the censuses.  There a thread runs the command, for one event at a time, and looks for
+# problems every WATCH_SECONDS.  Which of them were reported is kept in EVENTS_FILE, which is changed under a
+# lock, so that other servers of the directory, and the next start, do not report them again: an event is
+# noted there first, and taken out if the server stops before its command has run.
 #
 # Servers may count at different times, so one may see an older last snapshot than another.  That a
 # repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
@@ -5502,15 +5501,15 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
 OUTPUT_BYTES = 4096          # What is kept of its output: the end.
-QUEUED_EVENTS = 1000         # Events that may wait for the command.
-QUEUED_BY_CLIENTS = 500      # Of these, events that a client causes as often as it likes.
+QUEUED_EVENTS = 500          # Events of clients that may wait for the command, and as many others.
 NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
 REFUSED_SECONDS = 60         # Time between two events of refused deletes from one process ...
 REFUSED_PAUSE = 3600         # ... and in one repository.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
-_BY_CLIENTS = ('snapshot', 'refused')
-# `repository` is a path, None for what is about none.
-Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message'])
+_BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
+# `repository` is a path, None for what is about none.  What several servers find, or clients cause again and
+# again, has a `value`, by which one that was reported is known (see ReportedEvents).
+Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
 if TYPE_CHECKING:
     Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
@@ -5521,39 +5520,35 @@ class Events:
 
     def __init__(self, store: Store, counters: Counters, usage: Usage, watch: Watch, command: str = ''
                  ) -> None:
+        self.command = command
+        self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
         self._store = store
         self._counters = counters
         self._usage = usage
         self._watch = watch
-        self._command = command
-        self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
-        self._next_refused = 0.0
-        self._is_due = False                # the next look
-        self._lock = threading.Lock()       # of the next two
-        self._queue: Deque[Event] = collections.deque()
-        self._thread: Optional[threading.Thread] = None
-        self._stopped = threading.Event()   # nothing is begun any more
-        self._cut = threading.Event()       # what is running is killed
-        self._next_look = 0.0
         self._reported = ReportedEvents(store)
+        self._next_refused = 0.0
+        self._changed = threading.Condition()       # of the next two
+        self._stopped = False               # nothing is begun any more
+        self._queues: Tuple[Deque[Event], Deque[Event]] = collections.deque(), collections.deque()
+        self._cut = threading.Event()       # what is running is killed
+        self._thread: Optional[threading.Thread] = None
         store.directory.on_change = self.on_directory_change
         for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
-    def __bool__(self) -> bool:
-        return bool(self._command)
-
     def open(self) -> None:
         """Let other processes, which are forked later, send events."""
-        if self._command and hasattr(os, 'fork'):
+        if self.command and hasattr(os, 'fork'):
             self.channel.open()
 
     # ---- in any process ----
 
-    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '') -> None:
+    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '',
+             value: Optional[float] = None) -> None:
         """Something has happened; never waits."""
-        event = Event(kind, repository, user, message)
-        if not self._command:
+        event = Event(kind, repository, user, message, value)
+        if not self.command:
             self._counters.add(('event', kind), 1)
         elif not self.channel.receiver:
             self._enqueue(event)
@@ -5572,7 +5567,7 @@ class Events:
             if now >= self._next_refused and self._store.has_repository(repository):
                 self._next_refused = now + REFUSED_SECONDS
                 self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
-                          f'only {may}', user)
+                          f'only {may}', user, time.time())
 
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
@@ -5586,83 +5581,72 @@ class Events:
 
     # ---- in the process that runs the command ----
 
+    def start(self) -> None:
+        """Begin to look for problems and to run the command, in a thread."""
+        if self.command:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+
     def on_sent(self) -> None:
         """Take the events that were sent."""
         for message in self.channel.receive():
             import json
             self._enqueue(Event(*json.loads(message)))
 
-    def tick(self) -> float:
-        """Look for problems if it is time; seconds until it will be."""
-        if not self._command:
-            return math.inf
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
-            self._is_due = True
-            self._start()
-        return self._next_look - now
-
     def stop(self, seconds: float) -> None:
         """Begin nothing any more; a command that is running is killed after some seconds."""
-        self._stopped.set()
         self.on_sent()
-        with self._lock:
-            thread, lost = self._thread, len(self._queue)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        lost = sum(map(len, self._queues))
         if lost:
             log.error('--on-event: %s lost, the server is stopping', format_count(lost, 'event'))
-        if thread:
-            thread.join(seconds)
+        if self._thread:
+            self._thread.join(seconds)
             self._cut.set()
-            thread.join(1)
+            self._thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
-        """Let an event wait for the command.  What clients cause as often as they like waits behind all
-        others, and has only a part of the places."""
-        by_clients = event.kind in _BY_CLIENTS
-        with self._lock:
-            has_room = len(self._queue) < (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)
+        """Let an event wait for the command: what clients cause as often as they like behind all others."""
+        with self._changed:
+            queue = self._queues[event.kind in _BY_CLIENTS]
+            has_room = len(queue) < QUEUED_EVENTS
             if has_room:
-                (self._queue.append if by_clients else self._queue.appendleft)(event)
+                queue.append(event)
+                self._changed.notify()
         if not has_room:
             log.error('--on-event: command not run for "%s": too many events are queued', event.message)
-        self._start()
-
-    def _start(self) -> None:
-        """Have a thread do what is to be done."""
-        with self._lock:
-            if not self._thread and not self._stopped.is_set():
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError as error:
-                    self._thread = None
-                    log.error('--on-event: cannot run the command: %s', error)
 
     def _work(self) -> None:
         unpin(True)
+        next_look = 0.0
         while True:
-            with self._lock:
-                if self._stopped.is_set() or not (self._is_due or self._queue):
-                    self._thread = None
+            with self._changed:
+                is_queued = self._changed.wait_for(lambda: self._stopped or any(self._queues),
+                                                   max(next_look - time.monotonic(), 0))
+                if self._stopped:
                     return
-                event = None if self._is_due else self._queue.popleft()
-                self._is_due = False
-            try:
+                now = time.monotonic()
+                event = next(filter(None, self._queues)).popleft() if is_queued and now < next_look else None
                 if not event:
-                    self._look()
-                elif event.kind != 'refused':
+                    next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
+            try:
+                if event:
                     self._run(event)
-                elif not self._store.directory.is_gone():   # else it could not be noted
-                    self._report('refused', event.repository, time.time(), event.message, event.user)
+                else:
+                    self._look()
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
                 log.debug('traceback:', exc_info=True)
 
-    def _run(self, event: Event) -> bool:
-        """Run the command for an event; False if the server is stopping."""
-        if self._stopped.is_set():
-            return False
+    def _run(self, event: Event) -> None:
+        """Run the command for an event, unless the server is stopping, or the event has been reported."""
+        name, is_shared = event.repository or '', event.value is not None
+        if self._stopped or (is_shared and (
+                self._store.directory.is_gone()     # there is nothing to note it in
+                or not self._reported.note(event.kind, name, event.value))):
+            return
         self._counters.add(('event', event.kind), 1)
         environment = {name: value for name, value in os.environ.items()
                        if not name.startswith('RESTIC_SERVE_')}
@@ -5671,21 +5655,20 @@ class Events:
             RESTIC_SERVE_REPOSITORY='' if event.repository is None else event.repository[1:] or '/',
             RESTIC_SERVE_MESSAGE=one_line(event.message), RESTIC_SERVE_DIRECTORY=self._store.root,
             RESTIC_SERVE_TIME=format_time(time.time()))
-        failure = run_command(self._command, environment, self._cut)
-        if failure:
-            log.error('--on-event: command failed for "%s": %s', event.message, failure)
-        else:
+        failure = run_command(self.command, environment, self._cut)
+        if not failure:
             log.info('--on-event: ran the command for "%s"', event.message)
-        return not (failure and self._cut.is_set())
+            return
+        log.error('--on-event: command failed for "%s": %s', event.message, failure)
+        if is_shared and self._cut.is_set():
+            self._reported.note(event.kind, name, None)
 
     # ---- problems ----
 
     def _look(self) -> None:
         """Report new problems, and what is right again."""
-        if self._store.directory.is_gone():
-            return
         self._usage.census.request()
-        if not self._usage.census.wait(0):
+        if self._store.directory.is_gone() or not self._usage.census.wait(0):
             return
         self._reported.refresh()
         repositories = {repository.name: repository for repository in self._watch.look(
@@ -5696,24 +5679,25 @@ class Events:
             for name in list(self._reported.known[kind]):
                 with contextlib.suppress(OSError):
                     if name not in repositories and not self._store.has_repository(name):
-                        self._reported.release(kind, name)
+                        self._reported.note(kind, name, None)
         self._look_at_room(repositories)
 
     def _look_at(self, repository: Watched) -> None:
         """Report what is new of a repository."""
-        name, title, troubles = repository.name, repository.title, repository.troubles
-        if DAMAGED in troubles and repository.scrub:
+        name, title, last = repository.name, repository.title, repository.holdings.last_snapshot
+        known = self._reported.known
+        if DAMAGED in repository.troubles:
             import zlib
             damaged, names = repository.scrub.damaged, repository.scrub.names
-            self._report('damaged', name, zlib.crc32(repr((damaged, sorted(names))).encode()),
-                         f'{title}: {repository.text_of(DAMAGED)}: ' + ', '.join(names[:3]))
+            self._run(Event('damaged', name, '', f'{title}: {repository.text_of(DAMAGED)}: '
+                            + ', '.join(names[:3]), zlib.crc32(repr((damaged, sorted(names))).encode())))
         else:
-            self._reported.release('damaged', name)
-        last, known = repository.holdings.last_snapshot, self._reported.known
-        if OVERDUE in troubles and last >= known['back'].get(name, 0):
-            self._report('overdue', name, last, f'{title}: overdue, {repository.last_snapshot()}')
-        elif OVERDUE not in troubles and last > known['overdue'].get(name, math.inf):
-            self._report('back', name, last, f'{title}: no longer overdue')
+            self._reported.note('damaged', name, None)
+        if OVERDUE not in repository.troubles:
+            if last > known['overdue'].get(name, math.inf):
+                self._run(Event('back', name, '', f'{title}: no longer overdue', last))
+        elif last >= known['back'].get(name, 0):
+            self._run(Event('overdue', name, '', f'{title}: overdue, {repository.last_snapshot()}', last))
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
@@ -5725,18 +5709,10 @@ class Events:
         for place in (*rooms, *self._reported.known['full']):
             used, size = rooms.get(place, (0, 1))
             if used >= NEARLY_FULL * size:
-                what = 'disk' if not place else f'quota of {place}'
-                self._report('full', place or None, 1, f'{what} is {100 * used // size} % used: '
-                             f'{format_size(used)} of {format_size(size)}')
+                self._run(Event('full', place or None, '', (f'quota of {place}' if place else 'disk') + (
+                    f' is {100 * used // size} % used: {format_size(used)} of {format_size(size)}'), 1))
             elif used < NO_LONGER_FULL * size:
-                self._reported.release('full', place)
-
-    def _report(self, kind: str, repository: Optional[str], value: float, message: str,
-                user: str = '') -> None:
-        """Run the command for something that all servers of the directory find, unless another has."""
-        if self._reported.claim(kind, repository or '', value) and not self._run(
-                Event(kind, repository, user, message)):
-            self._reported.release(kind, repository or '')
+                self._reported.note('full', place, None)
 
 
 def run_command(command: str, environment: Dict[str, str], cut: threading.Event) -> str:
@@ -5749,26 +5725,24 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
             stderr=subprocess.STDOUT, start_new_session=True, close_fds=True, bufsize=0)
     except OSError as error:
         return str(error)
-    tail, killed, pause, end = b'', '', 0.0, time.monotonic() + COMMAND_SECONDS
-    with process.stdout:
+    tail, killed, end = b'', '', time.monotonic() + COMMAND_SECONDS
+    with process:
         os.set_blocking(process.stdout.fileno(), False)
         while not killed:
-            has_ended = process.poll() is not None
-            output = process.stdout.read(65536)
+            has_ended, output = process.poll() is not None, process.stdout.read(65536)
             if has_ended and not output:
                 break       # something that it has started may go on
             tail = (tail + (output or b''))[-OUTPUT_BYTES:]
-            pause = 0.0 if output else min(2 * pause + 0.001, 0.05)
-            if cut.wait(pause):
+            if cut.wait(0 if output else 0.01):
                 killed = 'killed, the server is stopping'
             elif time.monotonic() >= end:
                 killed = f'killed after {COMMAND_SECONDS} s'
         if killed:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
-    status = process.wait()
     last = tail.decode('utf-8', 'replace').rstrip().rpartition('\n')[2][-200:]
-    return (killed or f'status {status}') + (last and f': {last}') if killed or status else ''
+    failure = killed or (f'status {process.returncode}' if process.returncode else '')
+    return f'{failure}: {last}' if failure and last else failure
 
 
 class ReportedEvents:
@@ -5785,42 +5759,41 @@ class ReportedEvents:
         if not (self._is_unsaved or self._store.directory.read_only):
             self.known = self._read()
 
-    def claim(self, kind: str, name: str, value: float) -> bool:
-        """Note an event as reported; False if it was, perhaps by another server."""
-        def is_new() -> bool:
-            known = self.known[kind].get(name)
-            if known is None:
-                return True
-            if kind == 'refused':       # a time
-                return not 0 <= value - known < REFUSED_PAUSE
-            return value > known if kind in ('overdue', 'back') else value != known
-
-        return self._change(is_new, lambda: self.known[kind].update({name: value}))
-
-    def release(self, kind: str, name: str) -> None:
-        """Take an event for not reported."""
-        self._change(lambda: name in self.known[kind], lambda: self.known[kind].pop(name, None))
-
-    def _change(self, is_due: Callable[[], bool], change: Callable[[], object]) -> bool:
-        """Change what is known, and the file, if that is due by both; whether it was.  May change twice."""
-        if not is_due():
+    def note(self, kind: str, name: str, value: Optional[float]) -> bool:
+        """Note an event as reported or, without a value, as not reported; False if it was so, perhaps by
+        another server."""
+        if not self._is_new(kind, name, value):
             return False
-        if not self._store.directory.read_only:
-            import json
-            try:
-                with self._store.hidden.exclusive():
-                    self.refresh()
-                    if not is_due():
-                        return False
-                    change()
+        writable = not self._store.directory.read_only
+        try:
+            with self._store.hidden.exclusive() if writable else contextlib.nullcontext():
+                self.refresh()
+                if not self._is_new(kind, name, value):
+                    return False
+                self._set(kind, name, value)
+                if writable:
+                    import json
                     self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
-                self._is_unsaved = False
-            except OSError as error:
-                if not self._is_unsaved:
-                    log.error('cannot save which events were reported, some may be reported again: %s', error)
-                self._is_unsaved = True
-        change()
+            self._is_unsaved = False
+        except OSError as error:
+            if not self._is_unsaved:
+                log.error('cannot save which events were reported, some may be reported again: %s', error)
+            self._is_unsaved = True
+            self._set(kind, name, value)
         return True
+
+    def _is_new(self, kind: str, name: str, value: Optional[float]) -> bool:
+        known = self.known[kind].get(name)
+        if known is None or value is None:
+            return known is not value
+        if kind == 'refused':       # a time
+            return not 0 <= value - known < REFUSED_PAUSE
+        return value > known if kind in ('overdue', 'back') else value != known
+
+    def _set(self, kind: str, name: str, value: Optional[float]) -> None:
+        self.known[kind].pop(name, None)
+        if value is not None:
+            self.known[kind][name] = value
 
     def _read(self) -> Reported:
         import json
@@ -9283,7 +9256,7 @@ class Server:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
         api.usage.census.channel.open()
         api.events.open()
-        if api.usage.limits.by_place or api.has_metrics or api.events:   # which no scrape is to miss
+        if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -9338,7 +9311,8 @@ class Server:
             for channel, take in ((census.channel, census.on_requested), (events.channel, events.on_sent)):
                 if channel.receiver:
                     loop.watch(channel.receiver, take)
-            loop.timers += [self._purge, events.tick]
+            loop.timers.append(self._purge)
+            events.start()
         loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
