@@ -5379,7 +5379,7 @@ class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'l
     def text_of(self, trouble: str) -> str:
         """A trouble in words."""
         age = format_age(self.now - self.troubles[trouble])
-        if trouble == DAMAGED and self.scrub:
+        if trouble == DAMAGED:
             return f'{format_count(self.scrub.damaged, "object")} damaged'
         if trouble == OVERDUE:
             return f'overdue for {age}' if self.holdings.last_snapshot else 'overdue: no snapshot yet'
@@ -5389,11 +5389,6 @@ class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'l
         """What is wrong with it."""
         return ', '.join(self.text_of(trouble) for trouble in (DAMAGED, OVERDUE, LOCKED, UNREADABLE, FULL)
                          if trouble in self.troubles)
-
-    def worst(self) -> Tuple[int, float]:
-        """The rank of its worst trouble, and since when it has that."""
-        return min(((TROUBLES.index(trouble), since) for trouble, since in self.troubles.items()),
-                   default=(len(TROUBLES), 0.0))
 
 
 class Watch:
@@ -5409,28 +5404,22 @@ class Watch:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
-        repositories = [
-            Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now, {})
-            for name, holdings in self._usage.holdings(names).items()]
-        for repository in repositories:
-            self._judge(repository)
-            if any(sees(scope) and is_full(scope) for scope in self._usage.limited(repository.name)):
-                repository.troubles[FULL] = now
+        repositories = []
+        for name, holdings in self._usage.holdings(names).items():
+            scrub, times = scrubs.get(name), self._locks(name) if locks else None
+            begin = holdings.last_snapshot or self._made_at(name)
+            since = {
+                DAMAGED: scrub.time if scrub and scrub.damaged else None,
+                UNREADABLE: now if holdings.unreadable else None,
+                OVERDUE: begin and begin + self.stale_after if begin + self.stale_after < now else None,
+                LOCKED: times[0] if times and times[0] < now - LOCK_SECONDS else None,
+                FULL: now if any(sees(scope) and is_full(scope) for scope in self._usage.limited(name))
+                else None}
+            repositories.append(Watched(name, holdings, scrub, times, now, {
+                trouble: begun for trouble, begun in since.items() if begun is not None}))
         return sorted(repositories, key=lambda repository: (
-            *repository.worst(), natural_order(repository.name)))
-
-    def _judge(self, repository: Watched) -> None:
-        """Note what is wrong with a repository, but for its quotas."""
-        troubles, now, holdings = repository.troubles, repository.now, repository.holdings
-        if repository.scrub and repository.scrub.damaged:
-            troubles[DAMAGED] = repository.scrub.time
-        if holdings.unreadable:
-            troubles[UNREADABLE] = now
-        begin = holdings.last_snapshot or self._made_at(repository.name)
-        if begin + self.stale_after < now:
-            troubles[OVERDUE] = begin and begin + self.stale_after
-        if repository.locks and repository.locks[0] < now - LOCK_SECONDS:
-            troubles[LOCKED] = repository.locks[0]
+            *min(((TROUBLES.index(trouble), begun) for trouble, begun in repository.troubles.items()),
+                 default=(len(TROUBLES), 0)), natural_order(repository.name)))
 
     def _made_at(self, name: str) -> float:
         """When a repository was created, by its config; 0 where that is not known."""
@@ -5453,13 +5442,14 @@ class Watch:
     def snapshots(self, name: str) -> List[Snapshot]:
         """The snapshots of a repository by time.  What came with each is not known where that takes longer
         than LOOK_AT_MOST, or not all can be read."""
-        snapshots, added = [], None     # type: List[Tuple[float, str]], Optional[List[int]]
+        snapshots: List[Tuple[float, str]] = []
+        added: Iterable[Optional[int]] = itertools.repeat(None)
         with contextlib.suppress(OSError):
             snapshots = sorted((status.st_mtime, entry.name)
                                for entry, status in self._store.object_entries(f'{name}/snapshots'))
-            added = self._bytes_between(name, [moment for moment, _ in snapshots]) if snapshots else None
-        return [Snapshot(moment, snapshot, added[index] if added else None)
-                for index, (moment, snapshot) in enumerate(snapshots)]
+            if snapshots:
+                added = self._bytes_between(name, [moment for moment, _ in snapshots]) or added
+        return [Snapshot(*snapshot, came) for snapshot, came in zip(snapshots, added)]
 
     def _bytes_between(self, name: str, moments: List[float]) -> Optional[List[int]]:
         """Bytes of the objects of a repository that came up to each of some moments, since the one before,
