@@ -5816,6 +5816,7 @@ SORTS: Dict[str, Callable[[Watched], Any]] = {
 }
 _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
 _KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
+_NONE = '<span class="dim">none</span>'
 _STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#5a5f67;--line:#d9dce1;--fill:#cfe3f8;
 --mark:#1a66b8;--bad:#a8221b;--bad-back:#fdeceb}
@@ -5825,48 +5826,44 @@ _STYLE = """
 body{margin:0 auto;padding:1.5rem;max-width:76rem;background:var(--back);color:var(--text);
 font:15px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
 a{color:inherit;text-decoration-color:var(--mark);text-underline-offset:.15em}
-h1{font-size:1.4rem;margin:0;overflow-wrap:anywhere}
+h1{font-size:1.4rem;margin:0}
 h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p{margin:.3rem 0 1.2rem}
-code{overflow-wrap:anywhere;user-select:all}
 pre{margin:.4rem 0;white-space:pre-wrap}
-.dim,footer{color:var(--dim)}
+code{user-select:all}
+h1,code,dd,.name{overflow-wrap:anywhere}
+small,footer,thead th,.scale,.days{font-size:.8rem}
+small,footer,thead th,.scale,.days,.dim,dt{color:var(--dim)}
+small{display:block;font-weight:400}
 .bad{color:var(--bad);font-weight:600}
-table{border-collapse:collapse;width:100%;margin-bottom:1.2rem}
-caption{text-align:left;font-weight:600;padding-bottom:.3rem}
-caption.quiet{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-th{text-align:left;font-weight:600}
-thead th{font-size:.8rem;color:var(--dim);white-space:nowrap}
-th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);vertical-align:middle}
+table,dl,figure,.quotas{margin:0 0 1.2rem}
+table{border-collapse:collapse;width:100%}
+caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);text-align:left}
+th{font-weight:600}
+td,thead th,.plain{white-space:nowrap}
+.plain{font-weight:400}
 .n{text-align:right}
-td{white-space:nowrap}
-.name{overflow-wrap:anywhere}
-.plain{font-weight:400;white-space:nowrap}
 tr.late>*{background:var(--bad-back)}
 tr.late>th{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
-small{display:block;color:var(--dim);font-size:.8rem;font-weight:400}
-small.bad{color:var(--bad);font-weight:600}
 svg{display:block}
-svg.plot{width:9rem;height:2.2rem}
+.plot{width:9rem;height:2.2rem}
 .area{fill:var(--fill)}
-.curve{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
-.tick{stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
+.curve,.tick{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
 max-width:40rem;margin:.4rem 0}
 .quota svg{width:100%;height:.7rem}
 .room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
-.quotas{margin-bottom:1.2rem}
 details{border-bottom:1px solid var(--line);padding:.4rem 0}
 summary{cursor:pointer}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem;margin:0 0 1.2rem}
-dt{color:var(--dim)}
-dd{margin:0;min-width:0;overflow-wrap:anywhere}
-figure{display:grid;grid-template-columns:max-content 1fr;gap:0 .6rem;margin:0 0 1.2rem;max-width:48rem}
-figure svg.plot{width:100%;height:9rem;border-left:1px solid var(--line)}
-figure .scale{display:flex;flex-direction:column;justify-content:space-between;text-align:right;height:7.2rem}
-figure .days{grid-column:2;display:flex;justify-content:space-between}
-.scale,.days{font-size:.8rem;color:var(--dim)}
-footer{font-size:.8rem;margin-top:1.2rem}
+dl,figure{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem}
+dd{margin:0;min-width:0}
+figure{gap:0 .6rem;max-width:48rem}
+figure .plot{width:100%;height:9rem;border-left:1px solid var(--line)}
+.scale,.days{display:flex;justify-content:space-between}
+.scale{flex-direction:column;text-align:right;height:7.2rem}
+.days{grid-column:2}
+footer{margin-top:1.2rem}
 @media(max-width:62rem){body{padding:1rem}.more{display:none}td.age{white-space:normal}
 th,td{padding:.25rem .6rem .25rem 0}}
 @media(max-width:30rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
@@ -5936,68 +5933,66 @@ class Page:
         self._usage.census.request()
         fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
-            return self._render(visit, fresh)
+            return ''.join(self._parts(visit, fresh))
 
-    def _render(self, visit: Visit, fresh: bool) -> str:
+    def _parts(self, visit: Visit, fresh: bool) -> Iterator[str]:
         now, top = time.time(), visit.top
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
         shown = self._watch.look([name for place in below for name in self._usage.names(place)
                                   if visit.right(name) != NONE], now, sees=visit.sees)
-        troubles, fault = count_troubles(shown), self._store.directory.find_fault()
         itself = next((repository for repository in shown if top and repository.name == top), None)
         others = [repository for repository in shown if repository is not itself]
-        host = _text(socket.gethostname())
-        return ''.join((
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<title>{host}: {fault or troubles or "backups"}</title>'
-            '<meta name="viewport" content="width=device-width">'
-            f'<style>{_STYLE}</style></head><body><main>',
-            f'<p>{visit.link("", "All repositories")}</p>' if top else '',
-            f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>',
-            f'<p>{_bad(fault)}</p>' if fault else '',
-            self._repository(itself, visit) if itself else '',
-            f'<h2>Below {_text(top[1:])}</h2>' if itself and others else '',
-            self._overview(others, visit, fresh, fault) if others or not itself else '',
-            f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
-            'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
-            if shown else '', '</footer></body></html>\n'))
+        host, fault = _text(socket.gethostname()), self._store.directory.find_fault()
+        yield ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+               f'<title>{host}: {fault or count_troubles(shown) or "backups"}</title>'
+               '<meta name="viewport" content="width=device-width">'
+               f'<style>{_STYLE}</style></head><body><main>')
+        if top:
+            yield f'<p>{visit.link("", "All repositories")}</p>'
+        yield f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>'
+        if fault:
+            yield f'<p>{_bad(fault)}</p>'
+        if itself:
+            yield from self._repository(itself, visit)
+            if others:
+                yield f'<h2>Below {_text(top[1:])}</h2>'
+        if others or not itself:
+            disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
+            yield from self._overview(others, visit, disk, fresh)
+        yield f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. '
+        if shown:
+            yield 'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
+        yield '</footer></body></html>\n'
 
-    # ---- several repositories ----
-
-    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, fault: str) -> str:
-        if self._usage.census.age() == math.inf:
-            return '<p>Calculating sizes …</p>'
+    def _overview(self, shown: List[Watched], visit: Visit, disk: Any, fresh: bool) -> Iterator[str]:
+        """Several repositories: what there is, in a line, their quotas, and tables of them."""
+        age = self._usage.census.age()
+        if age == math.inf:
+            yield '<p>Calculating sizes …</p>'
+            return
+        yield f'<p>{format_count(len(shown), "repository")}'
+        if shown:
+            yield f', {_size(shown)}, {_bad(count_troubles(shown)) or "all is well"}'
+        if disk:
+            free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
+            yield f'; {_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free}'
+        yield '</p>' if fresh else f'; counted {format_age(age)} ago</p>'
+        yield self._quotas([*(repository.name for repository in shown), *visit.places], visit)
+        if not shown:
+            yield _first_backup(visit)
         key = SORTS.get(visit.sort)
         if key:
             shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
-        folds = len(shown) >= FOLD_FROM and not key
-        bad, sound = ([repository for repository in shown if bool(repository.troubles) == is_bad]
-                      for is_bad in (True, False))
         limited = any(visit.right(repository.name) != WRITE for repository in shown)
         table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
-        disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
-        return ''.join((
-            self._summary(shown, disk, fresh),
-            self._quotas([*(repository.name for repository in shown), *visit.places], visit),
-            '' if shown else _first_backup(visit),
-            f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
-            f'{visit.sorted_by("size")}</p>' if folds else '',
-            table('Repositories', bad if folds else shown),
-            *(_folded(sound, visit, table) if folds else ())))
-
-    def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:
-        """What there is, in a line."""
-        line = format_count(len(shown), 'repository')
-        if shown:
-            troubles = count_troubles(shown)
-            line += f', {_size(shown)}, {_bad(troubles) if troubles else "all is well"}'
-        if disk:
-            free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
-            line += f'; {_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free}'
-        if not fresh:
-            line += f'; counted {format_age(self._usage.census.age())} ago'
-        return f'<p>{line}</p>'
+        if key or len(shown) < FOLD_FROM:
+            yield table('Repositories', shown)
+            return
+        yield (f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
+               f'{visit.sorted_by("size")}</p>')
+        yield table('Repositories', [repository for repository in shown if repository.troubles])
+        yield from _folded([repository for repository in shown if not repository.troubles], visit, table)
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
         """Bars of the quotas of repositories that the visitor may know of."""
@@ -6005,40 +6000,40 @@ class Page:
                        if visit.sees(scope))
         return f'<div class="quotas">{bars}</div>' if bars else ''
 
-    # ---- one repository ----
-
-    def _repository(self, repository: Watched, visit: Visit) -> str:
+    def _repository(self, repository: Watched, visit: Visit) -> Iterator[str]:
+        """One repository: what is to be known of it, its quotas, plot and snapshots."""
         name, holdings, right = repository.name, repository.holdings, visit.right(repository.name)
-        reads = right != METRICS
+        reads, scrub = right != METRICS, repository.scrub
         kinds = ', '.join(format_count(holdings.objects[kind], noun) for kind, noun in _KINDS.items())
-        facts = [
-            ('Address', reads and f'<code>{visit.address(name)}</code>'),
-            ('Last snapshot', _last_snapshot(repository)),
-            ('Size', f'{format_size(holdings.bytes)}: {kinds}' + (
-                f' {_bad("incomplete")}' if holdings.unreadable else '')),
-            ('Growth', f'{_growth(repository)} in 30 days'),
-            ('Kept deleted objects', self._kept(repository, visit)),
-            ('Locks', _locks(repository, ', '.join(
-                f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN]))),
-            ('Last scrub', _scrub(repository, repository.scrub.names if repository.scrub and reads else [])),
-            ('You may', right),
-            ('Rights', '' if visit.users is None else '; '.join(
-                f'{may}: {_listed(users)}' for may, users in visit.users(name).items())),
-        ]
-        snapshots = self._snapshots(name, holdings.bytes, holdings.last_snapshot, *holdings.objects.values())
-        return ''.join((
-            f'<p>{_bad(repository.text_of_troubles()) if repository.troubles else "All is well."}</p>',
-            f'<dl>{"".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in facts if text)}</dl>',
-            self._quotas([name], visit),
-            f'<h2>Size, {DAYS} days</h2>', _figure(holdings, repository.now),
-            '<h2>Snapshots</h2>', _list_of_snapshots(snapshots, repository, reads)))
+        facts = {
+            'Address': reads and f'<code>{visit.address(name)}</code>',
+            'Last snapshot': _last_snapshot(repository),
+            'Size': f'{format_size(holdings.bytes)}: {kinds}' + (
+                f' {_bad("incomplete")}' if holdings.unreadable else ''),
+            'Growth': f'{_growth(repository)} in 30 days',
+            'Kept deleted objects': self._kept(repository, visit),
+            'Locks': _locks(repository, ', '.join(
+                f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN])),
+            'Last scrub': _scrub(repository, scrub.names if scrub and reads else []),
+            'You may': right,
+            'Rights': visit.users and '; '.join(
+                f'{may}: {_listed(users)}' for may, users in visit.users(name).items()),
+        }
+        yield f'<p>{_bad(repository.text_of_troubles()) or "All is well."}</p><dl>'
+        yield from (f'<dt>{term}</dt><dd>{text}</dd>' for term, text in facts.items() if text)
+        yield f'</dl>{self._quotas([name], visit)}<h2>Size, {DAYS} days</h2><figure><div class="scale">'
+        yield from (f'<span>{format_size(holdings.bytes * part / 2)}</span>' for part in (2, 1, 0))
+        yield f'</div>{_plot(holdings)}<div class="days">'
+        yield from (f'<span>{time.strftime("%Y-%m-%d", time.localtime(repository.now - ago * 86400))}</span>'
+                    for ago in (DAYS - 1, DAYS // 2, 0))
+        yield '</div></figure>\n<h2>Snapshots</h2>'
+        yield _list_of_snapshots(self._snapshots(name, holdings.bytes, holdings.last_snapshot,
+                                                 *holdings.objects.values()), repository, reads)
 
     def _kept(self, repository: Watched, visit: Visit) -> str:
         """What was deleted from a repository and is kept, and from when on it can be read."""
         holdings, past = repository.holdings, self._usage.past
-        if not (past.keeps or holdings.kept):
-            return ''
-        text = 'nothing'
+        text = 'nothing' if past.keeps else ''
         if holdings.kept:
             text = (f'{format_size(holdings.kept_bytes)} in {format_count(holdings.kept, "object")}, '
                     f'{holdings.deleted:,} of them deleted in the last day')
@@ -6055,12 +6050,12 @@ def _first_backup(visit: Visit) -> str:
     """The commands that make a first backup, if the visitor may make one."""
     places = [visit.top] if visit.top else ['/laptop', *(
         [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
-    place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
-    if place is None:
-        return '<p>You cannot access any repository here.</p>'
-    return (f'<p>No repositories yet. To create one and back up to it:</p>'
-            f'<pre><code>restic -r {visit.address(place)} init</code></pre>'
-            f'<pre><code>restic -r {visit.address(place)} backup ~</code></pre>')
+    for place in places:
+        if visit.right(place) in (APPEND, WRITE):
+            restic = f'restic -r {visit.address(place)}'
+            return (f'<p>No repositories yet. To create one and back up to it:</p>'
+                    f'<pre><code>{restic} init</code></pre><pre><code>{restic} backup ~</code></pre>')
+    return '<p>You cannot access any repository here.</p>'
 
 
 def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]) -> Iterator[str]:
@@ -6069,9 +6064,8 @@ def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watch
     for repository in sound:
         name = repository.name[len(visit.top):].partition('/')[2].partition('/')[0]
         folders.setdefault(f'{visit.top}/{name}' if name else '', []).append(repository)
-    alone = [inside[0] for inside in folders.values() if len(inside) == 1]
-    folders = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
-    for folder, inside in {**folders, '': alone}.items() if alone else folders.items():
+    alone = [inside.pop() for inside in folders.values() if len(inside) == 1]
+    for folder, inside in filter(operator.itemgetter(1), [*folders.items(), ('', alone)]):
         number, name = format_count(len(inside), 'repository'), _text(folder[1:])
         head, only, caption = f'<b>{number}</b>', '', 'Other repositories'
         if folder:
@@ -6093,18 +6087,16 @@ def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) 
     heads = ''.join(f'<th scope="col" class="{column.kind}">'
                     f'{visit.sorted_by(column.sort, column.head) if column.sort else column.head}</th>'
                     for column in columns)
-    return (f'<table><caption class="quiet">{caption}</caption><thead><tr>'
-            f'<th scope="col">{visit.sorted_by("name", "Repository")}</th>{heads}</tr></thead>\n<tbody>'
-            + ''.join(_row(repository, visit, columns) for repository in shown) + '</tbody></table>')
-
-
-def _row(repository: Watched, visit: Visit, columns: List[Column]) -> str:
-    """A repository's row."""
-    name, kind = visit.link(repository.name, _text(repository.title)), ''
-    if repository.troubles:
-        name, kind = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
-    cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
-    return f'<tr{kind}><th scope="row" class="name">{name}</th>{cells}</tr>\n'
+    rows = []
+    for repository in shown:
+        name, kind = visit.link(repository.name, _text(repository.title)), ''
+        if repository.troubles:
+            name, kind = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
+        cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
+        rows.append(f'<tr{kind}><th scope="row" class="name">{name}</th>{cells}</tr>\n')
+    return (f'<table><caption>{caption}</caption><thead><tr>'
+            f'<th scope="col">{visit.sorted_by("name", "Repository")}</th>{heads}</tr></thead>\n'
+            f'<tbody>{"".join(rows)}</tbody></table>')
 
 
 def _size(repositories: List[Watched]) -> str:
@@ -6146,7 +6138,6 @@ def _scrub(repository: Watched, names: Iterable[str] = ()) -> str:
     return f'{result}{_small(repository.ago(scrub.time))}{listed}'
 
 
-_NONE = '<span class="dim">none</span>'
 # A column of the table: its class and its heading, the order to which that leads, what is in a cell.
 Column = collections.namedtuple('Column', ['kind', 'head', 'sort', 'cell'])
 _TABLE_COLUMNS = (
@@ -6172,7 +6163,7 @@ def _list_of_snapshots(snapshots: List[Snapshot], repository: Watched, names: bo
         '</tr>\n'
         for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
     older = len(snapshots) - SNAPSHOTS_SHOWN
-    return ('<table><caption class="quiet">Snapshots</caption><thead><tr><th scope="col">Time</th>'
+    return ('<table><caption>Snapshots</caption><thead><tr><th scope="col">Time</th>'
             '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
             f'<tbody>{rows}</tbody></table>' + (
                 f'<p>Not shown: {format_count(older, "older snapshot")}.</p>' if older > 0 else '')
@@ -6190,8 +6181,8 @@ def _small(text: str, kind: str = '') -> str:
 
 
 def _bad(text: str) -> str:
-    """Text that needs attention, marked by more than its colour."""
-    return f'<span class="bad">⚠ {text}</span>'
+    """Text that needs attention, marked by more than its colour; none if it is empty."""
+    return f'<span class="bad">⚠ {text}</span>' if text else ''
 
 
 def _text(text: str) -> str:
@@ -6235,15 +6226,6 @@ def _plot(holdings: Holdings) -> str:
             f'{format_size(holdings.bytes)}, days with a snapshot: {len(days)}</title>'
             f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
-
-
-def _figure(holdings: Holdings, now: float) -> str:
-    """The plot of a repository, with its scales."""
-    sizes = ''.join(f'<span>{format_size(holdings.bytes * part / 2)}</span>' for part in (2, 1, 0))
-    days = ''.join(f'<span>{time.strftime("%Y-%m-%d", time.localtime(now - ago * 86400))}</span>'
-                   for ago in (DAYS - 1, DAYS // 2, 0))
-    return (f'<figure><div class="scale">{sizes}</div>{_plot(holdings)}<div class="days">{days}</div>'
-            '</figure>\n')
 
 
 # ==== Admission ==================================================================================
