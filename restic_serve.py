@@ -5192,7 +5192,7 @@ class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'l
     def text_of(self, trouble: str) -> str:
         """A trouble in words."""
         age = format_age(self.now - self.troubles[trouble])
-        if trouble == DAMAGED and self.scrub:
+        if trouble == DAMAGED:
             return f'{format_count(self.scrub.damaged, "object")} damaged'
         if trouble == OVERDUE:
             return f'overdue for {age}' if self.holdings.last_snapshot else 'overdue: no snapshot yet'
@@ -5202,11 +5202,6 @@ class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'l
         """What is wrong with it."""
         return ', '.join(self.text_of(trouble) for trouble in (DAMAGED, OVERDUE, LOCKED, UNREADABLE, FULL)
                          if trouble in self.troubles)
-
-    def worst(self) -> Tuple[int, float]:
-        """The rank of its worst trouble, and since when it has that."""
-        return min(((TROUBLES.index(trouble), since) for trouble, since in self.troubles.items()),
-                   default=(len(TROUBLES), 0.0))
 
 
 class Watch:
@@ -5222,28 +5217,22 @@ class Watch:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
         scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
-        repositories = [
-            Watched(name, holdings, scrubs.get(name), self._locks(name) if locks else None, now, {})
-            for name, holdings in self._usage.holdings(names).items()]
-        for repository in repositories:
-            self._judge(repository)
-            if any(sees(scope) and is_full(scope) for scope in self._usage.limited(repository.name)):
-                repository.troubles[FULL] = now
+        repositories = []
+        for name, holdings in self._usage.holdings(names).items():
+            scrub, times = scrubs.get(name), self._locks(name) if locks else None
+            begin = holdings.last_snapshot or self._made_at(name)
+            since = {
+                DAMAGED: scrub.time if scrub and scrub.damaged else None,
+                UNREADABLE: now if holdings.unreadable else None,
+                OVERDUE: begin and begin + self.stale_after if begin + self.stale_after < now else None,
+                LOCKED: times[0] if times and times[0] < now - LOCK_SECONDS else None,
+                FULL: now if any(sees(scope) and is_full(scope) for scope in self._usage.limited(name))
+                else None}
+            repositories.append(Watched(name, holdings, scrub, times, now, {
+                trouble: begun for trouble, begun in since.items() if begun is not None}))
         return sorted(repositories, key=lambda repository: (
-            *repository.worst(), natural_order(repository.name)))
-
-    def _judge(self, repository: Watched) -> None:
-        """Note what is wrong with a repository, but for its quotas."""
-        troubles, now, holdings = repository.troubles, repository.now, repository.holdings
-        if repository.scrub and repository.scrub.damaged:
-            troubles[DAMAGED] = repository.scrub.time
-        if holdings.unreadable:
-            troubles[UNREADABLE] = now
-        begin = holdings.last_snapshot or self._made_at(repository.name)
-        if begin + self.stale_after < now:
-            troubles[OVERDUE] = begin and begin + self.stale_after
-        if repository.locks and repository.locks[0] < now - LOCK_SECONDS:
-            troubles[LOCKED] = repository.locks[0]
+            *min(((TROUBLES.index(trouble), begun) for trouble, begun in repository.troubles.items()),
+                 default=(len(TROUBLES), 0)), natural_order(repository.name)))
 
     def _made_at(self, name: str) -> float:
         """When a repository was created, by its config; 0 where that is not known."""
@@ -5266,13 +5255,14 @@ class Watch:
     def snapshots(self, name: str) -> List[Snapshot]:
         """The snapshots of a repository by time.  What came with each is not known where that takes longer
         than LOOK_AT_MOST, or not all can be read."""
-        snapshots, added = [], None     # type: List[Tuple[float, str]], Optional[List[int]]
+        snapshots: List[Tuple[float, str]] = []
+        added: Iterable[Optional[int]] = itertools.repeat(None)
         with contextlib.suppress(OSError):
             snapshots = sorted((status.st_mtime, entry.name)
                                for entry, status in self._store.object_entries(f'{name}/snapshots'))
-            added = self._bytes_between(name, [moment for moment, _ in snapshots]) if snapshots else None
-        return [Snapshot(moment, snapshot, added[index] if added else None)
-                for index, (moment, snapshot) in enumerate(snapshots)]
+            if snapshots:
+                added = self._bytes_between(name, [moment for moment, _ in snapshots]) or added
+        return [Snapshot(*snapshot, came) for snapshot, came in zip(snapshots, added)]
 
     def _bytes_between(self, name: str, moments: List[float]) -> Optional[List[int]]:
         """Bytes of the objects of a repository that came up to each of some moments, since the one before,
@@ -5302,11 +5292,10 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 # Runs a command of the administrator's when something happens (--on-event).
 #
 # Theory of operation.  Any process may find that something has happened; it sends that over a channel to the
-# process that makes the censuses, which runs the command in a thread, for one event at a time: _enqueue()
-# decides which is next.  The same thread looks every WATCH_SECONDS for problems.  Which of them were reported
-# is kept in EVENTS_FILE, which is changed under a lock, so that other servers of the directory, and the next
-# start, do not report them again: an event is claimed there first, and released if the server stops before
-# its command has run.
+# process that makes the censuses.  There a thread runs the command, for one event at a time, and looks for
+# problems every WATCH_SECONDS.  Which of them were reported is kept in EVENTS_FILE, which is changed under a
+# lock, so that other servers of the directory, and the next start, do not report them again: an event is
+# noted there first, and taken out if the server stops before its command has run.
 #
 # Servers may count at different times, so one may see an older last snapshot than another.  That a
 # repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
@@ -5315,15 +5304,15 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
 OUTPUT_BYTES = 4096          # What is kept of its output: the end.
-QUEUED_EVENTS = 1000         # Events that may wait for the command.
-QUEUED_BY_CLIENTS = 500      # Of these, events that a client causes as often as it likes.
+QUEUED_EVENTS = 500          # Events of clients that may wait for the command, and as many others.
 NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
 REFUSED_SECONDS = 60         # Time between two events of refused deletes from one process ...
 REFUSED_PAUSE = 3600         # ... and in one repository.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
-_BY_CLIENTS = ('snapshot', 'refused')
-# `repository` is a path, None for what is about none.
-Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message'])
+_BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
+# `repository` is a path, None for what is about none.  What several servers find, or clients cause again and
+# again, has a `value`, by which one that was reported is known (see ReportedEvents).
+Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
 if TYPE_CHECKING:
     Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
@@ -5334,39 +5323,35 @@ class Events:
 
     def __init__(self, store: Store, counters: Counters, usage: Usage, watch: Watch, command: str = ''
                  ) -> None:
+        self.command = command
+        self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
         self._store = store
         self._counters = counters
         self._usage = usage
         self._watch = watch
-        self._command = command
-        self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
-        self._next_refused = 0.0
-        self._is_due = False                # the next look
-        self._lock = threading.Lock()       # of the next two
-        self._queue: Deque[Event] = collections.deque()
-        self._thread: Optional[threading.Thread] = None
-        self._stopped = threading.Event()   # nothing is begun any more
-        self._cut = threading.Event()       # what is running is killed
-        self._next_look = 0.0
         self._reported = ReportedEvents(store)
+        self._next_refused = 0.0
+        self._changed = threading.Condition()       # of the next two
+        self._stopped = False               # nothing is begun any more
+        self._queues: Tuple[Deque[Event], Deque[Event]] = collections.deque(), collections.deque()
+        self._cut = threading.Event()       # what is running is killed
+        self._thread: Optional[threading.Thread] = None
         store.directory.on_change = self.on_directory_change
         for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
-    def __bool__(self) -> bool:
-        return bool(self._command)
-
     def open(self) -> None:
         """Let other processes, which are forked later, send events."""
-        if self._command and hasattr(os, 'fork'):
+        if self.command and hasattr(os, 'fork'):
             self.channel.open()
 
     # ---- in any process ----
 
-    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '') -> None:
+    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '',
+             value: Optional[float] = None) -> None:
         """Something has happened; never waits."""
-        event = Event(kind, repository, user, message)
-        if not self._command:
+        event = Event(kind, repository, user, message, value)
+        if not self.command:
             self._counters.add(('event', kind), 1)
         elif not self.channel.receiver:
             self._enqueue(event)
@@ -5385,7 +5370,7 @@ class Events:
             if now >= self._next_refused and self._store.has_repository(repository):
                 self._next_refused = now + REFUSED_SECONDS
                 self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
-                          f'only {may}', user)
+                          f'only {may}', user, time.time())
 
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
@@ -5399,83 +5384,72 @@ class Events:
 
     # ---- in the process that runs the command ----
 
+    def start(self) -> None:
+        """Begin to look for problems and to run the command, in a thread."""
+        if self.command:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+
     def on_sent(self) -> None:
         """Take the events that were sent."""
         for message in self.channel.receive():
             import json
             self._enqueue(Event(*json.loads(message)))
 
-    def tick(self) -> float:
-        """Look for problems if it is time; seconds until it will be."""
-        if not self._command:
-            return math.inf
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
-            self._is_due = True
-            self._start()
-        return self._next_look - now
-
     def stop(self, seconds: float) -> None:
         """Begin nothing any more; a command that is running is killed after some seconds."""
-        self._stopped.set()
         self.on_sent()
-        with self._lock:
-            thread, lost = self._thread, len(self._queue)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        lost = sum(map(len, self._queues))
         if lost:
             log.error('--on-event: %s lost, the server is stopping', format_count(lost, 'event'))
-        if thread:
-            thread.join(seconds)
+        if self._thread:
+            self._thread.join(seconds)
             self._cut.set()
-            thread.join(1)
+            self._thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
-        """Let an event wait for the command.  What clients cause as often as they like waits behind all
-        others, and has only a part of the places."""
-        by_clients = event.kind in _BY_CLIENTS
-        with self._lock:
-            has_room = len(self._queue) < (QUEUED_BY_CLIENTS if by_clients else QUEUED_EVENTS)
+        """Let an event wait for the command: what clients cause as often as they like behind all others."""
+        with self._changed:
+            queue = self._queues[event.kind in _BY_CLIENTS]
+            has_room = len(queue) < QUEUED_EVENTS
             if has_room:
-                (self._queue.append if by_clients else self._queue.appendleft)(event)
+                queue.append(event)
+                self._changed.notify()
         if not has_room:
             log.error('--on-event: command not run for "%s": too many events are queued', event.message)
-        self._start()
-
-    def _start(self) -> None:
-        """Have a thread do what is to be done."""
-        with self._lock:
-            if not self._thread and not self._stopped.is_set():
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError as error:
-                    self._thread = None
-                    log.error('--on-event: cannot run the command: %s', error)
 
     def _work(self) -> None:
         unpin(True)
+        next_look = 0.0
         while True:
-            with self._lock:
-                if self._stopped.is_set() or not (self._is_due or self._queue):
-                    self._thread = None
+            with self._changed:
+                is_queued = self._changed.wait_for(lambda: self._stopped or any(self._queues),
+                                                   max(next_look - time.monotonic(), 0))
+                if self._stopped:
                     return
-                event = None if self._is_due else self._queue.popleft()
-                self._is_due = False
-            try:
+                now = time.monotonic()
+                event = next(filter(None, self._queues)).popleft() if is_queued and now < next_look else None
                 if not event:
-                    self._look()
-                elif event.kind != 'refused':
+                    next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
+            try:
+                if event:
                     self._run(event)
-                elif not self._store.directory.is_gone():   # else it could not be noted
-                    self._report('refused', event.repository, time.time(), event.message, event.user)
+                else:
+                    self._look()
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
                 log.debug('traceback:', exc_info=True)
 
-    def _run(self, event: Event) -> bool:
-        """Run the command for an event; False if the server is stopping."""
-        if self._stopped.is_set():
-            return False
+    def _run(self, event: Event) -> None:
+        """Run the command for an event, unless the server is stopping, or the event has been reported."""
+        name, is_shared = event.repository or '', event.value is not None
+        if self._stopped or (is_shared and (
+                self._store.directory.is_gone()     # there is nothing to note it in
+                or not self._reported.note(event.kind, name, event.value))):
+            return
         self._counters.add(('event', event.kind), 1)
         environment = {name: value for name, value in os.environ.items()
                        if not name.startswith('RESTIC_SERVE_')}
@@ -5484,21 +5458,20 @@ class Events:
             RESTIC_SERVE_REPOSITORY='' if event.repository is None else event.repository[1:] or '/',
             RESTIC_SERVE_MESSAGE=one_line(event.message), RESTIC_SERVE_DIRECTORY=self._store.root,
             RESTIC_SERVE_TIME=format_time(time.time()))
-        failure = run_command(self._command, environment, self._cut)
-        if failure:
-            log.error('--on-event: command failed for "%s": %s', event.message, failure)
-        else:
+        failure = run_command(self.command, environment, self._cut)
+        if not failure:
             log.info('--on-event: ran the command for "%s"', event.message)
-        return not (failure and self._cut.is_set())
+            return
+        log.error('--on-event: command failed for "%s": %s', event.message, failure)
+        if is_shared and self._cut.is_set():
+            self._reported.note(event.kind, name, None)
 
     # ---- problems ----
 
     def _look(self) -> None:
         """Report new problems, and what is right again."""
-        if self._store.directory.is_gone():
-            return
         self._usage.census.request()
-        if not self._usage.census.wait(0):
+        if self._store.directory.is_gone() or not self._usage.census.wait(0):
             return
         self._reported.refresh()
         repositories = {repository.name: repository for repository in self._watch.look(
@@ -5509,24 +5482,25 @@ class Events:
             for name in list(self._reported.known[kind]):
                 with contextlib.suppress(OSError):
                     if name not in repositories and not self._store.has_repository(name):
-                        self._reported.release(kind, name)
+                        self._reported.note(kind, name, None)
         self._look_at_room(repositories)
 
     def _look_at(self, repository: Watched) -> None:
         """Report what is new of a repository."""
-        name, title, troubles = repository.name, repository.title, repository.troubles
-        if DAMAGED in troubles and repository.scrub:
+        name, title, last = repository.name, repository.title, repository.holdings.last_snapshot
+        known = self._reported.known
+        if DAMAGED in repository.troubles:
             import zlib
             damaged, names = repository.scrub.damaged, repository.scrub.names
-            self._report('damaged', name, zlib.crc32(repr((damaged, sorted(names))).encode()),
-                         f'{title}: {repository.text_of(DAMAGED)}: ' + ', '.join(names[:3]))
+            self._run(Event('damaged', name, '', f'{title}: {repository.text_of(DAMAGED)}: '
+                            + ', '.join(names[:3]), zlib.crc32(repr((damaged, sorted(names))).encode())))
         else:
-            self._reported.release('damaged', name)
-        last, known = repository.holdings.last_snapshot, self._reported.known
-        if OVERDUE in troubles and last >= known['back'].get(name, 0):
-            self._report('overdue', name, last, f'{title}: overdue, {repository.last_snapshot()}')
-        elif OVERDUE not in troubles and last > known['overdue'].get(name, math.inf):
-            self._report('back', name, last, f'{title}: no longer overdue')
+            self._reported.note('damaged', name, None)
+        if OVERDUE not in repository.troubles:
+            if last > known['overdue'].get(name, math.inf):
+                self._run(Event('back', name, '', f'{title}: no longer overdue', last))
+        elif last >= known['back'].get(name, 0):
+            self._run(Event('overdue', name, '', f'{title}: overdue, {repository.last_snapshot()}', last))
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
@@ -5538,18 +5512,10 @@ class Events:
         for place in (*rooms, *self._reported.known['full']):
             used, size = rooms.get(place, (0, 1))
             if used >= NEARLY_FULL * size:
-                what = 'disk' if not place else f'quota of {place}'
-                self._report('full', place or None, 1, f'{what} is {100 * used // size} % used: '
-                             f'{format_size(used)} of {format_size(size)}')
+                self._run(Event('full', place or None, '', (f'quota of {place}' if place else 'disk') + (
+                    f' is {100 * used // size} % used: {format_size(used)} of {format_size(size)}'), 1))
             elif used < NO_LONGER_FULL * size:
-                self._reported.release('full', place)
-
-    def _report(self, kind: str, repository: Optional[str], value: float, message: str,
-                user: str = '') -> None:
-        """Run the command for something that all servers of the directory find, unless another has."""
-        if self._reported.claim(kind, repository or '', value) and not self._run(
-                Event(kind, repository, user, message)):
-            self._reported.release(kind, repository or '')
+                self._reported.note('full', place, None)
 
 
 def run_command(command: str, environment: Dict[str, str], cut: threading.Event) -> str:
@@ -5562,26 +5528,24 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
             stderr=subprocess.STDOUT, start_new_session=True, close_fds=True, bufsize=0)
     except OSError as error:
         return str(error)
-    tail, killed, pause, end = b'', '', 0.0, time.monotonic() + COMMAND_SECONDS
-    with process.stdout:
+    tail, killed, end = b'', '', time.monotonic() + COMMAND_SECONDS
+    with process:
         os.set_blocking(process.stdout.fileno(), False)
         while not killed:
-            has_ended = process.poll() is not None
-            output = process.stdout.read(65536)
+            has_ended, output = process.poll() is not None, process.stdout.read(65536)
             if has_ended and not output:
                 break       # something that it has started may go on
             tail = (tail + (output or b''))[-OUTPUT_BYTES:]
-            pause = 0.0 if output else min(2 * pause + 0.001, 0.05)
-            if cut.wait(pause):
+            if cut.wait(0 if output else 0.01):
                 killed = 'killed, the server is stopping'
             elif time.monotonic() >= end:
                 killed = f'killed after {COMMAND_SECONDS} s'
         if killed:
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
-    status = process.wait()
     last = tail.decode('utf-8', 'replace').rstrip().rpartition('\n')[2][-200:]
-    return (killed or f'status {status}') + (last and f': {last}') if killed or status else ''
+    failure = killed or (f'status {process.returncode}' if process.returncode else '')
+    return f'{failure}: {last}' if failure and last else failure
 
 
 class ReportedEvents:
@@ -5598,42 +5562,41 @@ class ReportedEvents:
         if not (self._is_unsaved or self._store.directory.read_only):
             self.known = self._read()
 
-    def claim(self, kind: str, name: str, value: float) -> bool:
-        """Note an event as reported; False if it was, perhaps by another server."""
-        def is_new() -> bool:
-            known = self.known[kind].get(name)
-            if known is None:
-                return True
-            if kind == 'refused':       # a time
-                return not 0 <= value - known < REFUSED_PAUSE
-            return value > known if kind in ('overdue', 'back') else value != known
-
-        return self._change(is_new, lambda: self.known[kind].update({name: value}))
-
-    def release(self, kind: str, name: str) -> None:
-        """Take an event for not reported."""
-        self._change(lambda: name in self.known[kind], lambda: self.known[kind].pop(name, None))
-
-    def _change(self, is_due: Callable[[], bool], change: Callable[[], object]) -> bool:
-        """Change what is known, and the file, if that is due by both; whether it was.  May change twice."""
-        if not is_due():
+    def note(self, kind: str, name: str, value: Optional[float]) -> bool:
+        """Note an event as reported or, without a value, as not reported; False if it was so, perhaps by
+        another server."""
+        if not self._is_new(kind, name, value):
             return False
-        if not self._store.directory.read_only:
-            import json
-            try:
-                with self._store.hidden.exclusive():
-                    self.refresh()
-                    if not is_due():
-                        return False
-                    change()
+        writable = not self._store.directory.read_only
+        try:
+            with self._store.hidden.exclusive() if writable else contextlib.nullcontext():
+                self.refresh()
+                if not self._is_new(kind, name, value):
+                    return False
+                self._set(kind, name, value)
+                if writable:
+                    import json
                     self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
-                self._is_unsaved = False
-            except OSError as error:
-                if not self._is_unsaved:
-                    log.error('cannot save which events were reported, some may be reported again: %s', error)
-                self._is_unsaved = True
-        change()
+            self._is_unsaved = False
+        except OSError as error:
+            if not self._is_unsaved:
+                log.error('cannot save which events were reported, some may be reported again: %s', error)
+            self._is_unsaved = True
+            self._set(kind, name, value)
         return True
+
+    def _is_new(self, kind: str, name: str, value: Optional[float]) -> bool:
+        known = self.known[kind].get(name)
+        if known is None or value is None:
+            return known is not value
+        if kind == 'refused':       # a time
+            return not 0 <= value - known < REFUSED_PAUSE
+        return value > known if kind in ('overdue', 'back') else value != known
+
+    def _set(self, kind: str, name: str, value: Optional[float]) -> None:
+        self.known[kind].pop(name, None)
+        if value is not None:
+            self.known[kind][name] = value
 
     def _read(self) -> Reported:
         import json
@@ -5666,6 +5629,7 @@ SORTS: Dict[str, Callable[[Watched], Any]] = {
 }
 _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
 _KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
+_NONE = '<span class="dim">none</span>'
 _STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#5a5f67;--line:#d9dce1;--fill:#cfe3f8;
 --mark:#1a66b8;--bad:#a8221b;--bad-back:#fdeceb}
@@ -5675,48 +5639,44 @@ _STYLE = """
 body{margin:0 auto;padding:1.5rem;max-width:76rem;background:var(--back);color:var(--text);
 font:15px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
 a{color:inherit;text-decoration-color:var(--mark);text-underline-offset:.15em}
-h1{font-size:1.4rem;margin:0;overflow-wrap:anywhere}
+h1{font-size:1.4rem;margin:0}
 h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p{margin:.3rem 0 1.2rem}
-code{overflow-wrap:anywhere;user-select:all}
 pre{margin:.4rem 0;white-space:pre-wrap}
-.dim,footer{color:var(--dim)}
+code{user-select:all}
+h1,code,dd,.name{overflow-wrap:anywhere}
+small,footer,thead th,.scale,.days{font-size:.8rem}
+small,footer,thead th,.scale,.days,.dim,dt{color:var(--dim)}
+small{display:block;font-weight:400}
 .bad{color:var(--bad);font-weight:600}
-table{border-collapse:collapse;width:100%;margin-bottom:1.2rem}
-caption{text-align:left;font-weight:600;padding-bottom:.3rem}
-caption.quiet{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-th{text-align:left;font-weight:600}
-thead th{font-size:.8rem;color:var(--dim);white-space:nowrap}
-th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);vertical-align:middle}
+table,dl,figure,.quotas{margin:0 0 1.2rem}
+table{border-collapse:collapse;width:100%}
+caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);text-align:left}
+th{font-weight:600}
+td,thead th,.plain{white-space:nowrap}
+.plain{font-weight:400}
 .n{text-align:right}
-td{white-space:nowrap}
-.name{overflow-wrap:anywhere}
-.plain{font-weight:400;white-space:nowrap}
 tr.late>*{background:var(--bad-back)}
 tr.late>th{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
-small{display:block;color:var(--dim);font-size:.8rem;font-weight:400}
-small.bad{color:var(--bad);font-weight:600}
 svg{display:block}
-svg.plot{width:9rem;height:2.2rem}
+.plot{width:9rem;height:2.2rem}
 .area{fill:var(--fill)}
-.curve{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
-.tick{stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
+.curve,.tick{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
 max-width:40rem;margin:.4rem 0}
 .quota svg{width:100%;height:.7rem}
 .room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
-.quotas{margin-bottom:1.2rem}
 details{border-bottom:1px solid var(--line);padding:.4rem 0}
 summary{cursor:pointer}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem;margin:0 0 1.2rem}
-dt{color:var(--dim)}
-dd{margin:0;min-width:0;overflow-wrap:anywhere}
-figure{display:grid;grid-template-columns:max-content 1fr;gap:0 .6rem;margin:0 0 1.2rem;max-width:48rem}
-figure svg.plot{width:100%;height:9rem;border-left:1px solid var(--line)}
-figure .scale{display:flex;flex-direction:column;justify-content:space-between;text-align:right;height:7.2rem}
-figure .days{grid-column:2;display:flex;justify-content:space-between}
-.scale,.days{font-size:.8rem;color:var(--dim)}
-footer{font-size:.8rem;margin-top:1.2rem}
+dl,figure{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem}
+dd{margin:0;min-width:0}
+figure{gap:0 .6rem;max-width:48rem}
+figure .plot{width:100%;height:9rem;border-left:1px solid var(--line)}
+.scale,.days{display:flex;justify-content:space-between}
+.scale{flex-direction:column;text-align:right;height:7.2rem}
+.days{grid-column:2}
+footer{margin-top:1.2rem}
 @media(max-width:62rem){body{padding:1rem}.more{display:none}td.age{white-space:normal}
 th,td{padding:.25rem .6rem .25rem 0}}
 @media(max-width:30rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
@@ -5786,68 +5746,66 @@ class Page:
         self._usage.census.request()
         fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
-            return self._render(visit, fresh)
+            return ''.join(self._parts(visit, fresh))
 
-    def _render(self, visit: Visit, fresh: bool) -> str:
+    def _parts(self, visit: Visit, fresh: bool) -> Iterator[str]:
         now, top = time.time(), visit.top
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
         shown = self._watch.look([name for place in below for name in self._usage.names(place)
                                   if visit.right(name) != NONE], now, sees=visit.sees)
-        troubles, fault = count_troubles(shown), self._store.directory.find_fault()
         itself = next((repository for repository in shown if top and repository.name == top), None)
         others = [repository for repository in shown if repository is not itself]
-        host = _text(socket.gethostname())
-        return ''.join((
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<title>{host}: {fault or troubles or "backups"}</title>'
-            '<meta name="viewport" content="width=device-width">'
-            f'<style>{_STYLE}</style></head><body><main>',
-            f'<p>{visit.link("", "All repositories")}</p>' if top else '',
-            f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>',
-            f'<p>{_bad(fault)}</p>' if fault else '',
-            self._repository(itself, visit) if itself else '',
-            f'<h2>Below {_text(top[1:])}</h2>' if itself and others else '',
-            self._overview(others, visit, fresh, fault) if others or not itself else '',
-            f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. ',
-            'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
-            if shown else '', '</footer></body></html>\n'))
+        host, fault = _text(socket.gethostname()), self._store.directory.find_fault()
+        yield ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+               f'<title>{host}: {fault or count_troubles(shown) or "backups"}</title>'
+               '<meta name="viewport" content="width=device-width">'
+               f'<style>{_STYLE}</style></head><body><main>')
+        if top:
+            yield f'<p>{visit.link("", "All repositories")}</p>'
+        yield f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>'
+        if fault:
+            yield f'<p>{_bad(fault)}</p>'
+        if itself:
+            yield from self._repository(itself, visit)
+            if others:
+                yield f'<h2>Below {_text(top[1:])}</h2>'
+        if others or not itself:
+            disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
+            yield from self._overview(others, visit, disk, fresh)
+        yield f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. '
+        if shown:
+            yield 'Plots show what is stored by the day of its upload; ticks mark days with a snapshot.'
+        yield '</footer></body></html>\n'
 
-    # ---- several repositories ----
-
-    def _overview(self, shown: List[Watched], visit: Visit, fresh: bool, fault: str) -> str:
-        if self._usage.census.age() == math.inf:
-            return '<p>Calculating sizes …</p>'
+    def _overview(self, shown: List[Watched], visit: Visit, disk: Any, fresh: bool) -> Iterator[str]:
+        """Several repositories: what there is, in a line, their quotas, and tables of them."""
+        age = self._usage.census.age()
+        if age == math.inf:
+            yield '<p>Calculating sizes …</p>'
+            return
+        yield f'<p>{format_count(len(shown), "repository")}'
+        if shown:
+            yield f', {_size(shown)}, {_bad(count_troubles(shown)) or "all is well"}'
+        if disk:
+            free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
+            yield f'; {_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free}'
+        yield '</p>' if fresh else f'; counted {format_age(age)} ago</p>'
+        yield self._quotas([*(repository.name for repository in shown), *visit.places], visit)
+        if not shown:
+            yield _first_backup(visit)
         key = SORTS.get(visit.sort)
         if key:
             shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
-        folds = len(shown) >= FOLD_FROM and not key
-        bad, sound = ([repository for repository in shown if bool(repository.troubles) == is_bad]
-                      for is_bad in (True, False))
         limited = any(visit.right(repository.name) != WRITE for repository in shown)
         table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
-        disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
-        return ''.join((
-            self._summary(shown, disk, fresh),
-            self._quotas([*(repository.name for repository in shown), *visit.places], visit),
-            '' if shown else _first_backup(visit),
-            f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
-            f'{visit.sorted_by("size")}</p>' if folds else '',
-            table('Repositories', bad if folds else shown),
-            *(_folded(sound, visit, table) if folds else ())))
-
-    def _summary(self, shown: List[Watched], disk: Any, fresh: bool) -> str:
-        """What there is, in a line."""
-        line = format_count(len(shown), 'repository')
-        if shown:
-            troubles = count_troubles(shown)
-            line += f', {_size(shown)}, {_bad(troubles) if troubles else "all is well"}'
-        if disk:
-            free = f'{format_size(disk.free)} of {format_size(disk.total)} free'
-            line += f'; {_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free}'
-        if not fresh:
-            line += f'; counted {format_age(self._usage.census.age())} ago'
-        return f'<p>{line}</p>'
+        if key or len(shown) < FOLD_FROM:
+            yield table('Repositories', shown)
+            return
+        yield (f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
+               f'{visit.sorted_by("size")}</p>')
+        yield table('Repositories', [repository for repository in shown if repository.troubles])
+        yield from _folded([repository for repository in shown if not repository.troubles], visit, table)
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
         """Bars of the quotas of repositories that the visitor may know of."""
@@ -5855,40 +5813,40 @@ class Page:
                        if visit.sees(scope))
         return f'<div class="quotas">{bars}</div>' if bars else ''
 
-    # ---- one repository ----
-
-    def _repository(self, repository: Watched, visit: Visit) -> str:
+    def _repository(self, repository: Watched, visit: Visit) -> Iterator[str]:
+        """One repository: what is to be known of it, its quotas, plot and snapshots."""
         name, holdings, right = repository.name, repository.holdings, visit.right(repository.name)
-        reads = right != METRICS
+        reads, scrub = right != METRICS, repository.scrub
         kinds = ', '.join(format_count(holdings.objects[kind], noun) for kind, noun in _KINDS.items())
-        facts = [
-            ('Address', reads and f'<code>{visit.address(name)}</code>'),
-            ('Last snapshot', _last_snapshot(repository)),
-            ('Size', f'{format_size(holdings.bytes)}: {kinds}' + (
-                f' {_bad("incomplete")}' if holdings.unreadable else '')),
-            ('Growth', f'{_growth(repository)} in 30 days'),
-            ('Kept deleted objects', self._kept(repository, visit)),
-            ('Locks', _locks(repository, ', '.join(
-                f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN]))),
-            ('Last scrub', _scrub(repository, repository.scrub.names if repository.scrub and reads else [])),
-            ('You may', right),
-            ('Rights', '' if visit.users is None else '; '.join(
-                f'{may}: {_listed(users)}' for may, users in visit.users(name).items())),
-        ]
-        snapshots = self._snapshots(name, holdings.bytes, holdings.last_snapshot, *holdings.objects.values())
-        return ''.join((
-            f'<p>{_bad(repository.text_of_troubles()) if repository.troubles else "All is well."}</p>',
-            f'<dl>{"".join(f"<dt>{term}</dt><dd>{text}</dd>" for term, text in facts if text)}</dl>',
-            self._quotas([name], visit),
-            f'<h2>Size, {DAYS} days</h2>', _figure(holdings, repository.now),
-            '<h2>Snapshots</h2>', _list_of_snapshots(snapshots, repository, reads)))
+        facts = {
+            'Address': reads and f'<code>{visit.address(name)}</code>',
+            'Last snapshot': _last_snapshot(repository),
+            'Size': f'{format_size(holdings.bytes)}: {kinds}' + (
+                f' {_bad("incomplete")}' if holdings.unreadable else ''),
+            'Growth': f'{_growth(repository)} in 30 days',
+            'Kept deleted objects': self._kept(repository, visit),
+            'Locks': _locks(repository, ', '.join(
+                f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN])),
+            'Last scrub': _scrub(repository, scrub.names if scrub and reads else []),
+            'You may': right,
+            'Rights': visit.users and '; '.join(
+                f'{may}: {_listed(users)}' for may, users in visit.users(name).items()),
+        }
+        yield f'<p>{_bad(repository.text_of_troubles()) or "All is well."}</p><dl>'
+        yield from (f'<dt>{term}</dt><dd>{text}</dd>' for term, text in facts.items() if text)
+        yield f'</dl>{self._quotas([name], visit)}<h2>Size, {DAYS} days</h2><figure><div class="scale">'
+        yield from (f'<span>{format_size(holdings.bytes * part / 2)}</span>' for part in (2, 1, 0))
+        yield f'</div>{_plot(holdings)}<div class="days">'
+        yield from (f'<span>{time.strftime("%Y-%m-%d", time.localtime(repository.now - ago * 86400))}</span>'
+                    for ago in (DAYS - 1, DAYS // 2, 0))
+        yield '</div></figure>\n<h2>Snapshots</h2>'
+        yield _list_of_snapshots(self._snapshots(name, holdings.bytes, holdings.last_snapshot,
+                                                 *holdings.objects.values()), repository, reads)
 
     def _kept(self, repository: Watched, visit: Visit) -> str:
         """What was deleted from a repository and is kept, and from when on it can be read."""
         holdings, past = repository.holdings, self._usage.past
-        if not (past.keeps or holdings.kept):
-            return ''
-        text = 'nothing'
+        text = 'nothing' if past.keeps else ''
         if holdings.kept:
             text = (f'{format_size(holdings.kept_bytes)} in {format_count(holdings.kept, "object")}, '
                     f'{holdings.deleted:,} of them deleted in the last day')
@@ -5905,12 +5863,12 @@ def _first_backup(visit: Visit) -> str:
     """The commands that make a first backup, if the visitor may make one."""
     places = [visit.top] if visit.top else ['/laptop', *(
         [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
-    place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
-    if place is None:
-        return '<p>You cannot access any repository here.</p>'
-    return (f'<p>No repositories yet. To create one and back up to it:</p>'
-            f'<pre><code>restic -r {visit.address(place)} init</code></pre>'
-            f'<pre><code>restic -r {visit.address(place)} backup ~</code></pre>')
+    for place in places:
+        if visit.right(place) in (APPEND, WRITE):
+            restic = f'restic -r {visit.address(place)}'
+            return (f'<p>No repositories yet. To create one and back up to it:</p>'
+                    f'<pre><code>{restic} init</code></pre><pre><code>{restic} backup ~</code></pre>')
+    return '<p>You cannot access any repository here.</p>'
 
 
 def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]) -> Iterator[str]:
@@ -5919,9 +5877,8 @@ def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watch
     for repository in sound:
         name = repository.name[len(visit.top):].partition('/')[2].partition('/')[0]
         folders.setdefault(f'{visit.top}/{name}' if name else '', []).append(repository)
-    alone = [inside[0] for inside in folders.values() if len(inside) == 1]
-    folders = {folder: inside for folder, inside in folders.items() if len(inside) > 1}
-    for folder, inside in {**folders, '': alone}.items() if alone else folders.items():
+    alone = [inside.pop() for inside in folders.values() if len(inside) == 1]
+    for folder, inside in filter(operator.itemgetter(1), [*folders.items(), ('', alone)]):
         number, name = format_count(len(inside), 'repository'), _text(folder[1:])
         head, only, caption = f'<b>{number}</b>', '', 'Other repositories'
         if folder:
@@ -5943,18 +5900,16 @@ def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) 
     heads = ''.join(f'<th scope="col" class="{column.kind}">'
                     f'{visit.sorted_by(column.sort, column.head) if column.sort else column.head}</th>'
                     for column in columns)
-    return (f'<table><caption class="quiet">{caption}</caption><thead><tr>'
-            f'<th scope="col">{visit.sorted_by("name", "Repository")}</th>{heads}</tr></thead>\n<tbody>'
-            + ''.join(_row(repository, visit, columns) for repository in shown) + '</tbody></table>')
-
-
-def _row(repository: Watched, visit: Visit, columns: List[Column]) -> str:
-    """A repository's row."""
-    name, kind = visit.link(repository.name, _text(repository.title)), ''
-    if repository.troubles:
-        name, kind = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
-    cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
-    return f'<tr{kind}><th scope="row" class="name">{name}</th>{cells}</tr>\n'
+    rows = []
+    for repository in shown:
+        name, kind = visit.link(repository.name, _text(repository.title)), ''
+        if repository.troubles:
+            name, kind = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
+        cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
+        rows.append(f'<tr{kind}><th scope="row" class="name">{name}</th>{cells}</tr>\n')
+    return (f'<table><caption>{caption}</caption><thead><tr>'
+            f'<th scope="col">{visit.sorted_by("name", "Repository")}</th>{heads}</tr></thead>\n'
+            f'<tbody>{"".join(rows)}</tbody></table>')
 
 
 def _size(repositories: List[Watched]) -> str:
@@ -5996,7 +5951,6 @@ def _scrub(repository: Watched, names: Iterable[str] = ()) -> str:
     return f'{result}{_small(repository.ago(scrub.time))}{listed}'
 
 
-_NONE = '<span class="dim">none</span>'
 # A column of the table: its class and its heading, the order to which that leads, what is in a cell.
 Column = collections.namedtuple('Column', ['kind', 'head', 'sort', 'cell'])
 _TABLE_COLUMNS = (
@@ -6022,7 +5976,7 @@ def _list_of_snapshots(snapshots: List[Snapshot], repository: Watched, names: bo
         '</tr>\n'
         for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
     older = len(snapshots) - SNAPSHOTS_SHOWN
-    return ('<table><caption class="quiet">Snapshots</caption><thead><tr><th scope="col">Time</th>'
+    return ('<table><caption>Snapshots</caption><thead><tr><th scope="col">Time</th>'
             '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
             f'<tbody>{rows}</tbody></table>' + (
                 f'<p>Not shown: {format_count(older, "older snapshot")}.</p>' if older > 0 else '')
@@ -6040,8 +5994,8 @@ def _small(text: str, kind: str = '') -> str:
 
 
 def _bad(text: str) -> str:
-    """Text that needs attention, marked by more than its colour."""
-    return f'<span class="bad">⚠ {text}</span>'
+    """Text that needs attention, marked by more than its colour; none if it is empty."""
+    return f'<span class="bad">⚠ {text}</span>' if text else ''
 
 
 def _text(text: str) -> str:
@@ -6085,15 +6039,6 @@ def _plot(holdings: Holdings) -> str:
             f'{format_size(holdings.bytes)}, days with a snapshot: {len(days)}</title>'
             f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
-
-
-def _figure(holdings: Holdings, now: float) -> str:
-    """The plot of a repository, with its scales."""
-    sizes = ''.join(f'<span>{format_size(holdings.bytes * part / 2)}</span>' for part in (2, 1, 0))
-    days = ''.join(f'<span>{time.strftime("%Y-%m-%d", time.localtime(now - ago * 86400))}</span>'
-                   for ago in (DAYS - 1, DAYS // 2, 0))
-    return (f'<figure><div class="scale">{sizes}</div>{_plot(holdings)}<div class="days">{days}</div>'
-            '</figure>\n')
 
 
 # ==== Admission ==================================================================================
@@ -9084,7 +9029,7 @@ class Server:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
         api.usage.census.channel.open()
         api.events.open()
-        if api.usage.limits.by_place or api.has_metrics or api.events:   # which no scrape is to miss
+        if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -9139,7 +9084,8 @@ class Server:
             for channel, take in ((census.channel, census.on_requested), (events.channel, events.on_sent)):
                 if channel.receiver:
                     loop.watch(channel.receiver, take)
-            loop.timers += [self._purge, events.tick]
+            loop.timers.append(self._purge)
+            events.start()
         loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
                         self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
         unpin(False)
