@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     import ssl
     from concurrent.futures import Future
     from queue import SimpleQueue
-    from types import FrameType as CallFrame, TracebackType
+    from types import FrameType as CallFrame
     from typing import (
         Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn,
         Optional, Protocol, Set, Tuple, TypeVar, Union)
@@ -3547,35 +3547,29 @@ class Scrub:
 # at the sum, so that two that take the last bytes at once both step back.
 
 DAYS = 90                    # Days of history: how much was stored on each.
-COUNTS_AT_MOST = 3           # Counts of a repository from which objects are being deleted meanwhile.
 ROOM_SECONDS = 10            # Longest wait of an upload for bytes that others have reserved.
-CLOCK_SECONDS = 60           # Longest time from the last write (mtime) to link(2) (ctime).
-WARNING_SECONDS = 10         # Time between two warnings about a full quota.
-MASS_DELETE_SECONDS = 60     # Time in which the deletion of most snapshots is worth a warning.
-MASS_DELETE_PAUSE = 3600     # Time between two such warnings about a repository.
 READY_SECONDS = 20           # Longest wait of an upload for the first census.
 RETRY_SECONDS = 10           # After which a client may try again what had to wait for too long.
-SHOWN_SECONDS = 1.0          # Time for which computed holdings are used again.
+MASS_DELETE_SECONDS = 60     # Time in which the deletion of most snapshots is worth a warning.
 BLOCK_BYTES = 4096           # Unit of charge for an object.
 FOLDER_BYTES = 4096          # Charge for a folder.
-_DAY_SECONDS = 86400
 LOCK_BYTES = 4096            # Largest lock that needs no room: reading and making room require one.
 LOCKS = 1024                 # Locks in a quota's scope that need no room.
 QUOTA_DEPTH = 4              # Most names in the path of a place with a quota.
+_DAY_SECONDS = 86400
 # Numbers of a repository, as the rows `added` and `removed` have them: bytes, bytes charged, deleted objects
 # that are kept, their bytes, those deleted in the last day, and objects of each kind.
 Held = collections.namedtuple('Held', [
     'bytes', 'charged', 'kept', 'kept_bytes', 'deleted',
     'data', 'index', 'keys', 'locks', 'snapshots', 'config'])
 _COLUMNS = {name: column for column, name in enumerate(Held._fields)}
-# What a census found of a repository: its numbers, the time of the last snapshot, the time of the count,
-# bytes and snapshots at that time, folders that could not be read, and bytes and snapshots by day.
+# What a census found of a repository, as the row `base` has it: its numbers, the times of the last snapshot
+# and of the count, the folders that could not be read, and bytes and snapshots by day, older ones first.
 Count = collections.namedtuple('Count', [
-    'held', 'last_snapshot', 'time', 'bytes', 'snapshots', 'unreadable', 'days', 'snapshot_days'])
-_NOTHING = Count(Held(*[0] * len(_COLUMNS)), 0, 0, 0, 0, 0, [0] * DAYS, [0] * DAYS)
+    'held', 'last_snapshot', 'time', 'unreadable', 'days', 'snapshot_days'])
+_NOTHING = Count(Held(*[0] * len(_COLUMNS)), 0, 0, 0, [0] * (DAYS + 1), [0] * (DAYS + 1))
 # Bytes that a quota's scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none.
 Quota = collections.namedtuple('Quota', ['held', 'reserved', 'limit'])
-
 # What a repository holds: bytes, objects of each kind (and of `config`), the time of the last snapshot
 # (0 if there is none), and for each of the last DAYS days, today being the last, the bytes stored on it
 # that are still there, and the snapshots; how many of its folders could not be read; deleted objects that
@@ -3595,8 +3589,8 @@ def _to_row(count: Count) -> List[int]:
 
 
 def _from_row(row: List[int]) -> Count:
-    numbers, days = row[:-2 * DAYS], row[-2 * DAYS:]
-    return Count._make([Held(*numbers[:len(_COLUMNS)]), *numbers[len(_COLUMNS):], days[:DAYS], days[DAYS:]])
+    width = len(_COLUMNS)
+    return Count._make([Held(*row[:width]), *row[width:width + 3], row[width + 3:-DAYS - 1], row[-DAYS - 1:]])
 
 
 def _base(counters: Counters, repository: str) -> Count:
@@ -3611,7 +3605,12 @@ def _passed(counters: Counters, repository: str) -> Tuple[List[int], List[int]]:
 
 
 def _sum(held: Held, added: List[int], removed: List[int]) -> Held:
-    return Held(*(number + more - less for number, more, less in zip(held, added, removed)))
+    return Held(*map(operator.sub, map(operator.add, held, added), removed))
+
+
+def _as_base(count: Count, added: List[int], removed: List[int]) -> Count:
+    """The base of a repository that was counted when so much had passed."""
+    return count._replace(held=_sum(count.held, removed, added))
 
 
 class Quotas:
@@ -3624,8 +3623,7 @@ class Quotas:
                           if '%u' in place]
         self._written: Set[str] = set()     # the scopes of these places and those above them
         for place in written:
-            names = place.strip('/').split('/')
-            self._written.update('/'.join(names[:depth + 1]) for depth in range(len(names)))
+            self._written.update(itertools.accumulate(place.strip('/').split('/'), '{}/{}'.format))
         self.limit = functools.lru_cache(maxsize=4096)(self._limit)
 
     def _limit(self, scope: str) -> int:
@@ -3652,7 +3650,7 @@ class Census:
         self._scopes = scopes
         self._past = past
         self.channel = Channel(socket.SOCK_STREAM)      # to the process that makes it
-        self._counting = False
+        self._counting = threading.Lock()
         self.unreadable: List[str] = []     # folders that the last census could not read
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
@@ -3679,45 +3677,12 @@ class Census:
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
-        if any(self.channel.receive()) and self.age() >= self._interval and not self._counting:
-            self._counting = True
+        if any(self.channel.receive()) and self.age() >= self._interval and self._counting.acquire(False):
             try:
                 threading.Thread(target=self._count_all, daemon=True).start()
             except RuntimeError as error:
-                self._counting = False
+                self._counting.release()
                 log.error('cannot calculate sizes: %s', error)
-
-    def count(self) -> None:
-        """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises DirectoryGone
-        if the directory has gone: then nothing is deleted, it is missing."""
-        self._store.directory.check_present()
-        begin, counters, self.unreadable, self._other = time.monotonic(), self._counters, [], _NOTHING
-        self._sums = {scope: [0, 0] for kind in ('baseline', 'delta') for _, scope in counters.keys(kind)}
-        known = {name for kind in ('base', 'added', 'removed') for _, name in counters.keys(kind)}
-        for folder in self._store.walk(self._on_error):
-            known.discard(folder.path)
-            if folder.is_repository:
-                self._count(folder.path)
-            elif folder.path:
-                self._add_to_scopes(folder.path, FOLDER_BYTES, 0)
-        self._store.directory.check_present()
-        for repository in known - {OTHER}:
-            passed, count = _passed(counters, repository), _NOTHING     # it was deleted
-            if any(f'{repository}/'.startswith(f'{path}/') for path in self.unreadable):
-                base = _base(counters, repository)
-                count = base._replace(unreadable=1, held=_sum(base.held, *passed))
-            self._set_base(repository, count, *passed)
-        for scope, (charged, locks) in self._sums.items():
-            other = counters.total(('other', scope), 2)
-            counters.put(('baseline', scope), charged - other[0], locks - other[1])
-        if OTHER in known or self._other.time:
-            self._set_base(OTHER, self._other, *_passed(counters, OTHER))
-        counters.put(('counted',), int(time.monotonic() * 1e9))
-        log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
-
-    def _on_error(self, path: str, error: OSError) -> None:
-        log.warning('cannot read %s, keeping its last known size: %s', path or '/', error)
-        self.unreadable.append(path)
 
     def _count_all(self) -> None:
         try:
@@ -3728,27 +3693,56 @@ class Census:
             log.error('cannot calculate sizes: %s: %s', type(error).__name__, error)
             log.debug('traceback:', exc_info=True)
         finally:
-            self._counting = False
+            self._counting.release()
+
+    def count(self) -> None:
+        """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises DirectoryGone
+        if the directory has gone: then nothing is deleted, it is missing."""
+        self._store.directory.check_present()
+        begin, counters, self.unreadable, self._other = time.monotonic(), self._counters, [], _NOTHING
+        scopes = {scope for kind in ('baseline', 'delta') for _, scope in counters.keys(kind)}
+        self._sums = {scope: [-number for number in counters.total(('other', scope), 2)] for scope in scopes}
+        known = {name for kind in ('base', 'added', 'removed') for _, name in counters.keys(kind)}
+        for folder in self._store.walk(self._on_error):
+            known.discard(folder.path)
+            if folder.is_repository:
+                self._count(folder.path)
+            elif folder.path:
+                self._add_to_scopes(folder.path, FOLDER_BYTES, 0)
+        self._store.directory.check_present()
+        for repository in known - {OTHER}:
+            if any(f'{repository}/'.startswith(f'{path}/') for path in self.unreadable):
+                base = _base(counters, repository)._replace(unreadable=1)
+            else:   # it was deleted
+                base = _as_base(_NOTHING, *_passed(counters, repository))
+            self._set_base(repository, base)
+        for scope, sums in self._sums.items():
+            counters.put(('baseline', scope), *sums)
+        if OTHER in known or self._other.time:
+            counters.put(('base', OTHER), *_to_row(_as_base(self._other, *_passed(counters, OTHER))))
+        counters.put(('counted',), int(time.monotonic() * 1e9))
+        log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
+
+    def _on_error(self, path: str, error: OSError) -> None:
+        log.warning('cannot read %s, keeping its last known size: %s', path or '/', error)
+        self.unreadable.append(path)
 
     def _count(self, repository: str) -> None:
         """Count a repository.  If objects are removed meanwhile, it is counted again, a few times; the last
         count is taken not to include them, so that the quota errs on the high side."""
-        for _ in range(COUNTS_AT_MOST):
-            before = self._store.now()
+        for _ in range(3):
             added, removed_before = _passed(self._counters, repository)
-            count = self._measure(repository, before)
+            count = self._measure(repository)
             removed = _passed(self._counters, repository)[1]
             if removed == removed_before:
                 break
-        self._set_base(repository, count, added, removed)
+        self._set_base(repository, _as_base(count, added, removed))
 
-    def _set_base(self, repository: str, count: Count, added: List[int], removed: List[int]) -> None:
-        """Set the base of a repository, or of OTHER, by a count and the rows of that time.  A repository for
-        which there is no room is counted as OTHER."""
-        base = count._replace(held=_sum(count.held, removed, added))
-        if repository != OTHER:
-            self._add_to_scopes(repository, base.held.charged, base.held.locks)
+    def _set_base(self, repository: str, base: Count) -> None:
+        """Set the base of a repository.  One for which there is no room is counted as OTHER."""
+        self._add_to_scopes(repository, base.held.charged, base.held.locks)
         if not self._counters.put(('base', repository), *_to_row(base)):
+            count = base._replace(held=_sum(base.held, *_passed(self._counters, repository)))
             row = map(operator.add, _to_row(self._other), _to_row(count))
             self._other = _from_row(list(row))._replace(
                 time=count.time, last_snapshot=max(self._other.last_snapshot, count.last_snapshot))
@@ -3759,86 +3753,60 @@ class Census:
             sums[0] += charged
             sums[1] += locks
 
-    def _read(self, before: float, objects: ObjectFolder
-              ) -> Iterator[Tuple[str, int, List[os.stat_result], Optional[OSError]]]:
-        """A folder of objects, in parts: its kind, its charge (in the first part), what stat(2) says of
-        objects that were stored `before` a time, and the error that ended it (in the last)."""
-        charge, statuses, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
+    def _measure(self, repository: str) -> Count:
+        """What a repository holds that was stored before now by the file system's clock.  Objects of a time
+        to come are older: the clock has been set back, or is not right yet, as on a host without a battery
+        for it."""
+        now, begin, before = int(time.time()), time.monotonic(), self._store.now()
+        held, faults = dict.fromkeys(_COLUMNS, 0), []   # type: Dict[str, int], List[OSError]
+        try:
+            self._measure_rest(repository, before, held)
+        except OSError as error:
+            faults.append(error)
+        days, snapshot_days, last = [held['bytes'], *[0] * DAYS], [0] * (DAYS + 1), 0
+        today, paused = int(before) // _DAY_SECONDS, begin
+        pause = bool(self._counters.read(('counted',)))     # nobody waits for the first census
+        with self._store.object_folders(repository) as folders, contextlib.closing(
+                read_ahead(map(self._read, folders))) as items:
+            for kind, item in items:
+                elapsed = time.monotonic() - begin
+                if pause and begin + elapsed - paused > 0.001:      # leave half of the time to requests
+                    time.sleep(begin + elapsed - paused)
+                    paused = time.monotonic()
+                if isinstance(item, OSError):
+                    faults.append(item)
+                elif item is None:
+                    held['charged'] += FOLDER_BYTES
+                # Not what was copied or has changed its owner: link(2) follows the last write soon.
+                elif not (before < item.st_ctime < before + elapsed + 1 and item.st_mtime > before - 60):
+                    stored_at = min(max(int(item.st_mtime), 0), int(before))
+                    day = max(DAYS - today + stored_at // _DAY_SECONDS, 0)
+                    held['bytes'] += item.st_size
+                    held['charged'] += charge_of(item.st_size)
+                    held[kind] += 1
+                    days[day] += item.st_size
+                    if kind == 'snapshots':
+                        snapshot_days[day] += 1
+                        last = max(last, stored_at)
+        for fault in faults:
+            log.error('cannot determine the full size of %s: %s', repository or '/', fault)
+        return Count(Held(**held), last, now, len(faults), days, snapshot_days)
+
+    def _read(self, objects: ObjectFolder) -> Iterator[Tuple[str, Optional[os.stat_result | OSError]]]:
+        """The kind of a folder of objects, with None for the folder, if it is there, with what stat(2) says of
+        each object, and with the error that ended it."""
         try:
             with objects.open() as folder:
-                charge = FOLDER_BYTES * (not self._store.folders.is_missing(folder))
-                for status in self._stored_before(before, folder, objects.prefix):
-                    statuses.append(status)
-                    if len(statuses) == LISTED_AT_ONCE:
-                        yield objects.kind, charge, statuses, None
-                        charge, statuses = 0, []
+                if not self._store.folders.is_missing(folder):
+                    yield objects.kind, None
+                for _, status in entries_and_statuses(folder, objects.prefix):
+                    yield objects.kind, status
         except OSError as error:
-            fault = error
-        yield objects.kind, charge, statuses, fault
+            yield objects.kind, error
 
-    def _stored_before(self, before: float, folder: Folder, prefix: str) -> Iterator[os.stat_result]:
-        """What stat(2) says of the objects in a folder that were stored before a time of the file system's
-        clock.  Those of a time to come are older than that: the clock has been set back, or is not right
-        yet, as on a host without a battery for it."""
-        later = []
-        for _, status in entries_and_statuses(folder, prefix):
-            # Not files that were copied, or changed their owner.
-            if status.st_ctime > before and status.st_mtime > before - CLOCK_SECONDS:
-                later.append(status)
-            else:
-                yield status
-        if later:
-            now = self._store.now()
-            yield from [status for status in later if status.st_ctime > now]
-
-    def _measure(self, repository: str, before: float) -> Count:
-        """What a repository holds that was stored `before` a time of the file system's clock."""
-        now, last, today = int(time.time()), 0, int(before) // _DAY_SECONDS
-        held, days, snapshots = dict.fromkeys(_COLUMNS, 0), [0] * DAYS, [0] * DAYS
-        pause, faults = bool(self._counters.read(('counted',))), []     # type: bool, List[OSError]
-        for measure in (self._measure_config, functools.partial(self._measure_kept, before)):
-            try:
-                measure(repository, held)
-            except OSError as error:
-                faults.append(error)
-        begin = time.monotonic()
-        with self._store.object_folders(repository) as folders, contextlib.closing(
-                read_ahead(self._read(before, objects) for objects in folders)) as parts:
-            for kind, charge, statuses, fault in parts:
-                held['charged'] += charge
-                if fault:
-                    faults.append(fault)
-                for status in statuses:
-                    held['bytes'] += status.st_size
-                    held['charged'] += charge_of(status.st_size)
-                    held[kind] += 1
-                    stored_at = min(max(int(status.st_mtime), 0), int(before))
-                    day = DAYS - 1 - today + stored_at // _DAY_SECONDS
-                    if day >= 0:
-                        days[day] += status.st_size
-                        snapshots[day] += kind == 'snapshots'
-                    if kind == 'snapshots':
-                        last = max(last, stored_at)
-                if pause:  # leave half of the time to requests, unless they wait for the first census
-                    time.sleep(time.monotonic() - begin)
-                    begin = time.monotonic()
-        for problem in faults:
-            log.error('cannot determine the full size of %s: %s', repository or '/', problem)
-        return Count(Held(**held), last, now, held['bytes'], held['snapshots'], len(faults), days, snapshots)
-
-    def _measure_config(self, repository: str, held: Dict[str, int]) -> None:
-        """Add the config of a repository, and its folders but those of objects.  Raises OSError."""
-        folders = self._store.folders
-        with contextlib.suppress(OSError):  # said where it is read
-            held['charged'] += FOLDER_BYTES * folders.is_there(f'{repository}/data')
-        held['charged'] += FOLDER_BYTES if repository else 0
-        size = self._store.size(Location(repository, 'config'))
-        if size is not None:
-            held['bytes'], held['config'] = size, 1
-            held['charged'] += charge_of(size)
-
-    def _measure_kept(self, before: float, repository: str, held: Dict[str, int]) -> None:
-        """Add the objects of a repository that were deleted and are kept.  Raises OSError."""
+    def _measure_rest(self, repository: str, before: float, held: Dict[str, int]) -> None:
+        """Add the objects that were deleted and are kept, the config, and the folders but those of objects.
+        Raises OSError."""
         yesterday, limit = (format_moment(int(when * 1e6)) for when in (before - _DAY_SECONDS, before))
         for _, entry, name in self._past.kept(repository):
             if not name.returned and name.deleted <= limit:
@@ -3848,6 +3816,12 @@ class Census:
                     held['kept_bytes'] += size
                     held['deleted'] += name.deleted > yesterday
                     held['charged'] += charge_of(size)
+        held['charged'] += FOLDER_BYTES if repository else 0
+        config = self._store.size(Location(repository, 'config'))
+        if config is not None:
+            held['bytes'], held['config'] = config, 1
+            held['charged'] += charge_of(config)
+        held['charged'] += FOLDER_BYTES * self._store.folders.is_there(f'{repository}/data')
 
 
 class Usage:
@@ -3865,13 +3839,9 @@ class Usage:
         self.past = past or Past(store)
         self.census = Census(store, counters, interval, self.scopes, self.past)
         self._store = store
-        self._counters = counters
+        self.counters = counters
         self._next_warning = 0.0
         self.reserving = threading.Lock()   # one upload at a time
-        self._purging = threading.Lock()
-        self._showing = threading.Lock()    # of what follows
-        self._shown_until = 0.0
-        self._shown: Dict[str, Optional[Holdings]] = {}
 
     # ---- what passes through ----
 
@@ -3887,14 +3857,14 @@ class Usage:
             return 0, 0     # a retried upload needs no room
         if self._is_free(location, body.length, scopes):
             return self._save(location, body)
-        folders = self._store.folders.missing(location.folder) * FOLDER_BYTES
         # What replaces a damaged object is charged the difference.
-        fixed = folders - (0 if present is None else charge_of(present))
-        with _Reservation(self, self._counters, location.repository, scopes) as reservation:
+        fixed = (self._store.folders.missing(location.folder) * FOLDER_BYTES
+                 - (0 if present is None else charge_of(present)))
+        with _Reservation(self, location.repository) as reservation:
             if body.length is None:
-                return self._save(location, _GrowingBody(
-                    body, lambda received: reservation.take(fixed + charge_of(received), 0)))
-            reservation.take(fixed + charge_of(body.length))
+                body = _GrowingBody(body, lambda received: reservation.take(fixed + charge_of(received), 0))
+            else:
+                reservation.take(fixed + charge_of(body.length), ROOM_SECONDS)
             return self._save(location, body)
 
     def _save(self, location: Location, body: Body) -> Tuple[int, int]:
@@ -3907,19 +3877,23 @@ class Usage:
         self._count_change('added', location.repository, bytes=size, charged=charged,
                            **{location.kind: saved.objects})
         if location.kind == 'snapshots' and saved.objects:
-            self._counters.put(('snapshot', location.repository), int(time.time()))
+            self.counters.put(('snapshot', location.repository), int(time.time()))
         return saved.objects, size
+
+    def _is_free(self, location: Location, length: Optional[int], scopes: List[str]) -> bool:
+        """Whether an upload is not charged: restic needs a lock to read and to delete, also where the
+        quota is full."""
+        if location.kind != 'locks' or length is None or length > LOCK_BYTES:
+            return False
+        return all(sum(self.counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
+                   for scope in scopes) and not self._store.folders.missing(location.folder)
 
     def create(self, location: Location) -> None:
         """Create a repository as Store.create_repository() does.  Raises as save() does."""
-        repository = location.repository
-        scopes = self.limited(repository)
-        with _Reservation(self, self._counters, repository, scopes) as reservation:
-            if scopes:
-                missing = self._store.folders.missing(repository)
-                missing += len(KINDS) if missing else sum(
-                    self._store.folders.missing(f'{repository}/{kind}') for kind in KINDS)
-                reservation.take(missing * FOLDER_BYTES)
+        repository, folders = location.repository, self._store.folders
+        with _Reservation(self, repository) as reservation:
+            missing = sum(not folders.is_there(f'{repository}/{kind}') for kind in KINDS)
+            reservation.take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
             made = self._store.create_repository(repository)
             self.past.begin(repository)
             self._count_change('added', repository, charged=made * FOLDER_BYTES)
@@ -3941,14 +3915,14 @@ class Usage:
         """A snapshot was deleted: warn, once an hour, when more than half of a repository's snapshots were
         deleted within a minute."""
         key, now = ('forgotten', repository), int(time.monotonic())
-        with self._counters.lock:
-            row = self._counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
+        with self.counters.lock:
+            row = self.counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
             if now - row[0] >= MASS_DELETE_SECONDS:
                 row[0], row[1] = now, 0
             row[1] += 1
-        rows = self._counters.read(key)
+        rows = self.counters.read(key)
         deleted = sum(row[1] for row in rows if now - row[0] < MASS_DELETE_SECONDS)
-        if deleted < 2 or any(row[2] and now - row[2] < MASS_DELETE_PAUSE for row in rows):
+        if deleted < 2 or any(row[2] and now - row[2] < 3600 for row in rows):
             return
         left = sum(len(names) for names, _ in self._store.objects(Location(repository, 'snapshots'), False))
         if deleted > left:
@@ -3958,35 +3932,44 @@ class Usage:
             log.warning('%s', message)
             self.on_mass_delete(repository, message)
 
-    def purge(self, seconds: float = math.inf) -> None:
+    def purge(self, seconds: float) -> None:
         """Remove what was kept long enough from the past of all repositories, and begin that of new ones;
         for `seconds` at the most, and gently.  For the one process that makes the censuses."""
-        end = time.monotonic() + seconds
-        if not self._purging.acquire(blocking=False):
-            return  # the last one is still at it
-        try:
-            for folder in self._store.walk(lambda path, error: log.debug('cannot purge %s: %s', path, error)):
-                if time.monotonic() >= end:
-                    break
-                if folder.is_repository:
-                    self._purge(folder.path, end)
-        finally:
-            self._purging.release()
+        begun = time.monotonic()
+        end = begun + seconds
+        for folder in self._store.walk(lambda path, error: log.debug('cannot purge %s: %s', path, error)):
+            if time.monotonic() >= end:
+                return
+            if not folder.is_repository:
+                continue
+            try:
+                self.past.begin(folder.path)
+                for size in self.past.purge(folder.path):
+                    self._count_change('removed', folder.path, charged=charge_of(size), kept=1,
+                                       kept_bytes=size)
+                    if time.monotonic() >= end:
+                        return
+                    time.sleep(min(time.monotonic() - begun, 1))    # leave half of the time to requests
+                    begun = time.monotonic()
+            except OSError as error:
+                log.error('cannot purge deleted objects of %s: %s', folder.path or '/', error)
 
-    def _purge(self, repository: str, end: float) -> None:
-        """Remove from the past of a repository until the time is `end`."""
-        try:
-            self.past.begin(repository)
-            begun = time.monotonic()
-            for size in self.past.purge(repository):
-                self._count_change('removed', repository, charged=charge_of(size), kept=1, kept_bytes=size)
-                now = time.monotonic()
-                if now >= end:
-                    return
-                time.sleep(min(now - begun, 1))     # leave half of the time to requests
-                begun = time.monotonic()
-        except OSError as error:
-            log.error('cannot purge deleted objects of %s: %s', repository or '/', error)
+    def _count_change(self, direction: str, repository: str, **amounts: int) -> None:
+        """Add to the row `added` or `removed` of a repository, and to those of its quota scopes."""
+        counters, key = self.counters, (direction, repository)
+        with counters.lock:
+            row = counters.rows.get(key) or counters.row(key, len(_COLUMNS))
+            for name, amount in amounts.items():
+                row[_COLUMNS[name]] += amount
+            if self.limits.by_place or self._may_change:
+                sign = 1 if direction == 'added' else -1
+                kinds = ('delta',) if key in counters.rows else ('delta', 'other')
+                for kind, scope in itertools.product(kinds, self.scopes(repository)):
+                    row = counters.row((kind, scope), 2)
+                    row[0] += sign * amounts.get('charged', 0)
+                    row[1] += sign * amounts.get('locks', 0)
+
+    # ---- quotas ----
 
     def scopes(self, repository: str) -> List[str]:
         """The quota scopes of a repository that are counted: its path and those above it, as far as they
@@ -4002,7 +3985,7 @@ class Usage:
     def quota(self, scope: str) -> Quota:
         """What is known of a scope."""
         # An upload that ends moves from reserved to delta; reading in this order never misses it.
-        reserved, delta, baseline = (self._counters.total((kind, scope), 1)[0]
+        reserved, delta, baseline = (self.counters.total((kind, scope), 1)[0]
                                      for kind in ('reserved', 'delta', 'baseline'))
         return Quota(baseline + delta, reserved, self.limits.limit(scope))
 
@@ -4012,10 +3995,9 @@ class Usage:
         return {scope: self.quota(scope) for scope in sorted(scopes)}
 
     def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
-        """Raises QuotaExceeded for an upload that is charged so much; logged once in WARNING_SECONDS."""
-        now = time.monotonic()
-        if now >= self._next_warning:
-            self._next_warning = now + WARNING_SECONDS
+        """Raises QuotaExceeded for an upload that is charged so much; logged once in ten seconds."""
+        if time.monotonic() >= self._next_warning:
+            self._next_warning = time.monotonic() + 10
             held = ', '.join(f'{format_size(quota.held)} of {format_size(quota.limit)} in /{scope}'
                              for scope, quota in quotas.items())
             log.warning('quota exceeded: rejected an upload of %s to %s; used: %s%s', format_size(charge),
@@ -4026,40 +4008,15 @@ class Usage:
 
     def _text_of_kept(self, scope: str) -> str:
         """How much of what a scope holds was deleted, and when the first of it goes."""
-        kept, oldest = 0, []    # type: int, List[str]
-        for name, held in self.holdings(self.names(f'/{scope}' if scope else '')).items():
-            if held.kept:
-                kept += held.kept_bytes
-                with contextlib.suppress(OSError, ValueError):
-                    oldest.append(min(name.deleted for _, _, name in self.past.kept(name)
-                                      if not name.returned))
-        if not oldest:
-            return ''
-        return (f'; {format_size(kept)} of that are deleted objects, the first of which expire on '
-                f'{self.past.until(min(oldest))}')
-
-    def _is_free(self, location: Location, length: Optional[int], scopes: List[str]) -> bool:
-        """Whether an upload is not charged: restic needs a lock to read and to delete, also where the
-        quota is full."""
-        if location.kind != 'locks' or length is None or length > LOCK_BYTES:
-            return False
-        return all(sum(self._counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
-                   for scope in scopes) and not self._store.folders.missing(location.folder)
-
-    def _count_change(self, direction: str, repository: str, **amounts: int) -> None:
-        """Add to the row `added` or `removed` of a repository, and to those of its quota scopes."""
-        counters, key = self._counters, (direction, repository)
-        with counters.lock:
-            row = counters.rows.get(key) or counters.row(key, len(_COLUMNS))
-            for name, amount in amounts.items():
-                row[_COLUMNS[name]] += amount
-            if self.limits.by_place or self._may_change:
-                sign = 1 if direction == 'added' else -1
-                kinds = ('delta',) if key in counters.rows else ('delta', 'other')
-                for kind, scope in itertools.product(kinds, self.scopes(repository)):
-                    row = counters.row((kind, scope), 2)
-                    row[0] += sign * amounts.get('charged', 0)
-                    row[1] += sign * amounts.get('locks', 0)
+        kept = {name: holdings.kept_bytes for name, holdings in self.holdings(
+            self.names(f'/{scope}' if scope else '')).items() if holdings.kept}
+        with contextlib.suppress(OSError):
+            oldest = min((name.deleted for repository in kept for _, _, name in self.past.kept(repository)
+                          if not name.returned), default='')
+            if oldest:
+                return (f'; {format_size(sum(kept.values()))} of that are deleted objects, the first of '
+                        f'which expire on {self.past.until(oldest)}')
+        return ''
 
     # ---- what is there ----
 
@@ -4068,84 +4025,60 @@ class Usage:
         own.  None before the first census."""
         if not self.census.wait(0):
             return []
-        names = {name for _, name in self._counters.keys('base')}
+        names = {name for _, name in self.counters.keys('base')}
         if OTHER not in names:  # else it has those without a base
-            names.update(name for _, name in self._counters.keys('added'))
+            names.update(name for _, name in self.counters.keys('added'))
         return sorted(name for name in names if not below or f'{name}/'.startswith(f'{below}/'))
 
-    def holdings(self, names: Iterable[str]) -> Dict[str, Holdings]:
-        """What repositories hold now; empty ones are left out.  Each is computed once in SHOWN_SECONDS at
-        the most, by one thread at a time."""
-        with self._showing:
-            if time.monotonic() >= self._shown_until:
-                self._shown_until, self._shown = time.monotonic() + SHOWN_SECONDS, {}
-            wanted = {}
-            for name in names:
-                if name not in self._shown:
-                    self._shown[name] = self._holdings(name)
-                wanted[name] = self._shown[name]
-        return {name: held for name, held in wanted.items() if held}
-
-    def repositories(self) -> Dict[str, Holdings]:
-        """All repositories and what they hold now; none before the first census."""
-        return self.holdings(self.names())
+    def holdings(self, names: Optional[Iterable[str]] = None) -> Dict[str, Holdings]:
+        """What repositories, by default all, hold now; empty ones are left out."""
+        found = {name: self._holdings(name) for name in (self.names() if names is None else names)}
+        return {name: holdings for name, holdings in found.items() if holdings}
 
     def _holdings(self, name: str) -> Optional[Holdings]:
-        base = _base(self._counters, name)
-        held = _sum(base.held, *_passed(self._counters, name))
+        base = _base(self.counters, name)
+        held = _sum(base.held, *_passed(self.counters, name))
         objects = {kind: getattr(held, kind) for kind in (*KINDS, 'config')}
         if not any(objects.values()) and not base.unreadable and not held.kept:
             return None
-        last = max((row[0] for row in self._counters.read(('snapshot', name))), default=0)
+        last = max((row[0] for row in self.counters.read(('snapshot', name))), default=0)
         if last < base.time:
             last = base.last_snapshot
         passed = min(max(int(time.time()) // _DAY_SECONDS - base.time // _DAY_SECONDS, 0), DAYS)
         days, snapshots = ([*part, *[0] * passed][-DAYS:] for part in (base.days, base.snapshot_days))
-        days[-1] += max(held.bytes - base.bytes, 0)  # since the count, so today
-        snapshots[-1] += max(held.snapshots - base.snapshots, 0)
-        excess = sum(days) - held.bytes
-        for day in range(DAYS - 1, -1, -1):  # assume that the latest was removed
-            less = max(min(excess, days[day]), 0)
-            days[day] -= less
-            excess -= less
+        days[-1] += max(held.bytes - sum(base.days), 0)     # since the count, so today
+        snapshots[-1] += max(held.snapshots - sum(base.snapshot_days), 0)
+        # What was removed since the count is assumed to be the latest.
+        totals = [0, *(min(total, held.bytes) for total in itertools.accumulate(days))]
+        days = list(map(operator.sub, totals[1:], totals))
         return Holdings(held.bytes, objects, last if held.snapshots else 0, days, snapshots, base.unreadable,
                         held.kept, held.kept_bytes, held.deleted)
 
 
-class _Reservation:
-    """Room in the quotas of some scopes for an upload to a repository, until the context ends.  Raises Busy
+class _Reservation(Closing):
+    """Room in the quotas of some scopes for an upload to a repository, until it is closed.  Raises Busy
     before the first census."""
 
-    def __init__(self, usage: Usage, counters: Counters, repository: str, scopes: List[str]) -> None:
+    def __init__(self, usage: Usage, repository: str) -> None:
         self._usage = usage
-        self._counters = counters
         self._repository = repository
-        self._scopes = scopes
+        self._scopes = usage.limited(repository)
         self._taken = 0
-
-    def __enter__(self) -> _Reservation:
         if self._scopes:
-            self._usage.census.request()
-            if not self._usage.census.wait(READY_SECONDS):
+            usage.census.request()
+            if not usage.census.wait(READY_SECONDS):
                 raise Busy('still calculating sizes', RETRY_SECONDS)
-        return self
 
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        if self._taken:
-            self._add(-self._taken)
-
-    def take(self, charge: int, seconds: Optional[float] = None) -> None:
-        """Raise the reservation to `charge` bytes.  Waits for some seconds, by default ROOM_SECONDS, while
-        other uploads have reserved what is left, since they may fail, or another process has tried at the
-        same time.  Raises QuotaExceeded if there is no room, and Busy if there may be soon."""
-        end = time.monotonic() + (ROOM_SECONDS if seconds is None else seconds)
+    def take(self, charge: int, seconds: float) -> None:
+        """Raise the reservation to `charge` bytes.  Waits for some seconds while other uploads have reserved
+        what is left, since they may fail, or another process has tried at the same time.  Raises
+        QuotaExceeded if there is no room, and Busy if there may be soon."""
+        end = time.monotonic() + seconds
         count = charge - self._taken
         while count > 0:
             with self._usage.reserving:
                 fits = self._add(count)
-                quotas = {scope: quota for scope in self._scopes
-                          for quota in [self._usage.quota(scope)] if quota.limit}
+                quotas = {scope: self._usage.quota(scope) for scope in self._usage.limited(self._repository)}
                 if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
                     return
                 self._add(-count)
@@ -4158,8 +4091,12 @@ class _Reservation:
     def _add(self, count: int) -> bool:
         """Change what is reserved; False if Counters has no room to count it."""
         self._taken += count
-        fits = [self._counters.add(('reserved', scope), count) for scope in self._scopes]
+        fits = [self._usage.counters.add(('reserved', scope), count) for scope in self._scopes]
         return all(fits)
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._add(-self._taken)
 
 
 class _GrowingBody:
@@ -5092,7 +5029,7 @@ class Metrics:
                 ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[position])
                 for (_, user, repository, kind), row in blobs.items() if row[position - position % 2])
 
-        repositories = self._usage.repositories()
+        repositories = self._usage.holdings()
         holdings = {name: held for name, held in repositories.items() if shows(name)}
         with_snapshots = {name: held for name, held in holdings.items() if held.last_snapshot}
         scrubs = {name: result for name, result in last_scrubs(self._store).items() if shows(name)}
@@ -9111,7 +9048,7 @@ class Server:
         if now >= self._next_purge:
             self._next_purge = now + PURGE_SECONDS
             try:
-                threading.Thread(target=self.api.usage.purge, daemon=True).start()
+                threading.Thread(target=self.api.usage.purge, args=[PURGE_SECONDS], daemon=True).start()
             except RuntimeError as error:
                 log.error('cannot purge deleted objects: %s', error)
         return self._next_purge - now

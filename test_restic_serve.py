@@ -204,8 +204,8 @@ def patch_for(test, target, **values):
 
 
 def counted_plainly(test):
-    """Have quotas count an object's bytes and nothing else, and what is shown be computed each time."""
-    patch_for(test, restic_serve, BLOCK_BYTES=1, FOLDER_BYTES=0, SHOWN_SECONDS=0)
+    """Have quotas count an object's bytes and nothing else."""
+    patch_for(test, restic_serve, BLOCK_BYTES=1, FOLDER_BYTES=0)
 
 
 def at_once(function, jobs):
@@ -2067,7 +2067,7 @@ class SlowDiskTest(StoreTest):
         usage = Usage(self.store, Counters())
         with mock.patch.object(os, 'stat', fail):
             usage.census.count()
-        held = usage.repositories()['/host']
+        held = usage.holdings()['/host']
         self.assertEqual((held.objects['keys'], held.unreadable), (20 - restic_serve._HAS_DIR_FD,
                                                                    int(restic_serve._HAS_DIR_FD)))
         if restic_serve._HAS_DIR_FD:
@@ -2105,7 +2105,7 @@ class SlowDiskTest(StoreTest):
                 with self.assertRaises(OSError):
                     self.list(kind)
             usage.census.count()    # DirEntry.stat() would keep other threads from running meanwhile
-        self.assertEqual(usage.repositories()['/host'].unreadable, 2 * restic_serve._HAS_DIR_FD)
+        self.assertEqual(usage.holdings()['/host'].unreadable, 2 * restic_serve._HAS_DIR_FD)
 
     def test_what_is_deleted_meanwhile_is_left_out(self):
         folders = self.fill()
@@ -2189,7 +2189,7 @@ class SlowDiskTest(StoreTest):
                     seen.append(job())
                     self.assertEqual(asked.called, self.slow)
                     asked.reset_mock()
-            held = usage.repositories()['/host']
+            held = usage.holdings()['/host']
             usage.census.channel.close()
             results.append((seen, held.bytes, held.objects, held.days))
         self.assertEqual(results[0], results[1])
@@ -2273,7 +2273,7 @@ class FoldersOfOthersTest(TestCase):
         usage = Usage(self.store, Counters())
         self.addCleanup(usage.census.channel.close)
         usage.census.count()
-        held = usage.repositories()['/host']
+        held = usage.holdings()['/host']
         self.assertEqual((held.bytes, held.objects['keys'], held.objects['config']), (0, 0, 0))
         found = {}
         restic_serve.Scrub(self.store, 0, None, found.__setitem__, io.StringIO()).run()
@@ -3000,7 +3000,7 @@ class PastApiTest(PastTestCase):
         self.assertIn('restic_serve_repository_deleted_kept_bytes{repo="host"} 900\n', exposed)
         self.assertIn('restic_serve_repository_deleted_last_day_objects{repo="host"} 3\n', exposed)
         self.now += 2 * self.KEEP
-        self.usage.purge()
+        self.usage.purge(math.inf)
         self.assertEqual(self.usage.quota('')[0], 0)
         self.usage.census.count()
         self.assertEqual(self.usage.quota('')[0], 0)
@@ -3693,12 +3693,12 @@ class UsageTest(TestCase):
         return location
 
     def held(self, repository='/host'):
-        found = self.usage.repositories()[repository]
+        found = self.usage.holdings()[repository]
         return found.bytes, {kind: number for kind, number in found.objects.items() if number}
 
     def test_a_count_finds_what_is_there(self):
         now = time.time()
-        self.assertEqual(self.usage.repositories(), {})
+        self.assertEqual(self.usage.holdings(), {})
         self.make_repository('a/b')
         self.make_repository()
         for kind, size, age in (('data', 100, 0), ('data', 200, 2), ('data', 400, 200), ('index', 10, 2),
@@ -3713,7 +3713,7 @@ class UsageTest(TestCase):
             (self.root / path).write_bytes(b'foreign')
         with mock.patch.object(time, 'time', return_value=now + 1):
             self.usage.census.count()
-            found = self.usage.repositories()
+            found = self.usage.holdings()
             self.assertEqual(sorted(found), ['', '/a/b'])
             self.assertEqual(found[''][:3], (6, {**dict.fromkeys(restic_serve.KINDS, 0), 'config': 1}, 0))
             held = found['/a/b']
@@ -3724,7 +3724,7 @@ class UsageTest(TestCase):
         self.assertEqual((held.days[-1], held.days[-3], held.days[-6], sum(held.days)), (100, 214, 3, 317))
         self.assertEqual((held.snapshots[-3], held.snapshots[-6], sum(held.snapshots)), (1, 1, 2))
         with mock.patch.object(time, 'time', return_value=now + 4 * 86400):
-            later = self.usage.repositories()['/a/b']
+            later = self.usage.holdings()['/a/b']
         self.assertEqual((later.days[-5], later.days[-7], later.bytes), (100, 214, 717))
         self.assertEqual(len(later.days), restic_serve.DAYS)
 
@@ -3739,7 +3739,7 @@ class UsageTest(TestCase):
         self.usage.delete(first)
         self.save(7, kind='snapshots')
         self.assertEqual(self.held(), (57, {'index': 1, 'snapshots': 1}))
-        found = self.usage.repositories()['/host']
+        found = self.usage.holdings()['/host']
         self.assertAlmostEqual(found.last_snapshot, time.time(), delta=5)
         self.assertEqual((found.snapshots[-1], sum(found.snapshots)), (1, 1))
         self.save(30, '/new')
@@ -3759,8 +3759,8 @@ class UsageTest(TestCase):
         self.assertEqual(self.held(), (100, {'data': 1}))
         self.usage.census.count()
         self.assertEqual(self.held(), (300, {'keys': 1}))
-        self.assertEqual(list(self.usage.repositories()), ['/host'])
-        metrics = Metrics(self.usage._counters, self.usage, self.store)
+        self.assertEqual(list(self.usage.holdings()), ['/host'])
+        metrics = Metrics(self.usage.counters, self.usage, self.store)
         metrics.count_blob(Request('GET', '/', '', {}, None, Peer('x')), Location('/gone', 'data', 'x'),
                            Metrics.READ, 60)
         self.usage.census.count()
@@ -3835,7 +3835,7 @@ class UsageTest(TestCase):
                 mock.patch.object(restic_serve, '_scan', scan):
             self.usage.census.count()
         self.assertEqual(self.held(), (20, {'index': 1}))
-        self.assertEqual(self.usage.repositories()['/host'].unreadable, 1)
+        self.assertEqual(self.usage.holdings()['/host'].unreadable, 1)
         self.assertEqual(self.held('/other'), (0, {}))
         log = ' '.join(self.log)
         self.assertRegex(log, 'cannot read /secret, keeping its last known size: .*Permission denied')
@@ -3857,13 +3857,13 @@ class UsageTest(TestCase):
 
         with mock.patch.object(restic_serve, '_scan', scan):
             self.usage.census.count()
-        found = self.usage.repositories()
+        found = self.usage.holdings()
         self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
                          {'/alice/x': (100, 1), '/bob': (100, 0)})
         self.assertEqual(self.usage.quota('')[0], 200)
         shutil.rmtree(self.root / 'alice')
         self.usage.census.count()
-        self.assertEqual(list(self.usage.repositories()), ['/bob'])
+        self.assertEqual(list(self.usage.holdings()), ['/bob'])
 
     def test_a_config_that_cannot_be_looked_at_does_not_end_the_count(self):
         for repository in ('/alice', '/bob'):
@@ -3877,7 +3877,7 @@ class UsageTest(TestCase):
 
         with mock.patch.object(Store, 'size', size):
             self.usage.census.count()
-        found = self.usage.repositories()
+        found = self.usage.holdings()
         self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
                          {'/alice': (100, 1), '/bob': (100, 0)})
 
@@ -3901,11 +3901,11 @@ class UsageTest(TestCase):
         os.utime(path_of(self.store, old), (1000, 1000))
         new = self.save(10, kind='snapshots')
         self.usage.census.count()
-        self.assertGreater(self.usage.repositories()['/host'].last_snapshot, 1000)
+        self.assertGreater(self.usage.holdings()['/host'].last_snapshot, 1000)
         self.usage.delete(new)
         with mock.patch.object(time, 'time', return_value=time.time() + 2):
             self.usage.census.count()
-        self.assertEqual(self.usage.repositories()['/host'].last_snapshot, 1000)
+        self.assertEqual(self.usage.holdings()['/host'].last_snapshot, 1000)
 
     def test_more_repositories_than_can_be_counted_one_by_one_still_fill_a_quota(self):
         self.usage = self.make(quotas=restic_serve.Quotas({'/': 10_000}))
@@ -3915,7 +3915,7 @@ class UsageTest(TestCase):
                             Bytes(b'%100d' % number))
         with mock.patch.object(restic_serve, 'SPARE_BYTES', restic_serve.SLOT_BYTES - 20_000):
             self.usage.census.count()
-        self.assertLess(len(self.usage.repositories()), 20)
+        self.assertLess(len(self.usage.holdings()), 20)
         self.assertEqual(self.usage.quota('')[0], 2000)
 
     def test_what_was_removed_since_the_count_makes_no_day_negative(self):
@@ -3923,7 +3923,7 @@ class UsageTest(TestCase):
         self.usage.census.count()
         self.usage.delete(locations[0])
         self.save(10)
-        held = self.usage.repositories()['/host']
+        held = self.usage.holdings()['/host']
         self.assertEqual((held.bytes, sum(held.days)), (3010, 3010))
 
     def test_deep_folders_and_the_root_of_the_file_system_are_no_fault(self):
@@ -4231,7 +4231,7 @@ class UsageTest(TestCase):
             self.make_repository('good')
             self.store.save(Location('/good', 'keys', named(b'good')), Bytes(b'good'))
             self.usage.census.count()
-            found = self.usage.repositories()
+            found = self.usage.holdings()
             self.assertEqual(found['/good'].bytes, 4)
             self.assertGreater(found['other'].bytes, 10)
             self.assertEqual(sum(held.bytes for held in found.values()), 34)
@@ -4241,13 +4241,13 @@ class UsageTest(TestCase):
             self.assertEqual(self.usage.quota('')[0], 134)
             self.usage.census.count()
             self.assertEqual(self.usage.quota('')[0], 134)
-            self.assertEqual(sum(held.bytes for held in self.usage.repositories().values()), 134)
+            self.assertEqual(sum(held.bytes for held in self.usage.holdings().values()), 134)
             shutil.rmtree(self.root / 'evil')
             for number in range(3):
                 self.make_repository(f'new{number}')
                 Store(str(self.root)).save(Location(f'/new{number}', 'keys', named(b'new')), Bytes(b'new'))
             self.usage.census.count()
-            found = self.usage.repositories()
+            found = self.usage.holdings()
             self.assertEqual({name: held.bytes for name, held in found.items()},
                              {'/good': 4, '/new0': 3, '/new1': 3, '/new2': 3})
 
@@ -4290,19 +4290,12 @@ class UsageTest(TestCase):
         self.assertEqual(usage.save(location, Bytes(content)), (0, 0))
         self.assertEqual(Path(path_of(self.store, location)).read_bytes(), content)
 
-    def test_what_is_shown_is_computed_once_a_second_and_for_those_who_may_see_it(self):
+    def test_names_are_those_at_and_below_a_place(self):
         for name in ('/alice/a', '/alice/b', '/alicex', '/bob'):
             self.save(10, name)
         self.usage.census.count()
-        alice = self.usage.names('/alice')
-        self.assertEqual(alice, ['/alice/a', '/alice/b'])
-        with mock.patch.object(restic_serve, 'SHOWN_SECONDS', 1000):
-            shown = self.usage.holdings(alice)
-            self.assertEqual(list(shown), alice)
-            for name in ('/alice/a', '/bob'):
-                self.save(10, name)
-            self.assertEqual(self.usage.holdings(alice), shown)
-            self.assertEqual(self.usage.holdings(['/bob'])['/bob'].bytes, 20)
+        self.assertEqual(self.usage.names('/alice'), ['/alice/a', '/alice/b'])
+        self.assertEqual(list(self.usage.holdings(['/bob'])), ['/bob'])
 
     def test_what_replaces_a_damaged_object_is_counted(self):
         self.limit(1000)
@@ -4338,7 +4331,7 @@ class UsageTest(TestCase):
             self.assertIn(stored, range(5, 95))
             self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
             self.usage.census.count()
-            metrics = Metrics(self.usage._counters, self.usage, self.store)
+            metrics = Metrics(self.usage.counters, self.usage, self.store)
             request = Request('GET', '/', '', {}, None, Peer('x'))
             metrics.count_blob(request, Location('/a', 'data', 'x'), Metrics.READ, 1)
             self.assertIn('0 requests', metrics.line())
@@ -5196,7 +5189,7 @@ class RightsTest(TestCase):
         for number in range(5):
             with self.assertRaises(NoRepository):
                 usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
-        self.assertEqual(usage._counters.keys('reserved'), set())
+        self.assertEqual(usage.counters.keys('reserved'), set())
 
     def test_who_may_only_read_stores_nothing_but_locks(self):
         store = self.make_store()
@@ -5796,7 +5789,7 @@ class EventsTest(WatchedTestCase):
         self.fill('/new')
         self.usage.save(Location('/new', 'snapshots', named(content)), Bytes(content))
         self.assertEqual(self.look(events), [])
-        self.assertGreater(self.usage.repositories()['/new'].last_snapshot, time.time() - 60)
+        self.assertGreater(self.usage.holdings()['/new'].last_snapshot, time.time() - 60)
 
     def test_damage_is_told_and_more_of_it(self):
         self.fill('/nas', 'data', 'data', 'snapshots')
@@ -6072,7 +6065,7 @@ class PageTest(WatchedTestCase):
     def test_what_was_deleted_is_kept_and_can_be_read(self):
         self.fill('/laptop', 'data', 'snapshots', 'snapshots')
         self.watch(past=restic_serve.Past(self.store, 86400))
-        self.usage.purge()
+        self.usage.purge(math.inf)
         snapshot = next((self.root / 'laptop' / 'snapshots').iterdir()).name
         self.assertIn('<dd>nothing<', self.look('/laptop/')[1])
         self.assertEqual(self.ask(get(f'/laptop/snapshots/{snapshot}', method='DELETE'))[0], 200)
@@ -7398,7 +7391,7 @@ class LargeObjectTest(Http2TestCase):
         usage = Usage(self.store, Counters())
         self.addCleanup(usage.census.channel.close)
         usage.census.count()
-        self.assertEqual([held.bytes for held in usage.repositories().values()], [self.SIZE])
+        self.assertEqual([held.bytes for held in usage.holdings().values()], [self.SIZE])
 
     def test_the_whole_is_sent_with_its_length(self):
         with Wire(self.port) as wire:
@@ -8986,8 +8979,8 @@ class ForwardedClientsTest(ListenerTestCase):
             self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
             wires[0].sock.shutdown(socket.SHUT_RDWR)
             self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
-        counters = self.api.metrics.counters
-        self.wait_until(lambda: not any(map(sum, counters.find('addresses').values())), 'no share to be held')
+        find = self.api.metrics.counters.find
+        self.wait_until(lambda: not any(map(sum, find('addresses').values())), 'the end of all shares')
 
 
 class ConnectionLimitTest(ListenerTestCase):
