@@ -3141,9 +3141,10 @@ def _text_of_sizes(sizes: Dict[str, List[int]]) -> str:
 
 # ==== Scrub ======================================================================================
 # Reads every object of every repository and compares its SHA-256 with its name.  It may run beside a
-# server: what is written or deleted meanwhile is not reported.
+# server: what is written or deleted meanwhile is not reported.  SCRUB_FILE has the records of it: when each
+# folder was last found sound, and the last result of each repository.
 
-SAVE_SECONDS = 300           # Time between two writes of it.
+SAVE_SECONDS = 300           # Time between two writes of them.
 # Names of the temporary files of restic and rest-server.
 _SCRATCH_OF_OTHERS = re.compile(r'[0-9a-f]{64}(-tmp-|\.rest-server-temp).*')
 PROGRESS_SECONDS = 60        # Time between two lines of progress without a terminal.
@@ -3172,10 +3173,10 @@ def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]
     import json
     try:
         content = json.loads(store.hidden.read(SCRUB_FILE))
-        return ({str(folder): float(checked_at) for folder, checked_at in content['folders'].items()},
-                {str(repository): ScrubResult(_finite(result[0]), int(result[1]), max(int(result[2]), 0),
-                                              [str(name) for name in (*result[3:], [])[0]])
-                 for repository, result in content['repositories'].items()})
+        return ({folder: _finite(checked_at) for folder, checked_at in content['folders'].items()},
+                {repository: ScrubResult(_finite(checked_at), int(checked), max(int(damaged), 0),
+                                         [str(name) for name in (*names, [])[0]])
+                 for repository, (checked_at, checked, damaged, *names) in content['repositories'].items()})
     except FileNotFoundError:
         return {}, {}
     except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
@@ -3196,30 +3197,19 @@ def last_scrubs(store: Store) -> Dict[str, ScrubResult]:
         return {}
 
 
-def _prefix(folder: str) -> str:
-    """How the names of the objects in a folder begin."""
-    return folder.rpartition('/')[2] if '/data/' in f'/{folder}' else ''
-
-
 class ScrubTally:
     """What a pass found in a repository: objects `checked`, and `damaged`, and the `names` of some of these,
-    as paths below the repository's folder `root`."""
+    as paths below it."""
 
-    __slots__ = ('root', 'checked', 'damaged', 'names')
-
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, repository: str) -> None:
+        self.repository = repository
         self.checked = self.damaged = 0
         self.names: List[str] = []
 
-    def add_damage(self, path: str) -> None:
-        self.damaged += 1
-        if len(self.names) < DAMAGED_NAMES:
-            name = path[len(self.root) + 1:].encode('utf-8', 'backslashreplace').decode()
-            self.names.append(one_line(name))
 
-    def result(self) -> ScrubResult:
-        return ScrubResult(int(time.time()), self.checked, self.damaged, self.names)
+# A folder of objects: its path below DIR, without a slash before it, how the names of its objects begin, and
+# the tally of its repository; that of all the `deleted` objects of a repository has folders.
+ScrubFolder = collections.namedtuple('ScrubFolder', ['path', 'prefix', 'tally', 'deleted'])
 
 
 class Scrub:
@@ -3230,6 +3220,7 @@ class Scrub:
                  report: Callable[[str, str], None], stream: Any) -> None:
         self.damaged = 0
         self.checked = 0                # objects that were read
+        self.repositories: List[ScrubTally] = []    # that were found
         self._store = store
         self._after = time.time() - age if age else math.inf
         self._bandwidth = bandwidth
@@ -3243,7 +3234,6 @@ class Scrub:
             self._sound, self._results = read_scrubs(store)
         except (OSError, ValueError) as error:
             log.warning('cannot read earlier scrub results: %s', error)
-        self._tallies: Dict[str, ScrubTally] = {}   # by repository
         self._bytes = self._total = 0
         self._begin = self._shown = self._saved = time.monotonic()
         self._ahead = store.now() - time.time()     # of the file system's clock
@@ -3253,73 +3243,83 @@ class Scrub:
         """Check everything, on all cores; the number of damaged objects.  Raises OSError if the directory
         cannot be read."""
         from concurrent.futures import ThreadPoolExecutor
-        folders = collections.deque(self._find())
-        self._total = sum(read_ahead(self._bytes_of(folder) for folder, _ in folders))
+        folders = list(self._find())
+        self._total = sum(read_ahead(map(self._bytes_of, folders)))
+        work = collections.deque([*folders, *[None] * len(CORES)])
         try:
             with ThreadPoolExecutor(len(CORES)) as pool:
                 try:
-                    for _ in pool.map(self._check_folders, [folders] * len(CORES)):
-                        pass
-                except BaseException:
+                    list(pool.map(self._check_folders, [work] * len(CORES)))
+                finally:
                     self._stopped = True
-                    raise
-            for repository, tally in self._tallies.items():
-                folder = f'{repository}/{DELETED}'[1:]
-                self._check_folder(folder, tally, self._find_deleted(repository, self._since(folder)))
-            self._results = {repository: tally.result() for repository, tally in self._tallies.items()}
+            self._results = {
+                tally.repository: ScrubResult(int(time.time()), tally.checked, tally.damaged, tally.names)
+                for tally in self.repositories}
         finally:
             self._save()
         self._show(last=True)
         return self.damaged
 
-    def _find(self) -> Iterator[Tuple[str, ScrubTally]]:
-        """The folders of objects, by their path below DIR, with the tally of their repository.  Reports
-        foreign and stray files on the way.  Raises OSError if DIR cannot be read."""
+    # ---- finding ----
+
+    def _find(self) -> Iterator[ScrubFolder]:
+        """The folders of objects.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot
+        be read."""
         for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
-            tally = ScrubTally(self._store.root + path)
-            if is_repository:
-                self._tallies[path] = tally
+            tally = ScrubTally(path)
             for entry in entries:
                 if is_repository and entry.name in KINDS and entry.is_dir():
-                    yield from self._find_objects(f'{path}/{entry.name}'[1:], tally)
+                    yield from self._find_objects(f'{path}/{entry.name}', tally)
                 elif entry.is_dir(follow_symlinks=False):
                     if entry.name == HIDDEN and (is_repository or not path):
-                        self._find_strays(f'{path}/{HIDDEN}')
+                        self._find_in_hidden(f'{path}/{HIDDEN}')
                 elif entry.name == 'config':
-                    self._check_config(folder, entry, tally)
+                    config = f'{folder.path}/config'
+                    with self._reading(config, tally), contextlib.suppress(FileNotFoundError), \
+                            open(folder.open('config', _READ_FLAGS), 'rb') as file:
+                        if not file.read():
+                            self._damage(tally, config, 'empty')
                 elif is_repository or entry.name.startswith(HIDDEN):
-                    self._foreign(folder, entry)
+                    self._report_foreign(folder, entry)
+            if is_repository:
+                self.repositories.append(tally)
+                yield ScrubFolder(f'{path}/{DELETED}'[1:], '', tally, True)
 
     def _on_unreadable(self, path: str, error: OSError) -> None:
         if not path:
             raise error
         self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
-    def _find_objects(self, where: str, tally: ScrubTally) -> Iterator[Tuple[str, ScrubTally]]:
-        """The folders of objects in the folder of a kind, which may be a link."""
-        if not where.endswith('data'):
-            yield where, tally
-            return
+    @contextlib.contextmanager
+    def _reading(self, path: str, tally: ScrubTally) -> Iterator[None]:
+        """Reports as damage what cannot be read meanwhile."""
         try:
-            with self._store.scan(f'/{where}') as (folder, entries):
-                for part in sorted(entries, key=lambda entry: entry.name):
-                    if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
-                        yield f'{where}/{part.name}', tally
-                    else:
-                        self._foreign(folder, part)
+            yield
         except OSError as error:
-            self._damage(tally, f'{self._store.root}/{where}', f'unreadable: {error.strerror}')
+            self._damage(tally, path, f'unreadable: {error.strerror}')
 
-    def _find_strays(self, path: str) -> None:
+    def _find_objects(self, path: str, tally: ScrubTally) -> Iterator[ScrubFolder]:
+        """The folders of objects in the folder of a kind, which may be a link."""
+        if not path.endswith('/data'):
+            yield ScrubFolder(path[1:], '', tally, False)
+            return
+        with self._reading(self._store.root + path, tally), self._store.scan(path) as (folder, entries):
+            for part in sorted(entries, key=operator.attrgetter('name')):
+                if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
+                    yield ScrubFolder(f'{path}/{part.name}'[1:], part.name, tally, False)
+                else:
+                    self._report_foreign(folder, part)
+
+    def _find_in_hidden(self, path: str) -> None:
         try:
             with self._store.scan(path) as (folder, entries):
                 for entry in entries:
                     if entry.name not in (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED)):
-                        self._foreign(folder, entry)
+                        self._report_foreign(folder, entry)
         except OSError as error:
-            self.report(self._store.root + path, f'unreadable: {error.strerror}')
+            self._on_unreadable(path, error)
 
-    def _foreign(self, folder: Folder, entry: os.DirEntry[str]) -> None:
+    def _report_foreign(self, folder: Folder, entry: os.DirEntry[str]) -> None:
         """Report a file that is not an object, unless it may belong to an upload under way."""
         path = f'{folder.path}/{entry.name}'
         with contextlib.suppress(FileNotFoundError):
@@ -3333,135 +3333,104 @@ class Scrub:
             if left:
                 self.report(path, 'stray: left by an interrupted upload')
 
-    def _check_config(self, folder: Folder, entry: os.DirEntry[str], tally: ScrubTally) -> None:
-        path = f'{folder.path}/{entry.name}'
-        try:
-            with open(folder.open(entry.name, _READ_FLAGS), 'rb') as file:
-                if not file.read():
-                    self._damage(tally, path, 'empty')
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            self._damage(tally, path, f'unreadable: {error.strerror}')
+    def _changed(self, folder: ScrubFolder) -> Iterator[Tuple[Folder, str, str, int]]:
+        """The objects of a folder that have changed since it was found sound lately: where they are, names of
+        their files, SHA-256, and bytes.  Raises OSError."""
+        since = self._sound.get(folder.path, -math.inf)
+        for opened, name, digest, status in self._objects(folder):
+            if since <= self._after or max(status.st_mtime, status.st_ctime) >= since:
+                yield opened, name, digest, status.st_size
 
-    def _bytes_of(self, folder: str) -> Iterator[int]:
+    def _objects(self, folder: ScrubFolder) -> Iterator[Tuple[Folder, str, str, os.stat_result]]:
+        if not folder.deleted:
+            with self._store.scan(f'/{folder.path}') as (opened, _):
+                for entry, status in self._store.object_entries(f'/{folder.path}', folder.prefix):
+                    yield opened, entry.name, entry.name, status
+            return
+        for opened, entry, name in Past(self._store).kept(folder.tally.repository):
+            if not name.returned and name.file != 'config':
+                with contextlib.suppress(FileNotFoundError):    # it was purged meanwhile
+                    yield opened, entry.name, name.file, entry.stat(follow_symlinks=False)
+
+    def _bytes_of(self, folder: ScrubFolder) -> Iterator[int]:
         with contextlib.suppress(OSError):  # it will be reported when it is read
-            yield sum(size for _, size in self._changed(folder))
+            yield sum(size for *_, size in self._changed(folder))
 
-    def _changed(self, folder: str) -> Iterator[Tuple[str, int]]:
-        """Names and sizes of the objects of a folder that are to be checked."""
-        since = self._since(folder)
-        for entry, status in self._store.object_entries(f'/{folder}', _prefix(folder)):
-            if max(status.st_mtime, status.st_ctime) >= since:
-                yield entry.name, status.st_size
+    # ---- checking ----
 
-    def _since(self, folder: str) -> float:
-        """From when on an object of a folder must have changed to be checked."""
-        sound = self._sound.get(folder, -math.inf)
-        return sound if sound > self._after else -math.inf
-
-    def _check_folders(self, folders: Deque[Tuple[str, ScrubTally]]) -> None:
-        """Check folders until there is none left; for a thread.  A job for each would take much memory."""
+    def _check_folders(self, folders: Deque[Optional[ScrubFolder]]) -> None:
+        """Check folders up to a None; for a thread.  A job for each would take much memory."""
         try:
-            while not self._stopped:
-                try:
-                    folder, tally = folders.popleft()
-                except IndexError:
+            for folder in iter(folders.popleft, None):
+                if self._stopped:
                     return
-                self._check_folder(folder, tally, self._find_changed(folder))
+                self._check_folder(folder)
         except BaseException:
             self._stopped = True    # the other threads, too
             raise
 
-    def _find_changed(self, folder: str) -> Iterator[Tuple[Folder, str, str]]:
-        """The objects of a folder that are to be checked: folder, file, and SHA-256.  Reports other files."""
-        prefix = _prefix(folder)
-        with self._store.scan(f'/{folder}') as (opened, entries):
-            for entry in entries:
-                if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
-                        or not entry.name.startswith(prefix)):
-                    self._foreign(opened, entry)
-            for name, _ in self._changed(folder):
-                yield opened, name, name
-
-    def _find_deleted(self, repository: str, since: float) -> Iterator[Tuple[Folder, str, str]]:
-        """The same of the deleted objects of a repository that are kept."""
-        for folder, entry, name in Past(self._store).kept(repository):
-            if not name.returned and name.file != 'config':
-                try:
-                    changed = entry.stat(follow_symlinks=False).st_ctime
-                except FileNotFoundError:   # it was purged meanwhile
-                    continue
-                if changed >= since:
-                    yield folder, entry.name, name.file
-
-    def _check_folder(self, folder: str, tally: ScrubTally, objects: Iterator[Tuple[Folder, str, str]]
-                      ) -> None:
-        """Check objects of a folder; without faults it was sound when this began."""
-        checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 0
-        try:
-            for opened, name, digest in objects:
-                faults += self._check(opened, name, digest, tally)
-        except OSError as error:
-            self._damage(tally, f'{self._store.root}/{folder}', f'unreadable: {error.strerror}')
-            faults = 1
+    def _check_folder(self, folder: ScrubFolder) -> None:
+        """Check the objects of a folder, and report other files; without faults it was sound when this
+        began."""
+        checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 1
+        with self._reading(f'{self._store.root}/{folder.path}', folder.tally):
+            if not folder.deleted:
+                with self._store.scan(f'/{folder.path}') as (opened, entries):
+                    for entry in entries:
+                        if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
+                                or not entry.name.startswith(folder.prefix)):
+                            self._report_foreign(opened, entry)
+            faults = sum(self._check(opened, name, digest, folder.tally)
+                         for opened, name, digest, _ in self._changed(folder))
         with self._lock:
             if self._stopped:
                 return
             if faults:
-                self._sound.pop(folder, None)
-            elif self._sound.get(folder, -math.inf) <= self._after:
-                self._sound[folder] = checked_at
+                self._sound.pop(folder.path, None)
+            elif self._sound.get(folder.path, -math.inf) <= self._after:
+                self._sound[folder.path] = checked_at
 
     def _check(self, folder: Folder, name: str, digest: str, tally: ScrubTally) -> bool:
         """Whether an object is damaged: its SHA-256 is not this `digest`."""
-        path = f'{folder.path}/{name}'
+        path, buffer, size = f'{folder.path}/{name}', memoryview(bytearray(COPY_BYTES)), COPY_BYTES
+        actual, count = hashlib.sha256(), 1
         try:
             with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
-                actual = self._digest(file)
+                while count and not self._stopped:
+                    if self._bandwidth:
+                        size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
+                    count = file.readinto(buffer[:size])
+                    if self._bandwidth:
+                        self._bandwidth.wait(Bandwidth.SENT, count)
+                    actual.update(buffer[:count])
+                    self._advance(count)
         except FileNotFoundError:  # deleted meanwhile
             return False
         except OSError as error:
             self._damage(tally, path, f'unreadable: {error.strerror}')
             return True
-        if not actual:
-            return False
         with self._lock:
+            if self._stopped:
+                return False
             self.checked += 1
             tally.checked += 1
-        if actual != digest and digest == name:
-            self._damage(tally, path, f'damaged: its SHA-256 is {actual}')
-        elif actual != digest:   # it is no longer part of the repository, which may be sound
-            self._damage(None, path, f'damaged, deleted and kept: its SHA-256 is {actual}')
-        return actual != digest
-
-    def _digest(self, file: Any) -> str:
-        """SHA-256 in hexadecimal of a file, read within the bandwidth; empty if the pass was stopped."""
-        digest, buffer, size = hashlib.sha256(), memoryview(bytearray(COPY_BYTES)), COPY_BYTES
-        while True:
-            if self._bandwidth:
-                size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
-            count = file.readinto(buffer[:size])
-            if not count:
-                return digest.hexdigest()
-            if self._stopped:
-                return ''
-            if self._bandwidth:
-                self._bandwidth.wait(Bandwidth.SENT, count)
-            digest.update(buffer[:count])
-            self._advance(count)
+        if actual.hexdigest() == digest:
+            return False
+        if digest == name:
+            self._damage(tally, path, f'damaged: its SHA-256 is {actual.hexdigest()}')
+        else:   # it is no longer part of the repository, which may be sound
+            self._damage(None, path, f'damaged, deleted and kept: its SHA-256 is {actual.hexdigest()}')
+        return True
 
     def _damage(self, tally: Optional[ScrubTally], path: str, reason: str) -> None:
         with self._lock:
             self.damaged += 1
             if tally:
-                tally.add_damage(path)
+                tally.damaged += 1
+                if len(tally.names) < DAMAGED_NAMES:
+                    name = path[len(self._store.root + tally.repository) + 1:]
+                    tally.names.append(one_line(name.encode('utf-8', 'backslashreplace').decode()))
         self.report(path, reason)
-
-    @property
-    def repositories(self) -> int:
-        """Repositories that were found."""
-        return len(self._tallies)
 
     # ---- progress ----
 
