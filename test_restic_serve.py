@@ -4619,11 +4619,9 @@ class PasswordFileTest(TestCase):
             thread.start()
         queue = accounts._queue
         self.wait_until(lambda: len(queue._waiting) == 3, 'the others to wait')
-        left = queue._waiting[Peer('2001:db8::1').group]
         go_on.set()
         for thread in others:
             thread.join()
-        self.assertGreaterEqual(len(left), 0)
         self.assertEqual(self.identify(accounts, 'carol', 'c'), 'carol')
         self.wait_until(lambda: len(answers) == 50, 'the guesses')
         self.assertEqual(answers.count(401), 1 + restic_serve.WAITING_LOGINS)
@@ -4655,16 +4653,14 @@ class PasswordFileTest(TestCase):
         def take(group, succeeds=True):
             queue.run(group, lambda: order.append(group) or succeeds)
 
-        with mock.patch.object(restic_serve.time, 'sleep', lambda seconds: rested.wait(PATIENCE)):
+        clock = mock.Mock(sleep=lambda seconds: rested.wait(PATIENCE), monotonic=time.monotonic)
+        with mock.patch.object(restic_serve, 'time', clock):
             guess = threading.Thread(target=take, args=('a', False))
             guess.start()
-            real_sleep = threading.Event().wait
-            while queue._resting != {'a'}:
-                real_sleep(0.001)
+            self.wait_until(lambda: queue._resting == {'a'}, 'a pause')
             again = threading.Thread(target=take, args=('a',))
             again.start()
-            while not queue._waiting:
-                real_sleep(0.001)
+            self.wait_until(lambda: queue._waiting, 'the next thread')
             take('b')
             self.assertEqual(order, ['a', 'b'])
             rested.set()
@@ -4942,10 +4938,8 @@ class LoginTest(ListenerTestCase):
         self.assertTrue(wire.is_closed())
 
     def test_over_a_unix_socket_the_user_is_the_login_name(self):
-        import getpass
         import pwd
         name = pwd.getpwuid(os.getuid()).pw_name
-        self.assertTrue(name, getpass.getuser())
         self.policy.rights = short_rights(private=True)
         self.start(str(self.folder / 'socket'))
         create = f'POST /{name}/?create=true HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n'.encode()
@@ -5018,8 +5012,7 @@ class RightsTest(TestCase):
         return may in ('read', 'append', 'write')
 
     def test_random_tables_users_and_paths_against_a_rule_of_ten_lines(self):
-        chance, now = random.Random(18), time.time()
-        store = self.make_store()
+        chance, store = random.Random(18), self.make_store()
         users = ['alice', 'bob', 'alic', '']
         paths = ['', '/alice', '/alice/pc', '/alic', '/bob', '/team/bob/x', '/x y']
         wheres = ['/', '/alice', '/%u', '/alice/pc', '/bob', '/team', '/team/%u', '/x y', '/alice/pc/%u']
@@ -5058,7 +5051,6 @@ class RightsTest(TestCase):
                 self.assertEqual(response.status, status, (rules, user, method, path, at, end))
                 if method == 'DELETE' and status == 200:
                     self.prepare(store, path)
-        self.assertLess(time.time() - now, PATIENCE)
 
     def test_a_line_with_a_fault_is_named_and_all_of_them_are(self):
         for line, fault in (
