@@ -335,8 +335,6 @@ def parse_header(text: str) -> Tuple[str, str]:
 
 USER_BYTES = 255             # Longest user name.
 _USER = re.compile(rf'(?!\.+$)[A-Za-z0-9@._-]{{1,{USER_BYTES}}}')
-
-
 # Letters and marks that nobody sees: fillers, joiners, and variation selectors.
 _INVISIBLE = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0]')
 

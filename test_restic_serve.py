@@ -4415,24 +4415,18 @@ class PasswordSchemeTest(unittest.TestCase):
         (b'password', '{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g='),
     )
 
-    def test_the_vectors_in_python(self):
-        with hashing(True):
-            self.check()
-
-    def test_the_vectors_by_the_c_library(self):
-        if not restic_serve._c_crypt():
-            self.skipTest('there is no crypt(3)')
-        self.check()
-
-    def check(self):
-        seen = set()
-        for password, text in self.VECTORS:
-            entry = Entry(text)
-            self.assertTrue(restic_serve.verify(password, entry), entry)
-            if entry.scheme not in seen:
-                seen.add(entry.scheme)
-                self.assertFalse(restic_serve.verify(password + b'x', entry), entry)
-                self.assertFalse(restic_serve.verify(b'\0' + password, entry), entry)
+    def test_the_vectors_in_python_and_as_this_system_can(self):
+        for in_python in (True, False):
+            seen = set()
+            with hashing(in_python):
+                for password, text in self.VECTORS:
+                    entry = Entry(text)
+                    self.assertTrue(restic_serve.verify(password, entry), entry)
+                    if entry.scheme not in seen:
+                        seen.add(entry.scheme)
+                        # A NUL ends no password.
+                        for other in (password + b'x', b'\0' + password, password + b'\0x'):
+                            self.assertFalse(restic_serve.verify(other, entry), entry)
 
     def test_python_and_the_c_library_agree(self):
         for number in (0, 1, 15, 16, 17, 63, 64, 71, 72, 73, 130):
@@ -4464,11 +4458,6 @@ class PasswordSchemeTest(unittest.TestCase):
                     entry = hashed(password, text)
                     self.assertTrue(restic_serve.verify(password, entry))
                     self.assertFalse(restic_serve.verify(password + b'x', entry))
-
-    def test_a_nul_ends_no_password(self):
-        entry = hashed(b'pass', '$2b$04$' + 53 * 'e')
-        self.assertTrue(restic_serve.verify(b'pass', entry))
-        self.assertFalse(restic_serve.verify(b'pass\0word', entry))
 
     def test_unknown_schemes_and_plain_text_are_nothing(self):
         for entry in ('secret', '', '$7$x', '$2x$05$' + 53 * '.', '$2b$03$' + 53 * '.', '{SHA}short',
@@ -4559,11 +4548,6 @@ class PasswordFileTest(TestCase):
             self.assertEqual(verify.call_count, 5)
         self.assertEqual(sorted(accounts._verified), ['alice', 'bob'])
 
-    def test_a_password_with_a_nul_costs_nothing(self):
-        self.write('bob:$2b$04$' + 53 * '.')
-        with mock.patch.object(restic_serve, 'verify', side_effect=AssertionError('a hash')):
-            self.assertEqual(self.identify(Accounts(PasswordFile(str(self.path))), 'bob', '\0'), 401)
-
     def test_a_failure_costs_as_much_as_the_entry_that_takes_longest(self):
         by_scheme = collections.Counter()   # since nobody knows how the schemes' costs compare
 
@@ -4629,11 +4613,9 @@ class PasswordFileTest(TestCase):
             thread.start()
         queue = accounts._queue
         self.wait_until(lambda: len(queue._waiting) == 3, 'the others to wait')
-        left = queue._waiting[Peer('2001:db8::1').group]
         go_on.set()
         for thread in others:
             thread.join()
-        self.assertGreaterEqual(len(left), 0)
         self.assertEqual(self.identify(accounts, 'carol', 'c'), 'carol')
         self.wait_until(lambda: len(answers) == 50, 'the guesses')
         self.assertEqual(answers.count(401), 1 + restic_serve.WAITING_LOGINS)
@@ -4665,16 +4647,14 @@ class PasswordFileTest(TestCase):
         def take(group, succeeds=True):
             queue.run(group, lambda: order.append(group) or succeeds)
 
-        with mock.patch.object(restic_serve.time, 'sleep', lambda seconds: rested.wait(PATIENCE)):
+        clock = mock.Mock(sleep=lambda seconds: rested.wait(PATIENCE), monotonic=time.monotonic)
+        with mock.patch.object(restic_serve, 'time', clock):
             guess = threading.Thread(target=take, args=('a', False))
             guess.start()
-            real_sleep = threading.Event().wait
-            while queue._resting != {'a'}:
-                real_sleep(0.001)
+            self.wait_until(lambda: queue._resting == {'a'}, 'a pause')
             again = threading.Thread(target=take, args=('a',))
             again.start()
-            while not queue._waiting:
-                real_sleep(0.001)
+            self.wait_until(lambda: queue._waiting, 'the next thread')
             take('b')
             self.assertEqual(order, ['a', 'b'])
             rested.set()
@@ -4738,15 +4718,16 @@ class PasswordFileTest(TestCase):
             self.assertEqual(self.identify(accounts, user, password), 401)
         self.assertNotIn("'secret'", repr(vars(accounts)))
 
-    def test_malformed_credentials_are_401(self):
-        accounts = Accounts(user='alice', password='secret', realm='here')
-        for value in ('', 'Basic', 'Basic !', 'Basic YQ==', 'Bearer x', 'Basic //8=', 'Basic YTpi YTpi'):
-            request = Request('GET', '/', 'HTTP/1.1', {'authorization': value}, Bytes(b''), Peer('x'))
-            with self.assertRaises(HttpError, msg=value) as caught:
-                accounts.identify(request)
-            self.assertEqual(caught.exception.status, 401)
-            self.assertEqual(caught.exception.headers,
-                             [('WWW-Authenticate', 'Basic realm="here", charset="UTF-8"')])
+    def test_malformed_credentials_are_401_and_cost_nothing(self):
+        accounts = self.accounts('alice', realm='here')
+        with mock.patch.object(restic_serve, 'verify', side_effect=AssertionError('a hash')):
+            for value in ('', 'Basic', 'Basic !', 'Basic YQ==', 'Bearer x', 'Basic //8=', 'Basic YTpi YTpi',
+                          credentials('alice', '\0')):
+                request = Request('GET', '/', 'HTTP/1.1', {'authorization': value}, Bytes(b''), Peer('x'))
+                with self.assertRaises(HttpError, msg=value) as caught:
+                    accounts.identify(request)
+                self.assertEqual((caught.exception.status, caught.exception.headers),
+                                 (401, [('WWW-Authenticate', 'Basic realm="here", charset="UTF-8"')]))
 
     def test_users_are_added_changed_and_removed_without_touching_other_lines(self):
         change = restic_serve.change_password_file
@@ -4951,10 +4932,8 @@ class LoginTest(ListenerTestCase):
         self.assertTrue(wire.is_closed())
 
     def test_over_a_unix_socket_the_user_is_the_login_name(self):
-        import getpass
         import pwd
         name = pwd.getpwuid(os.getuid()).pw_name
-        self.assertTrue(name, getpass.getuser())
         self.policy.rights = short_rights(private=True)
         self.start(str(self.folder / 'socket'))
         create = f'POST /{name}/?create=true HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n'.encode()
@@ -5027,8 +5006,7 @@ class RightsTest(TestCase):
         return may in ('read', 'append', 'write')
 
     def test_random_tables_users_and_paths_against_a_rule_of_ten_lines(self):
-        chance, now = random.Random(18), time.time()
-        store = self.make_store()
+        chance, store = random.Random(18), self.make_store()
         users = ['alice', 'bob', 'alic', '']
         paths = ['', '/alice', '/alice/pc', '/alic', '/bob', '/team/bob/x', '/x y']
         wheres = ['/', '/alice', '/%u', '/alice/pc', '/bob', '/team', '/team/%u', '/x y', '/alice/pc/%u']
@@ -5067,7 +5045,6 @@ class RightsTest(TestCase):
                 self.assertEqual(response.status, status, (rules, user, method, path, at, end))
                 if method == 'DELETE' and status == 200:
                     self.prepare(store, path)
-        self.assertLess(time.time() - now, PATIENCE)
 
     def test_a_line_with_a_fault_is_named_and_all_of_them_are(self):
         for line, fault in (
@@ -5219,14 +5196,6 @@ class RightsTest(TestCase):
             self.assertEqual(' '.join(name for name in ('/a', '/b', 'other') if shows and shows(name)), shown,
                              text)
 
-    def test_a_name_that_begins_like_another_opens_nothing(self):
-        policy = Policy(short_rights(private=True))
-        for repository, good in (('/al', True), ('/al/x', True), ('/alice', False), ('/a', False)):
-            request = Request('GET', '/', 'HTTP/1.1', {}, Bytes(b''), Peer('x'))
-            request.user = 'al'
-            with contextlib.nullcontext() if good else self.assertRaises(HttpError):
-                policy.check(request, Location(repository, 'config'))
-
 
 class RightsOnWiresTest(WatchedTestCase):
     """The same rights over both wires."""
@@ -5239,33 +5208,30 @@ class RightsOnWiresTest(WatchedTestCase):
         self.make_repository('a')
         path, other = f'/a/data/{named(b"x")}', f'/a/data/{named(b"y")}'
         lock = f'/a/locks/{named(b"x")}'
-        requests = (('GET', path), ('HEAD', path), ('GET', '/a/data/'), ('POST', path), ('POST', lock),
-                    ('DELETE', lock), ('POST', '/a/?create=true'), ('DELETE', other))
+        requests = (('GET', path, b''), ('HEAD', path, b''), ('GET', '/a/data/', b''), ('POST', path, b'x'),
+                    ('POST', lock, b'x'), ('DELETE', lock, b''), ('POST', '/a/?create=true', b''),
+                    ('DELETE', other, b''))
         rights = {'none': [403] * 8, 'metrics': [403] * 8, 'read': [200, 200, 200, 403, 200, 200, 403, 403],
                   'append': [200] * 7 + [403], 'write': [200] * 8}
-        for may, statuses in rights.items():
+
+        def ask_http1(wire, number, method, target, body):
+            request = (post(target, body, 'X-User: a') if method == 'POST'
+                       else get(target, 'X-User: a', method=method))
+            return wire.ask(request, head_only=method == 'HEAD')[0]
+
+        def ask_http2(wire, number, method, target, body):
+            block = fields(method, target, ('x-user', 'a'), *[('content-length', '1')] * bool(body))
+            wire.send(headers(number, block, 4 if body else 5), frame(DATA, 1, number, body) if body else b'')
+            return wire.answer(number)[0]
+
+        for (may, statuses), (connect, ask) in itertools.product(
+                rights.items(), ((lambda: Wire(port), ask_http1), (lambda: self.http2(server), ask_http2))):
             self.policy.rights = restic_serve.parse_rights(f'* /%u {may}')
             for name in (b'x', b'y'):
                 self.store.save(Location('/a', 'data', named(name)), Bytes(name))
-            got = []
-            with Wire(port) as wire:
-                for method, target in requests:
-                    body = b'x' if method == 'POST' and 'create' not in target else b''
-                    request = (post(target, body, 'X-User: a') if method == 'POST'
-                               else get(target, 'X-User: a', method=method))
-                    got.append(wire.ask(request, head_only=method == 'HEAD')[0])
-            self.assertEqual(got, statuses, may)
-            self.store.save(Location('/a', 'data', named(b'y')), Bytes(b'y'))
-            with self.http2(server) as wire:
-                got = []
-                for number, (method, target) in enumerate(requests):
-                    body = b'x' if method == 'POST' and 'create' not in target else b''
-                    block = fields(method, target, ('x-user', 'a'), *[('content-length', '1')] * bool(body))
-                    wire.send(headers(2 * number + 1, block, 4 if body else 5))
-                    if body:
-                        wire.send(frame(DATA, 1, 2 * number + 1, body))
-                    got.append(wire.answer(2 * number + 1)[0])
-            self.assertEqual(got, statuses, may)
+            with connect() as wire:
+                got = [ask(wire, 2 * number + 1, *request) for number, request in enumerate(requests)]
+            self.assertEqual(got, statuses, (may, ask))
             self.assertEqual(self.ask_as(port, 'b', path), 403)
 
     def ask_as(self, port, user, path):
