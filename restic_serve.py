@@ -10189,12 +10189,12 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     return '; '.join([access, login, *(text for is_set, text in more if is_set)])
 
 
-def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Policy:
+def make_policy(options: argparse.Namespace, ignore_case: bool = False, login: bool = True) -> Policy:
     """The policy that the options describe; with a `login` clients without a name have no rights by a file.
     Raises OSError and RightsFault with a message for the user."""
     if options.rights:
-        return Policy(file=RightsFile(options.rights, not login, store.ignores_case))
-    return Policy(rights_of(options, store.ignores_case))
+        return Policy(file=RightsFile(options.rights, not login, ignore_case))
+    return Policy(rights_of(options, ignore_case))
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -10219,7 +10219,7 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
                         options.user or '', getattr(options, 'pass'), options.salt, options.realm,
                         options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
                         options.socket_auth, counters)
-    policy = make_policy(options, store, accounts.demanded)
+    policy = make_policy(options, store.ignores_case, accounts.demanded)
     usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
 
@@ -10267,7 +10267,6 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
-
     with open(os.devnull, 'w') as nothing:
         job = Scrub(store, options.scrub_age, bandwidth,
                     lambda path, reason: print(f'{one_line(path)}: {reason}', flush=True),
@@ -10281,7 +10280,7 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
 def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
-    quotas = make_policy(options, store, False).rights.quotas(options.max_size)
+    quotas = make_policy(options, store.ignores_case, login=False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted))
     usage.census.count()
     repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
@@ -10358,7 +10357,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
-    """Do --add-user or --remove-user; the exit status.  Raises OSError."""
+    """Do --add-user or --remove-user; the exit status.  Raises OSError with a message for the user."""
     if not options.htpasswd:
         parser.error(f'--{"add" if options.add_user else "remove"}-user requires --htpasswd')
     if options.arguments:
@@ -10368,8 +10367,7 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
     entry = new_entry(read_password(user), options.bcrypt_cost) if options.add_user else ''
     known = change_password_file(options.htpasswd, user, entry)
     if not known and not entry:
-        complain(f'{options.htpasswd} has no user {user!r}')
-        return 1
+        raise OSError(f'{options.htpasswd} has no user {user!r}')
     print('removed' if not entry else 'changed the password of' if known else 'added', user)
     return 0
 
@@ -10393,8 +10391,7 @@ def read_password(user: str) -> bytes:
 def show_rights(parser: Parser, options: argparse.Namespace) -> int:
     """Do --show-rights; the exit status.  Raises OSError and RightsFault."""
     check_options(parser, options)
-    rights = RightsFile(options.rights).rights if options.rights else rights_of(options)
-    user = options.show_rights
+    rights, user = make_policy(options).rights, options.show_rights
     print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size)))
     return 0
 
