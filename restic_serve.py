@@ -9963,7 +9963,7 @@ class Parser(argparse.ArgumentParser):
                    'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces between '
                    'addresses. With --stdio the environment is ignored. Sizes are written as 100B, 512k, '
                    '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
-        self._environment = environment
+        self.environment = environment
         self.add_argument('arguments', nargs='*', default=None, help=argparse.SUPPRESS)
         for letter, name in (('-q', 'quiet'), ('-P', 'progress')):
             self.add_argument(letter, dest=name, action='append_const', const='true', help=argparse.SUPPRESS)
@@ -9992,15 +9992,15 @@ class Parser(argparse.ArgumentParser):
         if 'stdio' in options:
             # ssh clients may set variables (AcceptEnv in sshd_config(5)), and a forced command must mean
             # what it says.
-            self._environment = {}
-        level = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
+            self.environment = {}
+        level = self.environment.get('RESTIC_SERVE_VERBOSE') or '0'
         if not re.fullmatch('[0-9]|true|false', level):
             self.error(f'RESTIC_SERVE_VERBOSE: invalid level {level!r}; use 1 for -v, 2 for -vv')
         options.verbose += int({'true': '1', 'false': '0'}.get(level, level))
         options.given = {}
         for option in OPTIONS:
             name, words = option.name, getattr(options, option.dest, [])
-            text = self._environment.get(option.variable)
+            text = self.environment.get(option.variable)
             if text and not words:
                 name, words = option.variable, option.split(text)
             try:
@@ -10011,14 +10011,6 @@ class Parser(argparse.ArgumentParser):
             if value != option.default:
                 options.given[option.name] = option
         return options
-
-    def unknown_variables(self) -> Dict[str, str]:
-        """Variables of this server, rclone and rest-server's container in the environment that have no
-        effect, and what to do instead, which may be empty."""
-        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
-        hints = {**_HINTS, **{name.replace('RESTIC_SERVE_', 'RCLONE_'): f'use {name}' for name in known}}
-        return {name: hints.get(name, '') for name in self._environment
-                if name in hints or (name not in known and re.match('RESTIC_SERVE_(?!TEST_)', name))}
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2; what may be meant by an unknown option."""
@@ -10401,8 +10393,12 @@ def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
     ignored = [option.name for option in _IGNORED if option.name in options.given]
     if ignored:
         log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
-    for name, hint in sorted(parser.unknown_variables().items()):
-        log.warning('unknown environment variable %s%s', name, f'; {hint}' if hint else '')
+    known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
+    hints = {**_HINTS, **{name.replace('RESTIC_SERVE_', 'RCLONE_'): f'use {name}' for name in known}}
+    for name in sorted(parser.environment):
+        if name in hints or (name not in known and re.match('RESTIC_SERVE_(?!TEST_)', name)):
+            hint = hints.get(name, '')
+            log.warning('unknown environment variable %s%s', name, hint and f'; {hint}')
     if options.allow_origin == '*':
         log.warning('--allow-origin: * lets scripts of any web site use the server')
 

@@ -9706,9 +9706,10 @@ class OtherServersTest(TestCase):
     def test_their_variables_are_said_with_ours(self):
         parser = restic_serve.Parser({'RCLONE_ADDR': ':1', 'RCLONE_CONFIG': 'x', 'OPTIONS': '--private-repos',
                                       'DISABLE_AUTHENTICATION': '1', 'RESTIC_SERVE_ADR': 'x'})
-        self.assertEqual(parser.unknown_variables(), {
-            'RCLONE_ADDR': 'use RESTIC_SERVE_ADDR', 'OPTIONS': 'use RESTIC_SERVE_… for each',
-            'DISABLE_AUTHENTICATION': 'use RESTIC_SERVE_NO_AUTH=true', 'RESTIC_SERVE_ADR': ''})
+        restic_serve.warn_of_options(parser, parser.parse(['dir']))
+        self.assertEqual(self.log, [f'unknown environment variable {line}' for line in (
+            'DISABLE_AUTHENTICATION; use RESTIC_SERVE_NO_AUTH=true', 'OPTIONS; use RESTIC_SERVE_… for each',
+            'RCLONE_ADDR; use RESTIC_SERVE_ADDR', 'RESTIC_SERVE_ADR')])
 
 
 # ---- Main ------------------------------------------------------------------------------------------
