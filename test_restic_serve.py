@@ -10181,21 +10181,9 @@ class MinimalHostTest(TestCase):
         'masks of signals': ('_signal.pthread_sigmask',),
         'signals': ('_signal.SIGHUP', '_signal.SIGUSR1', '_signal.SIGUSR2')}
 
-    @classmethod
-    def setUpClass(cls):
-        """Compile the module once, which takes longer than all the rest."""
-        super().setUpClass()
-        folder = tempfile.TemporaryDirectory(prefix='restic-serve-')
-        cls.addClassCleanup(folder.cleanup)
-        cls.cache = {'PYTHONPYCACHEPREFIX': folder.name}
-        environment = {**clean_environment(), **cls.cache}
-        environment.pop('PYTHONDONTWRITEBYTECODE', None)
-        subprocess.run([sys.executable, '-c', 'import restic_serve'], cwd=Path(MODULE).parent, check=True,
-                       env=environment)
-
     def hiding(self, *names):
         """A program that is the server without some pieces of Python."""
-        code = [f'import sys\nsys.path.insert(0, {str(Path(MODULE).parent)!r})']
+        code = [f'import sys\nsys.path.insert(0, {os.path.dirname(compiled())!r})']
         for name in names:
             code += [f'sys.modules[{module!r}] = None' for module in self.MODULES.get(name, ())]
             for attribute in self.ATTRIBUTES.get(name, ()):
@@ -10207,7 +10195,7 @@ class MinimalHostTest(TestCase):
     def launch(self, python_words, *words, **more):
         process = subprocess.Popen(
             [sys.executable, *python_words, *words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            **{'env': {**clean_environment(), **self.cache}, **more})
+            **{'env': clean_environment(), **more})
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -10255,7 +10243,7 @@ class MinimalHostTest(TestCase):
         self.root.mkdir()
         with contextlib.ExitStack() as stack:
             running = {
-                name: stack.enter_context(Stdio(self.root, program=self.hiding(name), **self.cache))
+                name: stack.enter_context(Stdio(self.root, program=self.hiding(name)))
                 for name in ('ctypes', 'fcntl', 'pwd', 'AF_UNIX', 'affinity', 'poll', 'readv', 'writev')}
             for name, server in running.items():
                 with self.subTest(without=name):
