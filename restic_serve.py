@@ -9588,7 +9588,7 @@ class Parser(argparse.ArgumentParser):
                    'RESTIC_SERVE_APPEND_ONLY=true, --addr as RESTIC_SERVE_ADDR with spaces between '
                    'addresses. With --stdio the environment is ignored. Sizes are written as 100B, 512k, '
                    '10M or 1.5G, durations as 300ms, 10s, 1h0m0s or 2d.')
-        self._environment = environment
+        self.environment = environment
         self.add_argument('arguments', nargs='*', default=None, help=argparse.SUPPRESS)
         for letter, name in (('-q', 'quiet'), ('-P', 'progress')):
             self.add_argument(letter, dest=name, action='append_const', const='true', help=argparse.SUPPRESS)
@@ -9617,15 +9617,15 @@ class Parser(argparse.ArgumentParser):
         if 'stdio' in options:
             # ssh clients may set variables (AcceptEnv in sshd_config(5)), and a forced command must mean
             # what it says.
-            self._environment = {}
-        level = self._environment.get('RESTIC_SERVE_VERBOSE') or '0'
+            self.environment = {}
+        level = self.environment.get('RESTIC_SERVE_VERBOSE') or '0'
         if not re.fullmatch('[0-9]|true|false', level):
             self.error(f'RESTIC_SERVE_VERBOSE: invalid level {level!r}; use 1 for -v, 2 for -vv')
         options.verbose += int({'true': '1', 'false': '0'}.get(level, level))
         options.given = {}
         for option in OPTIONS:
             name, words = option.name, getattr(options, option.dest, [])
-            text = self._environment.get(option.variable)
+            text = self.environment.get(option.variable)
             if text and not words:
                 name, words = option.variable, option.split(text)
             try:
@@ -9636,14 +9636,6 @@ class Parser(argparse.ArgumentParser):
             if value != option.default:
                 options.given[option.name] = option
         return options
-
-    def unknown_variables(self) -> Dict[str, str]:
-        """Variables of this server, rclone and rest-server's container in the environment that have no
-        effect, and what to do instead, which may be empty."""
-        known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
-        hints = {**_HINTS, **{name.replace('RESTIC_SERVE_', 'RCLONE_'): f'use {name}' for name in known}}
-        return {name: hints.get(name, '') for name in self._environment
-                if name in hints or (name not in known and re.match('RESTIC_SERVE_(?!TEST_)', name))}
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2; what may be meant by an unknown option."""
@@ -9814,12 +9806,12 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
     return '; '.join([access, login, *(text for is_set, text in more if is_set)])
 
 
-def make_policy(options: argparse.Namespace, store: Store, login: bool) -> Policy:
+def make_policy(options: argparse.Namespace, ignore_case: bool = False, login: bool = True) -> Policy:
     """The policy that the options describe; with a `login` clients without a name have no rights by a file.
     Raises OSError and RightsFault with a message for the user."""
     if options.rights:
-        return Policy(None, options.rights, not login, store.ignores_case)
-    return Policy(rights_of(options, store.ignores_case))
+        return Policy(None, options.rights, not login, ignore_case)
+    return Policy(rights_of(options, ignore_case))
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -9844,7 +9836,7 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
                         options.user or '', getattr(options, 'pass'), options.salt, options.realm,
                         options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
                         options.socket_auth, counters)
-    policy = make_policy(options, store, accounts.demanded)
+    policy = make_policy(options, store.ignores_case, accounts.demanded)
     usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
 
@@ -9892,7 +9884,6 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
-
     with open(os.devnull, 'w') as nothing:
         job = Scrub(store, options.scrub_age, bandwidth,
                     lambda path, reason: print(f'{one_line(path)}: {reason}', flush=True),
@@ -9906,7 +9897,7 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
 def report(options: argparse.Namespace, store: Store) -> int:
     """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
     any, or no repository.  Raises OSError and RightsFault."""
-    quotas = make_policy(options, store, False).rights.quotas(options.max_size)
+    quotas = make_policy(options, store.ignores_case, login=False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted))
     usage.census.count()
     repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
@@ -9980,7 +9971,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
-    """Do --add-user or --remove-user; the exit status.  Raises OSError."""
+    """Do --add-user or --remove-user; the exit status.  Raises OSError with a message for the user."""
     if not options.htpasswd:
         parser.error(f'--{"add" if options.add_user else "remove"}-user requires --htpasswd')
     if options.arguments:
@@ -9990,8 +9981,7 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
     entry = new_entry(read_password(user), options.bcrypt_cost) if options.add_user else ''
     known = change_password_file(options.htpasswd, user, entry)
     if not known and not entry:
-        complain(f'{options.htpasswd} has no user {user!r}')
-        return 1
+        raise OSError(f'{options.htpasswd} has no user {user!r}')
     print('removed' if not entry else 'changed the password of' if known else 'added', user)
     return 0
 
@@ -10015,8 +10005,7 @@ def read_password(user: str) -> bytes:
 def show_rights(parser: Parser, options: argparse.Namespace) -> int:
     """Do --show-rights; the exit status.  Raises OSError and RightsFault."""
     check_options(parser, options)
-    rights = Policy(path=options.rights).rights if options.rights else rights_of(options)
-    user = options.show_rights
+    rights, user = make_policy(options).rights, options.show_rights
     print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size)))
     return 0
 
@@ -10026,8 +10015,12 @@ def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
     ignored = [option.name for option in _IGNORED if option.name in options.given]
     if ignored:
         log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
-    for name, hint in sorted(parser.unknown_variables().items()):
-        log.warning('unknown environment variable %s%s', name, f'; {hint}' if hint else '')
+    known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
+    hints = {**_HINTS, **{name.replace('RESTIC_SERVE_', 'RCLONE_'): f'use {name}' for name in known}}
+    for name in sorted(parser.environment):
+        if name in hints or (name not in known and re.match('RESTIC_SERVE_(?!TEST_)', name)):
+            hint = hints.get(name, '')
+            log.warning('unknown environment variable %s%s', name, hint and f'; {hint}')
     if options.allow_origin == '*':
         log.warning('--allow-origin: * lets scripts of any web site use the server')
 
