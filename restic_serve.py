@@ -5395,25 +5395,25 @@ class Watch:
     """Looks at the repositories of a store.  One without a snapshot for `stale_after` seconds is overdue."""
 
     def __init__(self, store: Store, usage: Usage, stale_after: float) -> None:
-        self.stale_after = stale_after
-        self._store = store
-        self._usage = usage
+        self.store = store
+        self.usage = usage
+        self._stale_after = stale_after
 
     def look(self, names: Iterable[str], now: float, locks: bool = True,
              sees: Callable[[str], bool] = lambda scope: True) -> List[Watched]:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
-        scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
+        scrubs, is_full = last_scrubs(self.store), functools.lru_cache(maxsize=None)(self._is_full)
         repositories = []
-        for name, holdings in self._usage.holdings(names).items():
+        for name, holdings in self.usage.holdings(names).items():
             scrub, times = scrubs.get(name), self._locks(name) if locks else None
             begin = holdings.last_snapshot or self._made_at(name)
             since = {
                 DAMAGED: scrub.time if scrub and scrub.damaged else None,
                 UNREADABLE: now if holdings.unreadable else None,
-                OVERDUE: begin and begin + self.stale_after if begin + self.stale_after < now else None,
+                OVERDUE: begin and begin + self._stale_after if begin + self._stale_after < now else None,
                 LOCKED: times[0] if times and times[0] < now - LOCK_SECONDS else None,
-                FULL: now if any(sees(scope) and is_full(scope) for scope in self._usage.limited(name))
+                FULL: now if any(sees(scope) and is_full(scope) for scope in self.usage.limited(name))
                 else None}
             repositories.append(Watched(name, holdings, scrub, times, now, {
                 trouble: begun for trouble, begun in since.items() if begun is not None}))
@@ -5424,18 +5424,18 @@ class Watch:
     def _made_at(self, name: str) -> float:
         """When a repository was created, by its config; 0 where that is not known."""
         try:
-            return os.stat(f'{self._store.root}{name}/config').st_mtime
+            return os.stat(f'{self.store.root}{name}/config').st_mtime
         except OSError:
             return 0.0
 
     def _is_full(self, scope: str) -> bool:
         """Whether a quota's scope is nearly full.  Many repositories share one."""
-        quota = self._usage.quota(scope)
+        quota = self.usage.quota(scope)
         return bool(quota.held >= NEARLY_FULL * quota.limit)
 
     def _locks(self, name: str) -> Optional[List[float]]:
         try:
-            return sorted(status.st_mtime for _, status in self._store.object_entries(f'{name}/locks'))
+            return sorted(status.st_mtime for _, status in self.store.object_entries(f'{name}/locks'))
         except OSError:
             return None
 
@@ -5446,7 +5446,7 @@ class Watch:
         added: Iterable[Optional[int]] = itertools.repeat(None)
         with contextlib.suppress(OSError):
             snapshots = sorted((status.st_mtime, entry.name)
-                               for entry, status in self._store.object_entries(f'{name}/snapshots'))
+                               for entry, status in self.store.object_entries(f'{name}/snapshots'))
             if snapshots:
                 added = self._bytes_between(name, [moment for moment, _ in snapshots]) or added
         return [Snapshot(*snapshot, came) for snapshot, came in zip(snapshots, added)]
@@ -5455,8 +5455,8 @@ class Watch:
         """Bytes of the objects of a repository that came up to each of some moments, since the one before,
         and after the last; None if there are too many to look at.  Raises OSError."""
         added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
-        with self._store.object_folders(name) as folders, contextlib.closing(
-                read_ahead(map(self._store.read, folders))) as objects:
+        with self.store.object_folders(name) as folders, contextlib.closing(
+                read_ahead(map(self.store.read, folders))) as objects:
             for _, status in objects:
                 added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
                 if time.monotonic() >= end:
@@ -5500,30 +5500,27 @@ _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
 # `repository` is a path, None for what is about none.  What several servers find, or clients cause again and
 # again, has a `value`, by which one that was reported is known (see ReportedEvents).
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
-if TYPE_CHECKING:
-    Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
 
 class Events:
-    """What happens to the repositories of `usage`, and a shell `command` that is run then; none if it is
-    empty.  `watch` finds problems."""
+    """What happens to repositories, whose problems `watch` finds, and a shell `command` that is run then;
+    none if it is empty."""
 
-    def __init__(self, store: Store, counters: Counters, usage: Usage, watch: Watch, command: str = ''
-                 ) -> None:
+    def __init__(self, watch: Watch, counters: Counters, command: str = '') -> None:
         self.command = command
         self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
-        self._store = store
-        self._counters = counters
-        self._usage = usage
         self._watch = watch
-        self._reported = ReportedEvents(store)
+        self._store = watch.store
+        self._usage = watch.usage
+        self._counters = counters
+        self._reported = ReportedEvents(watch.store)
         self._next_refused = 0.0
         self._changed = threading.Condition()       # of the next two
         self._stopped = False               # nothing is begun any more
         self._queues: Tuple[Deque[Event], Deque[Event]] = collections.deque(), collections.deque()
         self._cut = threading.Event()       # what is running is killed
         self._thread: Optional[threading.Thread] = None
-        store.directory.on_change = self.on_directory_change
+        self._store.directory.on_change = self.on_directory_change
         for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
@@ -5661,33 +5658,29 @@ class Events:
         if self._store.directory.is_gone() or not self._usage.census.wait(0):
             return
         self._reported.refresh()
+        known = self._reported.known
         repositories = {repository.name: repository for repository in self._watch.look(
             self._usage.names(), time.time(), locks=False)}
-        for repository in repositories.values():
-            self._look_at(repository)
+        for name, repository in repositories.items():
+            title, last = repository.title, repository.holdings.last_snapshot
+            if DAMAGED in repository.troubles:
+                import zlib
+                damaged, names = repository.scrub.damaged, repository.scrub.names
+                self._run(Event('damaged', name, '', f'{title}: {repository.text_of(DAMAGED)}: '
+                                + ', '.join(names[:3]), zlib.crc32(repr((damaged, sorted(names))).encode())))
+            else:
+                self._reported.note('damaged', name, None)
+            if OVERDUE not in repository.troubles:
+                if last > known['overdue'].get(name, math.inf):
+                    self._run(Event('back', name, '', f'{title}: no longer overdue', last))
+            elif last >= known['back'].get(name, 0):
+                self._run(Event('overdue', name, '', f'{title}: overdue, {repository.last_snapshot()}', last))
         for kind in ('damaged', 'overdue', 'back', 'refused'):
-            for name in list(self._reported.known[kind]):
+            for name in list(known[kind]):
                 with contextlib.suppress(OSError):
                     if name not in repositories and not self._store.has_repository(name):
                         self._reported.note(kind, name, None)
         self._look_at_room(repositories)
-
-    def _look_at(self, repository: Watched) -> None:
-        """Report what is new of a repository."""
-        name, title, last = repository.name, repository.title, repository.holdings.last_snapshot
-        known = self._reported.known
-        if DAMAGED in repository.troubles:
-            import zlib
-            damaged, names = repository.scrub.damaged, repository.scrub.names
-            self._run(Event('damaged', name, '', f'{title}: {repository.text_of(DAMAGED)}: '
-                            + ', '.join(names[:3]), zlib.crc32(repr((damaged, sorted(names))).encode())))
-        else:
-            self._reported.note('damaged', name, None)
-        if OVERDUE not in repository.troubles:
-            if last > known['overdue'].get(name, math.inf):
-                self._run(Event('back', name, '', f'{title}: no longer overdue', last))
-        elif last >= known['back'].get(name, 0):
-            self._run(Event('overdue', name, '', f'{title}: overdue, {repository.last_snapshot()}', last))
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
@@ -5741,61 +5734,59 @@ class ReportedEvents:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.known: Reported = collections.defaultdict(dict)
+        self.known: Dict[str, Dict[str, float]] = collections.defaultdict(dict)
         self._is_unsaved = False        # `known` has more than the file
 
     def refresh(self) -> None:
-        """Read the file again."""
-        if not (self._is_unsaved or self._store.directory.read_only):
-            self.known = self._read()
+        """Read the file again, unless more is known."""
+        if self._is_unsaved or self._store.directory.read_only:
+            return
+        import json
+        self.known.clear()
+        try:
+            for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
+                self.known[kind] = {name: _finite(value) for name, value in names.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
 
     def note(self, kind: str, name: str, value: Optional[float]) -> bool:
         """Note an event as reported or, without a value, as not reported; False if it was so, perhaps by
         another server."""
-        if not self._is_new(kind, name, value):
+        if not self._update(kind, name, value):
             return False
-        writable = not self._store.directory.read_only
+        if self._store.directory.read_only:
+            return True
         try:
-            with self._store.hidden.exclusive() if writable else contextlib.nullcontext():
+            with self._store.hidden.exclusive():
                 self.refresh()
-                if not self._is_new(kind, name, value):
+                if not (self._is_unsaved or self._update(kind, name, value)):
                     return False
-                self._set(kind, name, value)
-                if writable:
-                    import json
-                    self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
+                import json
+                self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
             self._is_unsaved = False
         except OSError as error:
             if not self._is_unsaved:
                 log.error('cannot save which events were reported, some may be reported again: %s', error)
             self._is_unsaved = True
-            self._set(kind, name, value)
         return True
 
-    def _is_new(self, kind: str, name: str, value: Optional[float]) -> bool:
-        known = self.known[kind].get(name)
+    def _update(self, kind: str, name: str, value: Optional[float]) -> bool:
+        """Change what is known; whether that is new."""
+        values = self.known[kind]
+        known = values.get(name)
         if known is None or value is None:
-            return known is not value
-        if kind == 'refused':       # a time
-            return not 0 <= value - known < REFUSED_PAUSE
-        return value > known if kind in ('overdue', 'back') else value != known
-
-    def _set(self, kind: str, name: str, value: Optional[float]) -> None:
-        self.known[kind].pop(name, None)
-        if value is not None:
-            self.known[kind][name] = value
-
-    def _read(self) -> Reported:
-        import json
-        known: Reported = collections.defaultdict(dict)
-        try:
-            for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
-                known[kind] = {name: _finite(value) for name, value in names.items()}
-        except FileNotFoundError:
-            pass
-        except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
-        return known
+            is_new = known is not value
+        elif kind == 'refused':     # a time
+            is_new = not 0 <= value - known < REFUSED_PAUSE
+        else:
+            is_new = value > known if kind in ('overdue', 'back') else value != known
+        if value is None:
+            values.pop(name, None)
+        elif is_new:
+            values[name] = value
+        return is_new
 
 
 # ==== Page =======================================================================================
@@ -5905,16 +5896,16 @@ class Visit(collections.namedtuple('Visit', [
 
 
 class Page:
-    """Renders the pages.  A repository without a snapshot for `stale_after` seconds is overdue."""
+    """Renders the pages of the repositories that `watch` looks at."""
 
-    def __init__(self, store: Store, usage: Usage, stale_after: float = 48 * 3600) -> None:
-        self._store = store
-        self._usage = usage
-        self._watch = Watch(store, usage, stale_after)
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._store = watch.store
+        self._usage = watch.usage
         self._rendering = threading.Lock()
         # The same while nothing is added or deleted, which `state` would show.
         self._snapshots = functools.lru_cache(maxsize=LOOKED_AT_MOST)(
-            lambda name, *state: self._watch.snapshots(name))
+            lambda name, *state: watch.snapshots(name))
 
     def headers(self) -> Headers:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
@@ -6383,7 +6374,7 @@ class Api:
         self.usage = usage or Usage(store, counters)
         self.metrics = metrics or Metrics(counters, self.usage, store)
         self.admission = admission or Admission(self.metrics, self.accounts.is_proxy)
-        self.events = events or Events(store, counters, self.usage, Watch(store, self.usage, 0))
+        self.events = events or Events(Watch(store, self.usage, 0), counters)
         self.usage.on_mass_delete = functools.partial(self.events.emit, 'deleted')
         policy.on_refused_delete = self.events.on_refused_delete
         self._prometheus = prometheus
@@ -10247,12 +10238,10 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
 
     policy.on_change = on_change
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
-    metrics = Metrics(counters, usage, store)
+    metrics, watch = Metrics(counters, usage, store), Watch(store, usage, options.stale_after)
     return Api(store, policy, accounts, options.baseurl, options.response_header,
                options.allow_origin or '', usage, metrics, prometheus,
-               Page(store, usage, options.stale_after) if options.status else None, at,
-               Events(store, counters, usage, Watch(store, usage, options.stale_after),
-                      options.on_event),
+               Page(watch) if options.status else None, at, Events(watch, counters, options.on_event),
                Admission(metrics, accounts.is_proxy, options.max_connections,
                          options.max_connections_per_address))
 

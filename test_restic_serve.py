@@ -627,7 +627,7 @@ class ListenerTestCase(WireTestCase):
 
 def rendered(store, usage):
     """The page of all repositories, for an administrator."""
-    return Page(store, usage).render(restic_serve.Visit(
+    return Page(restic_serve.Watch(store, usage, 3600)).render(restic_serve.Visit(
         '', '', '', lambda repository: 'write', [''], None, True, 'http://x', ''))
 
 
@@ -650,7 +650,7 @@ class WatchedTestCase(Http2TestCase):
         self.metrics = Metrics(counters, self.usage, self.store)
         self.server = self.serve(Api(
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
-            prometheus=prometheus, page=Page(self.store, self.usage, 3600), **more))
+            prometheus=prometheus, page=Page(restic_serve.Watch(self.store, self.usage, 3600)), **more))
         self.port = self.server.listeners[0].server_address[1]
         if prometheus and wait:
             self.usage.census.wait(PATIENCE)
@@ -5686,7 +5686,7 @@ class EventsTest(WatchedTestCase):
         self.usage = Usage(self.store, self.counters, quotas=restic_serve.Quotas(self.quotas))
         self.usage.census.count()
         watch = restic_serve.Watch(self.store, self.usage, 3600)
-        events = restic_serve.Events(self.store, self.counters, self.usage, watch,
+        events = restic_serve.Events(watch, self.counters,
                                      f'{self.TELL}{self.heard}' if command is None else command)
         self.addCleanup(events.stop, PATIENCE)
         return events
