@@ -5800,10 +5800,10 @@ FOLD_FROM = 25               # Repositories from which on sound ones are folded.
 SNAPSHOTS_SHOWN = 200
 LOOKED_AT_MOST = 16          # Repositories whose snapshots are remembered.
 NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
-SORTS: Dict[str, Callable[[Watched], Any]] = {
-    'name': lambda repository: natural_order(repository.name),
-    'age': lambda repository: (repository.holdings.last_snapshot, natural_order(repository.name)),
-    'size': lambda repository: (-repository.holdings.bytes, natural_order(repository.name)),
+SORTS: Dict[str, Callable[[Watched], float]] = {     # the same are sorted by name
+    'name': lambda repository: 0,
+    'age': lambda repository: repository.holdings.last_snapshot,
+    'size': lambda repository: -repository.holdings.bytes,
 }
 _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
 _KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
@@ -5817,44 +5817,29 @@ _STYLE = """
 body{margin:0 auto;padding:1.5rem;max-width:76rem;background:var(--back);color:var(--text);
 font:15px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
 a{color:inherit;text-decoration-color:var(--mark);text-underline-offset:.15em}
-h1{font-size:1.4rem;margin:0}
-h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
-p{margin:.3rem 0 1.2rem}
-pre{margin:.4rem 0;white-space:pre-wrap}
-code{user-select:all}
-h1,code,dd,.name{overflow-wrap:anywhere}
+h1{font-size:1.4rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}p{margin:.3rem 0 1.2rem}
+pre{margin:.4rem 0;white-space:pre-wrap}code{user-select:all}h1,code,dd,.name{overflow-wrap:anywhere}
 small,footer,thead th,.scale,.days{font-size:.8rem}
 small,footer,thead th,.scale,.days,.dim,dt{color:var(--dim)}
-small{display:block;font-weight:400}
-.bad{color:var(--bad);font-weight:600}
+small{display:block;font-weight:400}.bad{color:var(--bad);font-weight:600}
 table,dl,figure,.quotas{margin:0 0 1.2rem}
 table{border-collapse:collapse;width:100%}
 caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);text-align:left}
-th{font-weight:600}
-td,thead th,.plain{white-space:nowrap}
-.plain{font-weight:400}
-.n{text-align:right}
+th{font-weight:600}td,thead th,.plain{white-space:nowrap}.plain{font-weight:400}.n{text-align:right}
 tr.late>*{background:var(--bad-back)}
 tr.late>th{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
-svg{display:block}
-.plot{width:9rem;height:2.2rem}
-.area{fill:var(--fill)}
+svg{display:block}.plot{width:9rem;height:2.2rem}.area{fill:var(--fill)}
 .curve,.tick{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
 max-width:40rem;margin:.4rem 0}
-.quota svg{width:100%;height:.7rem}
-.room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
-details{border-bottom:1px solid var(--line);padding:.4rem 0}
-summary{cursor:pointer}
+.quota svg{width:100%;height:.7rem}.room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
+details{border-bottom:1px solid var(--line);padding:.4rem 0}summary{cursor:pointer}
 dl,figure{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem}
-dd{margin:0;min-width:0}
-figure{gap:0 .6rem;max-width:48rem}
+dd{margin:0;min-width:0}figure{gap:0 .6rem;max-width:48rem}
 figure .plot{width:100%;height:9rem;border-left:1px solid var(--line)}
-.scale,.days{display:flex;justify-content:space-between}
-.scale{flex-direction:column;text-align:right;height:7.2rem}
-.days{grid-column:2}
-footer{margin-top:1.2rem}
+.scale,.days{display:flex;justify-content:space-between}.days{grid-column:2}
+.scale{flex-direction:column;text-align:right;height:7.2rem}footer{margin-top:1.2rem}
 @media(max-width:62rem){body{padding:1rem}.more{display:none}td.age{white-space:normal}
 th,td{padding:.25rem .6rem .25rem 0}}
 @media(max-width:30rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
@@ -5891,8 +5876,8 @@ class Visit(collections.namedtuple('Visit', [
         return f'<a href="{_text(f"{self.base}{_quoted_path(path)}/")}{query}">{text}</a>'
 
     def sorted_by(self, sort: str, text: str = '') -> str:
-        """A link to the same repositories in another order."""
-        return self.link(self.top, text or sort, f'?sort={sort}')
+        """A link to the same repositories in another order, if there is one."""
+        return self.link(self.top, text or sort, f'?sort={sort}') if sort else text
 
 
 class Page:
@@ -5911,9 +5896,8 @@ class Page:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
         import base64
         style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-        counted = self._usage.census.age() < math.inf
         return [('Content-Type', 'text/html; charset=utf-8'), ('Cache-Control', 'no-store'),
-                ('Refresh', str(RENEW_SECONDS if counted else LOOK_AGAIN)),
+                ('Refresh', str(RENEW_SECONDS if self._usage.census.age() < math.inf else LOOK_AGAIN)),
                 ('Content-Security-Policy', f"default-src 'none'; style-src 'sha256-{style}'; "
                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
                 ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
@@ -5974,9 +5958,13 @@ class Page:
             yield _first_backup(visit)
         key = SORTS.get(visit.sort)
         if key:
-            shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
-        limited = any(visit.right(repository.name) != WRITE for repository in shown)
-        table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
+            shown = sorted(shown, key=lambda repository: (
+                not repository.troubles, key(repository), natural_order(repository.name)))
+        columns = list(_TABLE_COLUMNS)
+        if any(visit.right(repository.name) != WRITE for repository in shown):  # else it need not be told
+            columns.insert(0, Column('right more', 'You may', '',
+                                     lambda repository: visit.right(repository.name)))
+        table = functools.partial(_table, visit, columns)
         if key or len(shown) < FOLD_FROM:
             yield table('Repositories', shown)
             return
@@ -5986,10 +5974,18 @@ class Page:
         yield from _folded([repository for repository in shown if not repository.troubles], visit, table)
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
-        """Bars of the quotas of repositories that the visitor may know of."""
-        bars = ''.join(_bar(scope, quota) for scope, quota in self._usage.quotas(repositories).items()
-                       if visit.sees(scope))
-        return f'<div class="quotas">{bars}</div>' if bars else ''
+        """Bars that show how much is used of the quotas that the visitor may know of."""
+        bars = []
+        for scope, quota in self._usage.quotas(repositories).items():
+            if visit.sees(scope):
+                part = min(quota.held / quota.limit, 1.0)
+                text = f'{format_size(quota.held)} of {format_size(quota.limit)}'
+                kind, text = ('used', text) if part < NEARLY_FULL else ('over', _bad(text))
+                bars.append(f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
+                            '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
+                            '<rect class="room" width="100" height="1"/><rect class="'
+                            f'{kind}" width="{100 * part:.1f}" height="1"/></svg><span>{text}</span></div>\n')
+        return f'<div class="quotas">{"".join(bars)}</div>' if bars else ''
 
     def _repository(self, repository: Watched, visit: Visit) -> Iterator[str]:
         """One repository: what is to be known of it, its quotas, plot and snapshots."""
@@ -6001,7 +5997,7 @@ class Page:
             'Last snapshot': _last_snapshot(repository),
             'Size': f'{format_size(holdings.bytes)}: {kinds}' + (
                 f' {_bad("incomplete")}' if holdings.unreadable else ''),
-            'Growth': f'{_growth(repository)} in 30 days',
+            'Growth': f'{format_size(sum(holdings.days[-30:]))} in 30 days',
             'Kept deleted objects': self._kept(repository, visit),
             'Locks': _locks(repository, ', '.join(
                 f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN])),
@@ -6069,14 +6065,11 @@ def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watch
                f'{table(caption, inside)}</details>\n')
 
 
-def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) -> str:
-    """A table of repositories, perhaps with the visitor's right in each."""
+def _table(visit: Visit, columns: List[Column], caption: str, shown: List[Watched]) -> str:
+    """A table of repositories."""
     if not shown:
         return ''
-    columns = [*([Column('right more', 'You may', '', lambda repository: visit.right(repository.name))]
-                 if tells_right else []), *_TABLE_COLUMNS]
-    heads = ''.join(f'<th scope="col" class="{column.kind}">'
-                    f'{visit.sorted_by(column.sort, column.head) if column.sort else column.head}</th>'
+    heads = ''.join(f'<th scope="col" class="{column.kind}">{visit.sorted_by(column.sort, column.head)}</th>'
                     for column in columns)
     rows = []
     for repository in shown:
@@ -6092,10 +6085,6 @@ def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) 
 
 def _size(repositories: List[Watched]) -> str:
     return format_size(sum(repository.holdings.bytes for repository in repositories))
-
-
-def _growth(repository: Watched) -> str:
-    return format_size(sum(repository.holdings.days[-30:]))
 
 
 def _last_snapshot(repository: Watched) -> str:
@@ -6135,7 +6124,8 @@ _TABLE_COLUMNS = (
     Column('age', 'Last snapshot', 'age', _last_snapshot),
     Column('n more', 'Snapshots', '', lambda repository: f'{repository.holdings.objects["snapshots"]:,}'),
     Column('n', 'Size', 'size', _stored),
-    Column('n more', 'Growth, 30 days', '', lambda repository: f'+{_growth(repository)}'),
+    Column('n more', 'Growth, 30 days', '', lambda repository: (
+        f'+{format_size(sum(repository.holdings.days[-30:]))}')),
     Column('graph more', f'Size, {DAYS} days', '', lambda repository: (
         _plot(repository.holdings) + _small(f'0 to {format_size(repository.holdings.bytes)}'))),
     Column('locks more', 'Locks', '', _locks),
@@ -6191,17 +6181,6 @@ def _listed(names: List[str]) -> str:
     """Some names, and how many more there are."""
     more = len(names) - NAMES_SHOWN
     return _text(', '.join(names[:NAMES_SHOWN])) + (f' and {more} more' if more > 0 else '')
-
-
-def _bar(scope: str, quota: Quota) -> str:
-    """A bar that shows how much of a quota is used."""
-    part = min(quota.held / quota.limit, 1.0)
-    text = f'{format_size(quota.held)} of {format_size(quota.limit)}'
-    return (f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
-            '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
-            '<rect class="room" width="100" height="1"/>'
-            f'<rect class="{"used" if part < NEARLY_FULL else "over"}" width="{100 * part:.1f}" height="1"/>'
-            f'</svg><span>{text if part < NEARLY_FULL else _bad(text)}</span></div>\n')
 
 
 def _plot(holdings: Holdings) -> str:
