@@ -5120,7 +5120,6 @@ REQUESTS_PER_ADDRESS = 'too many requests from your address'
 LOGINS = 'too many logins from your address'
 LIMITED_SECONDS = 60         # Time between two lines about the same limit.
 LIMITED_ADDRESSES = 10       # Addresses in such a line.
-REMEMBERED = 1024            # Addresses that are counted between two lines.
 
 METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -5179,7 +5178,7 @@ class Metrics:
         self.counters.add(('limited', limit), 1)
         with self._lock:
             of_limit = self._limited.setdefault(limit, collections.Counter())
-            of_limit[address if len(of_limit) < REMEMBERED or address in of_limit else 'others'] += 1
+            of_limit[address if len(of_limit) < 1024 or address in of_limit else 'others'] += 1
 
     def connections(self) -> int:
         """Connections that are being served."""
@@ -5346,7 +5345,6 @@ def _label(text: str) -> str:
 # ==== Watch ======================================================================================
 # What is wrong with the repositories, and how it is said: decided here, for pages, report and events.
 
-LOCK_SECONDS = 86400         # Age from which a lock is stale.
 LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
 DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
@@ -5412,7 +5410,7 @@ class Watch:
                 DAMAGED: scrub.time if scrub and scrub.damaged else None,
                 UNREADABLE: now if holdings.unreadable else None,
                 OVERDUE: begin and begin + self._stale_after if begin + self._stale_after < now else None,
-                LOCKED: times[0] if times and times[0] < now - LOCK_SECONDS else None,
+                LOCKED: times[0] if times and times[0] < now - 86400 else None,     # a day: it is stale
                 FULL: now if any(sees(scope) and is_full(scope) for scope in self.usage.limited(name))
                 else None}
             repositories.append(Watched(name, holdings, scrub, times, now, {
@@ -5490,11 +5488,6 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
-OUTPUT_BYTES = 4096          # What is kept of its output: the end.
-QUEUED_EVENTS = 500          # Events of clients that may wait for the command, and as many others.
-NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
-REFUSED_SECONDS = 60         # Time between two events of refused deletes from one process ...
-REFUSED_PAUSE = 3600         # ... and in one repository.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
 # `repository` is a path, None for what is about none.  What several servers find, or clients cause again and
@@ -5547,12 +5540,12 @@ class Events:
                 log.error('--on-event: command not run for "%s": %s', message, error)
 
     def on_refused_delete(self, repository: str, user: str, who: object, may: str) -> None:
-        """A delete was refused, since `who` has only another right.  Reported once in REFUSED_SECONDS, so
-        that nobody can drown other events."""
+        """A delete was refused, since `who` has only another right.  One in a minute is told of, so that
+        nobody can drown other events."""
         now = time.monotonic()
         with contextlib.suppress(OSError):
             if now >= self._next_refused and self._store.has_repository(repository):
-                self._next_refused = now + REFUSED_SECONDS
+                self._next_refused = now + 60
                 self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
                           f'only {may}', user, time.time())
 
@@ -5595,10 +5588,11 @@ class Events:
             self._thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
-        """Let an event wait for the command: what clients cause as often as they like behind all others."""
+        """Let an event wait for the command: what clients cause as often as they like behind all others, and
+        at most 500 of each."""
         with self._changed:
             queue = self._queues[event.kind in _BY_CLIENTS]
-            has_room = len(queue) < QUEUED_EVENTS
+            has_room = len(queue) < 500
             if has_room:
                 queue.append(event)
                 self._changed.notify()
@@ -5694,7 +5688,7 @@ class Events:
             if used >= NEARLY_FULL * size:
                 self._run(Event('full', place or None, '', (f'quota of {place}' if place else 'disk') + (
                     f' is {100 * used // size} % used: {format_size(used)} of {format_size(size)}'), 1))
-            elif used < NO_LONGER_FULL * size:
+            elif used < 0.85 * size:    # not one that hovers about NEARLY_FULL
                 self._reported.note('full', place, None)
 
 
@@ -5715,7 +5709,7 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
             has_ended, output = process.poll() is not None, process.stdout.read(65536)
             if has_ended and not output:
                 break       # something that it has started may go on
-            tail = (tail + (output or b''))[-OUTPUT_BYTES:]
+            tail = (tail + (output or b''))[-4096:]
             if cut.wait(0 if output else 0.01):
                 killed = 'killed, the server is stopping'
             elif time.monotonic() >= end:
@@ -5778,8 +5772,8 @@ class ReportedEvents:
         known = values.get(name)
         if known is None or value is None:
             is_new = known is not value
-        elif kind == 'refused':     # a time
-            is_new = not 0 <= value - known < REFUSED_PAUSE
+        elif kind == 'refused':     # a time: once an hour
+            is_new = not 0 <= value - known < 3600
         else:
             is_new = value > known if kind in ('overdue', 'back') else value != known
         if value is None:
@@ -5794,11 +5788,7 @@ class ReportedEvents:
 # a page of its own at its path; any other path shows the repositories below it.
 
 COUNT_PATIENCE = 2           # Seconds that a page waits for a census.
-LOOK_AGAIN = 5               # Seconds until the browser loads a page again that has none.
-RENEW_SECONDS = 60           # Seconds until it loads any other page again.
-FOLD_FROM = 25               # Repositories from which on sound ones are folded.
 SNAPSHOTS_SHOWN = 200
-LOOKED_AT_MOST = 16          # Repositories whose snapshots are remembered.
 NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
 SORTS: Dict[str, Callable[[Watched], float]] = {     # the same are sorted by name
     'name': lambda repository: 0,
@@ -5885,19 +5875,16 @@ class Page:
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
-        self._store = watch.store
-        self._usage = watch.usage
         self._rendering = threading.Lock()
-        # The same while nothing is added or deleted, which `state` would show.
-        self._snapshots = functools.lru_cache(maxsize=LOOKED_AT_MOST)(
-            lambda name, *state: watch.snapshots(name))
+        # Of the last repositories; the same while nothing is added or deleted, which `state` would show.
+        self._snapshots = functools.lru_cache(maxsize=16)(lambda name, *state: watch.snapshots(name))
 
     def headers(self) -> Headers:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
         import base64
         style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
         return [('Content-Type', 'text/html; charset=utf-8'), ('Cache-Control', 'no-store'),
-                ('Refresh', str(RENEW_SECONDS if self._usage.census.age() < math.inf else LOOK_AGAIN)),
+                ('Refresh', '60' if self._watch.usage.census.age() < math.inf else '5'),      # seconds
                 ('Content-Security-Policy', f"default-src 'none'; style-src 'sha256-{style}'; "
                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
                 ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
@@ -5905,8 +5892,9 @@ class Page:
 
     def render(self, visit: Visit) -> str:
         """The page at a path.  One thread at a time renders one."""
-        self._usage.census.request()
-        fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
+        census = self._watch.usage.census
+        census.request()
+        fresh = census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
             return ''.join(self._parts(visit, fresh))
 
@@ -5914,11 +5902,11 @@ class Page:
         now, top = time.time(), visit.top
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
-        shown = self._watch.look([name for place in below for name in self._usage.names(place)
+        shown = self._watch.look([name for place in below for name in self._watch.usage.names(place)
                                   if visit.right(name) != NONE], now, sees=visit.sees)
         itself = next((repository for repository in shown if top and repository.name == top), None)
         others = [repository for repository in shown if repository is not itself]
-        host, fault = _text(socket.gethostname()), self._store.directory.find_fault()
+        host, fault = _text(socket.gethostname()), self._watch.store.directory.find_fault()
         yield ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
                f'<title>{host}: {fault or count_troubles(shown) or "backups"}</title>'
                '<meta name="viewport" content="width=device-width">'
@@ -5933,7 +5921,7 @@ class Page:
             if others:
                 yield f'<h2>Below {_text(top[1:])}</h2>'
         if others or not itself:
-            disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
+            disk = disk_space(self._watch.store.root) if visit.sees_disk and not fault else None
             yield from self._overview(others, visit, disk, fresh)
         yield f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. '
         if shown:
@@ -5942,7 +5930,7 @@ class Page:
 
     def _overview(self, shown: List[Watched], visit: Visit, disk: Any, fresh: bool) -> Iterator[str]:
         """Several repositories: what there is, in a line, their quotas, and tables of them."""
-        age = self._usage.census.age()
+        age = self._watch.usage.census.age()
         if age == math.inf:
             yield '<p>Calculating sizes …</p>'
             return
@@ -5965,7 +5953,7 @@ class Page:
             columns.insert(0, Column('right more', 'You may', '',
                                      lambda repository: visit.right(repository.name)))
         table = functools.partial(_table, visit, columns)
-        if key or len(shown) < FOLD_FROM:
+        if key or len(shown) < 25:      # fewer need not be folded
             yield table('Repositories', shown)
             return
         yield (f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
@@ -5976,7 +5964,7 @@ class Page:
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
         """Bars that show how much is used of the quotas that the visitor may know of."""
         bars = []
-        for scope, quota in self._usage.quotas(repositories).items():
+        for scope, quota in self._watch.usage.quotas(repositories).items():
             if visit.sees(scope):
                 part = min(quota.held / quota.limit, 1.0)
                 text = f'{format_size(quota.held)} of {format_size(quota.limit)}'
@@ -6014,12 +6002,25 @@ class Page:
         yield from (f'<span>{time.strftime("%Y-%m-%d", time.localtime(repository.now - ago * 86400))}</span>'
                     for ago in (DAYS - 1, DAYS // 2, 0))
         yield '</div></figure>\n<h2>Snapshots</h2>'
-        yield _list_of_snapshots(self._snapshots(name, holdings.bytes, holdings.last_snapshot,
-                                                 *holdings.objects.values()), repository, reads)
+        snapshots = self._snapshots(name, holdings.bytes, holdings.last_snapshot, *holdings.objects.values())
+        if not snapshots:
+            yield '<p>No snapshots yet.</p>'
+            return
+        yield ('<table><caption>Snapshots</caption><thead><tr><th scope="col">Time</th>'
+               '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n<tbody>')
+        for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1]:
+            added = 'unknown' if snapshot.added is None else f'+{format_size(snapshot.added)}'
+            yield (f'<tr><th scope="row" class="plain">{_moment(snapshot.time)}'
+                   f'{_small(repository.ago(snapshot.time))}</th>'
+                   f'<td>{_text(snapshot.name[:8]) if reads else ""}</td><td class="n">{added}</td></tr>\n')
+        yield '</tbody></table>'
+        if len(snapshots) > SNAPSHOTS_SHOWN:
+            yield f'<p>Not shown: {format_count(len(snapshots) - SNAPSHOTS_SHOWN, "older snapshot")}.</p>'
+        yield '<p class="dim">Added: data that arrived since the previous snapshot and is still stored.</p>'
 
     def _kept(self, repository: Watched, visit: Visit) -> str:
         """What was deleted from a repository and is kept, and from when on it can be read."""
-        holdings, past = repository.holdings, self._usage.past
+        holdings, past = repository.holdings, self._watch.usage.past
         text = 'nothing' if past.keeps else ''
         if holdings.kept:
             text = (f'{format_size(holdings.kept_bytes)} in {format_count(holdings.kept, "object")}, '
@@ -6053,11 +6054,12 @@ def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watch
         folders.setdefault(f'{visit.top}/{name}' if name else '', []).append(repository)
     alone = [inside.pop() for inside in folders.values() if len(inside) == 1]
     for folder, inside in filter(operator.itemgetter(1), [*folders.items(), ('', alone)]):
-        number, name = format_count(len(inside), 'repository'), _text(folder[1:])
-        head, only, caption = f'<b>{number}</b>', '', 'Other repositories'
+        number, only = format_count(len(inside), 'repository'), ''
+        head, caption = f'<b>{number}</b>', 'Other repositories'
         if folder:
-            head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
-            link = visit.link(folder, f'Only {name}/')
+            name = _text(f'{folder[1:]}/')
+            head, caption = f'<b>{name}</b>: {number}', f'Repositories in {name}'
+            link = visit.link(folder, f'Only {name}')
             only = f'<p>{link}</p>' if link.startswith('<a') else ''
         last = list(filter(None, (repository.holdings.last_snapshot for repository in inside)))
         oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
@@ -6131,24 +6133,6 @@ _TABLE_COLUMNS = (
     Column('locks more', 'Locks', '', _locks),
     Column('scrub more', 'Last scrub', '', _scrub),
 )
-
-
-def _list_of_snapshots(snapshots: List[Snapshot], repository: Watched, names: bool) -> str:
-    """A table of snapshots, the latest first, with what came with each, and perhaps their IDs."""
-    if not snapshots:
-        return '<p>No snapshots yet.</p>'
-    rows = ''.join(
-        f'<tr><th scope="row" class="plain">{_moment(snapshot.time)}'
-        f'{_small(repository.ago(snapshot.time))}</th><td>{_text(snapshot.name[:8]) if names else ""}</td>'
-        f'<td class="n">{"unknown" if snapshot.added is None else f"+{format_size(snapshot.added)}"}</td>'
-        '</tr>\n'
-        for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
-    older = len(snapshots) - SNAPSHOTS_SHOWN
-    return ('<table><caption>Snapshots</caption><thead><tr><th scope="col">Time</th>'
-            '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
-            f'<tbody>{rows}</tbody></table>' + (
-                f'<p>Not shown: {format_count(older, "older snapshot")}.</p>' if older > 0 else '')
-            + '<p class="dim">Added: data that arrived since the previous snapshot and is still stored.</p>')
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
