@@ -5610,12 +5610,13 @@ class Events:
                     return
                 now = time.monotonic()
                 event = next(filter(None, self._queues)).popleft() if is_queued and now < next_look else None
-                if not event:
-                    next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
             try:
                 if event:
                     self._run(event)
-                else:
+                    continue
+                is_counted = self._usage.census.wait(0)
+                next_look = now + (WATCH_SECONDS if is_counted else 1)
+                if is_counted:
                     self._look()
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
@@ -5648,9 +5649,9 @@ class Events:
 
     def _look(self) -> None:
         """Report new problems, and what is right again."""
-        self._usage.census.request()
-        if self._store.directory.is_gone() or not self._usage.census.wait(0):
+        if self._store.directory.is_gone():
             return
+        self._usage.census.request()
         self._reported.refresh()
         known = self._reported.known
         repositories = {repository.name: repository for repository in self._watch.look(
