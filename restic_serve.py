@@ -5125,11 +5125,6 @@ METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
-# What happened since the start: requests, errors among them, objects and bytes received and sent.
-Activity = collections.namedtuple('Activity', [
-    'requests', 'errors', 'received', 'received_bytes', 'sent', 'sent_bytes'])
-
-
 class Metrics:
     """Counts requests, and reports what was counted.
 
@@ -5180,10 +5175,6 @@ class Metrics:
             of_limit = self._limited.setdefault(limit, collections.Counter())
             of_limit[address if len(of_limit) < 1024 or address in of_limit else 'others'] += 1
 
-    def connections(self) -> int:
-        """Connections that are being served."""
-        return self.counters.total(CONNECTIONS, 2)[1]
-
     # ---- for the log ----
 
     def log_limited(self, at_once: bool = False) -> float:
@@ -5216,24 +5207,26 @@ class Metrics:
         """A summary since the last line.  Without `final` the next line includes it again."""
         activity, now = self._activity(), time.monotonic()
         seconds = max(now - self._reported_at, 0.001)
-        new = Activity(*map(operator.sub, activity, self._reported))
+        requests, errors, received, received_bytes, sent, sent_bytes = map(
+            operator.sub, activity, self._reported)
         if final:
             self._reported, self._reported_at = activity, now
-        connections = self.connections()
-        return (f'in {format_duration(seconds)}: sent {format_size(new.sent_bytes)} in {new.sent} objects '
-                f'({format_size(new.sent_bytes / seconds)}/s), received {format_size(new.received_bytes)} in '
-                f'{new.received} objects ({format_size(new.received_bytes / seconds)}/s), {new.requests} '
-                f'requests ({new.requests / seconds:.1f}/s), {new.errors} {plural(new.errors, "error")}; '
+        connections = self.counters.total(CONNECTIONS, 2)[1]
+        return (f'in {format_duration(seconds)}: sent {format_size(sent_bytes)} in {sent} objects '
+                f'({format_size(sent_bytes / seconds)}/s), received {format_size(received_bytes)} in '
+                f'{received} objects ({format_size(received_bytes / seconds)}/s), {requests} '
+                f'requests ({requests / seconds:.1f}/s), {errors} {plural(errors, "error")}; '
                 f'{connections} {plural(connections, "connection")}')
 
-    def _activity(self) -> Activity:
+    def _activity(self) -> Tuple[int, ...]:
+        """Requests since the start, errors among them, objects and bytes received, objects and bytes sent."""
         requests = errors = 0
         for (_, _, status), (_, *histogram) in self.counters.find('request').items():
             requests += sum(histogram)
             # restic looks for objects that need not exist.
             errors += sum(histogram) if int(status) >= 400 and status != '404' else 0
         blobs = [sum(numbers) for numbers in zip(*self.counters.find('blob').values())] or [0] * 6
-        return Activity(requests, errors, *blobs[self.WRITTEN:self.DELETED])
+        return (requests, errors, *blobs[self.WRITTEN:self.DELETED])
 
     # ---- for Prometheus ----
 
@@ -5260,7 +5253,7 @@ class Metrics:
         yield 'restic_serve_build_info', 'The version of the server.', [
             ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]
         for name, text, value in (
-                ('connections', 'Connections that are open.', self.connections()),
+                ('connections', 'Connections that are open.', self.counters.total(CONNECTIONS, 2)[1]),
                 ('refused_logins_total', 'Logins with a wrong user or password.',
                  self.counters.total(REFUSED_LOGINS, 1)[0]),
                 ('disk_bytes', 'Size of the file system that holds DIR.', disk and disk.total),
