@@ -5585,12 +5585,11 @@ class Events:
         at most 500 of each."""
         with self._changed:
             queue = self._queues[event.kind in _BY_CLIENTS]
-            has_room = len(queue) < 500
-            if has_room:
+            if len(queue) < 500:
                 queue.append(event)
                 self._changed.notify()
-        if not has_room:
-            log.error('--on-event: command not run for "%s": too many events are queued', event.message)
+                return
+        log.error('--on-event: command not run for "%s": too many events are queued', event.message)
 
     def _work(self) -> None:
         unpin(True)
@@ -5937,7 +5936,15 @@ class Page:
         yield '</p>' if fresh else f'; counted {format_age(age)} ago</p>'
         yield self._quotas([*(repository.name for repository in shown), *visit.places], visit)
         if not shown:
-            yield _first_backup(visit)
+            places = [visit.top] if visit.top else ['/laptop', *(
+                [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
+            place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
+            if place is None:
+                yield '<p>You cannot access any repository here.</p>'
+                return
+            restic = f'restic -r {visit.address(place)}'
+            yield ('<p>No repositories yet. To create one and back up to it:</p>'
+                   f'<pre><code>{restic} init</code></pre><pre><code>{restic} backup ~</code></pre>')
         key = SORTS.get(visit.sort)
         if key:
             shown = sorted(shown, key=lambda repository: (
@@ -5986,7 +5993,9 @@ class Page:
             'Last scrub': _scrub(repository, scrub.names if scrub and reads else []),
             'You may': right,
             'Rights': visit.users and '; '.join(
-                f'{may}: {_listed(users)}' for may, users in visit.users(name).items()),
+                f'{may}: {_text(", ".join(users[:NAMES_SHOWN]))}'
+                + (f' and {len(users) - NAMES_SHOWN} more' if len(users) > NAMES_SHOWN else '')
+                for may, users in visit.users(name).items()),
         }
         yield f'<p>{_bad(repository.text_of_troubles()) or "All is well."}</p><dl>'
         yield from (f'<dt>{term}</dt><dd>{text}</dd>' for term, text in facts.items() if text)
@@ -6026,18 +6035,6 @@ class Page:
                 text += _small(f'Earlier states, since {moment}: '
                                f'<code>{visit.address(repository.name)}{AT}/{moment}/</code>')
         return text
-
-
-def _first_backup(visit: Visit) -> str:
-    """The commands that make a first backup, if the visitor may make one."""
-    places = [visit.top] if visit.top else ['/laptop', *(
-        [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
-    for place in places:
-        if visit.right(place) in (APPEND, WRITE):
-            restic = f'restic -r {visit.address(place)}'
-            return (f'<p>No repositories yet. To create one and back up to it:</p>'
-                    f'<pre><code>{restic} init</code></pre><pre><code>{restic} backup ~</code></pre>')
-    return '<p>You cannot access any repository here.</p>'
 
 
 def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]) -> Iterator[str]:
@@ -6153,12 +6150,6 @@ def _quoted_path(path: str) -> str:
     """A repository's path in a URL (RFC 3986 2.1)."""
     from urllib.parse import quote
     return quote(os.fsencode(path))
-
-
-def _listed(names: List[str]) -> str:
-    """Some names, and how many more there are."""
-    more = len(names) - NAMES_SHOWN
-    return _text(', '.join(names[:NAMES_SHOWN])) + (f' and {more} more' if more > 0 else '')
 
 
 def _plot(holdings: Holdings) -> str:
