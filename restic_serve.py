@@ -4837,15 +4837,9 @@ REQUESTS_PER_ADDRESS = 'too many requests from your address'
 LOGINS = 'too many logins from your address'
 LIMITED_SECONDS = 60         # Time between two lines about the same limit.
 LIMITED_ADDRESSES = 10       # Addresses in such a line.
-REMEMBERED = 1024            # Addresses that are counted between two lines.
 
 METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-
-
-# What happened since the start: requests, errors among them, objects and bytes received and sent.
-Activity = collections.namedtuple('Activity', [
-    'requests', 'errors', 'received', 'received_bytes', 'sent', 'sent_bytes'])
 
 
 class Metrics:
@@ -4896,11 +4890,7 @@ class Metrics:
         self.counters.add(('limited', limit), 1)
         with self._lock:
             of_limit = self._limited.setdefault(limit, collections.Counter())
-            of_limit[address if len(of_limit) < REMEMBERED or address in of_limit else 'others'] += 1
-
-    def connections(self) -> int:
-        """Connections that are being served."""
-        return self.counters.total(CONNECTIONS, 2)[1]
+            of_limit[address if len(of_limit) < 1024 or address in of_limit else 'others'] += 1
 
     # ---- for the log ----
 
@@ -4934,24 +4924,26 @@ class Metrics:
         """A summary since the last line.  Without `final` the next line includes it again."""
         activity, now = self._activity(), time.monotonic()
         seconds = max(now - self._reported_at, 0.001)
-        new = Activity(*map(operator.sub, activity, self._reported))
+        requests, errors, received, received_bytes, sent, sent_bytes = map(
+            operator.sub, activity, self._reported)
         if final:
             self._reported, self._reported_at = activity, now
-        connections = self.connections()
-        return (f'in {format_duration(seconds)}: sent {format_size(new.sent_bytes)} in {new.sent} objects '
-                f'({format_size(new.sent_bytes / seconds)}/s), received {format_size(new.received_bytes)} in '
-                f'{new.received} objects ({format_size(new.received_bytes / seconds)}/s), {new.requests} '
-                f'requests ({new.requests / seconds:.1f}/s), {new.errors} {plural(new.errors, "error")}; '
+        connections = self.counters.total(CONNECTIONS, 2)[1]
+        return (f'in {format_duration(seconds)}: sent {format_size(sent_bytes)} in {sent} objects '
+                f'({format_size(sent_bytes / seconds)}/s), received {format_size(received_bytes)} in '
+                f'{received} objects ({format_size(received_bytes / seconds)}/s), {requests} '
+                f'requests ({requests / seconds:.1f}/s), {errors} {plural(errors, "error")}; '
                 f'{connections} {plural(connections, "connection")}')
 
-    def _activity(self) -> Activity:
+    def _activity(self) -> Tuple[int, ...]:
+        """Requests since the start, errors among them, objects and bytes received, objects and bytes sent."""
         requests = errors = 0
         for (_, _, status), (_, *histogram) in self.counters.find('request').items():
             requests += sum(histogram)
             # restic looks for objects that need not exist.
             errors += sum(histogram) if int(status) >= 400 and status != '404' else 0
         blobs = [sum(numbers) for numbers in zip(*self.counters.find('blob').values())] or [0] * 6
-        return Activity(requests, errors, *blobs[self.WRITTEN:self.DELETED])
+        return (requests, errors, *blobs[self.WRITTEN:self.DELETED])
 
     # ---- for Prometheus ----
 
@@ -4978,7 +4970,7 @@ class Metrics:
         yield 'restic_serve_build_info', 'The version of the server.', [
             ({'version': __version__, 'python': sys.version.partition(' ')[0]}, 1)]
         for name, text, value in (
-                ('connections', 'Connections that are open.', self.connections()),
+                ('connections', 'Connections that are open.', self.counters.total(CONNECTIONS, 2)[1]),
                 ('refused_logins_total', 'Logins with a wrong user or password.',
                  self.counters.total(REFUSED_LOGINS, 1)[0]),
                 ('disk_bytes', 'Size of the file system that holds DIR.', disk and disk.total),
@@ -5063,7 +5055,6 @@ def _label(text: str) -> str:
 # ==== Watch ======================================================================================
 # What is wrong with the repositories, and how it is said: decided here, for pages, report and events.
 
-LOCK_SECONDS = 86400         # Age from which a lock is stale.
 LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
 DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
@@ -5112,25 +5103,25 @@ class Watch:
     """Looks at the repositories of a store.  One without a snapshot for `stale_after` seconds is overdue."""
 
     def __init__(self, store: Store, usage: Usage, stale_after: float) -> None:
-        self.stale_after = stale_after
-        self._store = store
-        self._usage = usage
+        self.store = store
+        self.usage = usage
+        self._stale_after = stale_after
 
     def look(self, names: Iterable[str], now: float, locks: bool = True,
              sees: Callable[[str], bool] = lambda scope: True) -> List[Watched]:
         """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
         `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
-        scrubs, is_full = last_scrubs(self._store), functools.lru_cache(maxsize=None)(self._is_full)
+        scrubs, is_full = last_scrubs(self.store), functools.lru_cache(maxsize=None)(self._is_full)
         repositories = []
-        for name, holdings in self._usage.holdings(names).items():
+        for name, holdings in self.usage.holdings(names).items():
             scrub, times = scrubs.get(name), self._locks(name) if locks else None
             begin = holdings.last_snapshot or self._made_at(name)
             since = {
                 DAMAGED: scrub.time if scrub and scrub.damaged else None,
                 UNREADABLE: now if holdings.unreadable else None,
-                OVERDUE: begin and begin + self.stale_after if begin + self.stale_after < now else None,
-                LOCKED: times[0] if times and times[0] < now - LOCK_SECONDS else None,
-                FULL: now if any(sees(scope) and is_full(scope) for scope in self._usage.limited(name))
+                OVERDUE: begin and begin + self._stale_after if begin + self._stale_after < now else None,
+                LOCKED: times[0] if times and times[0] < now - 86400 else None,     # a day: it is stale
+                FULL: now if any(sees(scope) and is_full(scope) for scope in self.usage.limited(name))
                 else None}
             repositories.append(Watched(name, holdings, scrub, times, now, {
                 trouble: begun for trouble, begun in since.items() if begun is not None}))
@@ -5141,18 +5132,18 @@ class Watch:
     def _made_at(self, name: str) -> float:
         """When a repository was created, by its config; 0 where that is not known."""
         try:
-            return os.stat(f'{self._store.root}{name}/config').st_mtime
+            return os.stat(f'{self.store.root}{name}/config').st_mtime
         except OSError:
             return 0.0
 
     def _is_full(self, scope: str) -> bool:
         """Whether a quota's scope is nearly full.  Many repositories share one."""
-        quota = self._usage.quota(scope)
+        quota = self.usage.quota(scope)
         return bool(quota.held >= NEARLY_FULL * quota.limit)
 
     def _locks(self, name: str) -> Optional[List[float]]:
         try:
-            return sorted(status.st_mtime for _, status in self._store.object_entries(f'{name}/locks'))
+            return sorted(status.st_mtime for _, status in self.store.object_entries(f'{name}/locks'))
         except OSError:
             return None
 
@@ -5163,7 +5154,7 @@ class Watch:
         added: Iterable[Optional[int]] = itertools.repeat(None)
         with contextlib.suppress(OSError):
             snapshots = sorted((status.st_mtime, entry.name)
-                               for entry, status in self._store.object_entries(f'{name}/snapshots'))
+                               for entry, status in self.store.object_entries(f'{name}/snapshots'))
             if snapshots:
                 added = self._bytes_between(name, [moment for moment, _ in snapshots]) or added
         return [Snapshot(*snapshot, came) for snapshot, came in zip(snapshots, added)]
@@ -5172,8 +5163,8 @@ class Watch:
         """Bytes of the objects of a repository that came up to each of some moments, since the one before,
         and after the last; None if there are too many to look at.  Raises OSError."""
         added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
-        with self._store.object_folders(name) as folders, contextlib.closing(
-                read_ahead(map(self._store.read, folders))) as objects:
+        with self.store.object_folders(name) as folders, contextlib.closing(
+                read_ahead(map(self.store.read, folders))) as objects:
             for _, status in objects:
                 added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
                 if time.monotonic() >= end:
@@ -5207,40 +5198,32 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
-OUTPUT_BYTES = 4096          # What is kept of its output: the end.
-QUEUED_EVENTS = 500          # Events of clients that may wait for the command, and as many others.
-NO_LONGER_FULL = 0.85        # Part of a quota or disk below which it is no longer nearly full.
-REFUSED_SECONDS = 60         # Time between two events of refused deletes from one process ...
-REFUSED_PAUSE = 3600         # ... and in one repository.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
 # `repository` is a path, None for what is about none.  What several servers find, or clients cause again and
 # again, has a `value`, by which one that was reported is known (see ReportedEvents).
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
-if TYPE_CHECKING:
-    Reported = Dict[str, Dict[str, float]]      # by kind of event and path
 
 
 class Events:
-    """What happens to the repositories of `usage`, and a shell `command` that is run then; none if it is
-    empty.  `watch` finds problems."""
+    """What happens to repositories, whose problems `watch` finds, and a shell `command` that is run then;
+    none if it is empty."""
 
-    def __init__(self, store: Store, counters: Counters, usage: Usage, watch: Watch, command: str = ''
-                 ) -> None:
+    def __init__(self, watch: Watch, counters: Counters, command: str = '') -> None:
         self.command = command
         self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
-        self._store = store
-        self._counters = counters
-        self._usage = usage
         self._watch = watch
-        self._reported = ReportedEvents(store)
+        self._store = watch.store
+        self._usage = watch.usage
+        self._counters = counters
+        self._reported = ReportedEvents(watch.store)
         self._next_refused = 0.0
         self._changed = threading.Condition()       # of the next two
         self._stopped = False               # nothing is begun any more
         self._queues: Tuple[Deque[Event], Deque[Event]] = collections.deque(), collections.deque()
         self._cut = threading.Event()       # what is running is killed
         self._thread: Optional[threading.Thread] = None
-        store.directory.on_change = self.on_directory_change
+        self._store.directory.on_change = self.on_directory_change
         for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
@@ -5267,12 +5250,12 @@ class Events:
                 log.error('--on-event: command not run for "%s": %s', message, error)
 
     def on_refused_delete(self, repository: str, user: str, who: object, may: str) -> None:
-        """A delete was refused, since `who` has only another right.  Reported once in REFUSED_SECONDS, so
-        that nobody can drown other events."""
+        """A delete was refused, since `who` has only another right.  One in a minute is told of, so that
+        nobody can drown other events."""
         now = time.monotonic()
         with contextlib.suppress(OSError):
             if now >= self._next_refused and self._store.has_repository(repository):
-                self._next_refused = now + REFUSED_SECONDS
+                self._next_refused = now + 60
                 self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
                           f'only {may}', user, time.time())
 
@@ -5315,15 +5298,15 @@ class Events:
             self._thread.join(1)
 
     def _enqueue(self, event: Event) -> None:
-        """Let an event wait for the command: what clients cause as often as they like behind all others."""
+        """Let an event wait for the command: what clients cause as often as they like behind all others, and
+        at most 500 of each."""
         with self._changed:
             queue = self._queues[event.kind in _BY_CLIENTS]
-            has_room = len(queue) < QUEUED_EVENTS
-            if has_room:
+            if len(queue) < 500:
                 queue.append(event)
                 self._changed.notify()
-        if not has_room:
-            log.error('--on-event: command not run for "%s": too many events are queued', event.message)
+                return
+        log.error('--on-event: command not run for "%s": too many events are queued', event.message)
 
     def _work(self) -> None:
         unpin(True)
@@ -5336,12 +5319,13 @@ class Events:
                     return
                 now = time.monotonic()
                 event = next(filter(None, self._queues)).popleft() if is_queued and now < next_look else None
-                if not event:
-                    next_look = now + (WATCH_SECONDS if self._usage.census.wait(0) else 1)
             try:
                 if event:
                     self._run(event)
-                else:
+                    continue
+                is_counted = self._usage.census.wait(0)
+                next_look = now + (WATCH_SECONDS if is_counted else 1)
+                if is_counted:
                     self._look()
             except Exception as error:  # a bug must not end all further events
                 log.error('--on-event: %s: %s', type(error).__name__, error)
@@ -5374,37 +5358,33 @@ class Events:
 
     def _look(self) -> None:
         """Report new problems, and what is right again."""
-        self._usage.census.request()
-        if self._store.directory.is_gone() or not self._usage.census.wait(0):
+        if self._store.directory.is_gone():
             return
+        self._usage.census.request()
         self._reported.refresh()
+        known = self._reported.known
         repositories = {repository.name: repository for repository in self._watch.look(
             self._usage.names(), time.time(), locks=False)}
-        for repository in repositories.values():
-            self._look_at(repository)
+        for name, repository in repositories.items():
+            title, last = repository.title, repository.holdings.last_snapshot
+            if DAMAGED in repository.troubles:
+                import zlib
+                damaged, names = repository.scrub.damaged, repository.scrub.names
+                self._run(Event('damaged', name, '', f'{title}: {repository.text_of(DAMAGED)}: '
+                                + ', '.join(names[:3]), zlib.crc32(repr((damaged, sorted(names))).encode())))
+            else:
+                self._reported.note('damaged', name, None)
+            if OVERDUE not in repository.troubles:
+                if last > known['overdue'].get(name, math.inf):
+                    self._run(Event('back', name, '', f'{title}: no longer overdue', last))
+            elif last >= known['back'].get(name, 0):
+                self._run(Event('overdue', name, '', f'{title}: overdue, {repository.last_snapshot()}', last))
         for kind in ('damaged', 'overdue', 'back', 'refused'):
-            for name in list(self._reported.known[kind]):
+            for name in list(known[kind]):
                 with contextlib.suppress(OSError):
                     if name not in repositories and not self._store.has_repository(name):
                         self._reported.note(kind, name, None)
         self._look_at_room(repositories)
-
-    def _look_at(self, repository: Watched) -> None:
-        """Report what is new of a repository."""
-        name, title, last = repository.name, repository.title, repository.holdings.last_snapshot
-        known = self._reported.known
-        if DAMAGED in repository.troubles:
-            import zlib
-            damaged, names = repository.scrub.damaged, repository.scrub.names
-            self._run(Event('damaged', name, '', f'{title}: {repository.text_of(DAMAGED)}: '
-                            + ', '.join(names[:3]), zlib.crc32(repr((damaged, sorted(names))).encode())))
-        else:
-            self._reported.note('damaged', name, None)
-        if OVERDUE not in repository.troubles:
-            if last > known['overdue'].get(name, math.inf):
-                self._run(Event('back', name, '', f'{title}: no longer overdue', last))
-        elif last >= known['back'].get(name, 0):
-            self._run(Event('overdue', name, '', f'{title}: overdue, {repository.last_snapshot()}', last))
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
@@ -5418,7 +5398,7 @@ class Events:
             if used >= NEARLY_FULL * size:
                 self._run(Event('full', place or None, '', (f'quota of {place}' if place else 'disk') + (
                     f' is {100 * used // size} % used: {format_size(used)} of {format_size(size)}'), 1))
-            elif used < NO_LONGER_FULL * size:
+            elif used < 0.85 * size:    # not one that hovers about NEARLY_FULL
                 self._reported.note('full', place, None)
 
 
@@ -5439,7 +5419,7 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
             has_ended, output = process.poll() is not None, process.stdout.read(65536)
             if has_ended and not output:
                 break       # something that it has started may go on
-            tail = (tail + (output or b''))[-OUTPUT_BYTES:]
+            tail = (tail + (output or b''))[-4096:]
             if cut.wait(0 if output else 0.01):
                 killed = 'killed, the server is stopping'
             elif time.monotonic() >= end:
@@ -5458,61 +5438,59 @@ class ReportedEvents:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.known: Reported = collections.defaultdict(dict)
+        self.known: Dict[str, Dict[str, float]] = collections.defaultdict(dict)
         self._is_unsaved = False        # `known` has more than the file
 
     def refresh(self) -> None:
-        """Read the file again."""
-        if not (self._is_unsaved or self._store.directory.read_only):
-            self.known = self._read()
+        """Read the file again, unless more is known."""
+        if self._is_unsaved or self._store.directory.read_only:
+            return
+        import json
+        self.known.clear()
+        try:
+            for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
+                self.known[kind] = {name: _finite(value) for name, value in names.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
 
     def note(self, kind: str, name: str, value: Optional[float]) -> bool:
         """Note an event as reported or, without a value, as not reported; False if it was so, perhaps by
         another server."""
-        if not self._is_new(kind, name, value):
+        if not self._update(kind, name, value):
             return False
-        writable = not self._store.directory.read_only
+        if self._store.directory.read_only:
+            return True
         try:
-            with self._store.hidden.exclusive() if writable else contextlib.nullcontext():
+            with self._store.hidden.exclusive():
                 self.refresh()
-                if not self._is_new(kind, name, value):
+                if not (self._is_unsaved or self._update(kind, name, value)):
                     return False
-                self._set(kind, name, value)
-                if writable:
-                    import json
-                    self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
+                import json
+                self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
             self._is_unsaved = False
         except OSError as error:
             if not self._is_unsaved:
                 log.error('cannot save which events were reported, some may be reported again: %s', error)
             self._is_unsaved = True
-            self._set(kind, name, value)
         return True
 
-    def _is_new(self, kind: str, name: str, value: Optional[float]) -> bool:
-        known = self.known[kind].get(name)
+    def _update(self, kind: str, name: str, value: Optional[float]) -> bool:
+        """Change what is known; whether that is new."""
+        values = self.known[kind]
+        known = values.get(name)
         if known is None or value is None:
-            return known is not value
-        if kind == 'refused':       # a time
-            return not 0 <= value - known < REFUSED_PAUSE
-        return value > known if kind in ('overdue', 'back') else value != known
-
-    def _set(self, kind: str, name: str, value: Optional[float]) -> None:
-        self.known[kind].pop(name, None)
-        if value is not None:
-            self.known[kind][name] = value
-
-    def _read(self) -> Reported:
-        import json
-        known: Reported = collections.defaultdict(dict)
-        try:
-            for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
-                known[kind] = {name: _finite(value) for name, value in names.items()}
-        except FileNotFoundError:
-            pass
-        except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
-        return known
+            is_new = known is not value
+        elif kind == 'refused':     # a time: once an hour
+            is_new = not 0 <= value - known < 3600
+        else:
+            is_new = value > known if kind in ('overdue', 'back') else value != known
+        if value is None:
+            values.pop(name, None)
+        elif is_new:
+            values[name] = value
+        return is_new
 
 
 # ==== Page =======================================================================================
@@ -5520,16 +5498,12 @@ class ReportedEvents:
 # a page of its own at its path; any other path shows the repositories below it.
 
 COUNT_PATIENCE = 2           # Seconds that a page waits for a census.
-LOOK_AGAIN = 5               # Seconds until the browser loads a page again that has none.
-RENEW_SECONDS = 60           # Seconds until it loads any other page again.
-FOLD_FROM = 25               # Repositories from which on sound ones are folded.
 SNAPSHOTS_SHOWN = 200
-LOOKED_AT_MOST = 16          # Repositories whose snapshots are remembered.
 NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
-SORTS: Dict[str, Callable[[Watched], Any]] = {
-    'name': lambda repository: natural_order(repository.name),
-    'age': lambda repository: (repository.holdings.last_snapshot, natural_order(repository.name)),
-    'size': lambda repository: (-repository.holdings.bytes, natural_order(repository.name)),
+SORTS: Dict[str, Callable[[Watched], float]] = {     # the same are sorted by name
+    'name': lambda repository: 0,
+    'age': lambda repository: repository.holdings.last_snapshot,
+    'size': lambda repository: -repository.holdings.bytes,
 }
 _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the ticks below it.
 _KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
@@ -5543,44 +5517,29 @@ _STYLE = """
 body{margin:0 auto;padding:1.5rem;max-width:76rem;background:var(--back);color:var(--text);
 font:15px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
 a{color:inherit;text-decoration-color:var(--mark);text-underline-offset:.15em}
-h1{font-size:1.4rem;margin:0}
-h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
-p{margin:.3rem 0 1.2rem}
-pre{margin:.4rem 0;white-space:pre-wrap}
-code{user-select:all}
-h1,code,dd,.name{overflow-wrap:anywhere}
+h1{font-size:1.4rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}p{margin:.3rem 0 1.2rem}
+pre{margin:.4rem 0;white-space:pre-wrap}code{user-select:all}h1,code,dd,.name{overflow-wrap:anywhere}
 small,footer,thead th,.scale,.days{font-size:.8rem}
 small,footer,thead th,.scale,.days,.dim,dt{color:var(--dim)}
-small{display:block;font-weight:400}
-.bad{color:var(--bad);font-weight:600}
+small{display:block;font-weight:400}.bad{color:var(--bad);font-weight:600}
 table,dl,figure,.quotas{margin:0 0 1.2rem}
 table{border-collapse:collapse;width:100%}
 caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);text-align:left}
-th{font-weight:600}
-td,thead th,.plain{white-space:nowrap}
-.plain{font-weight:400}
-.n{text-align:right}
+th{font-weight:600}td,thead th,.plain{white-space:nowrap}.plain{font-weight:400}.n{text-align:right}
 tr.late>*{background:var(--bad-back)}
 tr.late>th{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
-svg{display:block}
-.plot{width:9rem;height:2.2rem}
-.area{fill:var(--fill)}
+svg{display:block}.plot{width:9rem;height:2.2rem}.area{fill:var(--fill)}
 .curve,.tick{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
 max-width:40rem;margin:.4rem 0}
-.quota svg{width:100%;height:.7rem}
-.room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
-details{border-bottom:1px solid var(--line);padding:.4rem 0}
-summary{cursor:pointer}
+.quota svg{width:100%;height:.7rem}.room{fill:var(--line)}.used{fill:var(--mark)}.over{fill:var(--bad)}
+details{border-bottom:1px solid var(--line);padding:.4rem 0}summary{cursor:pointer}
 dl,figure{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.2rem}
-dd{margin:0;min-width:0}
-figure{gap:0 .6rem;max-width:48rem}
+dd{margin:0;min-width:0}figure{gap:0 .6rem;max-width:48rem}
 figure .plot{width:100%;height:9rem;border-left:1px solid var(--line)}
-.scale,.days{display:flex;justify-content:space-between}
-.scale{flex-direction:column;text-align:right;height:7.2rem}
-.days{grid-column:2}
-footer{margin-top:1.2rem}
+.scale,.days{display:flex;justify-content:space-between}.days{grid-column:2}
+.scale{flex-direction:column;text-align:right;height:7.2rem}footer{margin-top:1.2rem}
 @media(max-width:62rem){body{padding:1rem}.more{display:none}td.age{white-space:normal}
 th,td{padding:.25rem .6rem .25rem 0}}
 @media(max-width:30rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
@@ -5617,29 +5576,25 @@ class Visit(collections.namedtuple('Visit', [
         return f'<a href="{_text(f"{self.base}{_quoted_path(path)}/")}{query}">{text}</a>'
 
     def sorted_by(self, sort: str, text: str = '') -> str:
-        """A link to the same repositories in another order."""
-        return self.link(self.top, text or sort, f'?sort={sort}')
+        """A link to the same repositories in another order, if there is one."""
+        return self.link(self.top, text or sort, f'?sort={sort}') if sort else text
 
 
 class Page:
-    """Renders the pages.  A repository without a snapshot for `stale_after` seconds is overdue."""
+    """Renders the pages of the repositories that `watch` looks at."""
 
-    def __init__(self, store: Store, usage: Usage, stale_after: float = 48 * 3600) -> None:
-        self._store = store
-        self._usage = usage
-        self._watch = Watch(store, usage, stale_after)
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
         self._rendering = threading.Lock()
-        # The same while nothing is added or deleted, which `state` would show.
-        self._snapshots = functools.lru_cache(maxsize=LOOKED_AT_MOST)(
-            lambda name, *state: self._watch.snapshots(name))
+        # Of the last repositories; the same while nothing is added or deleted, which `state` would show.
+        self._snapshots = functools.lru_cache(maxsize=16)(lambda name, *state: watch.snapshots(name))
 
     def headers(self) -> Headers:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
         import base64
         style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-        counted = self._usage.census.age() < math.inf
         return [('Content-Type', 'text/html; charset=utf-8'), ('Cache-Control', 'no-store'),
-                ('Refresh', str(RENEW_SECONDS if counted else LOOK_AGAIN)),
+                ('Refresh', '60' if self._watch.usage.census.age() < math.inf else '5'),      # seconds
                 ('Content-Security-Policy', f"default-src 'none'; style-src 'sha256-{style}'; "
                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
                 ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
@@ -5647,8 +5602,9 @@ class Page:
 
     def render(self, visit: Visit) -> str:
         """The page at a path.  One thread at a time renders one."""
-        self._usage.census.request()
-        fresh = self._usage.census.wait(COUNT_PATIENCE, fresh=True)
+        census = self._watch.usage.census
+        census.request()
+        fresh = census.wait(COUNT_PATIENCE, fresh=True)
         with self._rendering:
             return ''.join(self._parts(visit, fresh))
 
@@ -5656,11 +5612,11 @@ class Page:
         now, top = time.time(), visit.top
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
-        shown = self._watch.look([name for place in below for name in self._usage.names(place)
+        shown = self._watch.look([name for place in below for name in self._watch.usage.names(place)
                                   if visit.right(name) != NONE], now, sees=visit.sees)
         itself = next((repository for repository in shown if top and repository.name == top), None)
         others = [repository for repository in shown if repository is not itself]
-        host, fault = _text(socket.gethostname()), self._store.directory.find_fault()
+        host, fault = _text(socket.gethostname()), self._watch.store.directory.find_fault()
         yield ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
                f'<title>{host}: {fault or count_troubles(shown) or "backups"}</title>'
                '<meta name="viewport" content="width=device-width">'
@@ -5675,7 +5631,7 @@ class Page:
             if others:
                 yield f'<h2>Below {_text(top[1:])}</h2>'
         if others or not itself:
-            disk = disk_space(self._store.root) if visit.sees_disk and not fault else None
+            disk = disk_space(self._watch.store.root) if visit.sees_disk and not fault else None
             yield from self._overview(others, visit, disk, fresh)
         yield f'</main><footer>restic_serve {__version__}, {_moment(now, "%Y-%m-%d %H:%M:%S %Z")}. '
         if shown:
@@ -5684,7 +5640,7 @@ class Page:
 
     def _overview(self, shown: List[Watched], visit: Visit, disk: Any, fresh: bool) -> Iterator[str]:
         """Several repositories: what there is, in a line, their quotas, and tables of them."""
-        age = self._usage.census.age()
+        age = self._watch.usage.census.age()
         if age == math.inf:
             yield '<p>Calculating sizes …</p>'
             return
@@ -5697,13 +5653,25 @@ class Page:
         yield '</p>' if fresh else f'; counted {format_age(age)} ago</p>'
         yield self._quotas([*(repository.name for repository in shown), *visit.places], visit)
         if not shown:
-            yield _first_backup(visit)
+            places = [visit.top] if visit.top else ['/laptop', *(
+                [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
+            place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
+            if place is None:
+                yield '<p>You cannot access any repository here.</p>'
+                return
+            restic = f'restic -r {visit.address(place)}'
+            yield ('<p>No repositories yet. To create one and back up to it:</p>'
+                   f'<pre><code>{restic} init</code></pre><pre><code>{restic} backup ~</code></pre>')
         key = SORTS.get(visit.sort)
         if key:
-            shown = sorted(shown, key=lambda repository: (not repository.troubles, key(repository)))
-        limited = any(visit.right(repository.name) != WRITE for repository in shown)
-        table = functools.partial(_table, visit, limited)   # without limits nobody needs to be told
-        if key or len(shown) < FOLD_FROM:
+            shown = sorted(shown, key=lambda repository: (
+                not repository.troubles, key(repository), natural_order(repository.name)))
+        columns = list(_TABLE_COLUMNS)
+        if any(visit.right(repository.name) != WRITE for repository in shown):  # else it need not be told
+            columns.insert(0, Column('right more', 'You may', '',
+                                     lambda repository: visit.right(repository.name)))
+        table = functools.partial(_table, visit, columns)
+        if key or len(shown) < 25:      # fewer need not be folded
             yield table('Repositories', shown)
             return
         yield (f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
@@ -5712,10 +5680,18 @@ class Page:
         yield from _folded([repository for repository in shown if not repository.troubles], visit, table)
 
     def _quotas(self, repositories: Iterable[str], visit: Visit) -> str:
-        """Bars of the quotas of repositories that the visitor may know of."""
-        bars = ''.join(_bar(scope, quota) for scope, quota in self._usage.quotas(repositories).items()
-                       if visit.sees(scope))
-        return f'<div class="quotas">{bars}</div>' if bars else ''
+        """Bars that show how much is used of the quotas that the visitor may know of."""
+        bars = []
+        for scope, quota in self._watch.usage.quotas(repositories).items():
+            if visit.sees(scope):
+                part = min(quota.held / quota.limit, 1.0)
+                text = f'{format_size(quota.held)} of {format_size(quota.limit)}'
+                kind, text = ('used', text) if part < NEARLY_FULL else ('over', _bad(text))
+                bars.append(f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
+                            '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
+                            '<rect class="room" width="100" height="1"/><rect class="'
+                            f'{kind}" width="{100 * part:.1f}" height="1"/></svg><span>{text}</span></div>\n')
+        return f'<div class="quotas">{"".join(bars)}</div>' if bars else ''
 
     def _repository(self, repository: Watched, visit: Visit) -> Iterator[str]:
         """One repository: what is to be known of it, its quotas, plot and snapshots."""
@@ -5727,14 +5703,16 @@ class Page:
             'Last snapshot': _last_snapshot(repository),
             'Size': f'{format_size(holdings.bytes)}: {kinds}' + (
                 f' {_bad("incomplete")}' if holdings.unreadable else ''),
-            'Growth': f'{_growth(repository)} in 30 days',
+            'Growth': f'{format_size(sum(holdings.days[-30:]))} in 30 days',
             'Kept deleted objects': self._kept(repository, visit),
             'Locks': _locks(repository, ', '.join(
                 f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN])),
             'Last scrub': _scrub(repository, scrub.names if scrub and reads else []),
             'You may': right,
             'Rights': visit.users and '; '.join(
-                f'{may}: {_listed(users)}' for may, users in visit.users(name).items()),
+                f'{may}: {_text(", ".join(users[:NAMES_SHOWN]))}'
+                + (f' and {len(users) - NAMES_SHOWN} more' if len(users) > NAMES_SHOWN else '')
+                for may, users in visit.users(name).items()),
         }
         yield f'<p>{_bad(repository.text_of_troubles()) or "All is well."}</p><dl>'
         yield from (f'<dt>{term}</dt><dd>{text}</dd>' for term, text in facts.items() if text)
@@ -5744,12 +5722,25 @@ class Page:
         yield from (f'<span>{time.strftime("%Y-%m-%d", time.localtime(repository.now - ago * 86400))}</span>'
                     for ago in (DAYS - 1, DAYS // 2, 0))
         yield '</div></figure>\n<h2>Snapshots</h2>'
-        yield _list_of_snapshots(self._snapshots(name, holdings.bytes, holdings.last_snapshot,
-                                                 *holdings.objects.values()), repository, reads)
+        snapshots = self._snapshots(name, holdings.bytes, holdings.last_snapshot, *holdings.objects.values())
+        if not snapshots:
+            yield '<p>No snapshots yet.</p>'
+            return
+        yield ('<table><caption>Snapshots</caption><thead><tr><th scope="col">Time</th>'
+               '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n<tbody>')
+        for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1]:
+            added = 'unknown' if snapshot.added is None else f'+{format_size(snapshot.added)}'
+            yield (f'<tr><th scope="row" class="plain">{_moment(snapshot.time)}'
+                   f'{_small(repository.ago(snapshot.time))}</th>'
+                   f'<td>{_text(snapshot.name[:8]) if reads else ""}</td><td class="n">{added}</td></tr>\n')
+        yield '</tbody></table>'
+        if len(snapshots) > SNAPSHOTS_SHOWN:
+            yield f'<p>Not shown: {format_count(len(snapshots) - SNAPSHOTS_SHOWN, "older snapshot")}.</p>'
+        yield '<p class="dim">Added: data that arrived since the previous snapshot and is still stored.</p>'
 
     def _kept(self, repository: Watched, visit: Visit) -> str:
         """What was deleted from a repository and is kept, and from when on it can be read."""
-        holdings, past = repository.holdings, self._usage.past
+        holdings, past = repository.holdings, self._watch.usage.past
         text = 'nothing' if past.keeps else ''
         if holdings.kept:
             text = (f'{format_size(holdings.kept_bytes)} in {format_count(holdings.kept, "object")}, '
@@ -5763,18 +5754,6 @@ class Page:
         return text
 
 
-def _first_backup(visit: Visit) -> str:
-    """The commands that make a first backup, if the visitor may make one."""
-    places = [visit.top] if visit.top else ['/laptop', *(
-        [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
-    for place in places:
-        if visit.right(place) in (APPEND, WRITE):
-            restic = f'restic -r {visit.address(place)}'
-            return (f'<p>No repositories yet. To create one and back up to it:</p>'
-                    f'<pre><code>{restic} init</code></pre><pre><code>{restic} backup ~</code></pre>')
-    return '<p>You cannot access any repository here.</p>'
-
-
 def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watched]], str]) -> Iterator[str]:
     """Sound repositories, each folder as a line that unfolds; those that are alone in theirs come last."""
     folders: Dict[str, List[Watched]] = {}
@@ -5783,11 +5762,12 @@ def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watch
         folders.setdefault(f'{visit.top}/{name}' if name else '', []).append(repository)
     alone = [inside.pop() for inside in folders.values() if len(inside) == 1]
     for folder, inside in filter(operator.itemgetter(1), [*folders.items(), ('', alone)]):
-        number, name = format_count(len(inside), 'repository'), _text(folder[1:])
-        head, only, caption = f'<b>{number}</b>', '', 'Other repositories'
+        number, only = format_count(len(inside), 'repository'), ''
+        head, caption = f'<b>{number}</b>', 'Other repositories'
         if folder:
-            head, caption = f'<b>{name}/</b>: {number}', f'Repositories in {name}/'
-            link = visit.link(folder, f'Only {name}/')
+            name = _text(f'{folder[1:]}/')
+            head, caption = f'<b>{name}</b>: {number}', f'Repositories in {name}'
+            link = visit.link(folder, f'Only {name}')
             only = f'<p>{link}</p>' if link.startswith('<a') else ''
         last = list(filter(None, (repository.holdings.last_snapshot for repository in inside)))
         oldest = f', oldest last snapshot {inside[0].ago(min(last))}' if last else ''
@@ -5795,14 +5775,11 @@ def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watch
                f'{table(caption, inside)}</details>\n')
 
 
-def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) -> str:
-    """A table of repositories, perhaps with the visitor's right in each."""
+def _table(visit: Visit, columns: List[Column], caption: str, shown: List[Watched]) -> str:
+    """A table of repositories."""
     if not shown:
         return ''
-    columns = [*([Column('right more', 'You may', '', lambda repository: visit.right(repository.name))]
-                 if tells_right else []), *_TABLE_COLUMNS]
-    heads = ''.join(f'<th scope="col" class="{column.kind}">'
-                    f'{visit.sorted_by(column.sort, column.head) if column.sort else column.head}</th>'
+    heads = ''.join(f'<th scope="col" class="{column.kind}">{visit.sorted_by(column.sort, column.head)}</th>'
                     for column in columns)
     rows = []
     for repository in shown:
@@ -5818,10 +5795,6 @@ def _table(visit: Visit, tells_right: bool, caption: str, shown: List[Watched]) 
 
 def _size(repositories: List[Watched]) -> str:
     return format_size(sum(repository.holdings.bytes for repository in repositories))
-
-
-def _growth(repository: Watched) -> str:
-    return format_size(sum(repository.holdings.days[-30:]))
 
 
 def _last_snapshot(repository: Watched) -> str:
@@ -5861,30 +5834,13 @@ _TABLE_COLUMNS = (
     Column('age', 'Last snapshot', 'age', _last_snapshot),
     Column('n more', 'Snapshots', '', lambda repository: f'{repository.holdings.objects["snapshots"]:,}'),
     Column('n', 'Size', 'size', _stored),
-    Column('n more', 'Growth, 30 days', '', lambda repository: f'+{_growth(repository)}'),
+    Column('n more', 'Growth, 30 days', '', lambda repository: (
+        f'+{format_size(sum(repository.holdings.days[-30:]))}')),
     Column('graph more', f'Size, {DAYS} days', '', lambda repository: (
         _plot(repository.holdings) + _small(f'0 to {format_size(repository.holdings.bytes)}'))),
     Column('locks more', 'Locks', '', _locks),
     Column('scrub more', 'Last scrub', '', _scrub),
 )
-
-
-def _list_of_snapshots(snapshots: List[Snapshot], repository: Watched, names: bool) -> str:
-    """A table of snapshots, the latest first, with what came with each, and perhaps their IDs."""
-    if not snapshots:
-        return '<p>No snapshots yet.</p>'
-    rows = ''.join(
-        f'<tr><th scope="row" class="plain">{_moment(snapshot.time)}'
-        f'{_small(repository.ago(snapshot.time))}</th><td>{_text(snapshot.name[:8]) if names else ""}</td>'
-        f'<td class="n">{"unknown" if snapshot.added is None else f"+{format_size(snapshot.added)}"}</td>'
-        '</tr>\n'
-        for snapshot in snapshots[:-SNAPSHOTS_SHOWN - 1:-1])
-    older = len(snapshots) - SNAPSHOTS_SHOWN
-    return ('<table><caption>Snapshots</caption><thead><tr><th scope="col">Time</th>'
-            '<th scope="col">ID</th><th scope="col" class="n">Added</th></tr></thead>\n'
-            f'<tbody>{rows}</tbody></table>' + (
-                f'<p>Not shown: {format_count(older, "older snapshot")}.</p>' if older > 0 else '')
-            + '<p class="dim">Added: data that arrived since the previous snapshot and is still stored.</p>')
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
@@ -5911,23 +5867,6 @@ def _quoted_path(path: str) -> str:
     """A repository's path in a URL (RFC 3986 2.1)."""
     from urllib.parse import quote
     return quote(os.fsencode(path))
-
-
-def _listed(names: List[str]) -> str:
-    """Some names, and how many more there are."""
-    more = len(names) - NAMES_SHOWN
-    return _text(', '.join(names[:NAMES_SHOWN])) + (f' and {more} more' if more > 0 else '')
-
-
-def _bar(scope: str, quota: Quota) -> str:
-    """A bar that shows how much of a quota is used."""
-    part = min(quota.held / quota.limit, 1.0)
-    text = f'{format_size(quota.held)} of {format_size(quota.limit)}'
-    return (f'<div class="quota"><span>{_text(f"/{scope}/" if scope else "All")}</span>'
-            '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
-            '<rect class="room" width="100" height="1"/>'
-            f'<rect class="{"used" if part < NEARLY_FULL else "over"}" width="{100 * part:.1f}" height="1"/>'
-            f'</svg><span>{text if part < NEARLY_FULL else _bad(text)}</span></div>\n')
 
 
 def _plot(holdings: Holdings) -> str:
@@ -6099,7 +6038,7 @@ class Api:
         self.usage = usage or Usage(store, counters)
         self.metrics = metrics or Metrics(counters, self.usage, store)
         self.admission = admission or Admission(self.metrics, self.accounts.is_proxy)
-        self.events = events or Events(store, counters, self.usage, Watch(store, self.usage, 0))
+        self.events = events or Events(Watch(store, self.usage, 0), counters)
         self.usage.on_mass_delete = functools.partial(self.events.emit, 'deleted')
         policy.on_refused_delete = self.events.on_refused_delete
         self._prometheus = prometheus
@@ -9844,12 +9783,11 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
         usage.limits = rights.quotas(options.max_size)
 
     policy.on_change = on_change
-    metrics = Metrics(counters, usage, store)
+    metrics, watch = Metrics(counters, usage, store), Watch(store, usage, options.stale_after)
     api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
               usage, metrics,
               'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
-              Page(store, usage, options.stale_after) if options.status else None, at,
-              Events(store, counters, usage, Watch(store, usage, options.stale_after), options.on_event),
+              Page(watch) if options.status else None, at, Events(watch, counters, options.on_event),
               Admission(metrics, accounts.is_proxy, options.max_connections,
                         options.max_connections_per_address))
     limits = Limits(options.max_header_bytes + HEADER_SLACK, read_seconds=options.server_read_timeout,

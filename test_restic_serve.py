@@ -628,7 +628,7 @@ class ListenerTestCase(WireTestCase):
 
 def rendered(store, usage):
     """The page of all repositories, for an administrator."""
-    return Page(store, usage).render(restic_serve.Visit(
+    return Page(restic_serve.Watch(store, usage, 3600)).render(restic_serve.Visit(
         '', '', '', lambda repository: 'write', [''], None, True, 'http://x', ''))
 
 
@@ -651,7 +651,7 @@ class WatchedTestCase(Http2TestCase):
         self.metrics = Metrics(counters, self.usage, self.store)
         self.server = self.serve(Api(
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
-            prometheus=prometheus, page=Page(self.store, self.usage, 3600), **more))
+            prometheus=prometheus, page=Page(restic_serve.Watch(self.store, self.usage, 3600)), **more))
         self.port = self.server.listeners[0].server_address[1]
         if prometheus and wait:
             self.usage.census.wait(PATIENCE)
@@ -5374,17 +5374,6 @@ class MetricsTest(WatchedTestCase):
             'restic_serve_quota_used_bytes{folder="alice"}': '307',
             'restic_serve_quota_limit_bytes{folder="alice"}': '2000'})
 
-    def test_a_process_counts_in_its_own_slot(self):
-        counters = Counters(2)
-        metrics = Metrics(counters, Usage(self.store, counters), self.store)
-        request = Request('GET', '/', '', {}, None, Peer('x'))
-        request.location = Location('/a', 'data', 'x')
-        for slot in range(2):   # as after a fork: what was known of the other slot is not written to
-            counters.join(slot)
-            metrics.count(request, 200, 5)
-        self.assertEqual([sum(row[1:]) for row in counters.read(('request', 'GET', '200'))], [1, 1])
-        self.assertEqual(counters.read(('blob', '', '/a', 'data')), [[0, 0, 1, 5, 0, 0]] * 2)
-
     def test_a_scrape_does_not_wait_for_the_count(self):
         begun, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
@@ -5589,9 +5578,9 @@ class WatchTest(TestCase):
                          '1 damaged, 3 overdue, 1 locked, 1 nearly full')
         self.assertEqual(restic_serve.count_troubles([]), '')
 
-    def report(self, *words, said=''):
-        done = subprocess.run([sys.executable, compiled(), '--report', *words, str(self.root)], text=True,
-                              capture_output=True, env=clean_environment())
+    def report(self, *words, folder=None, said=''):
+        done = subprocess.run([sys.executable, compiled(), '--report', *words, str(folder or self.root)],
+                              text=True, capture_output=True, env=clean_environment())
         self.assertRegex(done.stderr, rf'^{said}\Z')
         return done.returncode, done.stdout.splitlines()
 
@@ -5629,10 +5618,7 @@ class WatchTest(TestCase):
     def test_of_nothing_there_is_no_report(self):
         for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: directory does not exist'),
                              (self.folder / 'srv' / '.restic_serve', 'no repository in ')):
-            done = subprocess.run([sys.executable, compiled(), '--report', str(folder)], text=True,
-                                  capture_output=True, env=clean_environment())
-            self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (1, '', 1))
-            self.assertIn(said, done.stderr)
+            self.assertEqual(self.report(folder=folder, said=f'.*{said}.*\n'), (1, []))
 
 
 # ---- Events ----------------------------------------------------------------------------------------
@@ -5656,7 +5642,7 @@ class EventsTest(WatchedTestCase):
         self.usage = Usage(self.store, self.counters, quotas=restic_serve.Quotas(self.quotas))
         self.usage.census.count()
         watch = restic_serve.Watch(self.store, self.usage, 3600)
-        events = restic_serve.Events(self.store, self.counters, self.usage, watch,
+        events = restic_serve.Events(watch, self.counters,
                                      f'{self.TELL}{self.heard}' if command is None else command)
         self.addCleanup(events.stop, PATIENCE)
         return events
