@@ -3847,8 +3847,8 @@ class Census:
         return Count(Held(**held), last, now, len(faults), days, snapshot_days)
 
     def _read(self, objects: ObjectFolder) -> Iterator[Tuple[str, Optional[os.stat_result | OSError]]]:
-        """The kind of a folder of objects, with None for the folder, if it is there, with what stat(2) says of
-        each object, and with the error that ended it."""
+        """The kind of a folder of objects, with None for the folder, if it is there, what stat(2) says of
+        each object, or the error that ended it."""
         try:
             with objects.open() as folder:
                 if not self._store.folders.is_missing(folder):
