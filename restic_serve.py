@@ -491,7 +491,7 @@ def address_group(name: str) -> str:
     return name
 
 
-HOPS = 20                    # Most proxies that are followed back to a client.
+HOPS = 20    # Most proxies that are followed back to a client.
 _HOP = re.compile(r'\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)')
 
 
@@ -595,10 +595,11 @@ class Channel:
     """Messages from threads, and from processes that are forked once it is open, to the process that watches
     `receiver`.  Nobody waits.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them."""
 
+    receiver: Optional[socket.socket] = None    # can be read when a message has come
+    sender: Optional[socket.socket] = None
+
     def __init__(self, kind: int) -> None:
         self._kind = kind
-        self.receiver: Optional[socket.socket] = None   # can be read when a message has come
-        self.sender: Optional[socket.socket] = None
 
     def open(self) -> None:
         """Make the pair of sockets.  Raises OSError."""
@@ -1785,10 +1786,6 @@ def _folder_of(key: Key) -> str:
 # ==== Bandwidth ==================================================================================
 # The limit on the bytes a second that all connections together may send and receive.
 
-STEP_SECONDS = 0.02          # Worth of bytes that a connection passes at a time; makes it smooth and fair.
-SMALLEST_STEP = 512          # Bytes.
-
-
 class Bandwidth:
     """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  First come, first
     served; time that was not used is lost.  Processes that share `counters` share the limit.  `clock`
@@ -1796,7 +1793,7 @@ class Bandwidth:
 
     SENT, RECEIVED = 1, 2  # the fields of a TimetableEntry
 
-    def __init__(self, timetable: List[TimetableEntry], counters: Optional[Counters] = None,
+    def __init__(self, timetable: List[TimetableEntry], counters: Counters,
                  clock: Callable[[], float] = time.monotonic,
                  today: Callable[[], time.struct_time] = time.localtime,
                  sleep: Callable[[float], None] = time.sleep) -> None:
@@ -1804,7 +1801,7 @@ class Bandwidth:
         self._clock, self._today, self._sleep = clock, today, sleep
         self._entry = timetable[0]
         self._next_look = -math.inf
-        self._counters = counters or Counters()
+        self._counters = counters
         self._lock = threading.Lock()
 
     def toggle(self) -> bool:
@@ -1812,20 +1809,22 @@ class Bandwidth:
         self._counters.add(('bandwidth', 'toggled'), 1)
         return self._is_lifted()
 
+    def _is_lifted(self) -> bool:
+        return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
+
     def rate(self, direction: int) -> int:
         """The limit in force, in bytes a second; 0 is none."""
         if self._clock() >= self._next_look:
-            self._next_look = self._clock() + 1
-            today = self._today()
+            self._next_look, today = self._clock() + 1, self._today()
             now = (today.tm_wday * 24 + today.tm_hour) * 60 + today.tm_min
             # The entry that began last; before the first of the week it is the last of the week before.
             self._entry = min(self._timetable, key=lambda entry: (now - entry.minute) % _WEEK)
         return 0 if self._is_lifted() else int(self._entry[direction])
 
     def step(self, direction: int, count: int) -> int:
-        """How many of `count` bytes may pass at a time."""
+        """How many of `count` bytes may pass at a time: those of 20 ms, to be smooth and fair."""
         rate = self.rate(direction)
-        return min(count, max(int(rate * STEP_SECONDS), SMALLEST_STEP)) if rate else count
+        return min(count, max(rate // 50, 512)) if rate else count
 
     def wait(self, direction: int, count: int) -> None:
         """Wait until `count` bytes may pass."""
@@ -1839,9 +1838,6 @@ class Bandwidth:
             self._counters.put(key, int((begin + count / rate) * 1e9))
         if begin > now:
             self._sleep(begin - now)
-
-    def _is_lifted(self) -> bool:
-        return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
 
 
 # ==== Store ======================================================================================
@@ -4078,10 +4074,10 @@ class Usage:
         return _from_row(rows[0]) if rows else _NO_HISTORY
 
     def _holdings(self, name: str) -> Optional[Holdings]:
-        held, base = self.held(name), self.history(name)
+        base, names = self.history(name), {name}
         if name == OTHER and base is not _NO_HISTORY:
-            names = self.counters.names('held') - self.counters.names('history')
-            held = Held(*map(sum, zip(held, *map(self.held, names))))
+            names |= self.counters.names('held') - self.counters.names('history')
+        held = Held(*(max(sum(numbers), 0) for numbers in zip(*map(self.held, names))))
         objects = {kind: getattr(held, kind) for kind in (*KINDS, 'config')}
         if not any(objects.values()) and not base.unreadable and not held.kept:
             return None
@@ -4144,8 +4140,7 @@ class _Reservation(Closing):
 
 
 class _GrowingBody:
-    """The content of an upload whose length is not known; `reserve` is called with the bytes that have
-    arrived."""
+    """An upload whose length is not known; `reserve` is called with the bytes that have arrived."""
 
     length = None
 

@@ -224,7 +224,7 @@ class Clock:
         self._lock = threading.Lock()
 
     def bandwidth(self, text):
-        return restic_serve.Bandwidth(restic_serve.parse_timetable(text), clock=lambda: self.now,
+        return restic_serve.Bandwidth(restic_serve.parse_timetable(text), Counters(), lambda: self.now,
                                       today=lambda: self.day, sleep=self.sleep)
 
     def sleep(self, seconds):
