@@ -3728,7 +3728,7 @@ class Census:
         begin, counters, self.unreadable = time.monotonic(), self._counters, []
         # What is found without rows of its own replaces what that was.
         self._other = [-number for number in counters.total(('held', OTHER), len(_COLUMNS))]
-        self._rowless = {scope: [-number for number in counters.total(('rowless', scope), 2)]
+        self._rowless = {scope: tuple(-number for number in counters.total(('rowless', scope), 2))
                          for scope in counters.names('rowless')}
         self._history_of_other = _NO_HISTORY
         known = counters.names('held') - {OTHER}
@@ -3737,7 +3737,7 @@ class Census:
             if folder.is_repository:
                 self._count(folder.path)
             elif folder.path:
-                self._add_rowless(folder.path, FOLDER_BYTES, 0)
+                self._usage.add_to_scopes(folder.path, FOLDER_BYTES, 0)
         self._store.directory.check_present()
         for repository in known:
             history = self._usage.history(repository)._replace(unreadable=1)
@@ -3774,17 +3774,13 @@ class Census:
         if self._counters.put(('history', repository), *_to_row(history)):
             self._usage.change(repository, **change)
             return
-        self._add_rowless(repository, change['charged'], change['locks'])
+        for scope in self._usage.scopes(repository):
+            charged, locks = self._rowless.get(scope, (0, 0))
+            self._rowless[scope] = charged + change['charged'], locks + change['locks']
         self._other = list(map(operator.add, self._other, change.values()))
         row = map(operator.add, _to_row(self._history_of_other), _to_row(history))
         self._history_of_other = _from_row(list(row))._replace(
             time=history.time, last_snapshot=max(self._history_of_other.last_snapshot, history.last_snapshot))
-
-    def _add_rowless(self, path: str, charged: int, locks: int) -> None:
-        for scope in self._usage.scopes(path):
-            sums = self._rowless.setdefault(scope, [0, 0])
-            sums[0] += charged
-            sums[1] += locks
 
     def _measure(self, repository: str) -> Tuple[Dict[str, int], History]:
         """What a repository holds that was stored before now by the file system's clock.  Objects of a time
@@ -3826,8 +3822,8 @@ class Census:
         return held, History(last, now, len(faults), days, snapshots)
 
     def _read(self, objects: ObjectFolder) -> Iterator[Tuple[str, Optional[os.stat_result | OSError]]]:
-        """The kind of a folder of objects, with None for the folder, if it is there, what stat(2) says of
-        each object, or the error that ended it."""
+        """The kind of a folder of objects: with None for it if it is there, with what stat(2) says of
+        each object, and with the error that ended it."""
         try:
             with objects.open() as folder:
                 if not self._store.folders.is_missing(folder):
@@ -3992,12 +3988,15 @@ class Usage:
             row = counters.rows.get(key) or counters.row(key, len(_COLUMNS))
             for name, amount in amounts.items():
                 row[_COLUMNS[name]] += amount
-            if self.limits.by_place or self._may_change:
-                kinds = ('scope',) if key in counters.rows else ('scope', 'rowless')
-                for kind, scope in itertools.product(kinds, self.scopes(repository)):
-                    row = counters.row((kind, scope), 2)
-                    row[0] += amounts.get('charged', 0)
-                    row[1] += amounts.get('locks', 0)
+        if self.limits.by_place or self._may_change:
+            self.add_to_scopes(repository, amounts.get('charged', 0), amounts.get('locks', 0),
+                               key not in counters.rows)
+
+    def add_to_scopes(self, path: str, charged: int, locks: int, is_rowless: bool = True) -> None:
+        """Add to the quota scopes of a repository, or of a folder on the way to one."""
+        kinds = ('scope', 'rowless') if is_rowless else ('scope',)
+        for kind, scope in itertools.product(kinds, self.scopes(path)):
+            self.counters.add((kind, scope), charged, locks)
 
     # ---- quotas ----
 
