@@ -470,7 +470,7 @@ def address_group(name: str) -> str:
     return name
 
 
-HOPS = 20                    # Most proxies that are followed back to a client.
+HOPS = 20    # Most proxies that are followed back to a client.
 _HOP = re.compile(r'\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?|([0-9A-Fa-f:.]+)')
 
 
@@ -574,10 +574,11 @@ class Channel:
     """Messages from threads, and from processes that are forked once it is open, to the process that watches
     `receiver`.  Nobody waits.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them."""
 
+    receiver: Optional[socket.socket] = None    # can be read when a message has come
+    sender: Optional[socket.socket] = None
+
     def __init__(self, kind: int) -> None:
         self._kind = kind
-        self.receiver: Optional[socket.socket] = None   # can be read when a message has come
-        self.sender: Optional[socket.socket] = None
 
     def open(self) -> None:
         """Make the pair of sockets.  Raises OSError."""
@@ -1605,7 +1606,7 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
 
 # Address space for a slot, of which memory is used as rows are added: 80,000 repositories, or
 # 20,000 where addresses have 32 bits.
-SLOT_BYTES = (128 if sys.maxsize > 1 << 32 else 32) << 20
+SLOT_BYTES = (144 if sys.maxsize > 1 << 32 else 32) << 20
 SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a repository.
 FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
 OTHER = 'other'             # Key instead of a repository's path, which begins with a slash.
@@ -1614,8 +1615,8 @@ REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
 # Gauges: zeroed when their process dies.
 _GAUGES = ('connections', 'addresses', 'reserved')
 # Position of the repository in the keys of rows that belong to one.
-_OF_REPOSITORIES = {'added': 1, 'removed': 1, 'base': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
-_OF_SCOPES = ('delta', 'baseline', 'other', 'reserved')     # Rows of a quota's scope, the second word.
+_OF_REPOSITORIES = {'held': 1, 'history': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
+_OF_SCOPES = ('scope', 'rowless', 'reserved')   # Rows of a quota's scope, the second word.
 
 
 def shared_memory(length: int) -> memoryview:
@@ -1720,10 +1721,10 @@ class Counters:
         """The `width` numbers under a key, summed over all processes."""
         return [sum(numbers) for numbers in zip(*self.read(key))] or [0] * width
 
-    def keys(self, kind: str) -> Set[Key]:
-        """The keys of all rows that begin with `kind`."""
+    def names(self, kind: str) -> Set[str]:
+        """The second words of the keys that begin with `kind`."""
         with self.lock:
-            return set(self._find(kind))
+            return {key[1] for key in self._find(kind)}
 
     def find(self, kind: str) -> Dict[Key, List[int]]:
         """All rows whose keys begin with `kind`, summed over all processes."""
@@ -1764,10 +1765,6 @@ def _folder_of(key: Key) -> str:
 # ==== Bandwidth ==================================================================================
 # The limit on the bytes a second that all connections together may send and receive.
 
-STEP_SECONDS = 0.02          # Worth of bytes that a connection passes at a time; makes it smooth and fair.
-SMALLEST_STEP = 512          # Bytes.
-
-
 class Bandwidth:
     """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  First come, first
     served; time that was not used is lost.  Processes that share `counters` share the limit.  `clock`
@@ -1775,7 +1772,7 @@ class Bandwidth:
 
     SENT, RECEIVED = 1, 2  # the fields of a TimetableEntry
 
-    def __init__(self, timetable: List[TimetableEntry], counters: Optional[Counters] = None,
+    def __init__(self, timetable: List[TimetableEntry], counters: Counters,
                  clock: Callable[[], float] = time.monotonic,
                  today: Callable[[], time.struct_time] = time.localtime,
                  sleep: Callable[[float], None] = time.sleep) -> None:
@@ -1783,7 +1780,7 @@ class Bandwidth:
         self._clock, self._today, self._sleep = clock, today, sleep
         self._entry = timetable[0]
         self._next_look = -math.inf
-        self._counters = counters or Counters()
+        self._counters = counters
         self._lock = threading.Lock()
 
     def toggle(self) -> bool:
@@ -1791,20 +1788,22 @@ class Bandwidth:
         self._counters.add(('bandwidth', 'toggled'), 1)
         return self._is_lifted()
 
+    def _is_lifted(self) -> bool:
+        return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
+
     def rate(self, direction: int) -> int:
         """The limit in force, in bytes a second; 0 is none."""
         if self._clock() >= self._next_look:
-            self._next_look = self._clock() + 1
-            today = self._today()
+            self._next_look, today = self._clock() + 1, self._today()
             now = (today.tm_wday * 24 + today.tm_hour) * 60 + today.tm_min
             # The entry that began last; before the first of the week it is the last of the week before.
             self._entry = min(self._timetable, key=lambda entry: (now - entry.minute) % _WEEK)
         return 0 if self._is_lifted() else int(self._entry[direction])
 
     def step(self, direction: int, count: int) -> int:
-        """How many of `count` bytes may pass at a time."""
+        """How many of `count` bytes may pass at a time: those of 20 ms, to be smooth and fair."""
         rate = self.rate(direction)
-        return min(count, max(int(rate * STEP_SECONDS), SMALLEST_STEP)) if rate else count
+        return min(count, max(rate // 50, 512)) if rate else count
 
     def wait(self, direction: int, count: int) -> None:
         """Wait until `count` bytes may pass."""
@@ -1818,9 +1817,6 @@ class Bandwidth:
             self._counters.put(key, int((begin + count / rate) * 1e9))
         if begin > now:
             self._sleep(begin - now)
-
-    def _is_lifted(self) -> bool:
-        return bool(self._counters.total(('bandwidth', 'toggled'), 1)[0] & 1)
 
 
 # ==== Store ======================================================================================
@@ -3494,14 +3490,14 @@ class Scrub:
 # and somebody wants to know; between two of them the sums are kept current by what passes through this
 # server.  All are rows of Counters, in these kinds:
 #
-#     a repository holds    base + added - removed
-#     a quota's scope holds baseline + delta, and has reserved bytes for uploads under way
+#     held       what a repository holds, or a folder on the way to one
+#     scope      what the repositories of a quota's scope hold together
+#     reserved   what uploads under way will add to a scope
 #
-# `added`, `removed` and `delta` count from the start of the server.  A census that finds `held` bytes sets
-# base = held - added + removed, as they were when it began to count the repository; what is added while
-# it counts is later than its clock and left to `added`.  The rows of a repository that was deleted remain,
-# and add up to 0.  The census sums up the bases of a scope to its baseline; `other` is what the delta has
-# of repositories without rows of their own.
+# Each process adds what it does, and a census adds what differs from what it finds: objects that were stored
+# before it began to count a repository, since what comes later is added by others.  So the rows of a
+# repository that was deleted remain, and add up to 0.  A repository without a row `history` (what only a
+# census knows) is counted as OTHER; of these, `rowless` is what a scope has, which a census replaces.
 #
 # Where limits may change (--rights), all places of up to QUOTA_DEPTH names have rows, so that a new limit is
 # in force at once.
@@ -3510,7 +3506,7 @@ class Scrub:
 # folder.  The page and the metrics show the objects' own bytes.
 #
 # An upload reserves its charge before it is read (_Reservation); when it is stored, the charge moves to
-# `delta`.  Processes check quotas without a common lock: each adds its reservation first and then looks
+# `scope`.  Processes check quotas without a common lock: each adds its reservation first and then looks
 # at the sum, so that two that take the last bytes at once both step back.
 
 DAYS = 90                    # Days of history: how much was stored on each.
@@ -3524,17 +3520,16 @@ LOCK_BYTES = 4096            # Largest lock that needs no room: reading and maki
 LOCKS = 1024                 # Locks in a quota's scope that need no room.
 QUOTA_DEPTH = 4              # Most names in the path of a place with a quota.
 _DAY_SECONDS = 86400
-# Numbers of a repository, as the rows `added` and `removed` have them: bytes, bytes charged, deleted objects
-# that are kept, their bytes, those deleted in the last day, and objects of each kind.
+# The row `held` of a repository: bytes, bytes charged, bytes charged for what was deleted since the last
+# count, deleted objects that are kept, their bytes, those deleted in the last day, and objects of each kind.
 Held = collections.namedtuple('Held', [
-    'bytes', 'charged', 'kept', 'kept_bytes', 'deleted',
+    'bytes', 'charged', 'freed', 'kept', 'kept_bytes', 'deleted',
     'data', 'index', 'keys', 'locks', 'snapshots', 'config'])
 _COLUMNS = {name: column for column, name in enumerate(Held._fields)}
-# What a census found of a repository, as the row `base` has it: its numbers, the times of the last snapshot
-# and of the count, the folders that could not be read, and bytes and snapshots by day, older ones first.
-Count = collections.namedtuple('Count', [
-    'held', 'last_snapshot', 'time', 'unreadable', 'days', 'snapshot_days'])
-_NOTHING = Count(Held(*[0] * len(_COLUMNS)), 0, 0, 0, [0] * (DAYS + 1), [0] * (DAYS + 1))
+# The row `history` of a repository, from its last count: the times of the last snapshot and of the count, the
+# folders that could not be read, and bytes and snapshots by day, older ones first.
+History = collections.namedtuple('History', ['last_snapshot', 'time', 'unreadable', 'days', 'snapshots'])
+_NO_HISTORY = History(0, 0, 0, [0] * (DAYS + 1), [0] * (DAYS + 1))
 # Bytes that a quota's scope holds, bytes reserved by uploads under way, and its limit, 0 if it has none.
 Quota = collections.namedtuple('Quota', ['held', 'reserved', 'limit'])
 # What a repository holds: bytes, objects of each kind (and of `config`), the time of the last snapshot
@@ -3551,33 +3546,12 @@ def charge_of(size: int) -> int:
     return max(-(-size // BLOCK_BYTES), 1) * BLOCK_BYTES
 
 
-def _to_row(count: Count) -> List[int]:
-    return [*count.held, *count[1:-2], *count.days, *count.snapshot_days]
+def _to_row(history: History) -> List[int]:
+    return [*history[:3], *history.days, *history.snapshots]
 
 
-def _from_row(row: List[int]) -> Count:
-    width = len(_COLUMNS)
-    return Count._make([Held(*row[:width]), *row[width:width + 3], row[width + 3:-DAYS - 1], row[-DAYS - 1:]])
-
-
-def _base(counters: Counters, repository: str) -> Count:
-    rows = counters.read(('base', repository))
-    return _from_row(rows[0]) if rows else _NOTHING
-
-
-def _passed(counters: Counters, repository: str) -> Tuple[List[int], List[int]]:
-    """What was added to a repository since the start of the server, and what was removed."""
-    return (counters.total(('added', repository), len(_COLUMNS)),
-            counters.total(('removed', repository), len(_COLUMNS)))
-
-
-def _sum(held: Held, added: List[int], removed: List[int]) -> Held:
-    return Held(*map(operator.sub, map(operator.add, held, added), removed))
-
-
-def _as_base(count: Count, added: List[int], removed: List[int]) -> Count:
-    """The base of a repository that was counted when so much had passed."""
-    return count._replace(held=_sum(count.held, removed, added))
+def _from_row(row: List[int]) -> History:
+    return History._make([*row[:3], row[3:-DAYS - 1], row[-DAYS - 1:]])
 
 
 class Quotas:
@@ -3606,16 +3580,14 @@ class Quotas:
 
 class Census:
     """Counts what the repositories of a store hold, in the background, when somebody requests it and the
-    last census is `interval` seconds old; `scopes` gives the quota scopes of a repository.  Any process
-    may request a census, one of them makes it."""
+    last census is `interval` seconds old, and corrects what is known by `usage`.  Any process may request a
+    census, one of them makes it."""
 
-    def __init__(self, store: Store, counters: Counters, interval: float,
-                 scopes: Callable[[str], List[str]], past: Past) -> None:
+    def __init__(self, store: Store, usage: Usage, interval: float) -> None:
         self._store = store
-        self._counters = counters
+        self._usage = usage
+        self._counters = usage.counters
         self._interval = interval
-        self._scopes = scopes
-        self._past = past
         self.channel = Channel(socket.SOCK_STREAM)      # to the process that makes it
         self._counting = threading.Lock()
         self.unreadable: List[str] = []     # folders that the last census could not read
@@ -3666,27 +3638,34 @@ class Census:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises DirectoryGone
         if the directory has gone: then nothing is deleted, it is missing."""
         self._store.directory.check_present()
-        begin, counters, self.unreadable, self._other = time.monotonic(), self._counters, [], _NOTHING
-        scopes = {scope for kind in ('baseline', 'delta') for _, scope in counters.keys(kind)}
-        self._sums = {scope: [-number for number in counters.total(('other', scope), 2)] for scope in scopes}
-        known = {name for kind in ('base', 'added', 'removed') for _, name in counters.keys(kind)}
+        begin, counters, self.unreadable = time.monotonic(), self._counters, []
+        # What is found without rows of its own replaces what that was.
+        self._other = [-number for number in counters.total(('held', OTHER), len(_COLUMNS))]
+        self._rowless = {scope: tuple(-number for number in counters.total(('rowless', scope), 2))
+                         for scope in counters.names('rowless')}
+        self._history_of_other = _NO_HISTORY
+        known = counters.names('held') - {OTHER}
         for folder in self._store.walk(self._on_error):
             known.discard(folder.path)
             if folder.is_repository:
                 self._count(folder.path)
             elif folder.path:
-                self._add_to_scopes(folder.path, FOLDER_BYTES, 0)
+                self._usage.add_to_scopes(folder.path, FOLDER_BYTES, 0)
         self._store.directory.check_present()
-        for repository in known - {OTHER}:
-            if any(f'{repository}/'.startswith(f'{path}/') for path in self.unreadable):
-                base = _base(counters, repository)._replace(unreadable=1)
-            else:   # it was deleted
-                base = _as_base(_NOTHING, *_passed(counters, repository))
-            self._set_base(repository, base)
-        for scope, sums in self._sums.items():
-            counters.put(('baseline', scope), *sums)
-        if OTHER in known or self._other.time:
-            counters.put(('base', OTHER), *_to_row(_as_base(self._other, *_passed(counters, OTHER))))
+        for repository in known:
+            history = self._usage.history(repository)._replace(unreadable=1)
+            if not any(f'{repository}/'.startswith(f'{path}/') for path in self.unreadable):
+                # It was deleted.
+                held, history = self._usage.held(repository), _NO_HISTORY
+                self._usage.change(repository, **{name: -number for name, number in held._asdict().items()})
+            counters.put(('history', repository), *_to_row(history))
+        if any(self._other):
+            counters.add(('held', OTHER), *self._other)
+        for scope, change in self._rowless.items():
+            counters.add(('scope', scope), *change)
+            counters.add(('rowless', scope), *change)
+        if self._history_of_other.time or counters.read(('history', OTHER)):
+            counters.put(('history', OTHER), *_to_row(self._history_of_other))
         counters.put(('counted',), int(time.monotonic() * 1e9))
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
 
@@ -3698,29 +3677,25 @@ class Census:
         """Count a repository.  If objects are removed meanwhile, it is counted again, a few times; the last
         count is taken not to include them, so that the quota errs on the high side."""
         for _ in range(3):
-            added, removed_before = _passed(self._counters, repository)
-            count = self._measure(repository)
-            removed = _passed(self._counters, repository)[1]
-            if removed == removed_before:
+            before = self._usage.held(repository)
+            found, history = self._measure(repository)
+            freed = self._usage.held(repository).freed - before.freed
+            if not freed:
                 break
-        self._set_base(repository, _as_base(count, added, removed))
+        found['charged'] += freed
+        change = {name: found[name] - number for name, number in before._asdict().items()}
+        if self._counters.put(('history', repository), *_to_row(history)):
+            self._usage.change(repository, **change)
+            return
+        for scope in self._usage.scopes(repository):
+            charged, locks = self._rowless.get(scope, (0, 0))
+            self._rowless[scope] = charged + change['charged'], locks + change['locks']
+        self._other = list(map(operator.add, self._other, change.values()))
+        row = map(operator.add, _to_row(self._history_of_other), _to_row(history))
+        self._history_of_other = _from_row(list(row))._replace(
+            time=history.time, last_snapshot=max(self._history_of_other.last_snapshot, history.last_snapshot))
 
-    def _set_base(self, repository: str, base: Count) -> None:
-        """Set the base of a repository.  One for which there is no room is counted as OTHER."""
-        self._add_to_scopes(repository, base.held.charged, base.held.locks)
-        if not self._counters.put(('base', repository), *_to_row(base)):
-            count = base._replace(held=_sum(base.held, *_passed(self._counters, repository)))
-            row = map(operator.add, _to_row(self._other), _to_row(count))
-            self._other = _from_row(list(row))._replace(
-                time=count.time, last_snapshot=max(self._other.last_snapshot, count.last_snapshot))
-
-    def _add_to_scopes(self, repository: str, charged: int, locks: int) -> None:
-        for scope in self._scopes(repository):
-            sums = self._sums.setdefault(scope, [0, 0])
-            sums[0] += charged
-            sums[1] += locks
-
-    def _measure(self, repository: str) -> Count:
+    def _measure(self, repository: str) -> Tuple[Dict[str, int], History]:
         """What a repository holds that was stored before now by the file system's clock.  Objects of a time
         to come are older: the clock has been set back, or is not right yet, as on a host without a battery
         for it."""
@@ -3730,7 +3705,7 @@ class Census:
             self._measure_rest(repository, before, held)
         except OSError as error:
             faults.append(error)
-        days, snapshot_days, last = [held['bytes'], *[0] * DAYS], [0] * (DAYS + 1), 0
+        days, snapshots, last = [held['bytes'], *[0] * DAYS], [0] * (DAYS + 1), 0
         today, paused = int(before) // _DAY_SECONDS, begin
         pause = bool(self._counters.read(('counted',)))     # nobody waits for the first census
         with self._store.object_folders(repository) as folders, contextlib.closing(
@@ -3753,11 +3728,11 @@ class Census:
                     held[kind] += 1
                     days[day] += item.st_size
                     if kind == 'snapshots':
-                        snapshot_days[day] += 1
+                        snapshots[day] += 1
                         last = max(last, stored_at)
         for fault in faults:
             log.error('cannot determine the full size of %s: %s', repository or '/', fault)
-        return Count(Held(**held), last, now, len(faults), days, snapshot_days)
+        return held, History(last, now, len(faults), days, snapshots)
 
     def _read(self, objects: ObjectFolder) -> Iterator[Tuple[str, Optional[os.stat_result | OSError]]]:
         """The kind of a folder of objects: with None for it if it is there, with what stat(2) says of
@@ -3775,7 +3750,7 @@ class Census:
         """Add the objects that were deleted and are kept, the config, and the folders but those of objects.
         Raises OSError."""
         yesterday, limit = (format_moment(int(when * 1e6)) for when in (before - _DAY_SECONDS, before))
-        for _, entry, name in self._past.kept(repository):
+        for _, entry, name in self._usage.past.kept(repository):
             if not name.returned and name.deleted <= limit:
                 with contextlib.suppress(FileNotFoundError):
                     size = entry.stat(follow_symlinks=False).st_size
@@ -3804,9 +3779,9 @@ class Usage:
         self._may_change = may_change
         self.on_mass_delete: Callable[[str, str], object] = lambda repository, message: None
         self.past = past or Past(store)
-        self.census = Census(store, counters, interval, self.scopes, self.past)
-        self._store = store
         self.counters = counters
+        self.census = Census(store, self, interval)
+        self._store = store
         self._next_warning = 0.0
         self.reserving = threading.Lock()   # one upload at a time
 
@@ -3841,8 +3816,7 @@ class Usage:
         charged = charge_of(saved.after) + saved.folders * FOLDER_BYTES
         if not saved.objects:   # it has replaced a damaged one
             charged -= charge_of(saved.before)
-        self._count_change('added', location.repository, bytes=size, charged=charged,
-                           **{location.kind: saved.objects})
+        self.change(location.repository, bytes=size, charged=charged, **{location.kind: saved.objects})
         if location.kind == 'snapshots' and saved.objects:
             self.counters.put(('snapshot', location.repository), int(time.time()))
         return saved.objects, size
@@ -3852,8 +3826,8 @@ class Usage:
         quota is full."""
         if location.kind != 'locks' or length is None or length > LOCK_BYTES:
             return False
-        return all(sum(self.counters.total((kind, scope), 2)[1] for kind in ('baseline', 'delta')) < LOCKS
-                   for scope in scopes) and not self._store.folders.missing(location.folder)
+        return all(self.counters.total(('scope', scope), 2)[1] < LOCKS for scope in scopes) and (
+            not self._store.folders.missing(location.folder))
 
     def create(self, location: Location) -> None:
         """Create a repository as Store.create_repository() does.  Raises as save() does."""
@@ -3863,17 +3837,16 @@ class Usage:
             reservation.take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
             made = self._store.create_repository(repository)
             self.past.begin(repository)
-            self._count_change('added', repository, charged=made * FOLDER_BYTES)
+            self.change(repository, charged=made * FOLDER_BYTES)
 
     def delete(self, location: Location) -> Optional[int]:
         """Delete an object as Past.delete() does."""
         size = self.past.delete(location)
         if size is not None:
-            keeps = self.past.keeps_object(location)
-            self._count_change('removed', location.repository, bytes=size,
-                               charged=0 if keeps else charge_of(size), **{location.kind: 1})
-            if keeps:
-                self._count_change('added', location.repository, kept=1, kept_bytes=size, deleted=1)
+            charge, kept = charge_of(size), {'kept': 1, 'kept_bytes': size, 'deleted': 1}
+            if not self.past.keeps_object(location):
+                kept = {'charged': -charge}
+            self.change(location.repository, bytes=-size, freed=charge, **{location.kind: -1}, **kept)
             if location.kind == 'snapshots':
                 self._note_forgotten(location.repository)
         return size
@@ -3912,8 +3885,8 @@ class Usage:
             try:
                 self.past.begin(folder.path)
                 for size in self.past.purge(folder.path):
-                    self._count_change('removed', folder.path, charged=charge_of(size), kept=1,
-                                       kept_bytes=size)
+                    self.change(folder.path, charged=-charge_of(size), freed=charge_of(size), kept=-1,
+                                kept_bytes=-size)
                     if time.monotonic() >= end:
                         return
                     time.sleep(min(time.monotonic() - begun, 1))    # leave half of the time to requests
@@ -3921,20 +3894,22 @@ class Usage:
             except OSError as error:
                 log.error('cannot purge deleted objects of %s: %s', folder.path or '/', error)
 
-    def _count_change(self, direction: str, repository: str, **amounts: int) -> None:
-        """Add to the row `added` or `removed` of a repository, and to those of its quota scopes."""
-        counters, key = self.counters, (direction, repository)
+    def change(self, repository: str, **amounts: int) -> None:
+        """Add to what a repository holds, and to its quota scopes."""
+        counters, key = self.counters, ('held', repository)
         with counters.lock:
             row = counters.rows.get(key) or counters.row(key, len(_COLUMNS))
             for name, amount in amounts.items():
                 row[_COLUMNS[name]] += amount
-            if self.limits.by_place or self._may_change:
-                sign = 1 if direction == 'added' else -1
-                kinds = ('delta',) if key in counters.rows else ('delta', 'other')
-                for kind, scope in itertools.product(kinds, self.scopes(repository)):
-                    row = counters.row((kind, scope), 2)
-                    row[0] += sign * amounts.get('charged', 0)
-                    row[1] += sign * amounts.get('locks', 0)
+        if self.limits.by_place or self._may_change:
+            self.add_to_scopes(repository, amounts.get('charged', 0), amounts.get('locks', 0),
+                               key not in counters.rows)
+
+    def add_to_scopes(self, path: str, charged: int, locks: int, is_rowless: bool = True) -> None:
+        """Add to the quota scopes of a repository, or of a folder on the way to one."""
+        kinds = ('scope', 'rowless') if is_rowless else ('scope',)
+        for kind, scope in itertools.product(kinds, self.scopes(path)):
+            self.counters.add((kind, scope), charged, locks)
 
     # ---- quotas ----
 
@@ -3951,10 +3926,9 @@ class Usage:
 
     def quota(self, scope: str) -> Quota:
         """What is known of a scope."""
-        # An upload that ends moves from reserved to delta; reading in this order never misses it.
-        reserved, delta, baseline = (self.counters.total((kind, scope), 1)[0]
-                                     for kind in ('reserved', 'delta', 'baseline'))
-        return Quota(baseline + delta, reserved, self.limits.limit(scope))
+        # An upload that ends moves from reserved to scope; reading in this order never misses it.
+        reserved, held = (self.counters.total((kind, scope), 1)[0] for kind in ('reserved', 'scope'))
+        return Quota(held, reserved, self.limits.limit(scope))
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Quota]:
         """The quotas of some repositories, by their scopes."""
@@ -3992,9 +3966,9 @@ class Usage:
         own.  None before the first census."""
         if not self.census.wait(0):
             return []
-        names = {name for _, name in self.counters.keys('base')}
-        if OTHER not in names:  # else it has those without a base
-            names.update(name for _, name in self.counters.keys('added'))
+        names = self.counters.names('history')
+        if OTHER not in names:  # else it has those without a history
+            names |= self.counters.names('held')
         return sorted(name for name in names if not below or f'{name}/'.startswith(f'{below}/'))
 
     def holdings(self, names: Optional[Iterable[str]] = None) -> Dict[str, Holdings]:
@@ -4002,9 +3976,20 @@ class Usage:
         found = {name: self._holdings(name) for name in (self.names() if names is None else names)}
         return {name: holdings for name, holdings in found.items() if holdings}
 
+    def held(self, repository: str) -> Held:
+        """The numbers of a repository."""
+        return Held(*self.counters.total(('held', repository), len(_COLUMNS)))
+
+    def history(self, repository: str) -> History:
+        """What the last census found of a repository besides."""
+        rows = self.counters.read(('history', repository))
+        return _from_row(rows[0]) if rows else _NO_HISTORY
+
     def _holdings(self, name: str) -> Optional[Holdings]:
-        base = _base(self.counters, name)
-        held = _sum(base.held, *_passed(self.counters, name))
+        base, names = self.history(name), {name}
+        if name == OTHER and base is not _NO_HISTORY:
+            names |= self.counters.names('held') - self.counters.names('history')
+        held = Held(*(max(sum(numbers), 0) for numbers in zip(*map(self.held, names))))
         objects = {kind: getattr(held, kind) for kind in (*KINDS, 'config')}
         if not any(objects.values()) and not base.unreadable and not held.kept:
             return None
@@ -4012,9 +3997,9 @@ class Usage:
         if last < base.time:
             last = base.last_snapshot
         passed = min(max(int(time.time()) // _DAY_SECONDS - base.time // _DAY_SECONDS, 0), DAYS)
-        days, snapshots = ([*part, *[0] * passed][-DAYS:] for part in (base.days, base.snapshot_days))
+        days, snapshots = ([*part, *[0] * passed][-DAYS:] for part in (base.days, base.snapshots))
         days[-1] += max(held.bytes - sum(base.days), 0)     # since the count, so today
-        snapshots[-1] += max(held.snapshots - sum(base.snapshot_days), 0)
+        snapshots[-1] += max(held.snapshots - sum(base.snapshots), 0)
         # What was removed since the count is assumed to be the latest.
         totals = [0, *(min(total, held.bytes) for total in itertools.accumulate(days))]
         days = list(map(operator.sub, totals[1:], totals))
@@ -4067,8 +4052,7 @@ class _Reservation(Closing):
 
 
 class _GrowingBody:
-    """The content of an upload whose length is not known; `reserve` is called with the bytes that have
-    arrived."""
+    """An upload whose length is not known; `reserve` is called with the bytes that have arrived."""
 
     length = None
 

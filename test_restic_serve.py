@@ -225,7 +225,7 @@ class Clock:
         self._lock = threading.Lock()
 
     def bandwidth(self, text):
-        return restic_serve.Bandwidth(restic_serve.parse_timetable(text), clock=lambda: self.now,
+        return restic_serve.Bandwidth(restic_serve.parse_timetable(text), Counters(), lambda: self.now,
                                       today=lambda: self.day, sleep=self.sleep)
 
     def sleep(self, seconds):
@@ -3203,11 +3203,12 @@ class CountersTest(TestCase):
 
     def test_20_000_repositories_below_one_folder_and_80_000_in_all_have_rows(self):
         counters = Counters()
-        row = len(restic_serve._to_row(restic_serve._NOTHING))
+        history = restic_serve._to_row(restic_serve._NO_HISTORY)
         # A 32-bit system has less address space for them.
         for number in range(80_000 if sys.maxsize > 1 << 32 else 18_000):
             path = f'/tenant{number % 4:03d}/host-{number:05d}'
-            self.assertTrue(counters.put(('base', path), *([0] * row)), number)
+            self.assertTrue(counters.put(('history', path), *history), number)
+            self.assertTrue(counters.put(('held', path), *[0] * len(restic_serve.Held._fields)), number)
 
     def test_less_memory_will_do_where_the_system_promises_no_more(self):
         real = restic_serve.shared_memory
@@ -3255,16 +3256,16 @@ class CountersTest(TestCase):
         with mock.patch.multiple(restic_serve, SLOT_BYTES=64 * 1024, SPARE_BYTES=8 * 1024):
             counters = Counters()
             for number in range(1000):
-                counters.add(('added', f'/evil/{"x" * 200}{number}'), 1)
+                counters.add(('held', f'/evil/{"x" * 200}{number}'), 1)
                 counters.add(('blob', 'alice', f'/evil/{"x" * 200}{number}', 'data'), 1, 0)
             counters.join(0)    # who takes over has no more room
-            self.assertFalse(counters.add(('added', f'/evil/{"y" * 200}'), 0))
+            self.assertFalse(counters.add(('held', f'/evil/{"y" * 200}'), 0))
             for number in range(40):
-                self.assertTrue(counters.add(('added', f'/good{number}'), 5))
-            self.assertTrue(counters.add(('delta', 'alice'), 1))
-        added = counters.find('added')
-        self.assertEqual(sum(row[0] for row in added.values()), 1200)
-        self.assertGreater(added['added', 'other'][0], 900)
+                self.assertTrue(counters.add(('held', f'/good{number}'), 5))
+            self.assertTrue(counters.add(('scope', 'alice'), 1))
+        held = counters.find('held')
+        self.assertEqual(sum(row[0] for row in held.values()), 1200)
+        self.assertGreater(held['held', 'other'][0], 900)
         self.assertEqual(counters.find('blob')['blob', '', 'other', 'data'][0]
                          + len(counters.find('blob')) - 1, 1000)
 
@@ -5166,7 +5167,7 @@ class RightsTest(TestCase):
         for number in range(5):
             with self.assertRaises(NoRepository):
                 usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
-        self.assertEqual(usage.counters.keys('reserved'), set())
+        self.assertEqual(usage.counters.names('reserved'), set())
 
     def test_who_may_only_read_stores_nothing_but_locks(self):
         store = self.make_store()
