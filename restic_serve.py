@@ -99,7 +99,6 @@ TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost e
 if TYPE_CHECKING:
     import ssl
     from concurrent.futures import Future
-    from queue import SimpleQueue
     from types import FrameType as CallFrame, TracebackType
     from typing import (
         Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn,
@@ -1143,22 +1142,14 @@ def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntr
         yield entries
 
 
-def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str = ''
-                   ) -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
-    """The objects among the entries of a folder whose names begin with `prefix`, as entries and as names, up
-    to LISTED_AT_ONCE at a time.  Lists of a million objects come from here: work per entry counts."""
-    is_name = _NAME.fullmatch
-    are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
-    while True:
+def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str) -> Iterator[List[os.DirEntry[str]]]:
+    """The objects among the entries of a folder whose names begin with `prefix`, up to LISTED_AT_ONCE at a
+    time.  Lists of a million objects come from here: work per entry counts."""
+    is_name = re.compile(f'{prefix}[0-9a-f]{{{64 - len(prefix)}}}').fullmatch
+    batch = list(itertools.islice(entries, LISTED_AT_ONCE))
+    while batch:
+        yield [entry for entry in batch if is_name(entry.name) and entry.is_file(follow_symlinks=False)]
         batch = list(itertools.islice(entries, LISTED_AT_ONCE))
-        if not batch:
-            return
-        batch = [entry for entry in batch if entry.is_file(follow_symlinks=False)]
-        names = [entry.name for entry in batch]
-        if not are_names('/'.join([*names, ''])):
-            batch = [entry for entry in batch if is_name(entry.name) and entry.name.startswith(prefix)]
-            names = [entry.name for entry in batch]
-        yield batch, names
 
 
 def _digest(fd: int) -> str:
@@ -1345,7 +1336,6 @@ HELPERS_AT_LEAST = 3              # For one slow list: reading an inode also tak
 UNUSED_AT_MOST = 32               # Folders and pieces that have been read ahead and not been used.
 PIECE = 16                        # Objects of a large folder that a helper reads at a time.
 FAST_PIECE = 256                  # The same without helpers; and the least for pieces in a folder of many.
-IDLE_SECONDS = 5                  # Time for which a thread without a job is kept.
 WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
 PACE_SECONDS = 0.005              # Time between two measurements of the pace.
 HELPED_READS = 64                 # Reads by helpers after which the pace is measured again, at first.
@@ -1381,15 +1371,13 @@ class Pace:
         finally:
             now, cpu, sleeps = _used()
             wall, cpu = now - begin, cpu - cpu_begin
-            wait = wall - cpu
             self._due = now + PACE_SECONDS
-            if self.helpers:    # granted in read()
-                pass
-            elif sleeps > sleeps_begin and wait > max(WAIT_SECONDS, wall / 16):
-                self.helpers = min(HELPERS, HELPERS_AT_LEAST + int(wait / max(cpu, 1e-6)))
-                self._left, self._grant = self._grant, 2 * self._grant
-            else:
-                self._grant = HELPED_READS
+            if not self.helpers:    # else granted in read()
+                if sleeps > sleeps_begin and wall - cpu > max(WAIT_SECONDS, wall / 16):
+                    self.helpers = min(HELPERS, HELPERS_AT_LEAST + int((wall - cpu) / max(cpu, 1e-6)))
+                    self._left, self._grant = self._grant, 2 * self._grant
+                else:
+                    self._grant = HELPED_READS
 
 
 def _used() -> Tuple[float, float, int]:
@@ -1403,54 +1391,11 @@ def _used() -> Tuple[float, float, int]:
     return time.perf_counter(), time.process_time(), usage.ru_nvcsw - usage.ru_nivcsw
 
 
-class Threads:
-    """Threads for jobs, each of which begins at once, in a thread that waits for a job or in a new one.  Up
-    to `kept` threads wait for another job.  They are daemons, unlike ThreadPoolExecutor's: a disk or a client
-    that does not answer cannot hold up the end of the process."""
-
-    def __init__(self, kept: int) -> None:
-        self._kept = kept
-        self._jobs: Optional[SimpleQueue[Callable[[], None]]] = None    # made for the first job
-        self._idle = 0                  # threads that wait for a job and have been given none
-        self._idle_lock = threading.Lock()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Have a thread do something.  Raises RuntimeError if there can be none."""
-        with self._idle_lock:
-            if self._jobs is None:
-                from queue import SimpleQueue
-                self._jobs = SimpleQueue()
-            if not self._idle:
-                threading.Thread(target=self._work, args=(self._jobs,), daemon=True).start()
-            else:
-                self._idle -= 1
-            self._jobs.put(job)
-
-    def _work(self, jobs: SimpleQueue[Callable[[], None]]) -> None:
-        """What a thread does."""
-        from queue import Empty
-        while True:
-            try:
-                job = jobs.get(timeout=IDLE_SECONDS)
-            except Empty:
-                with self._idle_lock:
-                    if self._idle:
-                        self._idle -= 1
-                        return
-                continue  # a job was put at this moment
-            job()
-            del job     # and what it holds
-            with self._idle_lock:
-                if self._idle >= self._kept:
-                    return
-                self._idle += 1
-
-
 class Helpers:
-    """Up to `limit` threads that read ahead for any caller."""
+    """Up to `limit` threads that read ahead for any caller, one for each job.  They are daemons, unlike
+    ThreadPoolExecutor's: a disk that does not answer cannot hold up the end of the process."""
 
     def __init__(self, limit: int) -> None:
-        self._threads = Threads(limit)
         # Each place is an item of a deque: a garbage collector may take and return some at any moment.
         self._free = collections.deque(range(limit))
         # What was read and is not used yet takes memory and descriptors.
@@ -1465,7 +1410,7 @@ class Helpers:
             for places in (self._free, self._unused):
                 stack.callback(places.append, places.pop())
             future: Future[T] = Future()
-            self._threads.submit(functools.partial(self._do, future, job))
+            threading.Thread(target=self._do, args=(future, job), daemon=True).start()
             stack.pop_all()
             return future
         return None
@@ -1485,11 +1430,9 @@ class Helpers:
         unpin(True)
         self._idents.add(threading.get_ident())
         try:
-            result = job()
+            future.set_result(job())
         except BaseException as error:
             future.set_exception(error)
-        else:
-            future.set_result(result)
         finally:
             self._idents.discard(threading.get_ident())
             self._free.append(0)
@@ -1547,7 +1490,7 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
             yield map(read, [entries[begin:end]])
             begin = end
 
-    return [item for piece in read_ahead(pieces(), pace) for item in piece]
+    return list(itertools.chain.from_iterable(read_ahead(pieces(), pace)))
 
 
 # A folder of objects: its kind, how the objects' names begin, and open(), which gives the Folder, one without
@@ -1558,59 +1501,49 @@ ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'prefix', 'open']
 def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
     """Names and, with `sizes`, sizes in bytes of the objects in a folder, in batches as object_batches() has
     them.  Raises OSError."""
-    def read_sizes(names: List[str]) -> List[int]:
-        return [os.stat(name, dir_fd=folder.fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
-
-    least = _least(source.prefix)
     with source.open() as folder, _scan(folder.path, folder.fd) as scanned:
-        for entries, names in object_batches(scanned, source.prefix):
-            lengths: Optional[List[int]] = None if sizes else []
-            with contextlib.suppress(FileNotFoundError):    # deleted since the directory was read
-                if sizes and folder.fd is not None:
-                    lengths = read_in_pieces(read_sizes, names, pace, least)
-            if lengths is None:
-                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
-                names = [entry.name for entry, _ in statuses]
-                lengths = [status.st_size for _, status in statuses]
-            yield names, lengths
+        for entries in object_batches(scanned, source.prefix):
+            if sizes:
+                statuses = _statuses(folder, entries, source.prefix, pace)
+                yield [entry.name for entry, _ in statuses], [status.st_size for _, status in statuses]
+            else:
+                yield [entry.name for entry in entries], []
 
 
-def entries_and_statuses(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
+def entries_and_statuses(folder: Folder, prefix: str = ''
                          ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
     """The objects in a folder and what stat(2) says of them."""
-    pace = pace or Pace()
+    pace = Pace()
     with _scan(folder.path, folder.fd) as scanned:
-        for entries, _ in object_batches(scanned, prefix):
+        for entries in object_batches(scanned, prefix):
             try:
-                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+                yield from _statuses(folder, entries, prefix, pace)
             except OSError:     # give all before the entry that cannot be read
                 for entry in entries:
-                    yield from _statuses(folder, [entry])
-                continue
-            yield from statuses
+                    yield from _statuses(folder, [entry], prefix, pace)
 
 
-def _least(prefix: str) -> int:
-    """Up to how many objects a folder is not read in pieces: more in data/, which has 256 folders."""
-    return FAST_PIECE if prefix else PIECE
-
-
-def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
+def _statuses(folder: Folder, entries: List[os.DirEntry[str]], prefix: str, pace: Pace
               ) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
     """The entries that have not been deleted since the directory was read, and what stat(2) says of them.
     DirEntry.stat() would hold the interpreter's lock, and with it all requests, while the disk seeks."""
-    statuses, fd = [], folder.fd
-    for entry in entries:
-        try:
-            status = (os.stat(entry.name, dir_fd=fd, follow_symlinks=False) if fd is not None else
-                      entry.stat(follow_symlinks=False))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            error.filename = f'{folder.path}/{entry.name}'
-            raise
-        statuses.append((entry, status))
-    return statuses
+    fd = folder.fd
+
+    def read(entries: List[os.DirEntry[str]]) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
+        statuses = []
+        for entry in entries:
+            try:
+                statuses.append((entry, os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
+                                 if fd is not None else entry.stat(follow_symlinks=False)))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                error.filename = f'{folder.path}/{entry.name}'
+                raise
+        return statuses
+
+    # More at a time in data/, which has 256 folders that are read at once.
+    return read_in_pieces(read, entries, pace, FAST_PIECE if prefix else PIECE)
 
 
 # ==== Counters ===================================================================================
@@ -8024,7 +7957,6 @@ def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
 # all after an error; Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-IDLE_THREADS = 8             # threads that are kept for another request, for IDLE_SECONDS
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
 CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
@@ -8241,7 +8173,6 @@ class Exchanges:
         self._is_sending = False        # some thread is
         self._ended = False             # no more frames will be read
         self._running = 0               # requests that have a thread
-        self._threads = Threads(IDLE_THREADS)
         self._connection = connection
         self._api = api
         self._limits = connection.limits
@@ -8280,7 +8211,7 @@ class Exchanges:
             frames = b'' if self._is_sending else self._take_unsent()
         if frames and by_another:
             with contextlib.suppress(RuntimeError):     # no thread can be started
-                self._threads.submit(functools.partial(self._send, frames))
+                threading.Thread(target=self._send, args=(frames,), daemon=True).start()
                 return
         self._send(frames)
 
@@ -8391,7 +8322,7 @@ class Exchanges:
         try:
             if len(self.streams) >= STREAMS or self._running >= 2 * STREAMS:    # RFC 9113 5.1.2
                 raise RuntimeError('too many requests at once')
-            self._threads.submit(functools.partial(self._serve, stream, request, refusal))
+            threading.Thread(target=self._serve, args=(stream, request, refusal), daemon=True).start()
         except RuntimeError as error:
             raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
         self.streams[stream.id] = stream

@@ -1902,7 +1902,7 @@ class SlowDiskTest(StoreTest):
             return tick, tick * (not self.slow), tick
 
         self.helpers = restic_serve.Helpers(3)
-        patch_for(self, restic_serve, _used=used, PIECE=2, IDLE_SECONDS=0.01, helpers=self.helpers)
+        patch_for(self, restic_serve, _used=used, PIECE=2, helpers=self.helpers)
         self.addCleanup(self.wait_for_helpers)
 
     def wait_for_helpers(self):
@@ -11191,10 +11191,6 @@ class FaultsTestCase(Http2TestCase):
 
     WIRES = ('HTTP/1.1', 'HTTP/2')
     TEMPORARY = ('/proc/self/fd/', os.path.dirname(os.__file__))  # what a server may open beside DIR
-
-    def setUp(self):
-        super().setUp()
-        patch_for(self, restic_serve, IDLE_SECONDS=0.05)   # their end is waited for
 
     def exchange(self, wire, method, path, content=b'', *more):
         """Status and content of an answer on a connection of its own; a reset stream is its code."""
