@@ -836,8 +836,8 @@ class ReservedName(StorageError):
     """A path that no repository can have."""
 
 
-class NoRepository(StorageError):
-    """There is no repository, and an upload makes none."""
+class NotHere(StorageError):
+    """What a request needs is not here: a repository, or deleted objects."""
 
 
 class WrongContent(StorageError):
@@ -848,20 +848,16 @@ class OtherConfig(StorageError):
     """A repository has one config, which is not replaced."""
 
 
-class NotKept(StorageError):
-    """Deleted objects are not kept here."""
-
-
 class NoHistory(StorageError, ValueError):
     """A moment before all that is kept."""
 
 
-class ReadOnly(StorageError):
-    """Nothing may be changed."""
-
-
 class DirectoryGone(StorageError):
     """The served directory is not there, or another is in its place."""
+
+
+class ReadOnly(StorageError):
+    """Nothing may be changed."""
 
 
 class QuotaExceeded(StorageError):
@@ -955,32 +951,27 @@ def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
     """Whether only root and this process's user can change what an absolute path leads to: they own each
     folder and link on the way, and others may not write there."""
     parent, name = os.path.split(path)
-    if not name:
-        return True
-    if not links or not is_trusted(parent, links):
-        return False
-    return is_trusted_entry(parent, name, links)[0]
+    return not name or bool(links) and is_trusted(parent, links) and is_trusted_entry(parent, name, links)[0]
 
 
 def is_trusted_entry(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool, bool]:
     """Whether an entry of a trusted folder is trusted, too; and whether it is a link."""
-    ours, others_write = (0, os.geteuid()), False
+    path, ours, others_write = os.path.join(parent, name), (0, os.geteuid()), False
     try:
         folder = os.stat(parent)
         others_write = bool(folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
         if folder.st_uid not in ours or (others_write and not folder.st_mode & stat.S_ISVTX):
             return False, False
-        status = os.lstat(os.path.join(parent, name))
+        status = os.lstat(path)
     except FileNotFoundError:
         return not others_write, False  # only we can create it
     except OSError:  # not searchable: it will be opened step by step, or not at all
         return False, False
     is_link = stat.S_ISLNK(status.st_mode)
-    if (others_write or is_link) and status.st_uid not in ours:
-        return False, is_link
-    if is_link:  # every step of its target counts
-        return is_trusted(os.path.join(parent, os.readlink(os.path.join(parent, name))), links - 1), True
-    return True, False
+    if status.st_uid not in ours:
+        return not (others_write or is_link), is_link
+    # Every step of a link's target counts.
+    return not is_link or is_trusted(os.path.join(parent, os.readlink(path)), links - 1), is_link
 
 
 def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
@@ -988,9 +979,7 @@ def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
     cannot redirect it by exchanging a folder for a link.  Links that root or this process's user own
     are followed wherever they lead.  Raises OSError."""
     names = [name for name in path.split('/') if name]
-    if not names:
-        return os.dup(top)
-    fd = top
+    fd = os.dup(top)
     try:
         for depth, name in enumerate(names, 1):
             flags = _FOLDER_FLAGS if depth == len(names) else _STEP_FLAGS
@@ -1000,12 +989,10 @@ def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
                 if error.errno not in _LINK_ERRORS or not links:
                     raise
                 below = _follow(fd, name, links)
-            if fd != top:
-                os.close(fd)
+            os.close(fd)
             fd = below
     except BaseException:
-        if fd != top:
-            os.close(fd)
+        os.close(fd)
         raise
     return fd
 
@@ -1046,23 +1033,20 @@ def explain_denial(root: str, path: str, writes: bool) -> str:
     changed, and what helps; empty if none is found."""
     if os.name != 'posix':
         return ''
-
-    def explain(step: str, rights: int) -> str:
-        if os.access(step, rights, effective_ids=os.access in os.supports_effective_ids):
-            return ''
-        server = user_name(os.geteuid())
-        return (f'{step} belongs to {user_name(os.stat(step).st_uid)}, and the server runs as {server}: '
-                f'chown -R {server} {root}, and run restic there as that user')
-
-    folder = root = root or os.sep
-    reason = ''
-    with contextlib.suppress(OSError):
-        for end in [*(at for at, letter in enumerate(path) if letter == '/'), len(path)]:
-            step = root + path[:end]
-            is_folder = stat.S_ISDIR(os.stat(step).st_mode)
-            reason = reason or explain(step, os.R_OK | os.X_OK if is_folder else os.R_OK)
-            folder = step if is_folder else folder
-    return reason or (explain(folder, os.W_OK) if writes else '')
+    steps = [root or os.sep]
+    for name in path.split('/')[1:]:
+        steps.append(os.path.join(steps[-1], name))
+    folders = [step for step in steps if os.path.isdir(step)] or steps[:1]
+    wanted = [*((folder, os.R_OK | os.X_OK) for folder in folders), (steps[-1], os.R_OK)]
+    if writes:
+        wanted.append((folders[-1], os.W_OK))
+    for step, rights in wanted:
+        with contextlib.suppress(OSError):  # it is missing, or behind one that is denied
+            owner, server = user_name(os.stat(step).st_uid), user_name(os.geteuid())
+            if not os.access(step, rights, effective_ids=os.access in os.supports_effective_ids):
+                return (f'{step} belongs to {owner}, and the server runs as {server}: '
+                        f'chown -R {server} {root}, and run restic there as that user')
+    return ''
 
 
 def user_name(uid: int) -> str:
@@ -1112,19 +1096,16 @@ class WatchedFiles:
         if force or now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             stamps = [stamp(path) for path in self._paths]
-            if force or self._failed or stamps != self._stamps:
-                self._stamps = stamps
-                self._reload()
+            changed, self._stamps = stamps != self._stamps, stamps
+            if force or self._failed or changed:
+                try:
+                    reload_log.log(NOTICE, '%s', self.load())
+                    self._failed = False
+                except (OSError, ValueError) as error:
+                    for fault in str(error).splitlines() if self._failed else ():
+                        reload_log.error('%s: %s', self.kept, fault)
+                    self._failed = not self._failed
         return self._next_look - now
-
-    def _reload(self) -> None:
-        try:
-            reload_log.log(NOTICE, '%s', self.load())
-            self._failed = False
-        except (OSError, ValueError) as error:
-            for fault in str(error).splitlines() if self._failed else ():
-                reload_log.error('%s: %s', self.kept, fault)
-            self._failed = not self._failed
 
 
 @contextlib.contextmanager
@@ -2282,9 +2263,8 @@ class Directory:
             raise DirectoryGone(DIRECTORY_GONE)
 
     def check_writable(self) -> None:
-        """Raises DirectoryGone, and ReadOnly."""
-        if self.is_gone():
-            raise DirectoryGone(DIRECTORY_GONE)
+        """Raises DirectoryGone and, where it is read-only, ReadOnly."""
+        self.check_present()
         if self.read_only:
             raise ReadOnly(READ_ONLY)
 
@@ -2487,7 +2467,7 @@ class Store:
         """Store an object; it is on the disk when this returns.
 
         One that exists is compared with the body, and replaced if it is damaged.  Raises WrongContent,
-        OtherConfig, NoRepository and OSError.
+        OtherConfig, NotHere and OSError.
         """
         made = 0
         if location.kind == 'config':
@@ -2524,9 +2504,9 @@ class Store:
         return saved
 
     def check_repository(self, location: Location) -> None:
-        """Raises NoRepository where there is none, since no upload makes one: its disk may be away."""
+        """Raises NotHere where there is none, since no upload makes one: its disk may be away."""
         if not self.has_repository(location.repository):
-            raise NoRepository('no repository here; create one with restic init')
+            raise NotHere('no repository here; create one with restic init')
 
     def confirm(self, location: Location, body: Body) -> bool:
         """Compare an upload with the object that exists, instead of storing it again; False, without
@@ -2863,10 +2843,10 @@ class Past:
             raise NoHistory(f'no history before {moment_for_people(earliest)}')
 
     def view(self, location: Location) -> View:
-        """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotKept
+        """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotHere
         and NoHistory."""
         if not self.keeps:
-            raise NotKept('this server does not keep deleted objects (--keep-deleted)')
+            raise NotHere('this server does not keep deleted objects (--keep-deleted)')
         try:
             moment = parse_past(location.at, self._clock())
         except ValueError as error:
@@ -6398,7 +6378,7 @@ _REASON_OF_STATUS = {400: 'the file system cannot store this name',
                      500: 'the server could not access the file', 503: 'too many open files',
                      507: 'disk full'}
 _STATUS_OF_ERROR = {
-    InvalidPath: 400, WrongContent: 400, OtherConfig: 403, ReservedName: 404, NoRepository: 404, NotKept: 404,
+    InvalidPath: 400, WrongContent: 400, OtherConfig: 403, ReservedName: 404, NotHere: 404,
     NoHistory: 410, DirectoryGone: 500, Busy: 503, ReadOnly: 507, QuotaExceeded: 507,
 }
 _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)

@@ -52,7 +52,7 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, Busy, Counters, HttpError, Limits, Location, Metrics, NoRepository, OtherConfig, Page,
+    Accounts, Api, Busy, Counters, HttpError, Limits, Location, Metrics, NotHere, OtherConfig, Page,
     PasswordFile, Peer, Policy, QuotaExceeded, Request, Server, Store, Usage, WrongContent, short_rights)
 
 MODULE = restic_serve.__file__
@@ -1613,7 +1613,7 @@ class FileSystemsTest(TestCase):
         for location in (Location('/host', 'data', named(b'x')), Location('/host', 'config'),
                          Location('/office', 'config'), Location('/office', 'keys', named(b'x')),
                          Location('', 'locks', named(b'x'))):
-            with self.assertRaises(NoRepository, msg=location):
+            with self.assertRaises(NotHere, msg=location):
                 store.save(location, Bytes(b'x'))
         self.assertEqual([path.name for path in self.root.rglob('*') if path.name != '.restic_serve'],
                          ['office'])
@@ -5191,7 +5191,7 @@ class RightsTest(TestCase):
         usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
         for number in range(5):
-            with self.assertRaises(NoRepository):
+            with self.assertRaises(NotHere):
                 usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
         self.assertEqual(usage._counters.keys('reserved'), set())
 
