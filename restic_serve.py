@@ -956,7 +956,10 @@ def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
 
 def is_trusted_entry(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool, bool]:
     """Whether an entry of a trusted folder is trusted, too; and whether it is a link."""
-    path, ours, others_write = os.path.join(parent, name), (0, os.geteuid()), False
+    path, others_write = os.path.join(parent, name), False
+    if not _HAS_DIR_FD:
+        return True, os.path.islink(path)
+    ours = (0, os.geteuid())
     try:
         folder = os.stat(parent)
         others_write = bool(folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
@@ -1888,6 +1891,11 @@ def _shows_repository(entry: os.DirEntry[str]) -> bool:
     return entry.name == 'config' or entry.name in KINDS
 
 
+def _repository_of(path: str) -> str:
+    """The part of a path below DIR that comes before the folders in a repository."""
+    return '/'.join(itertools.takewhile(lambda name: name not in KINDS, path.split('/')))
+
+
 # How a folder is reached: the `folder` if it is trusted, so that it can be opened by its path, else None; and
 # whether a link is on the way to it.
 Way = collections.namedtuple('Way', ['folder', 'has_link'])
@@ -1904,7 +1912,7 @@ class Folders:
         self._root_fd: Optional[int] = None
         self._ways = Remembered()
         self._has_proc = os.path.isdir('/proc/self/fd')     # shows the path of a descriptor
-        self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
+        self.nothing = Folder(f'{os.devnull}/missing')      # stands for a folder that is missing
 
     def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
         """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be
@@ -1925,43 +1933,28 @@ class Folders:
             return self.open(path, by_descriptor=True)
         except (FileNotFoundError, NotADirectoryError):
             if not os.path.lexists(self.root + path):
-                return self._nothing
+                return self.nothing
         return self.open(path, by_descriptor=True)  # it was made between the two looks
-
-    def open_part(self, path: str, folder: Folder, name: str) -> Folder:
-        """A folder in `folder`, which is open and has this path below the root; opened for scanning.  Raises
-        OSError.  Its path is only used if it is a link: that takes several times as many steps."""
-        if folder.fd is not None:
-            try:
-                return Folder(f'{folder.path}/{name}', folder.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
-                    error.filename = f'{folder.path}/{name}'
-                    raise
-        return self.open_to_scan(f'{path}/{name}')
-
-    def is_missing(self, folder: Folder) -> bool:
-        """Whether a folder stands for a missing one."""
-        return folder is self._nothing
 
     def hidden(self, make: bool = True) -> Folder:
         """The folder for the server's own files, created if it is missing; never one behind a link."""
+        path = f'{self.root}/{HIDDEN}'
         with self.open('') as top:
             if not _HAS_DIR_FD:
                 self.make(f'/{HIDDEN}')
-                return Folder(f'{self.root}/{HIDDEN}')
+                return Folder(path)
             try:
-                return Folder(f'{self.root}/{HIDDEN}', top.open(HIDDEN, _FOLDER_FLAGS | os.O_NOFOLLOW))
+                return Folder(path, top.open(HIDDEN, _FOLDER_FLAGS | os.O_NOFOLLOW))
             except FileNotFoundError:
                 if not make:
                     raise
-                self.make(f'/{HIDDEN}')
-                return self.hidden(make=False)
             except OSError as error:
-                if error.errno in _LINK_ERRORS:
-                    raise PermissionError(errno.EACCES, 'expected a directory, found a link or file; '
-                                          'remove it', f'{self.root}/{HIDDEN}') from None
-                raise
+                if error.errno not in _LINK_ERRORS:
+                    raise
+                raise PermissionError(errno.EACCES, 'expected a directory, found a link or file; remove it',
+                                      path) from None
+        self.make(f'/{HIDDEN}')
+        return self.hidden(make=False)
 
     def missing(self, path: str) -> int:
         """How many folders make() would create for a path."""
@@ -1980,27 +1973,22 @@ class Folders:
     def _look(self, path: str) -> Way:
         """Check a folder, after its parent."""
         if not path:
-            trusted, has_link = not _HAS_DIR_FD or is_trusted(self.root or os.sep), False
-        else:
-            above, _, name = path.rpartition('/')
-            parent = self._ways.get(above, self._look)
-            trusted, has_link = not _HAS_DIR_FD, False
-            if not _HAS_DIR_FD:
-                has_link = os.path.islink(self.root + path)
-            elif parent.folder:
-                trusted, has_link = is_trusted_entry(self.root + above or os.sep, name)
-            has_link = has_link or parent.has_link
-        if trusted and has_link:
-            self._check_links(path)
-        return Way(Folder(self.root + path or os.sep) if trusted else None, has_link)
+            return Way(Folder(self.root or os.sep) if is_trusted(self.root or os.sep) else None, False)
+        above, _, name = path.rpartition('/')
+        folder, has_link = self._ways.get(above, self._look)
+        if folder:
+            trusted, is_link = is_trusted_entry(folder.path, name)
+            folder, has_link = Folder(self.root + path) if trusted else None, has_link or is_link
+        if folder and has_link:
+            repository = _repository_of(path)
+            self._check_inside(os.path.realpath(self.root or os.sep),
+                               os.path.realpath(self.root + repository), repository)
+        return Way(folder, has_link)
 
-    def _check_links(self, path: str) -> None:
-        """Raises PermissionError for a repository outside the directory; the folders in a repository may be
-        links to anywhere."""
-        kind = next((at for at, name in enumerate(path.split('/')) if name in KINDS), None)
-        repository = '/'.join(path.split('/')[:kind])
-        inside = os.path.join(os.path.realpath(self.root or os.sep), '')
-        if not os.path.join(os.path.realpath(self.root + repository), '').startswith(inside):
+    def _check_inside(self, top: str, folder: str, repository: str) -> None:
+        """Raises PermissionError where a repository's real path is not in that of the directory; the folders
+        in a repository may be links to anywhere."""
+        if not os.path.join(folder, '').startswith(os.path.join(top, '')):
             raise PermissionError(errno.EACCES, 'symbolic link leads out of the served directory',
                                   self.root + repository)
 
@@ -2027,15 +2015,13 @@ class Folders:
         except OSError as error:
             if error.errno not in _LINK_ERRORS:
                 raise
-        names = path.split('/')
-        kind = next((at for at, name in enumerate(names) if name in KINDS), len(names))
-        fd = descend(root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if self._has_proc else 0)
+        repository = _repository_of(path)
+        fd = descend(root_fd, repository, LINKS_AT_MOST if self._has_proc else 0)
         try:
-            inside = self._has_proc and os.path.join(os.readlink(f'/proc/self/fd/{root_fd}'), '')
-            if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
-                raise PermissionError(errno.EACCES, 'symbolic link leads out of the served directory',
-                                      self.root + path)
-            return descend(fd, '/'.join(names[kind:]))
+            if self._has_proc:
+                self._check_inside(os.readlink(f'/proc/self/fd/{root_fd}'),
+                                   os.readlink(f'/proc/self/fd/{fd}'), repository)
+            return descend(fd, path[len(repository):])
         finally:
             os.close(fd)
 
@@ -2133,15 +2119,14 @@ class Scratch(ScratchFile):
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
         target = target or self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
-        if not self.name:
-            # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
-            # link(2) without one); the path is absolute, so which descriptor it is means nothing.
-            os.link(f'/proc/self/fd/{self.fd}', new_name, src_dir_fd=self.fd, dst_dir_fd=target.fd)
-            return
+        # A nameless file is linked with AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link
+        # calls plain link(2) without one); the path is absolute, so which descriptor it is means nothing.
+        source, source_fd = ((self.folder.at(self.name), self.folder.fd) if self.name else
+                             (f'/proc/self/fd/{self.fd}', self.fd))
         try:
-            os.link(self.folder.at(self.name), new_name, src_dir_fd=self.folder.fd, dst_dir_fd=target.fd)
+            os.link(source, new_name, src_dir_fd=source_fd, dst_dir_fd=target.fd)
         except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
+            if not self.name or error.errno not in _NO_HARD_LINKS:
                 raise
             with _exclusive(target):
                 try:
@@ -2373,29 +2358,23 @@ class Store:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
         pace = Pace()
-        with self.object_folders(location.repository, location.kind) as folders:
-            yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in folders), pace)
+        yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in self.object_folders(
+            location.repository, location.kind)), pace)
 
-    @contextlib.contextmanager
-    def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:
-        """The folders of objects in a repository, of some kinds or all, in the order of the directories.
-        They may be opened only within this context."""
-        with contextlib.ExitStack() as stack:
-            yield itertools.chain.from_iterable(self._folders_of(f'{repository}/{kind}', kind, stack)
-                                                for kind in kinds or KINDS)
-
-    def _folders_of(self, path: str, kind: str, stack: contextlib.ExitStack) -> Iterator[ObjectFolder]:
-        if kind != 'data':
-            yield ObjectFolder(kind, '', functools.partial(self.folders.open_to_scan, path))
-            return
-        try:
-            data, entries = stack.enter_context(self.scan(path))
-            for entry in entries:
-                if _SUBDIRECTORY.fullmatch(entry.name):
-                    yield ObjectFolder(kind, entry.name, functools.partial(
-                        self.folders.open_part, path, data, entry.name))
-        except OSError as error:    # raised where the folder is read
-            yield ObjectFolder(kind, '', functools.partial(_raise, error))
+    def object_folders(self, repository: str, *kinds: str) -> Iterator[ObjectFolder]:
+        """The folders of objects in a repository, of some kinds or all, in the order of the directories."""
+        for kind in kinds or KINDS:
+            path, parts = f'{repository}/{kind}', ['']
+            if kind == 'data':
+                try:
+                    with self.scan(path) as (_, entries):
+                        parts = [entry.name for entry in entries if _SUBDIRECTORY.fullmatch(entry.name)]
+                except OSError as error:    # raised where the folder is read
+                    yield ObjectFolder(kind, '', functools.partial(_raise, error))
+                    continue
+            for part in parts:
+                yield ObjectFolder(kind, part, functools.partial(
+                    self.folders.open_to_scan, f'{path}/{part}' if part else path))
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
@@ -2471,17 +2450,15 @@ class Store:
         """
         made = 0
         if location.kind == 'config':
-            self.check_repository(location)
+            self.require_repository(location)
         try:
             scratch = Scratch(self, location.folder)
         except FileNotFoundError:
-            self.check_repository(location)
+            self.require_repository(location)
             made = self.folders.make(location.folder)
             scratch = Scratch(self, location.folder)
         try:
-            digest = receive(body, scratch.fd, self.verify)
-            if location.name and digest not in ('', location.name):
-                raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
+            digest = receive(body, location.name, scratch.fd, self.verify)
             saved = Saved(1, 0, os.fstat(scratch.fd).st_size, made)
             if not location.name and not saved.after:
                 raise WrongContent('config is empty')
@@ -2493,7 +2470,7 @@ class Store:
                 except FileExistsError:
                     digest = digest or _digest(scratch.fd)
                     if location.name and digest != location.name:
-                        raise WrongContent(f'SHA-256 of the content is {digest}, not the name') from None
+                        raise _wrong_content(digest) from None
                     before = self.size(location) or 0
                     if self._accept_existing(location, digest, scratch):
                         saved = Saved(0, before, self.size(location) or 0, made)
@@ -2503,7 +2480,7 @@ class Store:
             scratch.close()
         return saved
 
-    def check_repository(self, location: Location) -> None:
+    def require_repository(self, location: Location) -> None:
         """Raises NotHere where there is none, since no upload makes one: its disk may be away."""
         if not self.has_repository(location.repository):
             raise NotHere('no repository here; create one with restic init')
@@ -2517,10 +2494,7 @@ class Store:
             return False
         if location.name and stored != location.name:
             return False
-        digest = receive(body)
-        if digest != stored and location.name:
-            raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
-        if digest != stored:
+        if receive(body, location.name) != stored:
             raise OtherConfig('a different config already exists')
         if self.size(location) is None:
             raise Busy('object was deleted during the upload', 1)
@@ -2558,21 +2532,29 @@ class Store:
             return 'unreadable'
 
 
-def receive(body: Body, fd: int = -1, hashed: bool = True) -> str:
-    """Read an upload to its end, and write it to a file, if there is one; its SHA-256 in hexadecimal if it is
-    to be `hashed`, else empty."""
+def receive(body: Body, name: str, fd: int = -1, verify: bool = True) -> str:
+    """Read an upload to its end, and write it to a file, if there is one; its SHA-256 in hexadecimal, empty
+    unless it is to be verified.  Raises WrongContent where that is not the object's `name`, if it has one."""
     digest = hashlib.sha256()
     length = body.piece if body.length is None else min(body.length, body.piece)
     buffer = memoryview(bytearray(max(length, 1)))
     while True:
         count = body.readinto(buffer)
         if not count:
-            return digest.hexdigest() if hashed else ''
+            break
         part = buffer[:count]
-        if hashed:
+        if verify:
             digest.update(part)
         while part and fd >= 0:
             part = part[os.write(fd, part):]
+    result = digest.hexdigest() if verify else ''
+    if name and result not in ('', name):
+        raise _wrong_content(result)
+    return result
+
+
+def _wrong_content(digest: str) -> WrongContent:
+    return WrongContent(f'SHA-256 of the content is {digest}, not the name')
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -2582,42 +2564,33 @@ def _raise(error: OSError) -> NoReturn:
 def try_file_system(store: Store) -> None:
     """Find out what the file system of a store can do, with files of our own; where it is full, what needs
     none of them.  Raises OSError if none can be created."""
-    linked, renamed = (f'{PROBE_PREFIX}{os.urandom(8).hex()}' for _ in range(2))
-    try:
-        if store.nameless:
-            store.nameless = _can_name(store, linked, renamed)
-        with Scratch(store, '') as scratch:
-            if is_there_in_other_case(scratch.folder, scratch.name or renamed):
-                store.ignores_case = True
-            os.write(scratch.fd, b'ok')
-            if not sync_file(scratch.fd):
-                log.warning('the file system of %s cannot sync files: recent uploads may be lost '
-                            'in a power failure', store.root or os.sep)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        log.warning('%s: disk full: %s', store.root or os.sep, error.strerror)
-    finally:
-        with store.folders.open('') as top:
-            for name in (linked, renamed):
-                with contextlib.suppress(OSError):
-                    top.unlink(name)
-
-
-def _can_name(store: Store, linked: str, renamed: str) -> bool:
-    """Whether a nameless file can be linked, renamed and closed, and then is there."""
-    try:
-        with Scratch(store, '') as scratch:
-            scratch.publish(linked)
-            scratch.target.rename(linked, scratch.target, renamed)
-        with store.folders.open('') as top:
-            top.stat(renamed)   # over SMB it is gone with its descriptor
-        return True
-    except OSError as error:
-        if error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise
-        log.debug('no nameless files in %s: %s', store.root or os.sep, error)
-        return False
+    name, full = f'{PROBE_PREFIX}{os.urandom(8).hex()}', (errno.ENOSPC, errno.EDQUOT)
+    with store.folders.open('') as top:
+        try:
+            if store.nameless:
+                try:
+                    with Scratch(store, '') as scratch:
+                        scratch.publish(name)
+                    top.stat(name)  # over SMB it is gone with its descriptor
+                except OSError as error:
+                    if error.errno in (errno.EROFS, *full):
+                        raise
+                    log.debug('no nameless files in %s: %s', store.root or os.sep, error)
+                    store.nameless = False
+            with Scratch(store, '') as scratch:
+                if is_there_in_other_case(scratch.folder, scratch.name or name):
+                    store.ignores_case = True
+                os.write(scratch.fd, b'ok')
+                if not sync_file(scratch.fd):
+                    log.warning('the file system of %s cannot sync files: recent uploads may be lost '
+                                'in a power failure', store.root or os.sep)
+        except OSError as error:
+            if error.errno not in full:
+                raise
+            log.warning('%s: disk full: %s', store.root or os.sep, error.strerror)
+        finally:
+            with contextlib.suppress(OSError):
+                top.unlink(name)
 
 
 def is_there_in_other_case(folder: Folder, name: str) -> bool:
@@ -2865,11 +2838,10 @@ class Past:
 
     def _entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
         """All that is in the folders of deleted objects.  Raises OSError."""
-        with self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config') as sources:
-            for source in sources:
-                with source.open() as folder, _scan(folder.path, folder.fd) as entries:
-                    for entry in entries:
-                        yield folder, entry
+        for source in self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config'):
+            with source.open() as folder, _scan(folder.path, folder.fd) as entries:
+                for entry in entries:
+                    yield folder, entry
 
     def purge(self, repository: str) -> Iterator[int]:
         """Remove what has been kept long enough, and what a crash has left half-written; yields the size of
@@ -3757,7 +3729,7 @@ class Census:
         charge, statuses, fault = 0, [], None    # type: int, List[os.stat_result], Optional[OSError]
         try:
             with objects.open() as folder:
-                charge = FOLDER_BYTES * (not self._store.folders.is_missing(folder))
+                charge = FOLDER_BYTES * (folder is not self._store.folders.nothing)
                 for status in self._stored_before(before, folder, objects.prefix):
                     statuses.append(status)
                     if len(statuses) == LISTED_AT_ONCE:
@@ -3793,8 +3765,8 @@ class Census:
             except OSError as error:
                 faults.append(error)
         begin = time.monotonic()
-        with self._store.object_folders(repository) as folders, contextlib.closing(
-                read_ahead(self._read(before, objects) for objects in folders)) as parts:
+        with contextlib.closing(read_ahead(self._read(before, objects) for objects in
+                                           self._store.object_folders(repository))) as parts:
             for kind, charge, statuses, fault in parts:
                 held['charged'] += charge
                 if fault:
@@ -3872,7 +3844,7 @@ class Usage:
         scopes = self.limited(location.repository) if self.limits.by_place else []
         if not scopes:
             return self._save(location, body)
-        self._store.check_repository(location)      # before the place takes a row of the counters
+        self._store.require_repository(location)      # before the place takes a row of the counters
         present = self._store.size(location)
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
@@ -5430,8 +5402,8 @@ class Watch:
         """Bytes of the objects of a repository that came up to each of some moments, since the one before,
         and after the last; None if there are too many to look at.  Raises OSError."""
         added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
-        with self._store.object_folders(name) as folders, contextlib.closing(
-                read_ahead(map(self._store.read, folders))) as objects:
+        folders = self._store.object_folders(name)
+        with contextlib.closing(read_ahead(map(self._store.read, folders))) as objects:
             for _, status in objects:
                 added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
                 if time.monotonic() >= end:
