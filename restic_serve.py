@@ -99,7 +99,6 @@ TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost e
 if TYPE_CHECKING:
     import ssl
     from concurrent.futures import Future
-    from queue import SimpleQueue
     from types import FrameType as CallFrame
     from typing import (
         Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn,
@@ -817,8 +816,8 @@ class ReservedName(StorageError):
     """A path that no repository can have."""
 
 
-class NoRepository(StorageError):
-    """There is no repository, and an upload makes none."""
+class NotHere(StorageError):
+    """What a request needs is not here: a repository, or deleted objects."""
 
 
 class WrongContent(StorageError):
@@ -829,20 +828,16 @@ class OtherConfig(StorageError):
     """A repository has one config, which is not replaced."""
 
 
-class NotKept(StorageError):
-    """Deleted objects are not kept here."""
-
-
 class NoHistory(StorageError, ValueError):
     """A moment before all that is kept."""
 
 
-class ReadOnly(StorageError):
-    """Nothing may be changed."""
-
-
 class DirectoryGone(StorageError):
     """The served directory is not there, or another is in its place."""
+
+
+class ReadOnly(StorageError):
+    """Nothing may be changed."""
 
 
 class QuotaExceeded(StorageError):
@@ -936,32 +931,30 @@ def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
     """Whether only root and this process's user can change what an absolute path leads to: they own each
     folder and link on the way, and others may not write there."""
     parent, name = os.path.split(path)
-    if not name:
-        return True
-    if not links or not is_trusted(parent, links):
-        return False
-    return is_trusted_entry(parent, name, links)[0]
+    return not name or bool(links) and is_trusted(parent, links) and is_trusted_entry(parent, name, links)[0]
 
 
 def is_trusted_entry(parent: str, name: str, links: int = LINKS_AT_MOST) -> Tuple[bool, bool]:
     """Whether an entry of a trusted folder is trusted, too; and whether it is a link."""
-    ours, others_write = (0, os.geteuid()), False
+    path, others_write = os.path.join(parent, name), False
+    if not _HAS_DIR_FD:
+        return True, os.path.islink(path)
+    ours = (0, os.geteuid())
     try:
         folder = os.stat(parent)
         others_write = bool(folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
         if folder.st_uid not in ours or (others_write and not folder.st_mode & stat.S_ISVTX):
             return False, False
-        status = os.lstat(os.path.join(parent, name))
+        status = os.lstat(path)
     except FileNotFoundError:
         return not others_write, False  # only we can create it
     except OSError:  # not searchable: it will be opened step by step, or not at all
         return False, False
     is_link = stat.S_ISLNK(status.st_mode)
-    if (others_write or is_link) and status.st_uid not in ours:
-        return False, is_link
-    if is_link:  # every step of its target counts
-        return is_trusted(os.path.join(parent, os.readlink(os.path.join(parent, name))), links - 1), True
-    return True, False
+    if status.st_uid not in ours:
+        return not (others_write or is_link), is_link
+    # Every step of a link's target counts.
+    return not is_link or is_trusted(os.path.join(parent, os.readlink(path)), links - 1), is_link
 
 
 def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
@@ -969,9 +962,7 @@ def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
     cannot redirect it by exchanging a folder for a link.  Links that root or this process's user own
     are followed wherever they lead.  Raises OSError."""
     names = [name for name in path.split('/') if name]
-    if not names:
-        return os.dup(top)
-    fd = top
+    fd = os.dup(top)
     try:
         for depth, name in enumerate(names, 1):
             flags = _FOLDER_FLAGS if depth == len(names) else _STEP_FLAGS
@@ -981,12 +972,10 @@ def descend(top: int, path: str, links: int = LINKS_AT_MOST) -> int:
                 if error.errno not in _LINK_ERRORS or not links:
                     raise
                 below = _follow(fd, name, links)
-            if fd != top:
-                os.close(fd)
+            os.close(fd)
             fd = below
     except BaseException:
-        if fd != top:
-            os.close(fd)
+        os.close(fd)
         raise
     return fd
 
@@ -1027,23 +1016,20 @@ def explain_denial(root: str, path: str, writes: bool) -> str:
     changed, and what helps; empty if none is found."""
     if os.name != 'posix':
         return ''
-
-    def explain(step: str, rights: int) -> str:
-        if os.access(step, rights, effective_ids=os.access in os.supports_effective_ids):
-            return ''
-        server = user_name(os.geteuid())
-        return (f'{step} belongs to {user_name(os.stat(step).st_uid)}, and the server runs as {server}: '
-                f'chown -R {server} {root}, and run restic there as that user')
-
-    folder = root = root or os.sep
-    reason = ''
-    with contextlib.suppress(OSError):
-        for end in [*(at for at, letter in enumerate(path) if letter == '/'), len(path)]:
-            step = root + path[:end]
-            is_folder = stat.S_ISDIR(os.stat(step).st_mode)
-            reason = reason or explain(step, os.R_OK | os.X_OK if is_folder else os.R_OK)
-            folder = step if is_folder else folder
-    return reason or (explain(folder, os.W_OK) if writes else '')
+    steps = [root or os.sep]
+    for name in path.split('/')[1:]:
+        steps.append(os.path.join(steps[-1], name))
+    folders = [step for step in steps if os.path.isdir(step)] or steps[:1]
+    wanted = [*((folder, os.R_OK | os.X_OK) for folder in folders), (steps[-1], os.R_OK)]
+    if writes:
+        wanted.append((folders[-1], os.W_OK))
+    for step, rights in wanted:
+        with contextlib.suppress(OSError):  # it is missing, or behind one that is denied
+            owner, server = user_name(os.stat(step).st_uid), user_name(os.geteuid())
+            if not os.access(step, rights, effective_ids=os.access in os.supports_effective_ids):
+                return (f'{step} belongs to {owner}, and the server runs as {server}: '
+                        f'chown -R {server} {root}, and run restic there as that user')
+    return ''
 
 
 def user_name(uid: int) -> str:
@@ -1093,19 +1079,16 @@ class WatchedFiles:
         if force or now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             stamps = [stamp(path) for path in self._paths]
-            if force or self._failed or stamps != self._stamps:
-                self._stamps = stamps
-                self._reload()
+            changed, self._stamps = stamps != self._stamps, stamps
+            if force or self._failed or changed:
+                try:
+                    reload_log.log(NOTICE, '%s', self.load())
+                    self._failed = False
+                except (OSError, ValueError) as error:
+                    for fault in str(error).splitlines() if self._failed else ():
+                        reload_log.error('%s: %s', self.kept, fault)
+                    self._failed = not self._failed
         return self._next_look - now
-
-    def _reload(self) -> None:
-        try:
-            reload_log.log(NOTICE, '%s', self.load())
-            self._failed = False
-        except (OSError, ValueError) as error:
-            for fault in str(error).splitlines() if self._failed else ():
-                reload_log.error('%s: %s', self.kept, fault)
-            self._failed = not self._failed
 
 
 @contextlib.contextmanager
@@ -1123,22 +1106,14 @@ def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntr
         yield entries
 
 
-def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str = ''
-                   ) -> Iterator[Tuple[List[os.DirEntry[str]], List[str]]]:
-    """The objects among the entries of a folder whose names begin with `prefix`, as entries and as names, up
-    to LISTED_AT_ONCE at a time.  Lists of a million objects come from here: work per entry counts."""
-    is_name = _NAME.fullmatch
-    are_names = re.compile(f'(?:{prefix}[0-9a-f]{{{64 - len(prefix)}}}/)*').fullmatch
-    while True:
+def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str) -> Iterator[List[os.DirEntry[str]]]:
+    """The objects among the entries of a folder whose names begin with `prefix`, up to LISTED_AT_ONCE at a
+    time.  Lists of a million objects come from here: work per entry counts."""
+    is_name = re.compile(f'{prefix}[0-9a-f]{{{64 - len(prefix)}}}').fullmatch
+    batch = list(itertools.islice(entries, LISTED_AT_ONCE))
+    while batch:
+        yield [entry for entry in batch if is_name(entry.name) and entry.is_file(follow_symlinks=False)]
         batch = list(itertools.islice(entries, LISTED_AT_ONCE))
-        if not batch:
-            return
-        batch = [entry for entry in batch if entry.is_file(follow_symlinks=False)]
-        names = [entry.name for entry in batch]
-        if not are_names('/'.join([*names, ''])):
-            batch = [entry for entry in batch if is_name(entry.name) and entry.name.startswith(prefix)]
-            names = [entry.name for entry in batch]
-        yield batch, names
 
 
 def _digest(fd: int) -> str:
@@ -1325,7 +1300,6 @@ HELPERS_AT_LEAST = 3              # For one slow list: reading an inode also tak
 UNUSED_AT_MOST = 32               # Folders and pieces that have been read ahead and not been used.
 PIECE = 16                        # Objects of a large folder that a helper reads at a time.
 FAST_PIECE = 256                  # The same without helpers; and the least for pieces in a folder of many.
-IDLE_SECONDS = 5                  # Time for which a thread without a job is kept.
 WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
 PACE_SECONDS = 0.005              # Time between two measurements of the pace.
 HELPED_READS = 64                 # Reads by helpers after which the pace is measured again, at first.
@@ -1361,15 +1335,13 @@ class Pace:
         finally:
             now, cpu, sleeps = _used()
             wall, cpu = now - begin, cpu - cpu_begin
-            wait = wall - cpu
             self._due = now + PACE_SECONDS
-            if self.helpers:    # granted in read()
-                pass
-            elif sleeps > sleeps_begin and wait > max(WAIT_SECONDS, wall / 16):
-                self.helpers = min(HELPERS, HELPERS_AT_LEAST + int(wait / max(cpu, 1e-6)))
-                self._left, self._grant = self._grant, 2 * self._grant
-            else:
-                self._grant = HELPED_READS
+            if not self.helpers:    # else granted in read()
+                if sleeps > sleeps_begin and wall - cpu > max(WAIT_SECONDS, wall / 16):
+                    self.helpers = min(HELPERS, HELPERS_AT_LEAST + int((wall - cpu) / max(cpu, 1e-6)))
+                    self._left, self._grant = self._grant, 2 * self._grant
+                else:
+                    self._grant = HELPED_READS
 
 
 def _used() -> Tuple[float, float, int]:
@@ -1383,54 +1355,11 @@ def _used() -> Tuple[float, float, int]:
     return time.perf_counter(), time.process_time(), usage.ru_nvcsw - usage.ru_nivcsw
 
 
-class Threads:
-    """Threads for jobs, each of which begins at once, in a thread that waits for a job or in a new one.  Up
-    to `kept` threads wait for another job.  They are daemons, unlike ThreadPoolExecutor's: a disk or a client
-    that does not answer cannot hold up the end of the process."""
-
-    def __init__(self, kept: int) -> None:
-        self._kept = kept
-        self._jobs: Optional[SimpleQueue[Callable[[], None]]] = None    # made for the first job
-        self._idle = 0                  # threads that wait for a job and have been given none
-        self._idle_lock = threading.Lock()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Have a thread do something.  Raises RuntimeError if there can be none."""
-        with self._idle_lock:
-            if self._jobs is None:
-                from queue import SimpleQueue
-                self._jobs = SimpleQueue()
-            if not self._idle:
-                threading.Thread(target=self._work, args=(self._jobs,), daemon=True).start()
-            else:
-                self._idle -= 1
-            self._jobs.put(job)
-
-    def _work(self, jobs: SimpleQueue[Callable[[], None]]) -> None:
-        """What a thread does."""
-        from queue import Empty
-        while True:
-            try:
-                job = jobs.get(timeout=IDLE_SECONDS)
-            except Empty:
-                with self._idle_lock:
-                    if self._idle:
-                        self._idle -= 1
-                        return
-                continue  # a job was put at this moment
-            job()
-            del job     # and what it holds
-            with self._idle_lock:
-                if self._idle >= self._kept:
-                    return
-                self._idle += 1
-
-
 class Helpers:
-    """Up to `limit` threads that read ahead for any caller."""
+    """Up to `limit` threads that read ahead for any caller, one for each job.  They are daemons, unlike
+    ThreadPoolExecutor's: a disk that does not answer cannot hold up the end of the process."""
 
     def __init__(self, limit: int) -> None:
-        self._threads = Threads(limit)
         # Each place is an item of a deque: a garbage collector may take and return some at any moment.
         self._free = collections.deque(range(limit))
         # What was read and is not used yet takes memory and descriptors.
@@ -1445,7 +1374,7 @@ class Helpers:
             for places in (self._free, self._unused):
                 stack.callback(places.append, places.pop())
             future: Future[T] = Future()
-            self._threads.submit(functools.partial(self._do, future, job))
+            threading.Thread(target=self._do, args=(future, job), daemon=True).start()
             stack.pop_all()
             return future
         return None
@@ -1465,11 +1394,9 @@ class Helpers:
         unpin(True)
         self._idents.add(threading.get_ident())
         try:
-            result = job()
+            future.set_result(job())
         except BaseException as error:
             future.set_exception(error)
-        else:
-            future.set_result(result)
         finally:
             self._idents.discard(threading.get_ident())
             self._free.append(0)
@@ -1527,7 +1454,7 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
             yield map(read, [entries[begin:end]])
             begin = end
 
-    return [item for piece in read_ahead(pieces(), pace) for item in piece]
+    return list(itertools.chain.from_iterable(read_ahead(pieces(), pace)))
 
 
 # A folder of objects: its kind, how the objects' names begin, and open(), which gives the Folder, one without
@@ -1538,59 +1465,49 @@ ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'prefix', 'open']
 def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
     """Names and, with `sizes`, sizes in bytes of the objects in a folder, in batches as object_batches() has
     them.  Raises OSError."""
-    def read_sizes(names: List[str]) -> List[int]:
-        return [os.stat(name, dir_fd=folder.fd, follow_symlinks=False)[stat.ST_SIZE] for name in names]
-
-    least = _least(source.prefix)
     with source.open() as folder, _scan(folder.path, folder.fd) as scanned:
-        for entries, names in object_batches(scanned, source.prefix):
-            lengths: Optional[List[int]] = None if sizes else []
-            with contextlib.suppress(FileNotFoundError):    # deleted since the directory was read
-                if sizes and folder.fd is not None:
-                    lengths = read_in_pieces(read_sizes, names, pace, least)
-            if lengths is None:
-                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, least)
-                names = [entry.name for entry, _ in statuses]
-                lengths = [status.st_size for _, status in statuses]
-            yield names, lengths
+        for entries in object_batches(scanned, source.prefix):
+            if sizes:
+                statuses = _statuses(folder, entries, source.prefix, pace)
+                yield [entry.name for entry, _ in statuses], [status.st_size for _, status in statuses]
+            else:
+                yield [entry.name for entry in entries], []
 
 
-def entries_and_statuses(folder: Folder, prefix: str = '', pace: Optional[Pace] = None
+def entries_and_statuses(folder: Folder, prefix: str = ''
                          ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
     """The objects in a folder and what stat(2) says of them."""
-    pace = pace or Pace()
+    pace = Pace()
     with _scan(folder.path, folder.fd) as scanned:
-        for entries, _ in object_batches(scanned, prefix):
+        for entries in object_batches(scanned, prefix):
             try:
-                statuses = read_in_pieces(functools.partial(_statuses, folder), entries, pace, _least(prefix))
+                yield from _statuses(folder, entries, prefix, pace)
             except OSError:     # give all before the entry that cannot be read
                 for entry in entries:
-                    yield from _statuses(folder, [entry])
-                continue
-            yield from statuses
+                    yield from _statuses(folder, [entry], prefix, pace)
 
 
-def _least(prefix: str) -> int:
-    """Up to how many objects a folder is not read in pieces: more in data/, which has 256 folders."""
-    return FAST_PIECE if prefix else PIECE
-
-
-def _statuses(folder: Folder, entries: List[os.DirEntry[str]]
+def _statuses(folder: Folder, entries: List[os.DirEntry[str]], prefix: str, pace: Pace
               ) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
     """The entries that have not been deleted since the directory was read, and what stat(2) says of them.
     DirEntry.stat() would hold the interpreter's lock, and with it all requests, while the disk seeks."""
-    statuses, fd = [], folder.fd
-    for entry in entries:
-        try:
-            status = (os.stat(entry.name, dir_fd=fd, follow_symlinks=False) if fd is not None else
-                      entry.stat(follow_symlinks=False))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            error.filename = f'{folder.path}/{entry.name}'
-            raise
-        statuses.append((entry, status))
-    return statuses
+    fd = folder.fd
+
+    def read(entries: List[os.DirEntry[str]]) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
+        statuses = []
+        for entry in entries:
+            try:
+                statuses.append((entry, os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
+                                 if fd is not None else entry.stat(follow_symlinks=False)))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                error.filename = f'{folder.path}/{entry.name}'
+                raise
+        return statuses
+
+    # More at a time in data/, which has 256 folders that are read at once.
+    return read_in_pieces(read, entries, pace, FAST_PIECE if prefix else PIECE)
 
 
 # ==== Counters ===================================================================================
@@ -1925,6 +1842,11 @@ def _shows_repository(entry: os.DirEntry[str]) -> bool:
     return entry.name == 'config' or entry.name in KINDS
 
 
+def _repository_of(path: str) -> str:
+    """The part of a path below DIR that comes before the folders in a repository."""
+    return '/'.join(itertools.takewhile(lambda name: name not in KINDS, path.split('/')))
+
+
 # How a folder is reached: the `folder` if it is trusted, so that it can be opened by its path, else None; and
 # whether a link is on the way to it.
 Way = collections.namedtuple('Way', ['folder', 'has_link'])
@@ -1941,7 +1863,7 @@ class Folders:
         self._root_fd: Optional[int] = None
         self._ways = Remembered()
         self._has_proc = os.path.isdir('/proc/self/fd')     # shows the path of a descriptor
-        self._nothing = Folder(f'{os.devnull}/missing')     # stands for a folder that is missing
+        self.nothing = Folder(f'{os.devnull}/missing')      # stands for a folder that is missing
 
     def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
         """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be
@@ -1962,43 +1884,28 @@ class Folders:
             return self.open(path, by_descriptor=True)
         except (FileNotFoundError, NotADirectoryError):
             if not os.path.lexists(self.root + path):
-                return self._nothing
+                return self.nothing
         return self.open(path, by_descriptor=True)  # it was made between the two looks
-
-    def open_part(self, path: str, folder: Folder, name: str) -> Folder:
-        """A folder in `folder`, which is open and has this path below the root; opened for scanning.  Raises
-        OSError.  Its path is only used if it is a link: that takes several times as many steps."""
-        if folder.fd is not None:
-            try:
-                return Folder(f'{folder.path}/{name}', folder.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
-                    error.filename = f'{folder.path}/{name}'
-                    raise
-        return self.open_to_scan(f'{path}/{name}')
-
-    def is_missing(self, folder: Folder) -> bool:
-        """Whether a folder stands for a missing one."""
-        return folder is self._nothing
 
     def hidden(self, make: bool = True) -> Folder:
         """The folder for the server's own files, created if it is missing; never one behind a link."""
+        path = f'{self.root}/{HIDDEN}'
         with self.open('') as top:
             if not _HAS_DIR_FD:
                 self.make(f'/{HIDDEN}')
-                return Folder(f'{self.root}/{HIDDEN}')
+                return Folder(path)
             try:
-                return Folder(f'{self.root}/{HIDDEN}', top.open(HIDDEN, _FOLDER_FLAGS | os.O_NOFOLLOW))
+                return Folder(path, top.open(HIDDEN, _FOLDER_FLAGS | os.O_NOFOLLOW))
             except FileNotFoundError:
                 if not make:
                     raise
-                self.make(f'/{HIDDEN}')
-                return self.hidden(make=False)
             except OSError as error:
-                if error.errno in _LINK_ERRORS:
-                    raise PermissionError(errno.EACCES, 'expected a directory, found a link or file; '
-                                          'remove it', f'{self.root}/{HIDDEN}') from None
-                raise
+                if error.errno not in _LINK_ERRORS:
+                    raise
+                raise PermissionError(errno.EACCES, 'expected a directory, found a link or file; remove it',
+                                      path) from None
+        self.make(f'/{HIDDEN}')
+        return self.hidden(make=False)
 
     def missing(self, path: str) -> int:
         """How many folders make() would create for a path."""
@@ -2017,27 +1924,22 @@ class Folders:
     def _look(self, path: str) -> Way:
         """Check a folder, after its parent."""
         if not path:
-            trusted, has_link = not _HAS_DIR_FD or is_trusted(self.root or os.sep), False
-        else:
-            above, _, name = path.rpartition('/')
-            parent = self._ways.get(above, self._look)
-            trusted, has_link = not _HAS_DIR_FD, False
-            if not _HAS_DIR_FD:
-                has_link = os.path.islink(self.root + path)
-            elif parent.folder:
-                trusted, has_link = is_trusted_entry(self.root + above or os.sep, name)
-            has_link = has_link or parent.has_link
-        if trusted and has_link:
-            self._check_links(path)
-        return Way(Folder(self.root + path or os.sep) if trusted else None, has_link)
+            return Way(Folder(self.root or os.sep) if is_trusted(self.root or os.sep) else None, False)
+        above, _, name = path.rpartition('/')
+        folder, has_link = self._ways.get(above, self._look)
+        if folder:
+            trusted, is_link = is_trusted_entry(folder.path, name)
+            folder, has_link = Folder(self.root + path) if trusted else None, has_link or is_link
+        if folder and has_link:
+            repository = _repository_of(path)
+            self._check_inside(os.path.realpath(self.root or os.sep),
+                               os.path.realpath(self.root + repository), repository)
+        return Way(folder, has_link)
 
-    def _check_links(self, path: str) -> None:
-        """Raises PermissionError for a repository outside the directory; the folders in a repository may be
-        links to anywhere."""
-        kind = next((at for at, name in enumerate(path.split('/')) if name in KINDS), None)
-        repository = '/'.join(path.split('/')[:kind])
-        inside = os.path.join(os.path.realpath(self.root or os.sep), '')
-        if not os.path.join(os.path.realpath(self.root + repository), '').startswith(inside):
+    def _check_inside(self, top: str, folder: str, repository: str) -> None:
+        """Raises PermissionError where a repository's real path is not in that of the directory; the folders
+        in a repository may be links to anywhere."""
+        if not os.path.join(folder, '').startswith(os.path.join(top, '')):
             raise PermissionError(errno.EACCES, 'symbolic link leads out of the served directory',
                                   self.root + repository)
 
@@ -2064,15 +1966,13 @@ class Folders:
         except OSError as error:
             if error.errno not in _LINK_ERRORS:
                 raise
-        names = path.split('/')
-        kind = next((at for at, name in enumerate(names) if name in KINDS), len(names))
-        fd = descend(root_fd, '/'.join(names[:kind]), LINKS_AT_MOST if self._has_proc else 0)
+        repository = _repository_of(path)
+        fd = descend(root_fd, repository, LINKS_AT_MOST if self._has_proc else 0)
         try:
-            inside = self._has_proc and os.path.join(os.readlink(f'/proc/self/fd/{root_fd}'), '')
-            if inside and not os.path.join(os.readlink(f'/proc/self/fd/{fd}'), '').startswith(inside):
-                raise PermissionError(errno.EACCES, 'symbolic link leads out of the served directory',
-                                      self.root + path)
-            return descend(fd, '/'.join(names[kind:]))
+            if self._has_proc:
+                self._check_inside(os.readlink(f'/proc/self/fd/{root_fd}'),
+                                   os.readlink(f'/proc/self/fd/{fd}'), repository)
+            return descend(fd, path[len(repository):])
         finally:
             os.close(fd)
 
@@ -2170,15 +2070,14 @@ class Scratch(ScratchFile):
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
         target = target or self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
-        if not self.name:
-            # With AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link calls plain
-            # link(2) without one); the path is absolute, so which descriptor it is means nothing.
-            os.link(f'/proc/self/fd/{self.fd}', new_name, src_dir_fd=self.fd, dst_dir_fd=target.fd)
-            return
+        # A nameless file is linked with AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link
+        # calls plain link(2) without one); the path is absolute, so which descriptor it is means nothing.
+        source, source_fd = ((self.folder.at(self.name), self.folder.fd) if self.name else
+                             (f'/proc/self/fd/{self.fd}', self.fd))
         try:
-            os.link(self.folder.at(self.name), new_name, src_dir_fd=self.folder.fd, dst_dir_fd=target.fd)
+            os.link(source, new_name, src_dir_fd=source_fd, dst_dir_fd=target.fd)
         except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
+            if not self.name or error.errno not in _NO_HARD_LINKS:
                 raise
             with _exclusive(target):
                 try:
@@ -2300,9 +2199,8 @@ class Directory:
             raise DirectoryGone(DIRECTORY_GONE)
 
     def check_writable(self) -> None:
-        """Raises DirectoryGone, and ReadOnly."""
-        if self.is_gone():
-            raise DirectoryGone(DIRECTORY_GONE)
+        """Raises DirectoryGone and, where it is read-only, ReadOnly."""
+        self.check_present()
         if self.read_only:
             raise ReadOnly(READ_ONLY)
 
@@ -2411,29 +2309,23 @@ class Store:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
         pace = Pace()
-        with self.object_folders(location.repository, location.kind) as folders:
-            yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in folders), pace)
+        yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in self.object_folders(
+            location.repository, location.kind)), pace)
 
-    @contextlib.contextmanager
-    def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:
-        """The folders of objects in a repository, of some kinds or all, in the order of the directories.
-        They may be opened only within this context."""
-        with contextlib.ExitStack() as stack:
-            yield itertools.chain.from_iterable(self._folders_of(f'{repository}/{kind}', kind, stack)
-                                                for kind in kinds or KINDS)
-
-    def _folders_of(self, path: str, kind: str, stack: contextlib.ExitStack) -> Iterator[ObjectFolder]:
-        if kind != 'data':
-            yield ObjectFolder(kind, '', functools.partial(self.folders.open_to_scan, path))
-            return
-        try:
-            data, entries = stack.enter_context(self.scan(path))
-            for entry in entries:
-                if _SUBDIRECTORY.fullmatch(entry.name):
-                    yield ObjectFolder(kind, entry.name, functools.partial(
-                        self.folders.open_part, path, data, entry.name))
-        except OSError as error:    # raised where the folder is read
-            yield ObjectFolder(kind, '', functools.partial(_raise, error))
+    def object_folders(self, repository: str, *kinds: str) -> Iterator[ObjectFolder]:
+        """The folders of objects in a repository, of some kinds or all, in the order of the directories."""
+        for kind in kinds or KINDS:
+            path, parts = f'{repository}/{kind}', ['']
+            if kind == 'data':
+                try:
+                    with self.scan(path) as (_, entries):
+                        parts = [entry.name for entry in entries if _SUBDIRECTORY.fullmatch(entry.name)]
+                except OSError as error:    # raised where the folder is read
+                    yield ObjectFolder(kind, '', functools.partial(_raise, error))
+                    continue
+            for part in parts:
+                yield ObjectFolder(kind, part, functools.partial(
+                    self.folders.open_to_scan, f'{path}/{part}' if part else path))
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
@@ -2505,21 +2397,19 @@ class Store:
         """Store an object; it is on the disk when this returns.
 
         One that exists is compared with the body, and replaced if it is damaged.  Raises WrongContent,
-        OtherConfig, NoRepository and OSError.
+        OtherConfig, NotHere and OSError.
         """
         made = 0
         if location.kind == 'config':
-            self.check_repository(location)
+            self.require_repository(location)
         try:
             scratch = Scratch(self, location.folder)
         except FileNotFoundError:
-            self.check_repository(location)
+            self.require_repository(location)
             made = self.folders.make(location.folder)
             scratch = Scratch(self, location.folder)
         try:
-            digest = receive(body, scratch.fd, self.verify)
-            if location.name and digest not in ('', location.name):
-                raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
+            digest = receive(body, location.name, scratch.fd, self.verify)
             saved = Saved(1, 0, os.fstat(scratch.fd).st_size, made)
             if not location.name and not saved.after:
                 raise WrongContent('config is empty')
@@ -2531,7 +2421,7 @@ class Store:
                 except FileExistsError:
                     digest = digest or _digest(scratch.fd)
                     if location.name and digest != location.name:
-                        raise WrongContent(f'SHA-256 of the content is {digest}, not the name') from None
+                        raise _wrong_content(digest) from None
                     before = self.size(location) or 0
                     if self._accept_existing(location, digest, scratch):
                         saved = Saved(0, before, self.size(location) or 0, made)
@@ -2541,10 +2431,10 @@ class Store:
             scratch.close()
         return saved
 
-    def check_repository(self, location: Location) -> None:
-        """Raises NoRepository where there is none, since no upload makes one: its disk may be away."""
+    def require_repository(self, location: Location) -> None:
+        """Raises NotHere where there is none, since no upload makes one: its disk may be away."""
         if not self.has_repository(location.repository):
-            raise NoRepository('no repository here; create one with restic init')
+            raise NotHere('no repository here; create one with restic init')
 
     def confirm(self, location: Location, body: Body) -> bool:
         """Compare an upload with the object that exists, instead of storing it again; False, without
@@ -2555,10 +2445,7 @@ class Store:
             return False
         if location.name and stored != location.name:
             return False
-        digest = receive(body)
-        if digest != stored and location.name:
-            raise WrongContent(f'SHA-256 of the content is {digest}, not the name')
-        if digest != stored:
+        if receive(body, location.name) != stored:
             raise OtherConfig('a different config already exists')
         if self.size(location) is None:
             raise Busy('object was deleted during the upload', 1)
@@ -2596,21 +2483,29 @@ class Store:
             return 'unreadable'
 
 
-def receive(body: Body, fd: int = -1, hashed: bool = True) -> str:
-    """Read an upload to its end, and write it to a file, if there is one; its SHA-256 in hexadecimal if it is
-    to be `hashed`, else empty."""
+def receive(body: Body, name: str, fd: int = -1, verify: bool = True) -> str:
+    """Read an upload to its end, and write it to a file, if there is one; its SHA-256 in hexadecimal, empty
+    unless it is to be verified.  Raises WrongContent where that is not the object's `name`, if it has one."""
     digest = hashlib.sha256()
     length = body.piece if body.length is None else min(body.length, body.piece)
     buffer = memoryview(bytearray(max(length, 1)))
     while True:
         count = body.readinto(buffer)
         if not count:
-            return digest.hexdigest() if hashed else ''
+            break
         part = buffer[:count]
-        if hashed:
+        if verify:
             digest.update(part)
         while part and fd >= 0:
             part = part[os.write(fd, part):]
+    result = digest.hexdigest() if verify else ''
+    if name and result not in ('', name):
+        raise _wrong_content(result)
+    return result
+
+
+def _wrong_content(digest: str) -> WrongContent:
+    return WrongContent(f'SHA-256 of the content is {digest}, not the name')
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -2620,42 +2515,33 @@ def _raise(error: OSError) -> NoReturn:
 def try_file_system(store: Store) -> None:
     """Find out what the file system of a store can do, with files of our own; where it is full, what needs
     none of them.  Raises OSError if none can be created."""
-    linked, renamed = (f'{PROBE_PREFIX}{os.urandom(8).hex()}' for _ in range(2))
-    try:
-        if store.nameless:
-            store.nameless = _can_name(store, linked, renamed)
-        with Scratch(store, '') as scratch:
-            if is_there_in_other_case(scratch.folder, scratch.name or renamed):
-                store.ignores_case = True
-            os.write(scratch.fd, b'ok')
-            if not sync_file(scratch.fd):
-                log.warning('the file system of %s cannot sync files: recent uploads may be lost '
-                            'in a power failure', store.root or os.sep)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        log.warning('%s: disk full: %s', store.root or os.sep, error.strerror)
-    finally:
-        with store.folders.open('') as top:
-            for name in (linked, renamed):
-                with contextlib.suppress(OSError):
-                    top.unlink(name)
-
-
-def _can_name(store: Store, linked: str, renamed: str) -> bool:
-    """Whether a nameless file can be linked, renamed and closed, and then is there."""
-    try:
-        with Scratch(store, '') as scratch:
-            scratch.publish(linked)
-            scratch.target.rename(linked, scratch.target, renamed)
-        with store.folders.open('') as top:
-            top.stat(renamed)   # over SMB it is gone with its descriptor
-        return True
-    except OSError as error:
-        if error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise
-        log.debug('no nameless files in %s: %s', store.root or os.sep, error)
-        return False
+    name, full = f'{PROBE_PREFIX}{os.urandom(8).hex()}', (errno.ENOSPC, errno.EDQUOT)
+    with store.folders.open('') as top:
+        try:
+            if store.nameless:
+                try:
+                    with Scratch(store, '') as scratch:
+                        scratch.publish(name)
+                    top.stat(name)  # over SMB it is gone with its descriptor
+                except OSError as error:
+                    if error.errno in (errno.EROFS, *full):
+                        raise
+                    log.debug('no nameless files in %s: %s', store.root or os.sep, error)
+                    store.nameless = False
+            with Scratch(store, '') as scratch:
+                if is_there_in_other_case(scratch.folder, scratch.name or name):
+                    store.ignores_case = True
+                os.write(scratch.fd, b'ok')
+                if not sync_file(scratch.fd):
+                    log.warning('the file system of %s cannot sync files: recent uploads may be lost '
+                                'in a power failure', store.root or os.sep)
+        except OSError as error:
+            if error.errno not in full:
+                raise
+            log.warning('%s: disk full: %s', store.root or os.sep, error.strerror)
+        finally:
+            with contextlib.suppress(OSError):
+                top.unlink(name)
 
 
 def is_there_in_other_case(folder: Folder, name: str) -> bool:
@@ -2862,10 +2748,10 @@ class Past:
             raise NoHistory(f'no history before {moment_for_people(earliest)}')
 
     def view(self, location: Location) -> View:
-        """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotKept
+        """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotHere
         and NoHistory."""
         if not self.keeps:
-            raise NotKept('this server does not keep deleted objects (--keep-deleted)')
+            raise NotHere('this server does not keep deleted objects (--keep-deleted)')
         try:
             moment = parse_past(location.at, self._clock())
         except ValueError as error:
@@ -2884,11 +2770,10 @@ class Past:
 
     def _entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
         """All that is in the folders of deleted objects.  Raises OSError."""
-        with self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config') as sources:
-            for source in sources:
-                with source.open() as folder, _scan(folder.path, folder.fd) as entries:
-                    for entry in entries:
-                        yield folder, entry
+        for source in self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config'):
+            with source.open() as folder, _scan(folder.path, folder.fd) as entries:
+                for entry in entries:
+                    yield folder, entry
 
     def purge(self, repository: str) -> Iterator[int]:
         """Remove what has been kept long enough, and what a crash has left half-written; yields the size of
@@ -3708,8 +3593,8 @@ class Census:
         days, snapshots, last = [held['bytes'], *[0] * DAYS], [0] * (DAYS + 1), 0
         today, paused = int(before) // _DAY_SECONDS, begin
         pause = bool(self._counters.read(('counted',)))     # nobody waits for the first census
-        with self._store.object_folders(repository) as folders, contextlib.closing(
-                read_ahead(map(self._read, folders))) as items:
+        folders = self._store.object_folders(repository)
+        with contextlib.closing(read_ahead(map(self._read, folders))) as items:
             for kind, item in items:
                 elapsed = time.monotonic() - begin
                 if pause and begin + elapsed - paused > 0.001:      # leave half of the time to requests
@@ -3739,7 +3624,7 @@ class Census:
         each object, and with the error that ended it."""
         try:
             with objects.open() as folder:
-                if not self._store.folders.is_missing(folder):
+                if folder is not self._store.folders.nothing:
                     yield objects.kind, None
                 for _, status in entries_and_statuses(folder, objects.prefix):
                     yield objects.kind, status
@@ -3793,7 +3678,7 @@ class Usage:
         scopes = self.limited(location.repository) if self.limits.by_place else []
         if not scopes:
             return self._save(location, body)
-        self._store.check_repository(location)      # before the place takes a row of the counters
+        self._store.require_repository(location)      # before the place takes a row of the counters
         present = self._store.size(location)
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
@@ -5147,8 +5032,8 @@ class Watch:
         """Bytes of the objects of a repository that came up to each of some moments, since the one before,
         and after the last; None if there are too many to look at.  Raises OSError."""
         added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
-        with self.store.object_folders(name) as folders, contextlib.closing(
-                read_ahead(map(self.store.read, folders))) as objects:
+        folders = self.store.object_folders(name)
+        with contextlib.closing(read_ahead(map(self.store.read, folders))) as objects:
             for _, status in objects:
                 added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
                 if time.monotonic() >= end:
@@ -5997,7 +5882,7 @@ _REASON_OF_STATUS = {400: 'the file system cannot store this name',
                      500: 'the server could not access the file', 503: 'too many open files',
                      507: 'disk full'}
 _STATUS_OF_ERROR = {
-    InvalidPath: 400, WrongContent: 400, OtherConfig: 403, ReservedName: 404, NoRepository: 404, NotKept: 404,
+    InvalidPath: 400, WrongContent: 400, OtherConfig: 403, ReservedName: 404, NotHere: 404,
     NoHistory: 410, DirectoryGone: 500, Busy: 503, ReadOnly: 507, QuotaExceeded: 507,
 }
 _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
@@ -7556,7 +7441,6 @@ def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
 # all after an error; Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-IDLE_THREADS = 8             # threads that are kept for another request, for IDLE_SECONDS
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
 CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
@@ -7773,7 +7657,6 @@ class Exchanges:
         self._is_sending = False        # some thread is
         self._ended = False             # no more frames will be read
         self._running = 0               # requests that have a thread
-        self._threads = Threads(IDLE_THREADS)
         self._connection = connection
         self._api = api
         self._limits = connection.limits
@@ -7812,7 +7695,7 @@ class Exchanges:
             frames = b'' if self._is_sending else self._take_unsent()
         if frames and by_another:
             with contextlib.suppress(RuntimeError):     # no thread can be started
-                self._threads.submit(functools.partial(self._send, frames))
+                threading.Thread(target=self._send, args=(frames,), daemon=True).start()
                 return
         self._send(frames)
 
@@ -7923,7 +7806,7 @@ class Exchanges:
         try:
             if len(self.streams) >= STREAMS or self._running >= 2 * STREAMS:    # RFC 9113 5.1.2
                 raise RuntimeError('too many requests at once')
-            self._threads.submit(functools.partial(self._serve, stream, request, refusal))
+            threading.Thread(target=self._serve, args=(stream, request, refusal), daemon=True).start()
         except RuntimeError as error:
             raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
         self.streams[stream.id] = stream

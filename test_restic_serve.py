@@ -52,8 +52,8 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, Busy, Counters, Entry, HttpError, Limits, Location, Metrics, NoRepository, OtherConfig,
-    Page, PasswordFile, Peer, Policy, QuotaExceeded, Request, Server, Store, Usage, WrongContent,
+    Accounts, Api, Busy, Counters, Entry, HttpError, Limits, Location, Metrics, NotHere, OtherConfig, Page,
+    PasswordFile, Peer, Policy, QuotaExceeded, Request, Server, Store, Usage, WrongContent,
     short_rights)
 
 MODULE = restic_serve.__file__
@@ -1610,7 +1610,7 @@ class FileSystemsTest(TestCase):
         for location in (Location('/host', 'data', named(b'x')), Location('/host', 'config'),
                          Location('/office', 'config'), Location('/office', 'keys', named(b'x')),
                          Location('', 'locks', named(b'x'))):
-            with self.assertRaises(NoRepository, msg=location):
+            with self.assertRaises(NotHere, msg=location):
                 store.save(location, Bytes(b'x'))
         self.assertEqual([path.name for path in self.root.rglob('*') if path.name != '.restic_serve'],
                          ['office'])
@@ -1899,7 +1899,7 @@ class SlowDiskTest(StoreTest):
             return tick, tick * (not self.slow), tick
 
         self.helpers = restic_serve.Helpers(3)
-        patch_for(self, restic_serve, _used=used, PIECE=2, IDLE_SECONDS=0.01, helpers=self.helpers)
+        patch_for(self, restic_serve, _used=used, PIECE=2, helpers=self.helpers)
         self.addCleanup(self.wait_for_helpers)
 
     def wait_for_helpers(self):
@@ -5165,7 +5165,7 @@ class RightsTest(TestCase):
         usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
         for number in range(5):
-            with self.assertRaises(NoRepository):
+            with self.assertRaises(NotHere):
                 usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
         self.assertEqual(usage.counters.names('reserved'), set())
 
@@ -11110,10 +11110,6 @@ class FaultsTestCase(Http2TestCase):
 
     WIRES = ('HTTP/1.1', 'HTTP/2')
     TEMPORARY = ('/proc/self/fd/', os.path.dirname(os.__file__))  # what a server may open beside DIR
-
-    def setUp(self):
-        super().setUp()
-        patch_for(self, restic_serve, IDLE_SECONDS=0.05)   # their end is waited for
 
     def exchange(self, wire, method, path, content=b'', *more):
         """Status and content of an answer on a connection of its own; a reset stream is its code."""
