@@ -99,7 +99,6 @@ TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost e
 if TYPE_CHECKING:
     import ssl
     from concurrent.futures import Future
-    from types import FrameType as CallFrame
     from typing import (
         Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn,
         Optional, Protocol, Set, Tuple, TypeVar, Union)
@@ -8175,24 +8174,25 @@ _SIGNALS = tuple(signum for signum in (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SI
 
 class Loop:
     """Calls `handlers` of signals (by number), `timers`, and the callbacks of readable descriptors.  One
-    thread runs it; any thread may call send() and wake()."""
+    thread runs it; any thread may call wake()."""
 
     def __init__(self) -> None:
         self.handlers: Dict[int, Callable[[], None]] = {}
         self.timers: List[Callable[[], float]] = []
         # Not epoll(7), whose descriptor a forked process would share; few descriptors are watched.
         self._selector = getattr(selectors, 'PollSelector', selectors.SelectSelector)()
+        self._catches = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_writer.setblocking(False)    # where it is full, the loop wakes anyway
-        self.watch(self._wake_reader, lambda: self.handle(self._wake_reader.recv(4096)))
+        self.watch(self._wake_reader, self._handle_signals)
 
     def catch(self, signums: Iterable[int]) -> None:
-        """Handle signals from now on, also those that were blocked by block_signals().  For the main thread
-        only."""
+        """Handle signals from now on, also those that were blocked.  For the main thread only."""
+        self._catches = True
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
-        for signum in signums:
-            signal.signal(signum, _note_signal)
-        unblock_signals({*_SIGNALS, *signums})
+        for signum in signums:  # their numbers are written to the pair of sockets
+            signal.signal(signum, lambda signum, frame: None)
+        block_signals({*_SIGNALS, *signums}, blocked=False)
 
     def watch(self, source: Any, on_readable: Callable[[], None]) -> None:
         """Call a function whenever `source`, a descriptor or an object with one, is readable."""
@@ -8211,42 +8211,29 @@ class Loop:
             for key, _ in self._selector.select(min(wait, 86400) if wait < math.inf else None):
                 key.data()
 
-    def handle(self, signums: bytes) -> None:
-        """Call the handlers of signals."""
-        for signum in signums:
-            if signum in self.handlers:
-                self.handlers[signum]()
-
-    def send(self, signum: int) -> None:
-        """Act as if a signal had arrived."""
+    def wake(self, signum: int = 0) -> None:
+        """End the wait that is going on; with a signal's number, act as if that had arrived."""
         with contextlib.suppress(OSError):  # the loop is closed, or has much to read already
             self._wake_writer.send(bytes([signum]))
 
-    def wake(self) -> None:
-        """End the wait that is going on."""
-        self.send(0)
-
     def close(self) -> None:
-        """Close the pair of sockets."""
+        """Catch no more signals, and close the pair of sockets."""
+        if self._catches:
+            signal.set_wakeup_fd(-1)
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
 
+    def _handle_signals(self) -> None:
+        for signum in self._wake_reader.recv(4096):
+            if signum in self.handlers:
+                self.handlers[signum]()
 
-def block_signals(signums: Iterable[int]) -> None:
-    """Hold signals back, where the system can, until Loop.catch()."""
+
+def block_signals(signums: Iterable[int], blocked: bool = True) -> None:
+    """Hold signals back until Loop.catch(), or let them through again, where the system can."""
     if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, signums)
-
-
-def unblock_signals(signums: Iterable[int]) -> None:
-    """Let signals through again that block_signals() holds back."""
-    if hasattr(signal, 'pthread_sigmask'):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signums)
-
-
-def _note_signal(signum: int, frame: Optional[CallFrame]) -> None:
-    """Handle a signal in Python; its number has been written to the wake-up pair."""
+        signal.pthread_sigmask(signal.SIG_BLOCK if blocked else signal.SIG_UNBLOCK, signums)
 
 
 class SystemdNotifier:
@@ -8269,11 +8256,6 @@ class SystemdNotifier:
                     sock.sendto('\n'.join(lines).encode(), self._path)
             except OSError as error:
                 log.debug('cannot notify the service manager: %s', error)
-
-    def notify_reloading(self) -> None:
-        """Announce a reload; READY=1 ends it."""
-        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self.notify('RELOADING=1', f'MONOTONIC_USEC={microseconds}')
 
     def ping(self) -> float:
         """Send the watchdog's keep-alive if it is due, twice in its interval; seconds until the next one."""
@@ -8782,7 +8764,6 @@ class Server:
         """Serve until SIGTERM or SIGINT; then let running requests finish."""
         self.loop.catch(_SIGNALS)
         self.serve()
-        signal.set_wakeup_fd(-1)
 
     def serve(self) -> None:
         """Serve until the loop hears of a signal to stop, or an adopted connection ends; then let running
@@ -8856,7 +8837,7 @@ class Server:
 
     def stop(self) -> None:
         """Do what SIGTERM does; any thread may."""
-        self.loop.send(signal.SIGTERM)
+        self.loop.wake(signal.SIGTERM)
 
     def on_stop(self) -> None:
         """SIGTERM or SIGINT has come."""
@@ -8864,7 +8845,7 @@ class Server:
 
     def reload(self) -> None:
         """SIGHUP: read again what may have changed."""
-        self.notifier.notify_reloading()
+        self.notifier.notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
         self.look_at_files(force=True)
         for handler in log.handlers:
             handler.close()  # LogFile's
@@ -8903,18 +8884,19 @@ def import_modules() -> None:
 # no threads, so that it can fork at any time.  Workers share the listening sockets and the Counters, and
 # know nothing of each other.  Who tells whom:
 #
-#     service manager, administrator ──signals──▶ parent ──control socket, a byte a signal──▶ each worker
+#     service manager, administrator ──signals──▶ parent ──SIGTERM, SIGHUP──▶ each worker
 #                                                    ◀──SIGCHLD when a worker has died──
-#     parent ──its end of the control socket closes when it dies──▶ workers stop
+#     parent ──its end of the lifeline, a pair of sockets, closes──▶ workers stop, or stop without delay
 #     any worker ──Census.request()──▶ the first worker, which makes the census
 #
-# SIGTERM and SIGINT stop: the first one lets requests under way finish, the second one does not.  The
-# parent handles SIGHUP (and has the workers do the same), SIGUSR1 and SIGUSR2.  Signals sent to a worker
-# itself are ignored, except SIGTERM.  A worker that dies is replaced, and its gauges are zeroed.
+# SIGTERM and SIGINT stop: the first one lets requests under way finish, the second one, or the parent's
+# death in the meantime, does not.  Of the signals that reach a worker from elsewhere it ignores SIGINT,
+# SIGUSR1 and SIGUSR2, and any number of SIGTERM counts once: the service manager may signal each process,
+# a terminal signals all.  A worker that dies is replaced, and its gauges are zeroed.
 
-RESTART_SECONDS = (0.0, 1.0, 30.0)  # Delay before a dead worker is replaced: first, second, longest.
-ORDERLY_SECONDS = 0.5               # Additional delay if it has ended with status 0.
-STEADY_SECONDS = 60                 # Running time after which the delays begin anew.
+LONGEST_DELAY = 30          # Seconds before a dead worker is replaced: 0, 1, 2, 4 to this.
+ORDERLY_SECONDS = 0.5       # Additional delay if it has ended with status 0.
+STEADY_SECONDS = 60         # Running time after which the delays begin anew.
 KILL_SECONDS = STOP_SECONDS + 5     # Time for a worker to stop before it is killed.
 
 
@@ -8923,55 +8905,16 @@ class Worker:
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
-        self.pid = 0                            # 0 while there is none
-        self.control: Optional[socket.socket] = None    # for its signals
+        self.pid = 0                # 0 while there is none
         self.begun = 0.0
-        self.due = 0.0                          # when the next process is to be started, infinite for never
-        self.delay: Optional[float] = None      # of the last start in seconds, None for the first one
+        self.due = 0.0              # when it is to be started or, while it runs, killed; infinite for never
+        self.delay = 0.0            # seconds before the next start that has a failure before it
 
-    def send_signal(self, signum: int) -> None:
-        """Have the worker handle a signal."""
-        if self.control:
-            with contextlib.suppress(OSError):  # it has just ended
-                self.control.send(bytes([signum]))
-
-    def close(self) -> None:
-        """Close what belongs to the process, which has ended."""
-        self.pid = 0
-        if self.control:
-            self.control.close()
-            self.control = None
-
-    def back_off(self) -> None:
-        """Plan the next process, with longer delays the more often it fails."""
-        first, second, longest = RESTART_SECONDS
-        self.delay = first if self.delay is None else min(max(2 * self.delay, second), longest)
-        self.due = time.monotonic() + self.delay
-
-
-def serve_as_worker(server: Server, slot: int, control: socket.socket) -> None:
-    """Serve as one of several processes.  `control` delivers signals as their numbers, and its end means that
-    the parent has died."""
-    server.become_worker(slot)
-
-    def on_control() -> None:
-        signums = control.recv(4096)
-        if not signums:  # the parent is gone
-            loop.unwatch(control)
-        loop.handle(signums or bytes([signal.SIGTERM]))
-
-    def on_stop(stops: int) -> None:
-        server.stops = max(server.stops, stops)     # the service manager may signal each process
-
-    server.loop.close()     # the parent's
-    loop = server.loop = Loop()
-    loop.handlers = {signal.SIGTERM: lambda: on_stop(1), signal.SIGINT: lambda: on_stop(2),
-                     _RELOAD_SIGNAL: server.reload}
-    loop.watch(control, on_control)
-    for signum in _SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    loop.catch([signal.SIGTERM])
-    server.serve()
+    def back_off(self) -> float:
+        """Plan the next start; seconds until then, which grow the more often it fails."""
+        delay, self.delay = self.delay, min(max(2 * self.delay, 1), LONGEST_DELAY)
+        self.due = time.monotonic() + delay
+        return delay
 
 
 class Workers:
@@ -8981,64 +8924,56 @@ class Workers:
         self._server = server
         self._workers = [Worker(slot) for slot in range(1, count + 1)]
         self._stopping = False
-        self._kill_at = math.inf                    # when workers that do not stop are killed
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
         server, loop = self._server, self._server.loop
         reload_log.disabled = True      # the first worker logs it
+        self._lifeline, self._workers_end = socket.socketpair()
         loop.handlers.update({signal.SIGTERM: self._stop, signal.SIGINT: self._stop,
                               _RELOAD_SIGNAL: self._reload, signal.SIGCHLD: self._reap})
         loop.catch((*_SIGNALS, signal.SIGCHLD))
-        self._start_due()
+        self._start_or_kill()
         server.notifier.notify('READY=1')
         loop.timers = [server.look_at_files, server.notifier.ping, lambda: server.stats.tick(True),
-                       self._start_due, self._kill_late]
+                       self._start_or_kill]
         loop.run(lambda: self._stopping and not any(worker.pid for worker in self._workers))
-        signal.set_wakeup_fd(-1)
-        loop.close()
-        server.api.usage.census.channel.close()
-        server.api.events.channel.close()
 
-    # ---- timers ----
-
-    def _start_due(self) -> float:
-        """Start the workers that are due; seconds until the next one is."""
+    def _start_or_kill(self) -> float:
+        """A timer: start the workers that are due, and kill those that do not stop; seconds until the next
+        one is."""
         now = time.monotonic()
         for worker in self._workers:
-            if now >= worker.due:
+            if now >= worker.due and worker.pid:
+                worker.due = math.inf
+                log.warning('worker %d (process %d) does not stop; killing it', worker.slot, worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+            elif now >= worker.due:
                 self._start(worker)
         return min(worker.due for worker in self._workers) - now
 
-    def _kill_late(self) -> float:
-        """Kill workers that do not stop, if it is time; seconds until it will be."""
-        now = time.monotonic()
-        if now >= self._kill_at:
-            self._kill_at = math.inf
-            for worker in self._workers:
-                if worker.pid:
-                    log.warning('worker %d (process %d) does not stop; killing it', worker.slot, worker.pid)
-                    os.kill(worker.pid, signal.SIGKILL)
-        return self._kill_at - now
-
     # ---- signals ----
+
+    def _signal_all(self, signum: int) -> None:
+        for worker in self._workers:
+            if worker.pid:
+                os.kill(worker.pid, signum)
 
     def _reload(self) -> None:
         self._server.reload()
-        for worker in self._workers:
-            worker.send_signal(_RELOAD_SIGNAL)
+        self._signal_all(_RELOAD_SIGNAL)
 
     def _stop(self) -> None:
-        """Accept no more, and stop the workers: by SIGTERM the first time, then by SIGINT, which ends
-        their grace period."""
+        """Accept no more, and stop the workers; the second time end their grace period."""
+        if self._stopping:
+            self._lifeline.close()
+            return
+        self._stopping = True
+        self._signal_all(signal.SIGTERM)
         for worker in self._workers:
-            worker.send_signal(signal.SIGINT if self._stopping else signal.SIGTERM)
-            worker.due = math.inf
-        if not self._stopping:
-            self._stopping = True
-            self._kill_at = time.monotonic() + KILL_SECONDS
-            self._server.notifier.notify('STOPPING=1')
-            self._server.close_listeners()
+            worker.due = time.monotonic() + KILL_SECONDS if worker.pid else math.inf
+        self._server.notifier.notify('STOPPING=1')
+        self._server.close_listeners()
 
     def _reap(self) -> None:
         """Collect processes that have ended, and plan the successors of workers."""
@@ -9052,19 +8987,18 @@ class Workers:
                         self._on_end(worker, status)
 
     def _on_end(self, worker: Worker, status: int) -> None:
-        pid = worker.pid
-        worker.close()
+        pid, worker.pid, worker.due = worker.pid, 0, math.inf
         self._server.api.metrics.counters.clear(worker.slot)    # its connections have ended
         if self._stopping:
             return
         if time.monotonic() - worker.begun > STEADY_SECONDS:
-            worker.delay = None
-        worker.back_off()
+            worker.delay = 0
+        delay = worker.back_off()
         if status:
             how = (f'was killed by signal {os.WTERMSIG(status)}' if os.WIFSIGNALED(status)
                    else f'failed with status {os.WEXITSTATUS(status)}')
             log.error('worker %d (process %d) %s; restarting it%s', worker.slot, pid, how,
-                      f' in {worker.delay:.0f} s' if worker.delay else '')
+                      f' in {delay:.0f} s' if delay else '')
         else:  # somebody has stopped it, and may be about to stop us
             worker.due += ORDERLY_SECONDS
 
@@ -9075,29 +9009,40 @@ class Workers:
         # Until the new process has its own handlers, signals would be written to our wake-up pair.
         block_signals(_SIGNALS)
         try:
-            worker.control, control = socket.socketpair()
-            with control:
-                worker.pid = os.fork()
-                if not worker.pid:
-                    self._be_worker(worker.slot, control)
-            worker.begun, worker.due = time.monotonic(), math.inf
-            if worker.delay is not None:
+            worker.pid = os.fork()
+            if not worker.pid:
+                self._be_worker(worker.slot)
+            if worker.due:  # not the first start
                 log.log(NOTICE, 'worker %d is now process %d', worker.slot, worker.pid)
+            worker.begun, worker.due = time.monotonic(), math.inf
         except OSError as error:
             log.error('cannot start a worker: %s', error)
-            worker.close()
             worker.back_off()
-        unblock_signals(_SIGNALS)
+        block_signals(_SIGNALS, blocked=False)
 
-    def _be_worker(self, slot: int, control: socket.socket) -> NoReturn:
-        """Run the new process to its end."""
-        status = 1
+    def _be_worker(self, slot: int) -> NoReturn:
+        """Serve in the new process, to its end."""
+        server, status = self._server, 1
+
+        def on_stop() -> None:
+            server.stops = max(server.stops, 1)
+
+        def on_end_of_lifeline() -> None:
+            server.stops += 1
+            server.loop.unwatch(self._workers_end)
+
         try:
-            signal.set_wakeup_fd(-1)
+            self._lifeline.close()
+            server.loop.close()     # the parent's
+            server.loop = Loop()
+            server.loop.handlers = {signal.SIGTERM: on_stop, _RELOAD_SIGNAL: server.reload}
+            server.loop.watch(self._workers_end, on_end_of_lifeline)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for worker in self._workers:    # the parent's ends
-                worker.close()
-            serve_as_worker(self._server, slot, control)
+            for signum in set(_SIGNALS).difference(server.loop.handlers):
+                signal.signal(signum, signal.SIG_IGN)
+            server.become_worker(slot)
+            server.loop.catch(server.loop.handlers)
+            server.serve()
             status = 0
         except BaseException as error:
             log.error('%s: %s', type(error).__name__, error)
