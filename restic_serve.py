@@ -6915,6 +6915,15 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
     return int(announced)
 
 
+def expects_continue(headers: Dict[str, str]) -> bool:
+    """Whether a client waits for 100 (Continue) before it sends content (RFC 9110 10.1.1).  Raises
+    HttpError."""
+    expectation = headers.get('expect')
+    if expectation and expectation.lower() != '100-continue':
+        raise HttpError(417, 'only the expectation 100-continue is supported')
+    return bool(expectation)
+
+
 class _ChunkedBody:
     """A chunked body (RFC 9112 7.1).  Chunk extensions and trailers are ignored."""
 
@@ -7072,10 +7081,8 @@ class Http1:
         else:
             self.length = self.left = length
         # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
-        expected = request.headers.get('expect') if request.version != 'HTTP/1.0' else None
-        if expected and expected.lower() != '100-continue':
-            raise HttpError(417, 'only the expectation 100-continue is supported')
-        self._expects_continue = expected is not None and length != 0
+        self._expects_continue = (request.version != 'HTTP/1.0' and expects_continue(request.headers)
+                                  and length != 0)
 
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
@@ -7229,7 +7236,6 @@ def _status_and_date(status: int, now: int) -> str:
 # Header compression for HTTP/2 (RFC 7541): from bytes to fields and back, without frames and streams.
 
 TABLE_BYTES = 4096           # Size of the dynamic table, the protocol's default (RFC 9113 6.5.2).
-FIELD_BYTES = 32             # Overhead of a field in that size (RFC 7541 4.1).
 # Appendix A: name and value; the first has the index 1.
 _STATIC_NAMES = (
     ':authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|'
@@ -7243,14 +7249,12 @@ _STATIC_NAMES = (
     'strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate')
 _STATIC_TABLE = [(name, value) for name, _, value in (
     field.partition(' ') for field in _STATIC_NAMES.split('|'))]
-_INDEX_OF_FIELD = {field: index for index, field in reversed([*enumerate(_STATIC_TABLE, 1)])}
-_INDEX_OF_NAME = {field[0]: index for index, field in reversed([*enumerate(_STATIC_TABLE, 1)])}
-# Appendix B: the lengths of the codes of 256 octets and of EOS, a letter each, A for 5 bits.  The
-# code is canonical: shorter codes come first, and among equals the lower octet.
+# Appendix B: the lengths of the codes of 256 octets, a letter each, A for 5 bits.  The code is canonical:
+# shorter codes come first, and among equals the lower octet.
 _CODE_LENGTHS = (
     'ISXXXXXXXTZXXZXXXXXXXXZXXXXXXXXXBFFHIBDGFFDGDBBBAAABBBBBBBCDKBHFIBCCCCCCCCCCCCCCCCCCCC'
     'CCDCDIOIJBKABABABBBACCBBBABCBAABCCCCCKGJIXPRPPRRRSRSSSSSTSTTRSTSSSSQRSRSSTRQPRRSSQSRRT'
-    'QRSSQQRQSRSSPRRRSRRSVVPORSRUVVVWWVTUOQVWWVWTQQVVXWWWPTPQRQQSRRUUTTVSVWVVWWWWWXWWWWWVZ')
+    'QRSSQQRQSRSSPRRRSRRSVVPORSRUVVVWWVTUOQVWWVWTQQVVXWWWPTPQRQQSRRUUTTVSVWVVWWWWWXWWWWWV')
 
 
 class HpackError(Exception):
@@ -7258,48 +7262,31 @@ class HpackError(Exception):
 
 
 @functools.lru_cache(maxsize=None)
-def _huffman_codes() -> Tuple[Dict[Tuple[int, int], int], List[Tuple[int, int]]]:
-    """The octet of each code, by length and bits; and a table of 256 for the next 8 bits: octet and length
-    of the code that they begin with, or length 0 if that is longer."""
-    octets = {}
-    code = length = 0
-    for bits, octet in sorted((ord(letter) - 60, octet)
-                              for octet, letter in enumerate(_CODE_LENGTHS[:256])):
+def _huffman_codes() -> Dict[str, int]:
+    """The octet of each code, whose bits are digits."""
+    octets, code, length = {}, 0, 0
+    for bits, octet in sorted((ord(letter) - 60, octet) for octet, letter in enumerate(_CODE_LENGTHS)):
         code <<= bits - length
-        octets[bits, code] = octet
+        octets[f'{code:0{bits}b}'] = octet
         code, length = code + 1, bits
-    short = [(0, 0)] * 256
-    for (bits, code), octet in octets.items():
-        if bits <= 8:
-            first = code << 8 - bits
-            short[first:first + (1 << 8 - bits)] = [(octet, bits)] * (1 << 8 - bits)
-    return octets, short
+    return octets
 
 
 def decode_huffman(data: bytes) -> bytes:
     """Decode a Huffman-coded string (RFC 7541 5.2).  Raises HpackError."""
-    octets, short = _huffman_codes()
-    padded, at, end = data + b'\xff' * 5, 0, 8 * len(data)
-    found = bytearray()
-    while at < end:
-        # The next 32 bits: the longest code has 30.
-        word = int.from_bytes(padded[at >> 3:(at >> 3) + 5], 'big') >> 8 - (at & 7) & 0xffffffff
-        octet, bits = short[word >> 24]
-        if not bits:
-            for bits in range(10, 31):
-                if (bits, word >> 32 - bits) in octets:
-                    octet = octets[bits, word >> 32 - bits]
-                    break
-            else:
-                break
-        if at + bits > end:
+    octets, decoded, begin = _huffman_codes(), bytearray(), 0
+    bits = ''.join([f'{octet:08b}' for octet in data])
+    for end in range(5, len(bits) + 1):
+        octet = octets.get(bits[begin:end])
+        if octet is not None:
+            decoded.append(octet)
+            begin = end
+        elif end - begin > 30:      # as many as the longest code has
             break
-        found.append(octet)
-        at += bits
     # Padding is the beginning of EOS, which is all ones, and shorter than an octet.
-    if end - at > 7 or (at < end and ~data[-1] & (1 << end - at) - 1):
+    if len(bits) - begin > 7 or '0' in bits[begin:]:
         raise HpackError('malformed Huffman code')
-    return bytes(found)
+    return bytes(decoded)
 
 
 class HeaderDecoder:
@@ -7321,10 +7308,9 @@ class HeaderDecoder:
         while self._at < len(block):
             first = block[self._at]
             if first & 0xe0 == 0x20:
-                size = self._integer(5)
-                if begun or size > TABLE_BYTES:  # RFC 7541 4.2 and 6.3
+                self._limit = self._integer(5)
+                if begun or self._limit > TABLE_BYTES:  # RFC 7541 4.2 and 6.3
                     raise HpackError('a size of the table that is not allowed')
-                self._limit = size
                 self._evict()
                 continue
             begun = True
@@ -7384,98 +7370,71 @@ class HeaderDecoder:
 
 
 def _field_bytes(field: Tuple[str, str]) -> int:
-    return len(field[0]) + len(field[1]) + FIELD_BYTES
-
-
-def encode_integer(value: int, prefix: int, flags: int) -> bytes:
-    """An integer (RFC 7541 5.1), the bits above its prefix those of `flags`."""
-    mask = (1 << prefix) - 1
-    if value < mask:
-        return bytes([flags | value])
-    encoded = bytearray([flags | mask])
-    value -= mask
-    while value >= 0x80:
-        encoded.append(value & 0x7f | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return len(field[0]) + len(field[1]) + 32
 
 
 def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
-    """A header block that uses only the static table, so that threads share no state.  It begins with a
-    table size of 0 (RFC 7541 6.3), as 4.2 requires after a client has lowered the size."""
-    block = b'\x20'
-    for name, value in fields:
-        index = _INDEX_OF_FIELD.get((name, value))
-        if index:
-            block += encode_integer(index, 7, 0x80)
-            continue
-        index, text = _INDEX_OF_NAME.get(name, 0), value.encode('latin-1')
-        block += encode_integer(index, 4, 0)
-        if not index:
-            block += encode_integer(len(name), 7, 0) + name.encode('latin-1')
-        block += encode_integer(len(text), 7, 0) + text
-    return block
+    """A header block that uses no table, so that threads share no state (RFC 7541 6.2.2).  It begins with a
+    table size of 0 (6.3), as 4.2 requires after a client has lowered the size."""
+    return b'\x20' + b''.join([b'\0' + encode_string(name) + encode_string(value) for name, value in fields])
+
+
+def encode_string(text: str) -> bytes:
+    """A string literal, without Huffman coding (RFC 7541 5.1 and 5.2)."""
+    data = text.encode('latin-1')
+    if len(data) < 0x7f:
+        return bytes([len(data)]) + data
+    head, rest = [0x7f], len(data) - 0x7f
+    while rest >= 0x80:
+        head.append(rest & 0x7f | 0x80)
+        rest >>= 7
+    return bytes([*head, rest]) + data
 
 
 # ==== Http2 ======================================================================================
 # HTTP/2 (RFC 9113) over standard input and output, for one client that begins with its preface.
 #
-# Theory of operation.  The connection's thread runs Http2.run(): it reads frames and calls the method of
-# their type.  Each request has a thread, which runs the Api, takes the content from its Stream, and sends
-# the answer.  One lock, that of Exchanges.changed, guards all state; nobody holds it while reading or
-# writing.
+# Theory of operation.  The connection's thread runs Http2.run(): it reads frames and acts on them.  Each
+# request has a thread, which runs the Api, takes the content from its Stream, and queues the answer.  One
+# more thread writes what is queued.  One lock, that of Exchanges.changed, guards all state; nobody holds it
+# while reading or writing.
 #
-# Pipes can be full in both directions, so the reading thread never waits for the client to read.  What it
-# has to say (ACKs, resets, GOAWAY) it leaves to the thread that is sending, or to another one if none is.
-# A thread that is stuck in write(2) cannot be woken: the connection's deadline ends the process.  A
-# request's thread waits for content and for the client's windows until its stream's deadline.
+# Pipes can be full in both directions, so the reading thread never waits for the client to read.  The
+# writing thread, which may be stuck in write(2), cannot be woken: the connection's deadline ends the
+# process.  A request's thread waits for content and for the client's windows until its stream's deadline.
 #
 # Content that arrives is kept in memory until its request's thread takes it.  A window opens again when
 # half of it has been taken: once all that came was taken it is above zero, which nghttp2 waits for before
 # it sends even an empty last frame.
 #
 # A connection ends by EOFError, Gone, or an error that is sent with GOAWAY; after stop() input ends with the
-# last stream.  Then Exchanges.drain() lets requests be answered that are whole, and aborts the others, or
-# all after an error; Connection.linger() and close() follow.
+# last stream.  Then requests are answered that are whole, and the others are aborted, or all after an error;
+# Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
 CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
 CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
-SEND_BYTES = 128 * 1024      # of content that is sent at a time
+SEND_BYTES = 128 * 1024      # of content that are read at a time, and queued before others wait
 WRITE_BYTES = 32 * 1024      # that are written at a time; a client that takes none for too long has stalled
-UNREAD_BYTES = 64 * 1024     # of ACKs and the like that a client may leave unread
+UNREAD_BYTES = 512 * 1024    # of answers, ACKs and the like that a client may leave unread
 LARGEST_WINDOW = (1 << 31) - 1  # RFC 9113 6.9.1
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
 
-
-class FrameType(enum.IntEnum):
-    """RFC 9113 6."""
-
-    DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, \
-        CONTINUATION = range(10)
-
-
-class ErrorCode(enum.IntEnum):
-    """RFC 9113 7."""
-
-    NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED, \
-        FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, \
-        ENHANCE_YOUR_CALM = range(12)
-
-
-class Setting(enum.IntEnum):
-    """RFC 9113 6.5.2."""
-
-    ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, \
-        MAX_HEADER_LIST_SIZE = range(2, 7)
-
-
-# Flags (RFC 9113 6)
+# RFC 9113 6, 7 and 6.5.2.
+FrameType = enum.IntEnum('FrameType', 'DATA HEADERS PRIORITY RST_STREAM SETTINGS PUSH_PROMISE PING GOAWAY '
+                         'WINDOW_UPDATE CONTINUATION', start=0)
+ErrorCode = enum.IntEnum('ErrorCode', 'NO_ERROR PROTOCOL_ERROR INTERNAL_ERROR FLOW_CONTROL_ERROR '
+                         'SETTINGS_TIMEOUT STREAM_CLOSED FRAME_SIZE_ERROR REFUSED_STREAM CANCEL '
+                         'COMPRESSION_ERROR CONNECT_ERROR ENHANCE_YOUR_CALM', start=0)
+Setting = enum.IntEnum('Setting', 'ENABLE_PUSH MAX_CONCURRENT_STREAMS INITIAL_WINDOW_SIZE MAX_FRAME_SIZE '
+                       'MAX_HEADER_LIST_SIZE', start=2)
 _END_STREAM = _ACK = 0x1
 _END_HEADERS, _PADDED, _PRIORITIZED = 0x4, 0x8, 0x20
+# For each type whether its frames are a stream's (None: either), and the size of their payload (None: any).
+_FRAME_TYPES = [(True, None), (True, None), (True, 5), (True, 4), (False, None), (True, None), (False, 8),
+                (False, None), (None, 4), (True, None)]
 _DEFAULT_WINDOW, _DEFAULT_FRAME_BYTES = (1 << 16) - 1, 1 << 14
 _FRAME_HEAD = struct.Struct('>IBI')  # the first byte of the four is the payload length's
 _SETTING = struct.Struct('>HI')
@@ -7504,27 +7463,12 @@ def require(condition: object, reason: str, code: ErrorCode = ErrorCode.PROTOCOL
         raise error(code, reason)
 
 
+require_of_stream = functools.partial(require, error=StreamError)
+
+
 def frame(kind: int, flags: int, stream_id: int, payload: bytes | memoryview = b'') -> bytes:
     """A frame of the stream `stream_id` (RFC 9113 4.1)."""
     return b''.join((_FRAME_HEAD.pack(len(payload) << 8 | kind, flags, stream_id), payload))
-
-
-def header_frames(stream_id: int, headers: Headers, flags: int = 0) -> bytes:
-    """HEADERS of a stream, and CONTINUATION if they are long (RFC 9113 6.2 and 6.10)."""
-    block = encode_headers(headers)
-    parts = [block[at:at + _DEFAULT_FRAME_BYTES] for at in range(0, len(block), _DEFAULT_FRAME_BYTES)]
-    return b''.join(
-        frame(FrameType.CONTINUATION if place else FrameType.HEADERS,
-              (0 if place else flags) | (_END_HEADERS if place == len(parts) - 1 else 0), stream_id, part)
-        for place, part in enumerate(parts))
-
-
-def data_frames(stream_id: int, content: bytes | memoryview, limit: int, last: bool) -> bytes:
-    """DATA of a stream, in frames of `limit` bytes at the most; at least one, which may be empty."""
-    return b''.join(
-        frame(FrameType.DATA, _END_STREAM if last and at + limit >= len(content) else 0, stream_id,
-              content[at:at + limit])
-        for at in range(0, len(content) or 1, limit))
 
 
 def without_padding(flags: int, payload: bytes) -> bytes:
@@ -7536,16 +7480,16 @@ def without_padding(flags: int, payload: bytes) -> bytes:
     return payload[1:len(payload) - payload[0]]
 
 
-def check_priority(stream_id: int, priority: bytes, error: type[Http2Error]) -> None:
-    """Raises an error if a stream depends on itself (RFC 7540 5.3.1)."""
-    require(int.from_bytes(priority[:4], 'big') & LARGEST_WINDOW != stream_id, 'a stream depends on itself',
-            error=error)
+def check_priority(stream_id: int, priority: bytes) -> None:
+    """Raises Http2Error if a stream depends on itself (RFC 7540 5.3.1; RFC 9113 5.3 ignores the rest)."""
+    require(len(priority) == 5, 'a priority of a wrong size', ErrorCode.FRAME_SIZE_ERROR)
+    require(int.from_bytes(priority[:4], 'big') & LARGEST_WINDOW != stream_id, 'a stream depends on itself')
 
 
 def check_field(name: str, value: str) -> None:
     """Raises StreamError for a field that makes a message malformed (RFC 9113 8.2)."""
-    require(name not in _OF_CONNECTION and _LOWER_TOKEN.fullmatch(name) and _VALUE.fullmatch(value)
-            and (name != 'te' or value == 'trailers'), 'bad header field', error=StreamError)
+    require_of_stream(name not in _OF_CONNECTION and _LOWER_TOKEN.fullmatch(name) and _VALUE.fullmatch(value)
+                      and (name != 'te' or value == 'trailers'), 'bad header field')
 
 
 def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]:
@@ -7555,48 +7499,52 @@ def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]
     headers: Dict[str, str] = {}
     for name, value in fields:
         if name.startswith(':'):
-            require(not headers and name not in pseudo
-                    and name in (':method', ':scheme', ':path', ':authority'),
-                    'bad pseudo-header field', error=StreamError)
+            require_of_stream(name in (':method', ':scheme', ':path', ':authority') and name not in pseudo
+                              and not headers, 'bad pseudo-header field')
             pseudo[name] = value
         else:
             check_field(name, value)
             headers[name] = f'{headers[name]}, {value}' if name in headers else value
     method, target = pseudo.get(':method', ''), pseudo.get(':path', '')
-    if method == 'CONNECT' and not target and ':scheme' not in pseudo:  # RFC 9113 8.5
-        target = '/'
-    else:
-        require(_SCHEME.fullmatch(pseudo.get(':scheme', '')), 'no valid scheme', error=StreamError)
-    require(re.fullmatch(_TOKEN, method) and re.fullmatch(r'/[!-"$-~]*|\*', target), 'bad method or path',
-            error=StreamError)
     host = pseudo.get(':authority', headers.get('host', ''))
-    require(_HOST.fullmatch(host) and headers.get('host', host) == host, 'bad authority', error=StreamError)
-    require(_LENGTH.fullmatch(headers.get('content-length', '0')), 'bad content-length', error=StreamError)
+    require_of_stream(re.fullmatch(_TOKEN, method) and re.fullmatch(r'/[!-"$-~]*|\*', target)
+                      and _SCHEME.fullmatch(pseudo.get(':scheme', '')), 'bad method, path or scheme')
+    require_of_stream(_HOST.fullmatch(host) and headers.get('host', host) == host, 'bad authority')
+    require_of_stream(_LENGTH.fullmatch(headers.get('content-length', '0')), 'bad content-length')
     if host:
         headers['host'] = host      # RFC 9113 8.3.1
     return method, target, headers
 
 
-class ReceiveWindow:
-    """How many bytes of content the client may send, on a stream or on all (RFC 9113 5.2.1)."""
+class Flow:
+    """Flow control of the stream `id`, or of the connection as the stream 0 (RFC 9113 5.2)."""
 
-    def __init__(self, size: int) -> None:
-        self.available = self._size = size
-        self._taken = 0         # bytes that the client is still to be told of
+    def __init__(self, stream_id: int, window: int, size: int) -> None:
+        self.id = stream_id
+        self.error = StreamError if stream_id else Http2Error
+        self.window = window            # bytes that may be sent; may be negative (RFC 9113 6.9.2)
+        self.allowed = self._size = size    # bytes of content that the client may send
+        self._taken = 0                 # bytes that it is still to be told of
 
-    def release(self, count: int) -> int:
-        """Content was taken from memory; bytes that a WINDOW_UPDATE is to add now, 0 for none."""
+    def receive(self, count: int) -> None:
+        """Content has arrived.  Raises Http2Error if it was not allowed."""
+        self.allowed -= count
+        require(self.allowed >= 0, 'more content than the window', ErrorCode.FLOW_CONTROL_ERROR, self.error)
+
+    def release(self, count: int) -> bytes:
+        """Content was taken from memory; the WINDOW_UPDATE that lets the client send as much again, or
+        nothing yet."""
         self._taken += count
         if self._taken < self._size // 2:
-            return 0
+            return b''
         increment, self._taken = self._taken, 0
-        self.available += increment
-        return increment
+        self.allowed += increment
+        return frame(FrameType.WINDOW_UPDATE, 0, self.id, struct.pack('>I', increment))
 
 
-class Stream:
-    """One request, and its content as a Body; `length` is what is announced, None if it is not.  Without
-    content the request is `whole`.  Its state (RFC 9113 5.1; the lock of `exchanges` guards all of it):
+class Stream(Flow):
+    """One request, and its content as a Body; `length` is what is announced, None if it is not.  Its state
+    (RFC 9113 5.1; the lock of `exchanges` guards all of it):
 
         OPEN                receiving, sending
         HALF_CLOSED_REMOTE  sending: END_STREAM has arrived
@@ -7606,13 +7554,10 @@ class Stream:
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
-    def __init__(self, exchanges: Exchanges, stream_id: int, length: Optional[int], whole: bool) -> None:
-        self.id = stream_id
-        self.length = 0 if whole else length
-        self.receiving, self.sending, self.aborted = not whole, True, ''
-        self.remaining = self.length    # bytes of content announced that have not arrived
-        self.allowed = ReceiveWindow(READ_WINDOW)
-        self.window = exchanges.initial_window  # bytes that may be sent; may be negative (RFC 9113 6.9.2)
+    def __init__(self, exchanges: Exchanges, stream_id: int, length: Optional[int], receiving: bool) -> None:
+        super().__init__(stream_id, exchanges.initial_window, READ_WINDOW)
+        self.receiving, self.sending, self.aborted = receiving, True, ''
+        self.length = self.remaining = length   # `remaining` has not arrived
         self.content = bytearray()      # that has arrived and was not read
         self.wanted = True              # more of it is to be read
         self.expects_continue = False   # the client waits for 100 (Continue)
@@ -7624,7 +7569,7 @@ class Stream:
         exchanges = self._exchanges
         if self.expects_continue:
             self.expects_continue = False   # RFC 9110 15.2.1
-            exchanges.send(self, header_frames(self.id, [(':status', '100')]))
+            exchanges.send_headers(self, [(':status', '100')])
         with exchanges.changed:
             if not exchanges.wait(self.deadline, lambda: self.content or not self.receiving, STALLED_UPLOAD):
                 raise HttpError(408, 'the content took too long')
@@ -7634,93 +7579,78 @@ class Stream:
             view[:count] = self.content[:count]
             del self.content[:count]
             exchanges.release(count, self)
-        exchanges.flush()
         return count
 
 
 class Exchanges:
     """The requests of a connection, and all that is sent on it.  `changed` has the lock, and is notified of
-    each change that a thread may wait for.  The methods up to drain() are called without the lock, the
-    others with it."""
+    each change that a thread may wait for.  Methods up to write() are called without the lock, the others
+    with it."""
 
     def __init__(self, connection: Connection, api: Api) -> None:
         self.changed = threading.Condition()
         self.streams: Dict[int, Stream] = {}        # that are not closed
-        self.closed: Dict[int, bool] = {}           # the last that were; whether we have reset them
+        self.resets: Deque[int] = collections.deque(maxlen=4 * STREAMS)    # the last streams that we reset
+        self.flow = Flow(0, _DEFAULT_WINDOW, CONNECTION_WINDOW)
         self.initial_window = _DEFAULT_WINDOW       # bytes that may be sent on a new stream
-        self.window = _DEFAULT_WINDOW               # and on all of them
         self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
-        self.allowed = ReceiveWindow(CONNECTION_WINDOW)
-        self.shuts_down = False         # GOAWAY was sent: no more requests are taken on
-        self.unsent = b''               # frames that the next to send takes along
-        self._is_sending = False        # some thread is
-        self._ended = False             # no more frames will be read
-        self._running = 0               # requests that have a thread
+        self.last_served: Optional[int] = None      # the last stream that is, once GOAWAY was sent
+        self.unsent = b''               # frames that are queued
+        self.ended = False              # no more frames will be read
+        self.running = 0               # requests that have a thread
         self._connection = connection
         self._api = api
         self._limits = connection.limits
 
-    def send(self, stream: Stream, head: bytes, content: bytes | memoryview = b'',
-             last: bool = False) -> int:
-        """Send HEADERS and as much content as the client's windows allow, at least one byte without HEADERS;
-        how much.  If all goes it may be the `last` of its stream.  Raises Gone."""
-        def is_ready() -> bool:
-            return not stream.sending or not self._is_sending and bool(
-                head or not content or self._ended or min(stream.window, self.window) > 0)
+    def send_headers(self, stream: Stream, headers: Headers, last: bool = False) -> None:
+        """Queue HEADERS, which may be the `last` of their stream.  Raises Gone."""
+        with self.changed:
+            if stream.aborted:
+                raise Gone(stream.aborted)
+            self.queue(frame(FrameType.HEADERS, _END_HEADERS | (_END_STREAM if last else 0), stream.id,
+                             encode_headers(headers)))
+            if last:
+                self.end(stream, sending=False)
+
+    def send_content(self, stream: Stream, content: bytes | memoryview, last: bool) -> int:
+        """Queue as much content as the client's windows allow, at least one byte; how much.  If all goes it
+        may be the `last` of its stream.  Raises Gone."""
+        def is_open() -> bool:
+            return not (content and stream.sending) or self.ended or min(stream.window, self.flow.window) > 0
 
         with self.changed:
-            if not self.wait(stream.deadline, is_ready, STALLED_DOWNLOAD):
-                self.reset(stream.id, ErrorCode.CANCEL)
-            count = max(min(len(content), stream.window, self.window), 0)
-            if stream.aborted or (content and not count and not head):
+            while True:
+                if not self.wait(stream.deadline, is_open, STALLED_DOWNLOAD):
+                    self.reset(stream.id, ErrorCode.CANCEL)
+                if len(self.unsent) < SEND_BYTES or not stream.sending:
+                    break
+                self.changed.wait()     # for the writing thread, which has a deadline of its own
+            count = max(min(len(content), stream.window, self.flow.window), 0)
+            if stream.aborted or (content and not count):
                 raise Gone(stream.aborted or 'client disconnected')
             stream.window -= count
-            self.window -= count
+            self.flow.window -= count
             stream.deadline.passed += count
-            ends = last and count == len(content)
-            frames, self.unsent, self._is_sending = self.unsent + head, b'', True
-            if count or not head:
-                frames += data_frames(stream.id, content[:count], self.frame_bytes, ends)
-            if ends:
+            last = last and count == len(content)
+            for at in range(0, count or 1, self.frame_bytes):
+                end = min(at + self.frame_bytes, count)
+                self.queue(frame(FrameType.DATA, _END_STREAM if last and end == count else 0, stream.id,
+                                 content[at:end]))
+            if last:
                 self.end(stream, sending=False)
-        self._send(frames)
-        if stream.aborted:
-            raise Gone(stream.aborted)
         return count
 
-    def flush(self, by_another: bool = False) -> None:
-        """Send what is unsent, unless a thread is about to; or have it sent `by_another` than this one."""
-        with self.changed:
-            frames = b'' if self._is_sending else self._take_unsent()
-        if frames and by_another:
-            with contextlib.suppress(RuntimeError):     # no thread can be started
-                threading.Thread(target=self._send, args=(frames,), daemon=True).start()
-                return
-        self._send(frames)
-
-    def _send(self, frames: bytes) -> None:
-        """Send frames, and then what others have left meanwhile."""
-        longest = min(self._limits.write_seconds, self._limits.stall_seconds)
-        while frames:
-            try:
-                for at in range(0, len(frames), WRITE_BYTES):
-                    self._connection.wait_for(Connection.WRITING, longest)
-                    self._connection.transmit(frames[at:at + WRITE_BYTES])
-            except Gone as gone:        # no request can be answered any more
-                with self.changed:
-                    self.unsent = b''
-                    self.abort_all(str(gone))
-                self._connection.end_input()
-            self._connection.wait_for(Connection.IDLE, math.inf)
-            with self.changed:
-                frames = self._take_unsent()
-
-    def _serve(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
-        """Answer one request."""
+    def serve(self, stream: Stream, request: Request, complete: bool) -> None:
+        """Answer one request, whose header is `complete`, or was too long."""
         code = ErrorCode.CANCEL
         try:
             try:
-                response = self._api.refuse(refusal) if refusal else self._api.handle(request)
+                if not complete:        # RFC 9113 10.5.1
+                    raise HttpError(431, f'header is longer than {self._limits.header_bytes} bytes')
+                stream.expects_continue = expects_continue(request.headers) and stream.length != 0
+                response = self._api.handle(request)
+            except HttpError as error:
+                response = self._api.refuse(error)
             except Gone:
                 self._api.finish(request, CLIENT_GONE, 0)
                 raise
@@ -7730,7 +7660,7 @@ class Exchanges:
             with self.changed:
                 # What is little, or is on its way already, ends by itself.
                 if stream.remaining is None or stream.remaining <= SKIP_BYTES:
-                    self.changed.wait_for(lambda: not stream.receiving or self._ended, LINGER_SECONDS)
+                    self.changed.wait_for(lambda: not stream.receiving or self.ended, LINGER_SECONDS)
         except Gone as gone:
             log.debug('%s: %s', self._connection.peer, gone)
         except Exception as error:      # a file that cannot be read; or a fault of ours
@@ -7741,9 +7671,8 @@ class Exchanges:
             with self.changed:
                 if stream.id in self.streams:
                     self.reset(stream.id, code)
-                self._running -= 1
+                self.running -= 1
                 self.changed.notify_all()
-            self.flush()
 
     def _answer(self, stream: Stream, request: Request, response: Response) -> None:
         """Send the answer to a request.  Raises Gone, and OSError if the content cannot be read."""
@@ -7754,35 +7683,51 @@ class Exchanges:
         body, sent, length = response.body, 0, None     # type: Any, int, Optional[int]
         headers = [(':status', str(response.status)), ('date', http_date(int(time.time()))),
                    *((name.lower(), value) for name, value in response.headers)]
-        if isinstance(body, (bytes, FileSlice)):
-            length = len(body) if isinstance(body, bytes) else body.length
+        if isinstance(body, bytes):
+            length, body = len(body), [body]
+        elif isinstance(body, FileSlice):
+            length, body = body.length, iter(functools.partial(body.read, SEND_BYTES), b'')
+        if length is not None:
             headers.append(('content-length', str(length)))
+        is_head = request.method == 'HEAD' or length == 0
         try:
-            if request.method == 'HEAD' or length == 0:
-                self.send(stream, header_frames(stream.id, headers, _END_STREAM), last=True)
-                return
-            head = header_frames(stream.id, headers)
-            for piece in _pieces(body):
+            self.send_headers(stream, headers, last=is_head)
+            for piece in () if is_head else body:
                 content = memoryview(piece)
                 while content:
-                    count = self.send(stream, head, content, last=sent + len(content) == length)
-                    head, content, sent = b'', content[count:], sent + count
-            if sent != length:
-                self.send(stream, head)
-                self.send(stream, b'', last=True)
+                    count = self.send_content(stream, content, last=sent + len(content) == length)
+                    content, sent = content[count:], sent + count
+            if length is None and not is_head:
+                self.send_content(stream, b'', last=True)
         finally:
             self._api.finish(request, response.status, sent)
 
-    def drain(self, failed: bool) -> None:
-        """No more frames will arrive: abort the requests that wait for more, or all of them if the connection
-        has `failed`, and wait for the others."""
-        with self.changed:
-            self._ended = True
-            self.abort_all('client disconnected', even_whole=failed)
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: not (self._running or self._is_sending))
+    def write(self) -> None:
+        """What the writing thread does: send what is queued, until no more can be."""
+        connection, longest = self._connection, min(self._limits.write_seconds, self._limits.stall_seconds)
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.unsent or (self.ended and not self.running))
+                frames, self.unsent = self.unsent, b''
+                self.changed.notify_all()
+            if not frames:
+                return
+            try:
+                for at in range(0, len(frames), WRITE_BYTES):
+                    connection.wait_for(Connection.WRITING, longest)
+                    connection.transmit(frames[at:at + WRITE_BYTES])
+            except Gone as gone:        # no request can be answered any more
+                with self.changed:
+                    self.abort_all(str(gone))
+                connection.end_input()
+            connection.wait_for(Connection.IDLE, math.inf)
 
     # ---- with the lock ----
+
+    def queue(self, frames: bytes) -> None:
+        """Have frames written."""
+        self.unsent += frames
+        self.changed.notify_all()
 
     def wait(self, deadline: Deadline, is_ready: Callable[[], object], limit: str) -> bool:
         """Wait until something is ready; False if the deadline passes first.  A stall counts as `limit`."""
@@ -7798,40 +7743,19 @@ class Exchanges:
         deadline.since = math.inf
         return True
 
-    def open(self, stream: Stream, request: Request, refusal: Optional[HttpError]) -> None:
-        """Have a thread answer a request, or refuse it.  Raises StreamError."""
-        stream.deadline.begin(self._connection.clock() + self._limits.read_seconds,
-                              self._limits.read_extension, self._limits.stall_seconds)
-        try:
-            if len(self.streams) >= STREAMS or self._running >= 2 * STREAMS:    # RFC 9113 5.1.2
-                raise RuntimeError('too many requests at once')
-            threading.Thread(target=self._serve, args=(stream, request, refusal), daemon=True).start()
-        except RuntimeError as error:
-            raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
-        self.streams[stream.id] = stream
-        self._running += 1
-
     def end(self, stream: Stream, sending: bool = True, receiving: bool = True) -> None:
-        """END_STREAM was sent, or has arrived."""
+        """END_STREAM was sent, or has arrived; without either direction a stream is closed."""
         stream.sending, stream.receiving = stream.sending and sending, stream.receiving and receiving
         if not (stream.sending or stream.receiving):
-            self.close(stream.id, False)
+            self.streams.pop(stream.id, None)
+            if self.last_served is not None and not self.streams:
+                self._connection.end_input()
 
-    def close(self, stream_id: int, by_us: bool) -> None:
-        """Know a stream as closed, for a while.  What still arrives for one that we have reset is no fault
-        of the client's (RFC 9113 5.1)."""
-        self.streams.pop(stream_id, None)
-        self.closed[stream_id] = by_us
-        if len(self.closed) > 4 * STREAMS:
-            del self.closed[next(iter(self.closed))]
-        if self.shuts_down and not self.streams:
-            self._connection.end_input()
-
-    def abort(self, stream: Stream, reason: str, by_us: bool = False) -> None:
+    def abort(self, stream: Stream, reason: str) -> None:
         """A stream was reset, or ends with the connection."""
-        stream.receiving, stream.sending, stream.aborted = False, False, reason
+        stream.aborted = reason
         self._discard(stream)
-        self.close(stream.id, by_us)
+        self.end(stream, sending=False, receiving=False)
 
     def abort_all(self, reason: str, even_whole: bool = True) -> None:
         """Abort the streams that wait for content, or `even_whole` ones."""
@@ -7840,13 +7764,11 @@ class Exchanges:
                 self.abort(stream, reason)
 
     def reset(self, stream_id: int, code: ErrorCode) -> None:
-        """Send RST_STREAM soon."""
-        self.queue(FrameType.RST_STREAM, stream_id, struct.pack('>I', code))
-        stream = self.streams.get(stream_id)
-        if stream:
-            self.abort(stream, 'the stream was reset', True)
-        else:
-            self.close(stream_id, True)
+        """Send RST_STREAM.  What still arrives for the stream is no fault of the client's (RFC 9113 5.1)."""
+        self.queue(frame(FrameType.RST_STREAM, 0, stream_id, struct.pack('>I', code)))
+        self.resets.append(stream_id)
+        if stream_id in self.streams:
+            self.abort(self.streams[stream_id], 'the stream was reset')
 
     def _discard(self, stream: Stream) -> None:
         """No more of a request's content is wanted."""
@@ -7856,56 +7778,35 @@ class Exchanges:
 
     def release(self, count: int, stream: Optional[Stream] = None) -> None:
         """Content has left the memory: let the client send as much again."""
-        increments = [(0, self.allowed.release(count))]
-        if stream and stream.receiving:
-            increments.append((stream.id, stream.allowed.release(count)))
-        for stream_id, increment in increments:
-            if increment:
-                self.queue(FrameType.WINDOW_UPDATE, stream_id, struct.pack('>I', increment))
-
-    def queue(self, kind: FrameType, stream_id: int, payload: bytes = b'', flags: int = 0) -> None:
-        """Have a frame sent by the next to send."""
-        self.unsent += frame(kind, flags, stream_id, payload)
-
-    def _take_unsent(self) -> bytes:
-        """What is to be sent now; without any nobody is sending any more."""
-        frames, self.unsent = self.unsent, b''
-        self._is_sending = bool(frames)
-        self.changed.notify_all()
-        return frames
+        self.queue(self.flow.release(count)
+                   + (stream.release(count) if stream and stream.receiving else b''))
 
 
-def _pieces(body: bytes | FileSlice | Iterator[bytes]) -> Iterator[bytes]:
-    """The content of an answer as it is made or read, in pieces to be sent.  Raises OSError."""
-    if isinstance(body, bytes):
-        yield body
-    elif isinstance(body, FileSlice):
-        while body.length:
-            yield body.read(SEND_BYTES)
-    else:
-        yield from body
-
-
-class Http2:
+class Http2(Exchanges):
     """One connection: reads its frames."""
 
     def __init__(self, connection: Connection, api: Api) -> None:
-        self._connection = connection
-        self._limits = connection.limits
-        self._exchanges = Exchanges(connection, api)
+        super().__init__(connection, api)
         self._decoder = HeaderDecoder()
         self._has_settings = False      # the client's have arrived
         self._last = 0                  # the highest stream that the client has opened
-        self._last_served = 0           # the same when GOAWAY was first sent
 
     def run(self) -> None:
         """Serve the connection to its end; requests that are whole when input ends are answered.
         Raises Gone."""
+        settings = ((Setting.MAX_CONCURRENT_STREAMS, STREAMS), (Setting.INITIAL_WINDOW_SIZE, READ_WINDOW),
+                    (Setting.MAX_FRAME_SIZE, FRAME_BYTES),
+                    (Setting.MAX_HEADER_LIST_SIZE, self._limits.header_bytes))
+        self.unsent = (
+            frame(FrameType.SETTINGS, 0, 0, b''.join(itertools.starmap(_SETTING.pack, settings)))
+            + frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
         self._connection.wait_for(Connection.IDLE, math.inf)
-        self._connection.on_stop = lambda: threading.Thread(target=self._go_away, daemon=True).start()
+        self._connection.on_stop = self._go_away
+        writer = threading.Thread(target=self.write, daemon=True)
+        writer.start()
         failed = True
         try:
-            self._exchange_prefaces()
+            require(self._read(len(PREFACE)) == PREFACE, 'missing HTTP/2 preface')  # RFC 9113 3.4
             while True:
                 self._handle_frame()
         except EOFError:
@@ -7916,31 +7817,23 @@ class Http2:
                     self._connection.peer, error, code)
             self._go_away(code, str(error))
         finally:
-            self._exchanges.drain(failed)
+            with self.changed:
+                self.ended = True
+                self.abort_all('client disconnected', even_whole=failed)
+                self.changed.notify_all()
+            writer.join()
         self._connection.linger()
 
     def _go_away(self, code: ErrorCode = ErrorCode.NO_ERROR, reason: str = '') -> None:
         """Send GOAWAY (RFC 9113 6.8), and take no more requests; without any, end the input.  Streams above
         the last are not served, and the last never rises."""
-        exchanges = self._exchanges
-        with exchanges.changed:
-            if not exchanges.shuts_down:
-                exchanges.shuts_down, self._last_served = True, self._last
-            exchanges.queue(FrameType.GOAWAY, 0,
-                            struct.pack('>II', self._last_served, code) + reason.encode())
-            if not exchanges.streams:
+        with self.changed:
+            if self.last_served is None:
+                self.last_served = self._last
+            last = struct.pack('>II', self.last_served, code)
+            self.queue(frame(FrameType.GOAWAY, 0, 0, last + reason.encode()))
+            if not self.streams:
                 self._connection.end_input()
-        exchanges.flush()
-
-    def _exchange_prefaces(self) -> None:
-        """Send our settings, and read the client's preface (RFC 9113 3.4)."""
-        settings = {Setting.MAX_CONCURRENT_STREAMS: STREAMS, Setting.INITIAL_WINDOW_SIZE: READ_WINDOW,
-                    Setting.MAX_FRAME_SIZE: FRAME_BYTES,
-                    Setting.MAX_HEADER_LIST_SIZE: self._limits.header_bytes}
-        self._connection.transmit(
-            frame(FrameType.SETTINGS, 0, 0, b''.join(_SETTING.pack(*item) for item in settings.items()))
-            + frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
-        require(self._read(len(PREFACE)) == PREFACE, 'missing HTTP/2 preface')
 
     # ---- frames as they arrive ----
 
@@ -7963,14 +7856,15 @@ class Http2:
         is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
         require(length <= (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES),
                 f'frame of type {kind} with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
-        stream = self._exchanges.streams.get(stream_id) if kind == FrameType.DATA else None
+        stream = self.streams.get(stream_id) if kind == FrameType.DATA else None
         return kind, flags, stream_id, self._read(length, stream.deadline if stream else None)
 
     def _read_block(self, flags: int, stream_id: int, payload: bytes) -> bytes:
-        """The header block that begins with HEADERS, with its priority (RFC 9113 4.3 and 6.10)."""
+        """The header block that begins with HEADERS (RFC 9113 4.3, 6.2 and 6.10)."""
         block = without_padding(flags, payload)
-        require(len(block) >= 5 or not flags & _PRIORITIZED, 'HEADERS without its priority',
-                ErrorCode.FRAME_SIZE_ERROR)
+        if flags & _PRIORITIZED:
+            check_priority(stream_id, block[:5])
+            block = block[5:]
         while not flags & _END_HEADERS:
             kind, flags, continued, payload = self._read_frame()
             require(kind == FrameType.CONTINUATION and continued == stream_id,
@@ -7981,178 +7875,148 @@ class Http2:
         return block
 
     def _handle_frame(self) -> None:
-        exchanges = self._exchanges
         kind, flags, stream_id, payload = self._read_frame()
         require(self._has_settings or (kind == FrameType.SETTINGS and not flags & _ACK),
                 'no SETTINGS after the preface')
         if kind > FrameType.CONTINUATION:   # RFC 9113 5.5: unknown types are ignored
             return
-        handle, of_stream, size = _FRAME_TYPES[kind]
+        of_stream, size = _FRAME_TYPES[kind]
         require(of_stream in (None, stream_id > 0), f'frame of type {kind} for stream {stream_id}')
         require(size in (None, len(payload)), f'frame of type {kind} with {len(payload)} bytes',
                 ErrorCode.FRAME_SIZE_ERROR)
         if kind == FrameType.HEADERS:
             payload = self._read_block(flags, stream_id, payload)
-        with exchanges.changed:
+        with self.changed:
             try:
-                handle(self, flags, stream_id, payload)
+                self._act(kind, flags, stream_id, payload)
             except StreamError as error:
                 log.debug('%s: stream %d: %s', self._connection.peer, stream_id, error)
-                exchanges.reset(stream_id, error.code)
-            exchanges.changed.notify_all()
-            require(len(exchanges.unsent) <= UNREAD_BYTES, 'too many unread responses',
+                self.reset(stream_id, error.code)
+            self.changed.notify_all()
+            require(len(self.unsent) <= UNREAD_BYTES, 'too many unread responses',
                     ErrorCode.ENHANCE_YOUR_CALM)
-        exchanges.flush(by_another=True)
 
     # ---- what they mean; with the lock ----
+
+    def _act(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        """Do what a frame asks for, whose size is right.  Raises Http2Error."""
+        if kind == FrameType.DATA:
+            self._on_data(flags, stream_id, payload)
+        elif kind == FrameType.HEADERS:
+            self._on_headers(flags, stream_id, payload)
+        elif kind == FrameType.PRIORITY:
+            check_priority(stream_id, payload)
+        elif kind == FrameType.RST_STREAM:
+            stream = self._find(stream_id)
+            if stream:
+                self.abort(stream, 'the client has cancelled the request')
+        elif kind == FrameType.SETTINGS:
+            self._on_settings(flags, payload)
+        elif kind == FrameType.PING:
+            if not flags & _ACK:
+                self.queue(frame(FrameType.PING, _ACK, 0, payload))
+        elif kind == FrameType.GOAWAY:      # it will open no more streams, and says so by its silence
+            require(len(payload) >= 8, 'GOAWAY of a wrong size', ErrorCode.FRAME_SIZE_ERROR)
+        elif kind == FrameType.WINDOW_UPDATE:
+            flow = self._find(stream_id) if stream_id else self.flow
+            if flow:
+                increment = int.from_bytes(payload, 'big') & LARGEST_WINDOW
+                require(increment, 'WINDOW_UPDATE of zero bytes', error=flow.error)
+                flow.window += increment
+                require(flow.window <= LARGEST_WINDOW, 'the window is too large',
+                        ErrorCode.FLOW_CONTROL_ERROR, flow.error)
+        else:   # PUSH_PROMISE from a client (RFC 9113 8.4), or CONTINUATION without HEADERS (6.10)
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a frame that is not expected')
 
     def _find(self, stream_id: int) -> Optional[Stream]:
         """The stream of a frame, None if it is closed (RFC 9113 5.1).  Raises Http2Error."""
         require(stream_id & 1 and stream_id <= self._last, 'frame for a stream that was never opened')
-        return self._exchanges.streams.get(stream_id)
+        return self.streams.get(stream_id)
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         """RFC 9113 6.1."""
-        exchanges = self._exchanges
-        content, kept = without_padding(flags, payload), 0
-        exchanges.allowed.available -= len(payload)
-        require(exchanges.allowed.available >= 0, 'more content than the connection may send',
-                ErrorCode.FLOW_CONTROL_ERROR)
-        stream = self._find(stream_id)
-        try:
-            if not stream:
-                require(exchanges.closed.get(stream_id), 'content for a closed stream',
-                        ErrorCode.STREAM_CLOSED)    # or it has crossed our RST_STREAM
-                return
-            require(stream.receiving, 'content after its end', ErrorCode.STREAM_CLOSED, StreamError)
-            stream.allowed.available -= len(payload)
-            require(stream.allowed.available >= 0, 'more content than its window',
-                    ErrorCode.FLOW_CONTROL_ERROR, StreamError)
-            if stream.remaining is not None:
-                stream.remaining -= len(content)
-                require(stream.remaining >= 0, 'more content than announced', error=StreamError)
-            stream.deadline.passed += len(content)
-            if stream.wanted:
-                stream.content += content
-                kept = len(content)
-        finally:
-            exchanges.release(len(payload) - kept, stream if kept else None)
+        content, stream = without_padding(flags, payload), self._find(stream_id)
+        self.flow.receive(len(payload))
+        if stream and stream.receiving and stream.wanted:
+            stream.content += content
+            self.release(len(payload) - len(content), stream)
+        else:
+            self.release(len(payload))
+        if not stream:                  # or it has crossed our RST_STREAM
+            require(stream_id in self.resets, 'content for a closed stream', ErrorCode.STREAM_CLOSED)
+            return
+        require_of_stream(stream.receiving, 'content after its end', ErrorCode.STREAM_CLOSED)
+        stream.receive(len(payload))
+        stream.deadline.passed += len(content)
+        if stream.remaining is not None:
+            stream.remaining -= len(content)
+            require_of_stream(stream.remaining >= 0, 'more content than announced')
         if flags & _END_STREAM:
             self._end_content(stream)
 
     def _end_content(self, stream: Stream) -> None:
         """END_STREAM has arrived.  Raises StreamError."""
-        require(not stream.remaining, 'less content than announced', error=StreamError)
-        self._exchanges.end(stream, receiving=False)
+        require_of_stream(not stream.remaining, 'less content than announced')
+        self.end(stream, receiving=False)
 
     def _on_headers(self, flags: int, stream_id: int, block: bytes) -> None:
         """A header block is complete (RFC 9113 6.2): a request's, or the trailers after its content."""
-        exchanges = self._exchanges
         require(stream_id & 1, 'HEADERS on a stream that clients may not open')
-        priority, block = (block[:5], block[5:]) if flags & _PRIORITIZED else (b'', block)
         fields, complete = self._decoder.decode(block, self._limits.header_bytes)
-        stream = exchanges.streams.get(stream_id)
+        stream = self.streams.get(stream_id)
         if stream:
-            require(stream.receiving, 'HEADERS after the end', ErrorCode.STREAM_CLOSED, StreamError)
-            require(flags & _END_STREAM, 'trailers that are not the end', error=StreamError)
+            require_of_stream(stream.receiving, 'HEADERS after the end', ErrorCode.STREAM_CLOSED)
+            require_of_stream(flags & _END_STREAM, 'trailers that are not the end')
             for name, value in fields:  # RFC 9113 8.1
                 check_field(name, value)
             self._end_content(stream)
         elif stream_id > self._last:
             self._last = stream_id
-            check_priority(stream_id, priority, StreamError)
             self._open(stream_id, fields, complete, bool(flags & _END_STREAM))
-        else:                           # one that was left out can never be opened (RFC 9113 5.1.1)
-            require(stream_id in exchanges.closed, 'HEADERS on a stream older than the last')
-            require(exchanges.closed[stream_id], 'HEADERS on a closed stream', ErrorCode.STREAM_CLOSED)
+        else:                           # RFC 9113 5.1.1; or it has crossed our RST_STREAM
+            require(stream_id in self.resets, 'HEADERS on a closed stream')
 
     def _open(self, stream_id: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
-        """Begin to answer a request whose header is `complete`, or was too long; without content it
-        is `whole`.  Raises StreamError."""
+        """Have a thread answer a request whose header is `complete`, or was too long; without content it is
+        `whole`.  Raises StreamError."""
         method, target, headers = (request_of(fields) if complete else
                                    (dict(fields).get(':method', '-'), '', {}))
         length = int(headers['content-length']) if 'content-length' in headers else None
-        require(not (whole and length), 'less content than announced', error=StreamError)
-        if self._exchanges.shuts_down:  # RFC 9113 6.8: it has crossed our GOAWAY
-            self._exchanges.close(stream_id, True)
+        require_of_stream(not (whole and length), 'less content than announced')
+        if self.last_served is not None:    # RFC 9113 6.8: it has crossed our GOAWAY
+            self.resets.append(stream_id)
             return
-        stream = Stream(self._exchanges, stream_id, length, whole)
-        expected, refusal = headers.get('expect', ''), None
-        stream.expects_continue = bool(expected) and not whole
-        if not complete:                # RFC 9113 10.5.1
-            refusal = HttpError(431, f'header is longer than {self._limits.header_bytes} bytes')
-        elif expected and expected.lower() != '100-continue':
-            refusal = HttpError(417, 'only the expectation 100-continue is supported')
+        require_of_stream(len(self.streams) < STREAMS and self.running < 2 * STREAMS,   # RFC 9113 5.1.2
+                          'too many requests at once', ErrorCode.REFUSED_STREAM)
+        stream = Stream(self, stream_id, 0 if whole else length, not whole)
+        stream.deadline.begin(self._connection.clock() + self._limits.read_seconds,
+                              self._limits.read_extension, self._limits.stall_seconds)
         request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
-        self._exchanges.open(stream, request, refusal)
+        try:
+            threading.Thread(target=self.serve, args=(stream, request, complete), daemon=True).start()
+        except RuntimeError as error:
+            raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
+        self.streams[stream_id] = stream
+        self.running += 1
 
-    def _on_priority(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """RFC 9113 6.3.  Its error could be the stream's; there may be none to reset."""
-        check_priority(stream_id, payload, Http2Error)
-
-    def _on_rst_stream(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """RFC 9113 6.4."""
-        stream = self._find(stream_id)
-        if stream:
-            self._exchanges.abort(stream, 'the client has cancelled the request')
-
-    def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """RFC 9113 6.5."""
+    def _on_settings(self, flags: int, payload: bytes) -> None:
+        """RFC 9113 6.5; settings that are not looked at bind a sender of what is never sent here."""
         self._has_settings = True
         require(not (len(payload) % _SETTING.size or (flags & _ACK and payload)), 'SETTINGS of a wrong size',
                 ErrorCode.FRAME_SIZE_ERROR)
-        if not flags & _ACK:
-            for setting, value in dict(_SETTING.iter_unpack(payload)).items():
-                self._apply(setting, value)
-            self._exchanges.queue(FrameType.SETTINGS, 0, flags=_ACK)
-
-    def _apply(self, setting: int, value: int) -> None:
-        """Apply one of the client's settings (RFC 9113 6.5.2); the others bind a sender of what is
-        never sent here."""
-        exchanges = self._exchanges
-        if setting == Setting.ENABLE_PUSH:
-            require(value <= 1, 'ENABLE_PUSH is neither 0 nor 1')
-        elif setting == Setting.MAX_FRAME_SIZE:
-            require(_DEFAULT_FRAME_BYTES <= value < 1 << 24, 'MAX_FRAME_SIZE out of bounds')
-            exchanges.frame_bytes = value
-        elif setting == Setting.INITIAL_WINDOW_SIZE:    # RFC 9113 6.9.2
-            change, exchanges.initial_window = value - exchanges.initial_window, value
-            for stream in exchanges.streams.values():
-                stream.window += change
-            require(max([value, *(stream.window for stream in exchanges.streams.values())]) <= LARGEST_WINDOW,
-                    'the window of a stream is too large', ErrorCode.FLOW_CONTROL_ERROR)
-
-    def _on_unexpected(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """PUSH_PROMISE from a client (RFC 9113 8.4), or CONTINUATION without HEADERS (6.10)."""
-        raise Http2Error(ErrorCode.PROTOCOL_ERROR, 'a frame that is not expected')
-
-    def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """RFC 9113 6.7."""
-        if not flags & _ACK:
-            self._exchanges.queue(FrameType.PING, 0, payload, _ACK)
-
-    def _on_goaway(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """RFC 9113 6.8: the client will open no more streams, and says so by its silence."""
-        require(len(payload) >= 8, 'GOAWAY of a wrong size', ErrorCode.FRAME_SIZE_ERROR)
-
-    def _on_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """RFC 9113 6.9."""
-        increment = int.from_bytes(payload, 'big') & LARGEST_WINDOW
-        error = StreamError if stream_id else Http2Error
-        target = self._find(stream_id) if stream_id else self._exchanges
-        require(increment, 'WINDOW_UPDATE of zero bytes', error=error)
-        if target:
-            target.window += increment
-            require(target.window <= LARGEST_WINDOW, 'the window is too large', ErrorCode.FLOW_CONTROL_ERROR,
-                    error)
-
-
-# For each type what it does, whether it must be a stream's (None: either), and the size of its payload.
-_FRAME_TYPES: List[Tuple[Callable[[Http2, int, int, bytes], None], Optional[bool], Optional[int]]] = [
-    (Http2._on_data, True, None), (Http2._on_headers, True, None), (Http2._on_priority, True, 5),
-    (Http2._on_rst_stream, True, 4), (Http2._on_settings, False, None), (Http2._on_unexpected, True, None),
-    (Http2._on_ping, False, 8), (Http2._on_goaway, False, None), (Http2._on_window_update, None, 4),
-    (Http2._on_unexpected, True, None)]
+        if flags & _ACK:
+            return
+        settings = dict(_SETTING.iter_unpack(payload))
+        require(settings.get(Setting.ENABLE_PUSH, 0) <= 1, 'ENABLE_PUSH is neither 0 nor 1')
+        self.frame_bytes = settings.get(Setting.MAX_FRAME_SIZE, self.frame_bytes)
+        require(_DEFAULT_FRAME_BYTES <= self.frame_bytes < 1 << 24, 'MAX_FRAME_SIZE out of bounds')
+        window = settings.get(Setting.INITIAL_WINDOW_SIZE, self.initial_window)
+        for stream in self.streams.values():    # RFC 9113 6.9.2
+            stream.window += window - self.initial_window
+        self.initial_window = window
+        require(max([window, *(stream.window for stream in self.streams.values())]) <= LARGEST_WINDOW,
+                'the window of a stream is too large', ErrorCode.FLOW_CONTROL_ERROR)
+        self.queue(frame(FrameType.SETTINGS, _ACK, 0))
 
 
 # ==== Loop =======================================================================================
