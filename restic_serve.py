@@ -436,8 +436,9 @@ class HttpError(Exception):
 class Peer:
     """The other end of a connection: its `name` in logs (an IP address, or `unix`), and the `user` that
     its socket or its certificate names, empty if neither does.  Peers of one `group` count as one
-    client in limits; one whose connection is `secure` uses TLS, one that is `certified` has presented a
-    certificate."""
+    client in limits: an IPv4 address or the /64 network of an IPv6 address, since one host may take any
+    address in it (RFC 6177 2).  One whose connection is `secure` uses TLS, one that is `certified` has
+    presented a certificate."""
 
     __slots__ = ('name', 'user', 'unix', 'group', 'certified', 'secure')
 
@@ -445,7 +446,10 @@ class Peer:
         self.name = name
         self.user = user
         self.unix = unix
-        self.group = address_group(name)
+        self.group = name
+        if ':' in name:
+            with contextlib.suppress(OSError):
+                self.group = socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
         self.certified = self.secure = False
 
     def __str__(self) -> str:
@@ -480,15 +484,6 @@ class Request:
         if scheme not in ('http', 'https'):
             scheme = 'https' if self.peer.secure else 'http'
         return f'{scheme}://{self.headers.get("host") or socket.gethostname()}'
-
-
-def address_group(name: str) -> str:
-    """What counts as one client: a single IPv4 address, or the /64 network of an IPv6 address, since one
-    host may take any address in it (RFC 6177 2)."""
-    if ':' in name:
-        with contextlib.suppress(OSError):
-            return socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
-    return name
 
 
 HOPS = 20    # Most proxies that are followed back to a client.
@@ -566,7 +561,7 @@ class FileSlice(Closing):
         return data
 
     def read_all(self) -> bytes:
-        """The rest of the slice in one go, after which it is closed.  Raises OSError as read() does."""
+        """The rest of the slice, after which it is closed.  Raises OSError as read() does."""
         try:
             data = _read_at(self.fd, self.length, self.offset)
             if len(data) < self.length:  # a signal, or a network file system

@@ -3885,21 +3885,6 @@ class UsageTest(TestCase):
         self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
                          {'/alice': (100, 1), '/bob': (100, 0)})
 
-    def test_a_full_quota_lets_locks_in_but_not_any_number(self):
-        usage = self.limit(100)
-        usage.create(Location(''))
-        with self.assertRaises(QuotaExceeded):
-            usage.save(Location('', 'data', named(bytes(101))), Bytes(bytes(101)))
-        for number in range(restic_serve.LOCKS + 1):
-            content = b'%200d' % number
-            location = Location('', 'locks', named(content))
-            if number < restic_serve.LOCKS:
-                usage.save(location, Bytes(content))
-        with self.assertRaises(QuotaExceeded):
-            usage.save(location, Bytes(content))
-        usage.delete(Location('', 'locks', named(b'%200d' % 0)))
-        usage.save(location, Bytes(content))
-
     def test_when_the_last_snapshot_is_forgotten_the_one_before_is_the_last(self):
         old = self.save(10, kind='snapshots')
         os.utime(path_of(self.store, old), (1000, 1000))
@@ -4173,21 +4158,22 @@ class UsageTest(TestCase):
                 self.usage.census.count()
                 self.assertEqual([self.usage.quota(scope)[0] for scope in ('', 'alice', 'bob')], before)
 
-    def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
+    def test_a_full_quota_lets_few_locks_in_all_repositories_in_and_they_make_no_folder(self):
         self.use_blocks()
         usage = self.limit(50_000)
         for name in 'ab':
             usage.create(Location(f'/{name}'))
+        with self.assertRaises(QuotaExceeded):
+            usage.save(Location('/a', 'data', named(b'x')), Bytes(b'x'))
+        locks = [(Location(f'/{"ab"[number % 2]}', 'locks', named(b'%d' % number)), b'%d' % number)
+                 for number in range(11)]
         with mock.patch.object(restic_serve, 'LOCKS', 10):
-            answers = []
-            for number in range(20):
-                content = b'%200d' % number
-                try:
-                    usage.save(Location(f'/{"ab"[number % 2]}', 'locks', named(content)), Bytes(content))
-                    answers.append(200)
-                except QuotaExceeded:
-                    answers.append(QuotaExceeded)
-            self.assertEqual(answers, [200] * 10 + [QuotaExceeded] * 10)
+            for location, content in locks[:10]:
+                usage.save(location, Bytes(content))
+            with self.assertRaises(QuotaExceeded):
+                usage.save(locks[10][0], Bytes(locks[10][1]))
+            usage.delete(locks[0][0])
+            usage.save(locks[10][0], Bytes(locks[10][1]))
             self.make_repository('c')
             with self.assertRaises(QuotaExceeded):
                 usage.save(Location('/c', 'locks', named(b'x')), Bytes(b'x'))
