@@ -3587,7 +3587,7 @@ class Scrub:
 # A quota charges what the disk has to give: objects rounded up to whole blocks, and a block for each
 # folder.  The page and the metrics show the objects' own bytes.
 #
-# An upload reserves its charge before it is read (_Reservation); when it is stored, the charge moves to
+# An upload reserves its charge before it is read (Usage._room()); when it is stored, the charge moves to
 # `scope`.  Processes check quotas without a common lock: each adds its reservation first and then looks
 # at the sum, so that two that take the last bytes at once both step back.
 
@@ -3595,7 +3595,6 @@ DAYS = 90                    # Days of history: how much was stored on each.
 ROOM_SECONDS = 10            # Longest wait of an upload for bytes that others have reserved.
 READY_SECONDS = 20           # Longest wait of an upload for the first census.
 RETRY_SECONDS = 10           # After which a client may try again what had to wait for too long.
-MASS_DELETE_SECONDS = 60     # Time in which the deletion of most snapshots is worth a warning.
 BLOCK_BYTES = 4096           # Unit of charge for an object.
 FOLDER_BYTES = 4096          # Charge for a folder.
 LOCK_BYTES = 4096            # Largest lock that needs no room: reading and making room require one.
@@ -3865,7 +3864,7 @@ class Usage:
         self.census = Census(store, self, interval)
         self._store = store
         self._next_warning = 0.0
-        self.reserving = threading.Lock()   # one upload at a time
+        self._reserving = threading.Lock()  # one upload at a time
 
     # ---- what passes through ----
 
@@ -3879,17 +3878,18 @@ class Usage:
         present = self._store.size(location)
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
-        if self._is_free(location, body.length, scopes):
-            return self._save(location, body)
+        folders, length = self._store.folders.missing(location.folder), body.length
+        if location.kind == 'locks' and not folders and length is not None and length <= LOCK_BYTES and all(
+                self.counters.total(('scope', scope), 2)[1] < LOCKS for scope in scopes):
+            return self._save(location, body)   # restic needs a lock to read and to delete
         # What replaces a damaged object is charged the difference.
-        fixed = (self._store.folders.missing(location.folder) * FOLDER_BYTES
-                 - (0 if present is None else charge_of(present)))
-        with _Reservation(self, location.repository) as reservation:
-            if body.length is None:
-                body = _GrowingBody(body, lambda received: reservation.take(fixed + charge_of(received), 0))
-            else:
-                reservation.take(fixed + charge_of(body.length), ROOM_SECONDS)
-            return self._save(location, body)
+        fixed = folders * FOLDER_BYTES - (0 if present is None else charge_of(present))
+        with self._room(location.repository) as take:
+            if length is not None:
+                take(fixed + charge_of(length), ROOM_SECONDS)
+                return self._save(location, body)
+            return self._save(location, _GrowingBody(
+                body, lambda received: take(fixed + charge_of(received), 0)))
 
     def _save(self, location: Location, body: Body) -> Tuple[int, int]:
         """Store an object, and count it."""
@@ -3903,20 +3903,12 @@ class Usage:
             self.counters.put(('snapshot', location.repository), int(time.time()))
         return saved.objects, size
 
-    def _is_free(self, location: Location, length: Optional[int], scopes: List[str]) -> bool:
-        """Whether an upload is not charged: restic needs a lock to read and to delete, also where the
-        quota is full."""
-        if location.kind != 'locks' or length is None or length > LOCK_BYTES:
-            return False
-        return all(self.counters.total(('scope', scope), 2)[1] < LOCKS for scope in scopes) and (
-            not self._store.folders.missing(location.folder))
-
     def create(self, location: Location) -> None:
         """Create a repository as Store.create_repository() does.  Raises as save() does."""
         repository, folders = location.repository, self._store.folders
-        with _Reservation(self, repository) as reservation:
+        with self._room(repository) as take:
             missing = sum(not folders.is_there(f'{repository}/{kind}') for kind in KINDS)
-            reservation.take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
+            take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
             made = self._store.create_repository(repository)
             self.past.begin(repository)
             self.change(repository, charged=made * FOLDER_BYTES)
@@ -3939,11 +3931,11 @@ class Usage:
         key, now = ('forgotten', repository), int(time.monotonic())
         with self.counters.lock:
             row = self.counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
-            if now - row[0] >= MASS_DELETE_SECONDS:
+            if now - row[0] >= 60:
                 row[0], row[1] = now, 0
             row[1] += 1
         rows = self.counters.read(key)
-        deleted = sum(row[1] for row in rows if now - row[0] < MASS_DELETE_SECONDS)
+        deleted = sum(row[1] for row in rows if now - row[0] < 60)
         if deleted < 2 or any(row[2] and now - row[2] < 3600 for row in rows):
             return
         left = sum(len(names) for names, _ in self._store.objects(Location(repository, 'snapshots'), False))
@@ -4017,7 +4009,47 @@ class Usage:
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
         return {scope: self.quota(scope) for scope in sorted(scopes)}
 
-    def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
+    @contextlib.contextmanager
+    def _room(self, repository: str) -> Iterator[Callable[[int, float], None]]:
+        """Room in the quotas of a repository for an upload, until the context ends.  What this yields raises
+        it to a number of bytes.  That waits for some seconds while other uploads have reserved what is left,
+        since they may fail, or another process has tried at the same time.  Raises QuotaExceeded if there is
+        no room, and Busy if there may be soon, or before the first census."""
+        scopes, taken = self.limited(repository), 0
+        if scopes:
+            self.census.request()
+            if not self.census.wait(READY_SECONDS):
+                raise Busy('still calculating sizes', RETRY_SECONDS)
+
+        def add(count: int) -> bool:
+            """Change what is reserved; False if Counters has no room to count it."""
+            nonlocal taken
+            taken += count
+            fits = [self.counters.add(('reserved', scope), count) for scope in scopes]
+            return all(fits)
+
+        def take(charge: int, seconds: float) -> None:
+            end = time.monotonic() + seconds
+            while charge > taken:
+                count = charge - taken
+                with self._reserving:
+                    fits = add(count)
+                    quotas = {scope: self.quota(scope) for scope in self.limited(repository)}
+                    if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
+                        return
+                    add(-count)
+                if any(quota.held + charge > quota.limit for quota in quotas.values()):
+                    self._refuse(repository, charge, quotas)
+                if time.monotonic() >= end:
+                    raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
+                time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
+
+        try:
+            yield take
+        finally:
+            add(-taken)
+
+    def _refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
         """Raises QuotaExceeded for an upload that is charged so much; logged once in ten seconds."""
         if time.monotonic() >= self._next_warning:
             self._next_warning = time.monotonic() + 10
@@ -4087,50 +4119,6 @@ class Usage:
         days = list(map(operator.sub, totals[1:], totals))
         return Holdings(held.bytes, objects, last if held.snapshots else 0, days, snapshots, base.unreadable,
                         held.kept, held.kept_bytes, held.deleted)
-
-
-class _Reservation(Closing):
-    """Room in the quotas of some scopes for an upload to a repository, until it is closed.  Raises Busy
-    before the first census."""
-
-    def __init__(self, usage: Usage, repository: str) -> None:
-        self._usage = usage
-        self._repository = repository
-        self._scopes = usage.limited(repository)
-        self._taken = 0
-        if self._scopes:
-            usage.census.request()
-            if not usage.census.wait(READY_SECONDS):
-                raise Busy('still calculating sizes', RETRY_SECONDS)
-
-    def take(self, charge: int, seconds: float) -> None:
-        """Raise the reservation to `charge` bytes.  Waits for some seconds while other uploads have reserved
-        what is left, since they may fail, or another process has tried at the same time.  Raises
-        QuotaExceeded if there is no room, and Busy if there may be soon."""
-        end = time.monotonic() + seconds
-        count = charge - self._taken
-        while count > 0:
-            with self._usage.reserving:
-                fits = self._add(count)
-                quotas = {scope: self._usage.quota(scope) for scope in self._usage.limited(self._repository)}
-                if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
-                    return
-                self._add(-count)
-            if any(quota.held + charge > quota.limit for quota in quotas.values()):
-                self._usage.refuse(self._repository, charge, quotas)
-            if time.monotonic() >= end:
-                raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
-            time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
-
-    def _add(self, count: int) -> bool:
-        """Change what is reserved; False if Counters has no room to count it."""
-        self._taken += count
-        fits = [self._usage.counters.add(('reserved', scope), count) for scope in self._scopes]
-        return all(fits)
-
-    def close(self) -> None:
-        """Give the room back."""
-        self._add(-self._taken)
 
 
 class _GrowingBody:
