@@ -3572,14 +3572,16 @@ class Scrub:
 # and somebody wants to know; between two of them the sums are kept current by what passes through this
 # server.  All are rows of Counters, in these kinds:
 #
-#     held       what a repository holds, or a folder on the way to one
-#     scope      what the repositories of a quota's scope hold together
+#     held       what a repository holds
+#     history    what only a census knows of a repository
+#     scope      what a quota's scope holds: repositories, and the folders on the way to them
+#     rowless    the part of a scope that has no rows of its own: these folders, and repositories that are
+#                counted as OTHER, since there was no room for a history
 #     reserved   what uploads under way will add to a scope
 #
-# Each process adds what it does, and a census adds what differs from what it finds: objects that were stored
-# before it began to count a repository, since what comes later is added by others.  So the rows of a
-# repository that was deleted remain, and add up to 0.  A repository without a row `history` (what only a
-# census knows) is counted as OTHER; of these, `rowless` is what a scope has, which a census replaces.
+# Each process adds what it does, and a census adds by how much that differs from what it finds.  It looks at
+# objects that were stored before it began to count their repository; what stores later ones adds them.
+# The rows of a repository that was deleted remain, and add up to 0.  What is rowless is found anew each time.
 #
 # Where limits may change (--rights), all places of up to QUOTA_DEPTH names have rows, so that a new limit is
 # in force at once.
