@@ -3823,7 +3823,8 @@ class UsageTest(TestCase):
         self.save(20, kind='index')
         self.save(5, '/other')
         self.save(5, '/secret/x')
-        real_entries, real_scan = restic_serve.entries_and_statuses, restic_serve._scan
+        self.save(50, '/third')
+        real_entries, real_scan, real_size = restic_serve.entries_and_statuses, restic_serve._scan, Store.size
 
         def entries(folder, prefix):
             if '/host/data/' in folder.path:
@@ -3835,10 +3836,17 @@ class UsageTest(TestCase):
                 raise PermissionError(errno.EACCES, 'Permission denied', folder)
             return real_scan(folder, fd)
 
+        def size(store, location):
+            if location.repository == '/third':
+                raise OSError(errno.EIO, 'made by a test')
+            return real_size(store, location)
+
         with mock.patch.object(restic_serve, 'entries_and_statuses', entries), \
-                mock.patch.object(restic_serve, '_scan', scan):
+                mock.patch.object(restic_serve, '_scan', scan), mock.patch.object(Store, 'size', size):
             self.usage.census.count()
         self.assertEqual(self.held(), (20, {'index': 1}))
+        self.assertEqual(self.held('/third'), (50, {'data': 1}))
+        self.assertEqual(self.usage.holdings()['/third'].unreadable, 1)
         self.assertEqual(self.usage.holdings()['/host'].unreadable, 1)
         self.assertEqual(self.held('/other'), (0, {}))
         log = ' '.join(self.log)
@@ -3868,22 +3876,6 @@ class UsageTest(TestCase):
         shutil.rmtree(self.root / 'alice')
         self.usage.census.count()
         self.assertEqual(list(self.usage.holdings()), ['/bob'])
-
-    def test_a_config_that_cannot_be_looked_at_does_not_end_the_count(self):
-        for repository in ('/alice', '/bob'):
-            self.save(100, repository)
-        real = Store.size
-
-        def size(store, location):
-            if location.repository == '/alice':
-                raise OSError(errno.EIO, 'made by a test')
-            return real(store, location)
-
-        with mock.patch.object(Store, 'size', size):
-            self.usage.census.count()
-        found = self.usage.holdings()
-        self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
-                         {'/alice': (100, 1), '/bob': (100, 0)})
 
     def test_when_the_last_snapshot_is_forgotten_the_one_before_is_the_last(self):
         old = self.save(10, kind='snapshots')
