@@ -413,8 +413,9 @@ class HttpError(Exception):
 class Peer:
     """The other end of a connection: its `name` in logs (an IP address, or `unix`), and the `user` that
     its socket or its certificate names, empty if neither does.  Peers of one `group` count as one
-    client in limits; one whose connection is `secure` uses TLS, one that is `certified` has presented a
-    certificate."""
+    client in limits: an IPv4 address or the /64 network of an IPv6 address, since one host may take any
+    address in it (RFC 6177 2).  One whose connection is `secure` uses TLS, one that is `certified` has
+    presented a certificate."""
 
     __slots__ = ('name', 'user', 'unix', 'group', 'certified', 'secure')
 
@@ -422,7 +423,10 @@ class Peer:
         self.name = name
         self.user = user
         self.unix = unix
-        self.group = address_group(name)
+        self.group = name
+        if ':' in name:
+            with contextlib.suppress(OSError):
+                self.group = socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
         self.certified = self.secure = False
 
     def __str__(self) -> str:
@@ -457,15 +461,6 @@ class Request:
         if scheme not in ('http', 'https'):
             scheme = 'https' if self.peer.secure else 'http'
         return f'{scheme}://{self.headers.get("host") or socket.gethostname()}'
-
-
-def address_group(name: str) -> str:
-    """What counts as one client: a single IPv4 address, or the /64 network of an IPv6 address, since one
-    host may take any address in it (RFC 6177 2)."""
-    if ':' in name:
-        with contextlib.suppress(OSError):
-            return socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
-    return name
 
 
 HOPS = 20    # Most proxies that are followed back to a client.
@@ -543,7 +538,7 @@ class FileSlice(Closing):
         return data
 
     def read_all(self) -> bytes:
-        """The rest of the slice in one go, after which it is closed.  Raises OSError as read() does."""
+        """The rest of the slice, after which it is closed.  Raises OSError as read() does."""
         try:
             data = _read_at(self.fd, self.length, self.offset)
             if len(data) < self.length:  # a signal, or a network file system
@@ -3374,14 +3369,16 @@ class Scrub:
 # and somebody wants to know; between two of them the sums are kept current by what passes through this
 # server.  All are rows of Counters, in these kinds:
 #
-#     held       what a repository holds, or a folder on the way to one
-#     scope      what the repositories of a quota's scope hold together
+#     held       what a repository holds
+#     history    what only a census knows of a repository
+#     scope      what a quota's scope holds: repositories, and the folders on the way to them
+#     rowless    the part of a scope that has no rows of its own: these folders, and repositories that are
+#                counted as OTHER, since there was no room for a history
 #     reserved   what uploads under way will add to a scope
 #
-# Each process adds what it does, and a census adds what differs from what it finds: objects that were stored
-# before it began to count a repository, since what comes later is added by others.  So the rows of a
-# repository that was deleted remain, and add up to 0.  A repository without a row `history` (what only a
-# census knows) is counted as OTHER; of these, `rowless` is what a scope has, which a census replaces.
+# Each process adds what it does, and a census adds by how much that differs from what it finds.  It looks at
+# objects that were stored before it began to count their repository; what stores later ones adds them.
+# The rows of a repository that was deleted remain, and add up to 0.  What is rowless is found anew each time.
 #
 # Where limits may change (--rights), all places of up to QUOTA_DEPTH names have rows, so that a new limit is
 # in force at once.
@@ -3389,7 +3386,7 @@ class Scrub:
 # A quota charges what the disk has to give: objects rounded up to whole blocks, and a block for each
 # folder.  The page and the metrics show the objects' own bytes.
 #
-# An upload reserves its charge before it is read (_Reservation); when it is stored, the charge moves to
+# An upload reserves its charge before it is read (Usage._room()); when it is stored, the charge moves to
 # `scope`.  Processes check quotas without a common lock: each adds its reservation first and then looks
 # at the sum, so that two that take the last bytes at once both step back.
 
@@ -3397,7 +3394,6 @@ DAYS = 90                    # Days of history: how much was stored on each.
 ROOM_SECONDS = 10            # Longest wait of an upload for bytes that others have reserved.
 READY_SECONDS = 20           # Longest wait of an upload for the first census.
 RETRY_SECONDS = 10           # After which a client may try again what had to wait for too long.
-MASS_DELETE_SECONDS = 60     # Time in which the deletion of most snapshots is worth a warning.
 BLOCK_BYTES = 4096           # Unit of charge for an object.
 FOLDER_BYTES = 4096          # Charge for a folder.
 LOCK_BYTES = 4096            # Largest lock that needs no room: reading and making room require one.
@@ -3667,7 +3663,7 @@ class Usage:
         self.census = Census(store, self, interval)
         self._store = store
         self._next_warning = 0.0
-        self.reserving = threading.Lock()   # one upload at a time
+        self._reserving = threading.Lock()  # one upload at a time
 
     # ---- what passes through ----
 
@@ -3681,17 +3677,18 @@ class Usage:
         present = self._store.size(location)
         if present is not None and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
-        if self._is_free(location, body.length, scopes):
-            return self._save(location, body)
+        folders, length = self._store.folders.missing(location.folder), body.length
+        if location.kind == 'locks' and not folders and length is not None and length <= LOCK_BYTES and all(
+                self.counters.total(('scope', scope), 2)[1] < LOCKS for scope in scopes):
+            return self._save(location, body)   # restic needs a lock to read and to delete
         # What replaces a damaged object is charged the difference.
-        fixed = (self._store.folders.missing(location.folder) * FOLDER_BYTES
-                 - (0 if present is None else charge_of(present)))
-        with _Reservation(self, location.repository) as reservation:
-            if body.length is None:
-                body = _GrowingBody(body, lambda received: reservation.take(fixed + charge_of(received), 0))
-            else:
-                reservation.take(fixed + charge_of(body.length), ROOM_SECONDS)
-            return self._save(location, body)
+        fixed = folders * FOLDER_BYTES - (0 if present is None else charge_of(present))
+        with self._room(location.repository) as take:
+            if length is not None:
+                take(fixed + charge_of(length), ROOM_SECONDS)
+                return self._save(location, body)
+            return self._save(location, _GrowingBody(
+                body, lambda received: take(fixed + charge_of(received), 0)))
 
     def _save(self, location: Location, body: Body) -> Tuple[int, int]:
         """Store an object, and count it."""
@@ -3705,20 +3702,12 @@ class Usage:
             self.counters.put(('snapshot', location.repository), int(time.time()))
         return saved.objects, size
 
-    def _is_free(self, location: Location, length: Optional[int], scopes: List[str]) -> bool:
-        """Whether an upload is not charged: restic needs a lock to read and to delete, also where the
-        quota is full."""
-        if location.kind != 'locks' or length is None or length > LOCK_BYTES:
-            return False
-        return all(self.counters.total(('scope', scope), 2)[1] < LOCKS for scope in scopes) and (
-            not self._store.folders.missing(location.folder))
-
     def create(self, location: Location) -> None:
         """Create a repository as Store.create_repository() does.  Raises as save() does."""
         repository, folders = location.repository, self._store.folders
-        with _Reservation(self, repository) as reservation:
+        with self._room(repository) as take:
             missing = sum(not folders.is_there(f'{repository}/{kind}') for kind in KINDS)
-            reservation.take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
+            take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
             made = self._store.create_repository(repository)
             self.past.begin(repository)
             self.change(repository, charged=made * FOLDER_BYTES)
@@ -3741,11 +3730,11 @@ class Usage:
         key, now = ('forgotten', repository), int(time.monotonic())
         with self.counters.lock:
             row = self.counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
-            if now - row[0] >= MASS_DELETE_SECONDS:
+            if now - row[0] >= 60:
                 row[0], row[1] = now, 0
             row[1] += 1
         rows = self.counters.read(key)
-        deleted = sum(row[1] for row in rows if now - row[0] < MASS_DELETE_SECONDS)
+        deleted = sum(row[1] for row in rows if now - row[0] < 60)
         if deleted < 2 or any(row[2] and now - row[2] < 3600 for row in rows):
             return
         left = sum(len(names) for names, _ in self._store.objects(Location(repository, 'snapshots'), False))
@@ -3819,7 +3808,47 @@ class Usage:
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
         return {scope: self.quota(scope) for scope in sorted(scopes)}
 
-    def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
+    @contextlib.contextmanager
+    def _room(self, repository: str) -> Iterator[Callable[[int, float], None]]:
+        """Room in the quotas of a repository for an upload, until the context ends.  What this yields raises
+        it to a number of bytes.  That waits for some seconds while other uploads have reserved what is left,
+        since they may fail, or another process has tried at the same time.  Raises QuotaExceeded if there is
+        no room, and Busy if there may be soon, or before the first census."""
+        scopes, taken = self.limited(repository), 0
+        if scopes:
+            self.census.request()
+            if not self.census.wait(READY_SECONDS):
+                raise Busy('still calculating sizes', RETRY_SECONDS)
+
+        def add(count: int) -> bool:
+            """Change what is reserved; False if Counters has no room to count it."""
+            nonlocal taken
+            taken += count
+            fits = [self.counters.add(('reserved', scope), count) for scope in scopes]
+            return all(fits)
+
+        def take(charge: int, seconds: float) -> None:
+            end = time.monotonic() + seconds
+            while charge > taken:
+                count = charge - taken
+                with self._reserving:
+                    fits = add(count)
+                    quotas = {scope: self.quota(scope) for scope in self.limited(repository)}
+                    if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
+                        return
+                    add(-count)
+                if any(quota.held + charge > quota.limit for quota in quotas.values()):
+                    self._refuse(repository, charge, quotas)
+                if time.monotonic() >= end:
+                    raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
+                time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
+
+        try:
+            yield take
+        finally:
+            add(-taken)
+
+    def _refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
         """Raises QuotaExceeded for an upload that is charged so much; logged once in ten seconds."""
         if time.monotonic() >= self._next_warning:
             self._next_warning = time.monotonic() + 10
@@ -3889,50 +3918,6 @@ class Usage:
         days = list(map(operator.sub, totals[1:], totals))
         return Holdings(held.bytes, objects, last if held.snapshots else 0, days, snapshots, base.unreadable,
                         held.kept, held.kept_bytes, held.deleted)
-
-
-class _Reservation(Closing):
-    """Room in the quotas of some scopes for an upload to a repository, until it is closed.  Raises Busy
-    before the first census."""
-
-    def __init__(self, usage: Usage, repository: str) -> None:
-        self._usage = usage
-        self._repository = repository
-        self._scopes = usage.limited(repository)
-        self._taken = 0
-        if self._scopes:
-            usage.census.request()
-            if not usage.census.wait(READY_SECONDS):
-                raise Busy('still calculating sizes', RETRY_SECONDS)
-
-    def take(self, charge: int, seconds: float) -> None:
-        """Raise the reservation to `charge` bytes.  Waits for some seconds while other uploads have reserved
-        what is left, since they may fail, or another process has tried at the same time.  Raises
-        QuotaExceeded if there is no room, and Busy if there may be soon."""
-        end = time.monotonic() + seconds
-        count = charge - self._taken
-        while count > 0:
-            with self._usage.reserving:
-                fits = self._add(count)
-                quotas = {scope: self._usage.quota(scope) for scope in self._usage.limited(self._repository)}
-                if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
-                    return
-                self._add(-count)
-            if any(quota.held + charge > quota.limit for quota in quotas.values()):
-                self._usage.refuse(self._repository, charge, quotas)
-            if time.monotonic() >= end:
-                raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
-            time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
-
-    def _add(self, count: int) -> bool:
-        """Change what is reserved; False if Counters has no room to count it."""
-        self._taken += count
-        fits = [self._usage.counters.add(('reserved', scope), count) for scope in self._scopes]
-        return all(fits)
-
-    def close(self) -> None:
-        """Give the room back."""
-        self._add(-self._taken)
 
 
 class _GrowingBody:

@@ -3820,7 +3820,8 @@ class UsageTest(TestCase):
         self.save(20, kind='index')
         self.save(5, '/other')
         self.save(5, '/secret/x')
-        real_entries, real_scan = restic_serve.entries_and_statuses, restic_serve._scan
+        self.save(50, '/third')
+        real_entries, real_scan, real_size = restic_serve.entries_and_statuses, restic_serve._scan, Store.size
 
         def entries(folder, prefix):
             if '/host/data/' in folder.path:
@@ -3832,10 +3833,17 @@ class UsageTest(TestCase):
                 raise PermissionError(errno.EACCES, 'Permission denied', folder)
             return real_scan(folder, fd)
 
+        def size(store, location):
+            if location.repository == '/third':
+                raise OSError(errno.EIO, 'made by a test')
+            return real_size(store, location)
+
         with mock.patch.object(restic_serve, 'entries_and_statuses', entries), \
-                mock.patch.object(restic_serve, '_scan', scan):
+                mock.patch.object(restic_serve, '_scan', scan), mock.patch.object(Store, 'size', size):
             self.usage.census.count()
         self.assertEqual(self.held(), (20, {'index': 1}))
+        self.assertEqual(self.held('/third'), (50, {'data': 1}))
+        self.assertEqual(self.usage.holdings()['/third'].unreadable, 1)
         self.assertEqual(self.usage.holdings()['/host'].unreadable, 1)
         self.assertEqual(self.held('/other'), (0, {}))
         log = ' '.join(self.log)
@@ -3865,37 +3873,6 @@ class UsageTest(TestCase):
         shutil.rmtree(self.root / 'alice')
         self.usage.census.count()
         self.assertEqual(list(self.usage.holdings()), ['/bob'])
-
-    def test_a_config_that_cannot_be_looked_at_does_not_end_the_count(self):
-        for repository in ('/alice', '/bob'):
-            self.save(100, repository)
-        real = Store.size
-
-        def size(store, location):
-            if location.repository == '/alice':
-                raise OSError(errno.EIO, 'made by a test')
-            return real(store, location)
-
-        with mock.patch.object(Store, 'size', size):
-            self.usage.census.count()
-        found = self.usage.holdings()
-        self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
-                         {'/alice': (100, 1), '/bob': (100, 0)})
-
-    def test_a_full_quota_lets_locks_in_but_not_any_number(self):
-        usage = self.limit(100)
-        usage.create(Location(''))
-        with self.assertRaises(QuotaExceeded):
-            usage.save(Location('', 'data', named(bytes(101))), Bytes(bytes(101)))
-        for number in range(restic_serve.LOCKS + 1):
-            content = b'%200d' % number
-            location = Location('', 'locks', named(content))
-            if number < restic_serve.LOCKS:
-                usage.save(location, Bytes(content))
-        with self.assertRaises(QuotaExceeded):
-            usage.save(location, Bytes(content))
-        usage.delete(Location('', 'locks', named(b'%200d' % 0)))
-        usage.save(location, Bytes(content))
 
     def test_when_the_last_snapshot_is_forgotten_the_one_before_is_the_last(self):
         old = self.save(10, kind='snapshots')
@@ -4170,21 +4147,22 @@ class UsageTest(TestCase):
                 self.usage.census.count()
                 self.assertEqual([self.usage.quota(scope)[0] for scope in ('', 'alice', 'bob')], before)
 
-    def test_free_locks_are_few_in_all_repositories_together_and_make_no_folder(self):
+    def test_a_full_quota_lets_few_locks_in_all_repositories_in_and_they_make_no_folder(self):
         self.use_blocks()
         usage = self.limit(50_000)
         for name in 'ab':
             usage.create(Location(f'/{name}'))
+        with self.assertRaises(QuotaExceeded):
+            usage.save(Location('/a', 'data', named(b'x')), Bytes(b'x'))
+        locks = [(Location(f'/{"ab"[number % 2]}', 'locks', named(b'%d' % number)), b'%d' % number)
+                 for number in range(11)]
         with mock.patch.object(restic_serve, 'LOCKS', 10):
-            answers = []
-            for number in range(20):
-                content = b'%200d' % number
-                try:
-                    usage.save(Location(f'/{"ab"[number % 2]}', 'locks', named(content)), Bytes(content))
-                    answers.append(200)
-                except QuotaExceeded:
-                    answers.append(QuotaExceeded)
-            self.assertEqual(answers, [200] * 10 + [QuotaExceeded] * 10)
+            for location, content in locks[:10]:
+                usage.save(location, Bytes(content))
+            with self.assertRaises(QuotaExceeded):
+                usage.save(locks[10][0], Bytes(locks[10][1]))
+            usage.delete(locks[0][0])
+            usage.save(locks[10][0], Bytes(locks[10][1]))
             self.make_repository('c')
             with self.assertRaises(QuotaExceeded):
                 usage.save(Location('/c', 'locks', named(b'x')), Bytes(b'x'))
