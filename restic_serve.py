@@ -815,7 +815,6 @@ _STEP_FLAGS = (getattr(os, 'O_PATH', 0o10000000 if sys.platform.startswith(('lin
                        else os.O_RDONLY) | _BINARY | getattr(os, 'O_DIRECTORY', 0))
 _HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
                and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
-_CHMOD_ERRORS = (PermissionError, NotImplementedError)      # FAT, and mounts with an owner for all
 # Answers of file systems that cannot sync a directory (FUSE, SMB and others); EIO is none of them.
 _UNSYNCED_FOLDERS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP,
                      errno.EOPNOTSUPP, errno.ENOSYS)
@@ -895,7 +894,7 @@ class Remembered:
 
 class Folder(Closing):
     """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
-    trusted or the system has no openat(2).  A context manager that closes the descriptor."""
+    trusted or the system has no openat(2)."""
 
     __slots__ = ('path', 'fd')
 
@@ -934,17 +933,16 @@ class Folder(Closing):
         """Flush the entries to the disk, where the system can."""
         if os.name == 'nt':
             return
-        fd = self.fd
         try:
-            if fd is None:
-                fd = os.open(self.path, os.O_RDONLY)
-            os.fsync(fd)
+            fd = os.open(self.path, os.O_RDONLY) if self.fd is None else self.fd
+            try:
+                os.fsync(fd)
+            finally:
+                if self.fd is None:
+                    os.close(fd)
         except OSError as error:
             if error.errno not in _UNSYNCED_FOLDERS:
                 raise
-        finally:
-            if fd is not None and self.fd is None:
-                os.close(fd)
 
 
 def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
@@ -1011,11 +1009,14 @@ def _follow(fd: int, name: str, links: int) -> int:
     after = os.stat(name, dir_fd=fd, follow_symlinks=False)
     if (after.st_ino, after.st_ctime_ns) != (before.st_ino, before.st_ctime_ns):
         raise PermissionError(errno.EACCES, 'symbolic link that keeps changing', name)
-    if not target.startswith('/'):
-        return descend(fd, target, links - 1)
-    top = os.open('/', _FOLDER_FLAGS)
+    return descend_from_root(target, links - 1) if target.startswith('/') else descend(fd, target, links - 1)
+
+
+def descend_from_root(path: str, links: int = LINKS_AT_MOST) -> int:
+    """A descriptor of the folder at an absolute path, as descend() gives it."""
+    top = os.open(os.sep, _FOLDER_FLAGS)
     try:
-        return descend(top, target, links - 1)
+        return descend(top, path, links)
     finally:
         os.close(top)
 
@@ -1164,6 +1165,13 @@ def sync_file(fd: int) -> bool:
     return True
 
 
+def set_mode(fd: int, mode: int) -> None:
+    """Give a file its permissions despite the umask, where the system has some."""
+    if hasattr(os, 'fchmod'):
+        with contextlib.suppress(PermissionError):  # FAT, and mounts with an owner for all
+            os.fchmod(fd, mode)
+
+
 def lock_file(fd: int) -> Optional[bool]:
     """Lock a file while it is open: False if another process holds the lock, None if this file system has
     no locks.  The kernel releases it when the process ends."""
@@ -1219,8 +1227,8 @@ class ScratchFile(Closing):
         self.name = ''
 
     def _change_prefix(self, old: str, new: str) -> None:
-        if old in self.name:
-            name = self.name.replace(old, new)
+        name = self.name.replace(old, new)
+        if name != self.name:
             self.folder.rename(self.name, self.folder, name)
             self.name = name
 
@@ -1234,12 +1242,10 @@ def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, 
         for part in parts:
             while part:
                 part = part[os.write(scratch.fd, part):]
-        if hasattr(os, 'fchmod'):
+        if owner and hasattr(os, 'fchown'):
             with contextlib.suppress(PermissionError):  # only root gives a file away
-                if owner:
-                    os.fchown(scratch.fd, *owner)
-            with contextlib.suppress(*_CHMOD_ERRORS):
-                os.fchmod(scratch.fd, mode)
+                os.fchown(scratch.fd, *owner)
+        set_mode(scratch.fd, mode)
         if times:
             os.utime(folder.at(scratch.name) if folder.fd is None else scratch.fd, ns=times)
         sync_file(scratch.fd)
@@ -1267,10 +1273,8 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
                 free = lock_file(fd)
             finally:
                 os.close(fd)
-    if free is None:
-        # Not the upload time, which is that of the object which an upload replaces.
-        return folder.stat(name).st_ctime < now - SCRATCH_SECONDS
-    return free
+    # By ctime, since an upload that replaces an object has the object's mtime.
+    return folder.stat(name).st_ctime < now - SCRATCH_SECONDS if free is None else free
 
 
 def remove_left_overs(folder: Folder, names: List[str], now: Callable[[], float]) -> None:
@@ -1802,7 +1806,6 @@ AT = '.at'                        # Segment of a path before the moment at which
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
-DIRECTORY_GONE = "the server's directory is gone"
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL)     # EACCES on Android
@@ -2000,11 +2003,7 @@ class Folders:
         """A descriptor of the directory itself, from which others are opened.  Raises OSError if its
         path contains a link that another user owns."""
         if self._root_fd is None:
-            top = os.open(os.sep, _FOLDER_FLAGS)
-            try:
-                self._root_fd = descend(top, self.root)
-            finally:
-                os.close(top)
+            self._root_fd = descend_from_root(self.root)
         return self._root_fd
 
     def _descend(self, path: str) -> int:
@@ -2066,9 +2065,8 @@ class Folders:
             made = True
         if made and self._shared and _HAS_DIR_FD:
             fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
-            try:    # despite the umask; an inherited set-group-ID bit stays
-                with contextlib.suppress(*_CHMOD_ERRORS):
-                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
+            try:    # an inherited set-group-ID bit stays
+                set_mode(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
             finally:
                 os.close(fd)
         parent.sync()
@@ -2086,9 +2084,7 @@ class Scratch(ScratchFile):
     def __init__(self, store: Store, path: str) -> None:
         self._folders = store.folders
         self.target = self.folder = store.folders.open(path)
-        self.name, self.fd = '', -1
-        if self.target.fd is not None:
-            self.opened = (self.target,)
+        self.name, self.fd, self.opened = '', -1, (self.target,) if self.target.fd is not None else ()
         try:
             if store.nameless:
                 try:
@@ -2103,9 +2099,8 @@ class Scratch(ScratchFile):
                     super().__init__(hidden, store.file_mode)
                 else:
                     super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
-            if store.shared and hasattr(os, 'fchmod'):      # despite the umask
-                with contextlib.suppress(*_CHMOD_ERRORS):
-                    os.fchmod(self.fd, store.file_mode)
+            if store.shared:
+                set_mode(self.fd, store.file_mode)
         except BaseException:
             self.close()
             raise
@@ -2192,17 +2187,15 @@ class HiddenFolder:
         try:
             with self._folders.open('', by_descriptor=True) as top:
                 remove_left_overs(top, _names(top, PROBE_PREFIX), now)
-            with self._folders.hidden(make=False) as folder:
+            with contextlib.suppress(FileNotFoundError), self._folders.hidden(make=False) as folder:
                 remove_left_overs(folder, _names(folder, SCRATCH_PREFIX, FRESH_PREFIX), now)
-        except FileNotFoundError:
-            pass
         except OSError as error:
             log.error('cannot remove temporary files of interrupted uploads: %s', error)
 
 
 def _names(folder: Folder, *prefixes: str) -> List[str]:
     """The names in a folder that begin so."""
-    with _scan(folder.path or os.sep, folder.fd) as entries:
+    with _scan(folder.path, folder.fd) as entries:
         return [entry.name for entry in entries if entry.name.startswith(prefixes)]
 
 
@@ -2245,7 +2238,7 @@ class Directory:
     def check_present(self) -> None:
         """Raises DirectoryGone."""
         if self.is_gone():
-            raise DirectoryGone(DIRECTORY_GONE)
+            raise DirectoryGone("the server's directory is gone")
 
     def check_writable(self) -> None:
         """Raises DirectoryGone and, where it is read-only, ReadOnly."""
@@ -2260,11 +2253,11 @@ class Directory:
         if now >= self._next_probe:
             self._next_probe = now + LOOK_SECONDS
             fault = 'the directory is gone' if self.is_gone() else ''
-            if not fault and not self.read_only:
-                try:
+            try:
+                if not (fault or self.read_only):
                     self._probe()
-                except OSError:
-                    fault = 'the directory is not writable'
+            except OSError:
+                fault = 'the directory is not writable'
             self._fault = fault     # at once, since other threads answer with it
         return self._fault
 
@@ -2299,6 +2292,7 @@ class Store:
         if not self.folders.find_trusted(''):
             self.folders.hold_root()
         self.directory.identify()
+        where = self.root or os.sep
         if not self.directory.read_only:
             try:
                 try_file_system(self)
@@ -2306,15 +2300,14 @@ class Store:
                 if error.errno != errno.EROFS:
                     raise
                 self.directory.read_only = True
-                log.warning('%s is on a read-only file system; serving it read-only',
-                            self.root or os.sep)
+                log.warning('%s is on a read-only file system; serving it read-only', where)
         if self.directory.read_only:
             self._detect_case()
+        else:
+            self.hidden.remove_left_overs(self.now)
         if self.ignores_case:
             log.log(NOTICE, 'the file system of %s ignores case, so user names and paths are '
-                    'case-insensitive', self.root or os.sep)
-        if not self.directory.read_only:
-            self.hidden.remove_left_overs(self.now)
+                    'case-insensitive', where)
 
     def find(self) -> None:
         """Find the directory for a job, and whether its file system ignores case.  Raises OSError."""
@@ -2378,7 +2371,7 @@ class Store:
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
-        """A folder below the root and its entries, none if it is missing.  Raises OSError."""
+        """A folder and its entries, none if it is missing.  Raises OSError."""
         with self.folders.open_to_scan(path) as folder, _scan(folder.path or os.sep, folder.fd) as entries:
             yield folder, entries
 
