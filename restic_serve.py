@@ -720,11 +720,9 @@ def one_line(text: object) -> str:
 # How the operating system treats this process: its cores, its turns, its memory, its open files.
 
 STACK_BYTES = 512 * 1024        # Stack of a thread: a thousand connections fit into a 32-bit process.
-ARENAS = 2                      # of the C library, from which threads take memory; few wait for each other.
 _M_ARENA_MAX = -8               # glibc's <malloc.h>
-# The processor's cores that this process may use.
 try:
-    CORES = sorted(os.sched_getaffinity(0))
+    CORES = sorted(os.sched_getaffinity(0))     # that this process may use
 except (AttributeError, OSError):
     CORES = list(range(os.cpu_count() or 1))
 # Without an interpreter lock, or where that is not known, pinning does not help.
@@ -734,12 +732,10 @@ _core = None     # type: Optional[int]  # of pin_process(); PyPy forbids another
 
 
 def unpin(unpinned: bool) -> None:
-    """Let this thread run on any core, or only on that of this process (see pin_process()).
-
-    Threads that share the interpreter lock wake each other many times in a small request.  On one core
-    that is nearly free; across cores it halves the requests a second.  Threads that work for long
-    without the lock are not pinned: transfers, and hashing.
-    """
+    """Let this thread run on any core, or only on that of this process (see pin_process()).  Threads that
+    share the interpreter lock wake each other many times in a small request.  On one core that is nearly
+    free; across cores it halves the requests a second.  Threads that work for long without the lock are
+    not pinned: transfers, and hashing."""
     if _core is not None:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, CORES if unpinned else [_core])
@@ -755,7 +751,7 @@ def pin_process(slot: int) -> None:
 
 def trim_memory() -> None:
     """Return the memory that compiling the program has taken, which the C library would keep, and exempt the
-    rest from garbage collection, so that forked processes go on sharing it.  Have threads share a few arenas:
+    rest from garbage collection, so that forked processes go on sharing it.  Have threads share two arenas:
     the C library would make 8 for each core, and keep up to a MiB in each."""
     import gc
     gc.collect()
@@ -765,7 +761,7 @@ def trim_memory() -> None:
         import ctypes
         library = ctypes.CDLL(None)
         library.malloc_trim(0)
-        library.mallopt(_M_ARENA_MAX, ARENAS)
+        library.mallopt(_M_ARENA_MAX, 2)
 
 
 def run_in_batches() -> None:
@@ -815,11 +811,9 @@ _STEP_FLAGS = (getattr(os, 'O_PATH', 0o10000000 if sys.platform.startswith(('lin
                        else os.O_RDONLY) | _BINARY | getattr(os, 'O_DIRECTORY', 0))
 _HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
                and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
-# Answers of file systems that cannot sync a directory (FUSE, SMB and others); EIO is none of them.
-_UNSYNCED_FOLDERS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP,
-                     errno.EOPNOTSUPP, errno.ENOSYS)
-# Answers of file systems that cannot sync a file at all.
+# Answers of file systems that cannot sync a file, or a directory (FUSE, SMB and others); EIO is none of them.
 _UNSYNCED_FILES = (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP)
+_UNSYNCED_FOLDERS = (*_UNSYNCED_FILES, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS)
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
@@ -1022,8 +1016,7 @@ def descend_from_root(path: str, links: int = LINKS_AT_MOST) -> int:
 
 
 def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
-    """A descriptor for reading a regular file, and its status.  Raises OSError, also for anything
-    that is not a regular file."""
+    """A descriptor for reading a regular file, and its status.  Raises OSError, also for anything else."""
     fd = folder.open(name, _READ_FLAGS)
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -1073,11 +1066,8 @@ def stamp(path: str) -> Tuple[int, ...]:
 
 class WatchedFiles:
     """Files that are read again when one of them changes; a base class of what they hold.  While they are no
-    good, what was read last stays in force.  For one thread at a time.
-
-    Files that belong together are replaced one after the other: a failure is tried once more, at the next
-    look, before it is logged.
-    """
+    good, what was read last stays in force.  Files that belong together are replaced one after the other:
+    a failure is tried once more, at the next look, before it is logged.  For one thread at a time."""
 
     kept = ''       # What stays in force after a failure, for the log.
 
@@ -1114,8 +1104,7 @@ class WatchedFiles:
 
 @contextlib.contextmanager
 def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """The entries of a directory, by its descriptor if there is one; none if it is missing.  Raises
-    OSError if it cannot be read, which must not look empty."""
+    """The entries of a directory, none if it is missing.  Raises OSError if it cannot be read."""
     try:
         entries = os.scandir(folder if fd is None else fd)
     except (FileNotFoundError, NotADirectoryError):
@@ -1173,8 +1162,7 @@ def set_mode(fd: int, mode: int) -> None:
 
 
 def lock_file(fd: int) -> Optional[bool]:
-    """Lock a file while it is open: False if another process holds the lock, None if this file system has
-    no locks.  The kernel releases it when the process ends."""
+    """Lock a file while it is open: False if another process has locked it, None if there are no locks."""
     try:
         import fcntl
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1263,8 +1251,7 @@ def copy_durably(fd: int, status: os.stat_result, folder: Folder, name: str, mod
 
 
 def is_left_over(folder: Folder, name: str, now: float) -> bool:
-    """Whether a scratch file was abandoned; `now` is by the file system's clock.  Raises
-    FileNotFoundError."""
+    """Whether a scratch file was abandoned; `now` is the file system's.  Raises FileNotFoundError."""
     free = None
     if SCRATCH_PREFIX in name:
         with contextlib.suppress(OSError):
@@ -1326,20 +1313,19 @@ PIECE = 16                        # Objects of a large folder that a helper read
 FAST_PIECE = 256                  # The same without helpers; and the least for pieces in a folder of many.
 WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
 PACE_SECONDS = 0.005              # Time between two measurements of the pace.
-HELPED_READS = 64                 # Reads by helpers after which the pace is measured again, at first.
+HELPED_READS = 512                # Reads by helpers after which the pace is measured again.
 
 
 class Pace:
     """Decides how many `helpers` reading is worth, 0 if it does not wait for the disk.  A measurement while
-    helpers are reading says little, since they also wait for each other.  So helpers are granted for a
-    number of reads, twice as many as the last time, and then the pace is measured again without them."""
+    helpers are reading says little, since they also wait for each other.  So helpers are granted for
+    HELPED_READS, and then the pace is measured again without them."""
 
-    __slots__ = ('helpers', '_due', '_grant', '_left')
+    __slots__ = ('helpers', '_due', '_left')
 
     def __init__(self) -> None:
         self.helpers = 0
         self._due = 0.0
-        self._grant = HELPED_READS
         self._left = 0
 
     def spend(self) -> None:
@@ -1360,12 +1346,9 @@ class Pace:
             now, cpu, sleeps = _used()
             wall, cpu = now - begin, cpu - cpu_begin
             self._due = now + PACE_SECONDS
-            if not self.helpers:    # else granted in read()
-                if sleeps > sleeps_begin and wall - cpu > max(WAIT_SECONDS, wall / 16):
-                    self.helpers = min(HELPERS, HELPERS_AT_LEAST + int((wall - cpu) / max(cpu, 1e-6)))
-                    self._left, self._grant = self._grant, 2 * self._grant
-                else:
-                    self._grant = HELPED_READS
+            if sleeps > sleeps_begin and wall - cpu > max(WAIT_SECONDS, wall / 16):
+                self.helpers = min(HELPERS, HELPERS_AT_LEAST + int((wall - cpu) / max(cpu, 1e-6)))
+                self._left = HELPED_READS
 
 
 def _used() -> Tuple[float, float, int]:
@@ -1818,9 +1801,9 @@ Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'
 
 class Location:
     """What a request's path names: a repository (its kind is empty), a list (its name is empty) or an
-    object; `config` is an object without a name.  `repository` is `` or `/host1/...`; `folder` is the
-    path below DIR of the folder that holds the object or is listed, `file` the object's name in it;
-    `at` is the moment in the past that the path names, if it does.  Immutable: requests share it."""
+    object; `config` is an object without a name.  `repository` is `` or `/host1/...`; `folder` is the path
+    below DIR of the folder that holds the object or is listed, `file` the object's name in it; `at` is the
+    moment in the past that the path names, if any.  Immutable: requests share it."""
 
     __slots__ = ('repository', 'kind', 'name', 'at', 'is_object', 'folder', 'file')
 
@@ -1844,8 +1827,6 @@ class Location:
 
 # Characters that no segment may contain: control characters, and what is special on Windows.
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
-
-
 RESERVED = ('reserved name: a repository path cannot contain data, index, keys, locks, snapshots, config, '
             ".at, .restic_serve or names of a file system's own folders")
 # No segment of a repository's path; the server's own names in no spelling that a file system may take for
@@ -1870,12 +1851,12 @@ def check_repository(path: str, ignore_case: bool) -> str:
         raise InvalidPath(f'path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
         raise InvalidPath(f'path is longer than {LONGEST} bytes')
-    if ignore_case and any(segment.casefold() in _RESERVED for segment in segments):
+    if any((segment.casefold() if ignore_case else segment) in _RESERVED for segment in segments):
         raise ReservedName('not found')
     if ignore_case and any(segment.casefold() != segment or segment.rstrip('. ') != segment
                            for segment in segments):    # which may be another's name here
         raise InvalidPath('path contains a name that the file system cannot store')
-    if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
+    if any(segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
         raise ReservedName('not found')
     try:
         os.fsencode(path)
@@ -1918,9 +1899,8 @@ class Folders:
         self.nothing = Folder(f'{os.devnull}/missing')      # stands for a folder that is missing
 
     def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
-        """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be
-        missing only when it is used.  Raises OSError; PermissionError for a repository behind a link
-        that leads out of the directory."""
+        """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be missing
+        only when it is used.  Raises OSError, and as find_trusted() does."""
         folder = self.find_trusted(path)
         if not folder:
             return Folder(self.root + path, self._descend(path))
@@ -1968,7 +1948,7 @@ class Folders:
         return missing
 
     def find_trusted(self, path: str) -> Optional[Folder]:
-        """A folder that can be opened by its path, else None.  It may be missing.  Raises PermissionError for
+        """A folder, perhaps missing, if it can be opened by its path, else None.  Raises PermissionError for
         a repository behind a link that leads out of the directory."""
         folder: Optional[Folder] = self._ways.get(path, self._look).folder
         return folder
@@ -2000,8 +1980,7 @@ class Folders:
             close(self._root_fd)
 
     def hold_root(self) -> int:
-        """A descriptor of the directory itself, from which others are opened.  Raises OSError if its
-        path contains a link that another user owns."""
+        """A descriptor of the directory itself.  Raises OSError, also for a link of another user's."""
         if self._root_fd is None:
             self._root_fd = descend_from_root(self.root)
         return self._root_fd
@@ -2035,9 +2014,8 @@ class Folders:
         return True
 
     def make(self, path: str, certain: bool = False) -> int:
-        """Create a folder below the root and its parents, where they are missing; how many were.  Each
-        is synced into its parent; with `certain` also each that is there, since another request may have
-        made it just now."""
+        """Create a folder below the root and its parents, where they are missing; how many were.  Each is
+        synced into its parent; with `certain` also those that another request may have made just now."""
         if not path or (not certain and self.is_there(path)):
             return 0
         above, _, name = path.rpartition('/')
@@ -2075,11 +2053,8 @@ class Folders:
 
 class Scratch(ScratchFile):
     """The content of an upload before it is published under its name in the folder `target`, which has this
-    path below the root of a store.
-
-    The file has no name where the system has O_TMPFILE, so that not even a crash leaves it behind;
-    elsewhere it has one in the hidden folder of DIR, or in `target` if that is on another file system.
-    """
+    path below the root of a store.  Where the system has O_TMPFILE it has no name, so that not even a crash
+    leaves it behind; elsewhere one in the hidden folder, or in `target` if that is another file system."""
 
     def __init__(self, store: Store, path: str) -> None:
         self._folders = store.folders
@@ -2263,9 +2238,8 @@ class Directory:
 
 
 class Store:
-    """The directory `root`.  With `verify` an upload's SHA-256 must be its name; with `shared` new
-    folders and files are accessible to the group: 0770 and 0660 instead of 0700 and 0600; one that is
-    `read_only` refuses every change."""
+    """The directory `root`.  With `verify` an upload's SHA-256 must be its name; with `shared` the group may
+    access new folders and files: 0770 and 0660 instead of 0700 and 0600; `read_only` refuses every change."""
 
     def __init__(self, root: str, *, verify: bool = True, shared: bool = False, read_only: bool = False
                  ) -> None:
@@ -2397,9 +2371,8 @@ class Store:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def walk(self, on_error: Callable[[str, OSError], None]) -> Iterator[WalkedFolder]:
-        """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is
-        called for those that cannot be read, perhaps after they were yielded.  It descends into no
-        links: what they lead to is either below the root, too, or not served."""
+        """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is called
+        for those that cannot be read, perhaps after they were yielded.  It descends into no links."""
         fold: Callable[[str], str] = str.lower if self.ignores_case else str
         paths = ['']
         while paths:
@@ -2417,8 +2390,7 @@ class Store:
                 paths += [f'{path}/{name}' for name in reversed(below)]
 
     def now(self) -> float:
-        """Seconds since the epoch by the clock of the file system, which may be another host's; by our
-        own if no file can be created."""
+        """Seconds since the epoch by the clock of the file system; by our own if no file can be created."""
         try:
             with Scratch(self, '') as scratch:
                 return os.fstat(scratch.fd).st_ctime
@@ -2436,11 +2408,8 @@ class Store:
         return size
 
     def save(self, location: Location, body: Body) -> Saved:
-        """Store an object; it is on the disk when this returns.
-
-        One that exists is compared with the body, and replaced if it is damaged.  Raises WrongContent,
-        OtherConfig, NotHere and OSError.
-        """
+        """Store an object; it is on the disk when this returns.  One that exists is compared with the body,
+        and replaced if it is damaged.  Raises WrongContent, OtherConfig, NotHere and OSError."""
         made = 0
         if location.kind == 'config':
             self.require_repository(location)

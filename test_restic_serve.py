@@ -1839,27 +1839,14 @@ class PaceTest(unittest.TestCase):
 
     def test_a_disk_that_was_slow_may_be_fast_again(self):
         pace, reads = restic_serve.Pace(), restic_serve.HELPED_READS
-        for granted in (reads, 2 * reads, 4 * reads):
+        for _ in range(2):
             self.assertEqual(self.measure(pace, 1.0, 0.1, 1), 8)
             with mock.patch.object(restic_serve, '_used', side_effect=AssertionError('measured')):
                 self.assertEqual(pace.measure(lambda: 'read'), 'read')
-            for left in range(granted - 1, -1, -1):
+            for left in range(reads - 1, -1, -1):
                 pace.spend()
                 self.assertEqual(pace.helpers > 0, left > 0)
         self.assertEqual(self.measure(pace, 0.01, 0.01, 0), 0)
-        pace = restic_serve.Pace()
-        self.assertEqual(self.measure(pace, 1.0, 0.1, 1), 8)
-        for _ in range(reads):
-            pace.spend()
-        self.assertEqual(pace.helpers, 0)
-
-    def test_help_is_granted_once_where_a_read_consists_of_others(self):
-        pace = restic_serve.Pace()
-        with mock.patch.object(restic_serve, '_used', side_effect=[
-                (0.0, 0.0, 0), (0.0, 0.0, 0), (1.0, 0.0, 1), (2.0, 0.0, 2)]):
-            pace.measure(lambda: pace.measure(lambda: None))
-        self.assertEqual(pace._left, restic_serve.HELPED_READS)
-        self.assertEqual(pace._grant, 2 * restic_serve.HELPED_READS)
 
     def test_a_fast_disk_is_measured_once_in_a_while(self):
         pace, measured = restic_serve.Pace(), mock.Mock(return_value=(100.0, 0.0, 0))
