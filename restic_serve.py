@@ -2057,7 +2057,6 @@ class Scratch(ScratchFile):
     leaves it behind; elsewhere one in the hidden folder, or in `target` if that is another file system."""
 
     def __init__(self, store: Store, path: str) -> None:
-        self._folders = store.folders
         self.target = self.folder = store.folders.open(path)
         self.name, self.fd, self.opened = '', -1, (self.target,) if self.target.fd is not None else ()
         try:
@@ -2069,7 +2068,8 @@ class Scratch(ScratchFile):
                     if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                         raise
             if self.fd < 0:
-                hidden = self._open_hidden()
+                hidden = store.folders.hidden()
+                self.opened += (hidden,)
                 if hidden.device() == self.target.device():
                     super().__init__(hidden, store.file_mode)
                 else:
@@ -2080,14 +2080,9 @@ class Scratch(ScratchFile):
             self.close()
             raise
 
-    def _open_hidden(self) -> Folder:
-        hidden = self._folders.hidden()
-        self.opened += (hidden,)
-        return hidden
-
-    def publish(self, name: str, target: Optional[Folder] = None) -> None:
+    def publish(self, name: str) -> None:
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
-        target = target or self.target
+        target = self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
         # A nameless file is linked with AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link
         # calls plain link(2) without one); the path is absolute, so which descriptor it is means nothing.
@@ -2108,16 +2103,10 @@ class Scratch(ScratchFile):
 
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
-        if not self.name:   # a crash should leave nothing in `target`, if that can be avoided
-            scratch, folder = f'{FRESH_PREFIX}{os.urandom(8).hex()}', self._open_hidden()
-            try:
-                self.publish(scratch, folder)
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    raise
-                scratch, folder = f'{HIDDEN}-{scratch}', self.target
-                self.publish(scratch)
-            self.folder, self.name = folder, scratch
+        if not self.name:
+            scratch = f'{HIDDEN}-{FRESH_PREFIX}{os.urandom(8).hex()}'
+            self.publish(scratch)
+            self.name = scratch
         self.rename(self.target, name)
 
 
