@@ -1120,10 +1120,8 @@ def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str) -> Iterator
     """The objects among the entries of a folder whose names begin with `prefix`, up to LISTED_AT_ONCE at a
     time.  Lists of a million objects come from here: work per entry counts."""
     is_name = re.compile(f'{prefix}[0-9a-f]{{{64 - len(prefix)}}}').fullmatch
-    batch = list(itertools.islice(entries, LISTED_AT_ONCE))
-    while batch:
+    for batch in iter(lambda: list(itertools.islice(entries, LISTED_AT_ONCE)), []):
         yield [entry for entry in batch if is_name(entry.name) and entry.is_file(follow_symlinks=False)]
-        batch = list(itertools.islice(entries, LISTED_AT_ONCE))
 
 
 def _digest(fd: int) -> str:
@@ -1880,11 +1878,6 @@ def _repository_of(path: str) -> str:
     return '/'.join(itertools.takewhile(lambda name: name not in KINDS, path.split('/')))
 
 
-# How a folder is reached: the `folder` if it is trusted, so that it can be opened by its path, else None; and
-# whether a link is on the way to it.
-Way = collections.namedtuple('Way', ['folder', 'has_link'])
-
-
 class Folders:
     """The folders below the directory `root`.  Trusted ones are opened by path, others step by step; see
     the chapter's opening.  With `shared` new ones are accessible to the group: 0770 instead of 0700."""
@@ -1950,13 +1943,12 @@ class Folders:
     def find_trusted(self, path: str) -> Optional[Folder]:
         """A folder, perhaps missing, if it can be opened by its path, else None.  Raises PermissionError for
         a repository behind a link that leads out of the directory."""
-        folder: Optional[Folder] = self._ways.get(path, self._look).folder
-        return folder
+        return self._ways.get(path, self._look)[0]
 
-    def _look(self, path: str) -> Way:
-        """Check a folder, after its parent."""
+    def _look(self, path: str) -> Tuple[Optional[Folder], bool]:
+        """Check a folder, after its parent: the folder if it is trusted, and whether the way has a link."""
         if not path:
-            return Way(Folder(self.root or os.sep) if is_trusted(self.root or os.sep) else None, False)
+            return Folder(self.root or os.sep) if is_trusted(self.root or os.sep) else None, False
         above, _, name = path.rpartition('/')
         folder, has_link = self._ways.get(above, self._look)
         if folder:
@@ -1966,7 +1958,7 @@ class Folders:
             repository = _repository_of(path)
             self._check_inside(os.path.realpath(self.root or os.sep),
                                os.path.realpath(self.root + repository), repository)
-        return Way(folder, has_link)
+        return folder, has_link
 
     def _check_inside(self, top: str, folder: str, repository: str) -> None:
         """Raises PermissionError where a repository's real path is not in that of the directory; the folders
