@@ -694,11 +694,9 @@ def one_line(text: object) -> str:
 # How the operating system treats this process: its cores, its turns, its memory, its open files.
 
 STACK_BYTES = 512 * 1024        # Stack of a thread: a thousand connections fit into a 32-bit process.
-ARENAS = 2                      # of the C library, from which threads take memory; few wait for each other.
 _M_ARENA_MAX = -8               # glibc's <malloc.h>
-# The processor's cores that this process may use.
 try:
-    CORES = sorted(os.sched_getaffinity(0))
+    CORES = sorted(os.sched_getaffinity(0))     # that this process may use
 except (AttributeError, OSError):
     CORES = list(range(os.cpu_count() or 1))
 # Without an interpreter lock, or where that is not known, pinning does not help.
@@ -708,12 +706,10 @@ _core = None     # type: Optional[int]  # of pin_process(); PyPy forbids another
 
 
 def unpin(unpinned: bool) -> None:
-    """Let this thread run on any core, or only on that of this process (see pin_process()).
-
-    Threads that share the interpreter lock wake each other many times in a small request.  On one core
-    that is nearly free; across cores it halves the requests a second.  Threads that work for long
-    without the lock are not pinned: transfers, and hashing.
-    """
+    """Let this thread run on any core, or only on that of this process (see pin_process()).  Threads that
+    share the interpreter lock wake each other many times in a small request.  On one core that is nearly
+    free; across cores it halves the requests a second.  Threads that work for long without the lock are
+    not pinned: transfers, and hashing."""
     if _core is not None:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, CORES if unpinned else [_core])
@@ -729,7 +725,7 @@ def pin_process(slot: int) -> None:
 
 def trim_memory() -> None:
     """Return the memory that compiling the program has taken, which the C library would keep, and exempt the
-    rest from garbage collection, so that forked processes go on sharing it.  Have threads share a few arenas:
+    rest from garbage collection, so that forked processes go on sharing it.  Have threads share two arenas:
     the C library would make 8 for each core, and keep up to a MiB in each."""
     import gc
     gc.collect()
@@ -739,7 +735,7 @@ def trim_memory() -> None:
         import ctypes
         library = ctypes.CDLL(None)
         library.malloc_trim(0)
-        library.mallopt(_M_ARENA_MAX, ARENAS)
+        library.mallopt(_M_ARENA_MAX, 2)
 
 
 def run_in_batches() -> None:
@@ -789,12 +785,9 @@ _STEP_FLAGS = (getattr(os, 'O_PATH', 0o10000000 if sys.platform.startswith(('lin
                        else os.O_RDONLY) | _BINARY | getattr(os, 'O_DIRECTORY', 0))
 _HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
                and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
-_CHMOD_ERRORS = (PermissionError, NotImplementedError)      # FAT, and mounts with an owner for all
-# Answers of file systems that cannot sync a directory (FUSE, SMB and others); EIO is none of them.
-_UNSYNCED_FOLDERS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP,
-                     errno.EOPNOTSUPP, errno.ENOSYS)
-# Answers of file systems that cannot sync a file at all.
+# Answers of file systems that cannot sync a file, or a directory (FUSE, SMB and others); EIO is none of them.
 _UNSYNCED_FILES = (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP)
+_UNSYNCED_FOLDERS = (*_UNSYNCED_FILES, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS)
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
@@ -869,7 +862,7 @@ class Remembered:
 
 class Folder(Closing):
     """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
-    trusted or the system has no openat(2).  A context manager that closes the descriptor."""
+    trusted or the system has no openat(2)."""
 
     __slots__ = ('path', 'fd')
 
@@ -908,17 +901,16 @@ class Folder(Closing):
         """Flush the entries to the disk, where the system can."""
         if os.name == 'nt':
             return
-        fd = self.fd
         try:
-            if fd is None:
-                fd = os.open(self.path, os.O_RDONLY)
-            os.fsync(fd)
+            fd = os.open(self.path, os.O_RDONLY) if self.fd is None else self.fd
+            try:
+                os.fsync(fd)
+            finally:
+                if self.fd is None:
+                    os.close(fd)
         except OSError as error:
             if error.errno not in _UNSYNCED_FOLDERS:
                 raise
-        finally:
-            if fd is not None and self.fd is None:
-                os.close(fd)
 
 
 def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
@@ -985,18 +977,20 @@ def _follow(fd: int, name: str, links: int) -> int:
     after = os.stat(name, dir_fd=fd, follow_symlinks=False)
     if (after.st_ino, after.st_ctime_ns) != (before.st_ino, before.st_ctime_ns):
         raise PermissionError(errno.EACCES, 'symbolic link that keeps changing', name)
-    if not target.startswith('/'):
-        return descend(fd, target, links - 1)
-    top = os.open('/', _FOLDER_FLAGS)
+    return descend_from_root(target, links - 1) if target.startswith('/') else descend(fd, target, links - 1)
+
+
+def descend_from_root(path: str, links: int = LINKS_AT_MOST) -> int:
+    """A descriptor of the folder at an absolute path, as descend() gives it."""
+    top = os.open(os.sep, _FOLDER_FLAGS)
     try:
-        return descend(top, target, links - 1)
+        return descend(top, path, links)
     finally:
         os.close(top)
 
 
 def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
-    """A descriptor for reading a regular file, and its status.  Raises OSError, also for anything
-    that is not a regular file."""
+    """A descriptor for reading a regular file, and its status.  Raises OSError, also for anything else."""
     fd = folder.open(name, _READ_FLAGS)
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -1046,11 +1040,8 @@ def stamp(path: str) -> Tuple[int, ...]:
 
 class WatchedFiles:
     """Files that are read again when one of them changes; a base class of what they hold.  While they are no
-    good, what was read last stays in force.  For one thread at a time.
-
-    Files that belong together are replaced one after the other: a failure is tried once more, at the next
-    look, before it is logged.
-    """
+    good, what was read last stays in force.  Files that belong together are replaced one after the other:
+    a failure is tried once more, at the next look, before it is logged.  For one thread at a time."""
 
     kept = ''       # What stays in force after a failure, for the log.
 
@@ -1087,8 +1078,7 @@ class WatchedFiles:
 
 @contextlib.contextmanager
 def _scan(folder: str, fd: Optional[int] = None) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """The entries of a directory, by its descriptor if there is one; none if it is missing.  Raises
-    OSError if it cannot be read, which must not look empty."""
+    """The entries of a directory, none if it is missing.  Raises OSError if it cannot be read."""
     try:
         entries = os.scandir(folder if fd is None else fd)
     except (FileNotFoundError, NotADirectoryError):
@@ -1104,10 +1094,8 @@ def object_batches(entries: Iterator[os.DirEntry[str]], prefix: str) -> Iterator
     """The objects among the entries of a folder whose names begin with `prefix`, up to LISTED_AT_ONCE at a
     time.  Lists of a million objects come from here: work per entry counts."""
     is_name = re.compile(f'{prefix}[0-9a-f]{{{64 - len(prefix)}}}').fullmatch
-    batch = list(itertools.islice(entries, LISTED_AT_ONCE))
-    while batch:
+    for batch in iter(lambda: list(itertools.islice(entries, LISTED_AT_ONCE)), []):
         yield [entry for entry in batch if is_name(entry.name) and entry.is_file(follow_symlinks=False)]
-        batch = list(itertools.islice(entries, LISTED_AT_ONCE))
 
 
 def _digest(fd: int) -> str:
@@ -1138,9 +1126,15 @@ def sync_file(fd: int) -> bool:
     return True
 
 
+def set_mode(fd: int, mode: int) -> None:
+    """Give a file its permissions despite the umask, where the system has some."""
+    if hasattr(os, 'fchmod'):
+        with contextlib.suppress(PermissionError):  # FAT, and mounts with an owner for all
+            os.fchmod(fd, mode)
+
+
 def lock_file(fd: int) -> Optional[bool]:
-    """Lock a file while it is open: False if another process holds the lock, None if this file system has
-    no locks.  The kernel releases it when the process ends."""
+    """Lock a file while it is open: False if another process has locked it, None if there are no locks."""
     try:
         import fcntl
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1193,8 +1187,8 @@ class ScratchFile(Closing):
         self.name = ''
 
     def _change_prefix(self, old: str, new: str) -> None:
-        if old in self.name:
-            name = self.name.replace(old, new)
+        name = self.name.replace(old, new)
+        if name != self.name:
             self.folder.rename(self.name, self.folder, name)
             self.name = name
 
@@ -1208,12 +1202,10 @@ def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, 
         for part in parts:
             while part:
                 part = part[os.write(scratch.fd, part):]
-        if hasattr(os, 'fchmod'):
+        if owner and hasattr(os, 'fchown'):
             with contextlib.suppress(PermissionError):  # only root gives a file away
-                if owner:
-                    os.fchown(scratch.fd, *owner)
-            with contextlib.suppress(*_CHMOD_ERRORS):
-                os.fchmod(scratch.fd, mode)
+                os.fchown(scratch.fd, *owner)
+        set_mode(scratch.fd, mode)
         if times:
             os.utime(folder.at(scratch.name) if folder.fd is None else scratch.fd, ns=times)
         sync_file(scratch.fd)
@@ -1231,8 +1223,7 @@ def copy_durably(fd: int, status: os.stat_result, folder: Folder, name: str, mod
 
 
 def is_left_over(folder: Folder, name: str, now: float) -> bool:
-    """Whether a scratch file was abandoned; `now` is by the file system's clock.  Raises
-    FileNotFoundError."""
+    """Whether a scratch file was abandoned; `now` is the file system's.  Raises FileNotFoundError."""
     free = None
     if SCRATCH_PREFIX in name:
         with contextlib.suppress(OSError):
@@ -1241,10 +1232,8 @@ def is_left_over(folder: Folder, name: str, now: float) -> bool:
                 free = lock_file(fd)
             finally:
                 os.close(fd)
-    if free is None:
-        # Not the upload time, which is that of the object which an upload replaces.
-        return folder.stat(name).st_ctime < now - SCRATCH_SECONDS
-    return free
+    # By ctime, since an upload that replaces an object has the object's mtime.
+    return folder.stat(name).st_ctime < now - SCRATCH_SECONDS if free is None else free
 
 
 def remove_left_overs(folder: Folder, names: List[str], now: Callable[[], float]) -> None:
@@ -1296,20 +1285,19 @@ PIECE = 16                        # Objects of a large folder that a helper read
 FAST_PIECE = 256                  # The same without helpers; and the least for pieces in a folder of many.
 WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
 PACE_SECONDS = 0.005              # Time between two measurements of the pace.
-HELPED_READS = 64                 # Reads by helpers after which the pace is measured again, at first.
+HELPED_READS = 512                # Reads by helpers after which the pace is measured again.
 
 
 class Pace:
     """Decides how many `helpers` reading is worth, 0 if it does not wait for the disk.  A measurement while
-    helpers are reading says little, since they also wait for each other.  So helpers are granted for a
-    number of reads, twice as many as the last time, and then the pace is measured again without them."""
+    helpers are reading says little, since they also wait for each other.  So helpers are granted for
+    HELPED_READS, and then the pace is measured again without them."""
 
-    __slots__ = ('helpers', '_due', '_grant', '_left')
+    __slots__ = ('helpers', '_due', '_left')
 
     def __init__(self) -> None:
         self.helpers = 0
         self._due = 0.0
-        self._grant = HELPED_READS
         self._left = 0
 
     def spend(self) -> None:
@@ -1330,12 +1318,9 @@ class Pace:
             now, cpu, sleeps = _used()
             wall, cpu = now - begin, cpu - cpu_begin
             self._due = now + PACE_SECONDS
-            if not self.helpers:    # else granted in read()
-                if sleeps > sleeps_begin and wall - cpu > max(WAIT_SECONDS, wall / 16):
-                    self.helpers = min(HELPERS, HELPERS_AT_LEAST + int((wall - cpu) / max(cpu, 1e-6)))
-                    self._left, self._grant = self._grant, 2 * self._grant
-                else:
-                    self._grant = HELPED_READS
+            if sleeps > sleeps_begin and wall - cpu > max(WAIT_SECONDS, wall / 16):
+                self.helpers = min(HELPERS, HELPERS_AT_LEAST + int((wall - cpu) / max(cpu, 1e-6)))
+                self._left = HELPED_READS
 
 
 def _used() -> Tuple[float, float, int]:
@@ -1747,7 +1732,6 @@ AT = '.at'                        # Segment of a path before the moment at which
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
-DIRECTORY_GONE = "the server's directory is gone"
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL)     # EACCES on Android
@@ -1760,9 +1744,9 @@ Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'
 
 class Location:
     """What a request's path names: a repository (its kind is empty), a list (its name is empty) or an
-    object; `config` is an object without a name.  `repository` is `` or `/host1/...`; `folder` is the
-    path below DIR of the folder that holds the object or is listed, `file` the object's name in it;
-    `at` is the moment in the past that the path names, if it does.  Immutable: requests share it."""
+    object; `config` is an object without a name.  `repository` is `` or `/host1/...`; `folder` is the path
+    below DIR of the folder that holds the object or is listed, `file` the object's name in it; `at` is the
+    moment in the past that the path names, if any.  Immutable: requests share it."""
 
     __slots__ = ('repository', 'kind', 'name', 'at', 'is_object', 'folder', 'file')
 
@@ -1786,8 +1770,6 @@ class Location:
 
 # Characters that no segment may contain: control characters, and what is special on Windows.
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
-
-
 RESERVED = ('reserved name: a repository path cannot contain data, index, keys, locks, snapshots, config, '
             ".at, .restic_serve or names of a file system's own folders")
 # No segment of a repository's path; the server's own names in no spelling that a file system may take for
@@ -1812,12 +1794,12 @@ def check_repository(path: str, ignore_case: bool) -> str:
         raise InvalidPath(f'path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
         raise InvalidPath(f'path is longer than {LONGEST} bytes')
-    if ignore_case and any(segment.casefold() in _RESERVED for segment in segments):
+    if any((segment.casefold() if ignore_case else segment) in _RESERVED for segment in segments):
         raise ReservedName('not found')
     if ignore_case and any(segment.casefold() != segment or segment.rstrip('. ') != segment
                            for segment in segments):    # which may be another's name here
         raise InvalidPath('path contains a name that the file system cannot store')
-    if any(segment in _RESERVED or segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
+    if any(segment.rstrip('. ').casefold() in (HIDDEN, AT) for segment in segments):
         raise ReservedName('not found')
     try:
         os.fsencode(path)
@@ -1841,11 +1823,6 @@ def _repository_of(path: str) -> str:
     return '/'.join(itertools.takewhile(lambda name: name not in KINDS, path.split('/')))
 
 
-# How a folder is reached: the `folder` if it is trusted, so that it can be opened by its path, else None; and
-# whether a link is on the way to it.
-Way = collections.namedtuple('Way', ['folder', 'has_link'])
-
-
 class Folders:
     """The folders below the directory `root`.  Trusted ones are opened by path, others step by step; see
     the chapter's opening.  With `shared` new ones are accessible to the group: 0770 instead of 0700."""
@@ -1860,9 +1837,8 @@ class Folders:
         self.nothing = Folder(f'{os.devnull}/missing')      # stands for a folder that is missing
 
     def open(self, path: str, *, by_descriptor: bool = False) -> Folder:
-        """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be
-        missing only when it is used.  Raises OSError; PermissionError for a repository behind a link
-        that leads out of the directory."""
+        """A folder below the root, or the root itself.  Without `by_descriptor` it may turn out to be missing
+        only when it is used.  Raises OSError, and as find_trusted() does."""
         folder = self.find_trusted(path)
         if not folder:
             return Folder(self.root + path, self._descend(path))
@@ -1910,15 +1886,14 @@ class Folders:
         return missing
 
     def find_trusted(self, path: str) -> Optional[Folder]:
-        """A folder that can be opened by its path, else None.  It may be missing.  Raises PermissionError for
+        """A folder, perhaps missing, if it can be opened by its path, else None.  Raises PermissionError for
         a repository behind a link that leads out of the directory."""
-        folder: Optional[Folder] = self._ways.get(path, self._look).folder
-        return folder
+        return self._ways.get(path, self._look)[0]
 
-    def _look(self, path: str) -> Way:
-        """Check a folder, after its parent."""
+    def _look(self, path: str) -> Tuple[Optional[Folder], bool]:
+        """Check a folder, after its parent: the folder if it is trusted, and whether the way has a link."""
         if not path:
-            return Way(Folder(self.root or os.sep) if is_trusted(self.root or os.sep) else None, False)
+            return Folder(self.root or os.sep) if is_trusted(self.root or os.sep) else None, False
         above, _, name = path.rpartition('/')
         folder, has_link = self._ways.get(above, self._look)
         if folder:
@@ -1928,7 +1903,7 @@ class Folders:
             repository = _repository_of(path)
             self._check_inside(os.path.realpath(self.root or os.sep),
                                os.path.realpath(self.root + repository), repository)
-        return Way(folder, has_link)
+        return folder, has_link
 
     def _check_inside(self, top: str, folder: str, repository: str) -> None:
         """Raises PermissionError where a repository's real path is not in that of the directory; the folders
@@ -1942,14 +1917,9 @@ class Folders:
             close(self._root_fd)
 
     def hold_root(self) -> int:
-        """A descriptor of the directory itself, from which others are opened.  Raises OSError if its
-        path contains a link that another user owns."""
+        """A descriptor of the directory itself.  Raises OSError, also for a link of another user's."""
         if self._root_fd is None:
-            top = os.open(os.sep, _FOLDER_FLAGS)
-            try:
-                self._root_fd = descend(top, self.root)
-            finally:
-                os.close(top)
+            self._root_fd = descend_from_root(self.root)
         return self._root_fd
 
     def _descend(self, path: str) -> int:
@@ -1981,9 +1951,8 @@ class Folders:
         return True
 
     def make(self, path: str, certain: bool = False) -> int:
-        """Create a folder below the root and its parents, where they are missing; how many were.  Each
-        is synced into its parent; with `certain` also each that is there, since another request may have
-        made it just now."""
+        """Create a folder below the root and its parents, where they are missing; how many were.  Each is
+        synced into its parent; with `certain` also those that another request may have made just now."""
         if not path or (not certain and self.is_there(path)):
             return 0
         above, _, name = path.rpartition('/')
@@ -2011,9 +1980,8 @@ class Folders:
             made = True
         if made and self._shared and _HAS_DIR_FD:
             fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
-            try:    # despite the umask; an inherited set-group-ID bit stays
-                with contextlib.suppress(*_CHMOD_ERRORS):
-                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
+            try:    # an inherited set-group-ID bit stays
+                set_mode(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
             finally:
                 os.close(fd)
         parent.sync()
@@ -2022,18 +1990,12 @@ class Folders:
 
 class Scratch(ScratchFile):
     """The content of an upload before it is published under its name in the folder `target`, which has this
-    path below the root of a store.
-
-    The file has no name where the system has O_TMPFILE, so that not even a crash leaves it behind;
-    elsewhere it has one in the hidden folder of DIR, or in `target` if that is on another file system.
-    """
+    path below the root of a store.  Where the system has O_TMPFILE it has no name, so that not even a crash
+    leaves it behind; elsewhere one in the hidden folder, or in `target` if that is another file system."""
 
     def __init__(self, store: Store, path: str) -> None:
-        self._folders = store.folders
         self.target = self.folder = store.folders.open(path)
-        self.name, self.fd = '', -1
-        if self.target.fd is not None:
-            self.opened = (self.target,)
+        self.name, self.fd, self.opened = '', -1, (self.target,) if self.target.fd is not None else ()
         try:
             if store.nameless:
                 try:
@@ -2043,26 +2005,21 @@ class Scratch(ScratchFile):
                     if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                         raise
             if self.fd < 0:
-                hidden = self._open_hidden()
+                hidden = store.folders.hidden()
+                self.opened += (hidden,)
                 if hidden.device() == self.target.device():
                     super().__init__(hidden, store.file_mode)
                 else:
                     super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
-            if store.shared and hasattr(os, 'fchmod'):      # despite the umask
-                with contextlib.suppress(*_CHMOD_ERRORS):
-                    os.fchmod(self.fd, store.file_mode)
+            if store.shared:
+                set_mode(self.fd, store.file_mode)
         except BaseException:
             self.close()
             raise
 
-    def _open_hidden(self) -> Folder:
-        hidden = self._folders.hidden()
-        self.opened += (hidden,)
-        return hidden
-
-    def publish(self, name: str, target: Optional[Folder] = None) -> None:
+    def publish(self, name: str) -> None:
         """Link the content to its name.  Raises FileExistsError where the name is taken."""
-        target = target or self.target
+        target = self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
         # A nameless file is linked with AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link
         # calls plain link(2) without one); the path is absolute, so which descriptor it is means nothing.
@@ -2083,16 +2040,10 @@ class Scratch(ScratchFile):
 
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
-        if not self.name:   # a crash should leave nothing in `target`, if that can be avoided
-            scratch, folder = f'{FRESH_PREFIX}{os.urandom(8).hex()}', self._open_hidden()
-            try:
-                self.publish(scratch, folder)
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    raise
-                scratch, folder = f'{HIDDEN}-{scratch}', self.target
-                self.publish(scratch)
-            self.folder, self.name = folder, scratch
+        if not self.name:
+            scratch = f'{HIDDEN}-{FRESH_PREFIX}{os.urandom(8).hex()}'
+            self.publish(scratch)
+            self.name = scratch
         self.rename(self.target, name)
 
 
@@ -2137,17 +2088,15 @@ class HiddenFolder:
         try:
             with self._folders.open('', by_descriptor=True) as top:
                 remove_left_overs(top, _names(top, PROBE_PREFIX), now)
-            with self._folders.hidden(make=False) as folder:
+            with contextlib.suppress(FileNotFoundError), self._folders.hidden(make=False) as folder:
                 remove_left_overs(folder, _names(folder, SCRATCH_PREFIX, FRESH_PREFIX), now)
-        except FileNotFoundError:
-            pass
         except OSError as error:
             log.error('cannot remove temporary files of interrupted uploads: %s', error)
 
 
 def _names(folder: Folder, *prefixes: str) -> List[str]:
     """The names in a folder that begin so."""
-    with _scan(folder.path or os.sep, folder.fd) as entries:
+    with _scan(folder.path, folder.fd) as entries:
         return [entry.name for entry in entries if entry.name.startswith(prefixes)]
 
 
@@ -2190,7 +2139,7 @@ class Directory:
     def check_present(self) -> None:
         """Raises DirectoryGone."""
         if self.is_gone():
-            raise DirectoryGone(DIRECTORY_GONE)
+            raise DirectoryGone("the server's directory is gone")
 
     def check_writable(self) -> None:
         """Raises DirectoryGone and, where it is read-only, ReadOnly."""
@@ -2205,19 +2154,18 @@ class Directory:
         if now >= self._next_probe:
             self._next_probe = now + LOOK_SECONDS
             fault = 'the directory is gone' if self.is_gone() else ''
-            if not fault and not self.read_only:
-                try:
+            try:
+                if not (fault or self.read_only):
                     self._probe()
-                except OSError:
-                    fault = 'the directory is not writable'
+            except OSError:
+                fault = 'the directory is not writable'
             self._fault = fault     # at once, since other threads answer with it
         return self._fault
 
 
 class Store:
-    """The directory `root`.  With `verify` an upload's SHA-256 must be its name; with `shared` new
-    folders and files are accessible to the group: 0770 and 0660 instead of 0700 and 0600; one that is
-    `read_only` refuses every change."""
+    """The directory `root`.  With `verify` an upload's SHA-256 must be its name; with `shared` the group may
+    access new folders and files: 0770 and 0660 instead of 0700 and 0600; `read_only` refuses every change."""
 
     def __init__(self, root: str, *, verify: bool = True, shared: bool = False, read_only: bool = False
                  ) -> None:
@@ -2244,6 +2192,7 @@ class Store:
         if not self.folders.find_trusted(''):
             self.folders.hold_root()
         self.directory.identify()
+        where = self.root or os.sep
         if not self.directory.read_only:
             try:
                 try_file_system(self)
@@ -2251,15 +2200,14 @@ class Store:
                 if error.errno != errno.EROFS:
                     raise
                 self.directory.read_only = True
-                log.warning('%s is on a read-only file system; serving it read-only',
-                            self.root or os.sep)
+                log.warning('%s is on a read-only file system; serving it read-only', where)
         if self.directory.read_only:
             self._detect_case()
+        else:
+            self.hidden.remove_left_overs(self.now)
         if self.ignores_case:
             log.log(NOTICE, 'the file system of %s ignores case, so user names and paths are '
-                    'case-insensitive', self.root or os.sep)
-        if not self.directory.read_only:
-            self.hidden.remove_left_overs(self.now)
+                    'case-insensitive', where)
 
     def find(self) -> None:
         """Find the directory for a job, and whether its file system ignores case.  Raises OSError."""
@@ -2323,7 +2271,7 @@ class Store:
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
-        """A folder below the root and its entries, none if it is missing.  Raises OSError."""
+        """A folder and its entries, none if it is missing.  Raises OSError."""
         with self.folders.open_to_scan(path) as folder, _scan(folder.path or os.sep, folder.fd) as entries:
             yield folder, entries
 
@@ -2349,9 +2297,8 @@ class Store:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def walk(self, on_error: Callable[[str, OSError], None]) -> Iterator[WalkedFolder]:
-        """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is
-        called for those that cannot be read, perhaps after they were yielded.  It descends into no
-        links: what they lead to is either below the root, too, or not served."""
+        """All folders that are, or may hold, repositories, in the order of their names.  `on_error` is called
+        for those that cannot be read, perhaps after they were yielded.  It descends into no links."""
         fold: Callable[[str], str] = str.lower if self.ignores_case else str
         paths = ['']
         while paths:
@@ -2369,8 +2316,7 @@ class Store:
                 paths += [f'{path}/{name}' for name in reversed(below)]
 
     def now(self) -> float:
-        """Seconds since the epoch by the clock of the file system, which may be another host's; by our
-        own if no file can be created."""
+        """Seconds since the epoch by the clock of the file system; by our own if no file can be created."""
         try:
             with Scratch(self, '') as scratch:
                 return os.fstat(scratch.fd).st_ctime
@@ -2388,11 +2334,8 @@ class Store:
         return size
 
     def save(self, location: Location, body: Body) -> Saved:
-        """Store an object; it is on the disk when this returns.
-
-        One that exists is compared with the body, and replaced if it is damaged.  Raises WrongContent,
-        OtherConfig, NotHere and OSError.
-        """
+        """Store an object; it is on the disk when this returns.  One that exists is compared with the body,
+        and replaced if it is damaged.  Raises WrongContent, OtherConfig, NotHere and OSError."""
         made = 0
         if location.kind == 'config':
             self.require_repository(location)
