@@ -2910,16 +2910,16 @@ class Past:
         if moment < earliest:
             raise NoHistory(f'no history before {moment_for_people(earliest)}')
 
-    def view(self, location: Location) -> View:
-        """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotKept
-        and NoHistory."""
+    def view(self, repository: str, at: str) -> View:
+        """A repository as it was at a moment, as parse_past() reads it.  Raises InvalidPath, NotKept and
+        NoHistory."""
         if not self.keeps:
             raise NotKept('this server does not keep deleted objects (--keep-deleted)')
         try:
-            moment = parse_past(location.at, self._clock())
+            moment = parse_past(at, self._clock())
         except ValueError as error:
             raise InvalidPath(str(error)) from None
-        self.check_known(location.repository, moment)
+        self.check_known(repository, moment)
         return View(self._store, moment)
 
     # ---- purging ----
@@ -6411,26 +6411,23 @@ class Api:
     (no metrics), `login` or `open`; `page` is shown to browsers.  With `at` all repositories are those
     of that moment."""
 
-    def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
-                 baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
-                 usage: Optional[Usage] = None, metrics: Optional[Metrics] = None,
-                 prometheus: str = '', page: Optional[Page] = None, at: str = '',
-                 events: Optional[Events] = None, admission: Optional[Admission] = None) -> None:
-        counters = Counters()
+    def __init__(self, store: Store, policy: Policy, accounts: Accounts, usage: Usage, metrics: Metrics,
+                 events: Events, admission: Admission, baseurl: str = '',
+                 headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '', prometheus: str = '',
+                 page: Optional[Page] = None, at: str = '') -> None:
         self.store = store
         self.policy = policy
-        self.accounts = accounts or Accounts()
+        self.accounts = accounts
+        self.usage = usage
+        self.metrics = metrics
+        self.admission = admission
+        self.events = events
         self.baseurl = baseurl
-        self.usage = usage or Usage(store, counters)
-        self.metrics = metrics or Metrics(counters, self.usage, store)
-        self.admission = admission or Admission(self.metrics, self.accounts.is_proxy)
-        self.events = events or Events(store, counters, self.usage, Watch(store, self.usage, 0))
-        self.usage.on_mass_delete = functools.partial(self.events.emit, 'deleted')
-        policy.on_refused_delete = self.events.on_refused_delete
-        self._prometheus = prometheus
+        self.prometheus = prometheus
+        usage.on_mass_delete = functools.partial(events.emit, 'deleted')
+        policy.on_refused_delete = events.on_refused_delete
         self._page = page
         self._at = at
-        self.has_metrics = bool(prometheus)
         # They hide repositories of that name.
         self._own_paths = {f'{baseurl}/health': self._get_health, '/favicon.ico': self._get_icon}
         if prometheus:
@@ -6466,13 +6463,12 @@ class Api:
                 _STATUS_OF_ERROR[type(error)], str(error),
                 [('Retry-After', str(error.retry_seconds))] if isinstance(error, Busy) else ()))
         except OSError as error:
-            response = self.failure(request, error)
+            response = self._fail(request, error)
         except Exception as error:  # a bug must not end the connection
             log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
             log.debug('traceback:', exc_info=True)
             response = text_response(500, 'internal error')
-        if self._headers:
-            response.headers.extend(self._headers)
+        response.headers.extend(self._headers)
         return response
 
     def finish(self, request: Request, status: int, sent: int) -> None:
@@ -6486,16 +6482,15 @@ class Api:
         """The answer for an error."""
         return text_response(error.status, str(error), [*error.headers, *self._headers])
 
-    def failure(self, request: Request, error: OSError) -> Response:
+    def _fail(self, request: Request, error: OSError) -> Response:
         """The answer for an error of the file system."""
-        status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
+        status, denial = _STATUS_OF_ERRNO.get(error.errno or 0, 500), ''
+        if error.errno in (errno.EACCES, errno.EPERM):
+            with contextlib.suppress(StorageError, OSError):
+                location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
+                path = f'{location.folder}/{location.file}' if location.is_object else location.folder
+                denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
         if status != 400:
-            denial = ''
-            if error.errno in (errno.EACCES, errno.EPERM):
-                with contextlib.suppress(StorageError, OSError):
-                    location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
-                    path = f'{location.folder}/{location.file}' if location.is_object else location.folder
-                    denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
             log.error('%s %s: %s%s', request.method, request.path, error, denial and f'; {denial}')
         return text_response(status, READ_ONLY if error.errno == errno.EROFS else _REASON_OF_STATUS[status])
 
@@ -6510,8 +6505,9 @@ class Api:
             raise HttpError(403, 'requests from web pages are not allowed (--allow-origin)')
 
     def _route(self, request: Request) -> Response:
-        path = request.path
-        if path in self._own_paths and request.method in ('GET', 'HEAD'):
+        method, path = request.method, request.path
+        reads = method in ('GET', 'HEAD')
+        if reads and path in self._own_paths:
             return self._own_paths[path](request)
         request.user = self._identify(request)
         if self.baseurl:
@@ -6519,7 +6515,7 @@ class Api:
                 parse_path(path)
                 raise HttpError(404, 'not found')
             path = path[len(self.baseurl):] or '/'
-        creates = request.method == 'POST' and 'create=true' in request.query.split('&')
+        creates = method == 'POST' and 'create=true' in request.query.split('&')
         try:
             location = parse_path(path, self.store.ignores_case)
         except ReservedName:
@@ -6528,25 +6524,36 @@ class Api:
             raise
         if creates and location.kind:
             log.log(NOTICE, '%s: %s', path, RESERVED)
-        if self._at and not location.at:
-            location = Location(location.repository, location.kind, location.name, self._at)
-        if (self._page and not location.kind and not location.at and request.method in ('GET', 'HEAD')
+        at = location.at or self._at
+        if (self._page and reads and not location.kind and not at
                 and 'text/html' in request.headers.get('accept', '')):
             return self._get_page(self._page, request, location)
         self.policy.check(request, location)
-        view = None
-        if location.at:
-            view = self._find_view(request, location)
-            location = Location(location.repository, location.kind, location.name)
-        handlers = (_OBJECT_HANDLERS if location.is_object
-                    else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
-        handler = handlers.get(request.method)
-        if handler:
-            return handler(self, request, location, view) if view else handler(self, request, location)
+        source = self._find_view(request, location, at) if at else self.store
+        if location.is_object:
+            allowed = 'GET, HEAD, POST, DELETE'
+            if reads:
+                return self._get_object(request, location, source)
+            if method == 'POST':
+                return self._save(request, location)
+            if method == 'DELETE':
+                return self._delete(request, location)
+        elif location.kind:
+            allowed = 'GET, HEAD'
+            if reads:
+                return self._get_list(request, location, source)
+        else:
+            allowed = 'POST, GET, HEAD, DELETE'
+            if method == 'POST':
+                return self._create(location, creates)
+            if reads:
+                raise HttpError(404, 'not found')
+            if method == 'DELETE':
+                raise HttpError(501, 'repositories cannot be deleted over the network')
         # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
-        known, allow = request.method in METHODS, ', '.join(handlers)
-        raise HttpError(405 if known else 501, f'allowed methods are {allow}',
-                        [('Allow', allow)] if known else [])
+        if method in METHODS:
+            raise HttpError(405, f'allowed methods are {allowed}', [('Allow', allowed)])
+        raise HttpError(501, f'allowed methods are {allowed}')
 
     def _identify(self, request: Request) -> str:
         """The user, as a path names him: in lower case where the file system ignores case.  Raises
@@ -6554,23 +6561,23 @@ class Api:
         user = self.accounts.identify(request)
         return user.lower() if self.store.ignores_case else user
 
-    def _find_view(self, request: Request, location: Location) -> Optional[View]:
-        """The repository of a location as it was.  It can be read, but its locks (None) are those of the
-        present, so that restic can hold one and a prune waits."""
+    def _find_view(self, request: Request, location: Location, at: str) -> View | Store:
+        """The repository of a location as it was.  It can be read, but its locks are those of the present, so
+        that restic can hold one and a prune waits."""
         self.store.directory.check_present()
         try:
-            view = self.usage.past.view(location)
+            view = self.usage.past.view(location.repository, at)
         except StorageError as error:  # restic shows the status alone
-            log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, location.at, error)
+            log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, at, error)
             raise
         if location.kind == 'locks':
-            return None
+            return self.store
         if request.method not in ('GET', 'HEAD'):
             raise HttpError(403, 'earlier states (.at) are read-only')
         return view
 
-    def _create(self, request: Request, location: Location) -> Response:
-        if 'create=true' not in request.query.split('&'):
+    def _create(self, location: Location, creates: bool) -> Response:
+        if not creates:
             raise HttpError(400, 'to create a repository, use POST with ?create=true')
         self.store.directory.check_writable()
         self.usage.create(location)
@@ -6605,12 +6612,9 @@ class Api:
             self.metrics.count_blob(request, location, Metrics.DELETED, size)
         return Response(200, [])
 
-    def _delete_repository(self, request: Request, location: Location) -> Response:
-        raise HttpError(501, 'repositories cannot be deleted over the network')
-
-    def _get_object(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
+    def _get_object(self, request: Request, location: Location, source: View | Store) -> Response:
         try:
-            content = (view or self.store).open(location)
+            content = source.open(location)
         except OSError as error:
             if error.errno in _NO_OBJECT:
                 self.store.directory.check_present()
@@ -6636,28 +6640,22 @@ class Api:
         # Read before the status is sent, so that an error has its own.
         return Response(status, headers, content.read_all())
 
-    def _get_list(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
+    def _get_list(self, request: Request, location: Location, source: View | Store) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
-        chunks = JsonList((view or self.store).objects(location, sizes), sizes)
-        return Response(200, headers, next(chunks) if chunks.is_short else chunks)
-
-    def _get_repository(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
-        raise HttpError(404, 'not found')
+        chunks = json_list(source.objects(location, sizes), sizes)
+        first = next(chunks)
+        return Response(200, headers, first if first.endswith(b']') else chunks)
 
     def _get_metrics(self, request: Request) -> Response:
-        shows: Optional[Callable[[str], bool]] = None
-        of_server = True
-        if self._prometheus != 'open':
+        shows, of_server = None, True   # type: Optional[Callable[[str], bool]], bool
+        if self.prometheus != 'open':
             request.user = user = self._identify(request)
-            free = (not self.accounts.demanded and self.policy.is_for_all
-                    and (request.peer.unix or not user))
-            if not free:
-                shows = self.policy.metrics_of(user)
-                of_server = self.policy.sees_server(user)
+            if self.accounts.demanded or not self.policy.is_for_all or (user and not request.peer.unix):
+                shows, of_server = self.policy.metrics_of(user), self.policy.sees_server(user)
                 if not shows:
                     raise HttpError(403, 'no access to metrics')
         return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
@@ -6691,60 +6689,24 @@ class Api:
                         ICON.encode())
 
 
-if TYPE_CHECKING:
-    Handlers = Dict[str, Callable[..., Response]]   # by method
-
-_OBJECT_HANDLERS: Handlers = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
-                              'DELETE': Api._delete}
-_LIST_HANDLERS: Handlers = {'GET': Api._get_list, 'HEAD': Api._get_list}
-_REPOSITORY_HANDLERS: Handlers = {'POST': Api._create, 'GET': Api._get_repository,
-                                  'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
-
-
-class JsonList:
-    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first has
-    been made, before the status is sent, so that an error has its own; it is all if the list `is_short`."""
-
-    def __init__(self, objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool) -> None:
-        self._objects = objects
-        self._sizes = sizes
-        self._before = '['      # what stands before the next names
-        self._due = time.monotonic() + FIRST_SECONDS
-        self._next: Optional[bytes] = self._make()
-        self.is_short = not self._before
-
-    def __iter__(self) -> JsonList:
-        return self
-
-    def __next__(self) -> bytes:
-        chunk, self._next = self._next, None
-        if chunk is None and not self._before:
-            raise StopIteration
-        return self._make() if chunk is None else chunk
-
-    def close(self) -> None:
-        """Close the folders that are being read, also if nothing was sent; nothing follows."""
-        self._objects.close()
-        self._before = ''
-
-    def _make(self) -> bytes:
-        """The next chunk."""
-        parts: List[str] = []
-        length = 0
-        for names, lengths in self._objects:
+def json_list(objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool) -> Iterator[bytes]:
+    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first
+    comes twice: before the status is sent, so that an error has its own, and then to be sent."""
+    before, times = '[', 2      # what stands before the next names; how often the next chunk comes
+    parts, length, due = [], 0, time.monotonic() + FIRST_SECONDS    # type: List[str], int, float
+    with contextlib.closing(objects):
+        for names, lengths in objects:
             if not names:
                 continue
-            parts += (self._before, ','.join([f'{{"name":"{name}","size":{size}}}'
-                                              for name, size in zip(names, lengths)])
-                      if self._sizes else '"{}"'.format('","'.join(names)))
-            self._before = ','
+            parts += (before, ','.join([f'{{"name":"{name}","size":{size}}}'
+                                        for name, size in zip(names, lengths)])
+                      if sizes else '"{}"'.format('","'.join(names)))
+            before = ','
             length += len(parts[-1])
-            if length >= LIST_BYTES or time.monotonic() >= self._due:
-                self._due = time.monotonic() + LIST_SECONDS
-                return ''.join(parts).encode()
-        parts.append(']' if self._before == ',' else '[]')
-        self._before = ''
-        return ''.join(parts).encode()
+            if length >= LIST_BYTES or time.monotonic() >= due:
+                yield from [''.join(parts).encode()] * times
+                parts, length, due, times = [], 0, time.monotonic() + LIST_SECONDS, 1
+    yield from [''.join((*parts, '[]' if before == '[' else ']')).encode()] * times
 
 
 @functools.lru_cache(maxsize=256)
@@ -6756,24 +6718,23 @@ def parse_path(path: str, ignore_case: bool = False) -> Location:
     segment of a repository's path is a kind or `config`, so that no repository lies among the objects of
     another.
     """
-    return _parse_decoded(_decode_path(path) if '%' in path else path, ignore_case)
-
-
-def _parse_decoded(path: str, ignore_case: bool) -> Location:
+    if '%' in path:
+        path = _decode_path(path)
+    at = ''
     before, mark, after = path.partition(f'/{AT}/')
     if mark:
         at, _, rest = after.partition('/')
-        if not at or f'/{AT}/' in f'{before}/{rest}':
+        path = f'{before}/{rest}'
+        if not at or f'/{AT}/' in path:
             raise ReservedName('not found')
-        location = _parse_decoded(f'{before}/{rest}', ignore_case)
-        return Location(location.repository, location.kind, location.name, at)
     parent, _, name = path.rpartition('/')
     repository, slash, kind = parent.rpartition('/')
-    if slash and kind in KINDS and (not name or _NAME.fullmatch(name)):
-        return Location(check_repository(repository, ignore_case), kind, name)
-    if path.endswith('/config'):
-        return Location(check_repository(path[:-len('/config')], ignore_case), 'config')
-    return Location(check_repository(path[:-1] if path.endswith('/') else path, ignore_case))
+    if not (slash and kind in KINDS and (not name or _NAME.fullmatch(name))):
+        kind = name = ''
+        repository = path[:-1] if path.endswith('/') else path
+        if path.endswith('/config'):
+            repository, kind = path[:-len('/config')], 'config'
+    return Location(check_repository(repository, ignore_case), kind, name, at)
 
 
 def _decode_path(path: str) -> str:
@@ -9268,7 +9229,7 @@ class Server:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
         api.usage.census.channel.open()
         api.events.open()
-        if api.usage.limits.by_place or api.has_metrics or api.events:   # which no scrape is to miss
+        if api.usage.limits.by_place or api.prometheus or api.events:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -10287,13 +10248,12 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
     policy.on_change = on_change
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     metrics = Metrics(counters, usage, store)
-    return Api(store, policy, accounts, options.baseurl, options.response_header,
-               options.allow_origin or '', usage, metrics, prometheus,
-               Page(store, usage, options.stale_after) if options.status else None, at,
-               Events(store, counters, usage, Watch(store, usage, options.stale_after),
-                      options.on_event),
+    return Api(store, policy, accounts, usage, metrics,
+               Events(store, counters, usage, Watch(store, usage, options.stale_after), options.on_event),
                Admission(metrics, accounts.is_proxy, options.max_connections,
-                         options.max_connections_per_address))
+                         options.max_connections_per_address),
+               options.baseurl, options.response_header, options.allow_origin or '', prometheus,
+               Page(store, usage, options.stale_after) if options.status else None, at)
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:

@@ -52,7 +52,7 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Api, Busy, Counters, HttpError, Limits, Location, Metrics, NoRepository, OtherConfig, Page,
+    Accounts, Busy, Counters, HttpError, Limits, Location, Metrics, NoRepository, OtherConfig, Page,
     PasswordFile, Peer, Policy, QuotaExceeded, Request, Server, Store, Usage, WrongContent, short_rights)
 
 MODULE = restic_serve.__file__
@@ -212,6 +212,19 @@ def at_once(function, jobs):
     jobs = list(jobs)
     with ThreadPoolExecutor(len(jobs)) as pool:
         return list(pool.map(function, jobs))
+
+
+class Api(restic_serve.Api):
+    """One with plain parts where a test brings none."""
+
+    def __init__(self, store, policy, accounts=None, usage=None, metrics=None, events=None, **more):
+        counters, accounts = Counters(), accounts or Accounts()
+        usage = usage or Usage(store, counters)
+        metrics = metrics or Metrics(counters, usage, store)
+        super().__init__(
+            store, policy, accounts, usage, metrics,
+            events or restic_serve.Events(store, counters, usage, restic_serve.Watch(store, usage, 0)),
+            restic_serve.Admission(metrics, accounts.is_proxy), **more)
 
 
 class Clock:
@@ -2444,7 +2457,7 @@ class PastTestCase(TestCase):
     def view(self, moment, repository='/host'):
         """What a repository had: the names of each kind."""
         at = restic_serve.moment_for_people(int(moment * 1e6))
-        view = self.past.view(Location(repository, 'data', '', at))
+        view = self.past.view(repository, at)
         found = {}
         for kind in restic_serve.KINDS:
             names = []
@@ -2601,7 +2614,7 @@ class PastTest(PastTestCase):
     def test_a_moment_that_cannot_be_known(self):
         def status(at, past=None):
             with self.assertRaises(restic_serve.StorageError) as caught:
-                (past or self.past).view(Location('/host', 'data', '', at))
+                (past or self.past).view('/host', at)
             return restic_serve._STATUS_OF_ERROR[type(caught.exception)]
 
         begin = self.now
@@ -2610,7 +2623,7 @@ class PastTest(PastTestCase):
         self.assertEqual(status('1h'), 410)             # before it was kept
         self.assertEqual(status('1s', self.make_past(0)), 404)
         self.now += 10 * self.KEEP
-        self.past.view(Location('/host', 'data', '', f'{self.KEEP - 1}s'))
+        self.past.view('/host', f'{self.KEEP - 1}s')
         self.assertEqual(status(f'{self.KEEP + 1}s'), 410)
         self.assertEqual(status('1s', self.make_past(100 * self.KEEP)) if self.now - begin < 1 else 0, 0)
         self.assertIsNone(self.delete(Location('/host', 'data', 'a' * 64)))
@@ -6415,10 +6428,15 @@ class ApiTest(TestCase):
         for count in (0, 1, 2, 169, 170, 171, 172, 341, 1000):
             names, sizes = [f'{number:064x}' for number in range(count)], list(range(count))
             batches = [([], []), *((names[at:at + 7], sizes[at:at + 7]) for at in range(0, count, 7))]
-            text = b''.join(restic_serve.JsonList(iter(batches), True))
+            text = b''.join(self.chunks(batches, True))
             self.assertEqual(json.loads(text), [{'name': n, 'size': s} for n, s in zip(names, sizes)])
-            text = b''.join(restic_serve.JsonList(iter(batches), False))
-            self.assertEqual(json.loads(text), names)
+            self.assertEqual(json.loads(b''.join(self.chunks(batches, False))), names)
+
+    def chunks(self, batches, sizes):
+        """What is sent of a list."""
+        first, *chunks = restic_serve.json_list((batch for batch in batches), sizes)
+        self.assertEqual(first, chunks[0])
+        return chunks
 
     def test_a_list_is_read_as_it_is_sent(self):
         read = 0
@@ -6529,14 +6547,13 @@ class ApiTest(TestCase):
         self.assertEqual(list(kept)[1:], [])
 
     def test_what_there_is_of_a_list_is_sent_after_a_while(self):
-        batches = iter([([named(b'x')], [1])] * 3)
+        batches = [([named(b'x')], [1])] * 3
         with mock.patch.object(restic_serve, 'LIST_SECONDS', 0), \
                 mock.patch.object(restic_serve, 'FIRST_SECONDS', 0):
-            self.assertEqual(len(list(restic_serve.JsonList(batches, True))), 4)
+            self.assertEqual(len(self.chunks(batches, True)), 4)
         for seconds, count in ((PATIENCE, 1), (0, 2)):
-            batches = iter([([named(b'x')], [1])] * 3)
             with mock.patch.object(restic_serve, 'FIRST_SECONDS', seconds):
-                self.assertEqual(len(list(restic_serve.JsonList(batches, True))), count)
+                self.assertEqual(len(self.chunks(batches, True)), count)
 
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
         self.make_repository()
