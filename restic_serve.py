@@ -2811,7 +2811,7 @@ class Past:
         self.keeps = keep_seconds > 0
         self._store = store
         self._keep = keep_seconds * 1e6
-        self._begun, self._has_past = Remembered(), Remembered()
+        self._begun = Remembered()
         self._clock = clock
 
     def now(self) -> int:
@@ -2825,10 +2825,10 @@ class Past:
         if location.kind == 'locks':
             return self._store.delete(location)
         if not self.keeps:
-            self._end(location.repository)
+            self._set_since(location.repository, format_moment(self.now()))
             size = self._store.delete(location)
             if size is not None:
-                self._end(location.repository)
+                self._set_since(location.repository, format_moment(self.now()))
             return size
         path = deleted_folder(location)
         try:
@@ -2872,11 +2872,6 @@ class Past:
                     os.close(folder.open(f'{_SINCE}{format_moment(now)}',
                                          os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
                 folder.sync()
-
-    def _end(self, repository: str) -> None:
-        """An object was deleted and is not kept."""
-        if self._has_past.get(repository, lambda path: self._since(path) is not None):
-            self._set_since(repository, format_moment(self.now()))
 
     def _set_since(self, repository: str, moment: str) -> None:
         """Nothing before a moment is known any more."""
@@ -6411,19 +6406,20 @@ class Api:
     (no metrics), `login` or `open`; `page` is shown to browsers.  With `at` all repositories are those
     of that moment."""
 
-    def __init__(self, store: Store, policy: Policy, accounts: Accounts, usage: Usage, metrics: Metrics,
-                 events: Events, admission: Admission, baseurl: str = '',
-                 headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '', prometheus: str = '',
-                 page: Optional[Page] = None, at: str = '') -> None:
+    def __init__(self, store: Store, policy: Policy, accounts: Accounts, baseurl: str,
+                 headers: Iterable[Tuple[str, str]], allow_origin: str, usage: Usage, metrics: Metrics,
+                 prometheus: str, page: Optional[Page], at: str, events: Events, admission: Admission
+                 ) -> None:
         self.store = store
         self.policy = policy
         self.accounts = accounts
+        self.baseurl = baseurl
         self.usage = usage
         self.metrics = metrics
         self.admission = admission
         self.events = events
-        self.baseurl = baseurl
-        self.prometheus = prometheus
+        self.has_metrics = bool(prometheus)
+        self._prometheus = prometheus
         usage.on_mass_delete = functools.partial(events.emit, 'deleted')
         policy.on_refused_delete = events.on_refused_delete
         self._page = page
@@ -6652,7 +6648,7 @@ class Api:
 
     def _get_metrics(self, request: Request) -> Response:
         shows, of_server = None, True   # type: Optional[Callable[[str], bool]], bool
-        if self.prometheus != 'open':
+        if self._prometheus != 'open':
             request.user = user = self._identify(request)
             if self.accounts.demanded or not self.policy.is_for_all or (user and not request.peer.unix):
                 shows, of_server = self.policy.metrics_of(user), self.policy.sees_server(user)
@@ -9229,7 +9225,7 @@ class Server:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
         api.usage.census.channel.open()
         api.events.open()
-        if api.usage.limits.by_place or api.prometheus or api.events:   # which no scrape is to miss
+        if api.usage.limits.by_place or api.has_metrics or api.events:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers.update({
@@ -10248,12 +10244,13 @@ def make_api(options: argparse.Namespace, store: Store, counters: Counters, poli
     policy.on_change = on_change
     prometheus = 'open' if options.prometheus_no_auth else 'login' if options.prometheus else ''
     metrics = Metrics(counters, usage, store)
-    return Api(store, policy, accounts, usage, metrics,
-               Events(store, counters, usage, Watch(store, usage, options.stale_after), options.on_event),
+    return Api(store, policy, accounts, options.baseurl, options.response_header,
+               options.allow_origin or '', usage, metrics, prometheus,
+               Page(store, usage, options.stale_after) if options.status else None, at,
+               Events(store, counters, usage, Watch(store, usage, options.stale_after),
+                      options.on_event),
                Admission(metrics, accounts.is_proxy, options.max_connections,
-                         options.max_connections_per_address),
-               options.baseurl, options.response_header, options.allow_origin or '', prometheus,
-               Page(store, usage, options.stale_after) if options.status else None, at)
+                         options.max_connections_per_address))
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:

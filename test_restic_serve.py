@@ -52,7 +52,7 @@ from unittest import mock
 
 import restic_serve
 from restic_serve import (
-    Accounts, Busy, Counters, HttpError, Limits, Location, Metrics, NoRepository, OtherConfig, Page,
+    Accounts, Api, Busy, Counters, HttpError, Limits, Location, Metrics, NoRepository, OtherConfig, Page,
     PasswordFile, Peer, Policy, QuotaExceeded, Request, Server, Store, Usage, WrongContent, short_rights)
 
 MODULE = restic_serve.__file__
@@ -214,17 +214,17 @@ def at_once(function, jobs):
         return list(pool.map(function, jobs))
 
 
-class Api(restic_serve.Api):
+class Api(Api):
     """One with plain parts where a test brings none."""
 
-    def __init__(self, store, policy, accounts=None, usage=None, metrics=None, events=None, **more):
+    def __init__(self, store, policy, accounts=None, usage=None, metrics=None, events=None, baseurl='',
+                 headers=(), allow_origin='', prometheus='', page=None, at=''):
         counters, accounts = Counters(), accounts or Accounts()
         usage = usage or Usage(store, counters)
         metrics = metrics or Metrics(counters, usage, store)
-        super().__init__(
-            store, policy, accounts, usage, metrics,
-            events or restic_serve.Events(store, counters, usage, restic_serve.Watch(store, usage, 0)),
-            restic_serve.Admission(metrics, accounts.is_proxy), **more)
+        events = events or restic_serve.Events(store, counters, usage, restic_serve.Watch(store, usage, 0))
+        super().__init__(store, policy, accounts, baseurl, headers, allow_origin, usage, metrics, prometheus,
+                         page, at, events, restic_serve.Admission(metrics, accounts.is_proxy))
 
 
 class Clock:
