@@ -3303,14 +3303,24 @@ class Scrub:
     def _find(self) -> Iterator[ScrubFolder]:
         """The folders of objects.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot
         be read."""
+        own_names = (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED))
         for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
             tally = ScrubTally(path)
             for entry in entries:
-                if is_repository and entry.name in KINDS and entry.is_dir():
-                    yield from self._find_objects(f'{path}/{entry.name}', tally)
+                below = f'{path}/{entry.name}'
+                if is_repository and entry.name == 'data' and entry.is_dir():    # or a link to one
+                    with self._reading(self._store.root + below, tally):
+                        for name in self._known(below, lambda part: (
+                                _SUBDIRECTORY.fullmatch(part.name) and part.is_dir())):
+                            yield ScrubFolder(f'{below}/{name}'[1:], name, tally, False)
+                elif is_repository and entry.name in KINDS and entry.is_dir():
+                    yield ScrubFolder(below[1:], '', tally, False)
                 elif entry.is_dir(follow_symlinks=False):
                     if entry.name == HIDDEN and (is_repository or not path):
-                        self._find_in_hidden(f'{path}/{HIDDEN}')
+                        try:
+                            self._known(below, lambda file: file.name in own_names)
+                        except OSError as error:
+                            self._on_unreadable(below, error)
                 elif entry.name == 'config':
                     config = f'{folder.path}/config'
                     with self._reading(config, tally), contextlib.suppress(FileNotFoundError), \
@@ -3336,26 +3346,16 @@ class Scrub:
         except OSError as error:
             self._damage(tally, path, f'unreadable: {error.strerror}')
 
-    def _find_objects(self, path: str, tally: ScrubTally) -> Iterator[ScrubFolder]:
-        """The folders of objects in the folder of a kind, which may be a link."""
-        if not path.endswith('/data'):
-            yield ScrubFolder(path[1:], '', tally, False)
-            return
-        with self._reading(self._store.root + path, tally), self._store.scan(path) as (folder, entries):
-            for part in sorted(entries, key=operator.attrgetter('name')):
-                if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
-                    yield ScrubFolder(f'{path}/{part.name}'[1:], part.name, tally, False)
+    def _known(self, path: str, is_known: Callable[[os.DirEntry[str]], object]) -> List[str]:
+        """The names in a folder that belong there; reports the others.  Raises OSError."""
+        names = []
+        with self._store.scan(path) as (folder, entries):
+            for entry in entries:
+                if is_known(entry):
+                    names.append(entry.name)
                 else:
-                    self._report_foreign(folder, part)
-
-    def _find_in_hidden(self, path: str) -> None:
-        try:
-            with self._store.scan(path) as (folder, entries):
-                for entry in entries:
-                    if entry.name not in (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED)):
-                        self._report_foreign(folder, entry)
-        except OSError as error:
-            self._on_unreadable(path, error)
+                    self._report_foreign(folder, entry)
+        return sorted(names)
 
     def _report_foreign(self, folder: Folder, entry: os.DirEntry[str]) -> None:
         """Report a file that is not an object, unless it may belong to an upload under way."""
@@ -3413,11 +3413,9 @@ class Scrub:
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 1
         with self._reading(f'{self._store.root}/{folder.path}', folder.tally):
             if not folder.deleted:
-                with self._store.scan(f'/{folder.path}') as (opened, entries):
-                    for entry in entries:
-                        if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
-                                or not entry.name.startswith(folder.prefix)):
-                            self._report_foreign(opened, entry)
+                self._known(f'/{folder.path}', lambda entry: (
+                    _NAME.fullmatch(entry.name) and entry.name.startswith(folder.prefix)
+                    and entry.is_file(follow_symlinks=False)))
             faults = sum(self._check(opened, name, digest, folder.tally)
                          for opened, name, digest, _ in self._changed(folder))
         with self._lock:
@@ -6541,7 +6539,11 @@ class Api:
         else:
             allowed = 'POST, GET, HEAD, DELETE'
             if method == 'POST':
-                return self._create(location, creates)
+                if not creates:
+                    raise HttpError(400, 'to create a repository, use POST with ?create=true')
+                self.store.directory.check_writable()
+                self.usage.create(location)
+                return Response(200, [])
             if reads:
                 raise HttpError(404, 'not found')
             if method == 'DELETE':
@@ -6571,13 +6573,6 @@ class Api:
         if request.method not in ('GET', 'HEAD'):
             raise HttpError(403, 'earlier states (.at) are read-only')
         return view
-
-    def _create(self, location: Location, creates: bool) -> Response:
-        if not creates:
-            raise HttpError(400, 'to create a repository, use POST with ?create=true')
-        self.store.directory.check_writable()
-        self.usage.create(location)
-        return Response(200, [])
 
     def _save(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
