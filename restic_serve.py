@@ -2995,12 +2995,11 @@ class View:
     def objects(self, location: Location, sizes: bool
                 ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
-        yield from read_ahead(self._names_and_sizes(*folders) for folders in self.folders(location))
+        def read(folders: Tuple[str, str, str]) -> Iterator[Tuple[List[str], List[int]]]:
+            sizes = {name: status.st_size for name, _, status in self.find(*folders)}
+            yield list(sizes), list(sizes.values())
 
-    def _names_and_sizes(self, present: str, deleted: str, prefix: str
-                         ) -> Iterator[Tuple[List[str], List[int]]]:
-        sizes = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
-        yield list(sizes), list(sizes.values())
+        yield from read_ahead(map(read, self.folders(location)))
 
     def folders(self, location: Location) -> Iterator[Tuple[str, str, str]]:
         """The folders of a kind's objects, the folders for their deleted objects, and how names begin."""
@@ -3138,13 +3137,10 @@ class RollBack:
     def _is_missing(self, kind: str, name: str) -> bool:
         """Whether an object is to come back: it is not there, or what has its name is something else, such
         as another config, a damaged object or, where uploads are not verified, anything."""
-        if kind == 'config':
-            return True
-        try:
-            with self._store.open(Location(self._repository, kind, name)) as content:
-                return _digest(content.fd) != name
-        except OSError:
-            return True
+        with contextlib.suppress(OSError), self._store.open(
+                Location(self._repository, kind, name)) as content:
+            return kind == 'config' or _digest(content.fd) != name
+        return True
 
     def _bring_back(self, present: str, deleted: str, files: Dict[str, str]) -> None:
         """Rename deleted objects of a folder to what they were, after marks of when they were away."""
@@ -3164,17 +3160,16 @@ class RollBack:
             source.sync()
 
     def __str__(self) -> str:
-        return ', '.join(f'{text} {what}' for text, what in (
-            (_text_of_sizes(self.back), 'restored'), (_text_of_sizes(self.aside), 'set aside'))
-            if text) or 'nothing to do'
-
-
-def _text_of_sizes(sizes: Dict[str, List[int]]) -> str:
-    """Such as `3 snapshots, 41 packs (612.0 MiB)`."""
-    words = {'snapshots': 'snapshot', 'index': 'index', 'keys': 'key', 'config': 'config', 'data': 'pack'}
-    return ', '.join(format_count(len(sizes[kind]), word)
-                     + (f' ({format_size(sum(sizes[kind]))})' if kind == 'data' else '')
-                     for kind, word in words.items() if kind in sizes)
+        """Such as `3 snapshots, 41 packs (612.0 MiB) restored, 1 snapshot set aside`."""
+        nouns = {'snapshots': 'snapshot', 'index': 'index', 'keys': 'key', 'config': 'config', 'data': 'pack'}
+        parts = []
+        for sizes, what in ((self.back, 'restored'), (self.aside, 'set aside')):
+            counts = [format_count(len(sizes[kind]), noun) for kind, noun in nouns.items() if kind in sizes]
+            if 'data' in sizes:
+                counts[-1] += f' ({format_size(sum(sizes["data"]))})'
+            if counts:
+                parts.append(f'{", ".join(counts)} {what}')
+        return ', '.join(parts) or 'nothing to do'
 
 
 # ==== Scrub ======================================================================================
