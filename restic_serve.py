@@ -3301,10 +3301,11 @@ class Scrub:
         own_names = (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED))
         for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
             tally = ScrubTally(path)
+            damage = functools.partial(self._damage, tally)
             for entry in entries:
                 below = f'{path}/{entry.name}'
                 if is_repository and entry.name == 'data' and entry.is_dir():    # or a link to one
-                    with self._reading(self._store.root + below, tally):
+                    with self._reading(self._store.root + below, damage):
                         for name in self._known(below, lambda part: (
                                 _SUBDIRECTORY.fullmatch(part.name) and part.is_dir())):
                             yield ScrubFolder(f'{below}/{name}'[1:], name, tally, False)
@@ -3312,16 +3313,14 @@ class Scrub:
                     yield ScrubFolder(below[1:], '', tally, False)
                 elif entry.is_dir(follow_symlinks=False):
                     if entry.name == HIDDEN and (is_repository or not path):
-                        try:
+                        with self._reading(self._store.root + below, self.report):
                             self._known(below, lambda file: file.name in own_names)
-                        except OSError as error:
-                            self._on_unreadable(below, error)
                 elif entry.name == 'config':
                     config = f'{folder.path}/config'
-                    with self._reading(config, tally), contextlib.suppress(FileNotFoundError), \
+                    with self._reading(config, damage), contextlib.suppress(FileNotFoundError), \
                             open(folder.open('config', _READ_FLAGS), 'rb') as file:
                         if not file.read():
-                            self._damage(tally, config, 'empty')
+                            damage(config, 'empty')
                 elif is_repository or entry.name.startswith(HIDDEN):
                     self._report_foreign(folder, entry)
             if is_repository:
@@ -3333,13 +3332,14 @@ class Scrub:
             raise error
         self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
+    @staticmethod
     @contextlib.contextmanager
-    def _reading(self, path: str, tally: ScrubTally) -> Iterator[None]:
-        """Reports as damage what cannot be read meanwhile."""
+    def _reading(path: str, report: Callable[[str, str], None]) -> Iterator[None]:
+        """Report a path if it cannot be read meanwhile."""
         try:
             yield
         except OSError as error:
-            self._damage(tally, path, f'unreadable: {error.strerror}')
+            report(path, f'unreadable: {error.strerror}')
 
     def _known(self, path: str, is_known: Callable[[os.DirEntry[str]], object]) -> List[str]:
         """The names in a folder that belong there; reports the others.  Raises OSError."""
@@ -3406,7 +3406,8 @@ class Scrub:
         """Check the objects of a folder, and report other files; without faults it was sound when this
         began."""
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 1
-        with self._reading(f'{self._store.root}/{folder.path}', folder.tally):
+        damage = functools.partial(self._damage, folder.tally)
+        with self._reading(f'{self._store.root}/{folder.path}', damage):
             if not folder.deleted:
                 self._known(f'/{folder.path}', lambda entry: (
                     _NAME.fullmatch(entry.name) and entry.name.startswith(folder.prefix)
