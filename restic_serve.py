@@ -2585,7 +2585,7 @@ class Past:
         self.keeps = keep_seconds > 0
         self._store = store
         self._keep = keep_seconds * 1e6
-        self._begun, self._has_past = Remembered(), Remembered()
+        self._begun = Remembered()
         self._clock = clock
 
     def now(self) -> int:
@@ -2599,10 +2599,10 @@ class Past:
         if location.kind == 'locks':
             return self._store.delete(location)
         if not self.keeps:
-            self._end(location.repository)
+            self._set_since(location.repository, format_moment(self.now()))
             size = self._store.delete(location)
             if size is not None:
-                self._end(location.repository)
+                self._set_since(location.repository, format_moment(self.now()))
             return size
         path = deleted_folder(location)
         try:
@@ -2647,11 +2647,6 @@ class Past:
                                          os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
                 folder.sync()
 
-    def _end(self, repository: str) -> None:
-        """An object was deleted and is not kept."""
-        if self._has_past.get(repository, lambda path: self._since(path) is not None):
-            self._set_since(repository, format_moment(self.now()))
-
     def _set_since(self, repository: str, moment: str) -> None:
         """Nothing before a moment is known any more."""
         with self._store.scan(f'{repository}/{DELETED}') as (folder, entries):
@@ -2684,16 +2679,16 @@ class Past:
         if moment < earliest:
             raise NoHistory(f'no history before {moment_for_people(earliest)}')
 
-    def view(self, location: Location) -> View:
-        """The repository of a location as it was at the location's moment.  Raises InvalidPath, NotHere
-        and NoHistory."""
+    def view(self, repository: str, at: str) -> View:
+        """A repository as it was at a moment, as parse_past() reads it.  Raises InvalidPath, NotHere and
+        NoHistory."""
         if not self.keeps:
             raise NotHere('this server does not keep deleted objects (--keep-deleted)')
         try:
-            moment = parse_past(location.at, self._clock())
+            moment = parse_past(at, self._clock())
         except ValueError as error:
             raise InvalidPath(str(error)) from None
-        self.check_known(location.repository, moment)
+        self.check_known(repository, moment)
         return View(self._store, moment)
 
     # ---- purging ----
@@ -2773,12 +2768,11 @@ class View:
     def objects(self, location: Location, sizes: bool
                 ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
-        yield from read_ahead(self._names_and_sizes(*folders) for folders in self.folders(location))
+        def read(folders: Tuple[str, str, str]) -> Iterator[Tuple[List[str], List[int]]]:
+            sizes = {name: status.st_size for name, _, status in self.find(*folders)}
+            yield list(sizes), list(sizes.values())
 
-    def _names_and_sizes(self, present: str, deleted: str, prefix: str
-                         ) -> Iterator[Tuple[List[str], List[int]]]:
-        sizes = {name: status.st_size for name, _, status in self.find(present, deleted, prefix)}
-        yield list(sizes), list(sizes.values())
+        yield from read_ahead(map(read, self.folders(location)))
 
     def folders(self, location: Location) -> Iterator[Tuple[str, str, str]]:
         """The folders of a kind's objects, the folders for their deleted objects, and how names begin."""
@@ -2916,13 +2910,10 @@ class RollBack:
     def _is_missing(self, kind: str, name: str) -> bool:
         """Whether an object is to come back: it is not there, or what has its name is something else, such
         as another config, a damaged object or, where uploads are not verified, anything."""
-        if kind == 'config':
-            return True
-        try:
-            with self._store.open(Location(self._repository, kind, name)) as content:
-                return _digest(content.fd) != name
-        except OSError:
-            return True
+        with contextlib.suppress(OSError), self._store.open(
+                Location(self._repository, kind, name)) as content:
+            return kind == 'config' or _digest(content.fd) != name
+        return True
 
     def _bring_back(self, present: str, deleted: str, files: Dict[str, str]) -> None:
         """Rename deleted objects of a folder to what they were, after marks of when they were away."""
@@ -2942,17 +2933,16 @@ class RollBack:
             source.sync()
 
     def __str__(self) -> str:
-        return ', '.join(f'{text} {what}' for text, what in (
-            (_text_of_sizes(self.back), 'restored'), (_text_of_sizes(self.aside), 'set aside'))
-            if text) or 'nothing to do'
-
-
-def _text_of_sizes(sizes: Dict[str, List[int]]) -> str:
-    """Such as `3 snapshots, 41 packs (612.0 MiB)`."""
-    words = {'snapshots': 'snapshot', 'index': 'index', 'keys': 'key', 'config': 'config', 'data': 'pack'}
-    return ', '.join(format_count(len(sizes[kind]), word)
-                     + (f' ({format_size(sum(sizes[kind]))})' if kind == 'data' else '')
-                     for kind, word in words.items() if kind in sizes)
+        """Such as `3 snapshots, 41 packs (612.0 MiB) restored, 1 snapshot set aside`."""
+        nouns = {'snapshots': 'snapshot', 'index': 'index', 'keys': 'key', 'config': 'config', 'data': 'pack'}
+        parts = []
+        for sizes, what in ((self.back, 'restored'), (self.aside, 'set aside')):
+            counts = [format_count(len(sizes[kind]), noun) for kind, noun in nouns.items() if kind in sizes]
+            if 'data' in sizes:
+                counts[-1] += f' ({format_size(sum(sizes["data"]))})'
+            if counts:
+                parts.append(f'{", ".join(counts)} {what}')
+        return ', '.join(parts) or 'nothing to do'
 
 
 # ==== Scrub ======================================================================================
@@ -3081,20 +3071,29 @@ class Scrub:
     def _find(self) -> Iterator[ScrubFolder]:
         """The folders of objects.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot
         be read."""
+        own_names = (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED))
         for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
             tally = ScrubTally(path)
+            damage = functools.partial(self._damage, tally)
             for entry in entries:
-                if is_repository and entry.name in KINDS and entry.is_dir():
-                    yield from self._find_objects(f'{path}/{entry.name}', tally)
+                below = f'{path}/{entry.name}'
+                if is_repository and entry.name == 'data' and entry.is_dir():    # or a link to one
+                    with self._reading(self._store.root + below, damage):
+                        for name in self._known(below, lambda part: (
+                                _SUBDIRECTORY.fullmatch(part.name) and part.is_dir())):
+                            yield ScrubFolder(f'{below}/{name}'[1:], name, tally, False)
+                elif is_repository and entry.name in KINDS and entry.is_dir():
+                    yield ScrubFolder(below[1:], '', tally, False)
                 elif entry.is_dir(follow_symlinks=False):
                     if entry.name == HIDDEN and (is_repository or not path):
-                        self._find_in_hidden(f'{path}/{HIDDEN}')
+                        with self._reading(self._store.root + below, self.report):
+                            self._known(below, lambda file: file.name in own_names)
                 elif entry.name == 'config':
                     config = f'{folder.path}/config'
-                    with self._reading(config, tally), contextlib.suppress(FileNotFoundError), \
+                    with self._reading(config, damage), contextlib.suppress(FileNotFoundError), \
                             open(folder.open('config', _READ_FLAGS), 'rb') as file:
                         if not file.read():
-                            self._damage(tally, config, 'empty')
+                            damage(config, 'empty')
                 elif is_repository or entry.name.startswith(HIDDEN):
                     self._report_foreign(folder, entry)
             if is_repository:
@@ -3106,34 +3105,25 @@ class Scrub:
             raise error
         self.report(self._store.root + path, f'unreadable: {error.strerror}')
 
+    @staticmethod
     @contextlib.contextmanager
-    def _reading(self, path: str, tally: ScrubTally) -> Iterator[None]:
-        """Reports as damage what cannot be read meanwhile."""
+    def _reading(path: str, report: Callable[[str, str], None]) -> Iterator[None]:
+        """Report a path if it cannot be read meanwhile."""
         try:
             yield
         except OSError as error:
-            self._damage(tally, path, f'unreadable: {error.strerror}')
+            report(path, f'unreadable: {error.strerror}')
 
-    def _find_objects(self, path: str, tally: ScrubTally) -> Iterator[ScrubFolder]:
-        """The folders of objects in the folder of a kind, which may be a link."""
-        if not path.endswith('/data'):
-            yield ScrubFolder(path[1:], '', tally, False)
-            return
-        with self._reading(self._store.root + path, tally), self._store.scan(path) as (folder, entries):
-            for part in sorted(entries, key=operator.attrgetter('name')):
-                if part.is_dir() and _SUBDIRECTORY.fullmatch(part.name):
-                    yield ScrubFolder(f'{path}/{part.name}'[1:], part.name, tally, False)
+    def _known(self, path: str, is_known: Callable[[os.DirEntry[str]], object]) -> List[str]:
+        """The names in a folder that belong there; reports the others.  Raises OSError."""
+        names = []
+        with self._store.scan(path) as (folder, entries):
+            for entry in entries:
+                if is_known(entry):
+                    names.append(entry.name)
                 else:
-                    self._report_foreign(folder, part)
-
-    def _find_in_hidden(self, path: str) -> None:
-        try:
-            with self._store.scan(path) as (folder, entries):
-                for entry in entries:
-                    if entry.name not in (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED)):
-                        self._report_foreign(folder, entry)
-        except OSError as error:
-            self._on_unreadable(path, error)
+                    self._report_foreign(folder, entry)
+        return sorted(names)
 
     def _report_foreign(self, folder: Folder, entry: os.DirEntry[str]) -> None:
         """Report a file that is not an object, unless it may belong to an upload under way."""
@@ -3189,13 +3179,12 @@ class Scrub:
         """Check the objects of a folder, and report other files; without faults it was sound when this
         began."""
         checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 1
-        with self._reading(f'{self._store.root}/{folder.path}', folder.tally):
+        damage = functools.partial(self._damage, folder.tally)
+        with self._reading(f'{self._store.root}/{folder.path}', damage):
             if not folder.deleted:
-                with self._store.scan(f'/{folder.path}') as (opened, entries):
-                    for entry in entries:
-                        if (not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False)
-                                or not entry.name.startswith(folder.prefix)):
-                            self._report_foreign(opened, entry)
+                self._known(f'/{folder.path}', lambda entry: (
+                    _NAME.fullmatch(entry.name) and entry.name.startswith(folder.prefix)
+                    and entry.is_file(follow_symlinks=False)))
             faults = sum(self._check(opened, name, digest, folder.tally)
                          for opened, name, digest, _ in self._changed(folder))
         with self._lock:
@@ -5821,26 +5810,24 @@ class Api:
     (no metrics), `login` or `open`; `page` is shown to browsers.  With `at` all repositories are those
     of that moment."""
 
-    def __init__(self, store: Store, policy: Policy, accounts: Optional[Accounts] = None,
-                 baseurl: str = '', headers: Iterable[Tuple[str, str]] = (), allow_origin: str = '',
-                 usage: Optional[Usage] = None, metrics: Optional[Metrics] = None,
-                 prometheus: str = '', page: Optional[Page] = None, at: str = '',
-                 events: Optional[Events] = None, admission: Optional[Admission] = None) -> None:
-        counters = Counters()
+    def __init__(self, store: Store, policy: Policy, accounts: Accounts, baseurl: str,
+                 headers: Iterable[Tuple[str, str]], allow_origin: str, usage: Usage, metrics: Metrics,
+                 prometheus: str, page: Optional[Page], at: str, events: Events, admission: Admission
+                 ) -> None:
         self.store = store
         self.policy = policy
-        self.accounts = accounts or Accounts()
+        self.accounts = accounts
         self.baseurl = baseurl
-        self.usage = usage or Usage(store, counters)
-        self.metrics = metrics or Metrics(counters, self.usage, store)
-        self.admission = admission or Admission(self.metrics, self.accounts.is_proxy)
-        self.events = events or Events(Watch(store, self.usage, 0), counters)
-        self.usage.on_mass_delete = functools.partial(self.events.emit, 'deleted')
-        policy.on_refused_delete = self.events.on_refused_delete
+        self.usage = usage
+        self.metrics = metrics
+        self.admission = admission
+        self.events = events
+        self.has_metrics = bool(prometheus)
         self._prometheus = prometheus
+        usage.on_mass_delete = functools.partial(events.emit, 'deleted')
+        policy.on_refused_delete = events.on_refused_delete
         self._page = page
         self._at = at
-        self.has_metrics = bool(prometheus)
         # They hide repositories of that name.
         self._own_paths = {f'{baseurl}/health': self._get_health, '/favicon.ico': self._get_icon}
         if prometheus:
@@ -5876,13 +5863,12 @@ class Api:
                 _STATUS_OF_ERROR[type(error)], str(error),
                 [('Retry-After', str(error.retry_seconds))] if isinstance(error, Busy) else ()))
         except OSError as error:
-            response = self.failure(request, error)
+            response = self._fail(request, error)
         except Exception as error:  # a bug must not end the connection
             log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
             log.debug('traceback:', exc_info=True)
             response = text_response(500, 'internal error')
-        if self._headers:
-            response.headers.extend(self._headers)
+        response.headers.extend(self._headers)
         return response
 
     def finish(self, request: Request, status: int, sent: int) -> None:
@@ -5896,16 +5882,15 @@ class Api:
         """The answer for an error."""
         return text_response(error.status, str(error), [*error.headers, *self._headers])
 
-    def failure(self, request: Request, error: OSError) -> Response:
+    def _fail(self, request: Request, error: OSError) -> Response:
         """The answer for an error of the file system."""
-        status = _STATUS_OF_ERRNO.get(error.errno or 0, 500)
+        status, denial = _STATUS_OF_ERRNO.get(error.errno or 0, 500), ''
+        if error.errno in (errno.EACCES, errno.EPERM):
+            with contextlib.suppress(StorageError, OSError):
+                location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
+                path = f'{location.folder}/{location.file}' if location.is_object else location.folder
+                denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
         if status != 400:
-            denial = ''
-            if error.errno in (errno.EACCES, errno.EPERM):
-                with contextlib.suppress(StorageError, OSError):
-                    location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
-                    path = f'{location.folder}/{location.file}' if location.is_object else location.folder
-                    denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
             log.error('%s %s: %s%s', request.method, request.path, error, denial and f'; {denial}')
         return text_response(status, READ_ONLY if error.errno == errno.EROFS else _REASON_OF_STATUS[status])
 
@@ -5920,8 +5905,9 @@ class Api:
             raise HttpError(403, 'requests from web pages are not allowed (--allow-origin)')
 
     def _route(self, request: Request) -> Response:
-        path = request.path
-        if path in self._own_paths and request.method in ('GET', 'HEAD'):
+        method, path = request.method, request.path
+        reads = method in ('GET', 'HEAD')
+        if reads and path in self._own_paths:
             return self._own_paths[path](request)
         request.user = self._identify(request)
         if self.baseurl:
@@ -5929,7 +5915,7 @@ class Api:
                 parse_path(path)
                 raise HttpError(404, 'not found')
             path = path[len(self.baseurl):] or '/'
-        creates = request.method == 'POST' and 'create=true' in request.query.split('&')
+        creates = method == 'POST' and 'create=true' in request.query.split('&')
         try:
             location = parse_path(path, self.store.ignores_case)
         except ReservedName:
@@ -5938,25 +5924,40 @@ class Api:
             raise
         if creates and location.kind:
             log.log(NOTICE, '%s: %s', path, RESERVED)
-        if self._at and not location.at:
-            location = Location(location.repository, location.kind, location.name, self._at)
-        if (self._page and not location.kind and not location.at and request.method in ('GET', 'HEAD')
+        at = location.at or self._at
+        if (self._page and reads and not location.kind and not at
                 and 'text/html' in request.headers.get('accept', '')):
             return self._get_page(self._page, request, location)
         self.policy.check(request, location)
-        view = None
-        if location.at:
-            view = self._find_view(request, location)
-            location = Location(location.repository, location.kind, location.name)
-        handlers = (_OBJECT_HANDLERS if location.is_object
-                    else _LIST_HANDLERS if location.kind else _REPOSITORY_HANDLERS)
-        handler = handlers.get(request.method)
-        if handler:
-            return handler(self, request, location, view) if view else handler(self, request, location)
+        source = self._find_view(request, location, at) if at else self.store
+        if location.is_object:
+            allowed = 'GET, HEAD, POST, DELETE'
+            if reads:
+                return self._get_object(request, location, source)
+            if method == 'POST':
+                return self._save(request, location)
+            if method == 'DELETE':
+                return self._delete(request, location)
+        elif location.kind:
+            allowed = 'GET, HEAD'
+            if reads:
+                return self._get_list(request, location, source)
+        else:
+            allowed = 'POST, GET, HEAD, DELETE'
+            if method == 'POST':
+                if not creates:
+                    raise HttpError(400, 'to create a repository, use POST with ?create=true')
+                self.store.directory.check_writable()
+                self.usage.create(location)
+                return Response(200, [])
+            if reads:
+                raise HttpError(404, 'not found')
+            if method == 'DELETE':
+                raise HttpError(501, 'repositories cannot be deleted over the network')
         # RFC 9110 9.1: 501 for a method that is unknown, 405 for one that others have.
-        known, allow = request.method in METHODS, ', '.join(handlers)
-        raise HttpError(405 if known else 501, f'allowed methods are {allow}',
-                        [('Allow', allow)] if known else [])
+        if method in METHODS:
+            raise HttpError(405, f'allowed methods are {allowed}', [('Allow', allowed)])
+        raise HttpError(501, f'allowed methods are {allowed}')
 
     def _identify(self, request: Request) -> str:
         """The user, as a path names him: in lower case where the file system ignores case.  Raises
@@ -5964,27 +5965,20 @@ class Api:
         user = self.accounts.identify(request)
         return user.lower() if self.store.ignores_case else user
 
-    def _find_view(self, request: Request, location: Location) -> Optional[View]:
-        """The repository of a location as it was.  It can be read, but its locks (None) are those of the
-        present, so that restic can hold one and a prune waits."""
+    def _find_view(self, request: Request, location: Location, at: str) -> View | Store:
+        """The repository of a location as it was.  It can be read, but its locks are those of the present, so
+        that restic can hold one and a prune waits."""
         self.store.directory.check_present()
         try:
-            view = self.usage.past.view(location)
+            view = self.usage.past.view(location.repository, at)
         except StorageError as error:  # restic shows the status alone
-            log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, location.at, error)
+            log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, at, error)
             raise
         if location.kind == 'locks':
-            return None
+            return self.store
         if request.method not in ('GET', 'HEAD'):
             raise HttpError(403, 'earlier states (.at) are read-only')
         return view
-
-    def _create(self, request: Request, location: Location) -> Response:
-        if 'create=true' not in request.query.split('&'):
-            raise HttpError(400, 'to create a repository, use POST with ?create=true')
-        self.store.directory.check_writable()
-        self.usage.create(location)
-        return Response(200, [])
 
     def _save(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
@@ -6015,12 +6009,9 @@ class Api:
             self.metrics.count_blob(request, location, Metrics.DELETED, size)
         return Response(200, [])
 
-    def _delete_repository(self, request: Request, location: Location) -> Response:
-        raise HttpError(501, 'repositories cannot be deleted over the network')
-
-    def _get_object(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
+    def _get_object(self, request: Request, location: Location, source: View | Store) -> Response:
         try:
-            content = (view or self.store).open(location)
+            content = source.open(location)
         except OSError as error:
             if error.errno in _NO_OBJECT:
                 self.store.directory.check_present()
@@ -6046,28 +6037,22 @@ class Api:
         # Read before the status is sent, so that an error has its own.
         return Response(status, headers, content.read_all())
 
-    def _get_list(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
+    def _get_list(self, request: Request, location: Location, source: View | Store) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
-        chunks = JsonList((view or self.store).objects(location, sizes), sizes)
-        return Response(200, headers, next(chunks) if chunks.is_short else chunks)
-
-    def _get_repository(self, request: Request, location: Location, view: Optional[View] = None) -> Response:
-        raise HttpError(404, 'not found')
+        chunks = json_list(source.objects(location, sizes), sizes)
+        first = next(chunks)
+        return Response(200, headers, first if first.endswith(b']') else chunks)
 
     def _get_metrics(self, request: Request) -> Response:
-        shows: Optional[Callable[[str], bool]] = None
-        of_server = True
+        shows, of_server = None, True   # type: Optional[Callable[[str], bool]], bool
         if self._prometheus != 'open':
             request.user = user = self._identify(request)
-            free = (not self.accounts.demanded and self.policy.is_for_all
-                    and (request.peer.unix or not user))
-            if not free:
-                shows = self.policy.metrics_of(user)
-                of_server = self.policy.sees_server(user)
+            if self.accounts.demanded or not self.policy.is_for_all or (user and not request.peer.unix):
+                shows, of_server = self.policy.metrics_of(user), self.policy.sees_server(user)
                 if not shows:
                     raise HttpError(403, 'no access to metrics')
         return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
@@ -6101,60 +6086,24 @@ class Api:
                         ICON.encode())
 
 
-if TYPE_CHECKING:
-    Handlers = Dict[str, Callable[..., Response]]   # by method
-
-_OBJECT_HANDLERS: Handlers = {'GET': Api._get_object, 'HEAD': Api._get_object, 'POST': Api._save,
-                              'DELETE': Api._delete}
-_LIST_HANDLERS: Handlers = {'GET': Api._get_list, 'HEAD': Api._get_list}
-_REPOSITORY_HANDLERS: Handlers = {'POST': Api._create, 'GET': Api._get_repository,
-                                  'HEAD': Api._get_repository, 'DELETE': Api._delete_repository}
-
-
-class JsonList:
-    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first has
-    been made, before the status is sent, so that an error has its own; it is all if the list `is_short`."""
-
-    def __init__(self, objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool) -> None:
-        self._objects = objects
-        self._sizes = sizes
-        self._before = '['      # what stands before the next names
-        self._due = time.monotonic() + FIRST_SECONDS
-        self._next: Optional[bytes] = self._make()
-        self.is_short = not self._before
-
-    def __iter__(self) -> JsonList:
-        return self
-
-    def __next__(self) -> bytes:
-        chunk, self._next = self._next, None
-        if chunk is None and not self._before:
-            raise StopIteration
-        return self._make() if chunk is None else chunk
-
-    def close(self) -> None:
-        """Close the folders that are being read, also if nothing was sent; nothing follows."""
-        self._objects.close()
-        self._before = ''
-
-    def _make(self) -> bytes:
-        """The next chunk."""
-        parts: List[str] = []
-        length = 0
-        for names, lengths in self._objects:
+def json_list(objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool) -> Iterator[bytes]:
+    """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first
+    comes twice: before the status is sent, so that an error has its own, and then to be sent."""
+    before, times = '[', 2      # what stands before the next names; how often the next chunk comes
+    parts, length, due = [], 0, time.monotonic() + FIRST_SECONDS    # type: List[str], int, float
+    with contextlib.closing(objects):
+        for names, lengths in objects:
             if not names:
                 continue
-            parts += (self._before, ','.join([f'{{"name":"{name}","size":{size}}}'
-                                              for name, size in zip(names, lengths)])
-                      if self._sizes else '"{}"'.format('","'.join(names)))
-            self._before = ','
+            parts += (before, ','.join([f'{{"name":"{name}","size":{size}}}'
+                                        for name, size in zip(names, lengths)])
+                      if sizes else '"{}"'.format('","'.join(names)))
+            before = ','
             length += len(parts[-1])
-            if length >= LIST_BYTES or time.monotonic() >= self._due:
-                self._due = time.monotonic() + LIST_SECONDS
-                return ''.join(parts).encode()
-        parts.append(']' if self._before == ',' else '[]')
-        self._before = ''
-        return ''.join(parts).encode()
+            if length >= LIST_BYTES or time.monotonic() >= due:
+                yield from [''.join(parts).encode()] * times
+                parts, length, due, times = [], 0, time.monotonic() + LIST_SECONDS, 1
+    yield from [''.join((*parts, '[]' if before == '[' else ']')).encode()] * times
 
 
 @functools.lru_cache(maxsize=256)
@@ -6166,24 +6115,23 @@ def parse_path(path: str, ignore_case: bool = False) -> Location:
     segment of a repository's path is a kind or `config`, so that no repository lies among the objects of
     another.
     """
-    return _parse_decoded(_decode_path(path) if '%' in path else path, ignore_case)
-
-
-def _parse_decoded(path: str, ignore_case: bool) -> Location:
+    if '%' in path:
+        path = _decode_path(path)
+    at = ''
     before, mark, after = path.partition(f'/{AT}/')
     if mark:
         at, _, rest = after.partition('/')
-        if not at or f'/{AT}/' in f'{before}/{rest}':
+        path = f'{before}/{rest}'
+        if not at or f'/{AT}/' in path:
             raise ReservedName('not found')
-        location = _parse_decoded(f'{before}/{rest}', ignore_case)
-        return Location(location.repository, location.kind, location.name, at)
     parent, _, name = path.rpartition('/')
     repository, slash, kind = parent.rpartition('/')
-    if slash and kind in KINDS and (not name or _NAME.fullmatch(name)):
-        return Location(check_repository(repository, ignore_case), kind, name)
-    if path.endswith('/config'):
-        return Location(check_repository(path[:-len('/config')], ignore_case), 'config')
-    return Location(check_repository(path[:-1] if path.endswith('/') else path, ignore_case))
+    if not (slash and kind in KINDS and (not name or _NAME.fullmatch(name))):
+        kind = name = ''
+        repository = path[:-1] if path.endswith('/') else path
+        if path.endswith('/config'):
+            repository, kind = path[:-len('/config')], 'config'
+    return Location(check_repository(repository, ignore_case), kind, name, at)
 
 
 def _decode_path(path: str) -> str:
