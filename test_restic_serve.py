@@ -602,16 +602,19 @@ class Http2TestCase(WireTestCase):
         """A client of HTTP/2; a socket stands for standard input and output."""
         ours, theirs = socket.socketpair()
         ours.settimeout(PATIENCE)
-        target, connections = os.dup(theirs.fileno()), (server or self.server).connections
-        pipes = restic_serve.PipeTransport(theirs.fileno(), target)
+        server, target = server or self.server, os.dup(theirs.fileno())
 
-        def serve(ticket):
-            self.server.loop.wake()
-            connections.serve(pipes, Peer('127.0.0.1'), ticket)
-            theirs.close()
-            os.close(target)
+        class Pipes(restic_serve.PipeTransport):
+            def close(self):
+                super().close()
+                theirs.close()
+                os.close(target)
 
-        connections.begin(Peer('127.0.0.1'), serve)
+        pipes = Pipes(theirs.fileno(), target)
+        server.connections.begin(pipes, Peer('127.0.0.1'))
+        server.loop.wake()
+        self.addCleanup(self.wait_until, lambda: not any(
+            connection._transport is pipes for connection in server.connections.served.copy()), 'its end')
         wire = Http2Wire(ours, **more)
         self.addCleanup(wire.__exit__)
         return wire
@@ -622,7 +625,7 @@ class ListenerTestCase(WireTestCase):
 
     def start(self, *addresses, **more):
         """Another server of the same directory, in a thread."""
-        return self.serve(self.server.api, self.server.limits,
+        return self.serve(self.server.api, self.server.connections.limits,
                           map(restic_serve.parse_address, addresses), **more)
 
 
@@ -1042,7 +1045,7 @@ class AccessLogTest(WireTestCase):
     def test_an_upload_whose_client_goes_has_its_line(self):
         with Wire(self.port) as wire:
             wire.send(post('/config', b'1', length=10))
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+            self.wait_until(lambda: self.server.connections.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
         self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
 
@@ -6781,7 +6784,7 @@ class TimeLimitTest(WireTestCase):
     limits = {'header_seconds': 0.2, 'idle_seconds': 0.4, 'read_seconds': 0.4, 'write_seconds': 0.4}
 
     def test_the_time_for_an_answer_begins_with_the_end_of_the_head(self):
-        self.server.limits.read_seconds = float('inf')
+        self.server.connections.limits.read_seconds = float('inf')
         ended = threading.Event()
         self.addCleanup(ended.set)
 
@@ -6831,8 +6834,8 @@ class TimeLimitTest(WireTestCase):
         path = self.put(bytes(64 << 20))
         wire = self.connect()
         wire.send(get(path))
-        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+        self.wait_until(lambda: self.server.connections.served, 'a connection')
+        self.wait_until(lambda: not self.server.connections.served, 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -6844,8 +6847,8 @@ class TimeLimitTest(WireTestCase):
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
             wire.send('GET /data/ HTTP/1.0\r\n\r\n')
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+            self.wait_until(lambda: self.server.connections.served, 'a connection')
+            self.wait_until(lambda: not self.server.connections.served, 'its end')
             with self.assertRaises(ConnectionResetError):
                 wire.answer()
 
@@ -6859,8 +6862,8 @@ class TimeLimitTest(WireTestCase):
         for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
             with Wire(self.port) as wire:
                 wire.send(request)
-                self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-                self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+                self.wait_until(lambda: self.server.connections.served, 'a connection')
+                self.wait_until(lambda: not self.server.connections.served, 'its end')
         self.wait_until(lambda: held() <= before, 'the end of threads and descriptors')
 
 
@@ -7264,10 +7267,10 @@ class Http1Test(WireTestCase):
         for data in (post('/config', b'12345', length=10), get(self.put(bytes(8 << 20))), b'GET'):
             wire = self.connect()
             wire.send(data)
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+            self.wait_until(lambda: self.server.connections.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
             wire.__exit__()
-            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+            self.wait_until(lambda: not self.server.connections.served, 'its end')
         self.assertEqual(self.log, [f'created directory {self.root}'])
         self.assertEqual(len(self.files()), 1)
 
@@ -7406,7 +7409,7 @@ class LargeObjectTest(Http2TestCase):
             self.assertEqual(wire.ask(post(f'/data/{"1" * 64}', b'', 'Expect: 100-continue',
                                            length=self.SIZE))[0], 100)
             wire.send(bytes(1 << 20))
-        self.wait_until(lambda: self.server.connections.active == 0, 'the end of the upload')
+        self.wait_until(lambda: not self.server.connections.served, 'the end of the upload')
         self.assertEqual(len(self.files()), 1)
 
 
@@ -8262,7 +8265,7 @@ class Http2AbuseTest(Http2TestCase):
         self.server.connections.sweep_seconds = 0.05
         path = self.put(bytes(8 << 20))
         for limit in ('write_seconds', 'stall_seconds'):
-            with mock.patch.object(self.server.limits, limit, 0.5), mock.patch.object(
+            with mock.patch.object(self.server.connections.limits, limit, 0.5), mock.patch.object(
                     restic_serve.PipeTransport, 'abort') as abort, self.http2(
                     grants=False, initial=TOP) as wire:
                 wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
@@ -8310,7 +8313,7 @@ class StallTest(Http2TestCase):
         wire = self.connect()
         wire.send(get(path))
         self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+        self.wait_until(lambda: not self.server.connections.served, 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -8327,8 +8330,9 @@ class StallTest(Http2TestCase):
         authority = Authority(self.folder)
         authority.issue('server')
         import ssl
-        server = self.serve(self.server.api, self.server.limits, certificates=restic_serve.Certificates(
-            *(str(self.folder / f'server.{what}') for what in ('pem', 'key'))))
+        server = self.serve(
+            self.server.api, self.server.connections.limits, certificates=restic_serve.Certificates(
+                *(str(self.folder / f'server.{what}') for what in ('pem', 'key'))))
         path = self.put(bytes(64 << 20))
         context = ssl.create_default_context(cafile=str(authority.path))
         with socket.create_connection(server.listeners[0].server_address, PATIENCE) as sock, \
@@ -8396,7 +8400,7 @@ class StallTest(Http2TestCase):
         self.assertEqual(self.limited(), {})
 
     def test_who_is_between_two_requests_is_not_stalled(self):
-        self.server.limits.stall_seconds = 0.05
+        self.server.connections.limits.stall_seconds = 0.05
         wire = self.connect()
         for _ in range(3):
             self.assertEqual(wire.ask(get('/config'))[0], 404)
@@ -8413,8 +8417,8 @@ class StallTest(Http2TestCase):
 
     def test_connections_find_out_that_the_other_end_has_gone(self):
         self.connect()
-        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-        sock = self.server.connections.snapshot()[0]._transport._sock
+        self.wait_until(lambda: self.server.connections.served, 'a connection')
+        sock = self.server.connections.served.copy().pop()._transport._sock
         self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
         if hasattr(socket, 'TCP_KEEPIDLE'):
             for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
@@ -8539,8 +8543,7 @@ class UnixSocketTest(ListenerTestCase):
                                     (0o077, True, 0o660)):
             old = os.umask(umask)
             try:
-                with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-                    restic_serve.bind_unix(sock, str(self.path), shared)
+                restic_serve.listen(restic_serve.parse_address(str(self.path)), shared).close()
                 self.assertEqual(os.umask(umask), umask)
             finally:
                 os.umask(old)
@@ -8667,7 +8670,7 @@ class TlsTest(ListenerTestCase):
         self.assertEqual(self.ask_unix(self.folder / 'socket'), 404)
 
     def test_a_silent_client_keeps_nobody_waiting_and_is_dropped(self):
-        self.server.limits.header_seconds = 0.3
+        self.server.connections.limits.header_seconds = 0.3
         server = self.start('127.0.0.1:0', certificates=self.certificates())
         port = server.listeners[0].server_address[1]
         silent = [Wire(port) for _ in range(20)]
@@ -8875,7 +8878,7 @@ class SharesTest(WireTestCase):
 
     def start(self, **more):
         server = self.serve(self.server.api, Limits(), **more)
-        server.connections.admission.exempt = lambda name: False
+        server.api.admission.exempt = lambda name: False
         return server, server.listeners[0].server_address[1]
 
     def test_an_address_has_its_share_of_the_connections(self):
@@ -8887,16 +8890,16 @@ class SharesTest(WireTestCase):
             more = stack.enter_context(Wire(port))
             status, _, content = more.ask(get('/config'))
             self.assertEqual((status, content), (503, b'too many connections from your address\n'))
-            self.assertEqual(server.connections.admission.admit(Peer('10.0.0.1')).refusal, '')
-            server.connections.admission.exempt = lambda name: True
+            self.assertEqual(server.api.admission.admit(Peer('10.0.0.1')).refusal, '')
+            server.api.admission.exempt = lambda name: True
             self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
-            server.connections.admission.exempt = lambda name: False
+            server.api.admission.exempt = lambda name: False
             wires[0].__exit__()
             self.wait_for_room(port)
 
-    def admission(self, limit_each, counters=None, exempt=lambda name: False):
+    def admission(self, limit_each, counters=None, exempt=lambda name: False, limit=100):
         metrics = Metrics(counters or Counters(), self.server.api.usage, self.store)
-        return restic_serve.Admission(metrics, exempt, 100, limit_each)
+        return restic_serve.Admission(metrics, exempt, limit, limit_each)
 
     def test_shares_hold_over_all_processes(self):
         counters, admissions = Counters(3), []
@@ -8930,7 +8933,7 @@ class SharesTest(WireTestCase):
 
     def test_the_share_is_a_quarter_but_enough_for_restic(self):
         for connections, share in ((1024, 256), (100, 25), (16, 8), (5, 5), (1, 1)):
-            self.assertEqual(restic_serve.default_share(connections), share)
+            self.assertEqual(self.admission(None, limit=connections).limit_each, share)
 
     def test_who_is_not_bound(self):
         accounts = Accounts(user_header='X', proxies=[restic_serve.parse_network('10.0.0.0/8')])
@@ -9008,16 +9011,16 @@ class ConnectionLimitTest(ListenerTestCase):
                 self.assertEqual(first.ask(get('/config'))[0], 404)
                 wires = [stack.enter_context(Wire(port)) for _ in range(30)]
                 self.assertTrue(all(wire.is_closed() or True for wire in wires))
-                self.assertLessEqual(server.connections.active, 3)
+                self.assertLessEqual(len(server.connections.served), 3)
                 self.assertEqual(first.ask(get('/config'))[0], 404)
-        self.wait_until(lambda: server.connections.active == 0, 'the end of all')
+        self.wait_until(lambda: not server.connections.served, 'the end of all')
 
     def test_a_thread_that_does_not_start_is_no_connection(self):
         server = self.start('127.0.0.1:0')
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
                 Wire(server.listeners[0].server_address[1]) as wire:
             self.assertTrue(wire.is_closed())
-        self.assertEqual(server.connections.active, 0)
+        self.assertFalse(server.connections.served)
         self.assertIn('no thread', self.log[-1])
 
     def test_slow_clients_do_not_slow_the_others(self):
@@ -9030,7 +9033,7 @@ class ConnectionLimitTest(ListenerTestCase):
             slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
             for wire in slow:
                 wire.send(b'G')
-            self.wait_until(lambda: server.connections.active == 1000, 'a thousand')
+            self.wait_until(lambda: len(server.connections.served) == 1000, 'a thousand')
             wire = stack.enter_context(Wire(port))
             times = []
             for number in range(200):
@@ -9059,13 +9062,13 @@ class ServerTest(WireTestCase):
         """A connection of which the server awaits the rest of an upload."""
         wire = self.connect()
         wire.send(post(f'/data/{named(content)}', sent, length=len(content)))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.served), 'it')
         return wire
 
     def test_a_stop_drops_idle_connections(self):
         fresh, used = self.connect(), self.connect()
         used.ask(get('/config'))
-        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.connections.served) == 2, 'two connections')
         done = self.finish()
         self.assertTrue(fresh.is_closed())
         self.assertTrue(used.is_closed())
@@ -9075,7 +9078,7 @@ class ServerTest(WireTestCase):
         content = b'0123456789'
         wire = self.begin_upload(content, content[:5])
         done = self.finish()
-        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
+        self.wait_until(lambda: all(c.stopping for c in self.server.connections.served), 'the stop')
         with self.assertRaises(OSError):
             socket.create_connection(('127.0.0.1', self.port), 1).recv(1)
         self.assertFalse(done.is_set())
@@ -9096,14 +9099,14 @@ class ServerTest(WireTestCase):
         answered, begun = self.connect(), self.connect()
         self.assertEqual(answered.ask(get('/config', 'Connection: close'))[0], 404)
         begun.send('GET /c')
-        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.connections.served) == 2, 'two connections')
         self.assertTrue(self.finish().wait(PATIENCE))
         self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_second_stop_ends_the_wait(self):
         self.begin_upload()
         done = self.finish()
-        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
+        self.wait_until(lambda: all(c.stopping for c in self.server.connections.served), 'the stop')
         self.server.stop()
         self.assertTrue(done.wait(PATIENCE))
 
@@ -9116,23 +9119,22 @@ class ServerTest(WireTestCase):
     def test_no_name_is_looked_up(self):
         with mock.patch.object(socket, 'getfqdn', side_effect=AssertionError), \
                 mock.patch.object(socket, 'gethostbyaddr', side_effect=AssertionError):
-            server = Server(self.server.api, self.server.limits, [LOCAL])
+            server = Server(self.server.api, self.server.connections.limits, [LOCAL])
         server.stop()
         server.serve()
 
     def test_without_a_host_both_families_are_served(self):
-        server = Server(self.server.api, self.server.limits, [restic_serve.parse_address(':0')])
+        server = Server(self.server.api, Limits(), [restic_serve.parse_address(':0')])
         listener = server.listeners[0]
-        port = listener.server_address[1]
-        socket.create_connection(('127.0.0.1', port), PATIENCE).close()
-        if listener.address_family == socket.AF_INET6:
-            socket.create_connection(('::1', port), PATIENCE).close()
+        for host in ('127.0.0.1', '::1')[:1 + (listener.address_family == socket.AF_INET6)]:
+            socket.create_connection((host, listener.server_address[1]), PATIENCE).close()
+            sock, peer = restic_serve.accept(listener.socket)
+            sock.close()
+            self.assertEqual(peer.name, host)
         server.stop()
         server.serve()
 
-    def test_names_of_peers(self):
-        self.assertEqual(restic_serve.host_of('::ffff:1.2.3.4'), '1.2.3.4')
-        self.assertEqual(restic_serve.host_of('::1'), '::1')
+    def test_names_of_this_host(self):
         self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
         self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
 
@@ -11222,7 +11224,7 @@ class FaultsTestCase(Http2TestCase):
 
     def assert_nothing_left(self, before):
         """What connections used is free again."""
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'the end of all connections')
+        self.wait_until(lambda: not self.server.connections.served, 'the end of all connections')
         self.wait_until(lambda: all(now <= then for now, then in zip(self.resources(), before)),
                         'the end of threads and descriptors')
 
