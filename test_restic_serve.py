@@ -9020,7 +9020,7 @@ class ConnectionLimitTest(ListenerTestCase):
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
                 Wire(server.listeners[0].server_address[1]) as wire:
             self.assertTrue(wire.is_closed())
-        self.assertFalse(server.connections.served)
+        self.wait_until(lambda: not server.connections.served, 'its end')
         self.assertIn('no thread', self.log[-1])
 
     def test_slow_clients_do_not_slow_the_others(self):
