@@ -8683,11 +8683,8 @@ def login_name(sock: socket.socket) -> str:
 # The connections of a process, their threads and deadlines; start, reload and stop of the server.  The main
 # thread accepts connections in its Loop; each connection has a thread.
 
-SWEEP_SECONDS = 0.5         # Time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
-EXPIRED_SECONDS = 0.05      # Time until the next ones.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
-YIELD_SECONDS = 0.001       # Pause for another process that has fewer connections.
 
 
 class StatsLog:
@@ -8724,7 +8721,7 @@ class Connections:
         self.limits = limits
         self.bandwidth = bandwidth
         self.served: Set[Connection] = set()    # those that have begun; copy() it before a walk
-        self.sweep_seconds = SWEEP_SECONDS
+        self.sweep_seconds = 0.5        # between two checks of the deadlines
         self._api = api
         self._certificates = certificates
         self._on_last_end = on_last_end
@@ -8750,7 +8747,7 @@ class Connections:
         try:
             threading.Thread(target=self._serve, args=(connection, source, ticket), daemon=True).start()
         except (RuntimeError, MemoryError) as error:    # no thread could be started
-            self._log_failure(peer, error)
+            log.error('a connection from %s failed: %s', peer, error)
             self._end(connection, ticket)
         return True
 
@@ -8775,14 +8772,10 @@ class Connections:
                 level, self._next_notice = NOTICE, now + 1      # one in a second
             log.log(level, '%s: %s', peer, gone)
         except Exception as error:
-            self._log_failure(peer, error)
+            log.error('a connection from %s failed: %s', peer, error)
+            log.debug('traceback:', exc_info=True)
         finally:
             self._end(connection, ticket)
-
-    @staticmethod
-    def _log_failure(peer: Peer, error: Exception) -> None:
-        log.error('a connection from %s failed: %s', peer, error)
-        log.debug('traceback:', exc_info=True)
 
     def _end(self, connection: Connection, ticket: Ticket) -> None:
         connection.close()
@@ -8808,8 +8801,7 @@ class Connections:
                        if connection.next_deadline() < connection.clock()]
             for connection in overdue[:EXPIRED_AT_ONCE]:
                 connection.expire()
-            more = len(overdue) > EXPIRED_AT_ONCE
-            self._next_sweep = now + (EXPIRED_SECONDS if more else self.sweep_seconds)
+            self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
         return self._next_sweep - now
 
     def stop(self) -> None:
@@ -8932,7 +8924,7 @@ class Server:
         """Accept a connection, unless another process that has fewer is about to."""
         of_each = [row[0] for row in self.api.metrics.counters.read(CONNECTIONS)]
         if len(self.connections.served) > min(of_each, default=0):
-            time.sleep(YIELD_SECONDS)
+            time.sleep(0.001)
         listener.handle_request()
 
     # ---- timers ----
@@ -8979,8 +8971,7 @@ class Server:
         """SIGUSR2: lift the limit of --bwlimit, or put it in force again."""
         bandwidth = self.connections.bandwidth
         if bandwidth:
-            lifted = bandwidth.toggle()
-            log.log(NOTICE, '--bwlimit is %s', 'off' if lifted else 'on again')
+            log.log(NOTICE, '--bwlimit is %s', 'off' if bandwidth.toggle() else 'on again')
 
 
 def import_modules() -> None:
@@ -9157,7 +9148,6 @@ class Workers:
             server.loop = Loop()
             server.loop.handlers = {signal.SIGTERM: on_stop, _RELOAD_SIGNAL: server.reload}
             server.loop.watch(self._workers_end, on_lifeline)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for signum in set(_SIGNALS).difference(server.loop.handlers):
                 signal.signal(signum, signal.SIG_IGN)
             server.become_worker(slot)
