@@ -8876,26 +8876,21 @@ class StatsLogTest(unittest.TestCase):
 class SharesTest(WireTestCase):
     """One address has a part of the places, and no more."""
 
-    def start(self, **more):
-        server = self.serve(self.server.api, Limits(), **more)
-        server.api.admission.exempt = lambda name: False
-        return server, server.listeners[0].server_address[1]
-
     def test_an_address_has_its_share_of_the_connections(self):
-        server, port = self.start(max_connections=100, per_address=3)
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
-            for wire in wires:
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-            more = stack.enter_context(Wire(port))
-            status, _, content = more.ask(get('/config'))
-            self.assertEqual((status, content), (503, b'too many connections from your address\n'))
-            self.assertEqual(server.api.admission.admit(Peer('10.0.0.1')).refusal, '')
-            server.api.admission.exempt = lambda name: True
-            self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
-            server.api.admission.exempt = lambda name: False
-            wires[0].__exit__()
-            self.wait_for_room(port)
+        server = self.serve(self.server.api, max_connections=100, per_address=3)
+        self.port, admission = server.listeners[0].server_address[1], server.api.admission
+        admission.exempt = lambda name: False
+        wires = [self.connect() for _ in range(3)]
+        for wire in wires:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        status, _, content = self.ask(get('/config'))
+        self.assertEqual((status, content), (503, b'too many connections from your address\n'))
+        self.assertEqual(admission.admit(Peer('10.0.0.1')).refusal, '')
+        admission.exempt = lambda name: True
+        self.assertEqual(self.ask(get('/config'))[0], 404)
+        admission.exempt = lambda name: False
+        wires[0].__exit__()
+        self.wait_for_room(self.port)
 
     def admission(self, limit_each, counters=None, exempt=lambda name: False, limit=100):
         metrics = Metrics(counters or Counters(), self.server.api.usage, self.store)
@@ -8965,61 +8960,65 @@ class ForwardedClientsTest(ListenerTestCase):
         self.assertEqual(str(info.call_args[0][1]), '1.2.3.4')
 
     def test_each_has_a_share_of_its_own(self):
-        server = self.serve(self.api, max_connections=100, per_address=2)
-        port, credentials = server.listeners[0].server_address[1], basic('alice', 'secret')
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(5)]
-            for number, wire in enumerate(wires[:4]):
-                content = os.urandom(1000)
-                wire.send(post(f'/keys/{named(content)}', b'', credentials, 'Expect: 100-continue',
-                               f'X-Forwarded-For: 1.2.3.{number // 2}', length=1000))
-                self.assertEqual(wire.answer()[0], 100)
-            ask = get('/keys/', credentials, 'X-Forwarded-For: 1.2.3.0')
-            status, headers, body = wires[4].ask(ask)
-            self.assertEqual((status, headers['retry-after'], body), (
-                503, '10', b'too many requests from your address\n'))
-            self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
-            wires[0].sock.shutdown(socket.SHUT_RDWR)
-            self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
+        self.port = self.serve(self.api, max_connections=100, per_address=2).listeners[0].server_address[1]
+        login, wires = basic('alice', 'secret'), [self.connect() for _ in range(5)]
+        for number, wire in enumerate(wires[:4]):
+            content = os.urandom(1000)
+            wire.send(post(f'/keys/{named(content)}', b'', login, 'Expect: 100-continue',
+                           f'X-Forwarded-For: 1.2.3.{number // 2}', length=1000))
+            self.assertEqual(wire.answer()[0], 100)
+        ask = get('/keys/', login, 'X-Forwarded-For: 1.2.3.0')
+        status, headers, body = wires[4].ask(ask)
+        self.assertEqual((status, headers['retry-after'], body), (
+            503, '10', b'too many requests from your address\n'))
+        self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
+        wires[0].sock.shutdown(socket.SHUT_RDWR)
+        self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
+        for wire in wires:
+            wire.__exit__()
         find = self.api.metrics.counters.find
         self.wait_until(lambda: not any(map(sum, find('addresses').values())), 'the end of all shares')
 
 
 class ConnectionLimitTest(ListenerTestCase):
+    def start(self, *addresses, **more):
+        server = super().start('127.0.0.1:0', **more)
+        self.port = server.listeners[0].server_address[1]
+        return server
+
     def test_one_more_is_answered_503_and_closed(self):
-        port = self.start('127.0.0.1:0', max_connections=3).listeners[0].server_address[1]
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
-            for wire in wires:
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-            more = stack.enter_context(Wire(port))
-            status, headers, _ = more.ask(get('/config'))
-            self.assertEqual((status, headers['connection']), (503, 'close'))
-            self.assertTrue(more.is_closed())
-            self.wait_until(lambda: self.log[-1] == 'too many connections: closed or rejected 1, from '
-                            '127.0.0.1 (1)', 'the log line')
-            self.assertEqual(wires[0].ask(get('/config'))[0], 404)
-            wires[0].__exit__()
-            self.wait_for_room(port)
+        self.start(max_connections=3)
+        wires = [self.connect() for _ in range(3)]
+        for wire in wires:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        more = self.connect()
+        status, headers, _ = more.ask(get('/config'))
+        self.assertEqual((status, headers['connection']), (503, 'close'))
+        self.assertTrue(more.is_closed())
+        self.wait_until(lambda: self.log[-1] == 'too many connections: closed or rejected 1, from '
+                        '127.0.0.1 (1)', 'the log line')
+        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        wires[0].__exit__()
+        self.wait_for_room(self.port)
 
     def test_a_flood_is_dropped(self):
-        with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
-            server = self.start('127.0.0.1:0', max_connections=1)
-            port = server.listeners[0].server_address[1]
-            with contextlib.ExitStack() as stack:
-                first = stack.enter_context(Wire(port))
-                self.assertEqual(first.ask(get('/config'))[0], 404)
-                wires = [stack.enter_context(Wire(port)) for _ in range(30)]
-                self.assertTrue(all(wire.is_closed() or True for wire in wires))
-                self.assertLessEqual(len(server.connections.served), 3)
-                self.assertEqual(first.ask(get('/config'))[0], 404)
+        patch_for(self, restic_serve, TURNED_AWAY=2)
+        server = self.start(max_connections=1)
+        wires = [self.connect()]
+        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        wires += [self.connect() for _ in range(30)]
+        for wire in wires[1:]:
+            wire.is_closed()
+        self.assertLessEqual(len(server.connections.served), 3)
+        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        for wire in wires:
+            wire.__exit__()
         self.wait_until(lambda: not server.connections.served, 'the end of all')
 
     def test_a_thread_that_does_not_start_is_no_connection(self):
-        server = self.start('127.0.0.1:0')
-        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
-                Wire(server.listeners[0].server_address[1]) as wire:
-            self.assertTrue(wire.is_closed())
+        server = self.start()
+        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')):
+            self.assertTrue(self.connect().is_closed())
         self.wait_until(lambda: not server.connections.served, 'its end')
         self.assertIn('no thread', self.log[-1])
 
@@ -9027,26 +9026,23 @@ class ConnectionLimitTest(ListenerTestCase):
         """A thousand that drip; the figure is a bound, far above what is usual."""
         # As main() does: with stacks of 8 MiB they fill the address space of a 32-bit system.
         self.addCleanup(threading.stack_size, threading.stack_size(restic_serve.STACK_BYTES))
-        server = self.start('127.0.0.1:0', max_connections=1100)
-        port = server.listeners[0].server_address[1]
-        with contextlib.ExitStack() as stack:
-            slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
-            for wire in slow:
-                wire.send(b'G')
-            self.wait_until(lambda: len(server.connections.served) == 1000, 'a thousand')
-            wire = stack.enter_context(Wire(port))
-            times = []
-            for number in range(200):
-                slow[number].send(b'E')
-                begin = time.perf_counter()
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-                times.append(time.perf_counter() - begin)
-            self.assertLess(sorted(times)[len(times) // 2], 0.1)
-            path = Path('/proc/self/status')
-            if path.exists():
-                resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
-                # Of the tests, the clients and the server.
-                self.assertLess(resident, (300 if PYPY else 200) * 1024)
+        server = self.start(max_connections=1100)
+        slow = [self.connect() for _ in range(1000)]
+        for wire in slow:
+            wire.send(b'G')
+        self.wait_until(lambda: len(server.connections.served) == 1000, 'a thousand')
+        wire, times = self.connect(), []
+        for number in range(200):
+            slow[number].send(b'E')
+            begin = time.perf_counter()
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+            times.append(time.perf_counter() - begin)
+        self.assertLess(sorted(times)[len(times) // 2], 0.1)
+        path = Path('/proc/self/status')
+        if path.exists():
+            resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
+            # Of the tests, the clients and the server.
+            self.assertLess(resident, (300 if PYPY else 200) * 1024)
 
 
 class ServerTest(WireTestCase):
@@ -9271,6 +9267,17 @@ class WorkersTest(TestCase):
             self.assertEqual(wire.ask(get('/config'))[0], 404)
         return wires
 
+    def wait_for_line(self, server, pattern):
+        self.wait_until(lambda: re.search(pattern, ' '.join(server.lines)), pattern)
+
+    def kill_all(self, server):
+        """Kill the workers, and wait for others; their process ids."""
+        killed = self.children(server)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        self.wait_until(lambda: len(set(self.children(server)) - set(killed)) == len(killed), 'other workers')
+        return killed
+
     def begin(self, wire, content):
         """Upload all but the last byte."""
         wire.send(post(f'/data/{named(content)}', content, 'Expect: 100-continue')[:-len(content)])
@@ -9314,22 +9321,17 @@ class WorkersTest(TestCase):
     def test_one_that_dies_is_replaced_and_nothing_that_was_counted_is_lost(self):
         server = self.serve('--prometheus', '--max-connections', '6')
         self.connect_all(server, 6)
-        first = self.children(server)
-        for pid in first:
-            os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: len(set(self.children(server)) - set(first)) == 2, 'other workers')
+        killed = self.kill_all(server)
         # the dead ones' connections count no more, their requests do
         self.wait_until(lambda: self.requests(server) >= 6, 'the metrics')
         wires = self.connect_all(server, 5)  # one that has just ended may count still
-        log = ' '.join(server.lines)
-        for pid in first:
-            self.assertRegex(log, rf'ERROR: worker [12] \(process {pid}\) was killed by signal 9; '
-                                  'restarting it')
+        for pid in killed:
+            self.wait_for_line(server, rf'ERROR: worker [12] \(process {pid}\) was killed by signal 9; '
+                               'restarting it')
         pid = self.children(server)[0]
         os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: f'(process {pid})' in ' '.join(server.lines), 'the log')
-        self.assertRegex(' '.join(server.lines), rf'{pid}\) was killed by signal 9; restarting it in 1 s')
-        self.assertRegex(' '.join(server.lines), r'NOTICE: worker 1 is now process \d+')
+        self.wait_for_line(server, rf'{pid}\) was killed by signal 9; restarting it in 1 s')
+        self.wait_for_line(server, r'NOTICE: worker 1 is now process \d+')
         for wire in wires:
             wire.__exit__()
         self.assertEqual(server.stop(), 0)
@@ -9360,9 +9362,7 @@ class WorkersTest(TestCase):
             server = self.serve()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        pid = self.children(server)[0]
-        os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: 'is now process' in ' '.join(server.lines), 'the replacement')
+        self.kill_all(server)
         self.assertEqual(server.stop(), 0)
 
     def test_a_stop_at_the_first_moment_leaves_no_socket(self):
@@ -9381,10 +9381,8 @@ class WorkersTest(TestCase):
 
     def test_one_that_is_told_to_stop_is_replaced_without_an_alarm(self):
         server = self.serve()
-        pid = self.children(server)[0]
-        os.kill(pid, signal.SIGTERM)
-        self.wait_until(lambda: re.search(r'NOTICE: worker [12] is now process \d+', ' '.join(server.lines)),
-                        'the replacement')
+        os.kill(self.children(server)[0], signal.SIGTERM)
+        self.wait_for_line(server, r'NOTICE: worker [12] is now process \d+')
         self.connect_all(server)
         self.assertEqual(server.stop(), 0)
         self.assertNotIn('ERROR', ' '.join(server.lines))
@@ -9439,11 +9437,8 @@ class WorkersTest(TestCase):
         rights.write_text('rubbish\n')
         users.unlink()
         for line in ('keeping the previous rights', 'keeping the previous users'):
-            self.wait_until(lambda line=line: line in ' '.join(server.lines), line)
-        before = self.children(server)
-        for pid in before:
-            os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: len(set(self.children(server)) - set(before)) == 2, 'new workers')
+            self.wait_for_line(server, line)
+        self.kill_all(server)
         self.assertEqual(statuses(), {(401, 403)})
 
     def test_a_second_signal_ends_the_wait(self):
