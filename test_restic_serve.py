@@ -8463,8 +8463,7 @@ class LoopTest(unittest.TestCase):
         self.loop.run(lambda: self.heard[-len(expected):] == list(expected))
 
     def test_signals_call_their_handlers_one_after_the_other(self):
-        for number in (1, 2):
-            self.loop.handlers[number] = functools.partial(self.heard.append, number)
+        self.loop.handlers = {number: functools.partial(self.heard.append, number) for number in (1, 2)}
         for number in (1, 2, 3, 1):
             self.loop.wake(number)
         self.run_until(1, 2, 1)
@@ -8531,22 +8530,13 @@ class UnixSocketTest(ListenerTestCase):
             data = b''.join(iter(lambda: sock.recv(1 << 20), b''))
         self.assertEqual(data.partition(b'\r\n\r\n')[2], content)
 
-    def test_the_socket_is_removed_at_the_end(self):
-        server = self.start(str(self.path))
-        self.assertTrue(self.path.is_socket())
-        server.stop()
-        self.wait_until(lambda: not self.path.exists(), 'the end of the socket')
-
     def test_only_the_user_may_connect_and_the_group_if_the_umask_lets_it(self):
-        for umask, shared, mode in ((0o022, False, 0o600), (0o077, False, 0o600),
-                                    (0o007, False, 0o660), (0o002, False, 0o660),
-                                    (0o077, True, 0o660)):
-            old = os.umask(umask)
-            try:
-                restic_serve.listen(restic_serve.parse_address(str(self.path)), shared).close()
-                self.assertEqual(os.umask(umask), umask)
-            finally:
-                os.umask(old)
+        self.addCleanup(os.umask, os.umask(0))
+        for umask, shared, mode in ((0o022, False, 0o600), (0o077, False, 0o600), (0o007, False, 0o660),
+                                    (0o002, False, 0o660), (0o077, True, 0o660)):
+            os.umask(umask)
+            restic_serve.listen(restic_serve.parse_address(str(self.path)), shared).close()
+            self.assertEqual(os.umask(umask), umask)
             self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), mode, oct(umask))
             self.path.unlink()
 
@@ -8568,7 +8558,7 @@ class UnixSocketTest(ListenerTestCase):
             self.start(str(self.path))
         self.assertEqual(self.path.read_text(), 'precious')
 
-    def test_another_server_that_took_the_path_keeps_it(self):
+    def test_the_socket_is_removed_at_the_end_but_not_that_of_another_server(self):
         server = self.start(str(self.path))
         self.path.unlink()
         second = self.start(str(self.path))
@@ -8848,11 +8838,12 @@ class StatsLogTest(unittest.TestCase):
         with mock.patch.object(time, 'monotonic', lambda: self.clock.now):
             return self.stats.tick(active)
 
-    def test_an_idle_server_sleeps(self):
+    def test_an_idle_server_sleeps_and_so_do_workers_whose_parent_logs(self):
         self.assertEqual(self.tick(), math.inf)
+        self.stats = restic_serve.StatsLog(self.metrics, math.inf)
+        self.assertEqual(self.tick(active=True), math.inf)
 
     def test_the_time_of_a_line_begins_with_what_is_done(self):
-        self.tick()
         self.assertEqual(self.tick(active=True, after=1000), 60)
         self.metrics.begin_period.assert_called_once()
         self.metrics.has_news.return_value = True
@@ -8866,11 +8857,6 @@ class StatsLogTest(unittest.TestCase):
         self.tick(active=True)
         self.assertEqual(self.tick(active=True, after=60), 60)
         self.metrics.line.assert_not_called()
-
-    def test_workers_leave_it_to_their_parent(self):
-        self.stats = restic_serve.StatsLog(self.metrics, math.inf)
-        self.assertEqual(self.tick(active=True), math.inf)
-        self.metrics.begin_period.assert_not_called()
 
 
 class SharesTest(WireTestCase):
@@ -9102,7 +9088,6 @@ class ServerTest(WireTestCase):
     def test_a_second_stop_ends_the_wait(self):
         self.begin_upload()
         done = self.finish()
-        self.wait_until(lambda: all(c.stopping for c in self.server.connections.served), 'the stop')
         self.server.stop()
         self.assertTrue(done.wait(PATIENCE))
 
@@ -9510,26 +9495,30 @@ class WorkersTest(TestCase):
         wires.pop().__exit__()
         self.wait_until(lambda: self.ask(server, get('/config'))[0] == 404, 'a place')
 
+    def fork(self, counters, slot, job):
+        """A process with a slot of the counters, whose exit status is what a job returns."""
+        pid = os.fork()
+        if not pid:
+            counters.join(slot)
+            os._exit(job())
+        return pid
+
     def test_bandwidth_is_limited_over_all_of_them(self):
         counters = Counters(3)
-        clocks = []
 
         def wait(count):
+            """The tenths of a second that many bytes take."""
             clock = Clock()
             bandwidth = restic_serve.Bandwidth([restic_serve.TimetableEntry(0, 1000, 100)], counters,
                                                lambda: clock.now, lambda: clock.day, clock.sleep)
             bandwidth.wait(bandwidth.SENT, count)
-            clocks.append(clock.now)
-            return round(clock.now - 1000, 3)
+            return round(10 * (clock.now - 1000), 2)
 
         self.assertEqual(wait(500), 0)
-        for slot in (1, 2):
-            pid = os.fork()
-            if not pid:
-                counters.join(slot)
-                os._exit(int(10 * wait(300)))
-            self.assertEqual(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), {1: 5, 2: 8}[slot])
-        self.assertEqual(wait(1), 1.1)
+        for slot, tenths in ((1, 5), (2, 8)):
+            pid = self.fork(counters, slot, lambda: int(wait(300)))
+            self.assertEqual(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), tenths)
+        self.assertEqual(wait(1), 11)
 
     def test_quotas_hold_over_all_of_them(self):
         counted_plainly(self)
@@ -9538,19 +9527,16 @@ class WorkersTest(TestCase):
         counters = Counters(5)
         usage = Usage(store, counters, quotas=restic_serve.Quotas({'/': 50500}))
         usage.census.count()
-        children = []
-        for slot in range(1, 5):
-            pid = os.fork()
-            if not pid:
-                counters.join(slot)
-                stored = 0
-                for _ in range(40):
-                    content = os.urandom(1000)
-                    with contextlib.suppress(Busy, QuotaExceeded):
-                        usage.save(Location('/host', 'data', named(content)), Bytes(content))
-                        stored += 1
-                os._exit(stored)
-            children.append(pid)
+
+        def store_all():
+            stored = 0
+            for content in (os.urandom(1000) for _ in range(40)):
+                with contextlib.suppress(Busy, QuotaExceeded):
+                    usage.save(Location('/host', 'data', named(content)), Bytes(content))
+                    stored += 1
+            return stored
+
+        children = [self.fork(counters, slot, store_all) for slot in range(1, 5)]
         stored = sum(os.WEXITSTATUS(os.waitpid(pid, 0)[1]) for pid in children)
         self.assertEqual(stored, len(self.files(self.root / 'host')))
         self.assertIn(stored, range(40, 51))
