@@ -8615,7 +8615,7 @@ def listener_class() -> Any:
         """A listening socket whose connections are served, with TLS if `tls`.  `name` is what the service
         manager calls it; a unix socket that we have bound is removed from its `path` at the end."""
 
-        def __init__(self, connections: Connections, sock: socket.socket, tls: bool, name: str = '',
+        def __init__(self, server: Server, sock: socket.socket, tls: bool, name: str = '',
                      path: str = '') -> None:
             self.address_family = sock.family
             super().__init__(sock.getsockname(), BaseRequestHandler, bind_and_activate=False)
@@ -8633,7 +8633,7 @@ def listener_class() -> Any:
             self.name = name
             self.path = path
             self._inode = os.stat(path).st_ino if path else 0
-            self._connections = connections
+            self._server = server
 
         def server_close(self) -> None:
             super().server_close()
@@ -8651,7 +8651,7 @@ def listener_class() -> Any:
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if not self._connections.begin(request, client_address, self.tls):
+            if not self._server.begin(request, client_address, self.tls):
                 self.shutdown_request(request)
 
     return Listener
@@ -8710,115 +8710,10 @@ class StatsLog:
         return self._next - now
 
 
-class Connections:
-    """The connections of this process, each in a thread of its own, and their time limits.
-
-    `bandwidth` is what all of them may pass.  A thread calls `on_last_end` when the last one has ended.
-    """
-
-    def __init__(self, api: Api, limits: Limits, bandwidth: Optional[Bandwidth],
-                 certificates: Optional[Certificates], on_last_end: Callable[[], None]) -> None:
-        self.limits = limits
-        self.bandwidth = bandwidth
-        self.served: Set[Connection] = set()    # those that have begun; copy() it before a walk
-        self.sweep_seconds = 0.5        # between two checks of the deadlines
-        self._api = api
-        self._certificates = certificates
-        self._on_last_end = on_last_end
-        self._next_sweep = 0.0
-        self._next_notice = 0.0         # when a failed handshake may be logged again
-
-    def begin(self, source: socket.socket | PipeTransport, peer: Peer, tls: bool = False) -> bool:
-        """Serve an accepted connection, or standard input and output, in a thread of its own, if there is a
-        place for it; whether there is."""
-        ticket = self._api.admission.admit(peer)
-        if not ticket:
-            return False
-        transport: Transport
-        if isinstance(source, PipeTransport):
-            transport = source
-        else:
-            transport = plain = SocketTransport(source, self.limits.stall_seconds)
-            if tls and self._certificates:
-                transport = self._certificates.wrap(plain)
-        connection = Connection(transport, peer, self.limits, self.bandwidth,
-                                lambda limit, peer: self._api.metrics.count_limited(limit, peer.name))
-        self.served.add(connection)
-        try:
-            threading.Thread(target=self._serve, args=(connection, source, ticket), daemon=True).start()
-        except (RuntimeError, MemoryError) as error:    # no thread could be started
-            log.error('a connection from %s failed: %s', peer, error)
-            self._end(connection, ticket)
-        return True
-
-    def _serve(self, connection: Connection, source: socket.socket | PipeTransport, ticket: Ticket) -> None:
-        """Serve a connection to its end."""
-        peer = connection.peer
-        try:
-            if isinstance(source, PipeTransport):
-                Http2(connection, self._api).run()
-                return
-            if peer.unix:
-                peer.user = login_name(source)
-            connection.shake_hands()
-            http = Http1(connection, self._api, self.limits)
-            if ticket.refusal:
-                http.turn_away(ticket.refusal)
-            else:
-                http.run()
-        except Gone as gone:
-            level, now = logging.DEBUG, time.monotonic()
-            if isinstance(gone, HandshakeFailed) and now >= self._next_notice:
-                level, self._next_notice = NOTICE, now + 1      # one in a second
-            log.log(level, '%s: %s', peer, gone)
-        except Exception as error:
-            log.error('a connection from %s failed: %s', peer, error)
-            log.debug('traceback:', exc_info=True)
-        finally:
-            self._end(connection, ticket)
-
-    def _end(self, connection: Connection, ticket: Ticket) -> None:
-        connection.close()
-        self._api.admission.leave(ticket)
-        self.served.discard(connection)
-        if not self.served:
-            self._on_last_end()
-
-    def sweep(self) -> float:
-        """A timer: expire connections whose deadline has passed; seconds until the next check, infinite
-        without connections.  A thousand threads that wake at once would block all others."""
-        if not self.served:
-            return math.inf
-        now = time.monotonic()
-        if now >= self._next_sweep:
-            connections = self.served.copy()
-            authority = self._certificates.authority if self._certificates else b''
-            for connection in connections if authority else ():
-                if not (connection.stopping or connection.is_of(authority)):
-                    log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
-                    connection.stop()
-            overdue = [connection for connection in connections
-                       if connection.next_deadline() < connection.clock()]
-            for connection in overdue[:EXPIRED_AT_ONCE]:
-                connection.expire()
-            self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
-        return self._next_sweep - now
-
-    def stop(self) -> None:
-        """End idle connections now, and the others after the request that is being served."""
-        for connection in self.served.copy():
-            connection.stop()
-
-    def abort(self) -> None:
-        """Abort the connections that are left."""
-        for connection in self.served.copy():
-            log.warning('closed the connection of %s: request not finished in time', connection.peer)
-            connection.abort()
-
-
 class Server:
-    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any; all connections share
-    `bandwidth`.  What was done is logged every `stats_seconds`.  Raises OSError."""
+    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any, each connection in a
+    thread of its own; all share `bandwidth`.  What was done is logged every `stats_seconds`.  Raises
+    OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
@@ -8826,16 +8721,21 @@ class Server:
                  notifier: Optional[SystemdNotifier] = None, bandwidth: Optional[Bandwidth] = None,
                  stats_seconds: float = math.inf) -> None:
         self.api = api
+        self.limits = limits
+        self.bandwidth = bandwidth
         self.notifier = notifier or SystemdNotifier({})
         self.stats = StatsLog(api.metrics, stats_seconds)
         self.listeners: List[Any] = []
+        self.served: Set[Connection] = set()    # those that have begun; copy() it before a walk
         self.stops = 0                  # stop signals seen; the second skips the grace period
         self.certificates = certificates
+        self.sweep_seconds = 0.5        # between two checks of the deadlines
+        self._next_sweep = 0.0
+        self._next_notice = 0.0         # when a failed handshake may be logged again
         self._files = [files for files in (certificates, api.accounts.file,
                                            api.policy if api.policy.path else None) if files]
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._is_first = True           # of the processes: makes censuses, purges, runs events
-        self.connections = Connections(api, limits, bandwidth, certificates, lambda: self.loop.wake())
         self._listen(addresses, inherited)
         if self.listeners:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
@@ -8853,12 +8753,12 @@ class Server:
         tls, where = self.certificates is not None, 'socket from systemd'
         try:
             for sock, name in inherited:
-                self.listeners.append(listener_class()(self.connections, sock, tls, name))
+                self.listeners.append(listener_class()(self, sock, tls, name))
             for address in () if self.listeners else addresses:
                 where = f'--addr {address.path or f"{address.host}:{address.port}"}'
                 sock = listen(address, self.api.store.shared)
                 self.listeners.append(listener_class()(
-                    self.connections, sock, tls and address.scheme != 'http', path=address.path))
+                    self, sock, tls and address.scheme != 'http', path=address.path))
         except OSError as error:
             self.close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
@@ -8889,8 +8789,7 @@ class Server:
     def serve(self) -> None:
         """Serve until the loop hears of a signal to stop or, without listeners, the last connection ends;
         then let running requests finish."""
-        census, events = self.api.usage.census, self.api.events
-        loop, connections = self.loop, self.connections
+        loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
         if self._is_first:
@@ -8899,21 +8798,24 @@ class Server:
                     loop.watch(channel.receiver, take)
             loop.timers.append(self._purge)
             events.start()
-        loop.timers += [self.look_at_files, connections.sweep, self.notifier.ping,
-                        self.api.metrics.log_limited, lambda: self.stats.tick(bool(connections.served))]
+        loop.timers += [self.look_at_files, self.sweep, self.notifier.ping, self.api.metrics.log_limited,
+                        lambda: self.stats.tick(bool(self.served))]
         unpin(False)
         self.notifier.notify('READY=1')
-        loop.run(lambda: self.stops > 0 or not (self.listeners or connections.served))
+        loop.run(lambda: self.stops > 0 or not (self.listeners or self.served))
         self.notifier.notify('STOPPING=1')
         # Accept no more, drop idle connections, wait for the others; a second signal ends the wait.
         for source in (*self.listeners, census.channel.receiver, events.channel.receiver):
             loop.unwatch(source)
         self.close_listeners()
-        connections.stop()
+        for connection in self.served.copy():
+            connection.stop()
         end = time.monotonic() + STOP_SECONDS
-        loop.timers = [connections.sweep, lambda: end - time.monotonic()]
-        loop.run(lambda: self.stops > 1 or not connections.served or time.monotonic() >= end)
-        connections.abort()
+        loop.timers = [self.sweep, lambda: end - time.monotonic()]
+        loop.run(lambda: self.stops > 1 or not self.served or time.monotonic() >= end)
+        for connection in self.served.copy():
+            log.warning('closed the connection of %s: request not finished in time', connection.peer)
+            connection.abort()
         events.stop(max(end - time.monotonic(), 0))
         self.api.metrics.log_limited(at_once=True)
         census.channel.close()
@@ -8923,11 +8825,89 @@ class Server:
     def _accept(self, listener: Any) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
         of_each = [row[0] for row in self.api.metrics.counters.read(CONNECTIONS)]
-        if len(self.connections.served) > min(of_each, default=0):
+        if len(self.served) > min(of_each, default=0):
             time.sleep(0.001)
         listener.handle_request()
 
+    # ---- connections ----
+
+    def begin(self, source: socket.socket | PipeTransport, peer: Peer, tls: bool = False) -> bool:
+        """Serve an accepted connection, or standard input and output, in a thread of its own, if there is a
+        place for it; whether there is."""
+        ticket = self.api.admission.admit(peer)
+        if not ticket:
+            return False
+        transport: Transport
+        if isinstance(source, PipeTransport):
+            transport = source
+        else:
+            transport = plain = SocketTransport(source, self.limits.stall_seconds)
+            if tls and self.certificates:
+                transport = self.certificates.wrap(plain)
+        connection = Connection(transport, peer, self.limits, self.bandwidth,
+                                lambda limit, peer: self.api.metrics.count_limited(limit, peer.name))
+        self.served.add(connection)
+        try:
+            threading.Thread(target=self._serve, args=(connection, source, ticket), daemon=True).start()
+        except (RuntimeError, MemoryError) as error:    # no thread could be started
+            log.error('a connection from %s failed: %s', peer, error)
+            self._end(connection, ticket)
+        return True
+
+    def _serve(self, connection: Connection, source: socket.socket | PipeTransport, ticket: Ticket) -> None:
+        """Serve a connection to its end."""
+        peer = connection.peer
+        try:
+            if isinstance(source, PipeTransport):
+                Http2(connection, self.api).run()
+                return
+            if peer.unix:
+                peer.user = login_name(source)
+            connection.shake_hands()
+            http = Http1(connection, self.api, self.limits)
+            if ticket.refusal:
+                http.turn_away(ticket.refusal)
+            else:
+                http.run()
+        except Gone as gone:
+            level, now = logging.DEBUG, time.monotonic()
+            if isinstance(gone, HandshakeFailed) and now >= self._next_notice:
+                level, self._next_notice = NOTICE, now + 1      # one in a second
+            log.log(level, '%s: %s', peer, gone)
+        except Exception as error:
+            log.error('a connection from %s failed: %s', peer, error)
+            log.debug('traceback:', exc_info=True)
+        finally:
+            self._end(connection, ticket)
+
+    def _end(self, connection: Connection, ticket: Ticket) -> None:
+        connection.close()
+        self.api.admission.leave(ticket)
+        self.served.discard(connection)
+        if not self.served:     # for which the loop may be waiting
+            self.loop.wake()
+
     # ---- timers ----
+
+    def sweep(self) -> float:
+        """A timer: expire connections whose deadline has passed; seconds until the next check, infinite
+        without connections.  A thousand threads that wake at once would block all others."""
+        if not self.served:
+            return math.inf
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            connections = self.served.copy()
+            authority = self.certificates.authority if self.certificates else b''
+            for connection in connections if authority else ():
+                if not (connection.stopping or connection.is_of(authority)):
+                    log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
+                    connection.stop()
+            overdue = [connection for connection in connections
+                       if connection.next_deadline() < connection.clock()]
+            for connection in overdue[:EXPIRED_AT_ONCE]:
+                connection.expire()
+            self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
+        return self._next_sweep - now
 
     def look_at_files(self, force: bool = False) -> float:
         """Read certificates, passwords and rights that have changed, or all of them with `force`; seconds
@@ -8969,9 +8949,8 @@ class Server:
 
     def toggle_bandwidth(self) -> None:
         """SIGUSR2: lift the limit of --bwlimit, or put it in force again."""
-        bandwidth = self.connections.bandwidth
-        if bandwidth:
-            log.log(NOTICE, '--bwlimit is %s', 'off' if bandwidth.toggle() else 'on again')
+        if self.bandwidth:
+            log.log(NOTICE, '--bwlimit is %s', 'off' if self.bandwidth.toggle() else 'on again')
 
 
 def import_modules() -> None:
@@ -9735,7 +9714,7 @@ def serve_stdio(server: Server, at: str) -> None:
     """Serve standard input and output until they end, and then purge what was kept long enough."""
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     peer = Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio')
-    server.connections.begin(PipeTransport(), peer)
+    server.begin(PipeTransport(), peer)
     server.run()
     usage = server.api.usage
     if usage.past.keeps and not (at or server.api.store.directory.read_only):

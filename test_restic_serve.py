@@ -434,7 +434,7 @@ class WireTestCase(TestCase):
         self.policy = Policy()
         self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
         if self.limits:
-            self.server.connections.sweep_seconds = 0.05
+            self.server.sweep_seconds = 0.05
         self.port = self.server.listeners[0].server_address[1]
 
     def connect(self):
@@ -611,10 +611,10 @@ class Http2TestCase(WireTestCase):
                 os.close(target)
 
         pipes = Pipes(theirs.fileno(), target)
-        server.connections.begin(pipes, Peer('127.0.0.1'))
+        server.begin(pipes, Peer('127.0.0.1'))
         server.loop.wake()
         self.addCleanup(self.wait_until, lambda: not any(
-            connection._transport is pipes for connection in server.connections.served.copy()), 'its end')
+            connection._transport is pipes for connection in server.served.copy()), 'its end')
         wire = Http2Wire(ours, **more)
         self.addCleanup(wire.__exit__)
         return wire
@@ -625,7 +625,7 @@ class ListenerTestCase(WireTestCase):
 
     def start(self, *addresses, **more):
         """Another server of the same directory, in a thread."""
-        return self.serve(self.server.api, self.server.connections.limits,
+        return self.serve(self.server.api, self.server.limits,
                           map(restic_serve.parse_address, addresses), **more)
 
 
@@ -1045,7 +1045,7 @@ class AccessLogTest(WireTestCase):
     def test_an_upload_whose_client_goes_has_its_line(self):
         with Wire(self.port) as wire:
             wire.send(post('/config', b'1', length=10))
-            self.wait_until(lambda: self.server.connections.served, 'a connection')
+            self.wait_until(lambda: self.server.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
         self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
 
@@ -6784,7 +6784,7 @@ class TimeLimitTest(WireTestCase):
     limits = {'header_seconds': 0.2, 'idle_seconds': 0.4, 'read_seconds': 0.4, 'write_seconds': 0.4}
 
     def test_the_time_for_an_answer_begins_with_the_end_of_the_head(self):
-        self.server.connections.limits.read_seconds = float('inf')
+        self.server.limits.read_seconds = float('inf')
         ended = threading.Event()
         self.addCleanup(ended.set)
 
@@ -6834,8 +6834,8 @@ class TimeLimitTest(WireTestCase):
         path = self.put(bytes(64 << 20))
         wire = self.connect()
         wire.send(get(path))
-        self.wait_until(lambda: self.server.connections.served, 'a connection')
-        self.wait_until(lambda: not self.server.connections.served, 'its end')
+        self.wait_until(lambda: self.server.served, 'a connection')
+        self.wait_until(lambda: not self.server.served, 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -6847,8 +6847,8 @@ class TimeLimitTest(WireTestCase):
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
             wire.send('GET /data/ HTTP/1.0\r\n\r\n')
-            self.wait_until(lambda: self.server.connections.served, 'a connection')
-            self.wait_until(lambda: not self.server.connections.served, 'its end')
+            self.wait_until(lambda: self.server.served, 'a connection')
+            self.wait_until(lambda: not self.server.served, 'its end')
             with self.assertRaises(ConnectionResetError):
                 wire.answer()
 
@@ -6862,8 +6862,8 @@ class TimeLimitTest(WireTestCase):
         for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
             with Wire(self.port) as wire:
                 wire.send(request)
-                self.wait_until(lambda: self.server.connections.served, 'a connection')
-                self.wait_until(lambda: not self.server.connections.served, 'its end')
+                self.wait_until(lambda: self.server.served, 'a connection')
+                self.wait_until(lambda: not self.server.served, 'its end')
         self.wait_until(lambda: held() <= before, 'the end of threads and descriptors')
 
 
@@ -6875,7 +6875,7 @@ class BandwidthOfConnectionsTest(Http2TestCase):
         self.content = os.urandom(300_000)
         self.path = self.put(self.content)
         self.clock = Clock()
-        self.server.connections.bandwidth = self.clock.bandwidth('100k:10k')
+        self.server.bandwidth = self.clock.bandwidth('100k:10k')
 
     def check(self, rate, transfer):
         begin = self.clock.now
@@ -6889,7 +6889,7 @@ class BandwidthOfConnectionsTest(Http2TestCase):
         with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EINVAL, 'no')):
             self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
         begin = self.clock.now
-        self.assertTrue(self.server.connections.bandwidth.toggle())
+        self.assertTrue(self.server.bandwidth.toggle())
         self.assertEqual(wire.ask(get(self.path))[2], self.content)
         self.assertEqual(self.clock.now, begin)
 
@@ -7267,10 +7267,10 @@ class Http1Test(WireTestCase):
         for data in (post('/config', b'12345', length=10), get(self.put(bytes(8 << 20))), b'GET'):
             wire = self.connect()
             wire.send(data)
-            self.wait_until(lambda: self.server.connections.served, 'a connection')
+            self.wait_until(lambda: self.server.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
             wire.__exit__()
-            self.wait_until(lambda: not self.server.connections.served, 'its end')
+            self.wait_until(lambda: not self.server.served, 'its end')
         self.assertEqual(self.log, [f'created directory {self.root}'])
         self.assertEqual(len(self.files()), 1)
 
@@ -7409,7 +7409,7 @@ class LargeObjectTest(Http2TestCase):
             self.assertEqual(wire.ask(post(f'/data/{"1" * 64}', b'', 'Expect: 100-continue',
                                            length=self.SIZE))[0], 100)
             wire.send(bytes(1 << 20))
-        self.wait_until(lambda: not self.server.connections.served, 'the end of the upload')
+        self.wait_until(lambda: not self.server.served, 'the end of the upload')
         self.assertEqual(len(self.files()), 1)
 
 
@@ -8262,10 +8262,10 @@ class Http2AbuseTest(Http2TestCase):
             total -= 1
 
     def test_a_client_that_does_not_read_is_cut_off(self):
-        self.server.connections.sweep_seconds = 0.05
+        self.server.sweep_seconds = 0.05
         path = self.put(bytes(8 << 20))
         for limit in ('write_seconds', 'stall_seconds'):
-            with mock.patch.object(self.server.connections.limits, limit, 0.5), mock.patch.object(
+            with mock.patch.object(self.server.limits, limit, 0.5), mock.patch.object(
                     restic_serve.PipeTransport, 'abort') as abort, self.http2(
                     grants=False, initial=TOP) as wire:
                 wire.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', path)))
@@ -8297,7 +8297,7 @@ class StallTest(Http2TestCase):
 
     def setUp(self):
         super().setUp()
-        self.server.connections.sweep_seconds = 0.02
+        self.server.sweep_seconds = 0.02
         self.metrics = self.server.api.metrics
 
     def limited(self):
@@ -8313,7 +8313,7 @@ class StallTest(Http2TestCase):
         wire = self.connect()
         wire.send(get(path))
         self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server.connections.served, 'its end')
+        self.wait_until(lambda: not self.server.served, 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -8331,7 +8331,7 @@ class StallTest(Http2TestCase):
         authority.issue('server')
         import ssl
         server = self.serve(
-            self.server.api, self.server.connections.limits, certificates=restic_serve.Certificates(
+            self.server.api, self.server.limits, certificates=restic_serve.Certificates(
                 *(str(self.folder / f'server.{what}') for what in ('pem', 'key'))))
         path = self.put(bytes(64 << 20))
         context = ssl.create_default_context(cafile=str(authority.path))
@@ -8400,7 +8400,7 @@ class StallTest(Http2TestCase):
         self.assertEqual(self.limited(), {})
 
     def test_who_is_between_two_requests_is_not_stalled(self):
-        self.server.connections.limits.stall_seconds = 0.05
+        self.server.limits.stall_seconds = 0.05
         wire = self.connect()
         for _ in range(3):
             self.assertEqual(wire.ask(get('/config'))[0], 404)
@@ -8417,8 +8417,8 @@ class StallTest(Http2TestCase):
 
     def test_connections_find_out_that_the_other_end_has_gone(self):
         self.connect()
-        self.wait_until(lambda: self.server.connections.served, 'a connection')
-        sock = self.server.connections.served.copy().pop()._transport._sock
+        self.wait_until(lambda: self.server.served, 'a connection')
+        sock = self.server.served.copy().pop()._transport._sock
         self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
         if hasattr(socket, 'TCP_KEEPIDLE'):
             for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
@@ -8660,7 +8660,7 @@ class TlsTest(ListenerTestCase):
         self.assertEqual(self.ask_unix(self.folder / 'socket'), 404)
 
     def test_a_silent_client_keeps_nobody_waiting_and_is_dropped(self):
-        self.server.connections.limits.header_seconds = 0.3
+        self.server.limits.header_seconds = 0.3
         server = self.start('127.0.0.1:0', certificates=self.certificates())
         port = server.listeners[0].server_address[1]
         silent = [Wire(port) for _ in range(20)]
@@ -8701,7 +8701,7 @@ class TlsTest(ListenerTestCase):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0.01):
             server = self.start('127.0.0.1:0', certificates=self.certificates(
                 client_ca=str(self.authority.path)))
-            server.connections.sweep_seconds = 0.02
+            server.sweep_seconds = 0.02
             port = server.listeners[0].server_address[1]
             self.authority.issue('client', 'alice')
             wire = self.connect_tls(port, 'client')
@@ -8995,17 +8995,17 @@ class ConnectionLimitTest(ListenerTestCase):
         wires += [self.connect() for _ in range(30)]
         for wire in wires[1:]:
             wire.is_closed()
-        self.assertLessEqual(len(server.connections.served), 3)
+        self.assertLessEqual(len(server.served), 3)
         self.assertEqual(wires[0].ask(get('/config'))[0], 404)
         for wire in wires:
             wire.__exit__()
-        self.wait_until(lambda: not server.connections.served, 'the end of all')
+        self.wait_until(lambda: not server.served, 'the end of all')
 
     def test_a_thread_that_does_not_start_is_no_connection(self):
         server = self.start()
         with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')):
             self.assertTrue(self.connect().is_closed())
-        self.wait_until(lambda: not server.connections.served, 'its end')
+        self.wait_until(lambda: not server.served, 'its end')
         self.assertIn('no thread', self.log[-1])
 
     def test_slow_clients_do_not_slow_the_others(self):
@@ -9016,7 +9016,7 @@ class ConnectionLimitTest(ListenerTestCase):
         slow = [self.connect() for _ in range(1000)]
         for wire in slow:
             wire.send(b'G')
-        self.wait_until(lambda: len(server.connections.served) == 1000, 'a thousand')
+        self.wait_until(lambda: len(server.served) == 1000, 'a thousand')
         wire, times = self.connect(), []
         for number in range(200):
             slow[number].send(b'E')
@@ -9044,13 +9044,13 @@ class ServerTest(WireTestCase):
         """A connection of which the server awaits the rest of an upload."""
         wire = self.connect()
         wire.send(post(f'/data/{named(content)}', sent, length=len(content)))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.served), 'it')
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.served), 'it')
         return wire
 
     def test_a_stop_drops_idle_connections(self):
         fresh, used = self.connect(), self.connect()
         used.ask(get('/config'))
-        self.wait_until(lambda: len(self.server.connections.served) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.served) == 2, 'two connections')
         done = self.finish()
         self.assertTrue(fresh.is_closed())
         self.assertTrue(used.is_closed())
@@ -9060,7 +9060,7 @@ class ServerTest(WireTestCase):
         content = b'0123456789'
         wire = self.begin_upload(content, content[:5])
         done = self.finish()
-        self.wait_until(lambda: all(c.stopping for c in self.server.connections.served), 'the stop')
+        self.wait_until(lambda: all(c.stopping for c in self.server.served), 'the stop')
         with self.assertRaises(OSError):
             socket.create_connection(('127.0.0.1', self.port), 1).recv(1)
         self.assertFalse(done.is_set())
@@ -9081,7 +9081,7 @@ class ServerTest(WireTestCase):
         answered, begun = self.connect(), self.connect()
         self.assertEqual(answered.ask(get('/config', 'Connection: close'))[0], 404)
         begun.send('GET /c')
-        self.wait_until(lambda: len(self.server.connections.served) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.served) == 2, 'two connections')
         self.assertTrue(self.finish().wait(PATIENCE))
         self.assertEqual(self.log, [f'created directory {self.root}'])
 
@@ -9100,7 +9100,7 @@ class ServerTest(WireTestCase):
     def test_no_name_is_looked_up(self):
         with mock.patch.object(socket, 'getfqdn', side_effect=AssertionError), \
                 mock.patch.object(socket, 'gethostbyaddr', side_effect=AssertionError):
-            server = Server(self.server.api, self.server.connections.limits, [LOCAL])
+            server = Server(self.server.api, self.server.limits, [LOCAL])
         server.stop()
         server.serve()
 
@@ -11205,7 +11205,7 @@ class FaultsTestCase(Http2TestCase):
 
     def assert_nothing_left(self, before):
         """What connections used is free again."""
-        self.wait_until(lambda: not self.server.connections.served, 'the end of all connections')
+        self.wait_until(lambda: not self.server.served, 'the end of all connections')
         self.wait_until(lambda: all(now <= then for now, then in zip(self.resources(), before)),
                         'the end of threads and descriptors')
 
