@@ -5688,19 +5688,20 @@ def _plot(holdings: Holdings) -> str:
 
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
 
-# A connection's place: the group whose share it takes, empty for none, and the reason why the connection is
-# turned away, empty if it is served.
-Ticket = collections.namedtuple('Ticket', ['group', 'refusal'])
+# A connection's place: the row that counts its client's share, empty for none, and the reason why the
+# connection is turned away, empty if it is served.
+Ticket = collections.namedtuple('Ticket', ['share', 'refusal'])
 
 
 class Admission:
     """Places for `limit` connections at a time, and `limit_each` connections or forwarded requests for each
-    client (without a number, a default share).  `exempt` tells of an address whether it has no share."""
+    client: without a number a quarter, but at least 8, since restic uses five.  `exempt` tells of an address
+    whether it has no share."""
 
     def __init__(self, metrics: Metrics, exempt: Callable[[str], bool], limit: int = 1024,
                  limit_each: Optional[int] = None) -> None:
         self.limit = limit
-        self.limit_each = limit_each or default_share(limit)
+        self.limit_each = limit_each or max(limit // 4, min(8, limit))
         self.exempt = exempt
         self._metrics = metrics
         self._counters = metrics.counters
@@ -5708,66 +5709,56 @@ class Admission:
     def admit(self, peer: Peer) -> Optional[Ticket]:
         """A place for a connection, if only to turn it away; None if there is none.  leave() follows."""
         connected, served = self._counters.total(CONNECTIONS, 2)
-        ticket = Ticket(self._group(peer), '')
+        share = self._share(peer)
         if served >= self.limit:
-            ticket = Ticket('', CONNECTIONS_IN_ALL)
-        elif self._taken(ticket.group) >= self.limit_each:
-            ticket = Ticket('', CONNECTIONS_PER_ADDRESS)
-        if ticket.refusal and connected - served >= TURNED_AWAY:
-            self._metrics.count_limited(CONNECTIONS_IN_ALL, peer.name)
-            return None
-        self._count(ticket, 1)
-        if not ticket.refusal and self._counters.total(CONNECTIONS, 2)[1] > self.limit:
-            # Of two processes that take the last place at the same time neither keeps it.
-            self.leave(ticket)
-            ticket = Ticket('', CONNECTIONS_IN_ALL)
-            self._count(ticket, 1)
-        if ticket.refusal:
-            self._metrics.count_limited(ticket.refusal, peer.name)
-        return ticket
+            refusal = CONNECTIONS_IN_ALL
+        elif self._taken(share) >= self.limit_each:
+            refusal = CONNECTIONS_PER_ADDRESS
+        else:
+            ticket = self._enter(Ticket(share, ''))
+            if self._counters.total(CONNECTIONS, 2)[1] <= self.limit:
+                return ticket
+            self.leave(ticket)  # of two processes that take the last place at once neither keeps it
+            refusal = CONNECTIONS_IN_ALL
+        has_room = connected - served < TURNED_AWAY
+        self._metrics.count_limited(refusal if has_room else CONNECTIONS_IN_ALL, peer.name)
+        return self._enter(Ticket((), refusal)) if has_room else None
 
     def leave(self, ticket: Ticket) -> None:
         """A connection has ended."""
-        self._count(ticket, -1)
+        self._enter(ticket, -1)
 
     def begin_request(self, client: Peer) -> None:
         """Count a request that a proxy forwards against the share of its client; end_request() follows in
         any case.  Raises HttpError 503 where the share is used up."""
-        group = self._group(client)
-        self._count_share(group, 1)
-        if self._taken(group) > self.limit_each:
+        share = self._share(client)
+        self._take(share, 1)
+        if self._taken(share) > self.limit_each:
             self._metrics.count_limited(REQUESTS_PER_ADDRESS, client.name)
             raise HttpError(503, REQUESTS_PER_ADDRESS, [('Retry-After', '10')])
 
     def end_request(self, client: Peer) -> None:
         """A request has been answered that a proxy has forwarded."""
-        self._count_share(self._group(client), -1)
+        self._take(self._share(client), -1)
 
-    def _group(self, peer: Peer) -> str:
-        return '' if peer.unix or self.exempt(peer.name) else peer.group
-
-    def _count(self, ticket: Ticket, change: int) -> None:
+    def _enter(self, ticket: Ticket, change: int = 1) -> Ticket:
         self._counters.add(CONNECTIONS, change, 0 if ticket.refusal else change)
-        self._count_share(ticket.group, change)
+        self._take(ticket.share, change)
+        return ticket
 
-    def _count_share(self, group: str, change: int) -> None:
-        if group:
-            self._counters.add(_share(group), change)
+    def _share(self, peer: Peer) -> Key:
+        """The row that counts a client.  Forked processes hash alike, with a seed that strangers do not know;
+        groups that collide share their limit."""
+        is_bound = not (peer.unix or self.exempt(peer.name))
+        return ('addresses', str(hash(peer.group) % 4096)) if is_bound else ()
 
-    def _taken(self, group: str) -> int:
-        """What a group has of its share, in all processes."""
-        return self._counters.total(_share(group), 1)[0] if group else 0
+    def _take(self, share: Key, change: int) -> None:
+        if share:
+            self._counters.add(share, change)
 
-
-def _share(group: str) -> Key:
-    """The row that counts a group.  Forked processes hash alike, with a seed that strangers do not know;
-    groups that collide share their limit."""
-    return 'addresses', str(hash(group) % 4096)
-
-
-def default_share(connections: int) -> int:
-    """Default of --max-connections-per-address: a quarter, but at least 8, since restic uses five."""
-    return max(connections // 4, min(8, connections))
+    def _taken(self, share: Key) -> int:
+        """What a client has of its share, in all processes."""
+        return self._counters.total(share, 1)[0] if share else 0
 
 
 # ==== Api ========================================================================================
@@ -8009,9 +8000,6 @@ class SystemdNotifier:
 # ==== Listeners ==================================================================================
 # TCP, unix sockets, sockets that the service manager hands over, and TLS certificates.
 
-BACKLOG = 1024              # Connections that the kernel may queue.
-EXHAUSTED_SECONDS = 0.1     # Pause where the system has no descriptors left.
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _AF_UNIX = getattr(socket, 'AF_UNIX', None)
 
 
@@ -8097,56 +8085,40 @@ class Certificates(WatchedFiles):
 
 
 def listen(address: Address, shared: bool) -> socket.socket:
-    """A listening socket.  The group may connect to that of a path if `shared` or if the umask allows it.
-    Raises OSError."""
-    family, where = resolve(address)
+    """A listening socket.  Without a host it is at every address, of IPv6 and IPv4 where there are both; for
+    a name with several addresses at that of IPv4.  To that of a path only the user may connect, and the
+    group if `shared` or if the umask allows it.  Raises OSError."""
+    family: int = socket.AF_INET
+    where: Any = '0.0.0.0', address.port
+    if address.path:
+        if _AF_UNIX is None:
+            raise OSError(errno.EAFNOSUPPORT, 'unix sockets are not supported on this system')
+        family = _AF_UNIX
+    elif address.host:
+        family, _, _, _, where = min(
+            socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
+            key=lambda info: info[0] != socket.AF_INET)
+    elif socket.has_dualstack_ipv6():
+        family, where = socket.AF_INET6, ('::', address.port)
     sock = socket.socket(family)
     try:
         if address.path:
-            bind_unix(sock, address.path, shared)
+            _bind_unix(sock, address.path, shared)
         else:
             if os.name == 'posix':  # elsewhere it would allow two servers on a port
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:   # `:8080` accepts IPv4, too; an IPv6 address does not
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != '::')
             sock.bind(where)
-        sock.listen(BACKLOG)
+        sock.listen(1024)   # connections that the kernel may queue
     except OSError:
         sock.close()
         raise
     return sock
 
 
-def resolve(address: Address) -> Tuple[int, Any]:
-    """Family and address to bind to.  Without a host it is every address, of IPv6 and IPv4 where there are
-    both; for a name with several addresses it is that of IPv4.  Raises OSError."""
-    if address.path:
-        if _AF_UNIX is None:
-            raise OSError(errno.EAFNOSUPPORT, 'unix sockets are not supported on this system')
-        return _AF_UNIX, address.path
-    if not address.host:
-        return ((socket.AF_INET6, ('::', address.port)) if _has_ipv6()
-                else (socket.AF_INET, ('0.0.0.0', address.port)))
-    addresses = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM,
-                                   flags=socket.AI_PASSIVE)
-    family, _, _, _, where = min(addresses, key=lambda info: info[0] != socket.AF_INET)
-    return family, where
-
-
-def _has_ipv6() -> bool:
-    """Whether a socket can be bound to every address of both families."""
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            sock.bind(('::', 0))
-        return True
-    except OSError:
-        return False
-
-
-def bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
-    """Bind to a path to which only the user may connect, and the group if `shared` or if the umask allows
-    it.  A socket left behind by a dead server is replaced.  Raises OSError."""
+def _bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
+    """Bind to a path; a socket left behind there by a dead server is replaced."""
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         if stat.S_ISSOCK(os.lstat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:
             os.unlink(path)
@@ -8187,21 +8159,25 @@ def listener_class() -> Any:
         """A listening socket whose connections are served, with TLS if `tls`.  `name` is what the service
         manager calls it; a unix socket that we have bound is removed from its `path` at the end."""
 
-        timeout = 0
-
-        def __init__(self, connections: Connections, sock: socket.socket, tls: bool, name: str = '',
+        def __init__(self, server: Server, sock: socket.socket, tls: bool, name: str = '',
                      path: str = '') -> None:
             self.address_family = sock.family
             super().__init__(sock.getsockname(), BaseRequestHandler, bind_and_activate=False)
             self.socket.close()
             self.socket = sock
-            self.socket.setblocking(False)  # the client may disconnect before accept()
-            keep_alive(self.socket)
+            sock.setblocking(False)     # the client may disconnect before accept()
+            if sock.family != _AF_UNIX:
+                # Probes notice a dead client after two and a half minutes, as in Go's servers; accepted
+                # connections inherit them (tcp(7)).
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
+                    with contextlib.suppress(AttributeError, OSError):  # not every system has them
+                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
             self.tls = tls and sock.family != _AF_UNIX
             self.name = name
             self.path = path
             self._inode = os.stat(path).st_ino if path else 0
-            self._connections = connections
+            self._server = server
 
         def server_close(self) -> None:
             super().server_close()
@@ -8213,28 +8189,16 @@ def listener_class() -> Any:
             try:
                 return accept(self.socket)
             except OSError as error:
-                if error.errno in _EXHAUSTED:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.error('cannot accept connections: %s', error)
-                    time.sleep(EXHAUSTED_SECONDS)
+                    time.sleep(0.1)
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            serve = functools.partial(self._connections.serve_socket, request, client_address, self.tls)
-            if not self._connections.begin(client_address, serve):
+            if not self._server.begin(request, client_address, self.tls):
                 self.shutdown_request(request)
 
     return Listener
-
-
-def keep_alive(listening: socket.socket) -> None:
-    """Enable keep-alive probes, which notice a dead client after two and a half minutes, as in Go's servers;
-    accepted connections inherit them (tcp(7))."""
-    if listening.family == _AF_UNIX:
-        return
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
-        with contextlib.suppress(AttributeError, OSError):  # not every system has them
-            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def accept(listening: socket.socket) -> Tuple[socket.socket, Peer]:
@@ -8244,12 +8208,10 @@ def accept(listening: socket.socket) -> Tuple[socket.socket, Peer]:
     if listening.family == _AF_UNIX:
         return sock, Peer('unix', unix=True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock, Peer(host_of(address[0]))
-
-
-def host_of(address: str) -> str:
-    """An IP address as it is written: that of IPv4 that an IPv6 address contains (RFC 4291 2.5.5.2)."""
-    return address[len('::ffff:'):] if address.startswith('::ffff:') and '.' in address else address
+    name = address[0]
+    if name.startswith('::ffff:') and '.' in name:  # it contains an IPv4 address (RFC 4291 2.5.5.2)
+        name = name[len('::ffff:'):]
+    return sock, Peer(name)
 
 
 def login_name(sock: socket.socket) -> str:
@@ -8265,11 +8227,8 @@ def login_name(sock: socket.socket) -> str:
 # The connections of a process, their threads and deadlines; start, reload and stop of the server.  The main
 # thread accepts connections in its Loop; each connection has a thread.
 
-SWEEP_SECONDS = 0.5         # Time between two checks of the deadlines.
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
-EXPIRED_SECONDS = 0.05      # Time until the next ones.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
-YIELD_SECONDS = 0.001       # Pause for another process that has fewer connections.
 
 
 class StatsLog:
@@ -8295,148 +8254,10 @@ class StatsLog:
         return self._next - now
 
 
-class Connections:
-    """The connections of this process, each in a thread of its own, and their time limits.
-
-    `bandwidth` is what all of them may pass.  A thread calls `on_last_end` when the last one has ended.
-    """
-
-    def __init__(self, api: Api, limits: Limits, bandwidth: Optional[Bandwidth],
-                 certificates: Optional[Certificates], on_last_end: Callable[[], None]) -> None:
-        self.active = 0                 # connections that have begun
-        self.stopping = False
-        self.admission = api.admission
-        self._api = api
-        self._limits = limits
-        self.bandwidth = bandwidth
-        self._certificates = certificates
-        self._on_last_end = on_last_end
-        self._served: Set[Connection] = set()
-        self._lock = threading.Lock()   # of this and `active`
-        self.sweep_seconds = SWEEP_SECONDS
-        self._next_sweep = 0.0
-        self._next_notice = 0.0         # when a failed handshake may be logged again
-
-    def begin(self, peer: Peer, serve: Callable[[Ticket], None]) -> bool:
-        """Have a connection served in a thread of its own, if there is a place for it; whether it is."""
-        ticket = self.admission.admit(peer)
-        if not ticket:
-            return False
-        with self._lock:
-            self.active += 1
-        try:
-            threading.Thread(target=self._run, args=(peer, serve, ticket), daemon=True).start()
-            return True
-        except (RuntimeError, MemoryError) as error:    # no thread could be started
-            self._fail(peer, error)
-            self._leave(ticket)
-            return False
-
-    def _run(self, peer: Peer, serve: Callable[[Ticket], None], ticket: Ticket) -> None:
-        try:
-            serve(ticket)
-        except Exception as error:
-            self._fail(peer, error)
-        finally:
-            self._leave(ticket)
-
-    @staticmethod
-    def _fail(peer: Peer, error: Exception) -> None:
-        log.error('a connection from %s failed: %s', peer, error)
-        log.debug('traceback:', exc_info=True)
-
-    def _leave(self, ticket: Ticket) -> None:
-        self.admission.leave(ticket)
-        with self._lock:
-            self.active -= 1
-        if not self.active:
-            self._on_last_end()
-
-    def serve_socket(self, sock: socket.socket, peer: Peer, tls: bool, ticket: Ticket) -> None:
-        """Serve an accepted connection to its end."""
-        with sock:
-            if peer.unix:
-                peer.user = login_name(sock)
-            plain = SocketTransport(sock, self._limits.stall_seconds)
-            self.serve(self._certificates.wrap(plain) if tls and self._certificates else plain, peer, ticket)
-
-    def serve(self, transport: Transport, peer: Peer, ticket: Ticket) -> None:
-        """Serve an admitted connection by way of a transport, to its end."""
-        connection = Connection(transport, peer, self._limits, self.bandwidth,
-                                lambda limit, peer: self._api.metrics.count_limited(limit, peer.name))
-        with self._lock:
-            self._served.add(connection)
-        if self.stopping:
-            connection.stop()
-        try:
-            connection.shake_hands()
-            if isinstance(transport, PipeTransport):
-                Http2(connection, self._api).run()
-            elif ticket.refusal:
-                Http1(connection, self._api, self._limits).turn_away(ticket.refusal)
-            else:
-                Http1(connection, self._api, self._limits).run()
-        except Gone as gone:
-            level = NOTICE if isinstance(gone, HandshakeFailed) and self._may_tell() else logging.DEBUG
-            log.log(level, '%s: %s', peer, gone)
-        finally:
-            connection.close()
-            with self._lock:
-                self._served.discard(connection)
-
-    def _may_tell(self) -> bool:
-        """Whether a failed handshake may be logged: one in a second."""
-        now = time.monotonic()
-        if now < self._next_notice:
-            return False
-        self._next_notice = now + 1
-        return True
-
-    def snapshot(self) -> List[Connection]:
-        """The connections whose threads run now."""
-        with self._lock:
-            return list(self._served)
-
-    def sweep(self) -> float:
-        """Expire connections whose deadline has passed, if a check is due; seconds until the next one,
-        infinite without connections.  A thousand threads that wake at once would block all others."""
-        if not self.active:
-            return math.inf
-        now = time.monotonic()
-        if now >= self._next_sweep:
-            self._check_certificates()
-            overdue = [connection for connection in self.snapshot()
-                       if connection.next_deadline() < connection.clock()]
-            for connection in overdue[:EXPIRED_AT_ONCE]:
-                connection.expire()
-            more = len(overdue) > EXPIRED_AT_ONCE
-            self._next_sweep = now + (EXPIRED_SECONDS if more else self.sweep_seconds)
-        return self._next_sweep - now
-
-    def _check_certificates(self) -> None:
-        """End connections whose certificate was checked against an authority that was replaced."""
-        if self._certificates and self._certificates.authority:
-            for connection in self.snapshot():
-                if not (connection.stopping or connection.is_of(self._certificates.authority)):
-                    log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
-                    connection.stop()
-
-    def stop(self) -> None:
-        """End idle connections now, and the others after the request that is being served."""
-        self.stopping = True
-        for connection in self.snapshot():
-            connection.stop()
-
-    def abort(self) -> None:
-        """Abort the connections that are left."""
-        for connection in self.snapshot():
-            log.warning('closed the connection of %s: request not finished in time', connection.peer)
-            connection.abort()
-
-
 class Server:
-    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any; all connections share
-    `bandwidth`.  What was done is logged every `stats_seconds`.  Raises OSError."""
+    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any, each connection in a
+    thread of its own; all share `bandwidth`.  What was done is logged every `stats_seconds`.  Raises
+    OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
@@ -8445,17 +8266,20 @@ class Server:
                  stats_seconds: float = math.inf) -> None:
         self.api = api
         self.limits = limits
+        self.bandwidth = bandwidth
         self.notifier = notifier or SystemdNotifier({})
         self.stats = StatsLog(api.metrics, stats_seconds)
         self.listeners: List[Any] = []
+        self.served: Set[Connection] = set()    # those that have begun; copy() it before a walk
         self.stops = 0                  # stop signals seen; the second skips the grace period
         self.certificates = certificates
+        self.sweep_seconds = 0.5        # between two checks of the deadlines
+        self._next_sweep = 0.0
+        self._next_notice = 0.0         # when a failed handshake may be logged again
         self._files = [files for files in (certificates, api.accounts.file,
                                            api.policy if api.policy.path else None) if files]
-        self._counters = api.metrics.counters
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._is_first = True           # of the processes: makes censuses, purges, runs events
-        self.connections = Connections(api, limits, bandwidth, certificates, self._on_last_end)
         self._listen(addresses, inherited)
         if self.listeners:
             allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
@@ -8464,21 +8288,21 @@ class Server:
         if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
-        self.loop.handlers.update({
+        self.loop.handlers = {
             signal.SIGTERM: self.on_stop, signal.SIGINT: self.on_stop, _RELOAD_SIGNAL: self.reload,
-            _STATS_SIGNAL: self.log_stats, _TOGGLE_SIGNAL: self.toggle_bandwidth})
+            _STATS_SIGNAL: self.log_stats, _TOGGLE_SIGNAL: self.toggle_bandwidth}
 
     def _listen(self, addresses: List[Address], inherited: Iterable[Tuple[socket.socket, str]]) -> None:
         """Open the listeners.  Raises OSError, which says which of them failed."""
         tls, where = self.certificates is not None, 'socket from systemd'
         try:
             for sock, name in inherited:
-                self.listeners.append(listener_class()(self.connections, sock, tls, name))
+                self.listeners.append(listener_class()(self, sock, tls, name))
             for address in () if self.listeners else addresses:
                 where = f'--addr {address.path or f"{address.host}:{address.port}"}'
                 sock = listen(address, self.api.store.shared)
                 self.listeners.append(listener_class()(
-                    self.connections, sock, tls and address.scheme != 'http', path=address.path))
+                    self, sock, tls and address.scheme != 'http', path=address.path))
         except OSError as error:
             self.close_listeners()
             raise OSError(f'{where}: {error.strerror or error}') from None
@@ -8490,8 +8314,9 @@ class Server:
 
     def become_worker(self, slot: int) -> None:
         """Serve as one of several processes, with `slot` of the Counters."""
-        self._counters.join(slot)
-        self._counters.add(CONNECTIONS, 0, 0)   # for the others, who look for the process with the fewest
+        counters = self.api.metrics.counters
+        counters.join(slot)
+        counters.add(CONNECTIONS, 0, 0)     # for the others, who look for the process with the fewest
         self._is_first = slot == 1
         reload_log.disabled = not self._is_first
         pin_process(slot)
@@ -8501,13 +8326,13 @@ class Server:
             listener.path = ''  # the parent removes it
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; then let running requests finish."""
+        """Serve until SIGTERM or SIGINT; then let running requests finish.  For the main thread only."""
         self.loop.catch(_SIGNALS)
         self.serve()
 
     def serve(self) -> None:
-        """Serve until the loop hears of a signal to stop, or an adopted connection ends; then let running
-        requests finish."""
+        """Serve until the loop hears of a signal to stop or, without listeners, the last connection ends;
+        then let running requests finish."""
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
@@ -8517,24 +8342,121 @@ class Server:
                     loop.watch(channel.receiver, take)
             loop.timers.append(self._purge)
             events.start()
-        loop.timers += [self.look_at_files, self.connections.sweep, self.notifier.ping,
-                        self.api.metrics.log_limited, lambda: self.stats.tick(self.connections.active > 0)]
+        loop.timers += [self.look_at_files, self.sweep, self.notifier.ping, self.api.metrics.log_limited,
+                        lambda: self.stats.tick(bool(self.served))]
         unpin(False)
         self.notifier.notify('READY=1')
-        loop.run(lambda: self.stops > 0 or not (self.listeners or self.connections.active))
+        loop.run(lambda: self.stops > 0 or not (self.listeners or self.served))
         self.notifier.notify('STOPPING=1')
-        self._finish()
-
-    def look_at_files(self, force: bool = False) -> float:
-        """A timer: read certificates, passwords and rights that have changed, or all of them with `force`;
-        seconds until the next look."""
-        return min([files.look(force) for files in self._files], default=math.inf)
+        # Accept no more, drop idle connections, wait for the others; a second signal ends the wait.
+        for source in (*self.listeners, census.channel.receiver, events.channel.receiver):
+            loop.unwatch(source)
+        self.close_listeners()
+        for connection in self.served.copy():
+            connection.stop()
+        end = time.monotonic() + STOP_SECONDS
+        loop.timers = [self.sweep, lambda: end - time.monotonic()]
+        loop.run(lambda: self.stops > 1 or not self.served or time.monotonic() >= end)
+        for connection in self.served.copy():
+            log.warning('closed the connection of %s: request not finished in time', connection.peer)
+            connection.abort()
+        events.stop(max(end - time.monotonic(), 0))
+        self.api.metrics.log_limited(at_once=True)
+        census.channel.close()
+        events.channel.close()
+        loop.close()
 
     def _accept(self, listener: Any) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
-        if self.connections.active > min((row[0] for row in self._counters.read(CONNECTIONS)), default=0):
-            time.sleep(YIELD_SECONDS)
+        of_each = [row[0] for row in self.api.metrics.counters.read(CONNECTIONS)]
+        if len(self.served) > min(of_each, default=0):
+            time.sleep(0.001)
         listener.handle_request()
+
+    # ---- connections ----
+
+    def begin(self, source: socket.socket | PipeTransport, peer: Peer, tls: bool = False) -> bool:
+        """Serve an accepted connection, or standard input and output, in a thread of its own, if there is a
+        place for it; whether there is."""
+        ticket = self.api.admission.admit(peer)
+        if not ticket:
+            return False
+        transport: Transport
+        if isinstance(source, PipeTransport):
+            transport = source
+        else:
+            transport = plain = SocketTransport(source, self.limits.stall_seconds)
+            if tls and self.certificates:
+                transport = self.certificates.wrap(plain)
+        connection = Connection(transport, peer, self.limits, self.bandwidth,
+                                lambda limit, peer: self.api.metrics.count_limited(limit, peer.name))
+        self.served.add(connection)
+        try:
+            threading.Thread(target=self._serve, args=(connection, source, ticket), daemon=True).start()
+        except (RuntimeError, MemoryError) as error:    # no thread could be started
+            log.error('a connection from %s failed: %s', peer, error)
+            self._end(connection, ticket)
+        return True
+
+    def _serve(self, connection: Connection, source: socket.socket | PipeTransport, ticket: Ticket) -> None:
+        """Serve a connection to its end."""
+        peer = connection.peer
+        try:
+            if isinstance(source, PipeTransport):
+                Http2(connection, self.api).run()
+                return
+            if peer.unix:
+                peer.user = login_name(source)
+            connection.shake_hands()
+            http = Http1(connection, self.api, self.limits)
+            if ticket.refusal:
+                http.turn_away(ticket.refusal)
+            else:
+                http.run()
+        except Gone as gone:
+            level, now = logging.DEBUG, time.monotonic()
+            if isinstance(gone, HandshakeFailed) and now >= self._next_notice:
+                level, self._next_notice = NOTICE, now + 1      # one in a second
+            log.log(level, '%s: %s', peer, gone)
+        except Exception as error:
+            log.error('a connection from %s failed: %s', peer, error)
+            log.debug('traceback:', exc_info=True)
+        finally:
+            self._end(connection, ticket)
+
+    def _end(self, connection: Connection, ticket: Ticket) -> None:
+        connection.close()
+        self.api.admission.leave(ticket)
+        self.served.discard(connection)
+        if not self.served:     # for which the loop may be waiting
+            self.loop.wake()
+
+    # ---- timers ----
+
+    def sweep(self) -> float:
+        """A timer: expire connections whose deadline has passed; seconds until the next check, infinite
+        without connections.  A thousand threads that wake at once would block all others."""
+        if not self.served:
+            return math.inf
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            connections = self.served.copy()
+            authority = self.certificates.authority if self.certificates else b''
+            for connection in connections if authority else ():
+                if not (connection.stopping or connection.is_of(authority)):
+                    log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
+                    connection.stop()
+            overdue = [connection for connection in connections
+                       if connection.next_deadline() < connection.clock()]
+            for connection in overdue[:EXPIRED_AT_ONCE]:
+                connection.expire()
+            self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
+        return self._next_sweep - now
+
+    def look_at_files(self, force: bool = False) -> float:
+        """Read certificates, passwords and rights that have changed, or all of them with `force`; seconds
+        until the next look."""
+        return min([files.look(force) for files in self._files], default=math.inf)
 
     def _purge(self) -> float:
         """Purge what was kept long enough if it is due, in a thread; seconds until it will be."""
@@ -8546,32 +8468,6 @@ class Server:
             except RuntimeError as error:
                 log.error('cannot purge deleted objects: %s', error)
         return self._next_purge - now
-
-    def _finish(self) -> None:
-        """Accept no more, drop idle connections, wait for the others; a second signal ends the wait."""
-        census, connections = self.api.usage.census, self.connections
-        for source in (*self.listeners, census.channel.receiver, self.api.events.channel.receiver):
-            self.loop.unwatch(source)
-        self.close_listeners()
-        connections.stop()
-        end = time.monotonic() + STOP_SECONDS
-        self.loop.timers = [connections.sweep, lambda: end - time.monotonic()]
-        self.loop.run(lambda: self.stops > 1 or not connections.active or time.monotonic() >= end)
-        connections.abort()
-        self.api.events.stop(max(end - time.monotonic(), 0))
-        self.api.metrics.log_limited(at_once=True)
-        census.channel.close()
-        self.api.events.channel.close()
-        self.loop.close()
-
-    def _on_last_end(self) -> None:
-        """The last connection has ended, for which the loop may be waiting; in that connection's thread."""
-        if self.stops or not self.listeners:
-            self.loop.wake()
-
-    def adopt(self, pipes: PipeTransport, peer: Peer) -> None:
-        """Serve a connection that was not accepted.  Without listeners the server stops when it ends."""
-        self.connections.begin(peer, functools.partial(self.connections.serve, pipes, peer))
 
     # ---- signals ----
 
@@ -8597,10 +8493,8 @@ class Server:
 
     def toggle_bandwidth(self) -> None:
         """SIGUSR2: lift the limit of --bwlimit, or put it in force again."""
-        bandwidth = self.connections.bandwidth
-        if bandwidth:
-            lifted = bandwidth.toggle()
-            log.log(NOTICE, '--bwlimit is %s', 'off' if lifted else 'on again')
+        if self.bandwidth:
+            log.log(NOTICE, '--bwlimit is %s', 'off' if self.bandwidth.toggle() else 'on again')
 
 
 def import_modules() -> None:
@@ -8626,13 +8520,13 @@ def import_modules() -> None:
 #
 #     service manager, administrator ──signals──▶ parent ──SIGTERM, SIGHUP──▶ each worker
 #                                                    ◀──SIGCHLD when a worker has died──
-#     parent ──its end of the lifeline, a pair of sockets, closes──▶ workers stop, or stop without delay
+#     parent ──lifeline, a pair of sockets: a byte for each──▶ workers stop without delay
+#                                           its end, when the parent has died──▶ workers stop
 #     any worker ──Census.request()──▶ the first worker, which makes the census
 #
-# SIGTERM and SIGINT stop: the first one lets requests under way finish, the second one, or the parent's
-# death in the meantime, does not.  Of the signals that reach a worker from elsewhere it ignores SIGINT,
-# SIGUSR1 and SIGUSR2, and any number of SIGTERM counts once: the service manager may signal each process,
-# a terminal signals all.  A worker that dies is replaced, and its gauges are zeroed.
+# SIGTERM and SIGINT stop: the first one lets requests under way finish, the second one does not.  Workers
+# ignore SIGINT, SIGUSR1 and SIGUSR2, and take any number of SIGTERM for one: a terminal signals all
+# processes, and the service manager may.  A worker that dies is replaced, and its gauges are zeroed.
 
 LONGEST_DELAY = 30          # Seconds before a dead worker is replaced: 0, 1, 2, 4 to this.
 ORDERLY_SECONDS = 0.5       # Additional delay if it has ended with status 0.
@@ -8706,7 +8600,7 @@ class Workers:
     def _stop(self) -> None:
         """Accept no more, and stop the workers; the second time end their grace period."""
         if self._stopping:
-            self._lifeline.close()
+            self._lifeline.send(bytes(len(self._workers)))
             return
         self._stopping = True
         self._signal_all(signal.SIGTERM)
@@ -8767,8 +8661,8 @@ class Workers:
         def on_stop() -> None:
             server.stops = max(server.stops, 1)
 
-        def on_end_of_lifeline() -> None:
-            server.stops += 1
+        def on_lifeline() -> None:
+            server.stops = max(server.stops, 2 if self._workers_end.recv(1) else 1)
             server.loop.unwatch(self._workers_end)
 
         try:
@@ -8776,8 +8670,7 @@ class Workers:
             server.loop.close()     # the parent's
             server.loop = Loop()
             server.loop.handlers = {signal.SIGTERM: on_stop, _RELOAD_SIGNAL: server.reload}
-            server.loop.watch(self._workers_end, on_end_of_lifeline)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            server.loop.watch(self._workers_end, on_lifeline)
             for signum in set(_SIGNALS).difference(server.loop.handlers):
                 signal.signal(signum, signal.SIG_IGN)
             server.become_worker(slot)
@@ -9355,7 +9248,8 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
 def serve_stdio(server: Server, at: str) -> None:
     """Serve standard input and output until they end, and then purge what was kept long enough."""
     # sshd says where the client is (ssh(1), ENVIRONMENT).
-    server.adopt(PipeTransport(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
+    peer = Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio')
+    server.begin(PipeTransport(), peer)
     server.run()
     usage = server.api.usage
     if usage.past.keeps and not (at or server.api.store.directory.read_only):

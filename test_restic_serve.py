@@ -447,7 +447,7 @@ class WireTestCase(TestCase):
         self.policy = Policy()
         self.server = self.serve(Api(self.store, self.policy), Limits(**self.limits))
         if self.limits:
-            self.server.connections.sweep_seconds = 0.05
+            self.server.sweep_seconds = 0.05
         self.port = self.server.listeners[0].server_address[1]
 
     def connect(self):
@@ -615,16 +615,19 @@ class Http2TestCase(WireTestCase):
         """A client of HTTP/2; a socket stands for standard input and output."""
         ours, theirs = socket.socketpair()
         ours.settimeout(PATIENCE)
-        target, connections = os.dup(theirs.fileno()), (server or self.server).connections
-        pipes = restic_serve.PipeTransport(theirs.fileno(), target)
+        server, target = server or self.server, os.dup(theirs.fileno())
 
-        def serve(ticket):
-            self.server.loop.wake()
-            connections.serve(pipes, Peer('127.0.0.1'), ticket)
-            theirs.close()
-            os.close(target)
+        class Pipes(restic_serve.PipeTransport):
+            def close(self):
+                super().close()
+                theirs.close()
+                os.close(target)
 
-        connections.begin(Peer('127.0.0.1'), serve)
+        pipes = Pipes(theirs.fileno(), target)
+        server.begin(pipes, Peer('127.0.0.1'))
+        server.loop.wake()
+        self.addCleanup(self.wait_until, lambda: not any(
+            connection._transport is pipes for connection in server.served.copy()), 'its end')
         wire = Http2Wire(ours, **more)
         self.addCleanup(wire.__exit__)
         return wire
@@ -1055,7 +1058,7 @@ class AccessLogTest(WireTestCase):
     def test_an_upload_whose_client_goes_has_its_line(self):
         with Wire(self.port) as wire:
             wire.send(post('/config', b'1', length=10))
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+            self.wait_until(lambda: self.server.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
         self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
 
@@ -6758,8 +6761,8 @@ class TimeLimitTest(WireTestCase):
         path = self.put(bytes(64 << 20))
         wire = self.connect()
         wire.send(get(path))
-        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+        self.wait_until(lambda: self.server.served, 'a connection')
+        self.wait_until(lambda: not self.server.served, 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -6771,8 +6774,8 @@ class TimeLimitTest(WireTestCase):
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
             wire.send('GET /data/ HTTP/1.0\r\n\r\n')
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+            self.wait_until(lambda: self.server.served, 'a connection')
+            self.wait_until(lambda: not self.server.served, 'its end')
             with self.assertRaises(ConnectionResetError):
                 wire.answer()
 
@@ -6786,8 +6789,8 @@ class TimeLimitTest(WireTestCase):
         for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
             with Wire(self.port) as wire:
                 wire.send(request)
-                self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-                self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+                self.wait_until(lambda: self.server.served, 'a connection')
+                self.wait_until(lambda: not self.server.served, 'its end')
         self.wait_until(lambda: held() <= before, 'the end of threads and descriptors')
 
 
@@ -6799,7 +6802,7 @@ class BandwidthOfConnectionsTest(Http2TestCase):
         self.content = os.urandom(300_000)
         self.path = self.put(self.content)
         self.clock = Clock()
-        self.server.connections.bandwidth = self.clock.bandwidth('100k:10k')
+        self.server.bandwidth = self.clock.bandwidth('100k:10k')
 
     def check(self, rate, transfer):
         begin = self.clock.now
@@ -6813,7 +6816,7 @@ class BandwidthOfConnectionsTest(Http2TestCase):
         with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EINVAL, 'no')):
             self.check(100, lambda: self.assertEqual(wire.ask(get(self.path))[2], self.content))
         begin = self.clock.now
-        self.assertTrue(self.server.connections.bandwidth.toggle())
+        self.assertTrue(self.server.bandwidth.toggle())
         self.assertEqual(wire.ask(get(self.path))[2], self.content)
         self.assertEqual(self.clock.now, begin)
 
@@ -7191,10 +7194,10 @@ class Http1Test(WireTestCase):
         for data in (post('/config', b'12345', length=10), get(self.put(bytes(8 << 20))), b'GET'):
             wire = self.connect()
             wire.send(data)
-            self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
+            self.wait_until(lambda: self.server.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
             wire.__exit__()
-            self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+            self.wait_until(lambda: not self.server.served, 'its end')
         self.assertEqual(self.log, [f'created directory {self.root}'])
         self.assertEqual(len(self.files()), 1)
 
@@ -7333,7 +7336,7 @@ class LargeObjectTest(Http2TestCase):
             self.assertEqual(wire.ask(post(f'/data/{"1" * 64}', b'', 'Expect: 100-continue',
                                            length=self.SIZE))[0], 100)
             wire.send(bytes(1 << 20))
-        self.wait_until(lambda: self.server.connections.active == 0, 'the end of the upload')
+        self.wait_until(lambda: not self.server.served, 'the end of the upload')
         self.assertEqual(len(self.files()), 1)
 
 
@@ -8170,7 +8173,7 @@ class Http2AbuseTest(Http2TestCase):
             total -= 1
 
     def test_a_client_that_does_not_read_is_cut_off(self):
-        self.server.connections.sweep_seconds = 0.05
+        self.server.sweep_seconds = 0.05
         path = self.put(bytes(8 << 20))
         for limit in ('write_seconds', 'stall_seconds'):
             with mock.patch.object(self.server.limits, limit, 0.5), mock.patch.object(
@@ -8205,7 +8208,7 @@ class StallTest(Http2TestCase):
 
     def setUp(self):
         super().setUp()
-        self.server.connections.sweep_seconds = 0.02
+        self.server.sweep_seconds = 0.02
         self.metrics = self.server.api.metrics
 
     def limited(self):
@@ -8221,7 +8224,7 @@ class StallTest(Http2TestCase):
         wire = self.connect()
         wire.send(get(path))
         self.wait_for_end('stalled downloads')
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'its end')
+        self.wait_until(lambda: not self.server.served, 'its end')
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -8238,8 +8241,9 @@ class StallTest(Http2TestCase):
         authority = Authority(self.folder)
         authority.issue('server')
         import ssl
-        server = self.serve(self.server.api, self.server.limits, certificates=restic_serve.Certificates(
-            *(str(self.folder / f'server.{what}') for what in ('pem', 'key'))))
+        server = self.serve(
+            self.server.api, self.server.limits, certificates=restic_serve.Certificates(
+                *(str(self.folder / f'server.{what}') for what in ('pem', 'key'))))
         path = self.put(bytes(64 << 20))
         context = ssl.create_default_context(cafile=str(authority.path))
         with socket.create_connection(server.listeners[0].server_address, PATIENCE) as sock, \
@@ -8324,8 +8328,8 @@ class StallTest(Http2TestCase):
 
     def test_connections_find_out_that_the_other_end_has_gone(self):
         self.connect()
-        self.wait_until(lambda: self.server.connections.snapshot(), 'a connection')
-        sock = self.server.connections.snapshot()[0]._transport._sock
+        self.wait_until(lambda: self.server.served, 'a connection')
+        sock = self.server.served.copy().pop()._transport._sock
         self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
         if hasattr(socket, 'TCP_KEEPIDLE'):
             for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
@@ -8370,8 +8374,7 @@ class LoopTest(unittest.TestCase):
         self.loop.run(lambda: self.heard[-len(expected):] == list(expected))
 
     def test_signals_call_their_handlers_one_after_the_other(self):
-        for number in (1, 2):
-            self.loop.handlers[number] = functools.partial(self.heard.append, number)
+        self.loop.handlers = {number: functools.partial(self.heard.append, number) for number in (1, 2)}
         for number in (1, 2, 3, 1):
             self.loop.wake(number)
         self.run_until(1, 2, 1)
@@ -8438,23 +8441,13 @@ class UnixSocketTest(ListenerTestCase):
             data = b''.join(iter(lambda: sock.recv(1 << 20), b''))
         self.assertEqual(data.partition(b'\r\n\r\n')[2], content)
 
-    def test_the_socket_is_removed_at_the_end(self):
-        server = self.start(str(self.path))
-        self.assertTrue(self.path.is_socket())
-        server.stop()
-        self.wait_until(lambda: not self.path.exists(), 'the end of the socket')
-
     def test_only_the_user_may_connect_and_the_group_if_the_umask_lets_it(self):
-        for umask, shared, mode in ((0o022, False, 0o600), (0o077, False, 0o600),
-                                    (0o007, False, 0o660), (0o002, False, 0o660),
-                                    (0o077, True, 0o660)):
-            old = os.umask(umask)
-            try:
-                with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-                    restic_serve.bind_unix(sock, str(self.path), shared)
-                self.assertEqual(os.umask(umask), umask)
-            finally:
-                os.umask(old)
+        self.addCleanup(os.umask, os.umask(0))
+        for umask, shared, mode in ((0o022, False, 0o600), (0o077, False, 0o600), (0o007, False, 0o660),
+                                    (0o002, False, 0o660), (0o077, True, 0o660)):
+            os.umask(umask)
+            restic_serve.listen(restic_serve.parse_address(str(self.path)), shared).close()
+            self.assertEqual(os.umask(umask), umask)
             self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), mode, oct(umask))
             self.path.unlink()
 
@@ -8476,7 +8469,7 @@ class UnixSocketTest(ListenerTestCase):
             self.start(str(self.path))
         self.assertEqual(self.path.read_text(), 'precious')
 
-    def test_another_server_that_took_the_path_keeps_it(self):
+    def test_the_socket_is_removed_at_the_end_but_not_that_of_another_server(self):
         server = self.start(str(self.path))
         self.path.unlink()
         second = self.start(str(self.path))
@@ -8619,7 +8612,7 @@ class TlsTest(ListenerTestCase):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0.01):
             server = self.start('127.0.0.1:0', certificates=self.certificates(
                 client_ca=str(self.authority.path)))
-            server.connections.sweep_seconds = 0.02
+            server.sweep_seconds = 0.02
             port = server.listeners[0].server_address[1]
             self.authority.issue('client', 'alice')
             wire = self.connect_tls(port, 'client')
@@ -8747,11 +8740,12 @@ class StatsLogTest(unittest.TestCase):
         with mock.patch.object(time, 'monotonic', lambda: self.clock.now):
             return self.stats.tick(active)
 
-    def test_an_idle_server_sleeps(self):
+    def test_an_idle_server_sleeps_and_so_do_workers_whose_parent_logs(self):
         self.assertEqual(self.tick(), math.inf)
+        self.stats = restic_serve.StatsLog(self.metrics, math.inf)
+        self.assertEqual(self.tick(active=True), math.inf)
 
     def test_the_time_of_a_line_begins_with_what_is_done(self):
-        self.tick()
         self.assertEqual(self.tick(active=True, after=1000), 60)
         self.metrics.begin_period.assert_called_once()
         self.metrics.has_news.return_value = True
@@ -8766,39 +8760,29 @@ class StatsLogTest(unittest.TestCase):
         self.assertEqual(self.tick(active=True, after=60), 60)
         self.metrics.line.assert_not_called()
 
-    def test_workers_leave_it_to_their_parent(self):
-        self.stats = restic_serve.StatsLog(self.metrics, math.inf)
-        self.assertEqual(self.tick(active=True), math.inf)
-        self.metrics.begin_period.assert_not_called()
-
 
 class SharesTest(WireTestCase):
     """One address has a part of the places, and no more."""
 
-    def start(self, **more):
-        server = self.serve(self.server.api, Limits(), **more)
-        server.connections.admission.exempt = lambda name: False
-        return server, server.listeners[0].server_address[1]
-
     def test_an_address_has_its_share_of_the_connections(self):
-        server, port = self.start(max_connections=100, per_address=3)
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
-            for wire in wires:
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-            more = stack.enter_context(Wire(port))
-            status, _, content = more.ask(get('/config'))
-            self.assertEqual((status, content), (503, b'too many connections from your address\n'))
-            self.assertEqual(server.connections.admission.admit(Peer('10.0.0.1')).refusal, '')
-            server.connections.admission.exempt = lambda name: True
-            self.assertEqual(stack.enter_context(Wire(port)).ask(get('/config'))[0], 404)
-            server.connections.admission.exempt = lambda name: False
-            wires[0].__exit__()
-            self.wait_for_room(port)
+        server = self.serve(self.server.api, max_connections=100, per_address=3)
+        self.port, admission = server.listeners[0].server_address[1], server.api.admission
+        admission.exempt = lambda name: False
+        wires = [self.connect() for _ in range(3)]
+        for wire in wires:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        status, _, content = self.ask(get('/config'))
+        self.assertEqual((status, content), (503, b'too many connections from your address\n'))
+        self.assertEqual(admission.admit(Peer('10.0.0.1')).refusal, '')
+        admission.exempt = lambda name: True
+        self.assertEqual(self.ask(get('/config'))[0], 404)
+        admission.exempt = lambda name: False
+        wires[0].__exit__()
+        self.wait_for_room(self.port)
 
-    def admission(self, limit_each, counters=None, exempt=lambda name: False):
+    def admission(self, limit_each, counters=None, exempt=lambda name: False, limit=100):
         metrics = Metrics(counters or Counters(), self.server.api.usage, self.store)
-        return restic_serve.Admission(metrics, exempt, 100, limit_each)
+        return restic_serve.Admission(metrics, exempt, limit, limit_each)
 
     def test_shares_hold_over_all_processes(self):
         counters, admissions = Counters(3), []
@@ -8832,7 +8816,7 @@ class SharesTest(WireTestCase):
 
     def test_the_share_is_a_quarter_but_enough_for_restic(self):
         for connections, share in ((1024, 256), (100, 25), (16, 8), (5, 5), (1, 1)):
-            self.assertEqual(restic_serve.default_share(connections), share)
+            self.assertEqual(self.admission(None, limit=connections).limit_each, share)
 
     def test_who_is_not_bound(self):
         accounts = Accounts(user_header='X', proxies=[restic_serve.parse_network('10.0.0.0/8')])
@@ -8864,88 +8848,89 @@ class ForwardedClientsTest(ListenerTestCase):
         self.assertEqual(str(info.call_args[0][1]), '1.2.3.4')
 
     def test_each_has_a_share_of_its_own(self):
-        server = self.serve(self.api, max_connections=100, per_address=2)
-        port, credentials = server.listeners[0].server_address[1], basic('alice', 'secret')
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(5)]
-            for number, wire in enumerate(wires[:4]):
-                content = os.urandom(1000)
-                wire.send(post(f'/keys/{named(content)}', b'', credentials, 'Expect: 100-continue',
-                               f'X-Forwarded-For: 1.2.3.{number // 2}', length=1000))
-                self.assertEqual(wire.answer()[0], 100)
-            ask = get('/keys/', credentials, 'X-Forwarded-For: 1.2.3.0')
-            status, headers, body = wires[4].ask(ask)
-            self.assertEqual((status, headers['retry-after'], body), (
-                503, '10', b'too many requests from your address\n'))
-            self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
-            wires[0].sock.shutdown(socket.SHUT_RDWR)
-            self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
+        self.port = self.serve(self.api, max_connections=100, per_address=2).listeners[0].server_address[1]
+        login, wires = basic('alice', 'secret'), [self.connect() for _ in range(5)]
+        for number, wire in enumerate(wires[:4]):
+            content = os.urandom(1000)
+            wire.send(post(f'/keys/{named(content)}', b'', login, 'Expect: 100-continue',
+                           f'X-Forwarded-For: 1.2.3.{number // 2}', length=1000))
+            self.assertEqual(wire.answer()[0], 100)
+        ask = get('/keys/', login, 'X-Forwarded-For: 1.2.3.0')
+        status, headers, body = wires[4].ask(ask)
+        self.assertEqual((status, headers['retry-after'], body), (
+            503, '10', b'too many requests from your address\n'))
+        self.assertEqual(wires[4].ask(ask.replace(b'1.2.3.0', b'1.2.3.9'))[0], 200)
+        wires[0].sock.shutdown(socket.SHUT_RDWR)
+        self.wait_until(lambda: wires[4].ask(ask)[0] == 200, 'the end of an upload')
+        for wire in wires:
+            wire.__exit__()
         find = self.api.metrics.counters.find
         self.wait_until(lambda: not any(map(sum, find('addresses').values())), 'the end of all shares')
 
 
 class ConnectionLimitTest(ListenerTestCase):
+    def start(self, *addresses, **more):
+        server = super().start('127.0.0.1:0', **more)
+        self.port = server.listeners[0].server_address[1]
+        return server
+
     def test_one_more_is_answered_503_and_closed(self):
-        port = self.start('127.0.0.1:0', max_connections=3).listeners[0].server_address[1]
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(port)) for _ in range(3)]
-            for wire in wires:
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-            more = stack.enter_context(Wire(port))
-            status, headers, _ = more.ask(get('/config'))
-            self.assertEqual((status, headers['connection']), (503, 'close'))
-            self.assertTrue(more.is_closed())
-            self.wait_until(lambda: self.log[-1] == 'too many connections: closed or rejected 1, from '
-                            '127.0.0.1 (1)', 'the log line')
-            self.assertEqual(wires[0].ask(get('/config'))[0], 404)
-            wires[0].__exit__()
-            self.wait_for_room(port)
+        self.start(max_connections=3)
+        wires = [self.connect() for _ in range(3)]
+        for wire in wires:
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        more = self.connect()
+        status, headers, _ = more.ask(get('/config'))
+        self.assertEqual((status, headers['connection']), (503, 'close'))
+        self.assertTrue(more.is_closed())
+        self.wait_until(lambda: self.log[-1] == 'too many connections: closed or rejected 1, from '
+                        '127.0.0.1 (1)', 'the log line')
+        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        wires[0].__exit__()
+        self.wait_for_room(self.port)
 
     def test_a_flood_is_dropped(self):
-        with mock.patch.object(restic_serve, 'TURNED_AWAY', 2):
-            server = self.start('127.0.0.1:0', max_connections=1)
-            port = server.listeners[0].server_address[1]
-            with contextlib.ExitStack() as stack:
-                first = stack.enter_context(Wire(port))
-                self.assertEqual(first.ask(get('/config'))[0], 404)
-                wires = [stack.enter_context(Wire(port)) for _ in range(30)]
-                self.assertTrue(all(wire.is_closed() or True for wire in wires))
-                self.assertLessEqual(server.connections.active, 3)
-                self.assertEqual(first.ask(get('/config'))[0], 404)
-        self.wait_until(lambda: server.connections.active == 0, 'the end of all')
+        patch_for(self, restic_serve, TURNED_AWAY=2)
+        server = self.start(max_connections=1)
+        wires = [self.connect()]
+        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        wires += [self.connect() for _ in range(30)]
+        for wire in wires[1:]:
+            wire.is_closed()
+        self.assertLessEqual(len(server.served), 3)
+        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        for wire in wires:
+            wire.__exit__()
+        self.wait_until(lambda: not server.served, 'the end of all')
 
     def test_a_thread_that_does_not_start_is_no_connection(self):
-        server = self.start('127.0.0.1:0')
-        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')), \
-                Wire(server.listeners[0].server_address[1]) as wire:
-            self.assertTrue(wire.is_closed())
-        self.assertEqual(server.connections.active, 0)
+        server = self.start()
+        with mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no thread')):
+            self.assertTrue(self.connect().is_closed())
+        self.wait_until(lambda: not server.served, 'its end')
         self.assertIn('no thread', self.log[-1])
 
     def test_slow_clients_do_not_slow_the_others(self):
         """A thousand that drip; the figure is a bound, far above what is usual."""
         # As main() does: with stacks of 8 MiB they fill the address space of a 32-bit system.
         self.addCleanup(threading.stack_size, threading.stack_size(restic_serve.STACK_BYTES))
-        server = self.start('127.0.0.1:0', max_connections=1100)
-        port = server.listeners[0].server_address[1]
-        with contextlib.ExitStack() as stack:
-            slow = [stack.enter_context(Wire(port)) for _ in range(1000)]
-            for wire in slow:
-                wire.send(b'G')
-            self.wait_until(lambda: server.connections.active == 1000, 'a thousand')
-            wire = stack.enter_context(Wire(port))
-            times = []
-            for number in range(200):
-                slow[number].send(b'E')
-                begin = time.perf_counter()
-                self.assertEqual(wire.ask(get('/config'))[0], 404)
-                times.append(time.perf_counter() - begin)
-            self.assertLess(sorted(times)[len(times) // 2], 0.1)
-            path = Path('/proc/self/status')
-            if path.exists():
-                resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
-                # Of the tests, the clients and the server.
-                self.assertLess(resident, (300 if PYPY else 200) * 1024)
+        server = self.start(max_connections=1100)
+        slow = [self.connect() for _ in range(1000)]
+        for wire in slow:
+            wire.send(b'G')
+        self.wait_until(lambda: len(server.served) == 1000, 'a thousand')
+        wire, times = self.connect(), []
+        for number in range(200):
+            slow[number].send(b'E')
+            begin = time.perf_counter()
+            self.assertEqual(wire.ask(get('/config'))[0], 404)
+            times.append(time.perf_counter() - begin)
+        self.assertLess(sorted(times)[len(times) // 2], 0.1)
+        path = Path('/proc/self/status')
+        if path.exists():
+            resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
+            # Of the tests, the clients and the server.
+            self.assertLess(resident, (300 if PYPY else 200) * 1024)
 
 
 class ServerTest(WireTestCase):
@@ -8961,25 +8946,23 @@ class ServerTest(WireTestCase):
         """A connection of which the server awaits the rest of an upload."""
         wire = self.connect()
         wire.send(post(f'/data/{named(content)}', sent, length=len(content)))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.connections.snapshot()), 'it')
+        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.served), 'it')
         return wire
 
     def test_a_stop_drops_idle_connections(self):
         fresh, used = self.connect(), self.connect()
         used.ask(get('/config'))
-        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.served) == 2, 'two connections')
         done = self.finish()
-        self.assertTrue(fresh.is_closed())
-        self.assertTrue(used.is_closed())
+        self.assertTrue(fresh.is_closed() and used.is_closed())
         self.assertTrue(done.wait(PATIENCE))
 
     def test_a_stop_lets_a_running_request_finish(self):
         content = b'0123456789'
         wire = self.begin_upload(content, content[:5])
         done = self.finish()
-        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
-        with self.assertRaises(OSError):
-            socket.create_connection(('127.0.0.1', self.port), 1).recv(1)
+        self.wait_until(lambda: all(c.stopping for c in self.server.served), 'the stop')
+        self.assertFalse(listens(('127.0.0.1', self.port)))
         self.assertFalse(done.is_set())
         status, headers, _ = wire.ask(content[5:])
         self.assertEqual((status, headers['connection']), (200, 'close'))
@@ -8998,14 +8981,13 @@ class ServerTest(WireTestCase):
         answered, begun = self.connect(), self.connect()
         self.assertEqual(answered.ask(get('/config', 'Connection: close'))[0], 404)
         begun.send('GET /c')
-        self.wait_until(lambda: len(self.server.connections.snapshot()) == 2, 'two connections')
+        self.wait_until(lambda: len(self.server.served) == 2, 'two connections')
         self.assertTrue(self.finish().wait(PATIENCE))
         self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_second_stop_ends_the_wait(self):
         self.begin_upload()
         done = self.finish()
-        self.wait_until(lambda: self.server.connections.stopping, 'the stop')
         self.server.stop()
         self.assertTrue(done.wait(PATIENCE))
 
@@ -9023,18 +9005,17 @@ class ServerTest(WireTestCase):
         server.serve()
 
     def test_without_a_host_both_families_are_served(self):
-        server = Server(self.server.api, self.server.limits, [restic_serve.parse_address(':0')])
+        server = Server(self.server.api, Limits(), [restic_serve.parse_address(':0')])
         listener = server.listeners[0]
-        port = listener.server_address[1]
-        socket.create_connection(('127.0.0.1', port), PATIENCE).close()
-        if listener.address_family == socket.AF_INET6:
-            socket.create_connection(('::1', port), PATIENCE).close()
+        for host in ('127.0.0.1', '::1')[:1 + (listener.address_family == socket.AF_INET6)]:
+            socket.create_connection((host, listener.server_address[1]), PATIENCE).close()
+            sock, peer = restic_serve.accept(listener.socket)
+            sock.close()
+            self.assertEqual(peer.name, host)
         server.stop()
         server.serve()
 
-    def test_names_of_peers(self):
-        self.assertEqual(restic_serve.host_of('::ffff:1.2.3.4'), '1.2.3.4')
-        self.assertEqual(restic_serve.host_of('::1'), '::1')
+    def test_names_of_this_host(self):
         self.assertTrue(restic_serve.is_loopback('127.0.0.2'))
         self.assertFalse(restic_serve.is_loopback('0.0.0.0'))
 
@@ -9076,23 +9057,19 @@ class ServiceManagerTest(TestCase):
                 self.hear('WATCHDOG=1')
             self.assertLess(time.monotonic() - begin, PATIENCE)
 
-    def test_a_watchdog_of_another_process_is_not_fed(self):
-        notifier = restic_serve.SystemdNotifier(
-            {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '1', 'WATCHDOG_PID': '1'})
-        self.assertEqual(notifier.ping(), math.inf)
-
-    def test_the_watchdog_hears_twice_in_its_time(self):
-        notifier = restic_serve.SystemdNotifier(
-            {'NOTIFY_SOCKET': str(self.folder / 'notify'), 'WATCHDOG_USEC': '3000000'})
-        clock = Clock()
+    def test_the_watchdog_hears_twice_in_its_time_and_that_of_another_process_nothing(self):
+        variables = {'NOTIFY_SOCKET': str(self.folder / 'notify'), 'WATCHDOG_USEC': '3000000'}
+        other = restic_serve.SystemdNotifier({**variables, 'WATCHDOG_PID': '1'})
+        notifier, clock = restic_serve.SystemdNotifier(variables), Clock()
         with mock.patch.object(time, 'monotonic', lambda: clock.now):
-            self.assertEqual(notifier.ping(), 1.5)
+            self.assertEqual(other.ping(), math.inf)
+            for seconds, wait in ((0, 1.5), (1, 0.5), (0.5, 1.5)):
+                clock.now += seconds
+                self.assertEqual(notifier.ping(), wait)
+        for _ in range(2):
             self.assertEqual(self.hear(''), 'WATCHDOG=1')
-            clock.now += 1
-            self.assertEqual(notifier.ping(), 0.5)
-            clock.now += 0.5
-            self.assertEqual(notifier.ping(), 1.5)
-            self.assertEqual(self.hear(''), 'WATCHDOG=1')
+        self.heard.setblocking(False)
+        self.assertRaises(BlockingIOError, self.heard.recv, 1)
 
     def test_variables_are_removed_after_use(self):
         environment = {'NOTIFY_SOCKET': '/x', 'WATCHDOG_USEC': '5', 'WATCHDOG_PID': str(os.getpid()),
@@ -9171,6 +9148,17 @@ class WorkersTest(TestCase):
             self.assertEqual(wire.ask(get('/config'))[0], 404)
         return wires
 
+    def wait_for_line(self, server, pattern):
+        self.wait_until(lambda: re.search(pattern, ' '.join(server.lines)), pattern)
+
+    def kill_all(self, server):
+        """Kill the workers, and wait for others; their process ids."""
+        killed = self.children(server)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        self.wait_until(lambda: len(set(self.children(server)) - set(killed)) == len(killed), 'other workers')
+        return killed
+
     def begin(self, wire, content):
         """Upload all but the last byte."""
         wire.send(post(f'/data/{named(content)}', content, 'Expect: 100-continue')[:-len(content)])
@@ -9214,22 +9202,17 @@ class WorkersTest(TestCase):
     def test_one_that_dies_is_replaced_and_nothing_that_was_counted_is_lost(self):
         server = self.serve('--prometheus', '--max-connections', '6')
         self.connect_all(server, 6)
-        first = self.children(server)
-        for pid in first:
-            os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: len(set(self.children(server)) - set(first)) == 2, 'other workers')
+        killed = self.kill_all(server)
         # the dead ones' connections count no more, their requests do
         self.wait_until(lambda: self.requests(server) >= 6, 'the metrics')
         wires = self.connect_all(server, 5)  # one that has just ended may count still
-        log = ' '.join(server.lines)
-        for pid in first:
-            self.assertRegex(log, rf'ERROR: worker [12] \(process {pid}\) was killed by signal 9; '
-                                  'restarting it')
+        for pid in killed:
+            self.wait_for_line(server, rf'ERROR: worker [12] \(process {pid}\) was killed by signal 9; '
+                               'restarting it')
         pid = self.children(server)[0]
         os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: f'(process {pid})' in ' '.join(server.lines), 'the log')
-        self.assertRegex(' '.join(server.lines), rf'{pid}\) was killed by signal 9; restarting it in 1 s')
-        self.assertRegex(' '.join(server.lines), r'NOTICE: worker 1 is now process \d+')
+        self.wait_for_line(server, rf'{pid}\) was killed by signal 9; restarting it in 1 s')
+        self.wait_for_line(server, r'NOTICE: worker 1 is now process \d+')
         for wire in wires:
             wire.__exit__()
         self.assertEqual(server.stop(), 0)
@@ -9260,9 +9243,7 @@ class WorkersTest(TestCase):
             server = self.serve()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        pid = self.children(server)[0]
-        os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: 'is now process' in ' '.join(server.lines), 'the replacement')
+        self.kill_all(server)
         self.assertEqual(server.stop(), 0)
 
     def test_a_stop_at_the_first_moment_leaves_no_socket(self):
@@ -9281,10 +9262,8 @@ class WorkersTest(TestCase):
 
     def test_one_that_is_told_to_stop_is_replaced_without_an_alarm(self):
         server = self.serve()
-        pid = self.children(server)[0]
-        os.kill(pid, signal.SIGTERM)
-        self.wait_until(lambda: re.search(r'NOTICE: worker [12] is now process \d+', ' '.join(server.lines)),
-                        'the replacement')
+        os.kill(self.children(server)[0], signal.SIGTERM)
+        self.wait_for_line(server, r'NOTICE: worker [12] is now process \d+')
         self.connect_all(server)
         self.assertEqual(server.stop(), 0)
         self.assertNotIn('ERROR', ' '.join(server.lines))
@@ -9339,11 +9318,8 @@ class WorkersTest(TestCase):
         rights.write_text('rubbish\n')
         users.unlink()
         for line in ('keeping the previous rights', 'keeping the previous users'):
-            self.wait_until(lambda line=line: line in ' '.join(server.lines), line)
-        before = self.children(server)
-        for pid in before:
-            os.kill(pid, signal.SIGKILL)
-        self.wait_until(lambda: len(set(self.children(server)) - set(before)) == 2, 'new workers')
+            self.wait_for_line(server, line)
+        self.kill_all(server)
         self.assertEqual(statuses(), {(401, 403)})
 
     def test_a_second_signal_ends_the_wait(self):
@@ -9352,9 +9328,9 @@ class WorkersTest(TestCase):
         wires = [self.connect(server) for _ in range(4)]
         for wire in wires:
             self.begin(wire, os.urandom(5000))
-        idle = self.connect_all(server, 1)[0]
+        idle = self.connect_all(server, 1)
         server.process.send_signal(signal.SIGINT)
-        self.assertTrue(idle.is_closed())
+        self.assertTrue(idle[0].is_closed())
         begin = time.monotonic()
         self.assertEqual(server.stop(), 0)
         self.assertLess(time.monotonic() - begin, restic_serve.STOP_SECONDS)
@@ -9375,12 +9351,10 @@ class WorkersTest(TestCase):
         wire.__exit__()
 
         def is_gone(pid):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
+            try:    # it may be a zombie that nobody waits for
+                return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z'
+            except FileNotFoundError:
                 return True
-            with open(f'/proc/{pid}/stat') as file:  # whoever inherited it may not wait for it
-                return file.read().rpartition(')')[2].split()[0] == 'Z'
 
         self.wait_until(lambda: all(map(is_gone, children)), 'the end of the workers')
         other = self.serve('--addr', f'127.0.0.1:{server.port}', '--addr', path)
@@ -9415,26 +9389,30 @@ class WorkersTest(TestCase):
         wires.pop().__exit__()
         self.wait_until(lambda: self.ask(server, get('/config'))[0] == 404, 'a place')
 
+    def fork(self, counters, slot, job):
+        """A process with a slot of the counters, whose exit status is what a job returns."""
+        pid = os.fork()
+        if not pid:
+            counters.join(slot)
+            os._exit(job())
+        return pid
+
     def test_bandwidth_is_limited_over_all_of_them(self):
         counters = Counters(3)
-        clocks = []
 
         def wait(count):
+            """The tenths of a second that many bytes take."""
             clock = Clock()
             bandwidth = restic_serve.Bandwidth([restic_serve.TimetableEntry(0, 1000, 100)], counters,
                                                lambda: clock.now, lambda: clock.day, clock.sleep)
             bandwidth.wait(bandwidth.SENT, count)
-            clocks.append(clock.now)
-            return round(clock.now - 1000, 3)
+            return round(10 * (clock.now - 1000), 2)
 
         self.assertEqual(wait(500), 0)
-        for slot in (1, 2):
-            pid = os.fork()
-            if not pid:
-                counters.join(slot)
-                os._exit(int(10 * wait(300)))
-            self.assertEqual(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), {1: 5, 2: 8}[slot])
-        self.assertEqual(wait(1), 1.1)
+        for slot, tenths in ((1, 5), (2, 8)):
+            pid = self.fork(counters, slot, lambda: int(wait(300)))
+            self.assertEqual(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), tenths)
+        self.assertEqual(wait(1), 11)
 
     def test_quotas_hold_over_all_of_them(self):
         counted_plainly(self)
@@ -9443,19 +9421,16 @@ class WorkersTest(TestCase):
         counters = Counters(5)
         usage = Usage(store, counters, quotas=restic_serve.Quotas({'/': 50500}))
         usage.census.count()
-        children = []
-        for slot in range(1, 5):
-            pid = os.fork()
-            if not pid:
-                counters.join(slot)
-                stored = 0
-                for _ in range(40):
-                    content = os.urandom(1000)
-                    with contextlib.suppress(Busy, QuotaExceeded):
-                        usage.save(Location('/host', 'data', named(content)), Bytes(content))
-                        stored += 1
-                os._exit(stored)
-            children.append(pid)
+
+        def store_all():
+            stored = 0
+            for content in (os.urandom(1000) for _ in range(40)):
+                with contextlib.suppress(Busy, QuotaExceeded):
+                    usage.save(Location('/host', 'data', named(content)), Bytes(content))
+                    stored += 1
+            return stored
+
+        children = [self.fork(counters, slot, store_all) for slot in range(1, 5)]
         stored = sum(os.WEXITSTATUS(os.waitpid(pid, 0)[1]) for pid in children)
         self.assertEqual(stored, len(self.files(self.root / 'host')))
         self.assertIn(stored, range(40, 51))
@@ -11091,7 +11066,7 @@ class FaultsTestCase(Http2TestCase):
 
     def assert_nothing_left(self, before):
         """What connections used is free again."""
-        self.wait_until(lambda: not self.server.connections.snapshot(), 'the end of all connections')
+        self.wait_until(lambda: not self.server.served, 'the end of all connections')
         self.wait_until(lambda: all(now <= then for now, then in zip(self.resources(), before)),
                         'the end of threads and descriptors')
 
