@@ -6801,12 +6801,9 @@ class TlsTransport:
     def recv_into(self, view: memoryview) -> int:
         """Receive at least one record, and as many more as have arrived."""
         total: int = self._call(len(view), self._tls.read, len(view), view)
-        while total < len(view) and self._received.pending and not self._ended:
-            part = view[total:]
-            try:
-                total += self._read(self._tls.read, len(part), part)
-            except self._wants_input:
-                break
+        with contextlib.suppress(self._wants_input):
+            while total < len(view) and self._received.pending and not self._ended:
+                total += self._read(self._tls.read, len(view) - total, view[total:])
         return total
 
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
@@ -6939,11 +6936,8 @@ SLOWEST_RATE = 1024          # Bytes that extend it by a second.
 
 class Limits:
     """Limits of a client: bytes of a header section, and seconds for the header section, between two
-    requests, for receiving and for sending a whole body, and without any progress (a stall).
-
-    Where `read_seconds` or `write_seconds` is None the limit is TRANSFER_SECONDS, extended by
-    `extension` seconds for each byte that passes; 0 is no limit.
-    """
+    requests, for receiving and for sending a whole body (0 is no limit, None TRANSFER_SECONDS, extended by
+    `extension` seconds for each byte that passes), and without any progress (a stall)."""
 
     __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds',
                  'read_extension', 'write_extension', 'stall_seconds')
@@ -7008,6 +7002,7 @@ class Connection:
         self.end_input = transport.end_input    # make the receiving thread see the end of input
         self.abort = transport.abort            # end the connection at once, whatever its thread waits for
         self.close = transport.close
+        self.authority: Optional[bytes] = getattr(transport, 'authority', None)     # None without TLS
         self._transport = transport
         self._bandwidth = bandwidth
         self._throttled_seconds = 0.0       # spent waiting for the bandwidth
@@ -7041,14 +7036,13 @@ class Connection:
     def expire(self) -> None:
         """The deadline has passed: wake the thread.  One that receives sees the end of input and can
         still answer; one that sends, or was woken before, is aborted."""
-        cut = self.expired or self.waits == self.WRITING
-        if not cut and self.deadline.is_stalled(self.clock()):
-            self.on_limit(STALLED_UPLOAD, self.peer)
-        self.expired = True
-        if cut:
+        if self.expired or self.waits == self.WRITING:
             self.abort()
-        else:
-            self.end_input()
+            return
+        self.expired = True
+        if self.deadline.is_stalled(self.clock()):
+            self.on_limit(STALLED_UPLOAD, self.peer)
+        self.end_input()
 
     # ---- bytes ----
 
@@ -7060,10 +7054,6 @@ class Connection:
                 self.peer.secure = True
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
-
-    def is_of(self, authority: bytes) -> bool:
-        """Whether its client certificate was checked against this authority."""
-        return not isinstance(self._transport, TlsTransport) or self._transport.authority == authority
 
     def unpin(self, unpinned: bool) -> None:
         """unpin() the connection's thread, or not."""
@@ -7102,8 +7092,7 @@ class Connection:
         cannot be read to the slice's end."""
         if not self.unpinned:
             self.unpin(True)
-        transport = self._transport
-        direct = True
+        transport, direct = self._transport, True
         while content.length:
             if not direct or not isinstance(transport, SocketTransport):
                 self.transmit(content.read(transport.copy_bytes))
@@ -7143,15 +7132,13 @@ class Connection:
 
     def linger(self) -> None:
         """End the output and discard input until the client ends it (RFC 9112 9.6)."""
-        left = LINGER_BYTES
         try:
             self.wait_for(self.WRITING, min(LINGER_MOST_SECONDS, self.limits.write_seconds))  # close_notify
             self._transport.end_output()
             self.wait_for(self.IDLE, LINGER_SECONDS)
-            while left > 0:
+            count, left = 1, LINGER_BYTES
+            while count and left > 0:
                 count = self._transport.skip_input(_UNWANTED)
-                if not count:
-                    break
                 left -= count
         except OSError as error:
             log.debug('%s: closing: %s', self.peer, error)
@@ -7699,8 +7686,8 @@ def encode_string(text: str) -> bytes:
 # Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-FRAME_BYTES = 1 << 20        # the longest payload of DATA
-CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
+FRAME_BYTES = 1 << 20        # the longest payload of a frame
+BLOCK_BYTES = 64 * 1024      # that a header block may be longer than the header, before it is refused unread
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
 CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
 SEND_BYTES = 128 * 1024      # of content that are read at a time, and queued before others wait
@@ -8005,7 +7992,8 @@ class Exchanges:
                     connection.transmit(frames[at:at + WRITE_BYTES])
             except Gone as gone:        # no request can be answered any more
                 with self.changed:
-                    self.abort_all(str(gone))
+                    for stream in [*self.streams.values()]:
+                        self.abort(stream, str(gone))
                 connection.end_input()
             connection.wait_for(Connection.IDLE, math.inf)
 
@@ -8043,12 +8031,6 @@ class Exchanges:
         stream.aborted = reason
         self._discard(stream)
         self.end(stream, sending=False, receiving=False)
-
-    def abort_all(self, reason: str, even_whole: bool = True) -> None:
-        """Abort the streams that wait for content, or `even_whole` ones."""
-        for stream in list(self.streams.values()):
-            if even_whole or stream.receiving:
-                self.abort(stream, reason)
 
     def reset(self, stream_id: int, code: ErrorCode) -> None:
         """Send RST_STREAM.  What still arrives for the stream is no fault of the client's (RFC 9113 5.1)."""
@@ -8106,7 +8088,9 @@ class Http2(Exchanges):
         finally:
             with self.changed:
                 self.ended = True
-                self.abort_all('client disconnected', even_whole=failed)
+                for stream in [*self.streams.values()]:
+                    if failed or stream.receiving:
+                        self.abort(stream, 'client disconnected')
                 self.changed.notify_all()
             writer.join()
         self._connection.linger()
@@ -8140,9 +8124,7 @@ class Http2(Exchanges):
         """Type, flags, stream and payload of the next frame.  Raises Http2Error if it is too long."""
         length, flags, stream_id = _FRAME_HEAD.unpack(self._read(_FRAME_HEAD.size))
         kind, length, stream_id = length & 0xff, length >> 8, stream_id & LARGEST_WINDOW
-        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
-        require(length <= (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES),
-                f'frame of type {kind} with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
+        require(length <= FRAME_BYTES, f'frame with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
         stream = self.streams.get(stream_id) if kind == FrameType.DATA else None
         return kind, flags, stream_id, self._read(length, stream.deadline if stream else None)
 
@@ -8152,14 +8134,15 @@ class Http2(Exchanges):
         if flags & _PRIORITIZED:
             check_priority(stream_id, block[:5])
             block = block[5:]
-        while not flags & _END_HEADERS:
+        while True:
+            require(len(block) <= self._limits.header_bytes + BLOCK_BYTES, 'header block never ends',
+                    ErrorCode.ENHANCE_YOUR_CALM)
+            if flags & _END_HEADERS:
+                return block
             kind, flags, continued, payload = self._read_frame()
             require(kind == FrameType.CONTINUATION and continued == stream_id,
                     'header block interrupted by another frame')
             block += payload
-            require(len(block) <= self._limits.header_bytes + 4 * CONTROL_BYTES, 'header block never ends',
-                    ErrorCode.ENHANCE_YOUR_CALM)
-        return block
 
     def _handle_frame(self) -> None:
         kind, flags, stream_id, payload = self._read_frame()
@@ -8857,7 +8840,8 @@ class Connections:
         """End connections whose certificate was checked against an authority that was replaced."""
         if self._certificates and self._certificates.authority:
             for connection in self.snapshot():
-                if not (connection.stopping or connection.is_of(self._certificates.authority)):
+                if not connection.stopping and connection.authority not in (
+                        None, self._certificates.authority):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
                     connection.stop()
 

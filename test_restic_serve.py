@@ -7002,7 +7002,8 @@ class ContentTest(unittest.TestCase):
         chunked = b'3\r\nabc\r\n0a;x=y\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n'
         self.assertEqual(read(chunked + b'GET /'), (b'abc0123456789', b'GET /'))
         self.assertEqual(read(*(chunked[at:at + 1] for at in range(len(chunked)))), (b'abc0123456789', b''))
-        for bad in (b'x\r\n', b'-1\r\n', b'0x1\r\na\r\n', b'1\na\r\n', b'1\r\nab\r\n', b'1\r\na', b'',
+        for bad in (b'x\r\n', b'-1\r\n', b'+1\r\na\r\n', b'1 1\r\n', b'1 \r\na\r\n', b'1;\0\r\na\r\n',
+                    b'0x1\r\na\r\n', b'0\r\nA : b\r\n\r\n', b'1\na\r\n', b'1\r\nab\r\n', b'1\r\na', b'',
                     b'\r\n', b'0\r\nbad trailer\r\n\r\n', b'1' * 16 + b'\r\n', b'1\r\na\n0\r\n\r\n'):
             self.assertEqual(read(bad), 400, bad)
         self.assertEqual(read(b'0\r\n' + b'X: y\r\n' * 50), 431)
@@ -7119,11 +7120,8 @@ class Http1Test(WireTestCase):
 
     def test_bad_chunks_are_refused_and_close(self):
         name = named(b'abc')
-        for body in (b'x\r\n', b'-1\r\n', b'0x3\r\nabc\r\n0\r\n\r\n', b'\r\n', b'3\nabc\n0\n\n',
-                     b'3\r\nabcd\r\n', b'3\r\nabc0\r\n\r\n', b'+3\r\nabc\r\n0\r\n\r\n',
-                     b'1' * 16 + b'\r\n', b'3;\x00\r\nabc\r\n0\r\n\r\n', b'3;' + b'a' * 9999,
-                     b'3\r\nabc\r\n0\r\nbad trailer\r\n\r\n', b'3\r\nabc\r\n0\r\nA : b\r\n\r\n',
-                     b'3 3\r\nabc\r\n0\r\n\r\n', b'3 \r\nabc\r\n0\r\n\r\n'):
+        for body in (b'x\r\n', b'3\nabc\n0\n\n', b'3\r\nabcd\r\n', b'3;' + b'a' * 9999,
+                     b'3\r\nabc\r\n0\r\nbad trailer\r\n\r\n'):
             wire = self.connect()
             status, headers, _ = wire.ask(
                 f'POST /data/{name} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n', body)
@@ -7139,12 +7137,8 @@ class Http1Test(WireTestCase):
 
     def test_what_is_malformed_is_refused_and_closes(self):
         for request in ('GET / HTTP/1.1\nHost: x\n\n', 'GET / HTTP/1.1\r\nHost: x\n\r\n',
-                        'GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n',
-                        'GET / HTTP/1.1\r\nHost : x\r\n\r\n', 'GET / HTTP/1.1\r\n\r\n',
-                        'GET / HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n', '\x16\x03\x01\r\n\r\n',
-                        'GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n',
-                        'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n'
-                        'Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n'):
+                        'GET / HTTP/1.1\r\n\r\n', '\x16\x03\x01\r\n\r\n',
+                        'GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n'):
             wire = self.connect()
             status, headers, _ = wire.ask(request + 'GET /config HTTP/1.1\r\nHost: x\r\n\r\n')
             self.assertEqual((status, headers['connection']), (400, 'close'), request)
@@ -7483,22 +7477,6 @@ TOP = (1 << 31) - 1
 LONG = ('x-long', 'x' * 3500)
 
 
-class FramesTest(unittest.TestCase):
-    """Frames as bytes, without a connection (RFC 9113 4 and 6)."""
-
-    def code_of(self, function, *args, **more):
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            function(*args, **more)
-        return caught.exception.code.name
-
-    def test_padding_is_taken_off(self):
-        for payload, content in ((b'\x00abc', b'abc'), (b'\x02abcxx', b'abc'), (b'\x05xxxxx', b'')):
-            self.assertEqual(restic_serve.without_padding(PADDED, payload), content)
-        self.assertEqual(restic_serve.without_padding(0, b'\x02ab'), b'\x02ab')
-        for payload, code in ((b'', 'FRAME_SIZE_ERROR'), (b'\x03ab', 'PROTOCOL_ERROR')):
-            self.assertEqual(self.code_of(restic_serve.without_padding, PADDED, payload), code)
-
-
 class Http2FramesTest(Http2TestCase):
     """What RFC 9113 lets a client send, and what it does not: section by section."""
 
@@ -7561,7 +7539,8 @@ class Http2FramesTest(Http2TestCase):
                 '3.4 SETTINGS first': (protocol, frame(PING, 0, 0, bytes(8))),
                 '3.4 not their answer': (protocol, frame(SETTINGS, ACK, 0)),
                 '4.2 DATA too long': (size, POST, frame(DATA, 1, 1, bytes((1 << 20) + 1))),
-                '4.2 HEADERS too long': (size, headers(1, bytes(17575))),
+                '4.2 HEADERS too long': (size, headers(1, bytes((1 << 20) + 1))),
+                '4.3 a block that is too long': (11, headers(1, bytes(70_000))),
                 '4.3 half a field': (compression, headers(1, b'\x40')),
                 '4.3 PRIORITY within': (protocol, headers(1, block, 0), frame(PRIORITY, 0, 1, bytes(5))),
                 '4.3 HEADERS within': (protocol, headers(1, block, 0), headers(3)),
@@ -7613,16 +7592,6 @@ class Http2FramesTest(Http2TestCase):
                 '6.10 DATA within': (protocol, headers(1, block, 0), TEST),
                 '6.10 once more': (protocol, headers(1, block, 1), frame(CONTINUATION, 4, 1, b'\x82'),
                                    frame(CONTINUATION, 4, 1, b'\x82')),
-                'HPACK 2.3.3 an index of nothing': (compression, headers(1, block + b'\xc6')),
-                'HPACK 2.3.3 a name of nothing': (compression, headers(1, block + b'\x7f\x07\0')),
-                'HPACK 4.2 a size at the end': (compression, headers(1, block + b'\x21')),
-                'HPACK 5.2 long padding': (compression, headers(1, block + bytes.fromhex(
-                    '0085f2b24a84ff8449509fff'))),
-                'HPACK 5.2 zeros for padding': (compression, headers(1, block + bytes.fromhex(
-                    '0085f2b24a84ff83495090'))),
-                'HPACK 5.2 EOS': (compression, headers(1, block + bytes.fromhex(
-                    '0085f2b24a84ff874951fffffffa7f'))),
-                'HPACK 6.1 index 0': (compression, headers(1, block + b'\x80')),
                 'HPACK 6.3 a table too large': (compression, headers(1, b'\x3f\xe2\x1f' + block))}.items():
             with self.subTest(what):
                 wire = self.http2(preface=not what.startswith('3.4'))
@@ -7649,11 +7618,6 @@ class Http2FramesTest(Http2TestCase):
                     protocol, POST, frame(DATA, 0, 1, b'test'), headers(1, b'\0\x01x\x01y', END_HEADERS)),
                 '8.1 trailers with a pseudo-header field': (
                     protocol, POST, frame(DATA, 0, 1, b'test'), headers(1, b'\x83')),
-                '8.2 upper case': (protocol, headers(1, fields('GET', '/', ('X-TEST', 'ok')))),
-                '8.2 a space in a name': (protocol, headers(1, fields('GET', '/', ('a b', 'ok')))),
-                '8.2.1 a line end in a value': (
-                    protocol, headers(1, fields('GET', '/', ('a', 'b\r\nc: d')))),
-                '8.2.1 a space before a value': (protocol, headers(1, fields('GET', '/', ('a', ' b')))),
                 '8.1 trailers with a bad value': (
                     protocol, POST + headers(1, restic_serve.encode_headers([('a', 'b\nc')]), 5)),
                 '8.1 trailers with connection': (
@@ -7661,33 +7625,14 @@ class Http2FramesTest(Http2TestCase):
                 '8.1 trailers with transfer-encoding': (
                     protocol, POST + headers(1, restic_serve.encode_headers([
                         ('transfer-encoding', 'chunked')]), 5)),
-                '8.3.1 a scheme with a control character': (protocol, headers(1, fields(scheme='ht\ntp'))),
-                '8.3.1 a scheme that is none': (protocol, headers(1, fields(scheme='1'))),
                 '8.2.2 connection': (protocol, headers(1, fields('GET', '/', ('connection', 'keep-alive')))),
-                '8.2.2 transfer-encoding': (
-                    protocol, headers(1, fields('POST', '/', ('transfer-encoding', 'chunked')))),
-                '8.2.2 te': (protocol, headers(1, fields('GET', '/', ('te', 'trailers, deflate')))),
-                '8.3 a new pseudo-header field': (protocol, headers(1, fields(test='ok'))),
-                "8.3 an answer's": (protocol, headers(1, fields(status='200'))),
-                '8.3 one after a field': (
-                    protocol, headers(1, fields('GET', '/', ('a', 'b'), (':path', '/')))),
-                '8.3.1 an empty path': (protocol, headers(1, fields('GET', ''))),
-                '8.3.1 no path': (protocol, headers(1, fields('GET', None))),
-                '8.3.1 no method': (protocol, headers(1, fields(None))),
-                '8.3.1 no scheme': (protocol, headers(1, fields(scheme=None))),
-                '8.3.1 two methods': (protocol, headers(1, fields('GET', '/', (':method', 'GET')))),
-                '8.3.1 a relative path': (protocol, headers(1, fields('GET', 'x'))),
-                '8.3.1 a space in the path': (protocol, headers(1, fields('GET', '/a b'))),
-                '8.3.1 two authorities': (protocol, headers(1, fields('GET', '/', ('host', 'y')))),
-                '8.3.1 no host name': (protocol, headers(1, fields(authority='a b'))),
                 '8.1.1 more than announced': (protocol, headers(1, fields('POST', '/', short), 4), TEST),
                 '8.1.1 more, in two': (protocol, headers(1, fields('POST', '/', short), 4),
                                        frame(DATA, 0, 1, b'test'), frame(RST_STREAM, 0, 1, word(0))),
                 '8.1.1 less than announced': (protocol, headers(1, fields('POST', '/', short), 4),
                                               frame(DATA, END_STREAM, 1)),
                 '8.1.1 nothing': (protocol, headers(1, fields('POST', '/', short))),
-                '8.1.1 no number': (
-                    protocol, headers(1, fields('POST', '/', ('content-length', 'x'))))}.items():
+                '8.3.1 no path': (protocol, headers(1, fields('GET', None)))}.items():
             with self.subTest(what), self.http2() as wire:
                 wire.send(*parts)
                 got = wire.until(RST_STREAM, GOAWAY)
@@ -7759,12 +7704,14 @@ class RequestOfTest(unittest.TestCase):
             self.refuse(*self.GET[:at], *self.GET[at + 1:])         # one is missing
             self.refuse(*self.GET, field)                           # or stands twice
         for fields_of in ((('accept', 'a'), (':method', 'GET')), ((':status', '200'),), (('Accept', 'a'),),
-                          (('connection', 'close'),), (('te', 'gzip'),), (('a b', 'c'),), (('a', 'b\r\n'),),
-                          (('a', ' b'),), (('content-length', 'x'),), (('content-length', '-1'),),
-                          (('host', 'other'),)):
+                          (('connection', 'close'),), (('transfer-encoding', 'chunked'),), (('te', 'gzip'),),
+                          (('te', 'trailers, deflate'),), (('a b', 'c'),), (('a', 'b\r\n'),),
+                          (('a', 'b\r\nc: d'),), (('a', ' b'),), (('content-length', 'x'),),
+                          (('content-length', '-1'),), (('host', 'other'),), ((':test', 'ok'),)):
             self.refuse(*self.GET, *fields_of)
         for name, value in ((':path', ''), (':path', 'x'), (':path', '/a b'), (':path', '/#'),
-                            (':method', 'G T'), (':scheme', ''), (':authority', 'a b')):
+                            (':method', 'G T'), (':scheme', ''), (':scheme', '1'), (':scheme', 'ht\ntp'),
+                            (':authority', 'a b')):
             self.refuse(*((one, value if one == name else old) for one, old in self.GET))
         restic_serve.request_of([*self.GET, ('te', 'trailers'), ('host', 'host'), ('x', '')])
 
@@ -7816,27 +7763,6 @@ class StreamTest(Http2TestCase):
             self.assertEqual(bool(stream.aborted), 'reset' in events)
             self.assertEqual(1 in self.exchanges.streams, receiving or sending, events)
         self.assertFalse(self.open(whole=True).receiving)
-
-    def test_content_that_came_early_is_read_in_order(self):
-        stream = self.open()
-        stream.content += b'abcde' + b'f' * 2000
-        stream.receiving = False
-        view, found = memoryview(bytearray(4)), b''
-        for count in iter(lambda: stream.readinto(view), 0):
-            found += bytes(view[:count])
-        self.assertEqual(found, b'abcde' + b'f' * 2000)
-
-    def test_who_waits_hears_of_the_end(self):
-        for end, expected in ((lambda stream: self.exchanges.abort(stream, 'reset'), restic_serve.Gone),
-                              (lambda stream: stream.deadline.begin(0), HttpError),
-                              (lambda stream: setattr(stream, 'receiving', False), None)):
-            stream = self.open()
-            with self.exchanges.changed:
-                end(stream)
-            if expected:
-                self.assertRaises(expected, stream.readinto, memoryview(bytearray(1)))
-            else:
-                self.assertEqual(stream.readinto(memoryview(bytearray(1))), 0)
 
 
 # ---- Http2 -----------------------------------------------------------------------------------------
@@ -11049,19 +10975,13 @@ class HaproxyTest(TestCase):
                                   stderr=subprocess.DEVNULL) as proxy:
                 try:
                     self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
-                    sound = []
 
-                    def download():
-                        for _ in range(6):
-                            with contextlib.suppress(OSError), Wire(port) as wire:
-                                sound.append(wire.ask(get(f'/data/{named(content)}'))[2] == content)
+                    def download(_):
+                        with Wire(port) as wire:
+                            return wire.ask(get(f'/data/{named(content)}'))[2] == content
 
-                    threads = [threading.Thread(target=download) for _ in range(4)]
-                    for thread in threads:
-                        thread.start()
-                    for thread in threads:
-                        thread.join()
-                    self.assertEqual(sound, [True] * 24)
+                    for _ in range(6):
+                        self.assertEqual(at_once(download, range(4)), [True] * 4)
                 finally:
                     proxy.terminate()
 
