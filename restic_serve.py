@@ -6678,6 +6678,7 @@ def _decode_path(path: str) -> str:
 PIPE_BYTES = 1 << 20         # Size requested for a pipe; Linux allows it to everybody.
 PIPE_LINGER = 0.1            # Seconds without input after which none is expected.
 _F_SETPIPE_SZ = 1031         # fcntl(2); in the module fcntl from Python 3.10 on.
+FILE_BYTES = 1 << 20         # Sent by one sendfile(2), after which progress is noted.
 RECORDS_BYTES = 64 * 1024    # TLS records in memory at a time; each connection keeps this much.
 RECORD_OVERHEAD = 512        # Bytes that records add to small content.
 _MORE = getattr(socket, 'MSG_MORE', 0)
@@ -6689,9 +6690,6 @@ _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # not with this
 class SocketTransport:
     """A blocking socket.  Sending fails with BlockingIOError when the client has accepted no byte for
     `stall_seconds`, or up to twice as long."""
-
-    file_bytes = 1 << 20        # sent by one sendfile(2), after which progress is noted
-    copy_bytes = COPY_BYTES     # read into memory at a time without sendfile(2)
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
         self._sock = sock
@@ -6720,7 +6718,7 @@ class SocketTransport:
             return False
         try:
             count = os.sendfile(self._sock.fileno(), content.fd, content.offset,
-                                min(content.length, limit, self.file_bytes))
+                                min(content.length, limit, FILE_BYTES))
         except OSError as error:
             if error.errno in _NO_SENDFILE:
                 return False
@@ -6762,8 +6760,6 @@ class TlsTransport:
     """The server's side of TLS on a socket, through memory BIOs, so that one system call sends or receives
     many records; OpenSSL itself takes one for each, and two to receive it.  `authority` is the CA
     file's content that the client's certificate was checked against."""
-
-    copy_bytes = RECORDS_BYTES
 
     def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
@@ -6847,8 +6843,6 @@ class TlsTransport:
 
 class PipeTransport:
     """Standard input and output, to a client that speaks HTTP/2.  Pipes have neither timeouts nor resets."""
-
-    copy_bytes = COPY_BYTES
 
     def __init__(self, source: int = 0, target: int = 1) -> None:
         self._source, self._target = source, target
@@ -6938,9 +6932,6 @@ class Limits:
     """Limits of a client: bytes of a header section, and seconds for the header section, between two
     requests, for receiving and for sending a whole body (0 is no limit, None TRANSFER_SECONDS, extended by
     `extension` seconds for each byte that passes), and without any progress (a stall)."""
-
-    __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds',
-                 'read_extension', 'write_extension', 'stall_seconds')
 
     def __init__(self, header_bytes: int = 4096, header_seconds: float = 10,
                  idle_seconds: float = 60, read_seconds: Optional[float] = None,
@@ -7095,7 +7086,7 @@ class Connection:
         transport, direct = self._transport, True
         while content.length:
             if not direct or not isinstance(transport, SocketTransport):
-                self.transmit(content.read(transport.copy_bytes))
+                self.transmit(content.read(RECORDS_BYTES))
                 continue
             before = content.length
             try:
@@ -7668,14 +7659,13 @@ def encode_string(text: str) -> bytes:
 # ==== Http2 ======================================================================================
 # HTTP/2 (RFC 9113) over standard input and output, for one client that begins with its preface.
 #
-# Theory of operation.  The connection's thread runs Http2.run(): it reads frames and acts on them.  Each
-# request has a thread, which runs the Api, takes the content from its Stream, and queues the answer.  One
-# more thread writes what is queued.  One lock, that of Exchanges.changed, guards all state; nobody holds it
-# while reading or writing.
+# Theory of operation.  The connection's thread reads frames and acts on them.  Each request has a thread,
+# which runs the Api, takes the content from its Stream, and queues the answer.  One more thread writes what
+# is queued.  One lock, that of Exchanges.changed, guards all state; nobody holds it while reading or writing.
 #
-# Pipes can be full in both directions, so the reading thread never waits for the client to read.  The
-# writing thread, which may be stuck in write(2), cannot be woken: the connection's deadline ends the
-# process.  A request's thread waits for content and for the client's windows until its stream's deadline.
+# Pipes can be full in both directions, so the reading thread never waits for the client to read.  If the
+# writing thread is stuck in write(2), which cannot be woken, the connection's deadline ends the process.  A
+# request's thread waits for content and for the client's windows until its stream's deadline.
 #
 # Content that arrives is kept in memory until its request's thread takes it.  A window opens again when
 # half of it has been taken: once all that came was taken it is above zero, which nghttp2 waits for before

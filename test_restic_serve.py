@@ -6602,7 +6602,6 @@ class RecordsTest(TestCase):
             self.skipTest('this Python has no ssl')
         authority = Authority(self.folder)
         authority.issue('server')
-        self.wants_input = ssl.SSLWantReadError
         certificates = restic_serve.Certificates(*(
             str(self.folder / f'server.{what}') for what in ('pem', 'key')))
         ours, self.theirs = socket.socketpair()
@@ -6618,7 +6617,7 @@ class RecordsTest(TestCase):
         shaking = threading.Thread(target=self.tls.shake_hands)
         shaking.start()
         while True:
-            with contextlib.suppress(self.wants_input):
+            with contextlib.suppress(ssl.SSLWantReadError):
                 self.client.do_handshake()
                 break
             self.theirs.sendall(self.to_us.read())
@@ -6660,18 +6659,6 @@ class RecordsTest(TestCase):
         self.assertEqual(self.tls.recv_into(view), 7)
         self.assertEqual(self.tls.recv_into(view), 0)
         self.assertEqual(self.tls.recv_into(view[:10]), 0)
-
-    def test_what_more_will_follow_waits_for_it(self):
-        self.tls.send(b'head', more=True)
-        self.assertTrue(self.tls._unsent.pending)
-        self.tls.send(b'body')
-        received = b''
-        while len(received) < 8:
-            try:
-                received += self.client.read(100)
-            except self.wants_input:
-                self.from_us.write(self.theirs.recv(1 << 16))
-        self.assertEqual(received, b'headbody')
 
     def test_a_client_that_never_takes_the_end_is_cut_off(self):
         self.fill()
@@ -6910,12 +6897,6 @@ class HeadTest(unittest.TestCase):
         self.assertEqual(headers, {'host': 'x:1', 'x-one': '1, 2', 'x-empty': '',
                                    'x-high': '\xe9 :"'})
 
-    def test_the_headers_of_one_request_are_not_another_s(self):
-        found = [self.parse(f'GET / HTTP/1.1\r\nHost: x\r\nRange: bytes={number}-\r\nA: b\r\n')[3]
-                 for number in range(3)]
-        self.assertEqual([headers['range'] for headers in found], ['bytes=0-', 'bytes=1-', 'bytes=2-'])
-        self.assertNotIn('range', self.parse('GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n')[3])
-
     def test_versions(self):
         self.assertEqual(self.parse('GET / HTTP/1.0\r\n')[2], 'HTTP/1.0')
         self.assertEqual(self.parse('GET / HTTP/1.2\r\nHost: x\r\n')[2], 'HTTP/1.1')
@@ -7085,15 +7066,16 @@ class Http1Test(WireTestCase):
                                r'\d\d:\d\d:\d\d GMT$')
 
     def test_ranges_small_and_large(self):
-        content = os.urandom(1 << 20)
+        size = (17 << 20) + 1
+        content = os.urandom(size)
         path = self.put(content)
         wire = self.connect()
-        for first, last in ((0, 0), (5, 4100), (0, (1 << 20) - 1), (1000, 500_000), (500_000, 900_000)):
+        for first, last in ((0, 0), (5, 4100), (0, size - 1), (1000, 500_000), (500_000, 900_000),
+                            (1, size - 1), ((2 << 20) + 7, size - 1)):
             status, headers, part = wire.ask(get(path, f'Range: bytes={first}-{last}'))
-            self.assertEqual(status, 206)
-            self.assertEqual(part, content[first:last + 1])
-            self.assertEqual(headers['content-range'], f'bytes {first}-{last}/{1 << 20}')
-        self.assertEqual(wire.ask(get(path, f'Range: bytes={1 << 20}-'))[0], 416)
+            self.assertEqual((status, part), (206, content[first:last + 1]))
+            self.assertEqual(headers['content-range'], f'bytes {first}-{last}/{size}')
+        self.assertEqual(wire.ask(get(path, f'Range: bytes={size}-'))[0], 416)
         self.assertEqual(wire.ask(get(path))[2], content)
 
     def test_a_download_without_sendfile(self):
@@ -7269,14 +7251,6 @@ class Http1Test(WireTestCase):
             wire = self.connect()
             with self.assertRaises((ConnectionResetError, AssertionError)):
                 self.assertEqual(len(wire.ask(get(path))[2]), 8 << 20)
-
-    def test_long_downloads(self):
-        content = os.urandom((17 << 20) + 1)
-        path = self.put(content)
-        wire = self.connect()
-        self.assertEqual(wire.ask(get(path))[2], content)
-        for first in (1, 4095, 4097, (2 << 20) + 7):
-            self.assertEqual(wire.ask(get(path, f'Range: bytes={first}-'))[2], content[first:])
 
     def test_the_first_objects_leave_before_others_are_read(self):
         go_on, waited = threading.Event(), []
