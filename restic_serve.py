@@ -7680,7 +7680,7 @@ FRAME_BYTES = 1 << 20        # the longest payload of a frame
 BLOCK_BYTES = 64 * 1024      # that a header block may be longer than the header, before it is refused unread
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
 CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
-SEND_BYTES = 128 * 1024      # of content that are read at a time, and queued before others wait
+SEND_BYTES = 128 * 1024      # of content that are queued at a time, and before others wait
 WRITE_BYTES = 32 * 1024      # that are written at a time; a client that takes none for too long has stalled
 UNREAD_BYTES = 512 * 1024    # of answers, ACKs and the like that a client may leave unread
 LARGEST_WINDOW = (1 << 31) - 1  # RFC 9113 6.9.1
@@ -7861,7 +7861,7 @@ class Exchanges:
         self.last_served: Optional[int] = None      # the last stream that is, once GOAWAY was sent
         self.unsent = b''               # frames that are queued
         self.ended = False              # no more frames will be read
-        self.running = 0               # requests that have a thread
+        self.running = 0                # requests that have a thread
         self._connection = connection
         self._api = api
         self._limits = connection.limits
@@ -7889,7 +7889,7 @@ class Exchanges:
                 if len(self.unsent) < SEND_BYTES or not stream.sending:
                     break
                 self.changed.wait()     # for the writing thread, which has a deadline of its own
-            count = max(min(len(content), stream.window, self.flow.window), 0)
+            count = max(min(len(content), SEND_BYTES, stream.window, self.flow.window), 0)
             if stream.aborted or (content and not count):
                 raise Gone(stream.aborted or 'client disconnected')
             stream.window -= count
@@ -7953,15 +7953,15 @@ class Exchanges:
             length, body = body.length, iter(functools.partial(body.read, SEND_BYTES), b'')
         if length is not None:
             headers.append(('content-length', str(length)))
-        is_head = request.method == 'HEAD' or length == 0
+        is_empty = request.method == 'HEAD' or length == 0
         try:
-            self.send_headers(stream, headers, last=is_head)
-            for piece in () if is_head else body:
+            self.send_headers(stream, headers, last=is_empty)
+            for piece in () if is_empty else body:
                 content = memoryview(piece)
                 while content:
                     count = self.send_content(stream, content, last=sent + len(content) == length)
                     content, sent = content[count:], sent + count
-            if length is None and not is_head:
+            if length is None and not is_empty:
                 self.send_content(stream, b'', last=True)
         finally:
             self._api.finish(request, response.status, sent)
