@@ -392,10 +392,6 @@ class Gone(Exception):
     """The client has disconnected or timed out; no answer can reach it."""
 
 
-class Stalled(Gone):
-    """The client has stopped reading."""
-
-
 class HandshakeFailed(Gone):
     """Client and server do not agree on TLS (no common version, an unknown authority, no certificate, HTTP
     without TLS), or the client speaks HTTP/2 over the network."""
@@ -6140,7 +6136,7 @@ def _decode_path(path: str) -> str:
 # ==== Transport ==================================================================================
 # Bytes over a socket, over TLS on a socket, and over pipes, with the same methods:
 #
-#     recv, recv_into   receive some bytes, none at the end of input
+#     recv_into         receive some bytes, none at the end of input
 #     send              send all of the bytes; with `more` they may wait for the next call
 #     send_file         send some of a file by sendfile(2), where the transport can
 #     end_input         make the receiving thread see the end of input
@@ -6152,27 +6148,25 @@ def _decode_path(path: str) -> str:
 #
 # Theory of operation.  Sockets block, and one thread receives and sends.  Over pipes one thread receives
 # and another one sends.  end_input() and abort() are called by other threads, the main one above all, and
-# never wait.  A transport raises OSError for what the network does, and Stalled where the client accepts no
-# byte for too long, which the kernel notices (SO_SNDTIMEO in socket(7)) without a timer or a poll(2) for
-# each call.
+# never wait.  A transport raises OSError for what the network does, which is BlockingIOError where the client
+# accepts no byte for too long: the kernel notices that (SO_SNDTIMEO in socket(7)) without a timer or a
+# poll(2) for each call.
 
 PIPE_BYTES = 1 << 20         # Size requested for a pipe; Linux allows it to everybody.
 PIPE_LINGER = 0.1            # Seconds without input after which none is expected.
 _F_SETPIPE_SZ = 1031         # fcntl(2); in the module fcntl from Python 3.10 on.
+FILE_BYTES = 1 << 20         # Sent by one sendfile(2), after which progress is noted.
 RECORDS_BYTES = 64 * 1024    # TLS records in memory at a time; each connection keeps this much.
 RECORD_OVERHEAD = 512        # Bytes that records add to small content.
 _MORE = getattr(socket, 'MSG_MORE', 0)
-_CONNECTION_ERRORS = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN,
-                      errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+_CONNECTION_ERRORS = (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED,
+                      errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # not with this file system or socket
 
 
 class SocketTransport:
-    """A blocking socket.  Sending fails with Stalled when the client has accepted no byte for
-    `stall_seconds`, or up to half as long again."""
-
-    file_bytes = 1 << 20        # sent by one sendfile(2), after which progress is noted
-    copy_bytes = COPY_BYTES     # read into memory at a time without sendfile(2)
+    """A blocking socket.  Sending fails with BlockingIOError when the client has accepted no byte for
+    `stall_seconds`, or up to twice as long."""
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
         self._sock = sock
@@ -6180,20 +6174,16 @@ class SocketTransport:
         self.recv_into = self.skip_input = sock.recv_into
         self._closing = threading.Lock()
         if stall_seconds < math.inf and os.name == 'posix':
-            seconds = stall_seconds / 2     # two timeouts without a byte are a stall
             for form in ('@ll', '@qq'):  # the second for 32-bit systems with 64-bit times
                 with contextlib.suppress(OSError):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(
-                        form, int(seconds), int(seconds % 1 * 1e6)))
+                        form, int(stall_seconds), int(stall_seconds % 1 * 1e6)))
                     break
 
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
         flags = _MORE if more else 0
         while True:
-            try:
-                count = self._sock.send(data, flags)
-            except BlockingIOError:
-                count = self._try_again(self._sock.send, data, flags)
+            count = self._sock.send(data, flags)
             if count == len(data):
                 return
             data = memoryview(data)[count:]
@@ -6203,26 +6193,15 @@ class SocketTransport:
         OSError that is not in _CONNECTION_ERRORS is one of the file."""
         if not hasattr(os, 'sendfile'):
             return False
-        words = self._sock.fileno(), content.fd, content.offset, min(content.length, limit, self.file_bytes)
         try:
-            try:
-                count = os.sendfile(*words)
-            except BlockingIOError:
-                count = self._try_again(os.sendfile, *words)
+            count = os.sendfile(self._sock.fileno(), content.fd, content.offset,
+                                min(content.length, limit, FILE_BYTES))
         except OSError as error:
             if error.errno in _NO_SENDFILE:
                 return False
             raise
         content.advance(count)
         return True
-
-    @staticmethod
-    def _try_again(function: Callable[..., int], *args: Any) -> int:
-        """Call what has ended by SO_SNDTIMEO once more.  Raises Stalled."""
-        try:
-            return function(*args)
-        except BlockingIOError:
-            raise Stalled('sending: the client has stopped reading') from None
 
     def end_input(self) -> None:
         self._shutdown(socket.SHUT_RD)
@@ -6259,8 +6238,6 @@ class TlsTransport:
     many records; OpenSSL itself takes one for each, and two to receive it.  `authority` is the CA
     file's content that the client's certificate was checked against."""
 
-    copy_bytes = RECORDS_BYTES
-
     def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
         self.below = below
@@ -6294,19 +6271,12 @@ class TlsTransport:
         names = dict(itertools.chain.from_iterable(certificate.get('subject', ())))
         return bool(certificate), names.get('commonName', '')
 
-    def recv(self, limit: int) -> bytes:
-        data: bytes = self._call(limit, self._tls.read, limit) or b''
-        return data
-
     def recv_into(self, view: memoryview) -> int:
         """Receive at least one record, and as many more as have arrived."""
         total: int = self._call(len(view), self._tls.read, len(view), view)
-        while total < len(view) and self._received.pending and not self._ended:
-            part = view[total:]
-            try:
-                total += self._read(self._tls.read, len(part), part)
-            except self._wants_input:
-                break
+        with contextlib.suppress(self._wants_input):
+            while total < len(view) and self._received.pending and not self._ended:
+                total += self._read(self._tls.read, len(view) - total, view[total:])
         return total
 
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
@@ -6351,8 +6321,6 @@ class TlsTransport:
 class PipeTransport:
     """Standard input and output, to a client that speaks HTTP/2.  Pipes have neither timeouts nor resets."""
 
-    copy_bytes = COPY_BYTES
-
     def __init__(self, source: int = 0, target: int = 1) -> None:
         self._source, self._target = source, target
         self._alarm, self._bell = socket.socketpair()   # readable after end_input()
@@ -6364,12 +6332,9 @@ class PipeTransport:
                 import fcntl
                 fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
 
-    def recv(self, limit: int) -> bytes:
-        readable = select.select(self._awaited, [], [], self._timeout)[0]
-        return os.read(self._source, limit) if readable == [self._source] else b''
-
     def recv_into(self, view: memoryview) -> int:
-        data = self.recv(len(view))
+        readable = select.select(self._awaited, [], [], self._timeout)[0]
+        data = os.read(self._source, len(view)) if readable == [self._source] else b''
         view[:len(data)] = data
         return len(data)
 
@@ -6414,7 +6379,7 @@ if TYPE_CHECKING:
 #
 # Theory of operation.  A connection's thread waits in the kernel without a timer; whatever happens to the
 # client is raised as Gone, so that an OSError from here is one of a file.  The main thread asks each
-# connection twice a second for its next_deadline() and calls expire() when that has passed.  A transfer
+# connection twice a second for its deadline and calls expire() when that has passed.  A transfer
 # has three limits: its whole time (--server-read-timeout, --server-write-timeout), the time without a
 # byte (--stall-timeout) and --bwlimit, whose delays count for neither: the connection's clock() stands
 # still meanwhile.
@@ -6442,14 +6407,8 @@ SLOWEST_RATE = 1024          # Bytes that extend it by a second.
 
 class Limits:
     """Limits of a client: bytes of a header section, and seconds for the header section, between two
-    requests, for receiving and for sending a whole body, and without any progress (a stall).
-
-    Where `read_seconds` or `write_seconds` is None the limit is TRANSFER_SECONDS, extended by
-    `extension` seconds for each byte that passes; 0 is no limit.
-    """
-
-    __slots__ = ('header_bytes', 'header_seconds', 'idle_seconds', 'read_seconds', 'write_seconds',
-                 'read_extension', 'write_extension', 'stall_seconds')
+    requests, for receiving and for sending a whole body (0 is no limit, None TRANSFER_SECONDS, extended by
+    `extension` seconds for each byte that passes), and without any progress (a stall)."""
 
     def __init__(self, header_bytes: int = 4096, header_seconds: float = 10,
                  idle_seconds: float = 60, read_seconds: Optional[float] = None,
@@ -6511,11 +6470,12 @@ class Connection:
         self.end_input = transport.end_input    # make the receiving thread see the end of input
         self.abort = transport.abort            # end the connection at once, whatever its thread waits for
         self.close = transport.close
+        self.authority: Optional[bytes] = getattr(transport, 'authority', None)     # None without TLS
         self._transport = transport
         self._bandwidth = bandwidth
         self._throttled_seconds = 0.0       # spent waiting for the bandwidth
         self._throttled_since = 0.0         # start of the wait that is going on, or 0
-        self._deadline = Deadline(self.clock() + limits.header_seconds)
+        self.deadline = Deadline(self.clock() + limits.header_seconds)  # when to expire(), by clock()
         self.unpinned = False               # the thread runs on any core; it began as the main thread is
 
     # ---- time ----
@@ -6527,7 +6487,7 @@ class Connection:
 
     def wait_for(self, what: int, seconds: Optional[float] = None) -> None:
         """Set what the thread waits for, and the deadline: without `seconds` it is that of a whole body."""
-        limits, deadline, extension, stall = self.limits, self._deadline, 0.0, math.inf
+        limits, deadline, extension, stall = self.limits, self.deadline, 0.0, math.inf
         if seconds is None and what == self.READING:
             seconds, extension, stall = limits.read_seconds, limits.read_extension, limits.stall_seconds
         elif seconds is None:
@@ -6539,23 +6499,18 @@ class Connection:
 
     def wait_no_longer(self, seconds: float) -> None:
         """Move the deadline to `seconds` from now, unless it is earlier."""
-        self._deadline.end = min(self._deadline.end, self.clock() + seconds)
-
-    def next_deadline(self) -> float:
-        """When expire() is to be called, by clock()."""
-        return self._deadline.time()
+        self.deadline.end = min(self.deadline.end, self.clock() + seconds)
 
     def expire(self) -> None:
         """The deadline has passed: wake the thread.  One that receives sees the end of input and can
         still answer; one that sends, or was woken before, is aborted."""
-        cut = self.expired or self.waits == self.WRITING
-        if not cut and self._deadline.is_stalled(self.clock()):
-            self.on_limit(STALLED_UPLOAD, self.peer)
-        self.expired = True
-        if cut:
+        if self.expired or self.waits == self.WRITING:
             self.abort()
-        else:
-            self.end_input()
+            return
+        self.expired = True
+        if self.deadline.is_stalled(self.clock()):
+            self.on_limit(STALLED_UPLOAD, self.peer)
+        self.end_input()
 
     # ---- bytes ----
 
@@ -6568,43 +6523,23 @@ class Connection:
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
 
-    def is_of(self, authority: bytes) -> bool:
-        """Whether its client certificate was checked against this authority."""
-        return not isinstance(self._transport, TlsTransport) or self._transport.authority == authority
-
     def unpin(self, unpinned: bool) -> None:
         """unpin() the connection's thread, or not."""
         self.unpinned = unpinned
         unpin(unpinned)
-
-    def receive(self, limit: int) -> bytes:
-        """Up to `limit` bytes; none at the end of input.  Raises Gone."""
-        if self._bandwidth:
-            limit = self._bandwidth.step(Bandwidth.RECEIVED, limit)
-        if self.waits == self.READING:
-            self._deadline.since = self.clock()
-        try:
-            data = self._transport.recv(limit)
-        except OSError as error:
-            raise Gone(f'receiving: {error}') from None
-        self._deadline.since = math.inf
-        self._deadline.passed += len(data)
-        if self._bandwidth:
-            self._throttle(self._bandwidth, Bandwidth.RECEIVED, len(data))
-        return data
 
     def receive_into(self, view: memoryview) -> int:
         """Receive into the start of `view`; the number of bytes, 0 at the end of input.  Raises Gone."""
         if self._bandwidth:
             view = view[:self._bandwidth.step(Bandwidth.RECEIVED, len(view))]
         if self.waits == self.READING:
-            self._deadline.since = self.clock()
+            self.deadline.since = self.clock()
         try:
             count = self._transport.recv_into(view)
         except OSError as error:
             raise Gone(f'receiving: {error}') from None
-        self._deadline.since = math.inf
-        self._deadline.passed += count
+        self.deadline.since = math.inf
+        self.deadline.passed += count
         if self._bandwidth:
             self._throttle(self._bandwidth, Bandwidth.RECEIVED, count)
         return count
@@ -6612,18 +6547,12 @@ class Connection:
     def transmit(self, data: bytes | memoryview, more: bool = False) -> None:
         """Send all of `data`; with `more` it may wait for the next call.  Raises Gone."""
         try:
-            if not self._bandwidth:
-                self._transport.send(data, more)
-                self._deadline.passed += len(data)
-                return
-            view = memoryview(data)
-            while view:
-                part = view[:self._bandwidth.step(Bandwidth.SENT, len(view))]
-                self._throttle(self._bandwidth, Bandwidth.SENT, len(part))
+            while data:
+                part = data[:self._turn(len(data))] if self._bandwidth else data
                 self._transport.send(part, more)
-                self._deadline.passed += len(part)
-                view = view[len(part):]
-        except (OSError, Stalled) as error:
+                self.deadline.passed += len(part)
+                data = memoryview(data)[len(part):]
+        except OSError as error:
             self._give_up(error)
 
     def transmit_file(self, content: FileSlice) -> None:
@@ -6631,31 +6560,34 @@ class Connection:
         cannot be read to the slice's end."""
         if not self.unpinned:
             self.unpin(True)
-        transport = self._transport
-        direct = True
+        transport, direct = self._transport, True
         while content.length:
             if not direct or not isinstance(transport, SocketTransport):
-                self.transmit(content.read(transport.copy_bytes))
+                self.transmit(content.read(RECORDS_BYTES))
                 continue
-            before = limit = content.length
-            if self._bandwidth:
-                limit = self._bandwidth.step(Bandwidth.SENT, limit)
-                self._throttle(self._bandwidth, Bandwidth.SENT, limit)
+            before = content.length
             try:
-                direct = transport.send_file(content, limit)
-            except (OSError, Stalled) as error:
-                if isinstance(error, OSError) and error.errno not in _CONNECTION_ERRORS:
+                direct = transport.send_file(content, self._turn(before))
+            except OSError as error:
+                if error.errno not in _CONNECTION_ERRORS:
                     raise
                 self._give_up(error)
-            self._deadline.passed += before - content.length
+            self.deadline.passed += before - content.length
 
-    def _give_up(self, error: OSError | Stalled) -> NoReturn:
+    def _give_up(self, error: OSError) -> NoReturn:
         """Raise an error of sending as Gone."""
-        if isinstance(error, Stalled):
+        if isinstance(error, BlockingIOError):
             self.on_limit(STALLED_DOWNLOAD, self.peer)
             self._transport.reset_at_close()
-            raise error
+            raise Gone('sending: the client has stopped reading') from None
         raise Gone(f'sending: {error}') from None
+
+    def _turn(self, count: int) -> int:
+        """Wait for the bandwidth; how many of `count` bytes may be sent now."""
+        if self._bandwidth:
+            count = self._bandwidth.step(Bandwidth.SENT, count)
+            self._throttle(self._bandwidth, Bandwidth.SENT, count)
+        return count
 
     def _throttle(self, bandwidth: Bandwidth, direction: int, count: int) -> None:
         """Wait until the bandwidth lets `count` bytes pass."""
@@ -6668,17 +6600,15 @@ class Connection:
 
     def linger(self) -> None:
         """End the output and discard input until the client ends it (RFC 9112 9.6)."""
-        left = LINGER_BYTES
         try:
             self.wait_for(self.WRITING, min(LINGER_MOST_SECONDS, self.limits.write_seconds))  # close_notify
             self._transport.end_output()
             self.wait_for(self.IDLE, LINGER_SECONDS)
-            while left > 0:
+            count, left = 1, LINGER_BYTES
+            while count and left > 0:
                 count = self._transport.skip_input(_UNWANTED)
-                if not count:
-                    break
                 left -= count
-        except (OSError, Stalled) as error:
+        except OSError as error:
             log.debug('%s: closing: %s', self.peer, error)
 
     def abort_answer(self, error: OSError) -> NoReturn:
@@ -6735,7 +6665,7 @@ def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
     (RFC 9112 3 and 5).  Raises HttpError."""
     line = _REQUEST_LINE.match(text)
     if not line or not _FIELD_LINES.fullmatch(text, line.end()):
-        _raise_fault(text)
+        raise next(HttpError(status, reason) for fault, status, reason in _FAULTS if fault.match(text))
     method, target, minor = line.groups()
     headers: Dict[str, str] = {}
     for name, value in _FIELD.findall(text, line.end()):
@@ -6753,11 +6683,6 @@ def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
     return method, target, 'HTTP/1.0' if minor == '0' else 'HTTP/1.1', headers
 
 
-def _raise_fault(head: str) -> NoReturn:
-    status, reason = next((status, reason) for fault, status, reason in _FAULTS if fault.match(head))
-    raise HttpError(status, reason)
-
-
 def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
     """Bytes of the content of a message, None if it is chunked (RFC 9112 6.1 to 6.3).  Raises
     HttpError."""
@@ -6773,12 +6698,8 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
         return None
     if announced is None:
         return 0
-    if not _LENGTH.fullmatch(announced):
-        # RFC 9110 8.6: the same number several times may be accepted.
-        values = {value.strip(' \t') for value in announced.split(',')}
-        announced = values.pop()
-        if values or not _LENGTH.fullmatch(announced):
-            raise HttpError(400, 'invalid Content-Length')
+    if not _LENGTH.fullmatch(announced):    # a list of the same numbers too, which RFC 9110 8.6 leaves to us
+        raise HttpError(400, 'invalid Content-Length')
     return int(announced)
 
 
@@ -6791,55 +6712,9 @@ def expects_continue(headers: Dict[str, str]) -> bool:
     return bool(expectation)
 
 
-class _ChunkedBody:
-    """A chunked body (RFC 9112 7.1).  Chunk extensions and trailers are ignored."""
-
-    __slots__ = ('_connection', '_chunk', '_trailer_bytes')
-
-    piece = COPY_BYTES
-    length = None
-
-    def __init__(self, connection: Http1, trailer_bytes: int) -> None:
-        self._connection = connection
-        self._trailer_bytes = trailer_bytes
-        self._chunk = 0                 # bytes left of the current chunk
-
-    def readinto(self, view: memoryview) -> int:
-        if not self._connection.left:
-            return 0
-        if not self._chunk:
-            self._chunk = self._next_chunk()
-            if not self._chunk:
-                self._skip_trailers()
-                self._connection.left = 0
-                return 0
-        count = self._connection.read_content(view[:min(len(view), self._chunk)])
-        self._chunk -= count
-        if not self._chunk and self._connection.read_line(0):
-            raise HttpError(400, 'chunk is longer than its size')
-        return count
-
-    def _next_chunk(self) -> int:
-        match = _CHUNK_LINE.fullmatch(self._connection.read_line(self._trailer_bytes))
-        if not match:
-            raise HttpError(400, 'invalid chunk size')
-        return int(match[1], 16)
-
-    def _skip_trailers(self) -> None:
-        left = self._trailer_bytes
-        while left >= 0:
-            line = self._connection.read_line(left)
-            if not line:
-                return
-            if not _FIELD_LINES.fullmatch(line.decode('latin-1') + '\r\n'):
-                raise HttpError(400, 'malformed trailer')
-            left -= len(line) + 2
-        raise HttpError(431, 'trailers are too long')
-
-
 class Http1:
-    """One connection: reads requests, has `api` answer them, and sends the responses.  It is the Body of a
-    request whose content has a length (RFC 9112 6.2) or that has none."""
+    """One connection: reads requests, has `api` answer them, and sends the responses.  It is the Body of the
+    request that it answers."""
 
     piece = COPY_BYTES
 
@@ -6848,10 +6723,9 @@ class Http1:
         self._api = api
         self._limits = limits
         self._buffer = b''          # received, not yet parsed
-        self._plain = False         # no header of the request concerns the framing or the connection
-        self.length = 0             # bytes of content, if it is not chunked
+        self.length: Optional[int] = 0  # bytes of content, None if it is chunked
         self.left = 0               # bytes of content that were not read, or _UNKNOWN
-        self._sent = 0              # bytes of the current answer's body
+        self._chunk = 0             # bytes left of the current chunk
         self._expects_continue = False  # the client waits for 100 (Continue) before it sends content
 
     def run(self) -> None:
@@ -6862,10 +6736,6 @@ class Http1:
             if connection.stopping:
                 break
 
-    def turn_away(self, reason: str) -> None:
-        """Answer 503 to a connection beyond a limit.  Raises Gone."""
-        self._refuse(HttpError(503, reason, [('Retry-After', '10')]))
-
     def _exchange(self) -> bool:
         """Serve one request; whether another may follow."""
         request, connection = None, self._connection
@@ -6874,21 +6744,20 @@ class Http1:
             if not text:
                 return False
             if text == _PREFACE_HEAD:
-                self._refuse(HttpError(505, _NO_HTTP2))
+                self.refuse(HttpError(505, _NO_HTTP2))
                 raise HandshakeFailed(f'{_NO_HTTP2}{_IN_PROXIES}')
             method, target, version, headers = parse_head(text)
             request = Request(method, target, version, headers, self, connection.peer)
             self.length = self.left = 0
-            self._plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
-            if not self._plain:
-                connection.wait_for(connection.READING)
+            # No header of a plain request concerns the framing or the connection.
+            plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
+            connection.wait_for(connection.WRITING if plain else connection.READING)
+            if not plain:
                 self._open_body(request)
-            else:
-                connection.wait_for(connection.WRITING)
             if connection.unpinned != (self.left > SMALL_BYTES):
                 connection.unpin(not connection.unpinned)
         except HttpError as error:
-            self._refuse(error, request)
+            self.refuse(error, request)
             return False
         try:
             response = self._api.handle(request)
@@ -6897,15 +6766,15 @@ class Http1:
             raise
         try:
             keep = self._send(request, response, not (connection.stopping or connection.expired)
-                              and (self._plain or self._may_keep(request)))
+                              and (plain or self._may_keep(request)))
         finally:
             response.close()
         if not keep:
             connection.linger()
-        return keep and (not self.left or self._skip_body(request.body))
+        return keep and (not self.left or self._skip_body())
 
-    def _refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
-        """Answer a malformed or incomplete request, and end the connection."""
+    def refuse(self, error: HttpError, request: Optional[Request] = None) -> None:
+        """Answer a malformed or incomplete request, or a client beyond a limit, and end the connection."""
         log.debug('%s: %s', self._connection.peer, error)
         request = request or Request('-', '', '', {}, self, self._connection.peer)
         self._send(request, self._api.refuse(error), keep=False)
@@ -6920,12 +6789,13 @@ class Http1:
         buffer, self._buffer = self._buffer, b''
         while True:
             if not buffer or begun:
-                data = connection.receive(RECEIVE_BYTES)
-                if not data:
-                    if not buffer:
-                        return ''
+                data = bytearray(RECEIVE_BYTES)
+                count = connection.receive_into(memoryview(data))
+                if not count and not buffer:
+                    return ''
+                if not count:
                     self._raise_cut_short('header')
-                buffer += data
+                buffer += data[:count]
             while buffer.startswith(b'\r\n'):
                 buffer = buffer[2:]
             end = buffer.find(b'\r\n\r\n')
@@ -6941,59 +6811,76 @@ class Http1:
                 connection.wait_no_longer(self._limits.header_seconds)
 
     def _open_body(self, request: Request) -> None:
-        """Give a request its body, which is still to be read.  Raises HttpError."""
-        length = body_length(request.headers, request.version)
-        if length is None:
-            request.body, self.left = _ChunkedBody(self, self._limits.header_bytes), _UNKNOWN
-        else:
-            self.length = self.left = length
+        """Get ready to read the content of a request.  Raises HttpError."""
+        self.length = body_length(request.headers, request.version)
+        self.left, self._chunk = _UNKNOWN if self.length is None else self.length, 0
         # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
         self._expects_continue = (request.version != 'HTTP/1.0' and expects_continue(request.headers)
-                                  and length != 0)
+                                  and self.left > 0)
 
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
         if not self.left:
             return 0
-        count = self.read_content(view[:min(len(view), self.left)])
+        if self._expects_continue:
+            self._expects_continue = False
+            if not self._buffer:    # RFC 9110 10.1.1
+                self._connection.transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
+        if self.length is None:
+            return self._read_chunk(view)
+        count = self._read_content(view[:min(len(view), self.left)])
         self.left -= count
         return count
 
-    def read_content(self, view: memoryview) -> int:
+    def _read_chunk(self, view: memoryview) -> int:
+        """Content of a chunk (RFC 9112 7.1).  Chunk extensions and trailers are ignored."""
+        left = self._limits.header_bytes
+        if not self._chunk:
+            match = _CHUNK_LINE.fullmatch(self._read_line(left))
+            if not match:
+                raise HttpError(400, 'invalid chunk size')
+            self._chunk = int(match[1], 16)
+        if not self._chunk:
+            while line := self._read_line(left):
+                left -= len(line) + 2
+                if left < 0:
+                    raise HttpError(431, 'trailers are too long')
+                if not _FIELD_LINES.fullmatch(line.decode('latin-1') + '\r\n'):
+                    raise HttpError(400, 'malformed trailer')
+            self.left = 0
+            return 0
+        count = self._read_content(view[:min(len(view), self._chunk)])
+        self._chunk -= count
+        if not self._chunk and self._read_line(0):
+            raise HttpError(400, 'chunk is longer than its size')
+        return count
+
+    def _read_content(self, view: memoryview) -> int:
         """Read content into the start of `view`; at least one byte."""
         if self._buffer:
-            self._expects_continue = False
             count = min(len(view), len(self._buffer))
             view[:count] = self._buffer[:count]
             self._buffer = self._buffer[count:]
             return count
-        self._send_continue()
         count = self._connection.receive_into(view)
         if not count:
             self._raise_cut_short('content')
         return count
 
-    def read_line(self, limit: int) -> bytes:
+    def _read_line(self, limit: int) -> bytes:
         """The next line of a chunked body, up to `limit` bytes, without its CRLF."""
         while True:
             end = self._buffer.find(b'\n', 0, limit + 2)
             if end > 0 and self._buffer[end - 1] == 13:
-                line = self._buffer[:end - 1]
-                self._buffer = self._buffer[end + 1:]
+                line, self._buffer = self._buffer[:end - 1], self._buffer[end + 1:]
                 return line
             if end >= 0 or len(self._buffer) >= limit + 2:
                 raise HttpError(400, 'malformed line in a chunked body')
-            self._send_continue()
-            data = self._connection.receive(RECEIVE_BYTES)
-            if not data:
+            data = bytearray(RECEIVE_BYTES)
+            count = self._connection.receive_into(memoryview(data))
+            if not count:
                 self._raise_cut_short('content')
-            self._buffer += data
-
-    def _send_continue(self) -> None:
-        """Send 100 (Continue), if the client waits for it (RFC 9110 15.2.1)."""
-        if self._expects_continue:
-            self._expects_continue = False
-            self._connection.transmit(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._buffer += data[:count]
 
     def _raise_cut_short(self, what: str) -> NoReturn:
         self.left = _UNKNOWN
@@ -7014,12 +6901,12 @@ class Http1:
         tokens = [token.strip(' \t').lower() for token in options.split(',')]
         return 'close' not in tokens and (request.version == 'HTTP/1.1' or 'keep-alive' in tokens)
 
-    def _skip_body(self, body: Body) -> bool:
+    def _skip_body(self) -> bool:
         """Discard the rest of a short body; whether it was complete."""
         self._connection.wait_for(Connection.READING)
         self._connection.wait_no_longer(LINGER_SECONDS)
         try:
-            while body.readinto(_UNWANTED):
+            while self.readinto(_UNWANTED):
                 pass
         except HttpError:
             return False
@@ -7031,46 +6918,34 @@ class Http1:
         # RFC 9112 6.3: in HTTP/1.0 a body of unknown length ends with the connection.
         keep = keep and (request.version != 'HTTP/1.0' or isinstance(body, (bytes, FileSlice)))
         head = _response_head(response, body, request.version, keep)
-        connection = self._connection
+        connection, sent = self._connection, 0
         if connection.waits != connection.WRITING:
             connection.wait_for(connection.WRITING)
-        self._sent = 0
         try:
             if request.method == 'HEAD':
                 connection.transmit(head)
             elif isinstance(body, bytes):
                 connection.transmit(head + body)
-                self._sent = len(body)
+                sent = len(body)
             elif isinstance(body, FileSlice):
-                self._send_file(head, body)
+                length = body.length
+                connection.transmit(head, more=True)
+                try:
+                    connection.transmit_file(body)
+                finally:
+                    sent = length - body.length
             else:
-                self._send_stream(head, body, request.version != 'HTTP/1.0')
+                chunked = request.version != 'HTTP/1.0'
+                for chunk in body:
+                    framed = b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
+                    connection.transmit(head + framed)
+                    head, sent = b'', sent + len(chunk)
+                connection.transmit(head + b'0\r\n\r\n' if chunked else head)
+        except OSError as error:        # the content cannot be read
+            connection.abort_answer(error)
         finally:
-            self._api.finish(request, response.status, self._sent)
+            self._api.finish(request, response.status, sent)
         return keep
-
-    def _send_file(self, head: bytes, content: FileSlice) -> None:
-        length = content.length
-        self._connection.transmit(head, more=True)
-        try:
-            self._connection.transmit_file(content)
-        except OSError as error:
-            self._connection.abort_answer(error)
-        finally:
-            self._sent = length - content.length
-
-    def _send_stream(self, head: bytes, chunks: Iterator[bytes], chunked: bool) -> None:
-        """Send chunks as they are made."""
-        try:
-            for chunk in chunks:
-                framed = b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
-                self._connection.transmit(head + framed)
-                self._sent += len(chunk)
-                head = b''
-        except OSError as error:
-            self._connection.abort_answer(error)
-        if chunked or head:
-            self._connection.transmit(head + b'0\r\n\r\n' if chunked else head)
 
 
 _format_field = '%s: %s\r\n'.__mod__     # of a name and a value
@@ -7261,14 +7136,13 @@ def encode_string(text: str) -> bytes:
 # ==== Http2 ======================================================================================
 # HTTP/2 (RFC 9113) over standard input and output, for one client that begins with its preface.
 #
-# Theory of operation.  The connection's thread runs Http2.run(): it reads frames and acts on them.  Each
-# request has a thread, which runs the Api, takes the content from its Stream, and queues the answer.  One
-# more thread writes what is queued.  One lock, that of Exchanges.changed, guards all state; nobody holds it
-# while reading or writing.
+# Theory of operation.  The connection's thread reads frames and acts on them.  Each request has a thread,
+# which runs the Api, takes the content from its Stream, and queues the answer.  One more thread writes what
+# is queued.  One lock, that of Exchanges.changed, guards all state; nobody holds it while reading or writing.
 #
-# Pipes can be full in both directions, so the reading thread never waits for the client to read.  The
-# writing thread, which may be stuck in write(2), cannot be woken: the connection's deadline ends the
-# process.  A request's thread waits for content and for the client's windows until its stream's deadline.
+# Pipes can be full in both directions, so the reading thread never waits for the client to read.  If the
+# writing thread is stuck in write(2), which cannot be woken, the connection's deadline ends the process.  A
+# request's thread waits for content and for the client's windows until its stream's deadline.
 #
 # Content that arrives is kept in memory until its request's thread takes it.  A window opens again when
 # half of it has been taken: once all that came was taken it is above zero, which nghttp2 waits for before
@@ -7279,11 +7153,11 @@ def encode_string(text: str) -> bytes:
 # Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-FRAME_BYTES = 1 << 20        # the longest payload of DATA
-CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
+FRAME_BYTES = 1 << 20        # the longest payload of a frame
+BLOCK_BYTES = 64 * 1024      # that a header block may be longer than the header, before it is refused unread
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
 CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
-SEND_BYTES = 128 * 1024      # of content that are read at a time, and queued before others wait
+SEND_BYTES = 128 * 1024      # of content that are queued at a time, and before others wait
 WRITE_BYTES = 32 * 1024      # that are written at a time; a client that takes none for too long has stalled
 UNREAD_BYTES = 512 * 1024    # of answers, ACKs and the like that a client may leave unread
 LARGEST_WINDOW = (1 << 31) - 1  # RFC 9113 6.9.1
@@ -7464,7 +7338,7 @@ class Exchanges:
         self.last_served: Optional[int] = None      # the last stream that is, once GOAWAY was sent
         self.unsent = b''               # frames that are queued
         self.ended = False              # no more frames will be read
-        self.running = 0               # requests that have a thread
+        self.running = 0                # requests that have a thread
         self._connection = connection
         self._api = api
         self._limits = connection.limits
@@ -7492,7 +7366,7 @@ class Exchanges:
                 if len(self.unsent) < SEND_BYTES or not stream.sending:
                     break
                 self.changed.wait()     # for the writing thread, which has a deadline of its own
-            count = max(min(len(content), stream.window, self.flow.window), 0)
+            count = max(min(len(content), SEND_BYTES, stream.window, self.flow.window), 0)
             if stream.aborted or (content and not count):
                 raise Gone(stream.aborted or 'client disconnected')
             stream.window -= count
@@ -7556,15 +7430,15 @@ class Exchanges:
             length, body = body.length, iter(functools.partial(body.read, SEND_BYTES), b'')
         if length is not None:
             headers.append(('content-length', str(length)))
-        is_head = request.method == 'HEAD' or length == 0
+        is_empty = request.method == 'HEAD' or length == 0
         try:
-            self.send_headers(stream, headers, last=is_head)
-            for piece in () if is_head else body:
+            self.send_headers(stream, headers, last=is_empty)
+            for piece in () if is_empty else body:
                 content = memoryview(piece)
                 while content:
                     count = self.send_content(stream, content, last=sent + len(content) == length)
                     content, sent = content[count:], sent + count
-            if length is None and not is_head:
+            if length is None and not is_empty:
                 self.send_content(stream, b'', last=True)
         finally:
             self._api.finish(request, response.status, sent)
@@ -7585,7 +7459,8 @@ class Exchanges:
                     connection.transmit(frames[at:at + WRITE_BYTES])
             except Gone as gone:        # no request can be answered any more
                 with self.changed:
-                    self.abort_all(str(gone))
+                    for stream in [*self.streams.values()]:
+                        self.abort(stream, str(gone))
                 connection.end_input()
             connection.wait_for(Connection.IDLE, math.inf)
 
@@ -7623,12 +7498,6 @@ class Exchanges:
         stream.aborted = reason
         self._discard(stream)
         self.end(stream, sending=False, receiving=False)
-
-    def abort_all(self, reason: str, even_whole: bool = True) -> None:
-        """Abort the streams that wait for content, or `even_whole` ones."""
-        for stream in list(self.streams.values()):
-            if even_whole or stream.receiving:
-                self.abort(stream, reason)
 
     def reset(self, stream_id: int, code: ErrorCode) -> None:
         """Send RST_STREAM.  What still arrives for the stream is no fault of the client's (RFC 9113 5.1)."""
@@ -7686,7 +7555,9 @@ class Http2(Exchanges):
         finally:
             with self.changed:
                 self.ended = True
-                self.abort_all('client disconnected', even_whole=failed)
+                for stream in [*self.streams.values()]:
+                    if failed or stream.receiving:
+                        self.abort(stream, 'client disconnected')
                 self.changed.notify_all()
             writer.join()
         self._connection.linger()
@@ -7720,9 +7591,7 @@ class Http2(Exchanges):
         """Type, flags, stream and payload of the next frame.  Raises Http2Error if it is too long."""
         length, flags, stream_id = _FRAME_HEAD.unpack(self._read(_FRAME_HEAD.size))
         kind, length, stream_id = length & 0xff, length >> 8, stream_id & LARGEST_WINDOW
-        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
-        require(length <= (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES),
-                f'frame of type {kind} with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
+        require(length <= FRAME_BYTES, f'frame with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
         stream = self.streams.get(stream_id) if kind == FrameType.DATA else None
         return kind, flags, stream_id, self._read(length, stream.deadline if stream else None)
 
@@ -7732,14 +7601,15 @@ class Http2(Exchanges):
         if flags & _PRIORITIZED:
             check_priority(stream_id, block[:5])
             block = block[5:]
-        while not flags & _END_HEADERS:
+        while True:
+            require(len(block) <= self._limits.header_bytes + BLOCK_BYTES, 'header block never ends',
+                    ErrorCode.ENHANCE_YOUR_CALM)
+            if flags & _END_HEADERS:
+                return block
             kind, flags, continued, payload = self._read_frame()
             require(kind == FrameType.CONTINUATION and continued == stream_id,
                     'header block interrupted by another frame')
             block += payload
-            require(len(block) <= self._limits.header_bytes + 4 * CONTROL_BYTES, 'header block never ends',
-                    ErrorCode.ENHANCE_YOUR_CALM)
-        return block
 
     def _handle_frame(self) -> None:
         kind, flags, stream_id, payload = self._read_frame()
@@ -8410,7 +8280,7 @@ class Server:
             connection.shake_hands()
             http = Http1(connection, self.api, self.limits)
             if ticket.refusal:
-                http.turn_away(ticket.refusal)
+                http.refuse(HttpError(503, ticket.refusal, [('Retry-After', '10')]))
             else:
                 http.run()
         except Gone as gone:
@@ -8443,11 +8313,11 @@ class Server:
             connections = self.served.copy()
             authority = self.certificates.authority if self.certificates else b''
             for connection in connections if authority else ():
-                if not (connection.stopping or connection.is_of(authority)):
+                if not connection.stopping and connection.authority not in (None, authority):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
                     connection.stop()
             overdue = [connection for connection in connections
-                       if connection.next_deadline() < connection.clock()]
+                       if connection.deadline.time() < connection.clock()]
             for connection in overdue[:EXPIRED_AT_ONCE]:
                 connection.expire()
             self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)

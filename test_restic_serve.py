@@ -416,18 +416,13 @@ class Pieces:
         self.pieces = [piece for piece in pieces if piece]
         self.sent = b''
 
-    def receive(self, limit):
-        if not self.pieces:
-            return b''
-        piece = self.pieces.pop(0)
-        if len(piece) > limit:
-            self.pieces.insert(0, piece[limit:])
-        return piece[:limit]
-
     def receive_into(self, view):
-        piece = self.receive(len(view))
-        view[:len(piece)] = piece
-        return len(piece)
+        piece = self.pieces.pop(0) if self.pieces else b''
+        if len(piece) > len(view):
+            self.pieces.insert(0, piece[len(view):])
+        count = min(len(piece), len(view))
+        view[:count] = piece[:count]
+        return count
 
     def transmit(self, data, more=False):
         self.sent += data
@@ -6536,7 +6531,6 @@ class RecordsTest(TestCase):
             self.skipTest('this Python has no ssl')
         authority = Authority(self.folder)
         authority.issue('server')
-        self.wants_input = ssl.SSLWantReadError
         certificates = restic_serve.Certificates(*(
             str(self.folder / f'server.{what}') for what in ('pem', 'key')))
         ours, self.theirs = socket.socketpair()
@@ -6552,7 +6546,7 @@ class RecordsTest(TestCase):
         shaking = threading.Thread(target=self.tls.shake_hands)
         shaking.start()
         while True:
-            with contextlib.suppress(self.wants_input):
+            with contextlib.suppress(ssl.SSLWantReadError):
                 self.client.do_handshake()
                 break
             self.theirs.sendall(self.to_us.read())
@@ -6580,9 +6574,9 @@ class RecordsTest(TestCase):
         content = os.urandom(40_000)
         self.client.write(content)
         self.theirs.sendall(self.to_us.read())
-        received = b''
+        received, view = b'', memoryview(bytearray(1000))
         while len(received) < len(content):
-            received += self.tls.recv(1000)
+            received += view[:self.tls.recv_into(view)]
         self.assertEqual(received, content)
 
     def test_close_notify_that_comes_with_content_is_the_end(self):
@@ -6593,19 +6587,7 @@ class RecordsTest(TestCase):
         view = memoryview(bytearray(50_000))
         self.assertEqual(self.tls.recv_into(view), 7)
         self.assertEqual(self.tls.recv_into(view), 0)
-        self.assertEqual(self.tls.recv(10), b'')
-
-    def test_what_more_will_follow_waits_for_it(self):
-        self.tls.send(b'head', more=True)
-        self.assertTrue(self.tls._unsent.pending)
-        self.tls.send(b'body')
-        received = b''
-        while len(received) < 8:
-            try:
-                received += self.client.read(100)
-            except self.wants_input:
-                self.from_us.write(self.theirs.recv(1 << 16))
-        self.assertEqual(received, b'headbody')
+        self.assertEqual(self.tls.recv_into(view[:10]), 0)
 
     def test_a_client_that_never_takes_the_end_is_cut_off(self):
         self.fill()
@@ -6637,22 +6619,22 @@ class DeadlineTest(unittest.TestCase):
                                  (2, lambda one, count: one.transmit(bytes(count)))):
             connection = self.connection()
             connection.wait_for(what)
-            self.assertEqual(connection.next_deadline(), 1000 + 3600)
+            self.assertEqual(connection.deadline.time(), 1000 + 3600)
             pass_bytes(connection, 128 * 1024)
-            self.assertEqual(connection.next_deadline(), 1000 + 3600 + 128)
+            self.assertEqual(connection.deadline.time(), 1000 + 3600 + 128)
 
     def test_a_time_that_was_set_is_total(self):
         connection = self.connection(read_seconds=20, write_seconds=0)
         connection.wait_for(connection.READING)
         connection.receive_into(bytes(128 * 1024))
-        self.assertEqual(connection.next_deadline(), 1020)
+        self.assertEqual(connection.deadline.time(), 1020)
         connection.wait_for(connection.WRITING)
-        self.assertEqual(connection.next_deadline(), float('inf'))
+        self.assertEqual(connection.deadline.time(), float('inf'))
 
     def test_what_the_bandwidth_holds_back_counts_for_nothing(self):
         def wait(direction, count):
             self.now += 50
-            during.append(connection.next_deadline() - connection.clock())
+            during.append(connection.deadline.time() - connection.clock())
 
         during = []
         bandwidth = mock.Mock(step=lambda direction, count: count, wait=wait)
@@ -6663,23 +6645,16 @@ class DeadlineTest(unittest.TestCase):
             for _ in range(3):
                 pass_bytes()
                 self.now += 1
-            self.assertEqual(connection.next_deadline() - connection.clock(), 17)
+            self.assertEqual(connection.deadline.time() - connection.clock(), 17)
         self.assertEqual(during, [20, 19, 18] * 2)
-
-    def test_an_upload_in_small_chunks_makes_progress(self):
-        connection = self.connection()
-        connection.wait_for(connection.READING)
-        connection._transport.recv.side_effect = bytes
-        connection.receive(1024)
-        self.assertEqual(connection.next_deadline(), 1000 + 3600 + 1)
 
     def test_an_upload_stalls_where_its_bytes_are_waited_for(self):
         connection = self.connection(stall_seconds=60)
         connection.wait_for(connection.READING)
         self.now += 100     # of the disk's
-        self.assertEqual(connection.next_deadline(), 1000 + 3600)
+        self.assertEqual(connection.deadline.time(), 1000 + 3600)
         connection._transport.recv_into.side_effect = lambda view: deadlines.append(
-            connection.next_deadline()) or len(view)
+            connection.deadline.time()) or len(view)
         deadlines = []
         connection.receive_into(bytes(10))
         self.assertEqual(deadlines, [1160])
@@ -6851,12 +6826,6 @@ class HeadTest(unittest.TestCase):
         self.assertEqual(headers, {'host': 'x:1', 'x-one': '1, 2', 'x-empty': '',
                                    'x-high': '\xe9 :"'})
 
-    def test_the_headers_of_one_request_are_not_another_s(self):
-        found = [self.parse(f'GET / HTTP/1.1\r\nHost: x\r\nRange: bytes={number}-\r\nA: b\r\n')[3]
-                 for number in range(3)]
-        self.assertEqual([headers['range'] for headers in found], ['bytes=0-', 'bytes=1-', 'bytes=2-'])
-        self.assertNotIn('range', self.parse('GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n')[3])
-
     def test_versions(self):
         self.assertEqual(self.parse('GET / HTTP/1.0\r\n')[2], 'HTTP/1.0')
         self.assertEqual(self.parse('GET / HTTP/1.2\r\nHost: x\r\n')[2], 'HTTP/1.1')
@@ -6899,10 +6868,10 @@ class HeadTest(unittest.TestCase):
         length = restic_serve.body_length
         self.assertEqual(length({}, 'HTTP/1.1'), 0)
         self.assertEqual(length({'content-length': '5'}, 'HTTP/1.1'), 5)
-        self.assertEqual(length({'content-length': '5, 5'}, 'HTTP/1.1'), 5)
+        self.assertEqual(length({'content-length': '0'}, 'HTTP/1.0'), 0)
         self.assertIsNone(length({'transfer-encoding': 'Chunked'}, 'HTTP/1.1'))
         for headers, version, status in (
-                ({'content-length': '5, 6'}, 'HTTP/1.1', 400),
+                ({'content-length': '5, 6'}, 'HTTP/1.1', 400), ({'content-length': '5, 5'}, 'HTTP/1.1', 400),
                 ({'content-length': '+5'}, 'HTTP/1.1', 400), ({'content-length': ''}, 'HTTP/1.1', 400),
                 ({'content-length': '-1'}, 'HTTP/1.1', 400), ({'content-length': '5_0'}, 'HTTP/1.1', 400),
                 ({'content-length': '9' * 30}, 'HTTP/1.1', 400),
@@ -6918,29 +6887,15 @@ class HeadTest(unittest.TestCase):
 
 
 class ContentTest(unittest.TestCase):
-    """Framing and reading of content, without a connection (RFC 9112 6 and 7)."""
+    """Reading of content, without a connection (RFC 9112 6 and 7)."""
 
-    def test_the_length_of_a_body(self):
-        for headers_of, version, length in (
-                ({}, '1.1', 0), ({'content-length': '5'}, '1.1', 5), ({'content-length': '5, 5'}, '1.1', 5),
-                ({'content-length': '0'}, '1.0', 0), ({'transfer-encoding': 'Chunked'}, '1.1', None),
-                ({'content-length': '5, 6'}, '1.1', 400), ({'content-length': '-1'}, '1.1', 400),
-                ({'content-length': '+1'}, '1.1', 400), ({'content-length': ''}, '1.1', 400),
-                ({'content-length': '1' * 19}, '1.1', 400), ({'transfer-encoding': 'gzip'}, '1.1', 501),
-                ({'transfer-encoding': 'chunked', 'content-length': '5'}, '1.1', 400),
-                ({'transfer-encoding': 'chunked'}, '1.0', 400)):
-            try:
-                found = restic_serve.body_length(headers_of, f'HTTP/{version}')
-            except HttpError as error:
-                found = error.status
-            self.assertEqual(found, length, headers_of)
-
-    def read(self, make, *pieces, step=4):
+    def read(self, length, *pieces, step=4):
         """All of a body that arrives in pieces, or the status of its error; and what follows it."""
         http1 = restic_serve.Http1(Pieces(*pieces), mock.Mock(), Limits(header_bytes=100))
-        body, found, view = make(http1), b'', memoryview(bytearray(step))
+        http1.length, http1.left = length, restic_serve._UNKNOWN if length is None else length
+        found, view = b'', memoryview(bytearray(step))
         try:
-            for count in iter(lambda: body.readinto(view), 0):
+            for count in iter(lambda: http1.readinto(view), 0):
                 found += bytes(view[:count])
         except HttpError as error:
             return error.status
@@ -6948,27 +6903,17 @@ class ContentTest(unittest.TestCase):
         return found, http1._buffer
 
     def test_a_body_of_known_length(self):
-        def sized(http1):
-            http1.length = http1.left = 10
-            return http1
-
         for pieces in ((b'0123456789rest',), (b'01', b'234567', b'89'), (b'0',) * 10):
-            content = b''.join(pieces)[:10]
-            self.assertEqual(self.read(sized, *pieces)[0], content)
-        self.assertEqual(self.read(sized, b'012'), 400)
+            self.assertEqual(self.read(10, *pieces)[0], b''.join(pieces)[:10])
+        self.assertEqual(self.read(10, b'012'), 400)
 
     def test_a_chunked_body(self):
-        def read(*pieces):
-            return self.read(chunks, *pieces)
-
-        def chunks(http1):
-            http1.left = restic_serve._UNKNOWN
-            return restic_serve._ChunkedBody(http1, 100)
-
+        read = functools.partial(self.read, None)
         chunked = b'3\r\nabc\r\n0a;x=y\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n'
         self.assertEqual(read(chunked + b'GET /'), (b'abc0123456789', b'GET /'))
         self.assertEqual(read(*(chunked[at:at + 1] for at in range(len(chunked)))), (b'abc0123456789', b''))
-        for bad in (b'x\r\n', b'-1\r\n', b'0x1\r\na\r\n', b'1\na\r\n', b'1\r\nab\r\n', b'1\r\na', b'',
+        for bad in (b'x\r\n', b'-1\r\n', b'+1\r\na\r\n', b'1 1\r\n', b'1 \r\na\r\n', b'1;\0\r\na\r\n',
+                    b'0x1\r\na\r\n', b'0\r\nA : b\r\n\r\n', b'1\na\r\n', b'1\r\nab\r\n', b'1\r\na', b'',
                     b'\r\n', b'0\r\nbad trailer\r\n\r\n', b'1' * 16 + b'\r\n', b'1\r\na\n0\r\n\r\n'):
             self.assertEqual(read(bad), 400, bad)
         self.assertEqual(read(b'0\r\n' + b'X: y\r\n' * 50), 431)
@@ -7050,15 +6995,16 @@ class Http1Test(WireTestCase):
                                r'\d\d:\d\d:\d\d GMT$')
 
     def test_ranges_small_and_large(self):
-        content = os.urandom(1 << 20)
+        size = (17 << 20) + 1
+        content = os.urandom(size)
         path = self.put(content)
         wire = self.connect()
-        for first, last in ((0, 0), (5, 4100), (0, (1 << 20) - 1), (1000, 500_000), (500_000, 900_000)):
+        for first, last in ((0, 0), (5, 4100), (0, size - 1), (1000, 500_000), (500_000, 900_000),
+                            (1, size - 1), ((2 << 20) + 7, size - 1)):
             status, headers, part = wire.ask(get(path, f'Range: bytes={first}-{last}'))
-            self.assertEqual(status, 206)
-            self.assertEqual(part, content[first:last + 1])
-            self.assertEqual(headers['content-range'], f'bytes {first}-{last}/{1 << 20}')
-        self.assertEqual(wire.ask(get(path, f'Range: bytes={1 << 20}-'))[0], 416)
+            self.assertEqual((status, part), (206, content[first:last + 1]))
+            self.assertEqual(headers['content-range'], f'bytes {first}-{last}/{size}')
+        self.assertEqual(wire.ask(get(path, f'Range: bytes={size}-'))[0], 416)
         self.assertEqual(wire.ask(get(path))[2], content)
 
     def test_a_download_without_sendfile(self):
@@ -7085,11 +7031,8 @@ class Http1Test(WireTestCase):
 
     def test_bad_chunks_are_refused_and_close(self):
         name = named(b'abc')
-        for body in (b'x\r\n', b'-1\r\n', b'0x3\r\nabc\r\n0\r\n\r\n', b'\r\n', b'3\nabc\n0\n\n',
-                     b'3\r\nabcd\r\n', b'3\r\nabc0\r\n\r\n', b'+3\r\nabc\r\n0\r\n\r\n',
-                     b'1' * 16 + b'\r\n', b'3;\x00\r\nabc\r\n0\r\n\r\n', b'3;' + b'a' * 9999,
-                     b'3\r\nabc\r\n0\r\nbad trailer\r\n\r\n', b'3\r\nabc\r\n0\r\nA : b\r\n\r\n',
-                     b'3 3\r\nabc\r\n0\r\n\r\n', b'3 \r\nabc\r\n0\r\n\r\n'):
+        for body in (b'x\r\n', b'3\nabc\n0\n\n', b'3\r\nabcd\r\n', b'3;' + b'a' * 9999,
+                     b'3\r\nabc\r\n0\r\nbad trailer\r\n\r\n'):
             wire = self.connect()
             status, headers, _ = wire.ask(
                 f'POST /data/{name} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n', body)
@@ -7105,12 +7048,8 @@ class Http1Test(WireTestCase):
 
     def test_what_is_malformed_is_refused_and_closes(self):
         for request in ('GET / HTTP/1.1\nHost: x\n\n', 'GET / HTTP/1.1\r\nHost: x\n\r\n',
-                        'GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n',
-                        'GET / HTTP/1.1\r\nHost : x\r\n\r\n', 'GET / HTTP/1.1\r\n\r\n',
-                        'GET / HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n', '\x16\x03\x01\r\n\r\n',
-                        'GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n',
-                        'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n'
-                        'Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n'):
+                        'GET / HTTP/1.1\r\n\r\n', '\x16\x03\x01\r\n\r\n',
+                        'GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n'):
             wire = self.connect()
             status, headers, _ = wire.ask(request + 'GET /config HTTP/1.1\r\nHost: x\r\n\r\n')
             self.assertEqual((status, headers['connection']), (400, 'close'), request)
@@ -7241,14 +7180,6 @@ class Http1Test(WireTestCase):
             wire = self.connect()
             with self.assertRaises((ConnectionResetError, AssertionError)):
                 self.assertEqual(len(wire.ask(get(path))[2]), 8 << 20)
-
-    def test_long_downloads(self):
-        content = os.urandom((17 << 20) + 1)
-        path = self.put(content)
-        wire = self.connect()
-        self.assertEqual(wire.ask(get(path))[2], content)
-        for first in (1, 4095, 4097, (2 << 20) + 7):
-            self.assertEqual(wire.ask(get(path, f'Range: bytes={first}-'))[2], content[first:])
 
     def test_the_first_objects_leave_before_others_are_read(self):
         go_on, waited = threading.Event(), []
@@ -7449,22 +7380,6 @@ TOP = (1 << 31) - 1
 LONG = ('x-long', 'x' * 3500)
 
 
-class FramesTest(unittest.TestCase):
-    """Frames as bytes, without a connection (RFC 9113 4 and 6)."""
-
-    def code_of(self, function, *args, **more):
-        with self.assertRaises(restic_serve.Http2Error) as caught:
-            function(*args, **more)
-        return caught.exception.code.name
-
-    def test_padding_is_taken_off(self):
-        for payload, content in ((b'\x00abc', b'abc'), (b'\x02abcxx', b'abc'), (b'\x05xxxxx', b'')):
-            self.assertEqual(restic_serve.without_padding(PADDED, payload), content)
-        self.assertEqual(restic_serve.without_padding(0, b'\x02ab'), b'\x02ab')
-        for payload, code in ((b'', 'FRAME_SIZE_ERROR'), (b'\x03ab', 'PROTOCOL_ERROR')):
-            self.assertEqual(self.code_of(restic_serve.without_padding, PADDED, payload), code)
-
-
 class Http2FramesTest(Http2TestCase):
     """What RFC 9113 lets a client send, and what it does not: section by section."""
 
@@ -7527,7 +7442,8 @@ class Http2FramesTest(Http2TestCase):
                 '3.4 SETTINGS first': (protocol, frame(PING, 0, 0, bytes(8))),
                 '3.4 not their answer': (protocol, frame(SETTINGS, ACK, 0)),
                 '4.2 DATA too long': (size, POST, frame(DATA, 1, 1, bytes((1 << 20) + 1))),
-                '4.2 HEADERS too long': (size, headers(1, bytes(17575))),
+                '4.2 HEADERS too long': (size, headers(1, bytes((1 << 20) + 1))),
+                '4.3 a block that is too long': (11, headers(1, bytes(70_000))),
                 '4.3 half a field': (compression, headers(1, b'\x40')),
                 '4.3 PRIORITY within': (protocol, headers(1, block, 0), frame(PRIORITY, 0, 1, bytes(5))),
                 '4.3 HEADERS within': (protocol, headers(1, block, 0), headers(3)),
@@ -7579,16 +7495,6 @@ class Http2FramesTest(Http2TestCase):
                 '6.10 DATA within': (protocol, headers(1, block, 0), TEST),
                 '6.10 once more': (protocol, headers(1, block, 1), frame(CONTINUATION, 4, 1, b'\x82'),
                                    frame(CONTINUATION, 4, 1, b'\x82')),
-                'HPACK 2.3.3 an index of nothing': (compression, headers(1, block + b'\xc6')),
-                'HPACK 2.3.3 a name of nothing': (compression, headers(1, block + b'\x7f\x07\0')),
-                'HPACK 4.2 a size at the end': (compression, headers(1, block + b'\x21')),
-                'HPACK 5.2 long padding': (compression, headers(1, block + bytes.fromhex(
-                    '0085f2b24a84ff8449509fff'))),
-                'HPACK 5.2 zeros for padding': (compression, headers(1, block + bytes.fromhex(
-                    '0085f2b24a84ff83495090'))),
-                'HPACK 5.2 EOS': (compression, headers(1, block + bytes.fromhex(
-                    '0085f2b24a84ff874951fffffffa7f'))),
-                'HPACK 6.1 index 0': (compression, headers(1, block + b'\x80')),
                 'HPACK 6.3 a table too large': (compression, headers(1, b'\x3f\xe2\x1f' + block))}.items():
             with self.subTest(what):
                 wire = self.http2(preface=not what.startswith('3.4'))
@@ -7615,11 +7521,6 @@ class Http2FramesTest(Http2TestCase):
                     protocol, POST, frame(DATA, 0, 1, b'test'), headers(1, b'\0\x01x\x01y', END_HEADERS)),
                 '8.1 trailers with a pseudo-header field': (
                     protocol, POST, frame(DATA, 0, 1, b'test'), headers(1, b'\x83')),
-                '8.2 upper case': (protocol, headers(1, fields('GET', '/', ('X-TEST', 'ok')))),
-                '8.2 a space in a name': (protocol, headers(1, fields('GET', '/', ('a b', 'ok')))),
-                '8.2.1 a line end in a value': (
-                    protocol, headers(1, fields('GET', '/', ('a', 'b\r\nc: d')))),
-                '8.2.1 a space before a value': (protocol, headers(1, fields('GET', '/', ('a', ' b')))),
                 '8.1 trailers with a bad value': (
                     protocol, POST + headers(1, restic_serve.encode_headers([('a', 'b\nc')]), 5)),
                 '8.1 trailers with connection': (
@@ -7627,33 +7528,14 @@ class Http2FramesTest(Http2TestCase):
                 '8.1 trailers with transfer-encoding': (
                     protocol, POST + headers(1, restic_serve.encode_headers([
                         ('transfer-encoding', 'chunked')]), 5)),
-                '8.3.1 a scheme with a control character': (protocol, headers(1, fields(scheme='ht\ntp'))),
-                '8.3.1 a scheme that is none': (protocol, headers(1, fields(scheme='1'))),
                 '8.2.2 connection': (protocol, headers(1, fields('GET', '/', ('connection', 'keep-alive')))),
-                '8.2.2 transfer-encoding': (
-                    protocol, headers(1, fields('POST', '/', ('transfer-encoding', 'chunked')))),
-                '8.2.2 te': (protocol, headers(1, fields('GET', '/', ('te', 'trailers, deflate')))),
-                '8.3 a new pseudo-header field': (protocol, headers(1, fields(test='ok'))),
-                "8.3 an answer's": (protocol, headers(1, fields(status='200'))),
-                '8.3 one after a field': (
-                    protocol, headers(1, fields('GET', '/', ('a', 'b'), (':path', '/')))),
-                '8.3.1 an empty path': (protocol, headers(1, fields('GET', ''))),
-                '8.3.1 no path': (protocol, headers(1, fields('GET', None))),
-                '8.3.1 no method': (protocol, headers(1, fields(None))),
-                '8.3.1 no scheme': (protocol, headers(1, fields(scheme=None))),
-                '8.3.1 two methods': (protocol, headers(1, fields('GET', '/', (':method', 'GET')))),
-                '8.3.1 a relative path': (protocol, headers(1, fields('GET', 'x'))),
-                '8.3.1 a space in the path': (protocol, headers(1, fields('GET', '/a b'))),
-                '8.3.1 two authorities': (protocol, headers(1, fields('GET', '/', ('host', 'y')))),
-                '8.3.1 no host name': (protocol, headers(1, fields(authority='a b'))),
                 '8.1.1 more than announced': (protocol, headers(1, fields('POST', '/', short), 4), TEST),
                 '8.1.1 more, in two': (protocol, headers(1, fields('POST', '/', short), 4),
                                        frame(DATA, 0, 1, b'test'), frame(RST_STREAM, 0, 1, word(0))),
                 '8.1.1 less than announced': (protocol, headers(1, fields('POST', '/', short), 4),
                                               frame(DATA, END_STREAM, 1)),
                 '8.1.1 nothing': (protocol, headers(1, fields('POST', '/', short))),
-                '8.1.1 no number': (
-                    protocol, headers(1, fields('POST', '/', ('content-length', 'x'))))}.items():
+                '8.3.1 no path': (protocol, headers(1, fields('GET', None)))}.items():
             with self.subTest(what), self.http2() as wire:
                 wire.send(*parts)
                 got = wire.until(RST_STREAM, GOAWAY)
@@ -7725,12 +7607,14 @@ class RequestOfTest(unittest.TestCase):
             self.refuse(*self.GET[:at], *self.GET[at + 1:])         # one is missing
             self.refuse(*self.GET, field)                           # or stands twice
         for fields_of in ((('accept', 'a'), (':method', 'GET')), ((':status', '200'),), (('Accept', 'a'),),
-                          (('connection', 'close'),), (('te', 'gzip'),), (('a b', 'c'),), (('a', 'b\r\n'),),
-                          (('a', ' b'),), (('content-length', 'x'),), (('content-length', '-1'),),
-                          (('host', 'other'),)):
+                          (('connection', 'close'),), (('transfer-encoding', 'chunked'),), (('te', 'gzip'),),
+                          (('te', 'trailers, deflate'),), (('a b', 'c'),), (('a', 'b\r\n'),),
+                          (('a', 'b\r\nc: d'),), (('a', ' b'),), (('content-length', 'x'),),
+                          (('content-length', '-1'),), (('host', 'other'),), ((':test', 'ok'),)):
             self.refuse(*self.GET, *fields_of)
         for name, value in ((':path', ''), (':path', 'x'), (':path', '/a b'), (':path', '/#'),
-                            (':method', 'G T'), (':scheme', ''), (':authority', 'a b')):
+                            (':method', 'G T'), (':scheme', ''), (':scheme', '1'), (':scheme', 'ht\ntp'),
+                            (':authority', 'a b')):
             self.refuse(*((one, value if one == name else old) for one, old in self.GET))
         restic_serve.request_of([*self.GET, ('te', 'trailers'), ('host', 'host'), ('x', '')])
 
@@ -7782,27 +7666,6 @@ class StreamTest(Http2TestCase):
             self.assertEqual(bool(stream.aborted), 'reset' in events)
             self.assertEqual(1 in self.exchanges.streams, receiving or sending, events)
         self.assertFalse(self.open(whole=True).receiving)
-
-    def test_content_that_came_early_is_read_in_order(self):
-        stream = self.open()
-        stream.content += b'abcde' + b'f' * 2000
-        stream.receiving = False
-        view, found = memoryview(bytearray(4)), b''
-        for count in iter(lambda: stream.readinto(view), 0):
-            found += bytes(view[:count])
-        self.assertEqual(found, b'abcde' + b'f' * 2000)
-
-    def test_who_waits_hears_of_the_end(self):
-        for end, expected in ((lambda stream: self.exchanges.abort(stream, 'reset'), restic_serve.Gone),
-                              (lambda stream: stream.deadline.begin(0), HttpError),
-                              (lambda stream: setattr(stream, 'receiving', False), None)):
-            stream = self.open()
-            with self.exchanges.changed:
-                end(stream)
-            if expected:
-                self.assertRaises(expected, stream.readinto, memoryview(bytearray(1)))
-            else:
-                self.assertEqual(stream.readinto(memoryview(bytearray(1))), 0)
 
 
 # ---- Http2 -----------------------------------------------------------------------------------------
@@ -10957,19 +10820,13 @@ class HaproxyTest(TestCase):
                                   stderr=subprocess.DEVNULL) as proxy:
                 try:
                     self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
-                    sound = []
 
-                    def download():
-                        for _ in range(6):
-                            with contextlib.suppress(OSError), Wire(port) as wire:
-                                sound.append(wire.ask(get(f'/data/{named(content)}'))[2] == content)
+                    def download(_):
+                        with Wire(port) as wire:
+                            return wire.ask(get(f'/data/{named(content)}'))[2] == content
 
-                    threads = [threading.Thread(target=download) for _ in range(4)]
-                    for thread in threads:
-                        thread.start()
-                    for thread in threads:
-                        thread.join()
-                    self.assertEqual(sound, [True] * 24)
+                    for _ in range(6):
+                        self.assertEqual(at_once(download, range(4)), [True] * 4)
                 finally:
                     proxy.terminate()
 
