@@ -223,7 +223,7 @@ class Api(Api):
         counters, accounts = Counters(), accounts or Accounts()
         usage = usage or Usage(store, counters)
         metrics = metrics or Metrics(counters, usage, store)
-        events = events or restic_serve.Events(store, counters, usage, restic_serve.Watch(store, usage, 0))
+        events = events or restic_serve.Events(restic_serve.Watch(store, usage, 0), counters)
         super().__init__(store, policy, accounts, baseurl, headers, allow_origin, usage, metrics, prometheus,
                          page, at, events, restic_serve.Admission(metrics, accounts.is_proxy))
 

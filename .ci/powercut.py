@@ -368,8 +368,9 @@ def serve_mutant(name: str, words: List[str]) -> int:
             sync(folder)
 
     with mock.patch.object(rs.Folder, 'sync', sync_unless_called_there), \
-            mock.patch.object(rs, 'sync_file', (lambda fd: True) if name == 'file' else rs.sync_file):
-        return rs.main(words)
+            mock.patch.object(rs, 'sync_file', (lambda fd: True) if name == 'file' else rs.sync_file), \
+            mock.patch.object(sys, 'argv', [str(MODULE), *words]):
+        return rs.main()
 
 
 def serve(name: str, root: Path, python: str, mutant: str, log: Path) -> Served:
