@@ -9130,7 +9130,7 @@ class Workers:
             for signum in set(_SIGNALS).difference(server.loop.handlers):
                 signal.signal(signum, signal.SIG_IGN)
             server.become_worker(slot)
-            server.loop.catch(server.loop.handlers)
+            server.loop.catch(set(_SIGNALS).intersection(server.loop.handlers))
             server.serve()
             status = 0
         except BaseException as error:
