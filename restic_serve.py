@@ -9157,13 +9157,12 @@ def report(options: argparse.Namespace, store: Store) -> int:
     repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
     for path in usage.census.unreadable:
         complain(f'cannot read {path[1:] or "/"}')
-    for repository in repositories:
-        if repository.troubles or not options.quiet:    # so that cron has nothing to mail
-            print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
+    troubled = [repository for repository in repositories if repository.troubles]
+    for repository in troubled if options.quiet else repositories:      # so that cron has nothing to mail
+        print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
     if not repositories:
         complain(f'no repository in {store.root}')
-    return int(not repositories or bool(usage.census.unreadable)
-               or any(repository.troubles for repository in repositories))
+    return int(not repositories or bool(troubled or usage.census.unreadable))
 
 
 def _report_line(repository: Watched) -> str:
@@ -9195,13 +9194,11 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
     past = Past(store, math.inf)
     jobs: Dict[str, RollBack] = {}      # by path
     refused = []                        # paths
-
-    def name_of(path: str) -> str:
-        return path[1:] or os.path.basename(store.root)
+    top = os.path.basename(store.root)
 
     def refuse(path: str, reason: object) -> None:
         refused.append(path)
-        complain(f'{name_of(path)}: {reason}')
+        complain(f'{path[1:] or top}: {reason}')
 
     for folder in store.walk(refuse):
         if folder.is_repository:
@@ -9218,7 +9215,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
     for path, job in jobs.items():
         try:
             job.run(options.dry_run, options.force)
-            print(one_line(f'{name_of(path)}: {job}'), flush=True)
+            print(one_line(f'{path[1:] or top}: {job}'), flush=True)
         except ValueError as error:
             refuse(path, f'{job}, then stopped: {error}')
     return int(bool(refused))
