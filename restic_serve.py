@@ -5447,11 +5447,8 @@ class Page:
         if key:
             shown = sorted(shown, key=lambda repository: (
                 not repository.troubles, key(repository), natural_order(repository.name)))
-        columns = list(_TABLE_COLUMNS)
-        if any(visit.right(repository.name) != WRITE for repository in shown):  # else it need not be told
-            columns.insert(0, Column('right more', 'You may', '',
-                                     lambda repository: visit.right(repository.name)))
-        table = functools.partial(_table, visit, columns)
+        limited = any(visit.right(repository.name) != WRITE for repository in shown)    # else none is told
+        table = functools.partial(_table, visit, visit.right if limited else lambda name: '')
         if key or len(shown) < 25:      # fewer need not be folded
             yield table('Repositories', shown)
             return
@@ -5556,22 +5553,41 @@ def _folded(sound: List[Watched], visit: Visit, table: Callable[[str, List[Watch
                f'{table(caption, inside)}</details>\n')
 
 
-def _table(visit: Visit, columns: List[Column], caption: str, shown: List[Watched]) -> str:
-    """A table of repositories."""
+def _table(visit: Visit, right: Callable[[str], str], caption: str, shown: List[Watched]) -> str:
+    """A table of repositories, perhaps with the visitor's `right` in each."""
     if not shown:
         return ''
-    heads = ''.join(f'<th scope="col" class="{column.kind}">{visit.sorted_by(column.sort, column.head)}</th>'
-                    for column in columns)
+    heads = ''.join(f'<th scope="col" class="{kind}">{visit.sorted_by(sort, head)}</th>'
+                    for kind, head, sort, _ in _cells(shown[0], right))
     rows = []
     for repository in shown:
-        name, kind = visit.link(repository.name, _text(repository.title)), ''
+        name, late = visit.link(repository.name, _text(repository.title)), ''
         if repository.troubles:
-            name, kind = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
-        cells = ''.join(f'<td class="{column.kind}">{column.cell(repository)}</td>' for column in columns)
-        rows.append(f'<tr{kind}><th scope="row" class="name">{name}</th>{cells}</tr>\n')
+            name, late = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
+        cells = ''.join(f'<td class="{kind}">{text}</td>' for kind, _, _, text in _cells(repository, right))
+        rows.append(f'<tr{late}><th scope="row" class="name">{name}</th>{cells}</tr>\n')
     return (f'<table><caption>{caption}</caption><thead><tr>'
             f'<th scope="col">{visit.sorted_by("name", "Repository")}</th>{heads}</tr></thead>\n'
             f'<tbody>{"".join(rows)}</tbody></table>')
+
+
+def _cells(repository: Watched, right: Callable[[str], str]) -> List[Tuple[str, str, str, str]]:
+    """A repository's row: the class and the heading of each column, the order to which that leads, and what
+    is in the cell."""
+    holdings, may = repository.holdings, right(repository.name)
+    size = format_size(holdings.bytes)
+    kept = _small(f'and {format_size(holdings.kept_bytes)} deleted') if holdings.kept else ''
+    incomplete = _small('incomplete', 'bad') if holdings.unreadable else ''
+    return [
+        *([('right more', 'You may', '', may)] if may else []),
+        ('age', 'Last snapshot', 'age', _last_snapshot(repository)),
+        ('n more', 'Snapshots', '', f'{holdings.objects["snapshots"]:,}'),
+        ('n', 'Size', 'size', f'{size}{kept}{incomplete}'),
+        ('n more', 'Growth, 30 days', '', f'+{format_size(sum(holdings.days[-30:]))}'),
+        ('graph more', f'Size, {DAYS} days', '', _plot(holdings) + _small(f'0 to {size}')),
+        ('locks more', 'Locks', '', _locks(repository)),
+        ('scrub more', 'Last scrub', '', _scrub(repository)),
+    ]
 
 
 def _size(repositories: List[Watched]) -> str:
@@ -5581,13 +5597,6 @@ def _size(repositories: List[Watched]) -> str:
 def _last_snapshot(repository: Watched) -> str:
     last = repository.holdings.last_snapshot
     return f'{repository.ago(last)}{_small(_moment(last))}' if last else _NONE
-
-
-def _stored(repository: Watched) -> str:
-    """The size of a repository, and what is to be known of it."""
-    holdings = repository.holdings
-    kept = _small(f'and {format_size(holdings.kept_bytes)} deleted') if holdings.kept else ''
-    return f'{format_size(holdings.bytes)}{kept}{_small("incomplete", "bad") if holdings.unreadable else ""}'
 
 
 def _locks(repository: Watched, ages: str = '') -> str:
@@ -5607,21 +5616,6 @@ def _scrub(repository: Watched, names: Iterable[str] = ()) -> str:
     result = _bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound'
     listed = ''.join(_small(_text(name)) for name in itertools.islice(names, NAMES_SHOWN))
     return f'{result}{_small(repository.ago(scrub.time))}{listed}'
-
-
-# A column of the table: its class and its heading, the order to which that leads, what is in a cell.
-Column = collections.namedtuple('Column', ['kind', 'head', 'sort', 'cell'])
-_TABLE_COLUMNS = (
-    Column('age', 'Last snapshot', 'age', _last_snapshot),
-    Column('n more', 'Snapshots', '', lambda repository: f'{repository.holdings.objects["snapshots"]:,}'),
-    Column('n', 'Size', 'size', _stored),
-    Column('n more', 'Growth, 30 days', '', lambda repository: (
-        f'+{format_size(sum(repository.holdings.days[-30:]))}')),
-    Column('graph more', f'Size, {DAYS} days', '', lambda repository: (
-        _plot(repository.holdings) + _small(f'0 to {format_size(repository.holdings.bytes)}'))),
-    Column('locks more', 'Locks', '', _locks),
-    Column('scrub more', 'Last scrub', '', _scrub),
-)
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
