@@ -7148,7 +7148,7 @@ def encode_string(text: str) -> bytes:
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 FRAME_BYTES = 1 << 20        # the longest payload of a frame
-BLOCK_BYTES = 64 * 1024      # that a header block may be longer than the header, before it is refused unread
+HEADER_BLOCK_SLACK = 64 * 1024   # that a header block may exceed the header by, before it is refused unread
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
 CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
 SEND_BYTES = 128 * 1024      # of content that are queued at a time, and before others wait
@@ -7596,7 +7596,7 @@ class Http2(Exchanges):
             check_priority(stream_id, block[:5])
             block = block[5:]
         while True:
-            require(len(block) <= self._limits.header_bytes + BLOCK_BYTES, 'header block never ends',
+            require(len(block) <= self._limits.header_bytes + HEADER_BLOCK_SLACK, 'header block never ends',
                     ErrorCode.ENHANCE_YOUR_CALM)
             if flags & _END_HEADERS:
                 return block

@@ -11884,7 +11884,7 @@ class ChaptersTest(unittest.TestCase):
         code = compile(self.source, MODULE, 'exec')
         homes = {}
         for line, name in self.names(code, 'STORE_NAME'):
-            homes.setdefault(name, self.chapter(line))
+            self.assertEqual(homes.setdefault(name, self.chapter(line)), self.chapter(line), name)
         self.assertEqual([f'{line}: {self.chapters[self.chapter(line)]} uses {name} of '
                           f'{self.chapters[homes[name]]}, which comes later'
                           for line, name in self.names(code, 'LOAD_GLOBAL', 'LOAD_NAME')
