@@ -3871,10 +3871,8 @@ class _GrowingBody:
 # named by certificates, proxies and unix sockets.
 
 SLOW_COST = 5               # Cost of new bcrypt entries where Python computes bcrypt.
-FAST_COST = 10              # Cost of new bcrypt entries where the C library does.
 BCRYPT_BYTES = 72           # Bytes of a password that bcrypt uses; the rest is ignored.
 PASSWORD_BYTES = 255        # Longest password of the other schemes.
-SLOW_SECONDS = 2.0          # Slower hashes have a queue of their own.
 WAITING_LOGINS = 8          # Requests of one address that may wait for their password to be hashed.
 _ITOA64 = './0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
 _BCRYPT64 = './ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
@@ -3914,8 +3912,8 @@ class Entry(str):
         return 0 if is_in_c(self.scheme) else self.cost * _seconds_of_round()
 
     def is_slow(self) -> bool:
-        """Whether verifying it takes so long that others must not wait for it."""
-        return self.seconds() > SLOW_SECONDS
+        """Whether verifying it takes so long that others must not wait for it: it has a queue of its own."""
+        return self.seconds() > 2
 
 
 @functools.lru_cache(maxsize=None)
@@ -4364,7 +4362,7 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
 def new_entry(password: bytes, cost: Optional[int] = None) -> str:
     """A bcrypt entry for a password; the default cost depends on what computes bcrypt here."""
     salt = ''.join(_BCRYPT64[byte & 63] for byte in os.urandom(21)) + '.'   # the last one has but 2 bits
-    cost = cost or (FAST_COST if is_in_c('$2y$') else SLOW_COST)
+    cost = cost or (10 if is_in_c('$2y$') else SLOW_COST)
     return compute(password, Entry(f'$2y${cost:02d}${salt}{31 * "."}'))
 
 
