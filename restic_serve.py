@@ -2139,7 +2139,8 @@ class Directory:
 
     def check_writable(self) -> None:
         """Raises DirectoryGone and, where it is read-only, ReadOnly."""
-        self.check_present()
+        if self.is_gone():
+            raise DirectoryGone("the server's directory is gone")
         if self.read_only:
             raise ReadOnly(READ_ONLY)
 
