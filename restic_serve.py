@@ -3426,7 +3426,7 @@ class Scrub:
                 while count and not self._stopped:
                     if self._bandwidth:
                         size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
-                    count = file.readinto(buffer[:size])
+                    count = file.readinto(buffer[:size]) or 0    # None from an empty FIFO
                     if self._bandwidth:
                         self._bandwidth.wait(Bandwidth.SENT, count)
                     actual.update(buffer[:count])
