@@ -2948,8 +2948,8 @@ class RollBack:
 # folder was last found sound, and the last result of each repository.
 
 SAVE_SECONDS = 300           # Time between two writes of them.
-# Names of the temporary files of restic and rest-server.
-_SCRATCH_OF_OTHERS = re.compile(r'[0-9a-f]{64}(-tmp-|\.rest-server-temp).*')
+# Names of the temporary files of restic, of rest-server, and of this server.
+_SCRATCH = re.compile(rf'[0-9a-f]{{64}}(-tmp-|\.rest-server-temp).*|.*({SCRATCH_PREFIX}|{FRESH_PREFIX}).*')
 PROGRESS_SECONDS = 60        # Time between two lines of progress without a terminal.
 BAR_SECONDS = 0.2            # Time between two updates of the bar on a terminal.
 BAR_WIDTH = 30               # Characters.
@@ -3126,14 +3126,9 @@ class Scrub:
         """Report a file that is not an object, unless it may belong to an upload under way."""
         path = f'{folder.path}/{entry.name}'
         with contextlib.suppress(FileNotFoundError):
-            if _SCRATCH_OF_OTHERS.fullmatch(entry.name):
-                left = entry.stat(follow_symlinks=False).st_mtime < time.time() - SCRATCH_SECONDS
-            elif SCRATCH_PREFIX in entry.name or FRESH_PREFIX in entry.name:
-                left = is_left_over(folder, entry.name, time.time() + self._ahead)
-            else:
+            if not _SCRATCH.fullmatch(entry.name):
                 self.report(path, 'foreign: not part of a restic repository')
-                return
-            if left:
+            elif is_left_over(folder, entry.name, time.time() + self._ahead):
                 self.report(path, 'stray: left by an interrupted upload')
 
     def _changed(self, folder: ScrubFolder) -> Iterator[Tuple[Folder, str, str, int]]:
@@ -3201,7 +3196,7 @@ class Scrub:
                 while count and not self._stopped:
                     if self._bandwidth:
                         size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
-                    count = file.readinto(buffer[:size])
+                    count = file.readinto(buffer[:size]) or 0    # None from an empty FIFO
                     if self._bandwidth:
                         self._bandwidth.wait(Bandwidth.SENT, count)
                     actual.update(buffer[:count])
