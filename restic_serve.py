@@ -7141,8 +7141,8 @@ def encode_string(text: str) -> bytes:
 # Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
-FRAME_BYTES = 1 << 20        # the longest payload of a frame
-HEADER_BLOCK_SLACK = 64 * 1024   # that a header block may exceed the header by, before it is refused unread
+FRAME_BYTES = 1 << 20        # the longest payload of DATA
+CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
 CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
 SEND_BYTES = 128 * 1024      # of content that are queued at a time, and before others wait
@@ -7579,7 +7579,9 @@ class Http2(Exchanges):
         """Type, flags, stream and payload of the next frame.  Raises Http2Error if it is too long."""
         length, flags, stream_id = _FRAME_HEAD.unpack(self._read(_FRAME_HEAD.size))
         kind, length, stream_id = length & 0xff, length >> 8, stream_id & LARGEST_WINDOW
-        require(length <= FRAME_BYTES, f'frame with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
+        is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
+        require(length <= (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES),
+                f'frame of type {kind} with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
         stream = self.streams.get(stream_id) if kind == FrameType.DATA else None
         return kind, flags, stream_id, self._read(length, stream.deadline if stream else None)
 
@@ -7589,15 +7591,14 @@ class Http2(Exchanges):
         if flags & _PRIORITIZED:
             check_priority(stream_id, block[:5])
             block = block[5:]
-        while True:
-            require(len(block) <= self._limits.header_bytes + HEADER_BLOCK_SLACK, 'header block never ends',
-                    ErrorCode.ENHANCE_YOUR_CALM)
-            if flags & _END_HEADERS:
-                return block
+        while not flags & _END_HEADERS:
             kind, flags, continued, payload = self._read_frame()
             require(kind == FrameType.CONTINUATION and continued == stream_id,
                     'header block interrupted by another frame')
             block += payload
+            require(len(block) <= self._limits.header_bytes + 4 * CONTROL_BYTES, 'header block never ends',
+                    ErrorCode.ENHANCE_YOUR_CALM)
+        return block
 
     def _handle_frame(self) -> None:
         kind, flags, stream_id, payload = self._read_frame()
