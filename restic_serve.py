@@ -4975,8 +4975,8 @@ WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
-# `repository` is a path, None for what is about none.  What several servers find, or clients cause again and
-# again, has a `value`, by which one that was reported is known (see ReportedEvents).
+# `repository` is a path, None for what is about none.  What several servers find, and refused deletes, have a
+# `value`, by which ReportedEvents knows them.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
 
 
@@ -5009,10 +5009,9 @@ class Events:
 
     # ---- in any process ----
 
-    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '',
-             value: Optional[float] = None) -> None:
+    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '') -> None:
         """Something has happened; never waits."""
-        event = Event(kind, repository, user, message, value)
+        event = Event(kind, repository, user, message, time.time() if kind == 'refused' else None)
         if not self.command:
             self._counters.add(('event', kind), 1)
         elif not self.channel.receiver:
@@ -5031,8 +5030,8 @@ class Events:
         with contextlib.suppress(OSError):
             if now >= self._next_refused and self._store.has_repository(repository):
                 self._next_refused = now + 60
-                self.emit('refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may '
-                          f'only {may}', user, time.time())
+                self.emit('refused', repository,
+                          f'{repository[1:] or "/"}: {who} tried to delete, but may only {may}', user)
 
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
