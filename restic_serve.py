@@ -2500,8 +2500,6 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
         return False
 
 
-
-
 # ==== Past =======================================================================================
 # What was deleted is kept for a time (--keep-deleted), so that a repository can be read, or rolled back
 # to, as it was at any moment of that time.
