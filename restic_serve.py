@@ -1853,6 +1853,14 @@ class Folders:
                 return self.nothing
         return self.open(path, by_descriptor=True)  # it was made between the two looks
 
+    def open_part(self, data: Folder, path: str, name: str) -> Folder:
+        """A folder in `data`, which is open and has this path below the root, as open_to_scan() gives it;
+        also where the disk has just been unmounted, so that it does not look empty."""
+        if data.fd is not None:
+            with contextlib.suppress(OSError):      # a link, or it has gone
+                return Folder(f'{data.path}/{name}', data.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
+        return self.open_to_scan(f'{path}/{name}')
+
     def hidden(self, make: bool = True) -> Folder:
         """The folder for the server's own files, created if it is missing; never one behind a link."""
         path = f'{self.root}/{HIDDEN}'
@@ -2248,23 +2256,29 @@ class Store:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
         pace = Pace()
-        yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in self.object_folders(
-            location.repository, location.kind)), pace)
+        with self.object_folders(location.repository, location.kind) as folders:
+            yield from read_ahead((names_and_sizes(folder, sizes, pace) for folder in folders), pace)
 
-    def object_folders(self, repository: str, *kinds: str) -> Iterator[ObjectFolder]:
-        """The folders of objects in a repository, of some kinds or all, in the order of the directories."""
-        for kind in kinds or KINDS:
-            path, parts = f'{repository}/{kind}', ['']
-            if kind == 'data':
-                try:
-                    with self.scan(path) as (_, entries):
-                        parts = [entry.name for entry in entries if _SUBDIRECTORY.fullmatch(entry.name)]
-                except OSError as error:    # raised where the folder is read
-                    yield ObjectFolder(kind, '', functools.partial(_raise, error))
-                    continue
-            for part in parts:
-                yield ObjectFolder(kind, part, functools.partial(
-                    self.folders.open_to_scan, f'{path}/{part}' if part else path))
+    @contextlib.contextmanager
+    def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:
+        """The folders of objects in a repository, of some kinds or all, in the order of the directories.
+        They may be opened only within this context."""
+        with contextlib.ExitStack() as stack:
+            yield itertools.chain.from_iterable(self._folders_of(f'{repository}/{kind}', kind, stack)
+                                                for kind in kinds or KINDS)
+
+    def _folders_of(self, path: str, kind: str, stack: contextlib.ExitStack) -> Iterator[ObjectFolder]:
+        if kind != 'data':
+            yield ObjectFolder(kind, '', functools.partial(self.folders.open_to_scan, path))
+            return
+        try:
+            data, entries = stack.enter_context(self.scan(path))
+            for entry in entries:
+                if _SUBDIRECTORY.fullmatch(entry.name):
+                    yield ObjectFolder(kind, entry.name, functools.partial(
+                        self.folders.open_part, data, path, entry.name))
+        except OSError as error:    # raised where the folder is read
+            yield ObjectFolder(kind, '', functools.partial(_raise, error))
 
     @contextlib.contextmanager
     def scan(self, path: str) -> Iterator[Tuple[Folder, Iterator[os.DirEntry[str]]]]:
@@ -2486,8 +2500,6 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
         return False
 
 
-
-
 # ==== Past =======================================================================================
 # What was deleted is kept for a time (--keep-deleted), so that a repository can be read, or rolled back
 # to, as it was at any moment of that time.
@@ -2699,10 +2711,11 @@ class Past:
 
     def _entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
         """All that is in the folders of deleted objects.  Raises OSError."""
-        for source in self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config'):
-            with source.open() as folder, _scan(folder.path, folder.fd) as entries:
-                for entry in entries:
-                    yield folder, entry
+        with self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config') as sources:
+            for source in sources:
+                with source.open() as folder, _scan(folder.path, folder.fd) as entries:
+                    for entry in entries:
+                        yield folder, entry
 
     def purge(self, repository: str) -> Iterator[int]:
         """Remove what has been kept long enough, and what a crash has left half-written; yields the size of
@@ -3512,8 +3525,8 @@ class Census:
         days, snapshots, last = [held['bytes'], *[0] * DAYS], [0] * (DAYS + 1), 0
         today, paused = int(before) // _DAY_SECONDS, begin
         pause = bool(self._counters.read(('counted',)))     # nobody waits for the first census
-        folders = self._store.object_folders(repository)
-        with contextlib.closing(read_ahead(map(self._read, folders))) as items:
+        with self._store.object_folders(repository) as folders, contextlib.closing(
+                read_ahead(map(self._read, folders))) as items:
             for kind, item in items:
                 elapsed = time.monotonic() - begin
                 if pause and begin + elapsed - paused > 0.001:      # leave half of the time to requests
@@ -4938,8 +4951,8 @@ class Watch:
         """Bytes of the objects of a repository that came up to each of some moments, since the one before,
         and after the last; None if there are too many to look at.  Raises OSError."""
         added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
-        folders = self.store.object_folders(name)
-        with contextlib.closing(read_ahead(map(self.store.read, folders))) as objects:
+        with self.store.object_folders(name) as folders, contextlib.closing(
+                read_ahead(map(self.store.read, folders))) as objects:
             for _, status in objects:
                 added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
                 if time.monotonic() >= end:

@@ -1540,6 +1540,18 @@ class StoreTest(TestCase):
         self.assertEqual(self.names('data'), {named(b'x'): 1})
         self.assertEqual(self.names('data', sizes=False), {named(b'x'): 0})
 
+    def test_a_list_is_complete_though_the_disk_is_unmounted_on_the_way(self):
+        for number in range(20):
+            self.save(b'%d' % number)
+        wanted = set(self.names('data'))
+        objects = self.store.objects(Location('/host', 'data'), True)
+        names = set(next(objects)[0])
+        (self.root / 'host').rename(self.folder / 'away')
+        (self.root / 'host/data').mkdir(parents=True)       # the mount point
+        for batch, _ in objects:
+            names.update(batch)
+        self.assertEqual(names, wanted)
+
     def test_a_list_of_a_folder_that_is_missing_is_empty(self):
         self.assertEqual(self.names('data'), {})
         self.assertEqual(self.names('keys'), {})
