@@ -2969,7 +2969,6 @@ BAR_WIDTH = 30               # Characters.
 DAMAGED_NAMES = 100          # Damaged objects of a repository whose names are remembered.
 COARSE_SECONDS = 2           # Resolution of the times of files (FAT); Linux has some milliseconds.
 
-
 # Result for a repository: time of the check, objects read, objects damaged, and the paths of some of these
 # below the repository.
 ScrubResult = collections.namedtuple('ScrubResult', ['time', 'checked', 'damaged', 'names'])
