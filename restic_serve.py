@@ -1998,6 +1998,7 @@ class Scratch(ScratchFile):
     leaves it behind; elsewhere one in the hidden folder, or in `target` if that is another file system."""
 
     def __init__(self, store: Store, path: str) -> None:
+        self._store = store
         self.target = self.folder = store.folders.open(path)
         self.name, self.fd, self.opened = '', -1, (self.target,) if self.target.fd is not None else ()
         try:
@@ -2021,9 +2022,10 @@ class Scratch(ScratchFile):
             self.close()
             raise
 
-    def publish(self, name: str) -> None:
-        """Link the content to its name.  Raises FileExistsError where the name is taken."""
-        target = self.target
+    def publish(self, name: str, folder: Optional[Folder] = None) -> None:
+        """Link the content to its name, or to one in another folder.  Raises FileExistsError where the name is
+        taken."""
+        target = folder or self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
         # A nameless file is linked with AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link
         # calls plain link(2) without one); the path is absolute, so which descriptor it is means nothing.
@@ -2045,8 +2047,16 @@ class Scratch(ScratchFile):
     def replace(self, name: str) -> None:
         """Give the content its name, replacing what is there."""
         if not self.name:
-            scratch = f'{HIDDEN}-{FRESH_PREFIX}{os.urandom(8).hex()}'
-            self.publish(scratch)
+            hidden, scratch = self._store.folders.hidden(), f'{FRESH_PREFIX}{os.urandom(8).hex()}'
+            self.opened += (hidden,)
+            try:    # where a start finds what a crash leaves
+                self.publish(scratch, hidden)
+                self.folder = hidden
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                scratch = f'{HIDDEN}-{scratch}'
+                self.publish(scratch)
             self.name = scratch
         self.rename(self.target, name)
 

@@ -1185,11 +1185,12 @@ class StoreTest(TestCase):
             self.assertIn('damaged', self.log[-1])
             self.assertEqual(len(self.files()), 1)
 
-    def test_what_replaces_it_has_a_scratch_name_that_no_list_shows(self):
+    def test_what_replaces_it_has_a_scratch_name_that_no_list_shows_and_a_start_finds(self):
         location, replace, seen = self.save(b'content', 'keys'), os.replace, []
 
         def look(*args, **more):
             seen.append(self.names('keys'))
+            self.assertTrue(self.files(self.root / restic_serve.HIDDEN))
             replace(*args, **more)
 
         self.path(location).write_bytes(b'cont')
