@@ -331,6 +331,11 @@ class TestCase(unittest.TestCase):
         self.addCleanup(server.stop)
         return server
 
+    def ask(self, *parts, port=None, **more):
+        """The answer to a request on a connection of its own."""
+        with Wire(port or self.port) as wire:
+            return wire.ask(*parts, **more)
+
     def ask_unix(self, path, request=None):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(path))
@@ -450,11 +455,6 @@ class WireTestCase(TestCase):
         self.addCleanup(wire.__exit__)
         return wire
 
-    def ask(self, *parts, **more):
-        """The answer to a request on a connection of its own."""
-        with Wire(self.port) as wire:
-            return wire.ask(*parts, **more)
-
     def put(self, content, kind='data', repository=''):
         """Store an object beneath the server, in a repository of that name; its path."""
         name = named(content)
@@ -464,10 +464,7 @@ class WireTestCase(TestCase):
 
     def wait_for_room(self, port):
         """Until one more connection is admitted."""
-        def has_room():
-            with Wire(port) as wire:
-                return wire.ask(get('/config'))[0] == 404
-        self.wait_until(has_room, 'room')
+        self.wait_until(lambda: self.ask(get('/config'), port=port)[0] == 404, 'room')
 
 
 (DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE,
@@ -5196,8 +5193,7 @@ class RightsOnWiresTest(WatchedTestCase):
             self.assertEqual(self.ask_as(port, 'b', path), 403)
 
     def ask_as(self, port, user, path):
-        with Wire(port) as wire:
-            return wire.ask(get(path, f'X-User: {user}'))[0]
+        return self.ask(get(path, f'X-User: {user}'), port=port)[0]
 
     def test_page_and_metrics_show_what_the_user_may_see(self):
         self.watch(Policy(restic_serve.parse_rights(
@@ -5264,8 +5260,7 @@ class MetricsTest(WatchedTestCase):
         try:
             self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
             self.work(port)
-            with Wire(port) as wire:
-                theirs = normalized(wire.ask(get('/metrics'))[2].decode())
+            theirs = normalized(self.ask(get('/metrics'), port=port)[2].decode())
         finally:
             process.kill()
             process.wait()
@@ -5485,8 +5480,7 @@ class MetricsTest(WatchedTestCase):
 
         def query(expression):
             from urllib.parse import quote
-            with Wire(port) as wire:
-                status, _, text = wire.ask(get(f'/api/v1/query?query={quote(expression)}'))
+            status, _, text = self.ask(get(f'/api/v1/query?query={quote(expression)}'), port=port)
             if status == 503:   # it is still starting
                 return []
             answer = json.loads(text)
@@ -5882,8 +5876,7 @@ class EventsTest(WatchedTestCase):
                          ['overdue'] + ['snapshot'] * 12)
         with Program(*words, '-vv') as server:
             self.wait_until(lambda: any('counted all' in line for line in server.lines), 'the count')
-            with Wire(server.port) as wire:
-                wire.ask(post(f'/laptop/snapshots/{named(b"last")}', b'last'))
+            self.ask(post(f'/laptop/snapshots/{named(b"last")}', b'last'), port=server.port)
             self.wait_until(lambda: len(self.told()) >= 14, 'the last event')
             self.assertEqual(server.stop(), 0)
         self.assertEqual(len(self.told()), 14)
@@ -8279,8 +8272,7 @@ class UnixSocketTest(ListenerTestCase):
         other = self.folder / 'other'
         server = self.start('127.0.0.1:0', f'unix://{self.path}', str(other))
         self.assertEqual([self.ask_unix(path) for path in (self.path, other)], [404, 404])
-        with Wire(server.listeners[0].server_address[1]) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=server.listeners[0].server_address[1])[0], 404)
 
     def test_large_transfers(self):
         content = os.urandom(3 << 20)
@@ -8355,8 +8347,7 @@ class TlsTest(ListenerTestCase):
         port = self.start_tls()
         self.log.clear()
         for _ in range(3):
-            with Wire(port) as wire:
-                status, _, content = wire.ask(get('/config'))
+            status, _, content = self.ask(get('/config'), port=port)
             self.assertEqual((status, content), (400, b'this port speaks HTTPS\n'))
         self.wait_until(lambda: self.log, 'the line')
         self.assertEqual(self.log[0], '127.0.0.1: TLS: client speaks HTTP without TLS')
@@ -8416,8 +8407,7 @@ class TlsTest(ListenerTestCase):
         server = self.start('http://127.0.0.1:0', 'tls://127.0.0.1:0', '127.0.0.1:0',
                             str(self.folder / 'socket'), certificates=self.certificates())
         ports = [listener.server_address[1] for listener in server.listeners[:3]]
-        with Wire(ports[0]) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=ports[0])[0], 404)
         for port in ports[1:]:
             self.assertEqual(self.connect_tls(port).ask(get('/config'))[0], 404)
         self.assertEqual(self.ask_unix(self.folder / 'socket'), 404)
@@ -8945,8 +8935,7 @@ class ServiceManagerTest(TestCase):
         for line in process.stderr:
             if 'Listening on' in line and str(unix) in line:
                 break
-        with Wire(port) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=port)[0], 404)
         self.assertEqual(self.ask_unix(unix), 404)
         process.terminate()
         text = process.stderr.read()
@@ -9480,8 +9469,7 @@ class CommandLineTest(TestCase):
         self.assertRegex(server.lines[0], r'^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d NOTICE: created directory')
         self.assertRegex(server.lines[1], f'serving {re.escape(str(self.root))} on {server.url}$')
         self.assertRegex(server.lines[2], f'restic -r rest:{server.url} init$')
-        with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=server.port)[0], 404)
 
     def test_a_job_never_comes_from_the_environment_and_what_is_no_option_is_said(self):
         names = [f'RESTIC_SERVE_{name}' for name in ('ADD_USER', 'REMOVE_USER', 'SCRUB', 'STDIO')]
@@ -9575,8 +9563,7 @@ class CommandLineTest(TestCase):
 
         server = self.run_server('-v', '--stats', '100ms', self.root)
         for number in (1, 2):
-            with Wire(server.port) as wire:
-                wire.ask(get('/config'))
+            self.ask(get('/config'), port=server.port)
             self.wait_until(lambda number=number: len(lines('INFO', 1)) >= number, 'a line')
         self.assertEqual(len(lines('INFO')), 2)
         if hasattr(signal, 'SIGUSR1'):
@@ -9585,8 +9572,7 @@ class CommandLineTest(TestCase):
         self.assertEqual(server.stop(), 0)
         self.assertEqual(len(lines('INFO')), 2)  # none when nothing was done
         server = self.run_server('--stats', '10ms', self.root)
-        with Wire(server.port) as wire:
-            wire.ask(get('/config'))
+        self.ask(get('/config'), port=server.port)
         if hasattr(signal, 'SIGUSR1'):
             def asks():  # the answer is counted after it was sent
                 server.process.send_signal(signal.SIGUSR1)
@@ -9617,8 +9603,7 @@ class CommandLineTest(TestCase):
     @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'this system has no SIGUSR2')
     def test_sigusr2_lifts_the_limit_on_bandwidth_and_puts_it_in_force_again(self):
         server = self.run_server('--bwlimit', '10M', self.root)
-        with Wire(server.port) as wire:
-            wire.ask(get('/config'))
+        self.ask(get('/config'), port=server.port)
         for word in ('off', 'on again'):
             server.process.send_signal(signal.SIGUSR2)
             self.wait_until(lambda line=f'--bwlimit is {word}': line in ' '.join(server.lines), word)
@@ -9629,8 +9614,7 @@ class CommandLineTest(TestCase):
 
     def test_levels_of_the_log(self):
         server = self.run_server('-v', self.root)
-        with Wire(server.port) as wire:
-            wire.ask(get('/config'))
+        self.ask(get('/config'), port=server.port)
         server.stop()
         self.assertTrue(any('"GET /config HTTP/1.1" 404' in line for line in server.lines))
 
@@ -9760,8 +9744,7 @@ restic_serve.trim_memory = trim_and_forget
                         get(path, me, method='DELETE'), get('/.at/0s/keys/', me), get('/%C3%A9/keys/', me),
                         get('/config', basic('m\u00fcller', 'x'), 'X-Forwarded-For: 1.2.3.4'), get('/x'),
                         b'rubbish\r\n\r\n'):
-            with Wire(port) as wire:
-                self.assertLess(wire.ask(request)[0], 500)
+            self.assertLess(self.ask(request, port=port)[0], 500)
         process.send_signal(signal.SIGTERM)
         self.assertEqual([line for line in process.stderr if 'IMPORTED' in line], [])
 
@@ -9798,8 +9781,7 @@ restic_serve.trim_memory = trim_and_forget
 
     def test_the_log_as_json(self):
         with Program('-v', '--addr', '127.0.0.1:0', '--log-format=json', self.root) as server:
-            with Wire(server.port) as wire:
-                wire.ask(get('/config?a="b"', 'User-Agent: "x"', 'Referer: y'))
+            self.ask(get('/config?a="b"', 'User-Agent: "x"', 'Referer: y'), port=server.port)
             self.assertEqual(server.stop(), 0)
         entries = [json.loads(line) for line in server.lines]
         self.assertRegex(entries[0]['time'], r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d$')
@@ -9846,8 +9828,7 @@ restic_serve.trim_memory = trim_and_forget
 
                 self.wait_until(lambda: any('settings: ' in line for line in lines()), 'the start')
                 port = int(re.search(r'127\.0\.0\.1:(\d+)/', ' '.join(lines()))[1])
-                with Wire(port) as wire:
-                    wire.ask(get('/config'))
+                self.ask(get('/config'), port=port)
                 self.wait_until(lambda: any('GET /config' in line for line in lines()), 'a request')
                 process.terminate()
                 process.wait()
@@ -10811,8 +10792,7 @@ class HaproxyTest(TestCase):
                     self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
 
                     def download(_):
-                        with Wire(port) as wire:
-                            return wire.ask(get(f'/data/{named(content)}'))[2] == content
+                        return self.ask(get(f'/data/{named(content)}'), port=port)[2] == content
 
                     for _ in range(6):
                         self.assertEqual(at_once(download, range(4)), [True] * 4)
@@ -10999,8 +10979,7 @@ class DiskFaultsTest(FaultsTestCase):
                 file.write(bytes(4096))
         with Program('--addr', '127.0.0.1:0', self.root) as server:
             self.assertTrue(any('disk full' in line for line in server.lines), server.lines)
-            with Wire(server.port) as wire:
-                self.assertEqual(wire.ask(get('/config'))[0], 200)
+            self.assertEqual(self.ask(get('/config'), port=server.port)[0], 200)
             self.assertEqual(server.stop(), 0)
         self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
 
