@@ -150,6 +150,11 @@ def peer(name):
     return program(name, PEERS)
 
 
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as sock:
+        return sock.getsockname()[1]
+
+
 def listens(address):
     """Whether a server answers at an address of TCP or a path; the path may be there before."""
     with socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX) as sock:
@@ -312,6 +317,22 @@ class TestCase(unittest.TestCase):
         ours, theirs = pty.openpty()
         self.addCleanup(os.close, ours)
         return ours, theirs
+
+    def launch(self, *words, **more):
+        """A program that ends with the test."""
+        process = subprocess.Popen(words, **{'stderr': subprocess.DEVNULL, **more})
+        if process.stderr:
+            self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_it(self, *words, text='', **environment):
+        """Exit status, standard output and error of a run that ends by itself and may read a text."""
+        done = subprocess.run([sys.executable, compiled(), *map(str, words)], capture_output=True,
+                              text=True, timeout=PATIENCE, input=text,
+                              env={**clean_environment(), **environment})
+        return done.returncode, done.stdout, done.stderr
 
     def run_server(self, *words, **more):
         """A server in a process of its own."""
@@ -5250,21 +5271,12 @@ class MetricsTest(WatchedTestCase):
         ours = normalized(self.ask(get('/metrics'))[2].decode())
         self.assertEqual(ours['rest_server_blob_read_bytes_total',
                               ('repo="a/b"', 'type="keys"', 'user=""')], 410)
-        rest_server = peer('rest-server')
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [rest_server, '--no-auth', '--prometheus', '--path', str(self.folder / 'theirs'),
-             '--listen', f'127.0.0.1:{port}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
-            self.work(port)
-            theirs = normalized(self.ask(get('/metrics'), port=port)[2].decode())
-        finally:
-            process.kill()
-            process.wait()
-        self.assertEqual(ours, theirs)
+        port = free_port()
+        self.launch(peer('rest-server'), '--no-auth', '--prometheus', '--path', str(self.folder / 'theirs'),
+                    '--listen', f'127.0.0.1:{port}', stdout=subprocess.DEVNULL)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
+        self.work(port)
+        self.assertEqual(ours, normalized(self.ask(get('/metrics'), port=port)[2].decode()))
 
     def test_prometheus_takes_them(self):
         self.work(self.port)
@@ -5468,14 +5480,9 @@ class MetricsTest(WatchedTestCase):
             'global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [rules.yml]\n'
             'scrape_configs:\n- job_name: restic_serve\n'
             f'  static_configs: [{{targets: ["127.0.0.1:{self.port}"]}}]\n')
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [program('prometheus'), f'--config.file={self.folder}/prometheus.yml',
-             f'--storage.tsdb.path={self.folder}/data', f'--web.listen-address=127.0.0.1:{port}'],
-            stderr=subprocess.DEVNULL)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        port = free_port()
+        self.launch(program('prometheus'), f'--config.file={self.folder}/prometheus.yml',
+                    f'--storage.tsdb.path={self.folder}/data', f'--web.listen-address=127.0.0.1:{port}')
         self.wait_until(lambda: listens(('127.0.0.1', port)), 'Prometheus')
 
         def query(expression):
@@ -5829,10 +5836,8 @@ class EventsTest(WatchedTestCase):
                           told['RESTIC_SERVE_USER'], told['RESTIC_SERVE_DIRECTORY']),
                          ('overdue', '/', 'bob', str(self.root)))
         self.assertRegex(told['RESTIC_SERVE_TIME'], r'^\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d$')
-        done = subprocess.run([sys.executable, compiled(), '--report', str(self.root)], text=True, env={
-            **clean_environment(), 'RESTIC_SERVE_EVENT': 'overdue', 'RESTIC_SERVE_USER': 'bob'},
-            capture_output=True)
-        self.assertEqual(done.stderr, f'restic_serve: no repository in {self.root}\n')
+        error = self.run_it('--report', self.root, RESTIC_SERVE_EVENT='overdue', RESTIC_SERVE_USER='bob')[2]
+        self.assertEqual(error, f'restic_serve: no repository in {self.root}\n')
 
     def test_what_cannot_be_remembered_is_told_once_all_the_same(self):
         self.fill('/never', 'keys')
@@ -7098,18 +7103,12 @@ class Http1Test(WireTestCase):
         self.assertEqual(wire.ask(get('/config'))[0], 404)
 
     def test_content_that_is_cut_short_is_400_if_it_can_be_said(self):
-        wire = self.connect()
-        wire.send(post('/config', b'12345', length=10))
-        wire.sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(wire.answer()[0], 400)
-        wire = self.connect()
-        wire.send('POST /config HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n123')
-        wire.sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(wire.answer()[0], 400)
-        wire = self.connect()
-        wire.send('GET /config HT')
-        wire.sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(wire.answer()[0], 400)
+        for data in (post('/config', b'12345', length=10), b'GET /config HT',
+                     b'POST /config HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n123'):
+            wire = self.connect()
+            wire.send(data)
+            wire.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(wire.answer()[0], 400)
         self.assertEqual(self.files(), [])
 
     def test_a_client_that_resets_leaves_nothing_but_a_debug_line(self):
@@ -7134,21 +7133,6 @@ class Http1Test(WireTestCase):
                 with self.assertRaises(ConnectionResetError):
                     self.ask(request)
                 self.assertIn('made by a test', self.log[-1])
-
-    def test_a_list_that_cannot_be_read_at_all_is_500(self):
-        self.put(b'x')
-        with mock.patch.object(os, 'scandir', side_effect=OSError(errno.EIO, 'made by a test')):
-            self.assertEqual(self.ask(get('/data/'))[0], 500)
-
-    def test_a_file_that_cannot_be_read(self):
-        small, large = self.put(b'content'), self.put(bytes(1 << 20))
-        with mock.patch.object(restic_serve, '_read_at', side_effect=OSError(errno.EIO, 'by a test')):
-            self.assertEqual(self.ask(get(small))[0], 500)
-        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EIO, 'made by a test')):
-            wire = self.connect()
-            with self.assertRaises((ConnectionResetError, AssertionError)):
-                self.assertEqual(len(wire.ask(get(large))[2]), 1 << 20)
-        self.assertIn('made by a test', self.log[-1])
 
     def test_a_file_that_becomes_shorter_is_broken_off(self):
         path = self.put(bytes(8 << 20))
@@ -8437,18 +8421,12 @@ class TlsTest(ListenerTestCase):
     def test_the_name_in_a_clients_certificate_is_its_user(self):
         self.policy.rights = short_rights(private=True)
         port = self.start_tls(client_ca=str(self.authority.path))
-        self.authority.issue('client', 'alice')
         self.store.create_repository('/alice')
-        wire = self.connect_tls(port, 'client')
-        self.assertEqual(wire.ask(get('/alice/keys/'))[0], 200)
-        self.assertEqual(wire.ask(get('/bob/keys/'))[0], 403)
-        self.assertEqual(wire.ask(get('/keys/'))[0], 403)
-
-    def test_a_common_name_beside_others_in_one_set_is_found(self):
-        port = self.start_tls(client_ca=str(self.authority.path))
-        self.policy.rights = short_rights(private=True)
-        self.authority.issue('client', 'alice+UID=4711')
-        self.assertEqual(self.connect_tls(port, 'client').ask(get('/alice/config'))[0], 404)
+        for subject in ('alice', 'alice+UID=4711'):     # beside others in one set, too
+            self.authority.issue('client', subject)
+            wire = self.connect_tls(port, 'client')
+            for path, status in (('/alice/keys/', 200), ('/bob/keys/', 403), ('/keys/', 403)):
+                self.assertEqual(wire.ask(get(path))[0], status)
 
     def test_connections_end_when_their_authority_does(self):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0.01):
@@ -8923,15 +8901,11 @@ class ServiceManagerTest(TestCase):
     def test_sockets_of_systemd_are_served_and_not_the_addresses(self):
         activate = program('systemd-socket-activate')
         unix = self.folder / 'socket'
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [activate, '-l', f'127.0.0.1:{port}', '-l', str(unix), '--fdname=web:local',
-             sys.executable, MODULE, '--addr', '/nonexistent/socket', str(self.root)],
-            stderr=subprocess.PIPE, text=True, env=clean_environment())
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        port = free_port()
+        process = self.launch(
+            activate, '-l', f'127.0.0.1:{port}', '-l', str(unix), '--fdname=web:local', sys.executable,
+            MODULE, '--addr', '/nonexistent/socket', str(self.root), stderr=subprocess.PIPE, text=True,
+            env=clean_environment())
         for line in process.stderr:
             if 'Listening on' in line and str(unix) in line:
                 break
@@ -9454,13 +9428,6 @@ class OtherServersTest(TestCase):
 # ---- Main ------------------------------------------------------------------------------------------
 
 class CommandLineTest(TestCase):
-    def run_it(self, *words, text='', **environment):
-        """Exit status, standard output and error of a run that ends by itself and may read a text."""
-        done = subprocess.run([sys.executable, compiled(), *map(str, words)], capture_output=True,
-                              text=True, timeout=PATIENCE, input=text,
-                              env={**clean_environment(), **environment})
-        return done.returncode, done.stdout, done.stderr
-
     def parse(self, *words, **environment):
         return restic_serve.Parser(environment).parse(list(words))
 
@@ -9724,20 +9691,14 @@ restic_serve.trim_memory = trim_and_forget
         users = self.folder / 'users'
         users.write_text(f'alice:{sha("a")}\nm\u00fcller:$2y$05${"a" * 53}\n', encoding='utf-8')
         self.make_repository()
-        process = subprocess.Popen(
-            [sys.executable, '-c', f'import sys\n{code}\nrestic_serve.main()', '--addr', '127.0.0.1:0',
-             '--htpasswd', str(users), '--prometheus', '--admin', 'alice', '--keep-deleted', '1d',
-             '--max-size', '1G', '--log-format', 'json', '-v', '--trust-proxy', '127.0.0.1', '--workers', '1',
-             str(self.root)], text=True, cwd=Path(MODULE).parent, stderr=subprocess.PIPE,
+        process = self.launch(
+            sys.executable, '-c', f'import sys\n{code}\nrestic_serve.main()', '--addr', '127.0.0.1:0',
+            '--htpasswd', str(users), '--prometheus', '--admin', 'alice', '--keep-deleted', '1d',
+            '--max-size', '1G', '--log-format', 'json', '-v', '--trust-proxy', '127.0.0.1', '--workers', '1',
+            str(self.root), text=True, cwd=Path(MODULE).parent, stderr=subprocess.PIPE,
             env=clean_environment())
-        self.addCleanup(process.wait)
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.kill)
-        for line in process.stderr:
-            match = re.search(r':(\d+)/ init', line)
-            if match:
-                break
-        port, me, path = int(match[1]), basic('alice', 'a'), f'/keys/{named(b"x")}'
+        port = int(next(filter(None, (re.search(r':(\d+)/ init', line) for line in process.stderr)))[1])
+        me, path = basic('alice', 'a'), f'/keys/{named(b"x")}'
         for request in (post('/config', b'x', me), post(path, b'x', me), get(path, me),
                         get('/keys/', me, f'Accept: {V2}'), get('/', me, 'Accept: text/html'),
                         get('/metrics', me), get('/health'),
@@ -9924,13 +9885,8 @@ class MinimalHostTest(TestCase):
         return [*NO_WARNING, '-c', '\n'.join(code)]
 
     def launch(self, python_words, *words, **more):
-        process = subprocess.Popen(
-            [sys.executable, *python_words, *words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            **{'env': clean_environment(), **more})
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process
+        return super().launch(sys.executable, *python_words, *words, stdin=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, **{'env': clean_environment(), **more})
 
     def check_server(self, process):
         """Take a backup of a kind, read it, and stop the server, which must have said nothing of a fault."""
@@ -10063,7 +10019,7 @@ class StdioTest(TestCase):
                 self.assertIn(f'10.1.2.3 - - [{time.strftime("%d/%b/%Y")}', log)
                 self.assertIn(f'"GET {path} HTTP/2.0" 200 {len(content)}', log)
 
-    def test_the_environment_has_no_say(self):
+    def test_append_only_holds_and_the_environment_has_no_say(self):
         """Whoever may set variables over ssh gains nothing by them."""
         victim = self.folder / 'config'
         victim.write_text('the config of a repository\n')
@@ -10076,20 +10032,20 @@ class StdioTest(TestCase):
             self.assertEqual(server.wire.answer()[0], 400)
             server.wire.upload(3, f'/data/{named(content)}', content)
             self.assertEqual(server.wire.answer(3)[0], 200)
-            server.wire.send(headers(5, fields('DELETE', f'/data/{named(content)}')))
-            self.assertEqual(server.wire.answer(5)[0], 403)
+            for number, kind, expected in ((5, 'data', 403), (7, 'locks', 200)):
+                server.wire.send(headers(number, fields('DELETE', f'/{kind}/{named(content)}')))
+                self.assertEqual(server.wire.answer(number)[0], expected)
             server.close()
             status, log = server.finish()
         self.assertEqual((status, log.count('\n')), (0, 1), log)  # what append-only refused
         self.assertEqual(victim.read_text(), 'the config of a repository\n')
 
     def test_the_end_of_input_leaves_nothing_of_half_an_upload_and_waits_for_no_window(self):
-        content = os.urandom(5 << 20)
-        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
+        path = self.stored(os.urandom(5 << 20))
         with Stdio(self.root) as server:
             server.wire.grants = False
             server.wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4), frame(DATA, 0, 1, b'x'),
-                             headers(3, fields('GET', f'/data/{named(content)}')))
+                             headers(3, fields('GET', path)))
             server.wire.until(DATA)
             server.close()
             self.assertEqual(server.finish(), (0, ''))
@@ -10123,46 +10079,44 @@ class StdioTest(TestCase):
         self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
         self.assertIn(b'missing HTTP/2 preface', done.stdout)
 
-    def test_a_client_that_stops_reading_ends_it(self):
-        content = bytes(8 << 20)
-        self.make_repository()
+    def stored(self, content):
+        """The path of an object that is there."""
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
-        with Stdio('--stall-timeout', '300ms', self.root) as server:
-            server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
-                             headers(1, fields('GET', f'/data/{named(content)}')))
-            self.assertEqual(server.process.wait(PATIENCE), 0)
+        return f'/data/{named(content)}'
+
+    def downloading(self, size, *words):
+        """A server that sends an object of so many bytes, whatever the window."""
+        path = self.stored(os.urandom(size))
+        server = Stdio(*words, self.root)
+        self.addCleanup(server.__exit__)
+        server.wire.grants = False
+        server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
+                         headers(1, fields('GET', path)))
+        return server
+
+    def test_a_client_that_stops_reading_ends_it(self):
+        server = self.downloading(8 << 20, '--stall-timeout', '300ms')
+        self.assertEqual(server.process.wait(PATIENCE), 0)
 
     def test_a_client_that_reads_slowly_has_not_stopped(self):
-        content = os.urandom(4 << 20)
-        self.make_repository()
-        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
-        with Stdio('--stall-timeout', '300ms', self.root) as server:
-            server.wire.grants = False
-            server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
-                             headers(1, fields('GET', f'/data/{named(content)}')))
-            for _ in range(12):
-                server.process.stdout.read1(32 << 10)
-                time.sleep(0.1)     # a slow client
-            server.process.stdout.read(3 << 20)
-            self.assertIsNone(server.process.poll())
+        server = self.downloading(4 << 20, '--stall-timeout', '300ms')
+        for _ in range(12):
+            server.process.stdout.read1(32 << 10)
+            time.sleep(0.1)     # a slow client
+        server.process.stdout.read(3 << 20)
+        self.assertIsNone(server.process.poll())
 
     def test_pipes_that_are_full_both_ways_hold_up_nothing(self):
         """A client that sends an upload and PINGs, and reads when it has sent all of it."""
-        content, old = os.urandom(12 << 20), bytes(8 << 20)
-        Store(str(self.root)).save(Location('', 'data', named(old)), Bytes(old))
-        with Stdio(self.root) as server:
-            wire = server.wire
-            wire.grants = False
-            wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
-                      headers(1, fields('GET', f'/data/{named(old)}')))
-            wire.send(headers(3, fields('POST', f'/data/{named(content)}'), 4))
-            for at in range(0, 3 << 20, 1 << 14):
-                wire.send(frame(DATA, 0, 3, content[at:at + (1 << 14)]), frame(PING, 0, 0, bytes(8)))
-            self.assertEqual(len(wire.answer(1)[2]), len(old))
-            wire.window -= 3 << 20
-            wire.windows[3] -= 3 << 20
-            wire.send_content(3, content[3 << 20:])
-            self.assertEqual(wire.answer(3)[0], 200)
+        content, wire = os.urandom(12 << 20), self.downloading(8 << 20).wire
+        wire.send(headers(3, fields('POST', f'/data/{named(content)}'), 4))
+        for at in range(0, 3 << 20, 1 << 14):
+            wire.send(frame(DATA, 0, 3, content[at:at + (1 << 14)]), frame(PING, 0, 0, bytes(8)))
+        self.assertEqual(len(wire.answer(1)[2]), 8 << 20)
+        wire.window -= 3 << 20
+        wire.windows[3] -= 3 << 20
+        wire.send_content(3, content[3 << 20:])
+        self.assertEqual(wire.answer(3)[0], 200)
 
     def test_a_client_that_closes_our_output_ends_it(self):
         with Stdio(self.root) as server:
@@ -10189,13 +10143,6 @@ class StdioTest(TestCase):
                                   capture_output=True, env=clean_environment(), timeout=PATIENCE)
             self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), (closed, done.stderr))
 
-    def test_append_only(self):
-        with Stdio('--append-only', self.root) as server:
-            server.wire.send(headers(1, fields('DELETE', f'/data/{"0" * 64}')))
-            self.assertEqual(server.wire.answer()[0], 403)
-            server.wire.send(headers(3, fields('DELETE', f'/locks/{"0" * 64}')))
-            self.assertEqual(server.wire.answer(3)[0], 200)
-
     def test_a_terminal_is_refused_with_what_to_do(self):
         ours, theirs = self.open_terminal()
         for stdin, stdout in ((theirs, subprocess.PIPE), (subprocess.DEVNULL, theirs)):
@@ -10213,13 +10160,11 @@ class StdioTest(TestCase):
                       ['--min-tls-version', 'tls1.2'],
                       ['--user-from-header', 'x'], ['--allow-origin', '*'], ['--prometheus'],
                       ['--max-size-per-user', '1G']):
-            done = subprocess.run([sys.executable, compiled(), '--stdio', *words, str(self.root)], text=True,
-                                  stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
-            self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
-            self.assertIn(f'restic_serve: {words[0]} cannot be combined with --stdio', done.stderr)
-        done = subprocess.run([sys.executable, compiled(), '--stdio', '--scrub', str(self.root)], text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
-        self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1))
+            status, output, error = self.run_it('--stdio', *words, self.root)
+            self.assertEqual((status, output, error.count('\n')), (2, '', 1), words)
+            self.assertIn(f'restic_serve: {words[0]} cannot be combined with --stdio', error)
+        status, _, error = self.run_it('--stdio', '--scrub', self.root)
+        self.assertEqual((status, error.count('\n')), (2, 1))
         with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
             pass
 
@@ -10286,11 +10231,9 @@ class ResticTestCase(TestCase):
 
     def roll_back(self, moment, *words, root=None):
         """Roll back the repository `host`; what was said."""
-        done = subprocess.run(
-            [sys.executable, compiled(), '--roll-back', moment, *words, (root or self.root) / 'host'],
-            capture_output=True, text=True, env=clean_environment())
-        self.assertEqual((done.returncode, done.stderr), (0, ''), done)
-        return done.stdout.strip()
+        status, output, error = self.run_it('--roll-back', moment, *words, (root or self.root) / 'host')
+        self.assertEqual((status, error), (0, ''), output)
+        return output.strip()
 
     def check_restore(self, repository):
         """What is restored is what was backed up."""
@@ -10582,18 +10525,10 @@ class NewResticTest(ResticScenarios, ResticTestCase):
 
     def serve_peer(self, command):
         """The URL of another server's; `command` is made from an address."""
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(command(f'127.0.0.1:{port}'), stderr=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                socket.create_connection(('127.0.0.1', port)).close()
-                return f'rest:http://127.0.0.1:{port}/host/'
-        raise AssertionError(f'no answer from {command}')
+        port = free_port()
+        self.launch(*command(f'127.0.0.1:{port}'), stdout=subprocess.DEVNULL)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'the other server')
+        return f'rest:http://127.0.0.1:{port}/host/'
 
     def check_exchange(self, command):
         """A repository of either server opens in the other."""
@@ -10708,20 +10643,11 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
         keys.write_text(''.join(
             f'restrict,command="{serve} {words} {self.root}" {(self.folder / f"{name}.pub").read_text()}'
             for name, words in (('host1', '-v --append-only'), ('admin', '-v'))))
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        config = self.folder / 'sshd_config'
+        port, config = free_port(), self.folder / 'sshd_config'
         config.write_text(f'ListenAddress 127.0.0.1:{port}\nHostKey {self.folder}/host\nPidFile none\n'
                           f'AuthorizedKeysFile {keys}\nStrictModes no\nPasswordAuthentication no\n')
-        daemon = subprocess.Popen([sshd, '-D', '-e', '-f', config], stderr=subprocess.DEVNULL)
-        self.addCleanup(daemon.wait)
-        self.addCleanup(daemon.kill)
-
-        def listens():
-            with socket.socket() as sock:
-                return sock.connect_ex(('127.0.0.1', port)) == 0
-
-        self.wait_until(listens, 'sshd')
+        self.launch(sshd, '-D', '-e', '-f', config)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'sshd')
 
         def restic(key, *words, **more):
             command = (f'{ssh} -p {port} -i {self.folder}/{key} -o StrictHostKeyChecking=no -o '
@@ -10778,26 +10704,19 @@ class HaproxyTest(TestCase):
         self.make_repository()
         content = os.urandom(12 << 20)
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-        with Program('--addr', '127.0.0.1:0', self.root) as server:
-            (self.folder / 'haproxy.cfg').write_text(
-                'defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n'
-                f'frontend f\n bind 127.0.0.1:{port}\n default_backend b\n'
-                f'backend b\n server s 127.0.0.1:{server.port}\n')
-            with subprocess.Popen([haproxy, '-f', self.folder / 'haproxy.cfg'],
-                                  stderr=subprocess.DEVNULL) as proxy:
-                try:
-                    self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
+        port, server = free_port(), self.run_server(self.root)
+        (self.folder / 'haproxy.cfg').write_text(
+            'defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n'
+            f'frontend f\n bind 127.0.0.1:{port}\n default_backend b\n'
+            f'backend b\n server s 127.0.0.1:{server.port}\n')
+        self.launch(haproxy, '-f', self.folder / 'haproxy.cfg')
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
 
-                    def download(_):
-                        return self.ask(get(f'/data/{named(content)}'), port=port)[2] == content
+        def download(_):
+            return self.ask(get(f'/data/{named(content)}'), port=port)[2] == content
 
-                    for _ in range(6):
-                        self.assertEqual(at_once(download, range(4)), [True] * 4)
-                finally:
-                    proxy.terminate()
+        for _ in range(6):
+            self.assertEqual(at_once(download, range(4)), [True] * 4)
 
 
 class CurlTest(TestCase):
@@ -11620,8 +11539,8 @@ class DeathTest(ResticTestCase):
             self.assertEqual(wire.ask(post('/?create=true', b''))[0], 200)
             for content in contents:
                 self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 200)
-        os.kill(int(subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
-                                   capture_output=True, text=True).stdout), signal.SIGTERM)
+        child, = self.children(server)
+        os.kill(child, signal.SIGTERM)
         server.process.wait(PATIENCE)
         events, begun = [], {}
         for line in trace.read_text(errors='replace').splitlines():
@@ -11700,11 +11619,9 @@ class DeathTest(ResticTestCase):
         script = ('import sys, restic_serve\nsys.argv[0] = "restic_serve"\n'
                   'del restic_serve.os.O_TMPFILE\nrestic_serve.run()')
         for number in range(2):
-            process = subprocess.Popen(
-                [sys.executable, '-c', script, '--addr', '127.0.0.1:0', '--workers', '1', str(self.root)],
-                cwd=Path(MODULE).parent, stderr=subprocess.PIPE, text=True, env=clean_environment())
-            self.addCleanup(process.kill)
-            with process, process.stderr:
+            with self.launch(sys.executable, '-c', script, '--addr', '127.0.0.1:0', '--workers', '1',
+                             str(self.root), cwd=Path(MODULE).parent, stderr=subprocess.PIPE, text=True,
+                             env=clean_environment()) as process:
                 words = (re.search(r'restic -r rest:http://127.0.0.1:(\d+)', line)
                          for line in process.stderr)
                 port = int(next(filter(None, words))[1])
@@ -11785,18 +11702,14 @@ class SharedFileSystemTest(ResticTestCase):
         servers = [self.serve('--keep-deleted', '30d', root=path) for path in self.mounts]
         text = (README.parent / '.github' / 'PROMISES.md').read_text(encoding='utf-8')
         configuration = re.search(r'```haproxy\n(.*?)```', text, re.DOTALL)[1]
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
+        port = free_port()
         for here, there in (('bind :8443 ssl crt /etc/haproxy/restic.pem', f'bind 127.0.0.1:{port}'),
                             ('server one 10.0.0.1:8080', f'server one 127.0.0.1:{servers[0].port}'),
                             ('server two 10.0.0.2:8080', f'server two 127.0.0.1:{servers[1].port}')):
             self.assertIn(here, configuration)
             configuration = configuration.replace(here, there)
         (self.folder / 'haproxy.cfg').write_text(configuration)
-        balancer = subprocess.Popen([program('haproxy'), '-f', self.folder / 'haproxy.cfg'],
-                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.addCleanup(balancer.wait)
-        self.addCleanup(balancer.kill)
+        self.launch(program('haproxy'), '-f', self.folder / 'haproxy.cfg', stdout=subprocess.DEVNULL)
         self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
         url = f'rest:http://127.0.0.1:{port}/host/'
         self.restic(url, 'init')
@@ -11870,7 +11783,7 @@ class ChaptersTest(unittest.TestCase):
 
 # ---- README ----------------------------------------------------------------------------------------
 
-class ReadmeTest(unittest.TestCase):
+class ReadmeTest(TestCase):
     def test_the_tests_say_at_their_end_what_they_left_out(self):
         def last_lines(**environment):
             done = subprocess.run(
@@ -11950,70 +11863,61 @@ class ReadmeTest(unittest.TestCase):
         found = {match[1]: block for block in self.blocks('ini')
                  for match in [re.match('# /etc/fail2ban/(.*)', block)] if match}
         self.assertEqual(sorted(found), ['filter.d/restic-serve.conf', 'jail.d/restic-serve.conf'])
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name, 'fail2ban')
-            shutil.copytree('/etc/fail2ban', folder)
-            log = Path(name, 'log')
-            failed = '2026/11/22 18:45:12 NOTICE: authentication failed for'
-            log.write_text(f"{failed} 'alice' from 1.2.3.4\n{failed} 'm\u00fcller' from 2001:db8::1\n"
-                           '2026/11/22 18:45:13 NOTICE: serving /srv/backup on http://127.0.0.1:8080/\n')
-            for path, block in found.items():
-                (folder / path).write_text(block.replace('/var/log/restic-serve/log', str(log)))
-            done = subprocess.run([regex, log, folder / 'filter.d/restic-serve.conf'], text=True,
-                                  capture_output=True)
-            self.assertIn('3 lines, 0 ignored, 2 matched, 1 missed', done.stdout)
-            done = subprocess.run([client, '-c', folder, '-d'], text=True, capture_output=True)
-            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-            self.assertIn('restic-serve', done.stdout)
+        folder, log = self.folder / 'fail2ban', self.folder / 'log'
+        shutil.copytree('/etc/fail2ban', folder)
+        failed = '2026/11/22 18:45:12 NOTICE: authentication failed for'
+        log.write_text(f"{failed} 'alice' from 1.2.3.4\n{failed} 'm\u00fcller' from 2001:db8::1\n"
+                       '2026/11/22 18:45:13 NOTICE: serving /srv/backup on http://127.0.0.1:8080/\n')
+        for path, block in found.items():
+            (folder / path).write_text(block.replace('/var/log/restic-serve/log', str(log)))
+        self.assertIn('3 lines, 0 ignored, 2 matched, 1 missed',
+                      self.check_output(regex, log, folder / 'filter.d/restic-serve.conf'))
+        self.assertIn('restic-serve', self.check_output(client, '-c', folder, '-d'))
+
+    def check_output(self, *words):
+        """What a program says, which must not fail."""
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              cwd=self.folder, env=clean_environment())
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout
+
+    def start_nginx(self, content):
+        """The port of an nginx, in one process, whose server is configured so."""
+        port = free_port()
+        (self.folder / 'nginx.conf').write_text(
+            f'daemon off;\nmaster_process off;\nuser root;\npid {self.folder}/pid;\n'
+            f'error_log {self.folder}/error.log;\nevents {{}}\n'
+            f'http {{\naccess_log off;\nclient_body_temp_path {self.folder}/body;\n'
+            f'server {{\nlisten 127.0.0.1:{port};\n{content}}}\n}}\n')
+        self.launch(program('nginx'), '-c', self.folder / 'nginx.conf', '-p', self.folder)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'nginx')
+        return port
 
     def test_behind_nginx_fail2ban_finds_the_client_and_not_the_proxy(self):
-        nginx, regex = program('nginx'), program('fail2ban-regex')
-        rule = next(block for block in self.blocks('ini') if 'filter.d' in block)
-        with tempfile.TemporaryDirectory() as name, socket.socket() as sock:
-            folder = Path(name)
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-            sock.close()
-            (folder / 'filter').write_text(rule)
-            (folder / 'users').write_text(f'alice:{sha("right")}\n')
-            (folder / 'nginx.conf').write_text(
-                f'daemon off;\nuser root;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n'
-                f'http {{\naccess_log off;\nclient_body_temp_path {folder}/body;\n'
-                f'server {{\nlisten 127.0.0.1:{port};\nlocation / {{\n'
-                f'proxy_pass http://unix:{folder}/socket;\n'
-                'proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;\n}\n}\n}\n')
-            with Program('-v', '--addr', folder / 'socket', '--htpasswd', folder / 'users', '--socket-auth',
-                         '--trust-proxy', '127.0.0.1', '--log-file', folder / 'log', folder / 'srv',
-                         wait=False) as server, subprocess.Popen(
-                             [nginx, '-c', folder / 'nginx.conf', '-p', folder],
-                             stderr=subprocess.PIPE) as proxy:
-                try:
-                    end = time.monotonic() + PATIENCE
-                    while not (listens(('127.0.0.1', port)) and listens(str(folder / 'socket'))):
-                        self.assertLess(time.monotonic(), end)
-                        time.sleep(0.01)
-                    with socket.create_connection(('127.0.0.1', port), PATIENCE, ('127.0.0.2', 0)) as client:
-                        client.sendall(get('/config', basic('alice', 'wrong'), 'X-Forwarded-For: 6.6.6.6'))
-                        self.assertIn(b' 401 ', client.recv(1000))
-                finally:
-                    proxy.terminate()
-                self.assertEqual(server.stop(), 0)
-            done = subprocess.run([regex, '-v', folder / 'log', folder / 'filter'], text=True,
-                                  capture_output=True)
-            self.assertIn('1 matched', done.stdout)
-            self.assertRegex(done.stdout, r'\n\| +127\.0\.0\.2 ')
-            self.assertIn('127.0.0.2 - - [', (folder / 'log').read_text())
+        regex, folder = program('fail2ban-regex'), self.folder
+        (folder / 'filter').write_text(next(block for block in self.blocks('ini') if 'filter.d' in block))
+        (folder / 'users').write_text(f'alice:{sha("right")}\n')
+        port = self.start_nginx(f'location / {{\nproxy_pass http://unix:{folder}/socket;\n'
+                                'proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;\n}\n')
+        with Program('-v', '--addr', folder / 'socket', '--htpasswd', folder / 'users', '--socket-auth',
+                     '--trust-proxy', '127.0.0.1', '--log-file', folder / 'log', self.root,
+                     wait=False) as server:
+            self.wait_until(lambda: listens(str(folder / 'socket')), 'the server')
+            with socket.create_connection(('127.0.0.1', port), PATIENCE, ('127.0.0.2', 0)) as client:
+                client.sendall(get('/config', basic('alice', 'wrong'), 'X-Forwarded-For: 6.6.6.6'))
+                self.assertIn(b' 401 ', client.recv(1000))
+            self.assertEqual(server.stop(), 0)
+        output = self.check_output(regex, '-v', folder / 'log', folder / 'filter')
+        self.assertIn('1 matched', output)
+        self.assertRegex(output, r'\n\| +127\.0\.0\.2 ')
+        self.assertIn('127.0.0.2 - - [', (folder / 'log').read_text())
 
     def test_haproxy_takes_the_configuration(self):
-        haproxy = program('haproxy')
-        with tempfile.TemporaryDirectory() as name:
-            authority = Authority(Path(name))
-            authority.issue('restic')
-            path = Path(name, 'haproxy.cfg')
-            path.write_text(self.blocks('haproxy')[0].replace('/etc/haproxy/restic.pem',
-                                                              f'{name}/restic.both'))
-            done = subprocess.run([haproxy, '-c', '-f', path], text=True, capture_output=True)
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        haproxy, path = program('haproxy'), self.folder / 'haproxy.cfg'
+        Authority(self.folder).issue('restic')
+        path.write_text(self.blocks('haproxy')[0].replace('/etc/haproxy/restic.pem',
+                                                          f'{self.folder}/restic.both'))
+        self.check_output(haproxy, '-c', '-f', path)
 
     def test_no_example_lets_strangers_in(self):
         """An example that listens on more than this host has users, and TLS or a proxy before it; and none
@@ -12080,99 +11984,69 @@ tests:
                             said += ', exp_annotations: {summary: "a: last snapshot 2d 0h 20m 0s ago"}'
                         said += '}]'
                     text += f'  - {{eval_time: {minute}m, alertname: {name}{said}}}\n'
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, 'rules.yml').write_text(rules)
-            Path(folder, 'tests.yml').write_text(text)
-            for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
-                done = subprocess.run([program('promtool'), *command], text=True, capture_output=True,
-                                      cwd=folder)
-                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        (self.folder / 'rules.yml').write_text(rules)
+        (self.folder / 'tests.yml').write_text(text)
+        for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
+            self.check_output(program('promtool'), *command)
         self.assertEqual(len(names), 10)
 
     def test_the_commands_for_events_in_the_readme_tell_what_has_happened(self):
         block = next(block for block in self.blocks('sh') if '--on-event' in block)
         commands = re.findall(r"^--on-event '(.*)'", block, re.MULTILINE)
         self.assertEqual(len(commands), 3)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for word in ('mail', 'curl'):
-                (folder / word).write_text(f'#!/bin/sh\nprintf "%s\\n" {word} "$@" - >> {folder}/heard\n'
-                                           f'cat >> {folder}/heard\n')
-                (folder / word).chmod(0o755)
-            for event in ('snapshot', 'overdue'):
-                for command in commands:
-                    done = subprocess.run(
-                        ['sh', '-c', command], stdin=subprocess.DEVNULL, capture_output=True, env={
-                            'PATH': f'{folder}:{os.environ["PATH"]}', 'RESTIC_SERVE_EVENT': event,
-                            'RESTIC_SERVE_MESSAGE': '@/etc/passwd: $(touch x)'})
-                    self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b'', b''))
-            heard = (folder / 'heard').read_text()
+        folder = self.folder
+        for word in ('mail', 'curl'):
+            (folder / word).write_text(f'#!/bin/sh\nprintf "%s\\n" {word} "$@" - >> {folder}/heard\n'
+                                       f'cat >> {folder}/heard\n')
+            (folder / word).chmod(0o755)
+        for event, command in itertools.product(('snapshot', 'overdue'), commands):
+            done = subprocess.run(['sh', '-c', command], stdin=subprocess.DEVNULL, capture_output=True, env={
+                'PATH': f'{folder}:{os.environ["PATH"]}', 'RESTIC_SERVE_EVENT': event,
+                'RESTIC_SERVE_MESSAGE': '@/etc/passwd: $(touch x)'})
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b'', b''))
+        heard = (folder / 'heard').read_text()
         self.assertEqual([heard.count(f'{word}\n') for word in ('mail', 'curl')], [1, 3])
         self.assertEqual(heard.count('@/etc/passwd: $(touch x)\n'), 3)
         self.assertEqual(heard.count('--data-raw\n@'), 2)
 
     def test_the_nginx_of_the_readme_lets_nobody_in_without_a_password(self):
-        nginx = program('nginx')
-        text = README.read_text(encoding='utf-8')
+        text, folder = README.read_text(encoding='utf-8'), self.folder
         block = re.search(r'```nginx\n(.*?)```', text, re.DOTALL)[1]
         command = re.search(r'```sh\npython3 restic_serve\.py ([^`]*--user-from-header[^`]*)```', text)[1]
-        with tempfile.TemporaryDirectory() as name, socket.socket() as sock:
-            folder = Path(name)
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-            sock.close()
-            (folder / 'users').write_text(f'alice:{sha("right")}\n')
-            for old, new in (('/run/restic-serve/socket', f'{folder}/socket'),
-                             ('/etc/nginx/restic-users', f'{folder}/users')):
-                self.assertIn(old, block)
-                block = block.replace(old, new)
-                command = command.replace(old, new)
-            (folder / 'nginx.conf').write_text(
-                f'daemon off;\nuser root;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n'
-                f'http {{\naccess_log off;\nclient_body_temp_path {folder}/body;\n'
-                f'server {{\nlisten 127.0.0.1:{port};\n{block}}}\n}}\n')
-            words = command.replace('\\\n', ' ').replace('/srv/backup', f'{folder}/srv').split()
-            with Program(*words) as server, subprocess.Popen(
-                    [nginx, '-c', folder / 'nginx.conf', '-p', folder], stderr=subprocess.PIPE) as proxy:
-                try:
-                    end = time.monotonic() + PATIENCE
-                    while not listens(('127.0.0.1', port)) and time.monotonic() < end:
-                        time.sleep(0.01)
-                    self.assertEqual([line for line in server.lines if 'NOTICE' not in line], [])
-                    for login, status in (((), 401), ((basic('alice', 'wrong'),), 401),
-                                          ((basic('nobody', ''),), 401), ((basic('alice', 'right'),), 404),
-                                          (('X-Forwarded-User: alice',), 401)):
-                        with Wire(port) as wire:
-                            self.assertEqual(wire.ask(get('/backup/alice/config', *login))[0], status, login)
-                    with Wire(port) as wire:  # whoever is in cannot name another
-                        self.assertEqual(wire.ask(get('/backup/bob/config', basic('alice', 'right'),
-                                                      'X-Forwarded-User: bob'))[0], 403)
-                finally:
-                    proxy.terminate()
+        (folder / 'users').write_text(f'alice:{sha("right")}\n')
+        for old, new in (('/run/restic-serve/socket', f'{folder}/socket'),
+                         ('/etc/nginx/restic-users', f'{folder}/users')):
+            self.assertIn(old, block)
+            block = block.replace(old, new)
+            command = command.replace(old, new)
+        port = self.start_nginx(block)
+        with Program(*command.replace('\\\n', ' ').replace('/srv/backup', str(self.root)).split()) as server:
+            self.assertEqual([line for line in server.lines if 'NOTICE' not in line], [])
+            for user, status, *login in (
+                    ('alice', 401), ('alice', 401, basic('alice', 'wrong')),
+                    ('alice', 401, basic('nobody', '')), ('alice', 404, basic('alice', 'right')),
+                    ('alice', 401, 'X-Forwarded-User: alice'),
+                    # whoever is in cannot name another
+                    ('bob', 403, basic('alice', 'right'), 'X-Forwarded-User: bob')):
+                answer = self.ask(get(f'/backup/{user}/config', *login), port=port)
+                self.assertEqual(answer[0], status, login)
 
     def test_it_can_be_packed_as_the_readme_says(self):
         text = README.read_text(encoding='utf-8')
         script = re.search(r'```sh\n(mkdir -p packed.*?)```', text, re.DOTALL)[1].splitlines()
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(MODULE, folder)
-            commands = '\n'.join([*script, './restic_serve.pyz --version'])
-            commands = commands.replace('python3 ', f'{sys.executable} ')
-            done = subprocess.run(['sh', '-ec', commands], cwd=folder, text=True, capture_output=True,
-                                  env=clean_environment())
-        self.assertEqual((done.returncode, done.stdout, done.stderr),
-                         (0, f'restic_serve {restic_serve.__version__}\n', ''))
+        shutil.copy(MODULE, self.folder)
+        commands = '\n'.join([*script, './restic_serve.pyz --version'])
+        self.assertEqual(self.check_output('sh', '-ec', commands.replace('python3 ', f'{sys.executable} ')),
+                         f'restic_serve {restic_serve.__version__}\n')
 
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
         units = [(path.name, path.read_text())
                  for path in sorted((README.parent / '.github' / 'systemd').iterdir())]
         self.assertEqual([name for name, _ in units], ['restic-serve.service', 'restic-serve.socket'])
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in units:
-                Path(folder, name).write_text(content)
-            done = subprocess.run([analyze, 'verify', *(f'{folder}/{name}' for name, _ in units)],
-                                  capture_output=True, text=True)
-            self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ''))
+        for name, content in units:
+            (self.folder / name).write_text(content)
+        self.assertEqual(self.check_output(analyze, 'verify', *(self.folder / name for name, _ in units)), '')
 
 
 if __name__ == '__main__':
