@@ -488,6 +488,11 @@ class WireTestCase(TestCase):
         self.store.save(Location(repository, kind, name), Bytes(content))
         return f'{repository}/{kind}/{name}'
 
+    def wait_for_one_connection(self):
+        """Until a connection has come, and all have ended."""
+        self.wait_until(lambda: self.server.served, 'a connection')
+        self.wait_until(lambda: not self.server.served, 'its end')
+
     def wait_for_room(self, port):
         """Until one more connection is admitted."""
         self.wait_until(lambda: self.ask(get('/config'), port=port)[0] == 404, 'room')
@@ -727,6 +732,7 @@ class Authority:
 
     def __init__(self, folder, *names):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.openssl = program('openssl')
         self.number = 0
         self.run('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
@@ -846,8 +852,10 @@ class Stdio:
         else:
             self.process.stdin.close()
 
-    def finish(self):
-        """Exit status, and what it has logged."""
+    def finish(self, close=False):
+        """Exit status, and what it has logged; `close` its input before."""
+        if close:
+            self.close()
         with self.process.stderr as log:
             text = log.read().decode()
         return self.process.wait(PATIENCE), text
@@ -948,7 +956,7 @@ class UnitsTest(unittest.TestCase):
 
 # ---- Messages --------------------------------------------------------------------------------------
 
-class OneLineTest(unittest.TestCase):
+class OneLineTest(TestCase):
     def test_what_is_said_is_one_line_that_reads_as_it_is_written(self):
         for text, said in (('plain', 'plain'), ('süß 漢字', 'süß 漢字'), ('a\nb', r'a\nb'),
                            ('\x1b[31m', r'\x1b[31m'),
@@ -969,16 +977,13 @@ class OneLineTest(unittest.TestCase):
         self.assertGreater(formatter.format(record).count('\n'), 1)     # a traceback is not
 
     def test_a_log_file_is_for_its_owner_and_group(self):
-        with tempfile.TemporaryDirectory() as folder:
-            old = os.umask(0o022)
-            try:
-                handler = restic_serve.LogFile(f'{folder}/log')
-                handler.emit(logging.LogRecord('x', logging.INFO, '', 0, '\udc80ü', (), None))
-                handler.close()
-            finally:
-                os.umask(old)
-            self.assertEqual(stat.S_IMODE(os.stat(f'{folder}/log').st_mode), 0o640)
-            self.assertEqual(Path(folder, 'log').read_text(encoding='utf-8'), '\\udc80ü\n')
+        self.addCleanup(os.umask, os.umask(0o022))
+        path = self.folder / 'log'
+        handler = restic_serve.LogFile(str(path))
+        handler.emit(logging.LogRecord('x', logging.INFO, '', 0, '\udc80ü', (), None))
+        handler.close()
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o640)
+        self.assertEqual(path.read_text(encoding='utf-8'), '\\udc80ü\n')
 
 
 class RangeTest(unittest.TestCase):
@@ -1051,36 +1056,37 @@ class AccessLogTest(WireTestCase):
 
     def check(self, *parts):
         self.wait_until(lambda: self.lines, 'a line')
-        self.assertRegex(self.lines.pop(0), self.COMBINED % parts)
+        request, *parts = parts
+        request += r' HTTP/1\.1' * (request != '-')
+        self.assertRegex(self.lines.pop(0), self.COMBINED % (request, *parts))
 
     def test_a_line_a_request_in_the_combined_log_format(self):
         path = self.put(b'content')
-        self.ask(get(path, 'User-Agent: restic/0.19'))
-        self.check(f'GET {path} HTTP/1\\.1', 200, '7', '-', 'restic/0.19')
-        self.ask(get('/config?a=b', 'Referer: http://x/'))
-        self.check(r'GET /config\?a=b HTTP/1\.1', 404, r'\d+', 'http://x/', '-')
         large = self.put(bytes(1 << 20))
-        self.ask(get(large))
-        self.check(f'GET {large} HTTP/1\\.1', 200, str(1 << 20), '-', '-')
-        self.ask(get(large, method='HEAD'), head_only=True)
-        self.check(f'HEAD {large} HTTP/1\\.1', 200, '-', '-', '-')
-        self.ask(get('/data/', 'Accept: ' + V2))
-        self.check('GET /data/ HTTP/1\\.1', 200, r'\d{3}', '-', '-')
+        for request, *parts in (
+                (get(path, 'User-Agent: restic/0.19'), f'GET {path}', 200, '7', '-', 'restic/0.19'),
+                (get('/config?a=b', 'Referer: http://x'), r'GET /config\?a=b', 404, r'\d+', 'http://x', '-'),
+                (get(large), f'GET {large}', 200, str(1 << 20), '-', '-'),
+                (get(large, method='HEAD'), f'HEAD {large}', 200, '-', '-', '-'),
+                (get('/data/', 'Accept: ' + V2), 'GET /data/', 200, r'\d{3}', '-', '-')):
+            self.ask(request, head_only=request.startswith(b'HEAD'))
+            self.check(*parts)
 
     def test_no_client_can_forge_a_line(self):
-        self.ask(get('/"x\\', 'User-Agent: a" \\\xe9'))
-        self.check(r'GET /\\x22x\\x5c HTTP/1\.1', 404, r'\d+', '-', r'a\\x22 \\x5c\\xc3\\xa9')
-        self.ask(b'rubbish "\r\n\r\n')
-        self.check('-', 400, r'\d+', '-', '-')
-        self.ask(get('/config', 'Expect: wonders'))
-        self.check('GET /config HTTP/1\\.1', 417, r'\d+', '-', '-')
+        for request, *parts in (
+                (get('/"x\\', 'User-Agent: a" \\\xe9'), r'GET /\\x22x\\x5c', 404, r'\d+', '-',
+                 r'a\\x22 \\x5c\\xc3\\xa9'),
+                (b'rubbish "\r\n\r\n', '-', 400, r'\d+', '-', '-'),
+                (get('/config', 'Expect: wonders'), 'GET /config', 417, r'\d+', '-', '-')):
+            self.ask(request)
+            self.check(*parts)
 
     def test_an_upload_whose_client_goes_has_its_line(self):
         with Wire(self.port) as wire:
             wire.send(post('/config', b'1', length=10))
             self.wait_until(lambda: self.server.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
-        self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
+        self.check('POST /config', 499, '-', '-', '-')
 
 
 # ---- Files -----------------------------------------------------------------------------------------
@@ -1094,9 +1100,7 @@ class WatchedFilesTest(TestCase):
         self.write('alice')
         self.file = PasswordFile(str(self.path))
         self.clock = 0
-        patch = mock.patch.object(restic_serve.time, 'monotonic', lambda: self.clock)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patch_for(self, restic_serve.time, monotonic=lambda: self.clock)
 
     def write(self, *names):
         self.path.write_text(''.join(f'{name}:{sha(name)}\n' for name in names))
@@ -6712,8 +6716,7 @@ class TimeLimitTest(WireTestCase):
         path = self.put(bytes(64 << 20))
         wire = self.connect()
         wire.send(get(path))
-        self.wait_until(lambda: self.server.served, 'a connection')
-        self.wait_until(lambda: not self.server.served, 'its end')
+        self.wait_for_one_connection()
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -6725,8 +6728,7 @@ class TimeLimitTest(WireTestCase):
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
             wire.send('GET /data/ HTTP/1.0\r\n\r\n')
-            self.wait_until(lambda: self.server.served, 'a connection')
-            self.wait_until(lambda: not self.server.served, 'its end')
+            self.wait_for_one_connection()
             with self.assertRaises(ConnectionResetError):
                 wire.answer()
 
@@ -6740,8 +6742,7 @@ class TimeLimitTest(WireTestCase):
         for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
             with Wire(self.port) as wire:
                 wire.send(request)
-                self.wait_until(lambda: self.server.served, 'a connection')
-                self.wait_until(lambda: not self.server.served, 'its end')
+                self.wait_for_one_connection()
         self.wait_until(lambda: held() <= before, 'the end of threads and descriptors')
 
 
@@ -6791,8 +6792,7 @@ class BandwidthOfConnectionsTest(Http2TestCase):
 class HeadTest(unittest.TestCase):
     """The parser of heads, from strings alone."""
 
-    def parse(self, text):
-        return restic_serve.parse_head(text)
+    parse = staticmethod(restic_serve.parse_head)
 
     def test_a_head_in_its_parts(self):
         method, target, version, headers = self.parse(
@@ -8396,10 +8396,8 @@ class TlsTest(ListenerTestCase):
         port = self.start_tls(client_ca=str(self.authority.path))
         self.authority.issue('client', 'alice')
         self.assertEqual(self.connect_tls(port, 'client').ask(get('/config'))[0], 404)
-        other = self.folder / 'other'
-        other.mkdir()
-        Authority(other).issue('client', 'alice')
-        (self.folder / 'bad.both').write_text((other / 'client.both').read_text())
+        Authority(self.folder / 'other').issue('client', 'alice')
+        (self.folder / 'other/client.both').rename(self.folder / 'bad.both')
         for client in (None, 'bad'):
             with self.assertRaises((self.ssl.SSLError, ConnectionError, TypeError)):
                 self.connect_tls(port, client).ask(get('/config'))[0]
@@ -8427,9 +8425,7 @@ class TlsTest(ListenerTestCase):
             os.utime(self.authority.path)
             self.wait_until(lambda: 'loaded certificate' in ''.join(self.log), 'the server to read it')
             self.assertEqual(wire.ask(get('/config'))[0], 404)
-            other = self.folder / 'other'
-            other.mkdir()
-            self.authority.path.write_text(Authority(other).path.read_text())
+            self.authority.path.write_text(Authority(self.folder / 'other').path.read_text())
             self.assertTrue(wire.is_closed())
             self.assertIn('the client CA has changed', self.log[-1])
 
@@ -8638,8 +8634,7 @@ class ForwardedClientsTest(ListenerTestCase):
 
     def setUp(self):
         super().setUp()
-        store = self.make_store()
-        self.api = Api(store, Policy(), Accounts(
+        self.api = Api(self.store, Policy(), Accounts(
             user='alice', password='secret', proxies=[restic_serve.parse_network('127.0.0.1')]))
 
     def test_they_stand_in_the_logs(self):
@@ -9508,7 +9503,7 @@ class CommandLineTest(TestCase):
                                 for line in server.lines), server.lines)
         self.assertFalse(any('WARNING' in line for line in self.run_server(self.root).lines))
 
-    def test_what_was_done_is_logged_when_something_was(self):
+    def test_each_request_is_logged_and_what_was_done_when_something_was(self):
         def lines(level, requests=None):
             return [line for line in server.lines if f'{level}: in ' in line
                     and (requests is None or f' {requests} requests ' in line)]
@@ -9518,6 +9513,7 @@ class CommandLineTest(TestCase):
             self.ask(get('/config'), port=server.port)
             self.wait_until(lambda number=number: len(lines('INFO', 1)) >= number, 'a line')
         self.assertEqual(len(lines('INFO')), 2)
+        self.assertEqual(sum('"GET /config HTTP/1.1" 404' in line for line in server.lines), 2)
         if hasattr(signal, 'SIGUSR1'):
             server.process.send_signal(signal.SIGUSR1)
             self.wait_until(lambda: lines('NOTICE', 0), 'the line of SIGUSR1')
@@ -9535,22 +9531,20 @@ class CommandLineTest(TestCase):
         self.assertEqual(lines('INFO'), [])
 
     def test_quotas_metrics_and_the_page_are_as_the_options_say(self):
-        html = 'Accept: text/html'
+        content, page = b'x' * 401, get('/', 'Accept: text/html')
         self.make_repository()
-        server = self.run_server('--max-size', '8192', '--prometheus', '--stale-after', '1h', self.root)
-        with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(post('/config', b'x' * 8193))[0], 507)
-            self.assertEqual(wire.ask(post('/config', b'x' * 600))[0], 200)
-            self.assertEqual(wire.ask(get('/metrics'))[0], 200)
-            self.assertIn(b'8.0 KiB of 8.0 KiB', wire.ask(get('/', html))[2])
-        server.stop()
-        server = self.run_server('--max-size', '4096', '--status=false', self.root)
-        with Wire(server.port) as wire:
-            content = b'x' * 401
-            self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 507)
-            self.assertEqual(wire.ask(get('/metrics'))[0], 404)
-            self.assertEqual(wire.ask(get('/', html))[0], 404)
-        server.stop()
+        for words, answers in (
+                (['--max-size', '8192', '--prometheus', '--stale-after', '1h'], (
+                    (post('/config', b'x' * 8193), 507), (post('/config', b'x' * 600), 200),
+                    (get('/metrics'), 200), (page, 200))),
+                (['--max-size', '4096', '--status=false'], (
+                    (post(f'/data/{named(content)}', content), 507), (get('/metrics'), 404), (page, 404)))):
+            server = self.run_server(*words, self.root)
+            for request, status in answers:
+                answer = self.ask(request, port=server.port)
+                self.assertEqual(answer[0], status, (words, request[:40]))
+            self.assertEqual(b'8.0 KiB of 8.0 KiB' in answer[2], status == 200)
+            server.stop()
 
     @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'this system has no SIGUSR2')
     def test_sigusr2_lifts_the_limit_on_bandwidth_and_puts_it_in_force_again(self):
@@ -9563,12 +9557,6 @@ class CommandLineTest(TestCase):
         with self.run_server(self.root) as server:
             server.process.send_signal(signal.SIGUSR2)
             self.assertEqual(server.stop(), 0)
-
-    def test_levels_of_the_log(self):
-        server = self.run_server('-v', self.root)
-        self.ask(get('/config'), port=server.port)
-        server.stop()
-        self.assertTrue(any('"GET /config HTTP/1.1" 404' in line for line in server.lines))
 
     def test_the_log_goes_to_a_file(self):
         for words, text in (([], 'try: '), (['-q'], '')):
@@ -9713,17 +9701,14 @@ restic_serve.trim_memory = trim_and_forget
         content = os.urandom(100_000)
         path = f'/data/{named(content)}'
         with Program('--addr', '127.0.0.1:0', self.root, python=pypy) as server:
-            with Wire(server.port) as wire:
-                for request, expected in ((post('/?create=true', b''), 200), (post(path, content), 200),
-                                          (get(path), 200), (get('/data/'), 200),
-                                          (get('/', 'Accept: text/html'), 200)):
-                    self.assertEqual(wire.ask(request)[0], expected)
+            for request in (post('/?create=true', b''), post(path, content), get(path), get('/data/'),
+                            get('/', 'Accept: text/html')):
+                self.assertEqual(self.ask(request, port=server.port)[0], 200)
             self.assertEqual(server.stop(), 0)
         with Stdio(self.root, python=pypy) as server:
             server.wire.send(headers(1, fields('GET', path)))
             self.assertEqual(server.wire.answer()[2], content)
-            server.close()
-            self.assertEqual(server.finish(), (0, ''))
+            self.assertEqual(server.finish(close=True), (0, ''))
 
     def test_the_log_as_json(self):
         with Program('-v', '--addr', '127.0.0.1:0', '--log-format=json', self.root) as server:
@@ -9824,9 +9809,8 @@ restic_serve.trim_memory = trim_and_forget
 
     def test_a_password_from_the_environment(self):
         server = self.run_server('--user', 'alice', self.root, RESTIC_SERVE_PASS='secret')
-        with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 401)
-            self.assertEqual(wire.ask(get('/config', basic('alice', 'secret')))[0], 404)
+        for login, status in (((), 401), ([basic('alice', 'secret')], 404)):
+            self.assertEqual(self.ask(get('/config', *login), port=server.port)[0], status)
         with Program('--addr', ':0', '--user', 'a', self.root, RESTIC_SERVE_PASS='b') as server:
             self.assertFalse(any('WARNING' in line for line in server.lines))
 
@@ -9920,8 +9904,7 @@ class MinimalHostTest(TestCase):
                 with self.subTest(without=name):
                     server.wire.send(headers(1, fields('GET', '/config')))
                     self.assertEqual(server.wire.answer()[0], 404)
-                    server.close()
-                    self.assertEqual(server.finish(), (0, ''))
+                    self.assertEqual(server.finish(close=True), (0, ''))
 
     def test_what_cannot_work_without_a_piece_is_said_in_a_line(self):
         empty = self.folder / 'empty'
@@ -10019,8 +10002,7 @@ class StdioTest(TestCase):
             for number, kind, expected in ((5, 'data', 403), (7, 'locks', 200)):
                 server.wire.send(headers(number, fields('DELETE', f'/{kind}/{named(content)}')))
                 self.assertEqual(server.wire.answer(number)[0], expected)
-            server.close()
-            status, log = server.finish()
+            status, log = server.finish(close=True)
         self.assertEqual((status, log.count('\n')), (0, 1), log)  # what append-only refused
         self.assertEqual(victim.read_text(), 'the config of a repository\n')
 
@@ -10031,16 +10013,14 @@ class StdioTest(TestCase):
             server.wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4), frame(DATA, 0, 1, b'x'),
                              headers(3, fields('GET', path)))
             server.wire.until(DATA)
-            server.close()
-            self.assertEqual(server.finish(), (0, ''))
+            self.assertEqual(server.finish(close=True), (0, ''))
         self.assertEqual(len(self.files()), 1)
 
     def test_the_words_of_restic(self):
         with Stdio('serve', 'restic', '--stdio', '--b2-hard-delete', self.root) as server:
             server.wire.send(headers(1, fields('GET', '/file-123')))
             self.assertEqual(server.wire.answer()[0], 404)
-            server.close()
-            self.assertEqual(server.finish()[0], 0)
+            self.assertEqual(server.finish(close=True)[0], 0)
 
     def test_a_signal_ends_it_when_requests_are_done(self):
         content = os.urandom(1000)
@@ -11539,18 +11519,17 @@ class DeathTest(ResticTestCase):
 
     @long
     def test_killed_at_any_moment_of_a_backup(self):
-        chance, port = random.Random(4), 0
-        server, url = None, ''
+        def start(port=0):
+            server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
+            self.addCleanup(server.__exit__)
+            self.assertTrue(server.url, server.lines)
+            return server
+
+        chance, server = random.Random(4), start()
+        url = self.address(server, 'host/')
+        self.restic(url, 'init')
         self.source.joinpath('much').mkdir()
         for number in range(50):
-            if server is None:
-                server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
-                self.addCleanup(server.__exit__)
-                self.assertTrue(server.url, server.lines)
-                port, url = server.port, self.address(server, 'host/')
-                self.assertFalse([name for name in self.files() if 'upload-' in name])
-            if not number:
-                self.restic(url, 'init')
             for part in range(4):
                 (self.source / f'much/{part}').write_bytes(os.urandom(8 << 20))
             result = []
@@ -11559,17 +11538,14 @@ class DeathTest(ResticTestCase):
             backup.join(chance.uniform(0, 1.2))
             whom = number % 3
             if whom == 0:       # a worker: another takes its place
-                children = self.children(server)
-                os.kill(chance.choice(children), signal.SIGKILL)
+                os.kill(chance.choice(self.children(server)), signal.SIGKILL)
             else:
                 children = self.children(server) if whom == 1 else []   # all of them, or the parent alone
                 for pid in [server.process.pid, *children]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 server.__exit__()
-                server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
-                self.addCleanup(server.__exit__)
-                self.assertTrue(server.url, server.lines)
+                server = start(server.port)
             backup.join()
             if result[0]:  # restic had not yet begun to try again, or a lock was lost
                 self.restic(url, 'unlock', '--remove-all')
