@@ -1951,6 +1951,19 @@ class SlowDiskTest(StoreTest):
         with mock.patch.object(restic_serve, '_scan', scan):
             yield
 
+    @contextlib.contextmanager
+    def failing_stat(self, name):
+        """Nothing can be known of the file of this name."""
+        real = os.stat
+
+        def fail(path, *args, **more):
+            if str(path).endswith(name):
+                raise OSError(errno.EIO, 'made by a test')
+            return real(path, *args, **more)
+
+        with mock.patch.object(os, 'stat', fail):
+            yield
+
     def list(self, kind='data', sizes=True):
         return list(self.store.objects(Location('/host', kind), sizes))
 
@@ -2076,16 +2089,10 @@ class SlowDiskTest(StoreTest):
 
     def test_a_count_has_all_that_can_be_read(self):
         self.fill(20)
-        last, real = list(os.scandir(self.root / 'host/keys'))[-1].name, os.stat
-
-        def fail(path, *args, **more):
-            if path == last:
-                raise OSError(errno.EIO, 'made by a test')
-            return real(path, *args, **more)
-
+        last = list(os.scandir(self.root / 'host/keys'))[-1].name
         shutil.rmtree(self.root / 'host/data')
         usage = Usage(self.store, Counters())
-        with mock.patch.object(os, 'stat', fail):
+        with self.failing_stat(last):
             usage.census.count()
         held = usage.holdings()['/host']
         self.assertEqual((held.objects['keys'], held.unreadable), (20 - restic_serve._HAS_DIR_FD,
@@ -2112,15 +2119,8 @@ class SlowDiskTest(StoreTest):
 
     def test_an_object_that_cannot_be_looked_at_is_said(self):
         self.fill()
-        name, real = named(b'50'), os.stat
-
-        def fail(path, *args, **more):
-            if str(path).endswith(name):
-                raise OSError(errno.EIO, 'made by a test')
-            return real(path, *args, **more)
-
         usage = Usage(self.store, Counters())
-        with mock.patch.object(os, 'stat', fail):
+        with self.failing_stat(named(b'50')):
             for kind in ('data', 'keys') if restic_serve._HAS_DIR_FD else ():
                 with self.assertRaises(OSError):
                     self.list(kind)
@@ -4296,19 +4296,14 @@ class UsageTest(TestCase):
             self.usage.save(location, Bytes(content))
 
     def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
-        with mock.patch.object(restic_serve, 'SLOT_BYTES', 4096), \
-                mock.patch.object(restic_serve, 'SPARE_BYTES', 2048):
-            self.usage = Usage(self.store, Counters(),
-                               quotas=restic_serve.Quotas({'/': 1 << 30, '/%u': 1 << 20}))
+        with mock.patch.multiple(restic_serve, SLOT_BYTES=4096, SPARE_BYTES=2048, ROOM_SECONDS=0):
+            self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 30, '/%u': 1 << 20}))
             self.usage.census.count()
             stored = 0
-            with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0):
-                for number in range(100):
-                    try:
-                        self.save(10, f'/user{number}/x')
-                        stored += 1
-                    except Busy:
-                        pass
+            for number in range(100):
+                with contextlib.suppress(Busy):
+                    self.save(10, f'/user{number}/x')
+                    stored += 1
             self.assertIn(stored, range(5, 95))
             self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
             self.usage.census.count()
@@ -4930,8 +4925,7 @@ class RightsTest(TestCase):
                 ('DELETE', 'config', 'write', 200))
 
     def test_every_role_with_every_request_on_every_kind_of_path(self):
-        store = Store(str(self.root))
-        store.prepare()
+        store = self.make_store()
         rank = ('none', 'read', 'append', 'write').index
         for append_only, private, user in itertools.product(
                 (False, True), (False, True), ('alice', 'admin', '')):
@@ -5535,10 +5529,9 @@ class WatchTest(TestCase):
         self.assertEqual(restic_serve.count_troubles([]), '')
 
     def report(self, *words, folder=None, said=''):
-        done = subprocess.run([sys.executable, compiled(), '--report', *words, str(folder or self.root)],
-                              text=True, capture_output=True, env=clean_environment())
-        self.assertRegex(done.stderr, rf'^{said}\Z')
-        return done.returncode, done.stdout.splitlines()
+        status, output, error = self.run_it('--report', *words, folder or self.root)
+        self.assertRegex(error, rf'^{said}\Z')
+        return status, output.splitlines()
 
     def test_the_report_says_it_on_a_terminal(self):
         status, lines = self.report()
@@ -5866,9 +5859,8 @@ class EventsTest(WatchedTestCase):
                  self.root)
         with Program(*words) as server:
             for number in range(12):
-                content = b'%d' % number
-                with Wire(server.port) as wire:
-                    self.assertEqual(wire.ask(post(f'/laptop/snapshots/{named(content)}', content))[0], 200)
+                upload = post(f'/laptop/snapshots/{named(b"%d" % number)}', b'%d' % number)
+                self.assertEqual(self.ask(upload, port=server.port)[0], 200)
             self.wait_until(lambda: len(self.told()) >= 13, 'all events')
             self.assertEqual(server.stop(), 0)
         self.assertEqual(sorted(line.partition('|')[0] for line in self.told()),
@@ -8839,24 +8831,22 @@ class ServiceManagerTest(TestCase):
                 return word
 
     def test_it_hears_of_start_reload_and_end(self):
-        with Program('--addr', '127.0.0.1:0', self.root,
-                     NOTIFY_SOCKET=str(self.folder / 'notify')) as server:
-            self.assertEqual(self.hear(''), 'READY=1')
-            server.process.send_signal(signal.SIGHUP)
-            self.assertRegex(self.hear('RELOADING'), r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
-            self.assertEqual(self.hear(''), 'READY=1')
-            self.assertEqual(server.stop(), 0)
-            self.assertEqual(self.hear(''), 'STOPPING=1')
-            self.heard.setblocking(False)
-            self.assertRaises(BlockingIOError, self.heard.recv, 1)
+        server = self.run_server(self.root, NOTIFY_SOCKET=str(self.folder / 'notify'))
+        self.assertEqual(self.hear(''), 'READY=1')
+        server.process.send_signal(signal.SIGHUP)
+        self.assertRegex(self.hear('RELOADING'), r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
+        self.assertEqual(self.hear(''), 'READY=1')
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.hear(''), 'STOPPING=1')
+        self.heard.setblocking(False)
+        self.assertRaises(BlockingIOError, self.heard.recv, 1)
 
     def test_the_watchdog_is_fed_without_any_request(self):
-        with Program('--addr', '127.0.0.1:0', self.root, WATCHDOG_USEC='200000',
-                     NOTIFY_SOCKET=str(self.folder / 'notify')):
-            begin = time.monotonic()
-            for _ in range(5):
-                self.hear('WATCHDOG=1')
-            self.assertLess(time.monotonic() - begin, PATIENCE)
+        self.run_server(self.root, WATCHDOG_USEC='200000', NOTIFY_SOCKET=str(self.folder / 'notify'))
+        begin = time.monotonic()
+        for _ in range(5):
+            self.hear('WATCHDOG=1')
+        self.assertLess(time.monotonic() - begin, PATIENCE)
 
     def test_the_watchdog_hears_twice_in_its_time_and_that_of_another_process_nothing(self):
         variables = {'NOTIFY_SOCKET': str(self.folder / 'notify'), 'WATCHDOG_USEC': '3000000'}
@@ -9355,12 +9345,9 @@ class OtherServersTest(TestCase):
     def test_options_of_rclone_that_mean_nothing_here_are_ignored_and_logged(self):
         for args, said in (([], ''), (['-vP', '--transfers=4', '--use-mmap', '--tpslimit', '1'],
                                       '--progress --use-mmap --tpslimit --transfers')):
-            done = subprocess.run(
-                [sys.executable, MODULE, 'serve', 'restic', *args, '--report', str(self.folder)],
-                capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
-            self.assertEqual(done.returncode, 1)
-            lines = done.stderr.splitlines()[:-1]
-            self.assertEqual([line.partition(' NOTICE: ')[2] for line in lines],
+            status, _, error = self.run_it('serve', 'restic', *args, '--report', self.folder)
+            self.assertEqual(status, 1)
+            self.assertEqual([line.partition(' NOTICE: ')[2] for line in error.splitlines()[:-1]],
                              [f'ignored, has no effect on a local directory: {said}'] if said else [])
         self.assertEqual(restic_serve.Parser({}).parse(['--', '--transfers']).arguments, ['--transfers'])
         self.assertEqual(refusal('--stdio', '--b2-hard-delete', '--cache-objects', '--', 'dir'), '')
@@ -10152,7 +10139,7 @@ class StdioTest(TestCase):
 class ResticTestCase(TestCase):
     """A test that drives restic against the server, in a process of its own."""
 
-    find_restic = staticmethod(lambda: program('restic'))
+    find_restic = staticmethod(lambda: peer('restic'))
 
     def setUp(self):
         super().setUp()
@@ -10332,8 +10319,6 @@ class ResticScenarios:
 class WaysInTest(ResticTestCase):
     """restic over TLS and unix sockets."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
-
     @long
     def test_a_laptop_that_sleeps_in_mid_backup_ends_it_well(self):
         (self.source / 'much').write_bytes(os.urandom(60 << 20))
@@ -10435,8 +10420,6 @@ class WaysInTest(ResticTestCase):
 class RolesTest(ResticTestCase):
     """restic with each right, its users in a file of Apache's htpasswd."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
-
     @long
     def test_what_each_role_can_do(self):
         users, rights = self.folder / 'users', self.folder / 'rights'
@@ -10469,11 +10452,12 @@ class RolesTest(ResticTestCase):
 class OldResticTest(ResticScenarios, ResticTestCase):
     """The system's restic."""
 
+    find_restic = staticmethod(lambda: program('restic'))
+
 
 class NewResticTest(ResticScenarios, ResticTestCase):
     """The restic among the peers."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
     test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
     test_append_only = long(ResticScenarios.test_append_only)
 
@@ -10523,7 +10507,6 @@ class NewResticTest(ResticScenarios, ResticTestCase):
 class NewResticTlsTest(ResticTestCase):
     """The past over TLS."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
     damage = ResticScenarios.damage
     test_the_past_is_read_and_rolled_back_to = ResticScenarios.test_the_past_is_read_and_rolled_back_to
 
@@ -10557,7 +10540,6 @@ class StdioScenarios(ResticScenarios):
 
 
 class NewResticStdioTest(StdioScenarios, ResticTestCase):
-    find_restic = staticmethod(lambda: peer('restic'))
     test_a_repository_from_init_to_prune = long(ResticScenarios.test_a_repository_from_init_to_prune)
     test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
     test_append_only = long(ResticScenarios.test_append_only)
@@ -10626,7 +10608,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
 
 @long
 class OldResticStdioTest(StdioScenarios, ResticTestCase):
-    pass
+    find_restic = staticmethod(lambda: program('restic'))
 
 
 # ---- Other clients and proxies ---------------------------------------------------------------------
@@ -10681,8 +10663,13 @@ class HaproxyTest(TestCase):
 class CurlTest(TestCase):
     """What curl makes of the answers."""
 
+    def curl(self, *words):
+        """Exit status, and the status of the answer, whose content goes into the file `out`."""
+        done = subprocess.run([program('curl'), '-s', '-w', '%{http_code}', '-o', self.folder / 'out',
+                               *words], capture_output=True, text=True)
+        return done.returncode, done.stdout[-3:]
+
     def test_curl_over_tls_and_unix_sockets(self):
-        curl = program('curl')
         authority = Authority(self.folder, 'server')
         authority.issue('client', 'alice')
         unix = self.folder / 'socket'
@@ -10692,42 +10679,31 @@ class CurlTest(TestCase):
             self.wait_until(lambda: any('https' in line for line in server.lines), 'the address')
             url = next(re.search(r'https:\S+/', line)[0] for line in server.lines if 'https' in line)
 
-            def run(*words):
-                done = subprocess.run([curl, '-s', '-w', '%{http_code}', '-o', '/dev/null',
-                                       *map(str, words)], capture_output=True, text=True)
-                return done.returncode, done.stdout[-3:]
-
             client = ('--cacert', authority.path, '--cert', self.folder / 'client.both')
-            self.assertEqual(run('--unix-socket', unix, 'http://x/config'), (0, '404'))
-            self.assertEqual(run(*client, f'{url}config'), (0, '404'))
-            self.assertEqual(run(*client, '-X', 'OPTIONS', f'{url}config'), (0, '200'))
-            self.assertNotEqual(run('--cacert', authority.path, f'{url}config')[0], 0)
-            self.assertNotEqual(run('--cert', self.folder / 'client.both', f'{url}config')[0], 0)
+            self.assertEqual(self.curl('--unix-socket', unix, 'http://x/config'), (0, '404'))
+            self.assertEqual(self.curl(*client, f'{url}config'), (0, '404'))
+            self.assertEqual(self.curl(*client, '-X', 'OPTIONS', f'{url}config'), (0, '200'))
+            for half in (client[:2], client[2:]):
+                self.assertNotEqual(self.curl(*half, f'{url}config')[0], 0)
 
     def test_curl_uploads_and_downloads(self):
-        curl = program('curl')
         content = os.urandom(3 << 20)
-        file = self.folder / 'file'
+        file, out = self.folder / 'file', self.folder / 'out'
         file.write_bytes(content)
         with Program('--addr', '127.0.0.1:0', '--baseurl', 'backup', self.root) as server:
             url = f'{server.url}host/data/{named(content)}'
 
-            def run(*words):
-                done = subprocess.run([curl, '-sS', '-w', '%{http_code}', '-o', self.folder / 'out',
-                                       *words], capture_output=True, text=True, check=True)
-                return int(done.stdout[-3:])
-
-            self.assertEqual(run('-X', 'POST', f'{server.url}host/?create=true'), 200)
-            self.assertEqual(run('-X', 'POST', '-T', file, url), 200)      # with Expect
-            self.assertEqual(run('-X', 'POST', '-T', file, '-H', 'Transfer-Encoding: chunked', url), 200)
-            self.assertEqual(run(url), 200)
-            self.assertEqual((self.folder / 'out').read_bytes(), content)
-            self.assertEqual(run('-r', '1000-1999', url), 206)
-            self.assertEqual((self.folder / 'out').read_bytes(), content[1000:2000])
-            self.assertEqual(run('-I', url), 200)
-            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}host/data/{"0" * 64}'), 400)
-            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}nothing'), 400)
-            self.assertEqual(run('--http1.0', url), 200)
+            upload = ('-X', 'POST', '-T', file)     # with Expect
+            for words, status, received in (
+                    (['-X', 'POST', f'{server.url}host/?create=true'], 200, None),
+                    ([*upload, url], 200, None),
+                    ([*upload, '-H', 'Transfer-Encoding: chunked', url], 200, None), ([url], 200, content),
+                    (['-r', '1000-1999', url], 206, content[1000:2000]), (['-I', url], 200, None),
+                    ([*upload, f'{server.url}host/data/{"0" * 64}'], 400, None),
+                    ([*upload, f'{server.url}nothing'], 400, None), (['--http1.0', url], 200, content)):
+                self.assertEqual(self.curl(*words), (0, str(status)), words)
+                if received:
+                    self.assertEqual(out.read_bytes(), received)
 
 
 # ---- Faults ----------------------------------------------------------------------------------------
@@ -11479,8 +11455,6 @@ class AtOnceTest(TestCase):
 class DeathTest(ResticTestCase):
     """A server that dies at any moment has stopped reading with it that it had answered for."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
-
     def test_no_success_is_said_before_the_disk_has_it(self):
         strace, trace = program('strace'), self.folder / 'trace'
         server = Program('--addr', '127.0.0.1:0', '--workers', '1', self.root, before=[
@@ -11606,8 +11580,6 @@ class DeathTest(ResticTestCase):
 @long
 class SharedFileSystemTest(ResticTestCase):
     """Two servers on two mounts of one replicated file system, behind a load balancer."""
-
-    find_restic = staticmethod(lambda: peer('restic'))
 
     def gluster(self, *words):
         """What the command line of GlusterFS says; it must not fail."""
