@@ -3985,7 +3985,7 @@ class UsageTest(TestCase):
                 self.usage.census.request()
             self.assertTrue(self.usage.census.wait(0, fresh=True))          # within the interval
             self.usage.census._interval = 0
-            self.usage.census.request()
+            threading.Timer(0.05, self.usage.census.request).start()    # while it is waited for
             self.assertTrue(self.usage.census.wait(PATIENCE, fresh=True))   # newer than it was asked for
         self.assertEqual(len(counts), 2)
 
@@ -4555,8 +4555,8 @@ class PasswordFileTest(TestCase):
 
     def held_verify(self):
         """verify() in which each guess waits; those that do, and what lets them go on."""
-        self.go_on, running = threading.Event(), []
-        go_on = self.go_on
+        self.go_on = go_on = threading.Event()
+        running = []
 
         def verify(password, entry):
             if password.startswith(b'guess'):
