@@ -150,6 +150,11 @@ def peer(name):
     return program(name, PEERS)
 
 
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as sock:
+        return sock.getsockname()[1]
+
+
 def listens(address):
     """Whether a server answers at an address of TCP or a path; the path may be there before."""
     with socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX) as sock:
@@ -313,6 +318,22 @@ class TestCase(unittest.TestCase):
         self.addCleanup(os.close, ours)
         return ours, theirs
 
+    def launch(self, *words, **more):
+        """A program that ends with the test."""
+        process = subprocess.Popen(words, **{'stderr': subprocess.DEVNULL, **more})
+        if process.stderr:
+            self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_it(self, *words, text='', **environment):
+        """Exit status, standard output and error of a run that ends by itself and may read a text."""
+        done = subprocess.run([sys.executable, compiled(), *map(str, words)], capture_output=True,
+                              text=True, timeout=PATIENCE, input=text,
+                              env={**clean_environment(), **environment})
+        return done.returncode, done.stdout, done.stderr
+
     def run_server(self, *words, **more):
         """A server in a process of its own."""
         server = Program('--addr', '127.0.0.1:0', *words, **more)
@@ -320,16 +341,26 @@ class TestCase(unittest.TestCase):
         self.assertTrue(server.url, server.lines)
         return server
 
+    def in_thread(self, target, *args):
+        """A thread that has been started; it ends before the test does."""
+        thread = threading.Thread(target=target, args=args)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE)
+        return thread
+
     def serve(self, api, limits=None, addresses=(LOCAL,), max_connections=1024, per_address=None, **more):
         """A server in a thread of its own."""
         api.admission = restic_serve.Admission(api.metrics, api.accounts.is_proxy, max_connections,
                                                per_address)
         server = Server(api, limits or Limits(), list(addresses), **more)
-        thread = threading.Thread(target=server.serve)
-        thread.start()
-        self.addCleanup(thread.join, PATIENCE)
+        self.in_thread(server.serve)
         self.addCleanup(server.stop)
         return server
+
+    def ask(self, *parts, port=None, **more):
+        """The answer to a request on a connection of its own."""
+        with Wire(port or self.port) as wire:
+            return wire.ask(*parts, **more)
 
     def ask_unix(self, path, request=None):
         with socket.socket(socket.AF_UNIX) as sock:
@@ -450,11 +481,6 @@ class WireTestCase(TestCase):
         self.addCleanup(wire.__exit__)
         return wire
 
-    def ask(self, *parts, **more):
-        """The answer to a request on a connection of its own."""
-        with Wire(self.port) as wire:
-            return wire.ask(*parts, **more)
-
     def put(self, content, kind='data', repository=''):
         """Store an object beneath the server, in a repository of that name; its path."""
         name = named(content)
@@ -462,12 +488,14 @@ class WireTestCase(TestCase):
         self.store.save(Location(repository, kind, name), Bytes(content))
         return f'{repository}/{kind}/{name}'
 
+    def wait_for_one_connection(self):
+        """Until a connection has come, and all have ended."""
+        self.wait_until(lambda: self.server.served, 'a connection')
+        self.wait_until(lambda: not self.server.served, 'its end')
+
     def wait_for_room(self, port):
         """Until one more connection is admitted."""
-        def has_room():
-            with Wire(port) as wire:
-                return wire.ask(get('/config'))[0] == 404
-        self.wait_until(has_room, 'room')
+        self.wait_until(lambda: self.ask(get('/config'), port=port)[0] == 404, 'room')
 
 
 (DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE,
@@ -702,8 +730,9 @@ def normalized(text):
 class Authority:
     """Certificates for tests, made by openssl."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *names):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.openssl = program('openssl')
         self.number = 0
         self.run('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
@@ -711,6 +740,8 @@ class Authority:
                  '-addext', 'keyUsage=critical,keyCertSign,cRLSign', '-keyout', folder / 'ca.key', '-out',
                  folder / 'ca.pem')
         self.path = folder / 'ca.pem'
+        for name in names:
+            self.issue(name)
 
     def run(self, *words):
         return subprocess.run([self.openssl, *map(str, words)], check=True, capture_output=True,
@@ -821,8 +852,10 @@ class Stdio:
         else:
             self.process.stdin.close()
 
-    def finish(self):
-        """Exit status, and what it has logged."""
+    def finish(self, close=False):
+        """Exit status, and what it has logged; `close` its input before."""
+        if close:
+            self.close()
         with self.process.stderr as log:
             text = log.read().decode()
         return self.process.wait(PATIENCE), text
@@ -923,7 +956,7 @@ class UnitsTest(unittest.TestCase):
 
 # ---- Messages --------------------------------------------------------------------------------------
 
-class OneLineTest(unittest.TestCase):
+class OneLineTest(TestCase):
     def test_what_is_said_is_one_line_that_reads_as_it_is_written(self):
         for text, said in (('plain', 'plain'), ('süß 漢字', 'süß 漢字'), ('a\nb', r'a\nb'),
                            ('\x1b[31m', r'\x1b[31m'),
@@ -944,16 +977,13 @@ class OneLineTest(unittest.TestCase):
         self.assertGreater(formatter.format(record).count('\n'), 1)     # a traceback is not
 
     def test_a_log_file_is_for_its_owner_and_group(self):
-        with tempfile.TemporaryDirectory() as folder:
-            old = os.umask(0o022)
-            try:
-                handler = restic_serve.LogFile(f'{folder}/log')
-                handler.emit(logging.LogRecord('x', logging.INFO, '', 0, '\udc80ü', (), None))
-                handler.close()
-            finally:
-                os.umask(old)
-            self.assertEqual(stat.S_IMODE(os.stat(f'{folder}/log').st_mode), 0o640)
-            self.assertEqual(Path(folder, 'log').read_text(encoding='utf-8'), '\\udc80ü\n')
+        self.addCleanup(os.umask, os.umask(0o022))
+        path = self.folder / 'log'
+        handler = restic_serve.LogFile(str(path))
+        handler.emit(logging.LogRecord('x', logging.INFO, '', 0, '\udc80ü', (), None))
+        handler.close()
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o640)
+        self.assertEqual(path.read_text(encoding='utf-8'), '\\udc80ü\n')
 
 
 class RangeTest(unittest.TestCase):
@@ -1026,36 +1056,37 @@ class AccessLogTest(WireTestCase):
 
     def check(self, *parts):
         self.wait_until(lambda: self.lines, 'a line')
-        self.assertRegex(self.lines.pop(0), self.COMBINED % parts)
+        request, *parts = parts
+        request += r' HTTP/1\.1' * (request != '-')
+        self.assertRegex(self.lines.pop(0), self.COMBINED % (request, *parts))
 
     def test_a_line_a_request_in_the_combined_log_format(self):
         path = self.put(b'content')
-        self.ask(get(path, 'User-Agent: restic/0.19'))
-        self.check(f'GET {path} HTTP/1\\.1', 200, '7', '-', 'restic/0.19')
-        self.ask(get('/config?a=b', 'Referer: http://x/'))
-        self.check(r'GET /config\?a=b HTTP/1\.1', 404, r'\d+', 'http://x/', '-')
         large = self.put(bytes(1 << 20))
-        self.ask(get(large))
-        self.check(f'GET {large} HTTP/1\\.1', 200, str(1 << 20), '-', '-')
-        self.ask(get(large, method='HEAD'), head_only=True)
-        self.check(f'HEAD {large} HTTP/1\\.1', 200, '-', '-', '-')
-        self.ask(get('/data/', 'Accept: ' + V2))
-        self.check('GET /data/ HTTP/1\\.1', 200, r'\d{3}', '-', '-')
+        for request, *parts in (
+                (get(path, 'User-Agent: restic/0.19'), f'GET {path}', 200, '7', '-', 'restic/0.19'),
+                (get('/config?a=b', 'Referer: http://x'), r'GET /config\?a=b', 404, r'\d+', 'http://x', '-'),
+                (get(large), f'GET {large}', 200, str(1 << 20), '-', '-'),
+                (get(large, method='HEAD'), f'HEAD {large}', 200, '-', '-', '-'),
+                (get('/data/', 'Accept: ' + V2), 'GET /data/', 200, r'\d{3}', '-', '-')):
+            self.ask(request, head_only=request.startswith(b'HEAD'))
+            self.check(*parts)
 
     def test_no_client_can_forge_a_line(self):
-        self.ask(get('/"x\\', 'User-Agent: a" \\\xe9'))
-        self.check(r'GET /\\x22x\\x5c HTTP/1\.1', 404, r'\d+', '-', r'a\\x22 \\x5c\\xc3\\xa9')
-        self.ask(b'rubbish "\r\n\r\n')
-        self.check('-', 400, r'\d+', '-', '-')
-        self.ask(get('/config', 'Expect: wonders'))
-        self.check('GET /config HTTP/1\\.1', 417, r'\d+', '-', '-')
+        for request, *parts in (
+                (get('/"x\\', 'User-Agent: a" \\\xe9'), r'GET /\\x22x\\x5c', 404, r'\d+', '-',
+                 r'a\\x22 \\x5c\\xc3\\xa9'),
+                (b'rubbish "\r\n\r\n', '-', 400, r'\d+', '-', '-'),
+                (get('/config', 'Expect: wonders'), 'GET /config', 417, r'\d+', '-', '-')):
+            self.ask(request)
+            self.check(*parts)
 
     def test_an_upload_whose_client_goes_has_its_line(self):
         with Wire(self.port) as wire:
             wire.send(post('/config', b'1', length=10))
             self.wait_until(lambda: self.server.served, 'a connection')
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
-        self.check('POST /config HTTP/1\\.1', 499, '-', '-', '-')
+        self.check('POST /config', 499, '-', '-', '-')
 
 
 # ---- Files -----------------------------------------------------------------------------------------
@@ -1069,9 +1100,7 @@ class WatchedFilesTest(TestCase):
         self.write('alice')
         self.file = PasswordFile(str(self.path))
         self.clock = 0
-        patch = mock.patch.object(restic_serve.time, 'monotonic', lambda: self.clock)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patch_for(self, restic_serve.time, monotonic=lambda: self.clock)
 
     def write(self, *names):
         self.path.write_text(''.join(f'{name}:{sha(name)}\n' for name in names))
@@ -1935,6 +1964,19 @@ class SlowDiskTest(StoreTest):
         with mock.patch.object(restic_serve, '_scan', scan):
             yield
 
+    @contextlib.contextmanager
+    def failing_stat(self, name):
+        """Nothing can be known of the file of this name."""
+        real = os.stat
+
+        def fail(path, *args, **more):
+            if str(path).endswith(name):
+                raise OSError(errno.EIO, 'made by a test')
+            return real(path, *args, **more)
+
+        with mock.patch.object(os, 'stat', fail):
+            yield
+
     def list(self, kind='data', sizes=True):
         return list(self.store.objects(Location('/host', kind), sizes))
 
@@ -2028,8 +2070,7 @@ class SlowDiskTest(StoreTest):
         self.assertEqual(next(items), 0)
         self.assertEqual(next(items), 1)
         self.assertTrue(reading.wait(PATIENCE))
-        leaving = threading.Thread(target=items.close)
-        leaving.start()
+        leaving = self.in_thread(items.close)
         self.assertLess(closed, opened)
         go_on.set()
         leaving.join(PATIENCE)
@@ -2061,16 +2102,10 @@ class SlowDiskTest(StoreTest):
 
     def test_a_count_has_all_that_can_be_read(self):
         self.fill(20)
-        last, real = list(os.scandir(self.root / 'host/keys'))[-1].name, os.stat
-
-        def fail(path, *args, **more):
-            if path == last:
-                raise OSError(errno.EIO, 'made by a test')
-            return real(path, *args, **more)
-
+        last = list(os.scandir(self.root / 'host/keys'))[-1].name
         shutil.rmtree(self.root / 'host/data')
         usage = Usage(self.store, Counters())
-        with mock.patch.object(os, 'stat', fail):
+        with self.failing_stat(last):
             usage.census.count()
         held = usage.holdings()['/host']
         self.assertEqual((held.objects['keys'], held.unreadable), (20 - restic_serve._HAS_DIR_FD,
@@ -2097,15 +2132,8 @@ class SlowDiskTest(StoreTest):
 
     def test_an_object_that_cannot_be_looked_at_is_said(self):
         self.fill()
-        name, real = named(b'50'), os.stat
-
-        def fail(path, *args, **more):
-            if str(path).endswith(name):
-                raise OSError(errno.EIO, 'made by a test')
-            return real(path, *args, **more)
-
         usage = Usage(self.store, Counters())
-        with mock.patch.object(os, 'stat', fail):
+        with self.failing_stat(named(b'50')):
             for kind in ('data', 'keys') if restic_serve._HAS_DIR_FD else ():
                 with self.assertRaises(OSError):
                     self.list(kind)
@@ -3810,23 +3838,31 @@ class UsageTest(TestCase):
         self.assertGreaterEqual(self.usage.quota('')[0], 10 * len(locations))
         self.assertLess(self.usage.quota('')[0], 200)
 
+    @contextlib.contextmanager
+    def unreadable(self, *ends):
+        """Folders whose paths end so cannot be listed."""
+        real = restic_serve._scan
+
+        def scan(folder, fd=None):
+            if folder.endswith(ends):
+                raise PermissionError(errno.EACCES, 'Permission denied', folder)
+            return real(folder, fd)
+
+        with mock.patch.object(restic_serve, '_scan', scan):
+            yield
+
     def test_what_cannot_be_read_is_said_and_the_rest_is_counted(self):
         self.save(100)
         self.save(20, kind='index')
         self.save(5, '/other')
         self.save(5, '/secret/x')
         self.save(50, '/third')
-        real_entries, real_scan, real_size = restic_serve.entries_and_statuses, restic_serve._scan, Store.size
+        real_entries, real_size = restic_serve.entries_and_statuses, Store.size
 
         def entries(folder, prefix):
             if '/host/data/' in folder.path:
                 raise OSError(errno.EIO, 'I/O error', folder.path)
             return real_entries(folder, prefix)
-
-        def scan(folder, fd=None):
-            if folder.endswith(('/secret', '/other/data')):
-                raise PermissionError(errno.EACCES, 'Permission denied', folder)
-            return real_scan(folder, fd)
 
         def size(store, location):
             if location.repository == '/third':
@@ -3834,7 +3870,7 @@ class UsageTest(TestCase):
             return real_size(store, location)
 
         with mock.patch.object(restic_serve, 'entries_and_statuses', entries), \
-                mock.patch.object(restic_serve, '_scan', scan), mock.patch.object(Store, 'size', size):
+                self.unreadable('/secret', '/other/data'), mock.patch.object(Store, 'size', size):
             self.usage.census.count()
         self.assertEqual(self.held(), (20, {'index': 1}))
         self.assertEqual(self.held('/third'), (50, {'data': 1}))
@@ -3852,17 +3888,10 @@ class UsageTest(TestCase):
         for repository in ('/alice/x', '/bob'):
             self.save(100, repository)
         self.usage.census.count()
-        real = restic_serve._scan
-
-        def scan(folder, fd=None):
-            if folder.endswith('/alice'):
-                raise PermissionError(errno.EACCES, 'Permission denied', folder)
-            return real(folder, fd)
-
-        with mock.patch.object(restic_serve, '_scan', scan):
+        with self.unreadable('/alice'):
             self.usage.census.count()
-        found = self.usage.holdings()
-        self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found.items()},
+        found = self.usage.holdings().items()
+        self.assertEqual({name: (held.bytes, held.unreadable) for name, held in found},
                          {'/alice/x': (100, 1), '/bob': (100, 0)})
         self.assertEqual(self.usage.quota('')[0], 200)
         shutil.rmtree(self.root / 'alice')
@@ -3939,14 +3968,11 @@ class UsageTest(TestCase):
             self.usage.census.count()
             self.assertEqual(self.held(), (150, {'data': 1, 'snapshots': 1}))
             self.assertIn('150 B', rendered(self.store, self.usage))
-
-    def test_files_of_a_time_to_come_are_counted(self):
-        """The clock of a host without a battery is behind until the network sets it."""
-        self.usage.create(Location('/host'))
-        self.save(10_000)
+        # The clock of a host without a battery is behind until the network sets it.
         with mock.patch.object(Store, 'now', return_value=time.time() - 86400):
+            self.save(10_000, '/new')
             self.usage.census.count()
-        self.assertEqual(self.held()[0], 10_000)
+        self.assertEqual(self.held('/new'), (10_000, {'data': 1}))
 
     def test_what_has_changed_its_owner_during_a_count_is_counted(self):
         path = path_of(self.store, self.save(100, kind='keys'))
@@ -3972,7 +3998,7 @@ class UsageTest(TestCase):
                 self.usage.census.request()
             self.assertTrue(self.usage.census.wait(0, fresh=True))          # within the interval
             self.usage.census._interval = 0
-            self.usage.census.request()
+            threading.Timer(0.05, self.usage.census.request).start()    # while it is waited for
             self.assertTrue(self.usage.census.wait(PATIENCE, fresh=True))   # newer than it was asked for
         self.assertEqual(len(counts), 2)
 
@@ -4052,16 +4078,14 @@ class UsageTest(TestCase):
                 self.usage.save(Location('/host', 'data', '0' * 64), Slow(b'x' * 900))
 
         self.make_repository('host')
-        first = threading.Thread(target=fail)
-        first.start()
+        first = self.in_thread(fail)
         self.wait_until(lambda: self.usage.quota('')[1] == 900, 'the room')
         with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0.05), self.assertRaises(Busy) as caught:
             self.save(200)
         self.assertEqual(caught.exception.retry_seconds, 10)
         with self.assertRaises(QuotaExceeded):
             self.save(1001)
-        second = threading.Thread(target=self.save, args=[200])
-        second.start()
+        second = self.in_thread(self.save, 200)
         go_on.set()
         first.join()
         second.join()
@@ -4256,14 +4280,6 @@ class UsageTest(TestCase):
             self.assertEqual(usage.quota('')[0], sum(
                 path.stat().st_size for path in (self.root / 'real').rglob('*') if path.is_file()))
 
-    def test_a_full_quota_lets_a_damaged_object_be_mended(self):
-        usage = self.limit(1000)
-        location = self.save(1000)
-        content = Path(path_of(self.store, location)).read_bytes()
-        Path(path_of(self.store, location)).write_bytes(content[:-1] + b'x')
-        self.assertEqual(usage.save(location, Bytes(content)), (0, 0))
-        self.assertEqual(Path(path_of(self.store, location)).read_bytes(), content)
-
     def test_names_are_those_at_and_below_a_place(self):
         for name in ('/alice/a', '/alice/b', '/alicex', '/bob'):
             self.save(10, name)
@@ -4271,11 +4287,15 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.names('/alice'), ['/alice/a', '/alice/b'])
         self.assertEqual(list(self.usage.holdings(['/bob'])), ['/bob'])
 
-    def test_what_replaces_a_damaged_object_is_counted(self):
-        self.limit(1000)
+    def test_a_full_quota_lets_a_damaged_object_be_mended_and_what_replaces_it_is_counted(self):
+        self.limit(700)
         location = self.save(700)
         path = Path(path_of(self.store, location))
         content = path.read_bytes()
+        path.write_bytes(content[:-1] + b'x')
+        self.assertEqual(self.usage.save(location, Bytes(content)), (0, 0))
+        self.assertEqual(path.read_bytes(), content)
+        self.limit(1000)
         self.usage.delete(location)
         path.write_bytes(b'x')
         self.usage.census.count()
@@ -4289,19 +4309,14 @@ class UsageTest(TestCase):
             self.usage.save(location, Bytes(content))
 
     def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
-        with mock.patch.object(restic_serve, 'SLOT_BYTES', 4096), \
-                mock.patch.object(restic_serve, 'SPARE_BYTES', 2048):
-            self.usage = Usage(self.store, Counters(),
-                               quotas=restic_serve.Quotas({'/': 1 << 30, '/%u': 1 << 20}))
+        with mock.patch.multiple(restic_serve, SLOT_BYTES=4096, SPARE_BYTES=2048, ROOM_SECONDS=0):
+            self.usage = self.make(quotas=restic_serve.Quotas({'/': 1 << 30, '/%u': 1 << 20}))
             self.usage.census.count()
             stored = 0
-            with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0):
-                for number in range(100):
-                    try:
-                        self.save(10, f'/user{number}/x')
-                        stored += 1
-                    except Busy:
-                        pass
+            for number in range(100):
+                with contextlib.suppress(Busy):
+                    self.save(10, f'/user{number}/x')
+                    stored += 1
             self.assertIn(stored, range(5, 95))
             self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
             self.usage.census.count()
@@ -4547,16 +4562,14 @@ class PasswordFileTest(TestCase):
             if answers is not None:
                 answers.append(status)
 
-        threads = [threading.Thread(target=one, args=(at,)) for at in range(number)]
-        for thread in threads:
-            thread.start()
-            self.addCleanup(thread.join)
+        for at in range(number):
+            self.in_thread(one, at)
         self.addCleanup(self.go_on.set)
 
     def held_verify(self):
         """verify() in which each guess waits; those that do, and what lets them go on."""
-        self.go_on, running = threading.Event(), []
-        go_on = self.go_on
+        self.go_on = go_on = threading.Event()
+        running = []
 
         def verify(password, entry):
             if password.startswith(b'guess'):
@@ -4581,10 +4594,8 @@ class PasswordFileTest(TestCase):
         self.assertEqual((set(answers), len(running)), ({429}, 1))
         self.assertEqual(self.identify(accounts, 'bob', 'b', Peer('2001:db8::2')), 429)  # of the same /64
         self.assertEqual(self.identify(accounts, 'alice', 'a', Peer('2001:db8::1')), 'alice')
-        others = [threading.Thread(target=self.identify, args=(accounts, 'carol', 'c', Peer(peer)))
+        others = [self.in_thread(self.identify, accounts, 'carol', 'c', Peer(peer))
                   for peer in ('5.6.7.8', '2001:db8:0:1::1')]
-        for thread in others:
-            thread.start()
         queue = accounts._queue
         self.wait_until(lambda: len(queue._waiting) == 3, 'the others to wait')
         go_on.set()
@@ -4605,9 +4616,7 @@ class PasswordFileTest(TestCase):
 
         threads = []
         for group in 'aaaabcb':
-            thread = threading.Thread(target=queue.run, args=(group, functools.partial(attempt, group)))
-            thread.start()
-            threads.append(thread)
+            threads.append(self.in_thread(queue.run, group, functools.partial(attempt, group)))
             self.wait_until(lambda: len(order) + sum(map(len, queue._waiting.values())) == len(threads),
                             'the thread to wait')
         go_on.set()
@@ -4623,11 +4632,9 @@ class PasswordFileTest(TestCase):
 
         clock = mock.Mock(sleep=lambda seconds: rested.wait(PATIENCE), monotonic=time.monotonic)
         with mock.patch.object(restic_serve, 'time', clock):
-            guess = threading.Thread(target=take, args=('a', False))
-            guess.start()
+            guess = self.in_thread(take, 'a', False)
             self.wait_until(lambda: queue._resting == {'a'}, 'a pause')
-            again = threading.Thread(target=take, args=('a',))
-            again.start()
+            again = self.in_thread(take, 'a')
             self.wait_until(lambda: queue._waiting, 'the next thread')
             take('b')
             self.assertEqual(order, ['a', 'b'])
@@ -4931,8 +4938,7 @@ class RightsTest(TestCase):
                 ('DELETE', 'config', 'write', 200))
 
     def test_every_role_with_every_request_on_every_kind_of_path(self):
-        store = Store(str(self.root))
-        store.prepare()
+        store = self.make_store()
         rank = ('none', 'read', 'append', 'write').index
         for append_only, private, user in itertools.product(
                 (False, True), (False, True), ('alice', 'admin', '')):
@@ -5209,8 +5215,7 @@ class RightsOnWiresTest(WatchedTestCase):
             self.assertEqual(self.ask_as(port, 'b', path), 403)
 
     def ask_as(self, port, user, path):
-        with Wire(port) as wire:
-            return wire.ask(get(path, f'X-User: {user}'))[0]
+        return self.ask(get(path, f'X-User: {user}'), port=port)[0]
 
     def test_page_and_metrics_show_what_the_user_may_see(self):
         self.watch(Policy(restic_serve.parse_rights(
@@ -5267,22 +5272,12 @@ class MetricsTest(WatchedTestCase):
         ours = normalized(self.ask(get('/metrics'))[2].decode())
         self.assertEqual(ours['rest_server_blob_read_bytes_total',
                               ('repo="a/b"', 'type="keys"', 'user=""')], 410)
-        rest_server = peer('rest-server')
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [rest_server, '--no-auth', '--prometheus', '--path', str(self.folder / 'theirs'),
-             '--listen', f'127.0.0.1:{port}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
-            self.work(port)
-            with Wire(port) as wire:
-                theirs = normalized(wire.ask(get('/metrics'))[2].decode())
-        finally:
-            process.kill()
-            process.wait()
-        self.assertEqual(ours, theirs)
+        port = free_port()
+        self.launch(peer('rest-server'), '--no-auth', '--prometheus', '--path', str(self.folder / 'theirs'),
+                    '--listen', f'127.0.0.1:{port}', stdout=subprocess.DEVNULL)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'rest-server')
+        self.work(port)
+        self.assertEqual(ours, normalized(self.ask(get('/metrics'), port=port)[2].decode()))
 
     def test_prometheus_takes_them(self):
         self.work(self.port)
@@ -5486,20 +5481,14 @@ class MetricsTest(WatchedTestCase):
             'global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [rules.yml]\n'
             'scrape_configs:\n- job_name: restic_serve\n'
             f'  static_configs: [{{targets: ["127.0.0.1:{self.port}"]}}]\n')
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [program('prometheus'), f'--config.file={self.folder}/prometheus.yml',
-             f'--storage.tsdb.path={self.folder}/data', f'--web.listen-address=127.0.0.1:{port}'],
-            stderr=subprocess.DEVNULL)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        port = free_port()
+        self.launch(program('prometheus'), f'--config.file={self.folder}/prometheus.yml',
+                    f'--storage.tsdb.path={self.folder}/data', f'--web.listen-address=127.0.0.1:{port}')
         self.wait_until(lambda: listens(('127.0.0.1', port)), 'Prometheus')
 
         def query(expression):
             from urllib.parse import quote
-            with Wire(port) as wire:
-                status, _, text = wire.ask(get(f'/api/v1/query?query={quote(expression)}'))
+            status, _, text = self.ask(get(f'/api/v1/query?query={quote(expression)}'), port=port)
             if status == 503:   # it is still starting
                 return []
             answer = json.loads(text)
@@ -5553,10 +5542,9 @@ class WatchTest(TestCase):
         self.assertEqual(restic_serve.count_troubles([]), '')
 
     def report(self, *words, folder=None, said=''):
-        done = subprocess.run([sys.executable, compiled(), '--report', *words, str(folder or self.root)],
-                              text=True, capture_output=True, env=clean_environment())
-        self.assertRegex(done.stderr, rf'^{said}\Z')
-        return done.returncode, done.stdout.splitlines()
+        status, output, error = self.run_it('--report', *words, folder or self.root)
+        self.assertRegex(error, rf'^{said}\Z')
+        return status, output.splitlines()
 
     def test_the_report_says_it_on_a_terminal(self):
         status, lines = self.report()
@@ -5848,10 +5836,8 @@ class EventsTest(WatchedTestCase):
                           told['RESTIC_SERVE_USER'], told['RESTIC_SERVE_DIRECTORY']),
                          ('overdue', '/', 'bob', str(self.root)))
         self.assertRegex(told['RESTIC_SERVE_TIME'], r'^\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d$')
-        done = subprocess.run([sys.executable, compiled(), '--report', str(self.root)], text=True, env={
-            **clean_environment(), 'RESTIC_SERVE_EVENT': 'overdue', 'RESTIC_SERVE_USER': 'bob'},
-            capture_output=True)
-        self.assertEqual(done.stderr, f'restic_serve: no repository in {self.root}\n')
+        error = self.run_it('--report', self.root, RESTIC_SERVE_EVENT='overdue', RESTIC_SERVE_USER='bob')[2]
+        self.assertEqual(error, f'restic_serve: no repository in {self.root}\n')
 
     def test_what_cannot_be_remembered_is_told_once_all_the_same(self):
         self.fill('/never', 'keys')
@@ -5886,17 +5872,15 @@ class EventsTest(WatchedTestCase):
                  self.root)
         with Program(*words) as server:
             for number in range(12):
-                content = b'%d' % number
-                with Wire(server.port) as wire:
-                    self.assertEqual(wire.ask(post(f'/laptop/snapshots/{named(content)}', content))[0], 200)
+                upload = post(f'/laptop/snapshots/{named(b"%d" % number)}', b'%d' % number)
+                self.assertEqual(self.ask(upload, port=server.port)[0], 200)
             self.wait_until(lambda: len(self.told()) >= 13, 'all events')
             self.assertEqual(server.stop(), 0)
         self.assertEqual(sorted(line.partition('|')[0] for line in self.told()),
                          ['overdue'] + ['snapshot'] * 12)
         with Program(*words, '-vv') as server:
             self.wait_until(lambda: any('counted all' in line for line in server.lines), 'the count')
-            with Wire(server.port) as wire:
-                wire.ask(post(f'/laptop/snapshots/{named(b"last")}', b'last'))
+            self.ask(post(f'/laptop/snapshots/{named(b"last")}', b'last'), port=server.port)
             self.wait_until(lambda: len(self.told()) >= 14, 'the last event')
             self.assertEqual(server.stop(), 0)
         self.assertEqual(len(self.told()), 14)
@@ -6532,8 +6516,7 @@ class RecordsTest(TestCase):
             import ssl
         except ImportError:
             self.skipTest('this Python has no ssl')
-        authority = Authority(self.folder)
-        authority.issue('server')
+        Authority(self.folder, 'server')
         certificates = restic_serve.Certificates(*(
             str(self.folder / f'server.{what}') for what in ('pem', 'key')))
         ours, self.theirs = socket.socketpair()
@@ -6546,8 +6529,7 @@ class RecordsTest(TestCase):
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         self.to_us, self.from_us = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.client = context.wrap_bio(self.from_us, self.to_us)
-        shaking = threading.Thread(target=self.tls.shake_hands)
-        shaking.start()
+        shaking = self.in_thread(self.tls.shake_hands)
         while True:
             with contextlib.suppress(ssl.SSLWantReadError):
                 self.client.do_handshake()
@@ -6739,8 +6721,7 @@ class TimeLimitTest(WireTestCase):
         path = self.put(bytes(64 << 20))
         wire = self.connect()
         wire.send(get(path))
-        self.wait_until(lambda: self.server.served, 'a connection')
-        self.wait_until(lambda: not self.server.served, 'its end')
+        self.wait_for_one_connection()
         with self.assertRaises((AssertionError, ConnectionResetError)):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
@@ -6752,8 +6733,7 @@ class TimeLimitTest(WireTestCase):
         with mock.patch.object(self.store, 'objects', objects):
             wire = self.connect()
             wire.send('GET /data/ HTTP/1.0\r\n\r\n')
-            self.wait_until(lambda: self.server.served, 'a connection')
-            self.wait_until(lambda: not self.server.served, 'its end')
+            self.wait_for_one_connection()
             with self.assertRaises(ConnectionResetError):
                 wire.answer()
 
@@ -6767,8 +6747,7 @@ class TimeLimitTest(WireTestCase):
         for request in (b'', b'GET /', post('/config', b'1', length=10), get(path), get('/data/')):
             with Wire(self.port) as wire:
                 wire.send(request)
-                self.wait_until(lambda: self.server.served, 'a connection')
-                self.wait_until(lambda: not self.server.served, 'its end')
+                self.wait_for_one_connection()
         self.wait_until(lambda: held() <= before, 'the end of threads and descriptors')
 
 
@@ -6818,8 +6797,7 @@ class BandwidthOfConnectionsTest(Http2TestCase):
 class HeadTest(unittest.TestCase):
     """The parser of heads, from strings alone."""
 
-    def parse(self, text):
-        return restic_serve.parse_head(text)
+    parse = staticmethod(restic_serve.parse_head)
 
     def test_a_head_in_its_parts(self):
         method, target, version, headers = self.parse(
@@ -7118,18 +7096,12 @@ class Http1Test(WireTestCase):
         self.assertEqual(wire.ask(get('/config'))[0], 404)
 
     def test_content_that_is_cut_short_is_400_if_it_can_be_said(self):
-        wire = self.connect()
-        wire.send(post('/config', b'12345', length=10))
-        wire.sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(wire.answer()[0], 400)
-        wire = self.connect()
-        wire.send('POST /config HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n123')
-        wire.sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(wire.answer()[0], 400)
-        wire = self.connect()
-        wire.send('GET /config HT')
-        wire.sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(wire.answer()[0], 400)
+        for data in (post('/config', b'12345', length=10), b'GET /config HT',
+                     b'POST /config HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n123'):
+            wire = self.connect()
+            wire.send(data)
+            wire.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(wire.answer()[0], 400)
         self.assertEqual(self.files(), [])
 
     def test_a_client_that_resets_leaves_nothing_but_a_debug_line(self):
@@ -7154,21 +7126,6 @@ class Http1Test(WireTestCase):
                 with self.assertRaises(ConnectionResetError):
                     self.ask(request)
                 self.assertIn('made by a test', self.log[-1])
-
-    def test_a_list_that_cannot_be_read_at_all_is_500(self):
-        self.put(b'x')
-        with mock.patch.object(os, 'scandir', side_effect=OSError(errno.EIO, 'made by a test')):
-            self.assertEqual(self.ask(get('/data/'))[0], 500)
-
-    def test_a_file_that_cannot_be_read(self):
-        small, large = self.put(b'content'), self.put(bytes(1 << 20))
-        with mock.patch.object(restic_serve, '_read_at', side_effect=OSError(errno.EIO, 'by a test')):
-            self.assertEqual(self.ask(get(small))[0], 500)
-        with mock.patch.object(os, 'sendfile', side_effect=OSError(errno.EIO, 'made by a test')):
-            wire = self.connect()
-            with self.assertRaises((ConnectionResetError, AssertionError)):
-                self.assertEqual(len(wire.ask(get(large))[2]), 1 << 20)
-        self.assertIn('made by a test', self.log[-1])
 
     def test_a_file_that_becomes_shorter_is_broken_off(self):
         path = self.put(bytes(8 << 20))
@@ -8103,8 +8060,7 @@ class StallTest(Http2TestCase):
         self.wait_for_end('stalled downloads')
 
     def test_a_download_over_tls(self):
-        authority = Authority(self.folder)
-        authority.issue('server')
+        authority = Authority(self.folder, 'server')
         import ssl
         server = self.serve(
             self.server.api, self.server.limits, certificates=restic_serve.Certificates(
@@ -8292,8 +8248,7 @@ class UnixSocketTest(ListenerTestCase):
         other = self.folder / 'other'
         server = self.start('127.0.0.1:0', f'unix://{self.path}', str(other))
         self.assertEqual([self.ask_unix(path) for path in (self.path, other)], [404, 404])
-        with Wire(server.listeners[0].server_address[1]) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=server.listeners[0].server_address[1])[0], 404)
 
     def test_large_transfers(self):
         content = os.urandom(3 << 20)
@@ -8353,8 +8308,7 @@ class TlsTest(ListenerTestCase):
             self.skipTest('this Python has no ssl')
         self.ssl = ssl
         super().setUp()
-        self.authority = Authority(self.folder)
-        self.authority.issue('server')
+        self.authority = Authority(self.folder, 'server')
 
     def certificates(self, **more):
         return restic_serve.Certificates(str(self.folder / 'server.pem'),
@@ -8368,8 +8322,7 @@ class TlsTest(ListenerTestCase):
         port = self.start_tls()
         self.log.clear()
         for _ in range(3):
-            with Wire(port) as wire:
-                status, _, content = wire.ask(get('/config'))
+            status, _, content = self.ask(get('/config'), port=port)
             self.assertEqual((status, content), (400, b'this port speaks HTTPS\n'))
         self.wait_until(lambda: self.log, 'the line')
         self.assertEqual(self.log[0], '127.0.0.1: TLS: client speaks HTTP without TLS')
@@ -8429,8 +8382,7 @@ class TlsTest(ListenerTestCase):
         server = self.start('http://127.0.0.1:0', 'tls://127.0.0.1:0', '127.0.0.1:0',
                             str(self.folder / 'socket'), certificates=self.certificates())
         ports = [listener.server_address[1] for listener in server.listeners[:3]]
-        with Wire(ports[0]) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=ports[0])[0], 404)
         for port in ports[1:]:
             self.assertEqual(self.connect_tls(port).ask(get('/config'))[0], 404)
         self.assertEqual(self.ask_unix(self.folder / 'socket'), 404)
@@ -8449,10 +8401,8 @@ class TlsTest(ListenerTestCase):
         port = self.start_tls(client_ca=str(self.authority.path))
         self.authority.issue('client', 'alice')
         self.assertEqual(self.connect_tls(port, 'client').ask(get('/config'))[0], 404)
-        other = self.folder / 'other'
-        other.mkdir()
-        Authority(other).issue('client', 'alice')
-        (self.folder / 'bad.both').write_text((other / 'client.both').read_text())
+        Authority(self.folder / 'other').issue('client', 'alice')
+        (self.folder / 'other/client.both').rename(self.folder / 'bad.both')
         for client in (None, 'bad'):
             with self.assertRaises((self.ssl.SSLError, ConnectionError, TypeError)):
                 self.connect_tls(port, client).ask(get('/config'))[0]
@@ -8460,18 +8410,12 @@ class TlsTest(ListenerTestCase):
     def test_the_name_in_a_clients_certificate_is_its_user(self):
         self.policy.rights = short_rights(private=True)
         port = self.start_tls(client_ca=str(self.authority.path))
-        self.authority.issue('client', 'alice')
         self.store.create_repository('/alice')
-        wire = self.connect_tls(port, 'client')
-        self.assertEqual(wire.ask(get('/alice/keys/'))[0], 200)
-        self.assertEqual(wire.ask(get('/bob/keys/'))[0], 403)
-        self.assertEqual(wire.ask(get('/keys/'))[0], 403)
-
-    def test_a_common_name_beside_others_in_one_set_is_found(self):
-        port = self.start_tls(client_ca=str(self.authority.path))
-        self.policy.rights = short_rights(private=True)
-        self.authority.issue('client', 'alice+UID=4711')
-        self.assertEqual(self.connect_tls(port, 'client').ask(get('/alice/config'))[0], 404)
+        for subject in ('alice', 'alice+UID=4711'):     # beside others in one set, too
+            self.authority.issue('client', subject)
+            wire = self.connect_tls(port, 'client')
+            for path, status in (('/alice/keys/', 200), ('/bob/keys/', 403), ('/keys/', 403)):
+                self.assertEqual(wire.ask(get(path))[0], status)
 
     def test_connections_end_when_their_authority_does(self):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0.01):
@@ -8486,9 +8430,7 @@ class TlsTest(ListenerTestCase):
             os.utime(self.authority.path)
             self.wait_until(lambda: 'loaded certificate' in ''.join(self.log), 'the server to read it')
             self.assertEqual(wire.ask(get('/config'))[0], 404)
-            other = self.folder / 'other'
-            other.mkdir()
-            self.authority.path.write_text(Authority(other).path.read_text())
+            self.authority.path.write_text(Authority(self.folder / 'other').path.read_text())
             self.assertTrue(wire.is_closed())
             self.assertIn('the client CA has changed', self.log[-1])
 
@@ -8697,8 +8639,7 @@ class ForwardedClientsTest(ListenerTestCase):
 
     def setUp(self):
         super().setUp()
-        store = self.make_store()
-        self.api = Api(store, Policy(), Accounts(
+        self.api = Api(self.store, Policy(), Accounts(
             user='alice', password='secret', proxies=[restic_serve.parse_network('127.0.0.1')]))
 
     def test_they_stand_in_the_logs(self):
@@ -8903,24 +8844,22 @@ class ServiceManagerTest(TestCase):
                 return word
 
     def test_it_hears_of_start_reload_and_end(self):
-        with Program('--addr', '127.0.0.1:0', self.root,
-                     NOTIFY_SOCKET=str(self.folder / 'notify')) as server:
-            self.assertEqual(self.hear(''), 'READY=1')
-            server.process.send_signal(signal.SIGHUP)
-            self.assertRegex(self.hear('RELOADING'), r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
-            self.assertEqual(self.hear(''), 'READY=1')
-            self.assertEqual(server.stop(), 0)
-            self.assertEqual(self.hear(''), 'STOPPING=1')
-            self.heard.setblocking(False)
-            self.assertRaises(BlockingIOError, self.heard.recv, 1)
+        server = self.run_server(self.root, NOTIFY_SOCKET=str(self.folder / 'notify'))
+        self.assertEqual(self.hear(''), 'READY=1')
+        server.process.send_signal(signal.SIGHUP)
+        self.assertRegex(self.hear('RELOADING'), r'^RELOADING=1\nMONOTONIC_USEC=\d+$')
+        self.assertEqual(self.hear(''), 'READY=1')
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.hear(''), 'STOPPING=1')
+        self.heard.setblocking(False)
+        self.assertRaises(BlockingIOError, self.heard.recv, 1)
 
     def test_the_watchdog_is_fed_without_any_request(self):
-        with Program('--addr', '127.0.0.1:0', self.root, WATCHDOG_USEC='200000',
-                     NOTIFY_SOCKET=str(self.folder / 'notify')):
-            begin = time.monotonic()
-            for _ in range(5):
-                self.hear('WATCHDOG=1')
-            self.assertLess(time.monotonic() - begin, PATIENCE)
+        self.run_server(self.root, WATCHDOG_USEC='200000', NOTIFY_SOCKET=str(self.folder / 'notify'))
+        begin = time.monotonic()
+        for _ in range(5):
+            self.hear('WATCHDOG=1')
+        self.assertLess(time.monotonic() - begin, PATIENCE)
 
     def test_the_watchdog_hears_twice_in_its_time_and_that_of_another_process_nothing(self):
         variables = {'NOTIFY_SOCKET': str(self.folder / 'notify'), 'WATCHDOG_USEC': '3000000'}
@@ -8946,20 +8885,15 @@ class ServiceManagerTest(TestCase):
     def test_sockets_of_systemd_are_served_and_not_the_addresses(self):
         activate = program('systemd-socket-activate')
         unix = self.folder / 'socket'
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(
-            [activate, '-l', f'127.0.0.1:{port}', '-l', str(unix), '--fdname=web:local',
-             sys.executable, MODULE, '--addr', '/nonexistent/socket', str(self.root)],
-            stderr=subprocess.PIPE, text=True, env=clean_environment())
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        port = free_port()
+        process = self.launch(
+            activate, '-l', f'127.0.0.1:{port}', '-l', str(unix), '--fdname=web:local', sys.executable,
+            MODULE, '--addr', '/nonexistent/socket', str(self.root), stderr=subprocess.PIPE, text=True,
+            env=clean_environment())
         for line in process.stderr:
             if 'Listening on' in line and str(unix) in line:
                 break
-        with Wire(port) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=port)[0], 404)
         self.assertEqual(self.ask_unix(unix), 404)
         process.terminate()
         text = process.stderr.read()
@@ -9358,8 +9292,7 @@ class OptionTest(unittest.TestCase):
 class TlsOptionsTest(TestCase):
     def setUp(self):
         super().setUp()
-        self.authority = Authority(self.folder)
-        self.authority.issue('one')
+        self.authority = Authority(self.folder, 'one')
 
     def test_tls_without_a_certificate_is_refused(self):
         self.assertEqual(refusal('--addr', 'tls://:1', 'dir'),
@@ -9425,12 +9358,9 @@ class OtherServersTest(TestCase):
     def test_options_of_rclone_that_mean_nothing_here_are_ignored_and_logged(self):
         for args, said in (([], ''), (['-vP', '--transfers=4', '--use-mmap', '--tpslimit', '1'],
                                       '--progress --use-mmap --tpslimit --transfers')):
-            done = subprocess.run(
-                [sys.executable, MODULE, 'serve', 'restic', *args, '--report', str(self.folder)],
-                capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
-            self.assertEqual(done.returncode, 1)
-            lines = done.stderr.splitlines()[:-1]
-            self.assertEqual([line.partition(' NOTICE: ')[2] for line in lines],
+            status, _, error = self.run_it('serve', 'restic', *args, '--report', self.folder)
+            self.assertEqual(status, 1)
+            self.assertEqual([line.partition(' NOTICE: ')[2] for line in error.splitlines()[:-1]],
                              [f'ignored, has no effect on a local directory: {said}'] if said else [])
         self.assertEqual(restic_serve.Parser({}).parse(['--', '--transfers']).arguments, ['--transfers'])
         self.assertEqual(refusal('--stdio', '--b2-hard-delete', '--cache-objects', '--', 'dir'), '')
@@ -9478,13 +9408,6 @@ class OtherServersTest(TestCase):
 # ---- Main ------------------------------------------------------------------------------------------
 
 class CommandLineTest(TestCase):
-    def run_it(self, *words, text='', **environment):
-        """Exit status, standard output and error of a run that ends by itself and may read a text."""
-        done = subprocess.run([sys.executable, compiled(), *map(str, words)], capture_output=True,
-                              text=True, timeout=PATIENCE, input=text,
-                              env={**clean_environment(), **environment})
-        return done.returncode, done.stdout, done.stderr
-
     def parse(self, *words, **environment):
         return restic_serve.Parser(environment).parse(list(words))
 
@@ -9493,8 +9416,7 @@ class CommandLineTest(TestCase):
         self.assertRegex(server.lines[0], r'^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d NOTICE: created directory')
         self.assertRegex(server.lines[1], f'serving {re.escape(str(self.root))} on {server.url}$')
         self.assertRegex(server.lines[2], f'restic -r rest:{server.url} init$')
-        with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        self.assertEqual(self.ask(get('/config'), port=server.port)[0], 404)
 
     def test_a_job_never_comes_from_the_environment_and_what_is_no_option_is_said(self):
         names = [f'RESTIC_SERVE_{name}' for name in ('ADD_USER', 'REMOVE_USER', 'SCRUB', 'STDIO')]
@@ -9581,25 +9503,24 @@ class CommandLineTest(TestCase):
                                 for line in server.lines), server.lines)
         self.assertFalse(any('WARNING' in line for line in self.run_server(self.root).lines))
 
-    def test_what_was_done_is_logged_when_something_was(self):
+    def test_each_request_is_logged_and_what_was_done_when_something_was(self):
         def lines(level, requests=None):
             return [line for line in server.lines if f'{level}: in ' in line
                     and (requests is None or f' {requests} requests ' in line)]
 
         server = self.run_server('-v', '--stats', '100ms', self.root)
         for number in (1, 2):
-            with Wire(server.port) as wire:
-                wire.ask(get('/config'))
+            self.ask(get('/config'), port=server.port)
             self.wait_until(lambda number=number: len(lines('INFO', 1)) >= number, 'a line')
         self.assertEqual(len(lines('INFO')), 2)
+        self.assertEqual(sum('"GET /config HTTP/1.1" 404' in line for line in server.lines), 2)
         if hasattr(signal, 'SIGUSR1'):
             server.process.send_signal(signal.SIGUSR1)
             self.wait_until(lambda: lines('NOTICE', 0), 'the line of SIGUSR1')
         self.assertEqual(server.stop(), 0)
         self.assertEqual(len(lines('INFO')), 2)  # none when nothing was done
         server = self.run_server('--stats', '10ms', self.root)
-        with Wire(server.port) as wire:
-            wire.ask(get('/config'))
+        self.ask(get('/config'), port=server.port)
         if hasattr(signal, 'SIGUSR1'):
             def asks():  # the answer is counted after it was sent
                 server.process.send_signal(signal.SIGUSR1)
@@ -9610,28 +9531,25 @@ class CommandLineTest(TestCase):
         self.assertEqual(lines('INFO'), [])
 
     def test_quotas_metrics_and_the_page_are_as_the_options_say(self):
-        html = 'Accept: text/html'
+        content, page = b'x' * 401, get('/', 'Accept: text/html')
         self.make_repository()
-        server = self.run_server('--max-size', '8192', '--prometheus', '--stale-after', '1h', self.root)
-        with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(post('/config', b'x' * 8193))[0], 507)
-            self.assertEqual(wire.ask(post('/config', b'x' * 600))[0], 200)
-            self.assertEqual(wire.ask(get('/metrics'))[0], 200)
-            self.assertIn(b'8.0 KiB of 8.0 KiB', wire.ask(get('/', html))[2])
-        server.stop()
-        server = self.run_server('--max-size', '4096', '--status=false', self.root)
-        with Wire(server.port) as wire:
-            content = b'x' * 401
-            self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 507)
-            self.assertEqual(wire.ask(get('/metrics'))[0], 404)
-            self.assertEqual(wire.ask(get('/', html))[0], 404)
-        server.stop()
+        for words, answers in (
+                (['--max-size', '8192', '--prometheus', '--stale-after', '1h'], (
+                    (post('/config', b'x' * 8193), 507), (post('/config', b'x' * 600), 200),
+                    (get('/metrics'), 200), (page, 200))),
+                (['--max-size', '4096', '--status=false'], (
+                    (post(f'/data/{named(content)}', content), 507), (get('/metrics'), 404), (page, 404)))):
+            server = self.run_server(*words, self.root)
+            for request, status in answers:
+                answer = self.ask(request, port=server.port)
+                self.assertEqual(answer[0], status, (words, request[:40]))
+            self.assertEqual(b'8.0 KiB of 8.0 KiB' in answer[2], status == 200)
+            server.stop()
 
     @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'this system has no SIGUSR2')
     def test_sigusr2_lifts_the_limit_on_bandwidth_and_puts_it_in_force_again(self):
         server = self.run_server('--bwlimit', '10M', self.root)
-        with Wire(server.port) as wire:
-            wire.ask(get('/config'))
+        self.ask(get('/config'), port=server.port)
         for word in ('off', 'on again'):
             server.process.send_signal(signal.SIGUSR2)
             self.wait_until(lambda line=f'--bwlimit is {word}': line in ' '.join(server.lines), word)
@@ -9639,13 +9557,6 @@ class CommandLineTest(TestCase):
         with self.run_server(self.root) as server:
             server.process.send_signal(signal.SIGUSR2)
             self.assertEqual(server.stop(), 0)
-
-    def test_levels_of_the_log(self):
-        server = self.run_server('-v', self.root)
-        with Wire(server.port) as wire:
-            wire.ask(get('/config'))
-        server.stop()
-        self.assertTrue(any('"GET /config HTTP/1.1" 404' in line for line in server.lines))
 
     def test_the_log_goes_to_a_file(self):
         for words, text in (([], 'try: '), (['-q'], '')):
@@ -9753,28 +9664,21 @@ restic_serve.trim_memory = trim_and_forget
         users = self.folder / 'users'
         users.write_text(f'alice:{sha("a")}\nm\u00fcller:$2y$05${"a" * 53}\n', encoding='utf-8')
         self.make_repository()
-        process = subprocess.Popen(
-            [sys.executable, '-c', f'import sys\n{code}\nrestic_serve.main()', '--addr', '127.0.0.1:0',
-             '--htpasswd', str(users), '--prometheus', '--admin', 'alice', '--keep-deleted', '1d',
-             '--max-size', '1G', '--log-format', 'json', '-v', '--trust-proxy', '127.0.0.1', '--workers', '1',
-             str(self.root)], text=True, cwd=Path(MODULE).parent, stderr=subprocess.PIPE,
+        process = self.launch(
+            sys.executable, '-c', f'import sys\n{code}\nrestic_serve.main()', '--addr', '127.0.0.1:0',
+            '--htpasswd', str(users), '--prometheus', '--admin', 'alice', '--keep-deleted', '1d',
+            '--max-size', '1G', '--log-format', 'json', '-v', '--trust-proxy', '127.0.0.1', '--workers', '1',
+            str(self.root), text=True, cwd=Path(MODULE).parent, stderr=subprocess.PIPE,
             env=clean_environment())
-        self.addCleanup(process.wait)
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.kill)
-        for line in process.stderr:
-            match = re.search(r':(\d+)/ init', line)
-            if match:
-                break
-        port, me, path = int(match[1]), basic('alice', 'a'), f'/keys/{named(b"x")}'
+        port = int(next(filter(None, (re.search(r':(\d+)/ init', line) for line in process.stderr)))[1])
+        me, path = basic('alice', 'a'), f'/keys/{named(b"x")}'
         for request in (post('/config', b'x', me), post(path, b'x', me), get(path, me),
                         get('/keys/', me, f'Accept: {V2}'), get('/', me, 'Accept: text/html'),
                         get('/metrics', me), get('/health'),
                         get(path, me, method='DELETE'), get('/.at/0s/keys/', me), get('/%C3%A9/keys/', me),
                         get('/config', basic('m\u00fcller', 'x'), 'X-Forwarded-For: 1.2.3.4'), get('/x'),
                         b'rubbish\r\n\r\n'):
-            with Wire(port) as wire:
-                self.assertLess(wire.ask(request)[0], 500)
+            self.assertLess(self.ask(request, port=port)[0], 500)
         process.send_signal(signal.SIGTERM)
         self.assertEqual([line for line in process.stderr if 'IMPORTED' in line], [])
 
@@ -9797,22 +9701,18 @@ restic_serve.trim_memory = trim_and_forget
         content = os.urandom(100_000)
         path = f'/data/{named(content)}'
         with Program('--addr', '127.0.0.1:0', self.root, python=pypy) as server:
-            with Wire(server.port) as wire:
-                for request, expected in ((post('/?create=true', b''), 200), (post(path, content), 200),
-                                          (get(path), 200), (get('/data/'), 200),
-                                          (get('/', 'Accept: text/html'), 200)):
-                    self.assertEqual(wire.ask(request)[0], expected)
+            for request in (post('/?create=true', b''), post(path, content), get(path), get('/data/'),
+                            get('/', 'Accept: text/html')):
+                self.assertEqual(self.ask(request, port=server.port)[0], 200)
             self.assertEqual(server.stop(), 0)
         with Stdio(self.root, python=pypy) as server:
             server.wire.send(headers(1, fields('GET', path)))
             self.assertEqual(server.wire.answer()[2], content)
-            server.close()
-            self.assertEqual(server.finish(), (0, ''))
+            self.assertEqual(server.finish(close=True), (0, ''))
 
     def test_the_log_as_json(self):
         with Program('-v', '--addr', '127.0.0.1:0', '--log-format=json', self.root) as server:
-            with Wire(server.port) as wire:
-                wire.ask(get('/config?a="b"', 'User-Agent: "x"', 'Referer: y'))
+            self.ask(get('/config?a="b"', 'User-Agent: "x"', 'Referer: y'), port=server.port)
             self.assertEqual(server.stop(), 0)
         entries = [json.loads(line) for line in server.lines]
         self.assertRegex(entries[0]['time'], r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d$')
@@ -9848,10 +9748,9 @@ restic_serve.trim_memory = trim_and_forget
             for stream, journaled in ((f'{status.st_dev}:{status.st_ino}', True), ('8:15', False)):
                 journal.seek(0)
                 journal.truncate()
-                process = subprocess.Popen(
-                    [sys.executable, compiled(), '-vv', '--addr', '127.0.0.1:0', str(self.root)],
+                process = self.launch(
+                    sys.executable, compiled(), '-vv', '--addr', '127.0.0.1:0', str(self.root),
                     stderr=journal, env={**clean_environment(), 'JOURNAL_STREAM': stream})
-                self.addCleanup(process.kill)
 
                 def lines():
                     journal.seek(0)
@@ -9859,8 +9758,7 @@ restic_serve.trim_memory = trim_and_forget
 
                 self.wait_until(lambda: any('settings: ' in line for line in lines()), 'the start')
                 port = int(re.search(r'127\.0\.0\.1:(\d+)/', ' '.join(lines()))[1])
-                with Wire(port) as wire:
-                    wire.ask(get('/config'))
+                self.ask(get('/config'), port=port)
                 self.wait_until(lambda: any('GET /config' in line for line in lines()), 'a request')
                 process.terminate()
                 process.wait()
@@ -9911,9 +9809,8 @@ restic_serve.trim_memory = trim_and_forget
 
     def test_a_password_from_the_environment(self):
         server = self.run_server('--user', 'alice', self.root, RESTIC_SERVE_PASS='secret')
-        with Wire(server.port) as wire:
-            self.assertEqual(wire.ask(get('/config'))[0], 401)
-            self.assertEqual(wire.ask(get('/config', basic('alice', 'secret')))[0], 404)
+        for login, status in (((), 401), ([basic('alice', 'secret')], 404)):
+            self.assertEqual(self.ask(get('/config', *login), port=server.port)[0], status)
         with Program('--addr', ':0', '--user', 'a', self.root, RESTIC_SERVE_PASS='b') as server:
             self.assertFalse(any('WARNING' in line for line in server.lines))
 
@@ -9956,13 +9853,8 @@ class MinimalHostTest(TestCase):
         return [*NO_WARNING, '-c', '\n'.join(code)]
 
     def launch(self, python_words, *words, **more):
-        process = subprocess.Popen(
-            [sys.executable, *python_words, *words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            **{'env': clean_environment(), **more})
-        self.addCleanup(process.stderr.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process
+        return super().launch(sys.executable, *python_words, *words, stdin=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, **{'env': clean_environment(), **more})
 
     def check_server(self, process):
         """Take a backup of a kind, read it, and stop the server, which must have said nothing of a fault."""
@@ -10012,8 +9904,7 @@ class MinimalHostTest(TestCase):
                 with self.subTest(without=name):
                     server.wire.send(headers(1, fields('GET', '/config')))
                     self.assertEqual(server.wire.answer()[0], 404)
-                    server.close()
-                    self.assertEqual(server.finish(), (0, ''))
+                    self.assertEqual(server.finish(close=True), (0, ''))
 
     def test_what_cannot_work_without_a_piece_is_said_in_a_line(self):
         empty = self.folder / 'empty'
@@ -10095,7 +9986,7 @@ class StdioTest(TestCase):
                 self.assertIn(f'10.1.2.3 - - [{time.strftime("%d/%b/%Y")}', log)
                 self.assertIn(f'"GET {path} HTTP/2.0" 200 {len(content)}', log)
 
-    def test_the_environment_has_no_say(self):
+    def test_append_only_holds_and_the_environment_has_no_say(self):
         """Whoever may set variables over ssh gains nothing by them."""
         victim = self.folder / 'config'
         victim.write_text('the config of a repository\n')
@@ -10108,31 +9999,28 @@ class StdioTest(TestCase):
             self.assertEqual(server.wire.answer()[0], 400)
             server.wire.upload(3, f'/data/{named(content)}', content)
             self.assertEqual(server.wire.answer(3)[0], 200)
-            server.wire.send(headers(5, fields('DELETE', f'/data/{named(content)}')))
-            self.assertEqual(server.wire.answer(5)[0], 403)
-            server.close()
-            status, log = server.finish()
+            for number, kind, expected in ((5, 'data', 403), (7, 'locks', 200)):
+                server.wire.send(headers(number, fields('DELETE', f'/{kind}/{named(content)}')))
+                self.assertEqual(server.wire.answer(number)[0], expected)
+            status, log = server.finish(close=True)
         self.assertEqual((status, log.count('\n')), (0, 1), log)  # what append-only refused
         self.assertEqual(victim.read_text(), 'the config of a repository\n')
 
     def test_the_end_of_input_leaves_nothing_of_half_an_upload_and_waits_for_no_window(self):
-        content = os.urandom(5 << 20)
-        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
+        path = self.stored(os.urandom(5 << 20))
         with Stdio(self.root) as server:
             server.wire.grants = False
             server.wire.send(headers(1, fields('POST', f'/data/{"0" * 64}'), 4), frame(DATA, 0, 1, b'x'),
-                             headers(3, fields('GET', f'/data/{named(content)}')))
+                             headers(3, fields('GET', path)))
             server.wire.until(DATA)
-            server.close()
-            self.assertEqual(server.finish(), (0, ''))
+            self.assertEqual(server.finish(close=True), (0, ''))
         self.assertEqual(len(self.files()), 1)
 
     def test_the_words_of_restic(self):
         with Stdio('serve', 'restic', '--stdio', '--b2-hard-delete', self.root) as server:
             server.wire.send(headers(1, fields('GET', '/file-123')))
             self.assertEqual(server.wire.answer()[0], 404)
-            server.close()
-            self.assertEqual(server.finish()[0], 0)
+            self.assertEqual(server.finish(close=True)[0], 0)
 
     def test_a_signal_ends_it_when_requests_are_done(self):
         content = os.urandom(1000)
@@ -10155,46 +10043,44 @@ class StdioTest(TestCase):
         self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
         self.assertIn(b'missing HTTP/2 preface', done.stdout)
 
-    def test_a_client_that_stops_reading_ends_it(self):
-        content = bytes(8 << 20)
-        self.make_repository()
+    def stored(self, content):
+        """The path of an object that is there."""
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
-        with Stdio('--stall-timeout', '300ms', self.root) as server:
-            server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
-                             headers(1, fields('GET', f'/data/{named(content)}')))
-            self.assertEqual(server.process.wait(PATIENCE), 0)
+        return f'/data/{named(content)}'
+
+    def downloading(self, size, *words):
+        """A server that sends an object of so many bytes, whatever the window."""
+        path = self.stored(os.urandom(size))
+        server = Stdio(*words, self.root)
+        self.addCleanup(server.__exit__)
+        server.wire.grants = False
+        server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
+                         headers(1, fields('GET', path)))
+        return server
+
+    def test_a_client_that_stops_reading_ends_it(self):
+        server = self.downloading(8 << 20, '--stall-timeout', '300ms')
+        self.assertEqual(server.process.wait(PATIENCE), 0)
 
     def test_a_client_that_reads_slowly_has_not_stopped(self):
-        content = os.urandom(4 << 20)
-        self.make_repository()
-        Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
-        with Stdio('--stall-timeout', '300ms', self.root) as server:
-            server.wire.grants = False
-            server.wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
-                             headers(1, fields('GET', f'/data/{named(content)}')))
-            for _ in range(12):
-                server.process.stdout.read1(32 << 10)
-                time.sleep(0.1)     # a slow client
-            server.process.stdout.read(3 << 20)
-            self.assertIsNone(server.process.poll())
+        server = self.downloading(4 << 20, '--stall-timeout', '300ms')
+        for _ in range(12):
+            server.process.stdout.read1(32 << 10)
+            time.sleep(0.1)     # a slow client
+        server.process.stdout.read(3 << 20)
+        self.assertIsNone(server.process.poll())
 
     def test_pipes_that_are_full_both_ways_hold_up_nothing(self):
         """A client that sends an upload and PINGs, and reads when it has sent all of it."""
-        content, old = os.urandom(12 << 20), bytes(8 << 20)
-        Store(str(self.root)).save(Location('', 'data', named(old)), Bytes(old))
-        with Stdio(self.root) as server:
-            wire = server.wire
-            wire.grants = False
-            wire.send(settings((4, TOP)), frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)),
-                      headers(1, fields('GET', f'/data/{named(old)}')))
-            wire.send(headers(3, fields('POST', f'/data/{named(content)}'), 4))
-            for at in range(0, 3 << 20, 1 << 14):
-                wire.send(frame(DATA, 0, 3, content[at:at + (1 << 14)]), frame(PING, 0, 0, bytes(8)))
-            self.assertEqual(len(wire.answer(1)[2]), len(old))
-            wire.window -= 3 << 20
-            wire.windows[3] -= 3 << 20
-            wire.send_content(3, content[3 << 20:])
-            self.assertEqual(wire.answer(3)[0], 200)
+        content, wire = os.urandom(12 << 20), self.downloading(8 << 20).wire
+        wire.send(headers(3, fields('POST', f'/data/{named(content)}'), 4))
+        for at in range(0, 3 << 20, 1 << 14):
+            wire.send(frame(DATA, 0, 3, content[at:at + (1 << 14)]), frame(PING, 0, 0, bytes(8)))
+        self.assertEqual(len(wire.answer(1)[2]), 8 << 20)
+        wire.window -= 3 << 20
+        wire.windows[3] -= 3 << 20
+        wire.send_content(3, content[3 << 20:])
+        self.assertEqual(wire.answer(3)[0], 200)
 
     def test_a_client_that_closes_our_output_ends_it(self):
         with Stdio(self.root) as server:
@@ -10221,13 +10107,6 @@ class StdioTest(TestCase):
                                   capture_output=True, env=clean_environment(), timeout=PATIENCE)
             self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1), (closed, done.stderr))
 
-    def test_append_only(self):
-        with Stdio('--append-only', self.root) as server:
-            server.wire.send(headers(1, fields('DELETE', f'/data/{"0" * 64}')))
-            self.assertEqual(server.wire.answer()[0], 403)
-            server.wire.send(headers(3, fields('DELETE', f'/locks/{"0" * 64}')))
-            self.assertEqual(server.wire.answer(3)[0], 200)
-
     def test_a_terminal_is_refused_with_what_to_do(self):
         ours, theirs = self.open_terminal()
         for stdin, stdout in ((theirs, subprocess.PIPE), (subprocess.DEVNULL, theirs)):
@@ -10245,13 +10124,11 @@ class StdioTest(TestCase):
                       ['--min-tls-version', 'tls1.2'],
                       ['--user-from-header', 'x'], ['--allow-origin', '*'], ['--prometheus'],
                       ['--max-size-per-user', '1G']):
-            done = subprocess.run([sys.executable, compiled(), '--stdio', *words, str(self.root)], text=True,
-                                  stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
-            self.assertEqual((done.returncode, done.stdout, done.stderr.count('\n')), (2, '', 1), words)
-            self.assertIn(f'restic_serve: {words[0]} cannot be combined with --stdio', done.stderr)
-        done = subprocess.run([sys.executable, compiled(), '--stdio', '--scrub', str(self.root)], text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment())
-        self.assertEqual((done.returncode, done.stderr.count('\n')), (2, 1))
+            status, output, error = self.run_it('--stdio', *words, self.root)
+            self.assertEqual((status, output, error.count('\n')), (2, '', 1), words)
+            self.assertIn(f'restic_serve: {words[0]} cannot be combined with --stdio', error)
+        status, _, error = self.run_it('--stdio', '--scrub', self.root)
+        self.assertEqual((status, error.count('\n')), (2, 1))
         with Stdio('--addr', '127.0.0.1:1', self.root):  # is ignored
             pass
 
@@ -10275,7 +10152,7 @@ class StdioTest(TestCase):
 class ResticTestCase(TestCase):
     """A test that drives restic against the server, in a process of its own."""
 
-    find_restic = staticmethod(lambda: program('restic'))
+    find_restic = staticmethod(lambda: peer('restic'))
 
     def setUp(self):
         super().setUp()
@@ -10318,11 +10195,9 @@ class ResticTestCase(TestCase):
 
     def roll_back(self, moment, *words, root=None):
         """Roll back the repository `host`; what was said."""
-        done = subprocess.run(
-            [sys.executable, compiled(), '--roll-back', moment, *words, (root or self.root) / 'host'],
-            capture_output=True, text=True, env=clean_environment())
-        self.assertEqual((done.returncode, done.stderr), (0, ''), done)
-        return done.stdout.strip()
+        status, output, error = self.run_it('--roll-back', moment, *words, (root or self.root) / 'host')
+        self.assertEqual((status, error), (0, ''), output)
+        return output.strip()
 
     def check_restore(self, repository):
         """What is restored is what was backed up."""
@@ -10457,8 +10332,6 @@ class ResticScenarios:
 class WaysInTest(ResticTestCase):
     """restic over TLS and unix sockets."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
-
     @long
     def test_a_laptop_that_sleeps_in_mid_backup_ends_it_well(self):
         (self.source / 'much').write_bytes(os.urandom(60 << 20))
@@ -10483,8 +10356,7 @@ class WaysInTest(ResticTestCase):
 
     @long
     def test_a_backup_over_tls_with_a_client_certificate_while_the_certificate_is_renewed(self):
-        authority = Authority(self.folder)
-        authority.issue('server')
+        authority = Authority(self.folder, 'server')
         authority.issue('client', 'alice')
         server = self.serve(*authority.words('server'), '--client-ca', authority.path)
         url = f'rest:{server.url}host/'
@@ -10493,8 +10365,7 @@ class WaysInTest(ResticTestCase):
         self.restic(url, *flags, 'init')
         for number in range(30):
             (self.source / f'more {number}').write_bytes(os.urandom(1 << 20))
-        backup = threading.Thread(target=self.restic, args=(url, *flags, 'backup', self.source))
-        backup.start()
+        backup = self.in_thread(self.restic, url, *flags, 'backup', self.source)
         serials = []
         while backup.is_alive():
             serials.append(authority.issue('server'))
@@ -10562,8 +10433,6 @@ class WaysInTest(ResticTestCase):
 class RolesTest(ResticTestCase):
     """restic with each right, its users in a file of Apache's htpasswd."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
-
     @long
     def test_what_each_role_can_do(self):
         users, rights = self.folder / 'users', self.folder / 'rights'
@@ -10596,11 +10465,12 @@ class RolesTest(ResticTestCase):
 class OldResticTest(ResticScenarios, ResticTestCase):
     """The system's restic."""
 
+    find_restic = staticmethod(lambda: program('restic'))
+
 
 class NewResticTest(ResticScenarios, ResticTestCase):
     """The restic among the peers."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
     test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
     test_append_only = long(ResticScenarios.test_append_only)
 
@@ -10614,18 +10484,10 @@ class NewResticTest(ResticScenarios, ResticTestCase):
 
     def serve_peer(self, command):
         """The URL of another server's; `command` is made from an address."""
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        process = subprocess.Popen(command(f'127.0.0.1:{port}'), stderr=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                socket.create_connection(('127.0.0.1', port)).close()
-                return f'rest:http://127.0.0.1:{port}/host/'
-        raise AssertionError(f'no answer from {command}')
+        port = free_port()
+        self.launch(*command(f'127.0.0.1:{port}'), stdout=subprocess.DEVNULL)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'the other server')
+        return f'rest:http://127.0.0.1:{port}/host/'
 
     def check_exchange(self, command):
         """A repository of either server opens in the other."""
@@ -10658,13 +10520,11 @@ class NewResticTest(ResticScenarios, ResticTestCase):
 class NewResticTlsTest(ResticTestCase):
     """The past over TLS."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
     damage = ResticScenarios.damage
     test_the_past_is_read_and_rolled_back_to = ResticScenarios.test_the_past_is_read_and_rolled_back_to
 
     def serve(self, *words):
-        self.authority = Authority(self.folder)
-        self.authority.issue('server')
+        self.authority = Authority(self.folder, 'server')
         return super().serve(*self.authority.words('server'), *words)
 
     def restic(self, repository, *words, **more):
@@ -10693,7 +10553,6 @@ class StdioScenarios(ResticScenarios):
 
 
 class NewResticStdioTest(StdioScenarios, ResticTestCase):
-    find_restic = staticmethod(lambda: peer('restic'))
     test_a_repository_from_init_to_prune = long(ResticScenarios.test_a_repository_from_init_to_prune)
     test_copies_and_two_hosts_at_once = long(ResticScenarios.test_copies_and_two_hosts_at_once)
     test_append_only = long(ResticScenarios.test_append_only)
@@ -10715,8 +10574,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
             result.extend(ResticTestCase.restic(self, url, '-o', f'rclone.program={script}', 'backup',
                                                 self.source, check=False))
 
-        thread = threading.Thread(target=backup)
-        thread.start()
+        thread = self.in_thread(backup)
         self.wait_until(lambda: any('/data/' in f'/{name}' for name in self.files()), 'a pack')
         os.kill(int(pids.read_text().split()[-1]), signal.SIGKILL)
         thread.join()
@@ -10740,20 +10598,11 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
         keys.write_text(''.join(
             f'restrict,command="{serve} {words} {self.root}" {(self.folder / f"{name}.pub").read_text()}'
             for name, words in (('host1', '-v --append-only'), ('admin', '-v'))))
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
-        config = self.folder / 'sshd_config'
+        port, config = free_port(), self.folder / 'sshd_config'
         config.write_text(f'ListenAddress 127.0.0.1:{port}\nHostKey {self.folder}/host\nPidFile none\n'
                           f'AuthorizedKeysFile {keys}\nStrictModes no\nPasswordAuthentication no\n')
-        daemon = subprocess.Popen([sshd, '-D', '-e', '-f', config], stderr=subprocess.DEVNULL)
-        self.addCleanup(daemon.wait)
-        self.addCleanup(daemon.kill)
-
-        def listens():
-            with socket.socket() as sock:
-                return sock.connect_ex(('127.0.0.1', port)) == 0
-
-        self.wait_until(listens, 'sshd')
+        self.launch(sshd, '-D', '-e', '-f', config)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'sshd')
 
         def restic(key, *words, **more):
             command = (f'{ssh} -p {port} -i {self.folder}/{key} -o StrictHostKeyChecking=no -o '
@@ -10772,7 +10621,7 @@ class NewResticStdioTest(StdioScenarios, ResticTestCase):
 
 @long
 class OldResticStdioTest(StdioScenarios, ResticTestCase):
-    pass
+    find_restic = staticmethod(lambda: program('restic'))
 
 
 # ---- Other clients and proxies ---------------------------------------------------------------------
@@ -10781,8 +10630,7 @@ class Http2ClientsTest(TestCase):
     """Clients of HTTP/2 at a server that speaks HTTP/1.1 alone over the network."""
 
     def test_a_client_that_prefers_http_2_takes_http_1(self):
-        authority = Authority(self.folder)
-        authority.issue('server')
+        authority = Authority(self.folder, 'server')
         with Program('--addr', '127.0.0.1:0', *authority.words('server'), self.root) as server:
             said = self.curl('--http2', '--cacert', authority.path, '-w', '%{http_version}',
                              f'{server.url}config')
@@ -10810,36 +10658,32 @@ class HaproxyTest(TestCase):
         self.make_repository()
         content = os.urandom(12 << 20)
         Store(str(self.root)).save(Location('', 'data', named(content)), Bytes(content))
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-        with Program('--addr', '127.0.0.1:0', self.root) as server:
-            (self.folder / 'haproxy.cfg').write_text(
-                'defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n'
-                f'frontend f\n bind 127.0.0.1:{port}\n default_backend b\n'
-                f'backend b\n server s 127.0.0.1:{server.port}\n')
-            with subprocess.Popen([haproxy, '-f', self.folder / 'haproxy.cfg'],
-                                  stderr=subprocess.DEVNULL) as proxy:
-                try:
-                    self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
+        port, server = free_port(), self.run_server(self.root)
+        (self.folder / 'haproxy.cfg').write_text(
+            'defaults\n mode http\n timeout connect 5s\n timeout client 60s\n timeout server 60s\n'
+            f'frontend f\n bind 127.0.0.1:{port}\n default_backend b\n'
+            f'backend b\n server s 127.0.0.1:{server.port}\n')
+        self.launch(haproxy, '-f', self.folder / 'haproxy.cfg')
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
 
-                    def download(_):
-                        with Wire(port) as wire:
-                            return wire.ask(get(f'/data/{named(content)}'))[2] == content
+        def download(_):
+            return self.ask(get(f'/data/{named(content)}'), port=port)[2] == content
 
-                    for _ in range(6):
-                        self.assertEqual(at_once(download, range(4)), [True] * 4)
-                finally:
-                    proxy.terminate()
+        for _ in range(6):
+            self.assertEqual(at_once(download, range(4)), [True] * 4)
 
 
 class CurlTest(TestCase):
     """What curl makes of the answers."""
 
+    def curl(self, *words):
+        """Exit status, and the status of the answer, whose content goes into the file `out`."""
+        done = subprocess.run([program('curl'), '-s', '-w', '%{http_code}', '-o', self.folder / 'out',
+                               *words], capture_output=True, text=True)
+        return done.returncode, done.stdout[-3:]
+
     def test_curl_over_tls_and_unix_sockets(self):
-        curl = program('curl')
-        authority = Authority(self.folder)
-        authority.issue('server')
+        authority = Authority(self.folder, 'server')
         authority.issue('client', 'alice')
         unix = self.folder / 'socket'
         with Program('--addr', unix, '--addr', 'tls://127.0.0.1:0', *authority.words('server'),
@@ -10848,42 +10692,31 @@ class CurlTest(TestCase):
             self.wait_until(lambda: any('https' in line for line in server.lines), 'the address')
             url = next(re.search(r'https:\S+/', line)[0] for line in server.lines if 'https' in line)
 
-            def run(*words):
-                done = subprocess.run([curl, '-s', '-w', '%{http_code}', '-o', '/dev/null',
-                                       *map(str, words)], capture_output=True, text=True)
-                return done.returncode, done.stdout[-3:]
-
             client = ('--cacert', authority.path, '--cert', self.folder / 'client.both')
-            self.assertEqual(run('--unix-socket', unix, 'http://x/config'), (0, '404'))
-            self.assertEqual(run(*client, f'{url}config'), (0, '404'))
-            self.assertEqual(run(*client, '-X', 'OPTIONS', f'{url}config'), (0, '200'))
-            self.assertNotEqual(run('--cacert', authority.path, f'{url}config')[0], 0)
-            self.assertNotEqual(run('--cert', self.folder / 'client.both', f'{url}config')[0], 0)
+            self.assertEqual(self.curl('--unix-socket', unix, 'http://x/config'), (0, '404'))
+            self.assertEqual(self.curl(*client, f'{url}config'), (0, '404'))
+            self.assertEqual(self.curl(*client, '-X', 'OPTIONS', f'{url}config'), (0, '200'))
+            for half in (client[:2], client[2:]):
+                self.assertNotEqual(self.curl(*half, f'{url}config')[0], 0)
 
     def test_curl_uploads_and_downloads(self):
-        curl = program('curl')
         content = os.urandom(3 << 20)
-        file = self.folder / 'file'
+        file, out = self.folder / 'file', self.folder / 'out'
         file.write_bytes(content)
         with Program('--addr', '127.0.0.1:0', '--baseurl', 'backup', self.root) as server:
             url = f'{server.url}host/data/{named(content)}'
 
-            def run(*words):
-                done = subprocess.run([curl, '-sS', '-w', '%{http_code}', '-o', self.folder / 'out',
-                                       *words], capture_output=True, text=True, check=True)
-                return int(done.stdout[-3:])
-
-            self.assertEqual(run('-X', 'POST', f'{server.url}host/?create=true'), 200)
-            self.assertEqual(run('-X', 'POST', '-T', file, url), 200)      # with Expect
-            self.assertEqual(run('-X', 'POST', '-T', file, '-H', 'Transfer-Encoding: chunked', url), 200)
-            self.assertEqual(run(url), 200)
-            self.assertEqual((self.folder / 'out').read_bytes(), content)
-            self.assertEqual(run('-r', '1000-1999', url), 206)
-            self.assertEqual((self.folder / 'out').read_bytes(), content[1000:2000])
-            self.assertEqual(run('-I', url), 200)
-            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}host/data/{"0" * 64}'), 400)
-            self.assertEqual(run('-X', 'POST', '-T', file, f'{server.url}nothing'), 400)
-            self.assertEqual(run('--http1.0', url), 200)
+            upload = ('-X', 'POST', '-T', file)     # with Expect
+            for words, status, received in (
+                    (['-X', 'POST', f'{server.url}host/?create=true'], 200, None),
+                    ([*upload, url], 200, None),
+                    ([*upload, '-H', 'Transfer-Encoding: chunked', url], 200, None), ([url], 200, content),
+                    (['-r', '1000-1999', url], 206, content[1000:2000]), (['-I', url], 200, None),
+                    ([*upload, f'{server.url}host/data/{"0" * 64}'], 400, None),
+                    ([*upload, f'{server.url}nothing'], 400, None), (['--http1.0', url], 200, content)):
+                self.assertEqual(self.curl(*words), (0, str(status)), words)
+                if received:
+                    self.assertEqual(out.read_bytes(), received)
 
 
 # ---- Faults ----------------------------------------------------------------------------------------
@@ -11012,8 +10845,7 @@ class DiskFaultsTest(FaultsTestCase):
                 file.write(bytes(4096))
         with Program('--addr', '127.0.0.1:0', self.root) as server:
             self.assertTrue(any('disk full' in line for line in server.lines), server.lines)
-            with Wire(server.port) as wire:
-                self.assertEqual(wire.ask(get('/config'))[0], 200)
+            self.assertEqual(self.ask(get('/config'), port=server.port)[0], 200)
             self.assertEqual(server.stop(), 0)
         self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
 
@@ -11211,10 +11043,6 @@ class WireFaultsTest(FaultsTestCase):
             self.assertEqual(client.answer()[0], 400)
             self.assertTrue(client.is_closed())
         self.assertEqual(self.exchange('HTTP/1.1', 'DELETE', path)[0], 200)
-        with Wire(self.port) as client:
-            client.send(post(path, content, length=len(content) + 1))
-            client.sock.shutdown(socket.SHUT_WR)
-            self.assertEqual(client.answer()[0], 400)
         for announced in (len(content) - 1, len(content) + 1):
             with self.http2() as client:
                 client.upload(1, path, content, ('content-length', str(announced)))
@@ -11640,8 +11468,6 @@ class AtOnceTest(TestCase):
 class DeathTest(ResticTestCase):
     """A server that dies at any moment has stopped reading with it that it had answered for."""
 
-    find_restic = staticmethod(lambda: peer('restic'))
-
     def test_no_success_is_said_before_the_disk_has_it(self):
         strace, trace = program('strace'), self.folder / 'trace'
         server = Program('--addr', '127.0.0.1:0', '--workers', '1', self.root, before=[
@@ -11654,8 +11480,8 @@ class DeathTest(ResticTestCase):
             self.assertEqual(wire.ask(post('/?create=true', b''))[0], 200)
             for content in contents:
                 self.assertEqual(wire.ask(post(f'/data/{named(content)}', content))[0], 200)
-        os.kill(int(subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
-                                   capture_output=True, text=True).stdout), signal.SIGTERM)
+        child, = self.children(server)
+        os.kill(child, signal.SIGTERM)
         server.process.wait(PATIENCE)
         events, begun = [], {}
         for line in trace.read_text(errors='replace').splitlines():
@@ -11680,38 +11506,33 @@ class DeathTest(ResticTestCase):
 
     @long
     def test_killed_at_any_moment_of_a_backup(self):
-        chance, port = random.Random(4), 0
-        server, url = None, ''
+        def start(port=0):
+            server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
+            self.addCleanup(server.__exit__)
+            self.assertTrue(server.url, server.lines)
+            return server
+
+        chance, server = random.Random(4), start()
+        url = self.address(server, 'host/')
+        self.restic(url, 'init')
         self.source.joinpath('much').mkdir()
         for number in range(50):
-            if server is None:
-                server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
-                self.addCleanup(server.__exit__)
-                self.assertTrue(server.url, server.lines)
-                port, url = server.port, self.address(server, 'host/')
-                self.assertFalse([name for name in self.files() if 'upload-' in name])
-            if not number:
-                self.restic(url, 'init')
             for part in range(4):
                 (self.source / f'much/{part}').write_bytes(os.urandom(8 << 20))
             result = []
-            backup = threading.Thread(target=lambda url=url, done=result: done.extend(
+            backup = self.in_thread(lambda url=url, done=result: done.extend(
                 self.restic(url, 'backup', self.source, check=False)))
-            backup.start()
             backup.join(chance.uniform(0, 1.2))
             whom = number % 3
             if whom == 0:       # a worker: another takes its place
-                children = self.children(server)
-                os.kill(chance.choice(children), signal.SIGKILL)
+                os.kill(chance.choice(self.children(server)), signal.SIGKILL)
             else:
                 children = self.children(server) if whom == 1 else []   # all of them, or the parent alone
                 for pid in [server.process.pid, *children]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 server.__exit__()
-                server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
-                self.addCleanup(server.__exit__)
-                self.assertTrue(server.url, server.lines)
+                server = start(server.port)
             backup.join()
             if result[0]:  # restic had not yet begun to try again, or a lock was lost
                 self.restic(url, 'unlock', '--remove-all')
@@ -11734,11 +11555,9 @@ class DeathTest(ResticTestCase):
         script = ('import sys, restic_serve\nsys.argv[0] = "restic_serve"\n'
                   'del restic_serve.os.O_TMPFILE\nrestic_serve.run()')
         for number in range(2):
-            process = subprocess.Popen(
-                [sys.executable, '-c', script, '--addr', '127.0.0.1:0', '--workers', '1', str(self.root)],
-                cwd=Path(MODULE).parent, stderr=subprocess.PIPE, text=True, env=clean_environment())
-            self.addCleanup(process.kill)
-            with process, process.stderr:
+            with self.launch(sys.executable, '-c', script, '--addr', '127.0.0.1:0', '--workers', '1',
+                             str(self.root), cwd=Path(MODULE).parent, stderr=subprocess.PIPE, text=True,
+                             env=clean_environment()) as process:
                 words = (re.search(r'restic -r rest:http://127.0.0.1:(\d+)', line)
                          for line in process.stderr)
                 port = int(next(filter(None, words))[1])
@@ -11774,8 +11593,6 @@ class DeathTest(ResticTestCase):
 @long
 class SharedFileSystemTest(ResticTestCase):
     """Two servers on two mounts of one replicated file system, behind a load balancer."""
-
-    find_restic = staticmethod(lambda: peer('restic'))
 
     def gluster(self, *words):
         """What the command line of GlusterFS says; it must not fail."""
@@ -11819,27 +11636,22 @@ class SharedFileSystemTest(ResticTestCase):
         servers = [self.serve('--keep-deleted', '30d', root=path) for path in self.mounts]
         text = (README.parent / '.github' / 'PROMISES.md').read_text(encoding='utf-8')
         configuration = re.search(r'```haproxy\n(.*?)```', text, re.DOTALL)[1]
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            port = sock.getsockname()[1]
+        port = free_port()
         for here, there in (('bind :8443 ssl crt /etc/haproxy/restic.pem', f'bind 127.0.0.1:{port}'),
                             ('server one 10.0.0.1:8080', f'server one 127.0.0.1:{servers[0].port}'),
                             ('server two 10.0.0.2:8080', f'server two 127.0.0.1:{servers[1].port}')):
             self.assertIn(here, configuration)
             configuration = configuration.replace(here, there)
         (self.folder / 'haproxy.cfg').write_text(configuration)
-        balancer = subprocess.Popen([program('haproxy'), '-f', self.folder / 'haproxy.cfg'],
-                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.addCleanup(balancer.wait)
-        self.addCleanup(balancer.kill)
+        self.launch(program('haproxy'), '-f', self.folder / 'haproxy.cfg', stdout=subprocess.DEVNULL)
         self.wait_until(lambda: listens(('127.0.0.1', port)), 'haproxy')
         url = f'rest:http://127.0.0.1:{port}/host/'
         self.restic(url, 'init')
         for number in range(24):
             (self.source / f'more {number}').write_bytes(os.urandom(8 << 20))
         result = []
-        backup = threading.Thread(target=lambda: result.extend(
+        backup = self.in_thread(lambda: result.extend(
             self.restic(url, 'backup', '--limit-upload', '40000', self.source, check=False)))
-        backup.start()
         packs = self.mounts[1] / 'host/data'
         self.wait_until(lambda: len(list(packs.glob('??/*'))) > 2, 'some packs')
         servers[0].stop(signal.SIGKILL)
@@ -11904,7 +11716,7 @@ class ChaptersTest(unittest.TestCase):
 
 # ---- README ----------------------------------------------------------------------------------------
 
-class ReadmeTest(unittest.TestCase):
+class ReadmeTest(TestCase):
     def test_the_tests_say_at_their_end_what_they_left_out(self):
         def last_lines(**environment):
             done = subprocess.run(
@@ -11984,70 +11796,61 @@ class ReadmeTest(unittest.TestCase):
         found = {match[1]: block for block in self.blocks('ini')
                  for match in [re.match('# /etc/fail2ban/(.*)', block)] if match}
         self.assertEqual(sorted(found), ['filter.d/restic-serve.conf', 'jail.d/restic-serve.conf'])
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name, 'fail2ban')
-            shutil.copytree('/etc/fail2ban', folder)
-            log = Path(name, 'log')
-            failed = '2026/11/22 18:45:12 NOTICE: authentication failed for'
-            log.write_text(f"{failed} 'alice' from 1.2.3.4\n{failed} 'm\u00fcller' from 2001:db8::1\n"
-                           '2026/11/22 18:45:13 NOTICE: serving /srv/backup on http://127.0.0.1:8080/\n')
-            for path, block in found.items():
-                (folder / path).write_text(block.replace('/var/log/restic-serve/log', str(log)))
-            done = subprocess.run([regex, log, folder / 'filter.d/restic-serve.conf'], text=True,
-                                  capture_output=True)
-            self.assertIn('3 lines, 0 ignored, 2 matched, 1 missed', done.stdout)
-            done = subprocess.run([client, '-c', folder, '-d'], text=True, capture_output=True)
-            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-            self.assertIn('restic-serve', done.stdout)
+        folder, log = self.folder / 'fail2ban', self.folder / 'log'
+        shutil.copytree('/etc/fail2ban', folder)
+        failed = '2026/11/22 18:45:12 NOTICE: authentication failed for'
+        log.write_text(f"{failed} 'alice' from 1.2.3.4\n{failed} 'm\u00fcller' from 2001:db8::1\n"
+                       '2026/11/22 18:45:13 NOTICE: serving /srv/backup on http://127.0.0.1:8080/\n')
+        for path, block in found.items():
+            (folder / path).write_text(block.replace('/var/log/restic-serve/log', str(log)))
+        self.assertIn('3 lines, 0 ignored, 2 matched, 1 missed',
+                      self.check_output(regex, log, folder / 'filter.d/restic-serve.conf'))
+        self.assertIn('restic-serve', self.check_output(client, '-c', folder, '-d'))
+
+    def check_output(self, *words):
+        """What a program says, which must not fail."""
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              cwd=self.folder, env=clean_environment())
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout
+
+    def start_nginx(self, content):
+        """The port of an nginx, in one process, whose server is configured so."""
+        port = free_port()
+        (self.folder / 'nginx.conf').write_text(
+            f'daemon off;\nmaster_process off;\nuser root;\npid {self.folder}/pid;\n'
+            f'error_log {self.folder}/error.log;\nevents {{}}\n'
+            f'http {{\naccess_log off;\nclient_body_temp_path {self.folder}/body;\n'
+            f'server {{\nlisten 127.0.0.1:{port};\n{content}}}\n}}\n')
+        self.launch(program('nginx'), '-c', self.folder / 'nginx.conf', '-p', self.folder)
+        self.wait_until(lambda: listens(('127.0.0.1', port)), 'nginx')
+        return port
 
     def test_behind_nginx_fail2ban_finds_the_client_and_not_the_proxy(self):
-        nginx, regex = program('nginx'), program('fail2ban-regex')
-        rule = next(block for block in self.blocks('ini') if 'filter.d' in block)
-        with tempfile.TemporaryDirectory() as name, socket.socket() as sock:
-            folder = Path(name)
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-            sock.close()
-            (folder / 'filter').write_text(rule)
-            (folder / 'users').write_text(f'alice:{sha("right")}\n')
-            (folder / 'nginx.conf').write_text(
-                f'daemon off;\nuser root;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n'
-                f'http {{\naccess_log off;\nclient_body_temp_path {folder}/body;\n'
-                f'server {{\nlisten 127.0.0.1:{port};\nlocation / {{\n'
-                f'proxy_pass http://unix:{folder}/socket;\n'
-                'proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;\n}\n}\n}\n')
-            with Program('-v', '--addr', folder / 'socket', '--htpasswd', folder / 'users', '--socket-auth',
-                         '--trust-proxy', '127.0.0.1', '--log-file', folder / 'log', folder / 'srv',
-                         wait=False) as server, subprocess.Popen(
-                             [nginx, '-c', folder / 'nginx.conf', '-p', folder],
-                             stderr=subprocess.PIPE) as proxy:
-                try:
-                    end = time.monotonic() + PATIENCE
-                    while not (listens(('127.0.0.1', port)) and listens(str(folder / 'socket'))):
-                        self.assertLess(time.monotonic(), end)
-                        time.sleep(0.01)
-                    with socket.create_connection(('127.0.0.1', port), PATIENCE, ('127.0.0.2', 0)) as client:
-                        client.sendall(get('/config', basic('alice', 'wrong'), 'X-Forwarded-For: 6.6.6.6'))
-                        self.assertIn(b' 401 ', client.recv(1000))
-                finally:
-                    proxy.terminate()
-                self.assertEqual(server.stop(), 0)
-            done = subprocess.run([regex, '-v', folder / 'log', folder / 'filter'], text=True,
-                                  capture_output=True)
-            self.assertIn('1 matched', done.stdout)
-            self.assertRegex(done.stdout, r'\n\| +127\.0\.0\.2 ')
-            self.assertIn('127.0.0.2 - - [', (folder / 'log').read_text())
+        regex, folder = program('fail2ban-regex'), self.folder
+        (folder / 'filter').write_text(next(block for block in self.blocks('ini') if 'filter.d' in block))
+        (folder / 'users').write_text(f'alice:{sha("right")}\n')
+        port = self.start_nginx(f'location / {{\nproxy_pass http://unix:{folder}/socket;\n'
+                                'proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;\n}\n')
+        with Program('-v', '--addr', folder / 'socket', '--htpasswd', folder / 'users', '--socket-auth',
+                     '--trust-proxy', '127.0.0.1', '--log-file', folder / 'log', self.root,
+                     wait=False) as server:
+            self.wait_until(lambda: listens(str(folder / 'socket')), 'the server')
+            with socket.create_connection(('127.0.0.1', port), PATIENCE, ('127.0.0.2', 0)) as client:
+                client.sendall(get('/config', basic('alice', 'wrong'), 'X-Forwarded-For: 6.6.6.6'))
+                self.assertIn(b' 401 ', client.recv(1000))
+            self.assertEqual(server.stop(), 0)
+        output = self.check_output(regex, '-v', folder / 'log', folder / 'filter')
+        self.assertIn('1 matched', output)
+        self.assertRegex(output, r'\n\| +127\.0\.0\.2 ')
+        self.assertIn('127.0.0.2 - - [', (folder / 'log').read_text())
 
     def test_haproxy_takes_the_configuration(self):
-        haproxy = program('haproxy')
-        with tempfile.TemporaryDirectory() as name:
-            authority = Authority(Path(name))
-            authority.issue('restic')
-            path = Path(name, 'haproxy.cfg')
-            path.write_text(self.blocks('haproxy')[0].replace('/etc/haproxy/restic.pem',
-                                                              f'{name}/restic.both'))
-            done = subprocess.run([haproxy, '-c', '-f', path], text=True, capture_output=True)
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        haproxy, path = program('haproxy'), self.folder / 'haproxy.cfg'
+        Authority(self.folder, 'restic')
+        path.write_text(self.blocks('haproxy')[0].replace('/etc/haproxy/restic.pem',
+                                                          f'{self.folder}/restic.both'))
+        self.check_output(haproxy, '-c', '-f', path)
 
     def test_no_example_lets_strangers_in(self):
         """An example that listens on more than this host has users, and TLS or a proxy before it; and none
@@ -12114,99 +11917,69 @@ tests:
                             said += ', exp_annotations: {summary: "a: last snapshot 2d 0h 20m 0s ago"}'
                         said += '}]'
                     text += f'  - {{eval_time: {minute}m, alertname: {name}{said}}}\n'
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, 'rules.yml').write_text(rules)
-            Path(folder, 'tests.yml').write_text(text)
-            for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
-                done = subprocess.run([program('promtool'), *command], text=True, capture_output=True,
-                                      cwd=folder)
-                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        (self.folder / 'rules.yml').write_text(rules)
+        (self.folder / 'tests.yml').write_text(text)
+        for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
+            self.check_output(program('promtool'), *command)
         self.assertEqual(len(names), 10)
 
     def test_the_commands_for_events_in_the_readme_tell_what_has_happened(self):
         block = next(block for block in self.blocks('sh') if '--on-event' in block)
         commands = re.findall(r"^--on-event '(.*)'", block, re.MULTILINE)
         self.assertEqual(len(commands), 3)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for word in ('mail', 'curl'):
-                (folder / word).write_text(f'#!/bin/sh\nprintf "%s\\n" {word} "$@" - >> {folder}/heard\n'
-                                           f'cat >> {folder}/heard\n')
-                (folder / word).chmod(0o755)
-            for event in ('snapshot', 'overdue'):
-                for command in commands:
-                    done = subprocess.run(
-                        ['sh', '-c', command], stdin=subprocess.DEVNULL, capture_output=True, env={
-                            'PATH': f'{folder}:{os.environ["PATH"]}', 'RESTIC_SERVE_EVENT': event,
-                            'RESTIC_SERVE_MESSAGE': '@/etc/passwd: $(touch x)'})
-                    self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b'', b''))
-            heard = (folder / 'heard').read_text()
+        folder = self.folder
+        for word in ('mail', 'curl'):
+            (folder / word).write_text(f'#!/bin/sh\nprintf "%s\\n" {word} "$@" - >> {folder}/heard\n'
+                                       f'cat >> {folder}/heard\n')
+            (folder / word).chmod(0o755)
+        for event, command in itertools.product(('snapshot', 'overdue'), commands):
+            done = subprocess.run(['sh', '-c', command], stdin=subprocess.DEVNULL, capture_output=True, env={
+                'PATH': f'{folder}:{os.environ["PATH"]}', 'RESTIC_SERVE_EVENT': event,
+                'RESTIC_SERVE_MESSAGE': '@/etc/passwd: $(touch x)'})
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b'', b''))
+        heard = (folder / 'heard').read_text()
         self.assertEqual([heard.count(f'{word}\n') for word in ('mail', 'curl')], [1, 3])
         self.assertEqual(heard.count('@/etc/passwd: $(touch x)\n'), 3)
         self.assertEqual(heard.count('--data-raw\n@'), 2)
 
     def test_the_nginx_of_the_readme_lets_nobody_in_without_a_password(self):
-        nginx = program('nginx')
-        text = README.read_text(encoding='utf-8')
+        text, folder = README.read_text(encoding='utf-8'), self.folder
         block = re.search(r'```nginx\n(.*?)```', text, re.DOTALL)[1]
         command = re.search(r'```sh\npython3 restic_serve\.py ([^`]*--user-from-header[^`]*)```', text)[1]
-        with tempfile.TemporaryDirectory() as name, socket.socket() as sock:
-            folder = Path(name)
-            sock.bind(('127.0.0.1', 0))
-            port = sock.getsockname()[1]
-            sock.close()
-            (folder / 'users').write_text(f'alice:{sha("right")}\n')
-            for old, new in (('/run/restic-serve/socket', f'{folder}/socket'),
-                             ('/etc/nginx/restic-users', f'{folder}/users')):
-                self.assertIn(old, block)
-                block = block.replace(old, new)
-                command = command.replace(old, new)
-            (folder / 'nginx.conf').write_text(
-                f'daemon off;\nuser root;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n'
-                f'http {{\naccess_log off;\nclient_body_temp_path {folder}/body;\n'
-                f'server {{\nlisten 127.0.0.1:{port};\n{block}}}\n}}\n')
-            words = command.replace('\\\n', ' ').replace('/srv/backup', f'{folder}/srv').split()
-            with Program(*words) as server, subprocess.Popen(
-                    [nginx, '-c', folder / 'nginx.conf', '-p', folder], stderr=subprocess.PIPE) as proxy:
-                try:
-                    end = time.monotonic() + PATIENCE
-                    while not listens(('127.0.0.1', port)) and time.monotonic() < end:
-                        time.sleep(0.01)
-                    self.assertEqual([line for line in server.lines if 'NOTICE' not in line], [])
-                    for login, status in (((), 401), ((basic('alice', 'wrong'),), 401),
-                                          ((basic('nobody', ''),), 401), ((basic('alice', 'right'),), 404),
-                                          (('X-Forwarded-User: alice',), 401)):
-                        with Wire(port) as wire:
-                            self.assertEqual(wire.ask(get('/backup/alice/config', *login))[0], status, login)
-                    with Wire(port) as wire:  # whoever is in cannot name another
-                        self.assertEqual(wire.ask(get('/backup/bob/config', basic('alice', 'right'),
-                                                      'X-Forwarded-User: bob'))[0], 403)
-                finally:
-                    proxy.terminate()
+        (folder / 'users').write_text(f'alice:{sha("right")}\n')
+        for old, new in (('/run/restic-serve/socket', f'{folder}/socket'),
+                         ('/etc/nginx/restic-users', f'{folder}/users')):
+            self.assertIn(old, block)
+            block = block.replace(old, new)
+            command = command.replace(old, new)
+        port = self.start_nginx(block)
+        with Program(*command.replace('\\\n', ' ').replace('/srv/backup', str(self.root)).split()) as server:
+            self.assertEqual([line for line in server.lines if 'NOTICE' not in line], [])
+            for user, status, *login in (
+                    ('alice', 401), ('alice', 401, basic('alice', 'wrong')),
+                    ('alice', 401, basic('nobody', '')), ('alice', 404, basic('alice', 'right')),
+                    ('alice', 401, 'X-Forwarded-User: alice'),
+                    # whoever is in cannot name another
+                    ('bob', 403, basic('alice', 'right'), 'X-Forwarded-User: bob')):
+                answer = self.ask(get(f'/backup/{user}/config', *login), port=port)
+                self.assertEqual(answer[0], status, login)
 
     def test_it_can_be_packed_as_the_readme_says(self):
         text = README.read_text(encoding='utf-8')
         script = re.search(r'```sh\n(mkdir -p packed.*?)```', text, re.DOTALL)[1].splitlines()
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(MODULE, folder)
-            commands = '\n'.join([*script, './restic_serve.pyz --version'])
-            commands = commands.replace('python3 ', f'{sys.executable} ')
-            done = subprocess.run(['sh', '-ec', commands], cwd=folder, text=True, capture_output=True,
-                                  env=clean_environment())
-        self.assertEqual((done.returncode, done.stdout, done.stderr),
-                         (0, f'restic_serve {restic_serve.__version__}\n', ''))
+        shutil.copy(MODULE, self.folder)
+        commands = '\n'.join([*script, './restic_serve.pyz --version'])
+        self.assertEqual(self.check_output('sh', '-ec', commands.replace('python3 ', f'{sys.executable} ')),
+                         f'restic_serve {restic_serve.__version__}\n')
 
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
         units = [(path.name, path.read_text())
                  for path in sorted((README.parent / '.github' / 'systemd').iterdir())]
         self.assertEqual([name for name, _ in units], ['restic-serve.service', 'restic-serve.socket'])
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in units:
-                Path(folder, name).write_text(content)
-            done = subprocess.run([analyze, 'verify', *(f'{folder}/{name}' for name, _ in units)],
-                                  capture_output=True, text=True)
-            self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ''))
+        for name, content in units:
+            (self.folder / name).write_text(content)
+        self.assertEqual(self.check_output(analyze, 'verify', *(self.folder / name for name, _ in units)), '')
 
 
 if __name__ == '__main__':
