@@ -2023,7 +2023,7 @@ class Scratch(ScratchFile):
             raise
 
     def publish(self, name: str, folder: Optional[Folder] = None) -> None:
-        """Link the content to its name, perhaps in another folder.  Raises FileExistsError if that is taken."""
+        """Link the content to its name, perhaps in another folder.  Raises FileExistsError if it is taken."""
         target = folder or self.target
         new_name = f'{target.path}/{name}' if target.fd is None else name
         # A nameless file is linked with AT_SYMLINK_FOLLOW, which needs a src_dir_fd (before 3.14, os.link
