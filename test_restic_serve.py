@@ -225,7 +225,8 @@ class Api(Api):
 
     def __init__(self, store, policy, accounts=None, usage=None, metrics=None, events=None, baseurl='',
                  headers=(), allow_origin='', prometheus='', page=None, at=''):
-        counters, accounts = Counters(), accounts or Accounts()
+        counters = metrics.counters if metrics else usage.counters if usage else Counters()
+        accounts = accounts or Accounts()
         usage = usage or Usage(store, counters)
         metrics = metrics or Metrics(counters, usage, store)
         events = events or restic_serve.Events(restic_serve.Watch(store, usage, 0), counters)
