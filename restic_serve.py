@@ -6518,6 +6518,7 @@ class Connection:
         self.expired = True
         if self.deadline.is_stalled(self.clock()):
             self.on_limit(STALLED_UPLOAD, self.peer)
+        self.deadline.begin(self.clock() + 1)   # for the thread to wake, on a busy machine, too
         self.end_input()
 
     # ---- bytes ----
