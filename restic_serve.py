@@ -912,7 +912,7 @@ class Folder(Closing):
 def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
     """Whether only root and this process's user can change what an absolute path leads to: they own each
     folder and link on the way, and others may not write there."""
-    parent, name = os.path.split(path)
+    parent, name = os.path.split(path.rstrip(os.sep))
     return not name or bool(links) and is_trusted(parent, links) and is_trusted_entry(parent, name, links)[0]
 
 
@@ -1149,7 +1149,7 @@ class ScratchFile(Closing):
     opened: Tuple[Folder, ...] = ()     # folders that are closed with it
 
     def __init__(self, folder: Folder, mode: int, prefix: str = '') -> None:
-        self.folder = folder
+        self.folder, self.mode = folder, mode
         name = f'{prefix}{FRESH_PREFIX}{os.urandom(8).hex()}'
         self.fd = folder.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, mode)
         self.name = name
@@ -1179,7 +1179,7 @@ class ScratchFile(Closing):
         self._change_prefix(SCRATCH_PREFIX, FRESH_PREFIX)
         fd, self.fd = self.fd, -1
         os.close(fd)
-        self.folder.rename(self.name, folder, name)
+        move(self.folder, self.name, folder, name, self.mode)      # a bind mount: it is another file system
         self.name = ''
 
     def _change_prefix(self, old: str, new: str) -> None:
@@ -1194,7 +1194,7 @@ def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, 
     """Write a file of some `parts` in a folder, replacing what has its name.  It is whole or absent at every
     instant, and on the disk when this returns.  `owner` is a user and a group, `times` are nanoseconds of
     access and modification; the scratch file's name has the `prefix`.  Raises OSError."""
-    with ScratchFile(folder, mode, prefix) as scratch:
+    with ScratchFile(folder, 0o600 if owner else mode, prefix) as scratch:     # until it has its owner
         for part in parts:
             while part:
                 part = part[os.write(scratch.fd, part):]
@@ -1216,6 +1216,18 @@ def copy_durably(fd: int, status: os.stat_result, folder: Folder, name: str, mod
                       times=(status.st_atime_ns, status.st_mtime_ns))
     finally:
         os.close(fd)
+
+
+def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) -> None:
+    """Rename a file into another folder; between file systems it is copied, with its time, and removed.
+    Raises OSError."""
+    try:
+        source.rename(name, target, new_name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_durably(*open_plain(source, name), target, new_name, mode)
+        source.unlink(name)
 
 
 def is_left_over(folder: Folder, name: str, now: float) -> bool:
@@ -1730,7 +1742,7 @@ SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one
 READ_ONLY = 'the server is read-only'
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
-                  errno.EINVAL)     # EACCES on Android
+                  errno.EINVAL, errno.EXDEV)     # EACCES on Android
 # Folders in which file systems and NAS show their own snapshots and waste.
 _OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '@eadir', '#recycle',
                     'lost+found')
@@ -1857,8 +1869,11 @@ class Folders:
         """A folder in `data`, which is open and has this path below the root, as open_to_scan() gives it;
         also where the disk has just been unmounted, so that it does not look empty."""
         if data.fd is not None:
-            with contextlib.suppress(OSError):      # a link, or it has gone
+            try:
                 return Folder(f'{data.path}/{name}', data.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW))
+            except OSError as error:    # a link, or it has gone
+                if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
+                    raise
         return self.open_to_scan(f'{path}/{name}')
 
     def hidden(self, make: bool = True) -> Folder:
@@ -2000,7 +2015,8 @@ class Scratch(ScratchFile):
     def __init__(self, store: Store, path: str) -> None:
         self._store = store
         self.target = self.folder = store.folders.open(path)
-        self.name, self.fd, self.opened = '', -1, (self.target,) if self.target.fd is not None else ()
+        self.mode, self.name, self.fd = store.file_mode, '', -1
+        self.opened = (self.target,) if self.target.fd is not None else ()
         try:
             if store.nameless:
                 try:
@@ -2628,18 +2644,21 @@ class Past:
         except (FileNotFoundError, NotADirectoryError):
             return None
         size = None
+        status: Optional[os.stat_result] = None
         with source:
             with contextlib.suppress(FileNotFoundError):    # another request was faster
                 status = source.stat(location.file)
+            if status:
                 if not stat.S_ISREG(status.st_mode):
                     raise IsADirectoryError(errno.EISDIR, 'not a regular file', source.at(location.file))
                 self._begun.get(location.repository, self.begin)
                 moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
                 self._store.folders.make(path)
-                with self._store.folders.open(path) as target:
+                with self._store.folders.open(path, by_descriptor=True) as target, \
+                        contextlib.suppress(FileNotFoundError):     # likewise
                     move(source, location.file, target, f'{location.file}.{format_moment(moment)}',
                          self._store.file_mode)
-                size = status.st_size
+                    size = status.st_size
             # Also what the other may not have synced yet.
             with contextlib.suppress(FileNotFoundError), self._store.folders.open(
                     path, by_descriptor=True) as target:
@@ -2747,18 +2766,6 @@ def deleted_folder(location: Location) -> str:
     """The path below DIR of the folder for an object that was deleted."""
     part = f'/{location.name[:2]}' if location.kind == 'data' and location.name else ''
     return f'{location.repository}/{DELETED}/{location.kind}{part}'
-
-
-def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) -> None:
-    """Rename a file into another folder; between file systems it is copied, with its time, and removed.
-    Raises OSError."""
-    try:
-        source.rename(name, target, new_name)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        copy_durably(*open_plain(source, name), target, new_name, mode)
-        source.unlink(name)
 
 
 class View:
@@ -2910,6 +2917,9 @@ class RollBack:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
                 files: Dict[str, str] = {}      # of deleted objects, by what they were
                 for name, file, status in self._view.find(present, deleted, prefix):
+                    if name in files and not dry:   # of two, the one that is sound
+                        self._bring_back(present, deleted, files)
+                        files = {}
                     if file and name not in files and self._is_missing(kind, name):
                         files[name] = file
                         self.back[kind].append(status.st_size)
@@ -3464,12 +3474,14 @@ class Census:
         if the directory has gone: then nothing is deleted, it is missing."""
         self._store.directory.check_present()
         begin, counters, self.unreadable = time.monotonic(), self._counters, []
+        drift = self._drift()
         # What is found without rows of its own replaces what that was.
         self._other = [-number for number in counters.total(('held', OTHER), len(_COLUMNS))]
         self._rowless = {scope: tuple(-number for number in counters.total(('rowless', scope), 2))
                          for scope in counters.names('rowless')}
         self._history_of_other = _NO_HISTORY
-        known = counters.names('held') - {OTHER}
+        # One that was deleted earlier may be created again behind our back.
+        known = {name for name in counters.names('held') - {OTHER} if any(self._usage.held(name))}
         for folder in self._store.walk(self._on_error):
             known.discard(folder.path)
             if folder.is_repository:
@@ -3491,8 +3503,23 @@ class Census:
             counters.add(('rowless', scope), *change)
         if self._history_of_other.time or counters.read(('history', OTHER)):
             counters.put(('history', OTHER), *_to_row(self._history_of_other))
+        for scope, missing in self._drift().items():
+            if missing == drift.get(scope):     # not of a request under way
+                counters.add(('scope', scope), *missing)
         counters.put(('counted',), int(time.monotonic() * 1e9))
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
+
+    def _drift(self) -> Dict[str, Tuple[int, int]]:
+        """What scopes lack of what they hold, where a process was killed between counting the one and the
+        other: charged bytes and locks."""
+        sums = {scope: self._counters.total(('rowless', scope), 2) for scope in self._counters.names('scope')}
+        for repository in self._counters.names('held') - {OTHER}:
+            held = self._usage.held(repository)
+            for scope in self._usage.scopes(repository):
+                charged, locks = sums.get(scope, (0, 0))
+                sums[scope] = [charged + held.charged, locks + held.locks]
+        return {scope: (charged - now[0], locks - now[1]) for scope, (charged, locks) in sums.items()
+                for now in [self._counters.total(('scope', scope), 2)] if [charged, locks] != now}
 
     def _on_error(self, path: str, error: OSError) -> None:
         log.warning('cannot read %s, keeping its last known size: %s', path or '/', error)
@@ -3504,10 +3531,13 @@ class Census:
         for _ in range(3):
             before = self._usage.held(repository)
             found, history = self._measure(repository)
-            freed = self._usage.held(repository).freed - before.freed
-            if not freed:
+            after = self._usage.held(repository)
+            if after.freed == before.freed:
                 break
-        found['charged'] += freed
+        else:
+            found['charged'] += after.freed - before.freed
+            for name in ('bytes', *KINDS):
+                found[name] += max(getattr(before, name) - getattr(after, name), 0)
         change = {name: found[name] - number for name, number in before._asdict().items()}
         if self._counters.put(('history', repository), *_to_row(history)):
             self._usage.change(repository, **change)
@@ -3629,10 +3659,8 @@ class Usage:
         # What replaces a damaged object is charged the difference.
         fixed = folders * FOLDER_BYTES - (0 if present is None else charge_of(present))
         with self._room(location.repository) as take:
-            if length is not None:
-                take(fixed + charge_of(length), ROOM_SECONDS)
-                return self._save(location, body)
-            return self._save(location, _GrowingBody(
+            take(fixed + charge_of(length or 0), 0 if length is None else ROOM_SECONDS)
+            return self._save(location, body if length is not None else _GrowingBody(
                 body, lambda received: take(fixed + charge_of(received), 0)))
 
     def _save(self, location: Location, body: Body) -> Tuple[int, int]:
@@ -3926,7 +3954,7 @@ class Entry(str):
 
     def seconds(self) -> float:
         """Estimated seconds to verify it; 0 where the C library does."""
-        return 0 if is_in_c(self.scheme) else self.cost * _seconds_of_round()
+        return 0 if not self.scheme or is_in_c(self.scheme) else self.cost * _seconds_of_round()
 
     def is_slow(self) -> bool:
         """Whether verifying it takes so long that others must not wait for it: it has a queue of its own."""

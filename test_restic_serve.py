@@ -1394,12 +1394,24 @@ class StoreTest(TestCase):
         found = [walked.path for walked in self.store.walk(self.fail) if walked.is_repository]
         self.assertEqual(found, ['/host', '/host/copy'])
 
-    def test_a_bind_mount_that_no_link_crosses_is_an_error_and_leaves_nothing(self):
+    def test_a_bind_mount_that_no_link_crosses_is_crossed_by_a_copy(self):
+        def fail_between_folders(real):
+            def call(source, target, **more):
+                if ((os.path.dirname(source), more['src_dir_fd'])
+                        != (os.path.dirname(target), more['dst_dir_fd'])):
+                    raise OSError(errno.EXDEV, 'made by a test')
+                real(source, target, **more)
+
+            return call
+
         self.store.nameless = False
-        with mock.patch.object(os, 'link', side_effect=OSError(errno.EXDEV, 'made by a test')), \
-                self.assertRaises(OSError):
+        with mock.patch.multiple(os, link=mock.Mock(side_effect=OSError(errno.EXDEV, 'made by a test')),
+                                 replace=fail_between_folders(os.replace)):
+            location = self.save(b'content')
+            self.path(location).write_bytes(b'cont')
             self.save(b'content')
-        self.assertEqual(self.files(), [])
+        self.assertEqual(self.path(location).read_bytes(), b'content')
+        self.assertEqual(len(self.files()), 1)
 
     def test_a_file_system_without_o_tmpfile(self):
         real = os.open
@@ -1627,7 +1639,7 @@ class StoreTest(TestCase):
         self.test_nothing_stays_of_content_that_is_cut_short()
         self.test_a_damaged_object_is_mended_by_a_verified_upload()
         for test in (self.test_a_file_system_without_hard_links,
-                     self.test_a_bind_mount_that_no_link_crosses_is_an_error_and_leaves_nothing):
+                     self.test_a_bind_mount_that_no_link_crosses_is_crossed_by_a_copy):
             shutil.rmtree(self.root / 'host')
             self.make_repository('host')
             test()
@@ -3716,6 +3728,48 @@ class UsageTest(TestCase):
         self.make_repository(repository)
         self.usage.save(location, Bytes(content, **more))
         return location
+
+    def during_the_count(self, *actions):
+        """Count; each time that a repository is about to be measured, the next action is taken."""
+        measure, left = restic_serve.Census._measure, list(actions)
+
+        def act_and_measure(census, repository):
+            if left:
+                left.pop(0)()
+            return measure(census, repository)
+
+        with mock.patch.object(restic_serve.Census, '_measure', act_and_measure):
+            self.usage.census.count()
+
+    def test_what_is_made_again_where_a_deleted_repository_was_is_counted(self):
+        self.limit(100_000)
+        self.save(10, '/a')
+        self.save(10, '/z')
+        shutil.rmtree(self.root / 'a')
+        self.usage.census.count()
+        self.during_the_count(lambda: self.save(500, '/a'))     # the walk has passed it
+        self.assertEqual((self.held('/a')[0], self.usage.quota('')[0]), (500, 510))
+
+    def test_deletes_at_each_look_of_a_count_are_counted_once(self):
+        saved = [self.save(100) for _ in range(6)]
+        self.during_the_count(*[functools.partial(self.usage.delete, location) for location in saved[:3]])
+        self.assertEqual(self.held(), (300, {'data': 3}))
+
+    def test_a_process_that_died_between_two_counts_spoils_a_quota_until_the_next_census_only(self):
+        self.limit(100_000)
+        self.save(500)
+        self.usage.counters.add(('scope', ''), -300, 0)
+        self.usage.census.count()
+        self.assertEqual(self.usage.quota('')[0], 500)
+
+    def test_an_upload_of_unknown_length_is_refused_unread_where_the_quota_is_full(self):
+        self.limit(500)
+        self.save(500)
+        patch_for(self, restic_serve, BLOCK_BYTES=4096)
+        body = Bytes(b'more', length=None)
+        with mock.patch.object(body, 'readinto', side_effect=AssertionError), \
+                self.assertRaises(QuotaExceeded):
+            self.usage.save(Location('/host', 'keys', named(b'more')), body)
 
     def held(self, repository='/host'):
         found = self.usage.holdings()[repository]
