@@ -7193,7 +7193,7 @@ STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
 CONTROL_BYTES = 16 * 1024    # and of the other types, if no longer header is allowed
 READ_WINDOW = 4 << 20        # bytes of a request's content that may arrive ahead of its reader
-CONNECTION_WINDOW = 16 << 20  # bytes that may arrive ahead of all readers
+CONNECTION_WINDOW = 32 << 20  # bytes that may arrive ahead of all readers: restic sends five at once
 SEND_BYTES = 128 * 1024      # of content that are queued at a time, and before others wait
 WRITE_BYTES = 32 * 1024      # that are written at a time; a client that takes none for too long has stalled
 UNREAD_BYTES = 512 * 1024    # of answers, ACKs and the like that a client may leave unread
@@ -7402,7 +7402,11 @@ class Exchanges:
                     self.reset(stream.id, ErrorCode.CANCEL)
                 if len(self.unsent) < SEND_BYTES or not stream.sending:
                     break
-                self.changed.wait()     # for the writing thread, which has a deadline of its own
+                left = stream.deadline.time() - self._connection.clock()
+                if left <= 0:
+                    self.reset(stream.id, ErrorCode.CANCEL)
+                else:
+                    self.changed.wait(min(left, threading.TIMEOUT_MAX))     # for the writing thread
             count = max(min(len(content), SEND_BYTES, stream.window, self.flow.window), 0)
             if stream.aborted or (content and not count):
                 raise Gone(stream.aborted or 'client disconnected')
@@ -7482,7 +7486,7 @@ class Exchanges:
 
     def write(self) -> None:
         """What the writing thread does: send what is queued, until no more can be."""
-        connection, longest = self._connection, min(self._limits.write_seconds, self._limits.stall_seconds)
+        connection, limits = self._connection, self._limits
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.unsent or (self.ended and not self.running))
@@ -7492,7 +7496,8 @@ class Exchanges:
                 return
             try:
                 for at in range(0, len(frames), WRITE_BYTES):
-                    connection.wait_for(Connection.WRITING, longest)
+                    connection.wait_for(Connection.WRITING, min(
+                        LINGER_MOST_SECONDS if self.ended else math.inf, limits.write_seconds))
                     connection.transmit(frames[at:at + WRITE_BYTES])
             except Gone as gone:        # no request can be answered any more
                 with self.changed:
@@ -7596,6 +7601,8 @@ class Http2(Exchanges):
                     if failed or stream.receiving:
                         self.abort(stream, 'client disconnected')
                 self.changed.notify_all()
+            if self._connection.waits == Connection.WRITING:    # it may be stuck
+                self._connection.wait_no_longer(LINGER_MOST_SECONDS)
             writer.join()
         self._connection.linger()
 
@@ -8186,11 +8193,12 @@ class Server:
         self._next_notice = 0.0         # when a failed handshake may be logged again
         self._files = [files for files in (certificates, api.accounts.file,
                                            api.policy if api.policy.path else None) if files]
+        self._purging = threading.Thread()
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._is_first = True           # of the processes: makes censuses, purges, runs events
         self._listen(addresses, inherited)
         if self.listeners:
-            allow_descriptors(2 * api.admission.limit + 256)    # a connection and its file
+            allow_descriptors(4 * api.admission.limit + 256)    # a list holds a connection and three folders
         api.usage.census.channel.open()
         api.events.open()
         if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss
@@ -8289,21 +8297,24 @@ class Server:
         ticket = self.api.admission.admit(peer)
         if not ticket:
             return False
-        transport: Transport
-        if isinstance(source, PipeTransport):
-            transport = source
-        else:
-            transport = plain = SocketTransport(source, self.limits.stall_seconds)
-            if tls and self.certificates:
-                transport = self.certificates.wrap(plain)
-        connection = Connection(transport, peer, self.limits, self.bandwidth,
-                                lambda limit, peer: self.api.metrics.count_limited(limit, peer.name))
-        self.served.add(connection)
+        connection: Optional[Connection] = None
         try:
+            transport: Transport
+            if isinstance(source, PipeTransport):
+                transport = source
+            else:
+                transport = plain = SocketTransport(source, self.limits.stall_seconds)
+                if tls and self.certificates:
+                    transport = self.certificates.wrap(plain)
+            connection = Connection(transport, peer, self.limits, self.bandwidth,
+                                    lambda limit, peer: self.api.metrics.count_limited(limit, peer.name))
+            self.served.add(connection)
             threading.Thread(target=self._serve, args=(connection, source, ticket), daemon=True).start()
-        except (RuntimeError, MemoryError) as error:    # no thread could be started
+        except Exception as error:      # no memory, or no thread
             log.error('a connection from %s failed: %s', peer, error)
-            self._end(connection, ticket)
+            self.api.admission.leave(ticket)
+            self.served.discard(connection)
+            return False
         return True
 
     def _serve(self, connection: Connection, source: socket.socket | PipeTransport, ticket: Ticket) -> None:
@@ -8371,8 +8382,11 @@ class Server:
         now = time.monotonic()
         if now >= self._next_purge:
             self._next_purge = now + PURGE_SECONDS
+            if self._purging.is_alive():    # held up by a disk that hangs
+                return PURGE_SECONDS
+            self._purging = threading.Thread(target=self.api.usage.purge, args=[PURGE_SECONDS], daemon=True)
             try:
-                threading.Thread(target=self.api.usage.purge, args=[PURGE_SECONDS], daemon=True).start()
+                self._purging.start()
             except RuntimeError as error:
                 log.error('cannot purge deleted objects: %s', error)
         return self._next_purge - now
