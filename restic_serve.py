@@ -8711,8 +8711,9 @@ class Option:
         self.repeated = repeated
         self.stdio = stdio
         self._parse = parse if self.metavar else parse_bool
-        self.help = text + (f' (default: {shown})' if shown else
-                            f' (default {default})' if default and shown is None else '')
+        suffix = (f' (default: {shown})' if shown else
+                  f' (default {default})' if default and shown is None else '')
+        self.help = text + suffix if suffix else text   # argparse wants its very SUPPRESS
         self.default: Any = (self.read(self.split(default)) if default else [] if repeated else
                              False if not self.metavar else '' if parse is str else None)
 

@@ -11126,7 +11126,7 @@ class WireFaultsTest(FaultsTestCase):
             with self.http2() as client:
                 client.upload(1, path, content, ('content-length', str(announced)))
                 self.assertEqual(client.answer(), 1)  # PROTOCOL_ERROR
-        self.assertEqual(self.files(), [])
+        self.wait_until(lambda: self.files() == [], 'what was to be removed')
 
     @long
     def test_5000_connections_that_are_opened_and_dropped(self):
