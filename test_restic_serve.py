@@ -634,6 +634,12 @@ def slow_objects(go_on, waited):
     return objects
 
 
+def resident():
+    """Bytes of this process that are in memory, 0 where nothing tells."""
+    path = Path('/proc/self/statm')
+    return int(path.read_text().split()[1]) * 4096 if path.exists() else 0
+
+
 class Http2TestCase(WireTestCase):
     class Pipes(restic_serve.PipeTransport):
         """A socket that stands for standard input and output."""
@@ -8785,6 +8791,7 @@ class ConnectionLimitTest(ListenerTestCase):
         """A thousand that drip; the figure is a bound, far above what is usual."""
         # As main() does: with stacks of 8 MiB they fill the address space of a 32-bit system.
         self.addCleanup(threading.stack_size, threading.stack_size(restic_serve.STACK_BYTES))
+        before = resident()
         server = self.start(max_connections=1100)
         slow = [self.connect() for _ in range(1000)]
         for wire in slow:
@@ -8797,11 +8804,8 @@ class ConnectionLimitTest(ListenerTestCase):
             self.assertEqual(wire.ask(get('/config'))[0], 404)
             times.append(time.perf_counter() - begin)
         self.assertLess(sorted(times)[len(times) // 2], 0.1)
-        path = Path('/proc/self/status')
-        if path.exists():
-            resident = int(re.search(r'VmRSS:\s+(\d+) kB', path.read_text())[1])
-            # Of the tests, the clients and the server.
-            self.assertLess(resident, (300 if PYPY else 200) * 1024)
+        # Of the clients and the server.
+        self.assertLess(resident() - before, (200 if PYPY else 100) << 20)
 
 
 class ServerTest(WireTestCase):
@@ -10830,11 +10834,6 @@ class FaultsTestCase(Http2TestCase):
         folder = '/proc/self/fd'
         return threading.active_count(), len(os.listdir(folder)) if os.path.isdir(folder) else 0
 
-    def memory(self):
-        """Bytes of this process that are in memory, 0 where nothing tells."""
-        path = Path('/proc/self/statm')
-        return int(path.read_text().split()[1]) * 4096 if path.exists() else 0
-
     def assert_nothing_left(self, before):
         """What connections used is free again."""
         self.wait_until(lambda: not self.server.served, 'the end of all connections')
@@ -11350,7 +11349,7 @@ class MaliceTest(FaultsTestCase):
         for chance in chances:
             attack(chance)
         self.assert_nothing_left((threading.active_count(), 1 << 20))
-        before, memory = self.resources(), self.memory()
+        before, memory = self.resources(), resident()
 
         def run(chance):
             for _ in range(FUZZED // len(chances)):
@@ -11358,7 +11357,7 @@ class MaliceTest(FaultsTestCase):
 
         at_once(run, chances)
         self.assert_nothing_left(before)
-        self.assertLess(self.memory() - memory, 64 << 20)
+        self.assertLess(resident() - memory, 64 << 20)
         found = [line for line in self.faults() if re.search('Error|Exception|internal|failed', line)]
         self.assertEqual(found, [])
         self.assertEqual(self.exchange('HTTP/1.1', 'GET', '/none/config')[0], 404)
