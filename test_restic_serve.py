@@ -335,6 +335,12 @@ class TestCase(unittest.TestCase):
                               env={**clean_environment(), **environment})
         return done.returncode, done.stdout, done.stderr
 
+    def children(self, server):
+        """The processes of its workers."""
+        found = subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
+                               capture_output=True, text=True).stdout
+        return [int(word) for word in found.split()]
+
     def run_server(self, *words, **more):
         """A server in a process of its own."""
         server = Program('--addr', '127.0.0.1:0', *words, **more)
@@ -9008,11 +9014,6 @@ class WorkersTest(TestCase):
         self.wait_until(lambda: len(self.children(server)) == workers, 'the workers')
         return server
 
-    def children(self, server):
-        found = subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
-                               capture_output=True, text=True).stdout
-        return [int(word) for word in found.split()]
-
     def connect(self, server):
         wire = Wire(server.port)
         self.addCleanup(wire.__exit__)
@@ -11621,11 +11622,6 @@ class DeathTest(ResticTestCase):
                 self.restic(url, 'forget', '--keep-last', '2', '--prune')
         self.check_restore(url)
         self.assertFalse([name for name in self.files() if 'upload-' in name])
-
-    def children(self, server):
-        found = subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
-                               capture_output=True, text=True).stdout
-        return [int(word) for word in found.split()]
 
     def test_what_a_killed_upload_left_is_removed_at_the_next_start(self):
         hidden = self.root / restic_serve.HIDDEN
