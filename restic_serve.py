@@ -89,6 +89,7 @@ try:
     import sys
     import threading
     import time
+    from concurrent.futures import Future
 except ImportError as error:    # such as Debian's python3-minimal
     raise SystemExit(f'restic_serve: this Python lacks {error.name}; install python3') from None
 
@@ -98,7 +99,6 @@ if __name__ == '__main__':
 TYPE_CHECKING = False  # known to type checkers; importing `typing` would cost each start 5 ms
 if TYPE_CHECKING:
     import ssl
-    from concurrent.futures import Future
     from typing import (
         Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn,
         Optional, Protocol, Set, Tuple, TypeVar, Union)
@@ -1355,7 +1355,6 @@ class Helpers:
 
     def submit(self, job: Callable[[], T]) -> Optional[Future[T]]:
         """Have a helper do something, if one is free.  The future is to be given to end()."""
-        from concurrent.futures import Future
         # IndexError: no place is left; RuntimeError: no thread can be started.
         with contextlib.suppress(IndexError, RuntimeError), contextlib.ExitStack() as stack:
             for places in (self._free, self._unused):

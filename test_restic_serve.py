@@ -8648,6 +8648,13 @@ class StatsLogTest(unittest.TestCase):
 class SharesTest(WireTestCase):
     """One address has a part of the places, and no more."""
 
+    def setUp(self):
+        super().setUp()
+        rows = collections.defaultdict(itertools.count().__next__)  # no two addresses share one by chance
+        patch = mock.patch.object(restic_serve, 'hash', rows.__getitem__, create=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
     def test_an_address_has_its_share_of_the_connections(self):
         server = self.serve(self.server.api, max_connections=100, per_address=3)
         self.port, admission = server.listeners[0].server_address[1], server.api.admission
@@ -9743,6 +9750,7 @@ trim_memory = restic_serve.trim_memory
 def trim_and_forget():
     trim_memory()
     sys.meta_path.insert(0, Gone())
+    restic_serve.helpers.submit(int)    # as a slow disk has it
 restic_serve.trim_memory = trim_and_forget
 """
         users = self.folder / 'users'
