@@ -365,11 +365,6 @@ def is_user(name: str) -> bool:
             and not _INVISIBLE.search(name))
 
 
-def parse_shown_user(text: str) -> str:
-    """The user of --show-rights, `*` for the table of all, also where DIR follows instead."""
-    return '*' if text == '*' or '/' in text else parse_user(text)
-
-
 def parse_who(text: str) -> str:
     """A user, or `*` for all."""
     return '*' if text == '*' else parse_user(text)
@@ -8066,8 +8061,7 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
 def listener_class() -> Any:
     """The class Listener, which is made when it is needed: importing http.server takes half of the time of
     a start."""
-    from http.server import ThreadingHTTPServer
-    from socketserver import BaseRequestHandler
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Listener(ThreadingHTTPServer):
         """A listening socket whose connections are served, with TLS if `tls`.  `name` is what the service
@@ -8076,7 +8070,7 @@ def listener_class() -> Any:
         def __init__(self, server: Server, sock: socket.socket, tls: bool, name: str = '',
                      path: str = '') -> None:
             self.address_family = sock.family
-            super().__init__(sock.getsockname(), BaseRequestHandler, bind_and_activate=False)
+            super().__init__(sock.getsockname(), BaseHTTPRequestHandler, bind_and_activate=False)
             self.socket.close()
             self.socket = sock
             sock.setblocking(False)     # the client may disconnect before accept()
@@ -8101,31 +8095,24 @@ def listener_class() -> Any:
 
         def get_request(self) -> Tuple[socket.socket, Peer]:
             try:
-                return accept(self.socket)
+                sock, address = self.socket.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.error('cannot accept connections: %s', error)
                     time.sleep(0.1)
                 raise
+            sock.setblocking(True)
+            if sock.family == _AF_UNIX:
+                return sock, Peer('unix', unix=True)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # An address of IPv6 may contain one of IPv4 (RFC 4291 2.5.5.2).
+            return sock, Peer(re.sub(r'^::ffff:(?=.*\.)', '', address[0]))
 
         def process_request(self, request: Any, client_address: Any) -> None:
             if not self._server.begin(request, client_address, self.tls):
                 self.shutdown_request(request)
 
     return Listener
-
-
-def accept(listening: socket.socket) -> Tuple[socket.socket, Peer]:
-    """Accept a connection.  Raises OSError."""
-    sock, address = listening.accept()
-    sock.setblocking(True)
-    if listening.family == _AF_UNIX:
-        return sock, Peer('unix', unix=True)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    name = address[0]
-    if name.startswith('::ffff:') and '.' in name:  # it contains an IPv4 address (RFC 4291 2.5.5.2)
-        name = name[len('::ffff:'):]
-    return sock, Peer(name)
 
 
 def login_name(sock: socket.socket) -> str:
@@ -8298,13 +8285,11 @@ class Server:
             return False
         connection: Optional[Connection] = None
         try:
-            transport: Transport
-            if isinstance(source, PipeTransport):
-                transport = source
-            else:
-                transport = plain = SocketTransport(source, self.limits.stall_seconds)
+            transport: Any = source
+            if isinstance(source, socket.socket):
+                transport = SocketTransport(source, self.limits.stall_seconds)
                 if tls and self.certificates:
-                    transport = self.certificates.wrap(plain)
+                    transport = self.certificates.wrap(transport)
             connection = Connection(transport, peer, self.limits, self.bandwidth,
                                     lambda limit, peer: self.api.metrics.count_limited(limit, peer.name))
             self.served.add(connection)
@@ -8340,14 +8325,11 @@ class Server:
             log.error('a connection from %s failed: %s', peer, error)
             log.debug('traceback:', exc_info=True)
         finally:
-            self._end(connection, ticket)
-
-    def _end(self, connection: Connection, ticket: Ticket) -> None:
-        connection.close()
-        self.api.admission.leave(ticket)
-        self.served.discard(connection)
-        if not self.served:     # for which the loop may be waiting
-            self.loop.wake()
+            connection.close()
+            self.api.admission.leave(ticket)
+            self.served.discard(connection)
+            if not self.served:     # for which the loop may be waiting
+                self.loop.wake()
 
     # ---- timers ----
 
@@ -8360,7 +8342,7 @@ class Server:
         if now >= self._next_sweep:
             connections = self.served.copy()
             authority = self.certificates.authority if self.certificates else b''
-            for connection in connections if authority else ():
+            for connection in connections:
                 if not connection.stopping and connection.authority not in (None, authority):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
                     connection.stop()
@@ -8862,7 +8844,8 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--remove-user NAME', 'remove a user from the --htpasswd file', parse_user, requires='--htpasswd',
            environment=False),
     Option('--show-rights USER', 'print the access rules in effect, or describe the rights of USER',
-           parse_shown_user, const='*', environment=False, stdio=False),
+           lambda text: parse_who('*' if '/' in text else text), const='*',      # before DIR
+           environment=False, stdio=False),
     Option('--bcrypt-cost NUMBER', 'cost of new bcrypt passwords, 4 to 31', parse_cost,
            shown='10, or 5 where bcrypt runs in Python'),
     *_IGNORED,
@@ -9275,8 +9258,6 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:
     """Do --add-user or --remove-user; the exit status.  Raises OSError with a message for the user."""
-    if not options.htpasswd:
-        parser.error(f'--{"add" if options.add_user else "remove"}-user requires --htpasswd')
     if options.arguments:
         parser.error(f'{options.arguments[0]!r}: --add-user and --remove-user take --htpasswd FILE and no '
                      'DIR')
@@ -9305,9 +9286,8 @@ def read_password(user: str) -> bytes:
     return password
 
 
-def show_rights(parser: Parser, options: argparse.Namespace) -> int:
+def show_rights(options: argparse.Namespace) -> int:
     """Do --show-rights; the exit status.  Raises OSError and RightsFault."""
-    check_options(parser, options)
     rights, user = make_policy(options).rights, options.show_rights
     print(rights.text() if user == '*' else '\n'.join(rights.words(user, options.max_size)))
     return 0
@@ -9338,13 +9318,13 @@ def main() -> int:
     # A command of --on-event inherits variables that are not meant for it.
     parser = Parser({} if 'RESTIC_SERVE_EVENT' in os.environ else os.environ)
     options = parser.parse(args)
+    check_options(parser, options)
     try:
         if options.add_user or options.remove_user:
             return change_users(parser, options)
         if options.show_rights:
-            return show_rights(parser, options)
+            return show_rights(options)
         directory, at = find_directory(parser, options)
-        check_options(parser, options)
         level = 'ERROR' if options.quiet else ('NOTICE', 'INFO', 'DEBUG')[min(options.verbose, 2)]
         start_log(options.log_level or level, options.log_file, options.log_format == 'json')
         warn_of_options(parser, options)
@@ -9387,14 +9367,10 @@ def run() -> NoReturn:
     sys.exit(main())
 
 
-class _Start(Exception):
-    """Ends the script, so that the memory of its syntax tree is freed."""
-
-
 if __name__ == '__main__':
     if sys.implementation.name != 'cpython':
         run()
     # While a script runs, the interpreter keeps its syntax tree, 16 MiB here.  An exception ends that, and
     # the hook for it goes on.
     sys.excepthook = lambda *error: run()
-    raise _Start
+    raise RuntimeError

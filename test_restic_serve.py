@@ -906,8 +906,8 @@ def refusal(*args, **environment):
         try:
             parser = restic_serve.Parser(environment)
             options = parser.parse(list(args))
-            restic_serve.find_directory(parser, options)
             restic_serve.check_options(parser, options)
+            restic_serve.find_directory(parser, options)
             return ''
         except SystemExit as end:
             line, newline, rest = error.getvalue().partition('\n')
@@ -5163,7 +5163,7 @@ class RightsTest(TestCase):
     def show_rights(self, *words):
         parser = restic_serve.Parser({})
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            self.assertEqual(restic_serve.show_rights(parser, parser.parse(words)), 0)
+            self.assertEqual(restic_serve.show_rights(parser.parse(words)), 0)
         return output.getvalue()
 
     def test_quotas_bound_places_whoever_stores_there_and_change_with_the_file(self):
@@ -8894,8 +8894,9 @@ class ServerTest(WireTestCase):
         self.assertTrue(done.wait(PATIENCE))
 
     def test_where_descriptors_are_used_up_the_server_goes_on_later(self):
-        answers = [OSError(errno.EMFILE, 'Too many open files')] + 2 * [mock.DEFAULT]
-        with mock.patch.object(restic_serve, 'accept', wraps=restic_serve.accept, side_effect=answers):
+        listener, answers = self.server.listeners[0], [OSError(errno.EMFILE, 'Too many open files')]
+        full = mock.Mock(wraps=listener.socket, **{'accept.side_effect': answers + 2 * [mock.DEFAULT]})
+        with mock.patch.object(listener, 'socket', full):
             self.assertEqual(self.ask(get('/config'))[0], 404)
         self.assertIn('Too many open files', self.log[-1])
 
@@ -8911,7 +8912,7 @@ class ServerTest(WireTestCase):
         listener = server.listeners[0]
         for host in ('127.0.0.1', '::1')[:1 + (listener.address_family == socket.AF_INET6)]:
             socket.create_connection((host, listener.server_address[1]), PATIENCE).close()
-            sock, peer = restic_serve.accept(listener.socket)
+            sock, peer = listener.get_request()
             sock.close()
             self.assertEqual(peer.name, host)
         server.stop()
