@@ -7169,7 +7169,7 @@ def encode_string(text: str) -> bytes:
 #
 # Theory of operation.  The connection's thread reads frames and acts on them.  Each request has a thread,
 # which runs the Api, takes the content from its Stream, and queues the answer.  One more thread writes what
-# is queued.  One lock, that of Exchanges.changed, guards all state; nobody holds it while reading or writing.
+# is queued.  One lock, that of Http2.changed, guards all state; nobody holds it while reading or writing.
 #
 # Pipes can be full in both directions, so the reading thread never waits for the client to read.  If the
 # writing thread is stuck in write(2), which cannot be woken, the connection's deadline ends the process.  A
@@ -7315,147 +7315,85 @@ class Flow:
 
 
 class Stream(Flow):
-    """One request, and its content as a Body; `length` is what is announced, None if it is not.  Its state
-    (RFC 9113 5.1; the lock of `exchanges` guards all of it):
+    """One request, which has a thread, and its content as a Body; `length` is what is announced, None if it
+    is not.  Its state (RFC 9113 5.1; the lock of `http` guards all of it):
 
         OPEN                receiving, sending
         HALF_CLOSED_REMOTE  sending: END_STREAM has arrived
         HALF_CLOSED_LOCAL   receiving: END_STREAM was sent
         CLOSED              neither; `aborted` says why, if it was reset or has ended with the connection
-    """
+
+    Methods up to _send_content() are called without the lock, the others with it."""
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
-    def __init__(self, exchanges: Exchanges, stream_id: int, length: Optional[int], receiving: bool) -> None:
-        super().__init__(stream_id, exchanges.initial_window, READ_WINDOW)
+    def __init__(self, http: Http2, stream_id: int, length: Optional[int], receiving: bool) -> None:
+        super().__init__(stream_id, http.initial_window, READ_WINDOW)
         self.receiving, self.sending, self.aborted = receiving, True, ''
         self.length = self.remaining = length   # `remaining` has not arrived
         self.content = bytearray()      # that has arrived and was not read
         self.wanted = True              # more of it is to be read
-        self.expects_continue = False   # the client waits for 100 (Continue)
         self.deadline = Deadline()
-        self._exchanges = exchanges
+        self._expects_continue = False  # the client waits for 100 (Continue)
+        self._http = http
+
+    def serve(self, request: Request, complete: bool) -> None:
+        """Answer the request, whose header is `complete`, or was too long."""
+        http, code = self._http, ErrorCode.CANCEL
+        try:
+            try:
+                if not complete:        # RFC 9113 10.5.1
+                    raise HttpError(431, f'header is longer than {http.header_bytes} bytes')
+                self._expects_continue = expects_continue(request.headers) and self.length != 0
+                response = http.api.handle(request)
+            except HttpError as error:
+                response = http.api.refuse(error)
+            except Gone:
+                http.api.finish(request, CLIENT_GONE, 0)
+                raise
+            with contextlib.closing(response):
+                self._answer(request, response)
+            code = ErrorCode.NO_ERROR   # RFC 9113 8.1: the rest of the content is not wanted
+            with http.changed:
+                # What is little, or is on its way already, ends by itself.
+                if self.remaining is None or self.remaining <= SKIP_BYTES:
+                    http.changed.wait_for(lambda: not self.receiving or http.ended, LINGER_SECONDS)
+        except Gone as gone:
+            log.debug('%s: %s', request.peer, gone)
+        except Exception as error:      # a file that cannot be read; or a fault of ours
+            code = ErrorCode.INTERNAL_ERROR
+            log.error('%s: response aborted: %s', request.peer, error)
+            log.debug('traceback:', exc_info=True)
+        finally:
+            with http.changed:
+                if self.id in http.streams:
+                    http.reset(self.id, code)
+                http.running -= 1
+                http.changed.notify_all()
 
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
-        exchanges = self._exchanges
-        if self.expects_continue:
-            self.expects_continue = False   # RFC 9110 15.2.1
-            exchanges.send_headers(self, [(':status', '100')])
-        with exchanges.changed:
-            if not exchanges.wait(self.deadline, lambda: self.content or not self.receiving, STALLED_UPLOAD):
+        if self._expects_continue:
+            self._expects_continue = False  # RFC 9110 15.2.1
+            self._send_headers([(':status', '100')])
+        with self._http.changed:
+            if not self._wait(lambda: self.content or not self.receiving, STALLED_UPLOAD):
                 raise HttpError(408, 'the content took too long')
             if self.aborted:
                 raise Gone(self.aborted)
             count = min(len(view), len(self.content))
             view[:count] = self.content[:count]
             del self.content[:count]
-            exchanges.release(count, self)
+            self._http.release(count, self)
         return count
 
-
-class Exchanges:
-    """The requests of a connection, and all that is sent on it.  `changed` has the lock, and is notified of
-    each change that a thread may wait for.  Methods up to write() are called without the lock, the others
-    with it."""
-
-    def __init__(self, connection: Connection, api: Api) -> None:
-        self.changed = threading.Condition()
-        self.streams: Dict[int, Stream] = {}        # that are not closed
-        self.resets: Deque[int] = collections.deque(maxlen=4 * STREAMS)    # the last streams that we reset
-        self.flow = Flow(0, _DEFAULT_WINDOW, CONNECTION_WINDOW)
-        self.initial_window = _DEFAULT_WINDOW       # bytes that may be sent on a new stream
-        self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
-        self.last_served: Optional[int] = None      # the last stream that is, once GOAWAY was sent
-        self.unsent = b''               # frames that are queued
-        self.ended = False              # no more frames will be read
-        self.running = 0                # requests that have a thread
-        self._connection = connection
-        self._api = api
-        self._limits = connection.limits
-
-    def send_headers(self, stream: Stream, headers: Headers, last: bool = False) -> None:
-        """Queue HEADERS, which may be the `last` of their stream.  Raises Gone."""
-        with self.changed:
-            if stream.aborted:
-                raise Gone(stream.aborted)
-            self.queue(frame(FrameType.HEADERS, _END_HEADERS | (_END_STREAM if last else 0), stream.id,
-                             encode_headers(headers)))
-            if last:
-                self.end(stream, sending=False)
-
-    def send_content(self, stream: Stream, content: bytes | memoryview, last: bool) -> int:
-        """Queue as much content as the client's windows allow, at least one byte; how much.  If all goes it
-        may be the `last` of its stream.  Raises Gone."""
-        def is_open() -> bool:
-            return not (content and stream.sending) or self.ended or min(stream.window, self.flow.window) > 0
-
-        with self.changed:
-            while True:
-                if not self.wait(stream.deadline, is_open, STALLED_DOWNLOAD):
-                    self.reset(stream.id, ErrorCode.CANCEL)
-                if len(self.unsent) < SEND_BYTES or not stream.sending:
-                    break
-                left = stream.deadline.time() - self._connection.clock()
-                if left <= 0:
-                    self.reset(stream.id, ErrorCode.CANCEL)
-                else:
-                    self.changed.wait(min(left, threading.TIMEOUT_MAX))     # for the writing thread
-            count = max(min(len(content), SEND_BYTES, stream.window, self.flow.window), 0)
-            if stream.aborted or (content and not count):
-                raise Gone(stream.aborted or 'client disconnected')
-            stream.window -= count
-            self.flow.window -= count
-            stream.deadline.passed += count
-            last = last and count == len(content)
-            for at in range(0, count or 1, self.frame_bytes):
-                end = min(at + self.frame_bytes, count)
-                self.queue(frame(FrameType.DATA, _END_STREAM if last and end == count else 0, stream.id,
-                                 content[at:end]))
-            if last:
-                self.end(stream, sending=False)
-        return count
-
-    def serve(self, stream: Stream, request: Request, complete: bool) -> None:
-        """Answer one request, whose header is `complete`, or was too long."""
-        code = ErrorCode.CANCEL
-        try:
-            try:
-                if not complete:        # RFC 9113 10.5.1
-                    raise HttpError(431, f'header is longer than {self._limits.header_bytes} bytes')
-                stream.expects_continue = expects_continue(request.headers) and stream.length != 0
-                response = self._api.handle(request)
-            except HttpError as error:
-                response = self._api.refuse(error)
-            except Gone:
-                self._api.finish(request, CLIENT_GONE, 0)
-                raise
-            with contextlib.closing(response):
-                self._answer(stream, request, response)
-            code = ErrorCode.NO_ERROR   # RFC 9113 8.1: the rest of the content is not wanted
-            with self.changed:
-                # What is little, or is on its way already, ends by itself.
-                if stream.remaining is None or stream.remaining <= SKIP_BYTES:
-                    self.changed.wait_for(lambda: not stream.receiving or self.ended, LINGER_SECONDS)
-        except Gone as gone:
-            log.debug('%s: %s', self._connection.peer, gone)
-        except Exception as error:      # a file that cannot be read; or a fault of ours
-            code = ErrorCode.INTERNAL_ERROR
-            log.error('%s: response aborted: %s', self._connection.peer, error)
-            log.debug('traceback:', exc_info=True)
-        finally:
-            with self.changed:
-                if stream.id in self.streams:
-                    self.reset(stream.id, code)
-                self.running -= 1
-                self.changed.notify_all()
-
-    def _answer(self, stream: Stream, request: Request, response: Response) -> None:
+    def _answer(self, request: Request, response: Response) -> None:
         """Send the answer to a request.  Raises Gone, and OSError if the content cannot be read."""
-        with self.changed:
-            self._discard(stream)
-            stream.deadline.begin(self._connection.clock() + self._limits.write_seconds,
-                                  self._limits.write_extension, self._limits.stall_seconds)
+        http, limits = self._http, self._http.connection.limits
+        with http.changed:
+            self._discard()
+            self.deadline.begin(http.connection.clock() + limits.write_seconds, limits.write_extension,
+                                limits.stall_seconds)
         body, sent, length = response.body, 0, None     # type: Any, int, Optional[int]
         headers = [(':status', str(response.status)), ('date', http_date(int(time.time()))),
                    *((name.lower(), value) for name, value in response.headers)]
@@ -7467,20 +7405,171 @@ class Exchanges:
             headers.append(('content-length', str(length)))
         is_empty = request.method == 'HEAD' or length == 0
         try:
-            self.send_headers(stream, headers, last=is_empty)
+            self._send_headers(headers, last=is_empty)
             for piece in () if is_empty else body:
                 content = memoryview(piece)
                 while content:
-                    count = self.send_content(stream, content, last=sent + len(content) == length)
+                    count = self._send_content(content, last=sent + len(content) == length)
                     content, sent = content[count:], sent + count
             if length is None and not is_empty:
-                self.send_content(stream, b'', last=True)
+                self._send_content(b'', last=True)
         finally:
-            self._api.finish(request, response.status, sent)
+            http.api.finish(request, response.status, sent)
 
-    def write(self) -> None:
+    def _send_headers(self, headers: Headers, last: bool = False) -> None:
+        """Queue HEADERS, which may be the `last` of their stream.  Raises Gone."""
+        with self._http.changed:
+            if self.aborted:
+                raise Gone(self.aborted)
+            self._http.queue(frame(FrameType.HEADERS, _END_HEADERS | (_END_STREAM if last else 0), self.id,
+                                   encode_headers(headers)))
+            if last:
+                self.end(sending=False)
+
+    def _send_content(self, content: bytes | memoryview, last: bool) -> int:
+        """Queue as much content as the client's windows allow, at least one byte; how much.  If all goes it
+        may be the `last` of its stream.  Raises Gone."""
+        http = self._http
+
+        def is_open() -> bool:
+            return not (content and self.sending) or http.ended or min(self.window, http.flow.window) > 0
+
+        def has_room() -> bool:
+            return not self.sending or len(http.unsent) < SEND_BYTES
+
+        with http.changed:
+            while not (is_open() and has_room()):
+                if not (self._wait(is_open, STALLED_DOWNLOAD) and self._wait(has_room)):
+                    http.reset(self.id, ErrorCode.CANCEL)
+            count = max(min(len(content), SEND_BYTES, self.window, http.flow.window), 0)
+            if self.aborted or (content and not count):
+                raise Gone(self.aborted or 'client disconnected')
+            self.window -= count
+            http.flow.window -= count
+            self.deadline.passed += count
+            last = last and count == len(content)
+            for at in range(0, count or 1, http.frame_bytes):
+                end = min(at + http.frame_bytes, count)
+                http.queue(frame(FrameType.DATA, _END_STREAM if last and end == count else 0, self.id,
+                                 content[at:end]))
+            if last:
+                self.end(sending=False)
+        return count
+
+    def _wait(self, is_ready: Callable[[], object], limit: str = '') -> bool:
+        """Wait until something is ready; False if the deadline passes first.  It is the client that is waited
+        for where a stall counts as `limit`."""
+        connection, deadline = self._http.connection, self.deadline
+        deadline.since = connection.clock() if limit else math.inf
+        while not is_ready():
+            left = deadline.time() - connection.clock()
+            if left <= 0:
+                if deadline.is_stalled(connection.clock()):
+                    connection.on_limit(limit, connection.peer)
+                return False
+            self._http.changed.wait(min(left, threading.TIMEOUT_MAX))
+        deadline.since = math.inf
+        return True
+
+    def end(self, sending: bool = True, receiving: bool = True) -> None:
+        """END_STREAM was sent, or has arrived; without either direction a stream is closed."""
+        self.sending, self.receiving = self.sending and sending, self.receiving and receiving
+        if not (self.sending or self.receiving):
+            http = self._http
+            http.streams.pop(self.id, None)
+            if http.last_served is not None and not http.streams:
+                http.connection.end_input()
+
+    def end_content(self) -> None:
+        """END_STREAM has arrived.  Raises StreamError."""
+        require_of_stream(not self.remaining, 'less content than announced')
+        self.end(receiving=False)
+
+    def abort(self, reason: str) -> None:
+        """The stream was reset, or ends with the connection."""
+        self.aborted = reason
+        self._discard()
+        self.end(sending=False, receiving=False)
+
+    def _discard(self) -> None:
+        """No more of the content is wanted."""
+        self._http.release(len(self.content))
+        self.content.clear()
+        self.wanted = False
+
+
+class Http2:
+    """One connection: reads its frames, and writes what is queued.  `changed` has the lock, and is notified
+    of each change that a thread may wait for.  Methods from queue() on are called with the lock."""
+
+    def __init__(self, connection: Connection, api: Api) -> None:
+        self.api = api
+        self.connection = connection
+        self.header_bytes = connection.limits.header_bytes
+        self.changed = threading.Condition()
+        self.streams: Dict[int, Stream] = {}        # that are not closed
+        self.resets: Deque[int] = collections.deque(maxlen=4 * STREAMS)    # the last streams that we reset
+        self.flow = Flow(0, _DEFAULT_WINDOW, CONNECTION_WINDOW)
+        self.initial_window = _DEFAULT_WINDOW       # bytes that may be sent on a new stream
+        self.frame_bytes = _DEFAULT_FRAME_BYTES     # the client's MAX_FRAME_SIZE
+        self.unsent = b''               # frames that are queued
+        self.ended = False              # no more frames will be read
+        self.running = 0                # requests that have a thread
+        self.last_served: Optional[int] = None      # the last stream that is, once GOAWAY was sent
+        self._decoder = HeaderDecoder()
+        self._has_settings = False      # the client's have arrived
+        self._last = 0                  # the highest stream that the client has opened
+
+    def run(self) -> None:
+        """Serve the connection to its end; requests that are whole when input ends are answered.
+        Raises Gone."""
+        settings = ((Setting.MAX_CONCURRENT_STREAMS, STREAMS), (Setting.INITIAL_WINDOW_SIZE, READ_WINDOW),
+                    (Setting.MAX_FRAME_SIZE, FRAME_BYTES), (Setting.MAX_HEADER_LIST_SIZE, self.header_bytes))
+        self.unsent = (
+            frame(FrameType.SETTINGS, 0, 0, b''.join(itertools.starmap(_SETTING.pack, settings)))
+            + frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
+        self.connection.wait_for(Connection.IDLE, math.inf)
+        self.connection.on_stop = self._go_away
+        writer = threading.Thread(target=self._write, daemon=True)
+        writer.start()
+        failed = True
+        try:
+            require(self._read(len(PREFACE)) == PREFACE, 'missing HTTP/2 preface')  # RFC 9113 3.4
+            while True:
+                self._handle_frame()
+        except EOFError:
+            failed = False
+        except (HpackError, Http2Error) as error:
+            code = error.code if isinstance(error, Http2Error) else ErrorCode.COMPRESSION_ERROR
+            log.log(logging.DEBUG if self._has_settings else NOTICE, '%s: %s (HTTP/2 error %d)',
+                    self.connection.peer, error, code)
+            self._go_away(code, str(error))
+        finally:
+            with self.changed:
+                self.ended = True
+                for stream in [*self.streams.values()]:
+                    if failed or stream.receiving:
+                        stream.abort('client disconnected')
+                self.changed.notify_all()
+            if self.connection.waits == Connection.WRITING:    # it may be stuck
+                self.connection.wait_no_longer(LINGER_MOST_SECONDS)
+            writer.join()
+        self.connection.linger()
+
+    def _go_away(self, code: ErrorCode = ErrorCode.NO_ERROR, reason: str = '') -> None:
+        """Send GOAWAY (RFC 9113 6.8), and take no more requests; without any, end the input.  Streams above
+        the last are not served, and the last never rises."""
+        with self.changed:
+            if self.last_served is None:
+                self.last_served = self._last
+            last = struct.pack('>II', self.last_served, code)
+            self.queue(frame(FrameType.GOAWAY, 0, 0, last + reason.encode()))
+            if not self.streams:
+                self.connection.end_input()
+
+    def _write(self) -> None:
         """What the writing thread does: send what is queued, until no more can be."""
-        connection, limits = self._connection, self._limits
+        connection, limits = self.connection, self.connection.limits
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.unsent or (self.ended and not self.running))
@@ -7496,120 +7585,9 @@ class Exchanges:
             except Gone as gone:        # no request can be answered any more
                 with self.changed:
                     for stream in [*self.streams.values()]:
-                        self.abort(stream, str(gone))
+                        stream.abort(str(gone))
                 connection.end_input()
             connection.wait_for(Connection.IDLE, math.inf)
-
-    # ---- with the lock ----
-
-    def queue(self, frames: bytes) -> None:
-        """Have frames written."""
-        self.unsent += frames
-        self.changed.notify_all()
-
-    def wait(self, deadline: Deadline, is_ready: Callable[[], object], limit: str) -> bool:
-        """Wait until something is ready; False if the deadline passes first.  A stall counts as `limit`."""
-        clock = self._connection.clock
-        deadline.since = clock()
-        while not is_ready():
-            left = deadline.time() - clock()
-            if left <= 0:
-                if deadline.is_stalled(clock()):
-                    self._connection.on_limit(limit, self._connection.peer)
-                return False
-            self.changed.wait(min(left, threading.TIMEOUT_MAX))
-        deadline.since = math.inf
-        return True
-
-    def end(self, stream: Stream, sending: bool = True, receiving: bool = True) -> None:
-        """END_STREAM was sent, or has arrived; without either direction a stream is closed."""
-        stream.sending, stream.receiving = stream.sending and sending, stream.receiving and receiving
-        if not (stream.sending or stream.receiving):
-            self.streams.pop(stream.id, None)
-            if self.last_served is not None and not self.streams:
-                self._connection.end_input()
-
-    def abort(self, stream: Stream, reason: str) -> None:
-        """A stream was reset, or ends with the connection."""
-        stream.aborted = reason
-        self._discard(stream)
-        self.end(stream, sending=False, receiving=False)
-
-    def reset(self, stream_id: int, code: ErrorCode) -> None:
-        """Send RST_STREAM.  What still arrives for the stream is no fault of the client's (RFC 9113 5.1)."""
-        self.queue(frame(FrameType.RST_STREAM, 0, stream_id, struct.pack('>I', code)))
-        self.resets.append(stream_id)
-        if stream_id in self.streams:
-            self.abort(self.streams[stream_id], 'the stream was reset')
-
-    def _discard(self, stream: Stream) -> None:
-        """No more of a request's content is wanted."""
-        self.release(len(stream.content))
-        stream.content.clear()
-        stream.wanted = False
-
-    def release(self, count: int, stream: Optional[Stream] = None) -> None:
-        """Content has left the memory: let the client send as much again."""
-        self.queue(self.flow.release(count)
-                   + (stream.release(count) if stream and stream.receiving else b''))
-
-
-class Http2(Exchanges):
-    """One connection: reads its frames."""
-
-    def __init__(self, connection: Connection, api: Api) -> None:
-        super().__init__(connection, api)
-        self._decoder = HeaderDecoder()
-        self._has_settings = False      # the client's have arrived
-        self._last = 0                  # the highest stream that the client has opened
-
-    def run(self) -> None:
-        """Serve the connection to its end; requests that are whole when input ends are answered.
-        Raises Gone."""
-        settings = ((Setting.MAX_CONCURRENT_STREAMS, STREAMS), (Setting.INITIAL_WINDOW_SIZE, READ_WINDOW),
-                    (Setting.MAX_FRAME_SIZE, FRAME_BYTES),
-                    (Setting.MAX_HEADER_LIST_SIZE, self._limits.header_bytes))
-        self.unsent = (
-            frame(FrameType.SETTINGS, 0, 0, b''.join(itertools.starmap(_SETTING.pack, settings)))
-            + frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
-        self._connection.wait_for(Connection.IDLE, math.inf)
-        self._connection.on_stop = self._go_away
-        writer = threading.Thread(target=self.write, daemon=True)
-        writer.start()
-        failed = True
-        try:
-            require(self._read(len(PREFACE)) == PREFACE, 'missing HTTP/2 preface')  # RFC 9113 3.4
-            while True:
-                self._handle_frame()
-        except EOFError:
-            failed = False
-        except (HpackError, Http2Error) as error:
-            code = error.code if isinstance(error, Http2Error) else ErrorCode.COMPRESSION_ERROR
-            log.log(logging.DEBUG if self._has_settings else NOTICE, '%s: %s (HTTP/2 error %d)',
-                    self._connection.peer, error, code)
-            self._go_away(code, str(error))
-        finally:
-            with self.changed:
-                self.ended = True
-                for stream in [*self.streams.values()]:
-                    if failed or stream.receiving:
-                        self.abort(stream, 'client disconnected')
-                self.changed.notify_all()
-            if self._connection.waits == Connection.WRITING:    # it may be stuck
-                self._connection.wait_no_longer(LINGER_MOST_SECONDS)
-            writer.join()
-        self._connection.linger()
-
-    def _go_away(self, code: ErrorCode = ErrorCode.NO_ERROR, reason: str = '') -> None:
-        """Send GOAWAY (RFC 9113 6.8), and take no more requests; without any, end the input.  Streams above
-        the last are not served, and the last never rises."""
-        with self.changed:
-            if self.last_served is None:
-                self.last_served = self._last
-            last = struct.pack('>II', self.last_served, code)
-            self.queue(frame(FrameType.GOAWAY, 0, 0, last + reason.encode()))
-            if not self.streams:
-                self._connection.end_input()
 
     # ---- frames as they arrive ----
 
@@ -7617,12 +7595,12 @@ class Http2(Exchanges):
         """The next bytes; each piece of them puts off a deadline.  Raises EOFError, Gone."""
         data, at = memoryview(bytearray(count)), 0
         while at < count:
-            received = self._connection.receive_into(data[at:])
+            received = self.connection.receive_into(data[at:])
             if not received:
                 raise EOFError
             at += received
             if deadline and deadline.since < math.inf:
-                deadline.since = self._connection.clock()
+                deadline.since = self.connection.clock()
         return bytes(data)
 
     def _read_frame(self) -> Tuple[int, int, int, bytes]:
@@ -7630,7 +7608,7 @@ class Http2(Exchanges):
         length, flags, stream_id = _FRAME_HEAD.unpack(self._read(_FRAME_HEAD.size))
         kind, length, stream_id = length & 0xff, length >> 8, stream_id & LARGEST_WINDOW
         is_control = FrameType.DATA < kind <= FrameType.CONTINUATION
-        require(length <= (max(CONTROL_BYTES, self._limits.header_bytes) if is_control else FRAME_BYTES),
+        require(length <= (max(CONTROL_BYTES, self.header_bytes) if is_control else FRAME_BYTES),
                 f'frame of type {kind} with {length} bytes', ErrorCode.FRAME_SIZE_ERROR)
         stream = self.streams.get(stream_id) if kind == FrameType.DATA else None
         return kind, flags, stream_id, self._read(length, stream.deadline if stream else None)
@@ -7646,7 +7624,7 @@ class Http2(Exchanges):
             require(kind == FrameType.CONTINUATION and continued == stream_id,
                     'header block interrupted by another frame')
             block += payload
-            require(len(block) <= self._limits.header_bytes + 4 * CONTROL_BYTES, 'header block never ends',
+            require(len(block) <= self.header_bytes + 4 * CONTROL_BYTES, 'header block never ends',
                     ErrorCode.ENHANCE_YOUR_CALM)
         return block
 
@@ -7666,13 +7644,30 @@ class Http2(Exchanges):
             try:
                 self._act(kind, flags, stream_id, payload)
             except StreamError as error:
-                log.debug('%s: stream %d: %s', self._connection.peer, stream_id, error)
+                log.debug('%s: stream %d: %s', self.connection.peer, stream_id, error)
                 self.reset(stream_id, error.code)
             self.changed.notify_all()
             require(len(self.unsent) <= UNREAD_BYTES, 'too many unread responses',
                     ErrorCode.ENHANCE_YOUR_CALM)
 
-    # ---- what they mean; with the lock ----
+    # ---- with the lock ----
+
+    def queue(self, frames: bytes) -> None:
+        """Have frames written."""
+        self.unsent += frames
+        self.changed.notify_all()
+
+    def release(self, count: int, stream: Optional[Stream] = None) -> None:
+        """Content has left the memory: let the client send as much again."""
+        self.queue(self.flow.release(count)
+                   + (stream.release(count) if stream and stream.receiving else b''))
+
+    def reset(self, stream_id: int, code: ErrorCode) -> None:
+        """Send RST_STREAM.  What still arrives for the stream is no fault of the client's (RFC 9113 5.1)."""
+        self.queue(frame(FrameType.RST_STREAM, 0, stream_id, struct.pack('>I', code)))
+        self.resets.append(stream_id)
+        if stream_id in self.streams:
+            self.streams[stream_id].abort('the stream was reset')
 
     def _act(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         """Do what a frame asks for, whose size is right.  Raises Http2Error."""
@@ -7685,7 +7680,7 @@ class Http2(Exchanges):
         elif kind == FrameType.RST_STREAM:
             stream = self._find(stream_id)
             if stream:
-                self.abort(stream, 'the client has cancelled the request')
+                stream.abort('the client has cancelled the request')
         elif kind == FrameType.SETTINGS:
             self._on_settings(flags, payload)
         elif kind == FrameType.PING:
@@ -7728,24 +7723,19 @@ class Http2(Exchanges):
             stream.remaining -= len(content)
             require_of_stream(stream.remaining >= 0, 'more content than announced')
         if flags & _END_STREAM:
-            self._end_content(stream)
-
-    def _end_content(self, stream: Stream) -> None:
-        """END_STREAM has arrived.  Raises StreamError."""
-        require_of_stream(not stream.remaining, 'less content than announced')
-        self.end(stream, receiving=False)
+            stream.end_content()
 
     def _on_headers(self, flags: int, stream_id: int, block: bytes) -> None:
         """A header block is complete (RFC 9113 6.2): a request's, or the trailers after its content."""
         require(stream_id & 1, 'HEADERS on a stream that clients may not open')
-        fields, complete = self._decoder.decode(block, self._limits.header_bytes)
+        fields, complete = self._decoder.decode(block, self.header_bytes)
         stream = self.streams.get(stream_id)
         if stream:
             require_of_stream(stream.receiving, 'HEADERS after the end', ErrorCode.STREAM_CLOSED)
             require_of_stream(flags & _END_STREAM, 'trailers that are not the end')
             for name, value in fields:  # RFC 9113 8.1
                 check_field(name, value)
-            self._end_content(stream)
+            stream.end_content()
         elif stream_id > self._last:
             self._last = stream_id
             self._open(stream_id, fields, complete, bool(flags & _END_STREAM))
@@ -7765,11 +7755,11 @@ class Http2(Exchanges):
         require_of_stream(len(self.streams) < STREAMS and self.running < 2 * STREAMS,   # RFC 9113 5.1.2
                           'too many requests at once', ErrorCode.REFUSED_STREAM)
         stream = Stream(self, stream_id, 0 if whole else length, not whole)
-        stream.deadline.begin(self._connection.clock() + self._limits.read_seconds,
-                              self._limits.read_extension, self._limits.stall_seconds)
-        request = Request(method, target, 'HTTP/2.0', headers, stream, self._connection.peer)
+        stream.deadline.begin(self.connection.clock() + self.connection.limits.read_seconds,
+                              self.connection.limits.read_extension, self.connection.limits.stall_seconds)
+        request = Request(method, target, 'HTTP/2.0', headers, stream, self.connection.peer)
         try:
-            threading.Thread(target=self.serve, args=(stream, request, complete), daemon=True).start()
+            threading.Thread(target=stream.serve, args=(request, complete), daemon=True).start()
         except RuntimeError as error:
             raise StreamError(ErrorCode.REFUSED_STREAM, str(error)) from None
         self.streams[stream_id] = stream

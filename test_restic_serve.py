@@ -7680,26 +7680,26 @@ class StreamTest(Http2TestCase):
     def setUp(self):
         super().setUp()
         connection = restic_serve.Connection(mock.Mock(), Peer('x'), Limits(stall_seconds=60))
-        self.exchanges = restic_serve.Exchanges(connection, self.server.api)
+        self.http = restic_serve.Http2(connection, self.server.api)
 
     def open(self, whole=False):
-        return restic_serve.Stream(self.exchanges, 1, None, receiving=not whole)
+        return restic_serve.Stream(self.http, 1, None, receiving=not whole)
 
     def test_the_table_of_states(self):
-        steps = {'received': lambda stream: self.exchanges.end(stream, receiving=False),
-                 'sent': lambda stream: self.exchanges.end(stream, sending=False),
-                 'reset': lambda stream: self.exchanges.abort(stream, 'reset')}
+        steps = {'received': lambda stream: stream.end(receiving=False),
+                 'sent': lambda stream: stream.end(sending=False),
+                 'reset': lambda stream: stream.abort('reset')}
         for events, receiving, sending in (
                 ('', True, True), ('received', False, True), ('sent', True, False),
                 ('received sent', False, False), ('sent received', False, False),
                 ('reset', False, False), ('received reset', False, False), ('sent reset', False, False)):
-            stream = self.exchanges.streams[1] = self.open()
+            stream = self.http.streams[1] = self.open()
             for event in events.split():
-                with self.exchanges.changed:
+                with self.http.changed:
                     steps[event](stream)
             self.assertEqual((stream.receiving, stream.sending), (receiving, sending), events)
             self.assertEqual(bool(stream.aborted), 'reset' in events)
-            self.assertEqual(1 in self.exchanges.streams, receiving or sending, events)
+            self.assertEqual(1 in self.http.streams, receiving or sending, events)
         self.assertFalse(self.open(whole=True).receiving)
 
 
