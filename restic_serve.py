@@ -602,10 +602,6 @@ class Response:
         self.headers = headers
         self.body = body
 
-    def close(self) -> None:
-        """Close the files behind the body."""
-        close_quietly(self.body)
-
 
 def close_quietly(source: object) -> None:
     """Close a source of bytes or items, if it has anything to close."""
@@ -995,9 +991,7 @@ def explain_denial(root: str, path: str, writes: bool) -> str:
     changed, and what helps; empty if none is found."""
     if os.name != 'posix':
         return ''
-    steps = [root or os.sep]
-    for name in path.split('/')[1:]:
-        steps.append(os.path.join(steps[-1], name))
+    steps = [*itertools.accumulate(path.split('/')[1:], os.path.join, initial=root or os.sep)]
     folders = [step for step in steps if os.path.isdir(step)] or steps[:1]
     wanted = [*((folder, os.R_OK | os.X_OK) for folder in folders), (steps[-1], os.R_OK)]
     if writes:
@@ -1100,21 +1094,18 @@ def _digest(fd: int) -> str:
 
 def sync_file(fd: int) -> bool:
     """Flush a file's content and length to the disk; False if this file system cannot."""
-    if sys.platform == 'darwin':
+    calls = [os.fsync]
+    if sys.platform == 'darwin':    # where it leaves the data in the drive's cache
         import fcntl
+        calls.insert(0, lambda fd: fcntl.fcntl(fd, fcntl.F_FULLFSYNC))  # which exFAT and SMB do not know
+    for call in calls:
         try:
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync(2) there leaves the data in the drive's cache
+            call(fd)
             return True
         except OSError as error:
             if error.errno not in _UNSYNCED_FILES:
-                raise   # exFAT and SMB do not know it
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _UNSYNCED_FILES:
-            raise
-        return False
-    return True
+                raise
+    return False
 
 
 def set_mode(fd: int, mode: int) -> None:
@@ -1389,13 +1380,15 @@ helpers = Helpers(HELPERS)     # of this process
 def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> Generator[T, None, None]:
     """The items of all iterators, one after the other.  Where reading waits for the disk, the first items
     of the next iterators are read meanwhile, until this generator is closed."""
+    def first_of(source: Iterator[T]) -> Callable[[], List[T]]:
+        return functools.partial(list, itertools.islice(source, 1))     # or nothing
+
     waiting, pace = iter(sources), pace or Pace()
     ahead: Deque[Tuple[Iterator[T], Optional[Future[List[T]]]]] = collections.deque()
     try:
         while True:
             for source in itertools.islice(waiting, max(pace.helpers + 1 - len(ahead), 0)):
-                ahead.append((source, helpers.submit(functools.partial(_first, source))
-                              if pace.helpers else None))
+                ahead.append((source, helpers.submit(first_of(source)) if pace.helpers else None))
             if not ahead:
                 return
             source, future = ahead[0]
@@ -1405,7 +1398,7 @@ def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> G
                 pace.spend()
                 yield from future.result()
             else:
-                yield from pace.measure(functools.partial(_first, source))
+                yield from pace.measure(first_of(source))
             yield from source
             ahead.popleft()
     finally:
@@ -1414,11 +1407,6 @@ def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> G
                 helpers.end(future)     # before what it reads is closed
             if not future or future.done():
                 close_quietly(source)
-
-
-def _first(source: Iterator[T]) -> List[T]:
-    """The first item, or nothing."""
-    return list(itertools.islice(source, 1))
 
 
 def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: Pace, least: int = PIECE
@@ -1524,10 +1512,10 @@ def shared_memory(length: int) -> memoryview:
     length += mmap.PAGESIZE
     if length > sys.maxsize:    # mmap() raises OverflowError
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    if not sys.platform.startswith('linux'):
-        return memoryview(mmap.mmap(-1, length)).cast('q')
-    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0x4000)    # mmap(2)
-    return memoryview(mmap.mmap(-1, length, flags=flags)).cast('q')
+    more = {}
+    if sys.platform.startswith('linux'):    # mmap(2)
+        more['flags'] = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0x4000)
+    return memoryview(mmap.mmap(-1, length, **more)).cast('q')
 
 
 class Counters:
@@ -6749,10 +6737,10 @@ class Http1:
 
     piece = COPY_BYTES
 
-    def __init__(self, connection: Connection, api: Api, limits: Limits) -> None:
+    def __init__(self, connection: Connection, api: Api) -> None:
         self._connection = connection
         self._api = api
-        self._limits = limits
+        self._limits = connection.limits
         self._buffer = b''          # received, not yet parsed
         self.length: Optional[int] = 0  # bytes of content, None if it is chunked
         self.left = 0               # bytes of content that were not read, or _UNKNOWN
@@ -6784,7 +6772,11 @@ class Http1:
             plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
             connection.wait_for(connection.WRITING if plain else connection.READING)
             if not plain:
-                self._open_body(request)
+                self.length = body_length(headers, version)
+                self.left, self._chunk = _UNKNOWN if self.length is None else self.length, 0
+                # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
+                self._expects_continue = (version != 'HTTP/1.0' and expects_continue(headers)
+                                          and self.left > 0)
             if connection.unpinned != (self.left > SMALL_BYTES):
                 connection.unpin(not connection.unpinned)
         except HttpError as error:
@@ -6799,7 +6791,7 @@ class Http1:
             keep = self._send(request, response, not (connection.stopping or connection.expired)
                               and (plain or self._may_keep(request)))
         finally:
-            response.close()
+            close_quietly(response.body)
         if not keep:
             connection.linger()
         return keep and (not self.left or self._skip_body())
@@ -6840,14 +6832,6 @@ class Http1:
             if buffer and not begun:
                 begun = True
                 connection.wait_no_longer(self._limits.header_seconds)
-
-    def _open_body(self, request: Request) -> None:
-        """Get ready to read the content of a request.  Raises HttpError."""
-        self.length = body_length(request.headers, request.version)
-        self.left, self._chunk = _UNKNOWN if self.length is None else self.length, 0
-        # RFC 9110 10.1.1: no 100 to HTTP/1.0, and none to a request without content.
-        self._expects_continue = (request.version != 'HTTP/1.0' and expects_continue(request.headers)
-                                  and self.left > 0)
 
     def readinto(self, view: memoryview) -> int:
         """Content of the request, as Body has it."""
@@ -7351,8 +7335,7 @@ class Stream(Flow):
             except Gone:
                 http.api.finish(request, CLIENT_GONE, 0)
                 raise
-            with contextlib.closing(response):
-                self._answer(request, response)
+            self._answer(request, response)
             code = ErrorCode.NO_ERROR   # RFC 9113 8.1: the rest of the content is not wanted
             with http.changed:
                 # What is little, or is on its way already, ends by itself.
@@ -7414,6 +7397,7 @@ class Stream(Flow):
             if length is None and not is_empty:
                 self._send_content(b'', last=True)
         finally:
+            close_quietly(response.body)
             http.api.finish(request, response.status, sent)
 
     def _send_headers(self, headers: Headers, last: bool = False) -> None:
@@ -8301,7 +8285,7 @@ class Server:
             if peer.unix:
                 peer.user = login_name(source)
             connection.shake_hands()
-            http = Http1(connection, self.api, self.limits)
+            http = Http1(connection, self.api)
             if ticket.refusal:
                 http.refuse(HttpError(503, ticket.refusal, [('Retry-After', '10')]))
             else:

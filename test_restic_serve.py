@@ -448,7 +448,7 @@ def get(path, *fields, method='GET'):
 class Pieces:
     """A connection on which pieces of bytes arrive, and then the end of input."""
 
-    expired = False
+    expired, limits = False, Limits(header_bytes=100)
 
     def __init__(self, *pieces):
         self.pieces = [piece for piece in pieces if piece]
@@ -2966,7 +2966,7 @@ class PastApiTest(PastTestCase):
         if isinstance(content, restic_serve.FileSlice):
             content = content.read_all()
         content = content if isinstance(content, bytes) else b''.join(content)
-        response.close()
+        restic_serve.close_quietly(response.body)
         return response.status, content
 
     def test_it_is_read_by_any_request_and_written_by_none(self):
@@ -3106,7 +3106,7 @@ class DirectoryTest(TestCase):
 
     def status(self, method, path, body=b''):
         response = self.api.handle(Request(method, path, 'HTTP/1.1', {}, Bytes(body), Peer('test')))
-        response.close()
+        restic_serve.close_quietly(response.body)
         return response.status
 
     def test_where_the_disk_was_unmounted_nothing_is_stored_and_nothing_is_missing(self):
@@ -5030,7 +5030,7 @@ class RightsTest(TestCase):
                     response = api.handle(Request(
                         method, f'{repository}/{path}', 'HTTP/1.1', headers,
                         Bytes(b'x' if 'data/' in path else b'other'), Peer('x')))
-                    response.close()
+                    restic_serve.close_quietly(response.body)
                     expected = 401 if not user else status if rank(right) >= rank(needed) else 403
                     self.assertEqual(response.status, expected,
                                      (append_only, private, user, repository, method, path))
@@ -5097,7 +5097,7 @@ class RightsTest(TestCase):
                         (method, kind), 200)
                 response = api.handle(Request(method, f'{path}{at}/{end}'.replace(' ', '%20'), 'HTTP/1.1', {},
                                               Bytes(b'config' if kind == 'config' else b'x'), peer))
-                response.close()
+                restic_serve.close_quietly(response.body)
                 self.assertEqual(response.status, status, (rules, user, method, path, at, end))
                 if method == 'DELETE' and status == 200:
                     self.prepare(store, path)
@@ -6263,7 +6263,7 @@ class ApiTest(TestCase):
             return response.status, dict(response.headers), (
                 content if isinstance(content, bytes) else b''.join(content))
         finally:
-            response.close()
+            restic_serve.close_quietly(response.body)
 
     def status(self, *args, **more):
         return self.ask(*args, **more)[0]
@@ -6519,7 +6519,7 @@ class ApiTest(TestCase):
                 mock.patch.object(self.store, 'objects', objects):
             response = self.api.handle(Request('GET', '/data/', 'HTTP/1.1', {}, Bytes(b''), Peer('test')))
             kept = response.body
-            response.close()
+            restic_serve.close_quietly(response.body)
         self.assertEqual(closed, ['data'])
         self.assertEqual(list(kept)[1:], [])
 
@@ -6948,7 +6948,7 @@ class ContentTest(unittest.TestCase):
 
     def read(self, length, *pieces, step=4):
         """All of a body that arrives in pieces, or the status of its error; and what follows it."""
-        http1 = restic_serve.Http1(Pieces(*pieces), mock.Mock(), Limits(header_bytes=100))
+        http1 = restic_serve.Http1(Pieces(*pieces), mock.Mock())
         http1.length, http1.left = length, restic_serve._UNKNOWN if length is None else length
         found, view = b'', memoryview(bytearray(step))
         try:
