@@ -360,6 +360,8 @@ class TestCase(unittest.TestCase):
         api.admission = restic_serve.Admission(api.metrics, api.accounts.is_proxy, max_connections,
                                                per_address)
         server = Server(api, limits or Limits(), list(addresses), **more)
+        # Of connections that a stop has cut off, threads may be about to end, which still log.
+        self.addCleanup(self.wait_until, lambda: not server.served, 'the end of all connections')
         self.in_thread(server.serve)
         self.addCleanup(server.stop)
         return server
@@ -1208,8 +1210,7 @@ class StoreTest(TestCase):
             self.assertEqual(self.names(kind), {})
 
     def test_nothing_stays_of_content_that_does_not_match_its_name(self):
-        with self.assertRaises(WrongContent):
-            self.store.save(Location('/host', 'data', '0' * 64), Bytes(b'x'))
+        self.assertRaises(WrongContent, self.store.save, Location('/host', 'data', '0' * 64), Bytes(b'x'))
         self.assertEqual(self.files(), [])
 
     def test_nothing_stays_of_content_that_is_cut_short(self):
@@ -1262,8 +1263,7 @@ class StoreTest(TestCase):
         self.path(location).write_bytes(b'cont')
         for verify in (True, False):
             self.store.verify = verify
-            with self.assertRaises(WrongContent):
-                self.store.save(location, Bytes(b'other'))
+            self.assertRaises(WrongContent, self.store.save, location, Bytes(b'other'))
             self.assertEqual(self.path(location).read_bytes(), b'cont')
 
     def test_an_object_deleted_while_it_is_compared_is_stored_again(self):
@@ -1285,8 +1285,7 @@ class StoreTest(TestCase):
                      lambda path: path.symlink_to('/etc/passwd'), lambda path: path.symlink_to(path)):
             path = folder / named(content)
             make(path)
-            with self.assertRaises(OSError):
-                self.save(content, 'keys')
+            self.assertRaises(OSError, self.save, content, 'keys')
             self.assertEqual(self.names('keys'), {})
             path.rmdir() if path.is_dir() else path.unlink()
 
@@ -1299,8 +1298,7 @@ class StoreTest(TestCase):
                 path.mkdir(exist_ok=True)
                 path.rmdir()
                 make(path)
-                with self.assertRaises(OSError):
-                    self.names(kind)
+                self.assertRaises(OSError, self.names, kind)
                 path.unlink()
                 path.mkdir()
         self.assertEqual(list(self.store.objects(Location('/host/keys-file', 'keys'), True)), [])
@@ -1320,8 +1318,7 @@ class StoreTest(TestCase):
     def test_another_config_is_refused_and_the_same_is_not(self):
         self.save(b'one', 'config')
         self.save(b'one', 'config')
-        with self.assertRaises(OtherConfig):
-            self.save(b'two', 'config')
+        self.assertRaises(OtherConfig, self.save, b'two', 'config')
         self.assertEqual((self.root / 'host' / 'config').read_bytes(), b'one')
 
     def test_without_verification_any_content_is_stored_but_not_over_another(self):
@@ -1329,8 +1326,7 @@ class StoreTest(TestCase):
         location = Location('/host', 'keys', '1' * 64)
         self.store.save(location, Bytes(b'anything'))
         self.assertEqual(self.path(location).read_bytes(), b'anything')
-        with self.assertRaises(WrongContent):
-            self.store.save(location, Bytes(b'other'))
+        self.assertRaises(WrongContent, self.store.save, location, Bytes(b'other'))
 
     def test_an_upload_is_synced_before_it_has_its_name_and_its_folder_after(self):
         self.store.create_repository('/host')
@@ -1457,8 +1453,7 @@ class StoreTest(TestCase):
             self.save(b'content')
             self.assertEqual(self.path(location).stat().st_ino, before)
             self.save(b'one', 'config')
-            with self.assertRaises(OtherConfig):
-                self.save(b'two', 'config')
+            self.assertRaises(OtherConfig, self.save, b'two', 'config')
             self.path(location).write_bytes(b'cont')
             self.save(b'content')
         self.assertEqual(self.path(location).read_bytes(), b'content')
@@ -1672,8 +1667,7 @@ class StoreTest(TestCase):
 
     def test_a_directory_that_is_a_file_is_refused(self):
         (self.folder / 'file').touch()
-        with self.assertRaises(NotADirectoryError):
-            Store(str(self.folder / 'file')).prepare()
+        self.assertRaises(NotADirectoryError, Store(str(self.folder / 'file')).prepare)
 
     def test_uploads_of_one_object_at_once_store_it_once(self):
         content = os.urandom(100_000)
@@ -2169,8 +2163,7 @@ class SlowDiskTest(StoreTest):
         usage = Usage(self.store, Counters())
         with self.failing_stat(named(b'50')):
             for kind in ('data', 'keys') if restic_serve._HAS_DIR_FD else ():
-                with self.assertRaises(OSError):
-                    self.list(kind)
+                self.assertRaises(OSError, self.list, kind)
             usage.census.count()    # DirEntry.stat() would keep other threads from running meanwhile
         self.assertEqual(usage.holdings()['/host'].unreadable, 2 * restic_serve._HAS_DIR_FD)
 
@@ -2311,8 +2304,7 @@ class FoldersOfOthersTest(TestCase):
                             lambda: self.store.save(Location('/host', 'keys', named(b'new')), Bytes(b'new')),
                             lambda: list(self.store.objects(Location('/host', 'keys'), True)),
                             lambda: self.store.create_repository('/host')):
-                    with self.assertRaises(PermissionError):
-                        act()
+                    self.assertRaises(PermissionError, act)
                 self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
                 path.unlink()
                 path.with_name(f'{path.name}.before').rename(path)
@@ -2321,8 +2313,7 @@ class FoldersOfOthersTest(TestCase):
         self.link(self.root / 'host' / 'keys', self.secret / 'keys', 0)
         self.assertEqual(self.read(self.location), b'of root')
         self.link(self.root / 'other', self.secret, 0)
-        with self.assertRaises(PermissionError):
-            self.read(Location('/other', 'keys', self.location.name))
+        self.assertRaises(PermissionError, self.read, Location('/other', 'keys', self.location.name))
         self.link(self.root / 'alias', self.root / 'host', 0)
         self.assertEqual(self.read(Location('/alias', 'keys', self.location.name)), b'of root')
 
@@ -2331,8 +2322,7 @@ class FoldersOfOthersTest(TestCase):
         between.mkdir()
         self.link(self.root / 'host' / 'keys', between / 'keys', 0)
         self.link(between / 'keys', self.secret / 'keys')
-        with self.assertRaises(PermissionError):
-            self.read(self.location)
+        self.assertRaises(PermissionError, self.read, self.location)
 
     def test_what_is_counted_and_scrubbed_is_not_behind_a_link_of_the_users(self):
         self.link(self.root / 'host' / 'keys', self.secret / 'keys')
@@ -2357,8 +2347,7 @@ class FoldersOfOthersTest(TestCase):
         self.link(above / 'backup', self.secret)    # the one that was opened is served on
         store.create_repository('/x')
         self.assertTrue((above / 'backup.before' / 'x').is_dir())
-        with self.assertRaises(PermissionError):
-            Store(str(above / 'backup')).prepare()
+        self.assertRaises(PermissionError, Store(str(above / 'backup')).prepare)
         self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
 
     def test_a_link_of_root_by_way_of_the_users_is_no_path_of_ours(self):
@@ -2371,8 +2360,7 @@ class FoldersOfOthersTest(TestCase):
         self.link(own / 'host' / 'keys', between / 'l' / 'keys', 0)
         store = Store(str(own))
         self.assertFalse(restic_serve.is_trusted(str(own / 'host' / 'keys')))
-        with self.assertRaises(PermissionError):
-            store.open(Location('/host', 'keys', self.location.name))
+        self.assertRaises(PermissionError, store.open, Location('/host', 'keys', self.location.name))
 
     def test_folders_above_that_cannot_be_listed_are_passed(self):
         above = self.folder / 'above'
@@ -2400,8 +2388,7 @@ class FoldersOfOthersTest(TestCase):
             self.store.nameless = False
             with self.assertRaises(PermissionError):
                 self.store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
-            with self.assertRaises(PermissionError):
-                self.store.hidden.write('scrub.json', 'x')
+            self.assertRaises(PermissionError, self.store.hidden.write, 'scrub.json', 'x')
             self.store.nameless = True
         self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
 
@@ -3252,8 +3239,7 @@ class CountersTest(TestCase):
             counters.add(('x', 'a'), 5)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        with self.assertRaises(AssertionError):
-            self.in_another_process(work)
+        self.assertRaises(AssertionError, self.in_another_process, work)
         self.in_another_process(lambda: (counters.join(1), counters.add(('x', 'a'), 1)))
         self.assertEqual(counters.total(('connections',), 1), [0])
         self.assertEqual(counters.total(('x', 'a'), 1), [6])
@@ -6810,8 +6796,7 @@ class TimeLimitTest(WireTestCase):
             wire = self.connect()
             wire.send('GET /data/ HTTP/1.0\r\n\r\n')
             self.wait_for_one_connection()
-            with self.assertRaises(ConnectionResetError):
-                wire.answer()
+            self.assertRaises(ConnectionResetError, wire.answer)
 
     def test_no_thread_or_descriptor_is_left(self):
         def held():
@@ -7199,8 +7184,7 @@ class Http1Test(WireTestCase):
 
         for request in (get('/data/'), b'GET /data/ HTTP/1.0\r\n\r\n'):
             with mock.patch.object(self.store, 'objects', objects):
-                with self.assertRaises(ConnectionResetError):
-                    self.ask(request)
+                self.assertRaises(ConnectionResetError, self.ask, request)
                 self.assertIn('made by a test', self.log[-1])
 
     def test_a_file_that_becomes_shorter_is_broken_off(self):
@@ -7393,11 +7377,9 @@ class HpackTest(unittest.TestCase):
     def test_an_emptied_table_has_no_entries_and_an_entry_that_is_too_large_empties_it(self):
         decoder = restic_serve.HeaderDecoder()
         self.decode('400161' '0162', 'be', '20' '3fe11f', decoder=decoder)
-        with self.assertRaises(restic_serve.HpackError):
-            self.decode('be', decoder=decoder)
+        self.assertRaises(restic_serve.HpackError, self.decode, 'be', decoder=decoder)
         self.decode('4001610162', b'\x40\x01b\x7f\xa1\x1f' + b'x' * 4128, decoder=decoder)
-        with self.assertRaises(restic_serve.HpackError):
-            self.decode('be', decoder=decoder)
+        self.assertRaises(restic_serve.HpackError, self.decode, 'be', decoder=decoder)
 
     def test_a_header_list_past_its_limit_is_decoded_without_being_kept(self):
         decoder = restic_serve.HeaderDecoder()
@@ -8362,8 +8344,7 @@ class UnixSocketTest(ListenerTestCase):
 
     def test_what_is_no_socket_is_never_replaced(self):
         self.path.write_text('precious')
-        with self.assertRaisesRegex(OSError, 'already in use'):
-            self.start(str(self.path))
+        self.assertRaisesRegex(OSError, 'already in use', self.start, str(self.path))
         self.assertEqual(self.path.read_text(), 'precious')
 
     def test_the_socket_is_removed_at_the_end_but_not_that_of_another_server(self):
@@ -8833,8 +8814,9 @@ class ServerTest(WireTestCase):
     def begin_upload(self, content=b'0123456789', sent=b''):
         """A connection of which the server awaits the rest of an upload."""
         wire = self.connect()
-        wire.send(post(f'/data/{named(content)}', sent, length=len(content)))
-        self.wait_until(lambda: any(c.waits == c.READING for c in self.server.served), 'it')
+        head = post(f'/data/{named(content)}', b'', 'Expect: 100-continue', length=len(content))
+        self.assertEqual(wire.ask(head)[0], 100)
+        wire.send(sent)
         return wire
 
     def test_a_purge_that_a_disk_holds_up_is_the_only_one(self):
