@@ -208,6 +208,30 @@ def patch_for(test, target, **values):
     test.addCleanup(patch.stop)
 
 
+def first(act, target, name):
+    """A patch of a function: before it, act(*args) is called, which may raise."""
+    real = getattr(target, name)
+
+    def call(*args, **more):
+        act(*args)
+        return real(*args, **more)
+
+    return mock.patch.object(target, name, call)
+
+
+def failing(when, target, name, error=errno.EIO):
+    """A patch of a function: it fails where when(*args) is true."""
+    def fail(*args):
+        if when(*args):
+            raise OSError(error, 'made by a test')
+
+    return first(fail, target, name)
+
+
+def is_folder(fd):
+    return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+
 def counted_plainly(test):
     """Have quotas count an object's bytes and nothing else."""
     patch_for(test, restic_serve, BLOCK_BYTES=1, FOLDER_BYTES=0)
@@ -232,6 +256,21 @@ class Api(Api):
         events = events or restic_serve.Events(restic_serve.Watch(store, usage, 0), counters)
         super().__init__(store, policy, accounts, baseurl, headers, allow_origin, usage, metrics, prometheus,
                          page, at, events, restic_serve.Admission(metrics, accounts.is_proxy))
+
+
+def answer_of(api, method, target, body=b'', peer=None, **headers):
+    """Status, headers and content of the answer to a request that came over no wire."""
+    headers = {name.replace('_', '-'): value for name, value in headers.items()}
+    body = Bytes(body) if isinstance(body, bytes) else body
+    response = api.handle(Request(method, target, 'HTTP/1.1', headers, body, peer or Peer('test')))
+    try:
+        content = response.body
+        if isinstance(content, restic_serve.FileSlice):
+            content = content.read_all()
+        return response.status, dict(response.headers), (
+            content if isinstance(content, bytes) else b''.join(content))
+    finally:
+        restic_serve.close_quietly(response.body)
 
 
 class Clock:
@@ -1214,8 +1253,7 @@ class StoreTest(TestCase):
         self.assertEqual(self.files(), [])
 
     def test_nothing_stays_of_content_that_is_cut_short(self):
-        for nameless in NAMELESS:
-            self.store.nameless = nameless
+        for self.store.nameless in NAMELESS:
             with self.assertRaises(restic_serve.Gone):
                 self.save(b'x' * 1000, error=restic_serve.Gone('abort'), step=100)
             self.assertEqual(self.files(), [])
@@ -1228,8 +1266,7 @@ class StoreTest(TestCase):
         self.assertEqual(self.log, [f'created directory {self.root}'])
 
     def test_a_damaged_object_is_mended_by_a_verified_upload(self):
-        for nameless in NAMELESS:
-            self.store.nameless = nameless
+        for self.store.nameless in NAMELESS:
             location = self.save(b'content')
             self.path(location).write_bytes(b'cont')
             self.save(b'content')
@@ -1238,15 +1275,14 @@ class StoreTest(TestCase):
             self.assertEqual(len(self.files()), 1)
 
     def test_what_replaces_it_has_a_scratch_name_that_no_list_shows_and_a_start_finds(self):
-        location, replace, seen = self.save(b'content', 'keys'), os.replace, []
+        location, seen = self.save(b'content', 'keys'), []
+        self.path(location).write_bytes(b'cont')
 
-        def look(*args, **more):
+        def look(*args):
             seen.append(self.names('keys'))
             self.assertTrue(self.files(self.root / restic_serve.HIDDEN))
-            replace(*args, **more)
 
-        self.path(location).write_bytes(b'cont')
-        with mock.patch.object(os, 'replace', look):
+        with first(look, os, 'replace'):
             self.save(b'content', 'keys')
         self.assertEqual(seen[-1], {location.name: 4})
         self.assertEqual((self.path(location).read_bytes(), len(self.files())), (b'content', 1))
@@ -1268,13 +1304,7 @@ class StoreTest(TestCase):
 
     def test_an_object_deleted_while_it_is_compared_is_stored_again(self):
         location = self.save(b'content')
-        opened = self.store.open
-
-        def delete_first(wanted):
-            self.store.delete(wanted)
-            return opened(wanted)
-
-        with mock.patch.object(self.store, 'open', delete_first):
+        with first(self.store.delete, self.store, 'open'):
             self.save(b'content')
         self.assertEqual(self.path(location).read_bytes(), b'content')
 
@@ -1307,8 +1337,7 @@ class StoreTest(TestCase):
         self.store.create_repository('/host')
         shared = self.make_store(shared=True)
         before = descriptors()
-        for nameless in NAMELESS:
-            shared.nameless = nameless
+        for shared.nameless in NAMELESS:
             with mock.patch.object(os, 'fchmod', side_effect=OSError(errno.EIO, 'no')), \
                     self.assertRaises(OSError):
                 shared.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
@@ -1331,25 +1360,12 @@ class StoreTest(TestCase):
     def test_an_upload_is_synced_before_it_has_its_name_and_its_folder_after(self):
         self.store.create_repository('/host')
         self.store.folders.hidden().close()
-        calls = []
-        for content in (b'True', b'False'):
+        for self.store.nameless in NAMELESS:
+            calls, content = [], b'%d' % self.store.nameless
             (self.root / 'host' / 'data' / named(content)[:2]).mkdir()
-
-        def note(name):
-            real = getattr(os, name)
-
-            def call(*args, **more):
-                target = args[0] if name == 'fsync' else args[1]
-                calls.append((name, stat.S_ISDIR(os.fstat(target).st_mode)
-                              if name == 'fsync' else os.path.basename(target)))
-                return real(*args, **more)
-            return mock.patch.object(os, name, call)
-
-        for nameless in NAMELESS:
-            self.store.nameless = nameless
-            calls.clear()
-            content = f'{nameless}'.encode()
-            with note('fsync'), note('link'):
+            with first(lambda fd, calls=calls: calls.append(('fsync', is_folder(fd))), os, 'fsync'), first(
+                    lambda source, name, calls=calls: calls.append(('link', os.path.basename(name))),
+                    os, 'link'):
                 self.save(content)
             self.assertEqual(calls, [('fsync', False), ('link', named(content)), ('fsync', True)])
 
@@ -1361,9 +1377,8 @@ class StoreTest(TestCase):
                 seen.append((self.names('keys'), self.files(self.root / 'host')))
                 return super().readinto(view)
 
-        for nameless in NAMELESS:
-            self.store.nameless = nameless
-            content = f'{nameless}'.encode()
+        for self.store.nameless in NAMELESS:
+            content = b'%d' % self.store.nameless
             self.store.save(Location('/host', 'keys', named(content)), Looking(content))
             self.store.delete(Location('/host', 'keys', named(content)))
         self.assertEqual(seen, [({}, [])] * 2 * len(NAMELESS))
@@ -1387,14 +1402,8 @@ class StoreTest(TestCase):
         self.assertEqual(self.files(), [])
 
     def test_a_file_system_that_cannot_sync_folders(self):
-        real = os.fsync
         for number in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EINVAL, errno.EIO):
-            def fsync(fd, number=number):
-                if stat.S_ISDIR(os.fstat(fd).st_mode):
-                    raise OSError(number, 'made by a test')
-                real(fd)
-
-            with mock.patch.object(os, 'fsync', fsync), \
+            with failing(is_folder, os, 'fsync', number), \
                     self.assertRaises(OSError) if number == errno.EIO else contextlib.nullcontext():
                 self.save(b'%d' % number)
 
@@ -1412,18 +1421,16 @@ class StoreTest(TestCase):
         self.assertEqual(found, ['/host', '/host/copy'])
 
     def test_a_bind_mount_that_no_link_crosses_is_crossed_by_a_copy(self):
-        def fail_between_folders(real):
-            def call(source, target, **more):
-                if ((os.path.dirname(source), more['src_dir_fd'])
-                        != (os.path.dirname(target), more['dst_dir_fd'])):
-                    raise OSError(errno.EXDEV, 'made by a test')
-                real(source, target, **more)
+        real = os.replace
 
-            return call
+        def fail_between_folders(source, target, **more):
+            if (os.path.dirname(source), more['src_dir_fd']) != (os.path.dirname(target), more['dst_dir_fd']):
+                raise OSError(errno.EXDEV, 'made by a test')
+            real(source, target, **more)
 
         self.store.nameless = False
-        with mock.patch.multiple(os, link=mock.Mock(side_effect=OSError(errno.EXDEV, 'made by a test')),
-                                 replace=fail_between_folders(os.replace)):
+        with mock.patch.object(os, 'replace', fail_between_folders), \
+                failing(lambda *args: True, os, 'link', errno.EXDEV):
             location = self.save(b'content')
             self.path(location).write_bytes(b'cont')
             self.save(b'content')
@@ -1431,16 +1438,10 @@ class StoreTest(TestCase):
         self.assertEqual(len(self.files()), 1)
 
     def test_a_file_system_without_o_tmpfile(self):
-        real = os.open
-
-        def no_tmpfile(path, flags, *args, **more):
-            if flags & os.O_TMPFILE == os.O_TMPFILE:
-                raise OSError(errno.EOPNOTSUPP, 'not supported')
-            return real(path, flags, *args, **more)
-
         if not hasattr(os, 'O_TMPFILE'):
             self.skipTest('this system has no O_TMPFILE')
-        with mock.patch.object(os, 'open', no_tmpfile):
+        with failing(lambda path, flags, *mode: flags & os.O_TMPFILE == os.O_TMPFILE, os, 'open',
+                     errno.EOPNOTSUPP):
             location = self.save(b'content')
         self.assertEqual(self.path(location).read_bytes(), b'content')
         self.assertEqual(len(self.files()), 1)
@@ -1465,40 +1466,31 @@ class StoreTest(TestCase):
         self.assertFalse(store.nameless)
 
     def test_a_file_of_the_servers_own_is_on_the_disk_or_as_it_was_and_nothing_is_left(self):
-        hidden, real = self.root / restic_serve.HIDDEN, os.fsync
+        hidden = self.root / restic_serve.HIDDEN
         self.store.hidden.write('state', 'old')
-        for fails in (True, False):
-            def fsync(fd, fails=fails):
-                if stat.S_ISDIR(os.fstat(fd).st_mode) == fails:
-                    real(fd)
-                else:
-                    self.assertEqual((hidden / 'state').read_text(), 'old' if fails else 'new')
-                    raise OSError(errno.EIO, 'made by a test')
-
-            with mock.patch.object(os, 'fsync', fsync), self.assertRaises(OSError):
-                self.store.hidden.write('state', 'new')
-            self.assertEqual(self.files(hidden), ['state'])
+        for fails, content in ((lambda fd: not is_folder(fd), 'old'), (is_folder, 'new')):
+            with failing(fails, os, 'fsync'):
+                self.assertRaises(OSError, self.store.hidden.write, 'state', 'new')
+            self.assertEqual((self.files(hidden), (hidden / 'state').read_text()), (['state'], content))
 
     def test_a_scratch_file_that_cannot_be_made_is_not_missed(self):
         self.store.nameless = False
         self.store.create_repository('/host')
         self.log.clear()
-        real = os.open
-
-        def full(path, flags, *args, **more):
-            if flags & os.O_CREAT:
-                raise OSError(errno.ENOSPC, 'made by a test')
-            return real(path, flags, *args, **more)
-
-        with mock.patch.object(os, 'open', full), self.assertRaises(OSError):
-            self.save(b'content')
+        with failing(lambda path, flags, *mode: flags & os.O_CREAT, os, 'open', errno.ENOSPC):
+            self.assertRaises(OSError, self.save, b'content')
         self.assertEqual(self.log, [])
 
-    def test_what_a_crash_left_behind_is_removed_and_no_upload_under_way(self):
+    def leave(self, *names):
+        """Have files in the hidden folder; its path."""
         hidden = self.root / restic_serve.HIDDEN
         hidden.mkdir(exist_ok=True)
-        for name in ('upload-dead', 'state'):
+        for name in names:
             (hidden / name).touch()
+        return hidden
+
+    def test_what_a_crash_left_behind_is_removed_and_no_upload_under_way(self):
+        hidden = self.leave('upload-dead', 'state')
         self.store.nameless = False
         with self.scratch() as scratch:
             self.store.prepare()
@@ -1508,36 +1500,25 @@ class StoreTest(TestCase):
         self.store.nameless = False
         real, seen = restic_serve.lock_file, []
 
-        def lock_file(fd):
+        def start_another(fd):
             with mock.patch.object(restic_serve, 'lock_file', real):
-                self.make_store()   # another server starts just now
+                self.make_store()
             seen.append(self.files(self.root / restic_serve.HIDDEN))
-            return real(fd)
 
-        with mock.patch.object(restic_serve, 'lock_file', lock_file):
+        with first(start_another, restic_serve, 'lock_file'):
             location = self.save(b'content')
         self.assertEqual(self.path(location).read_bytes(), b'content')
         self.assertEqual([len(names) for names in seen], [1])
 
-    def test_what_a_crash_left_before_its_lock_is_removed_after_an_hour_of_the_disks_clock(self):
-        hidden = self.root / restic_serve.HIDDEN
-        hidden.mkdir(exist_ok=True)
-        (hidden / 'new-x').touch()
-        self.store.prepare()
-        self.assertEqual(self.files(hidden), ['new-x'])
-        with mock.patch.object(Store, 'now', return_value=time.time() + 3700):
-            self.store.prepare()
-        self.assertEqual(self.files(hidden), [])
-
-    def test_where_nothing_can_be_locked_a_left_over_is_an_hour_old(self):
-        hidden = self.root / restic_serve.HIDDEN
-        hidden.mkdir(exist_ok=True)
-        (hidden / 'upload-x').touch()
-        for age, left in ((3500, ['upload-x']), (3700, [])):
-            with mock.patch.object(restic_serve, 'lock_file', lambda fd: None), \
-                    mock.patch.object(Store, 'now', return_value=time.time() + age):
-                self.store.prepare()
-            self.assertEqual(self.files(hidden), left)
+    def test_a_left_over_without_a_lock_is_an_hour_old_by_the_disks_clock(self):
+        """One from before it was locked, and any where nothing can be locked."""
+        for name, lock_file in (('new-x', restic_serve.lock_file), ('upload-x', lambda fd: None)):
+            hidden = self.leave(name)
+            for age, left in ((3500, [name]), (3700, [])):
+                with mock.patch.object(restic_serve, 'lock_file', lock_file), \
+                        mock.patch.object(Store, 'now', return_value=time.time() + age):
+                    self.store.prepare()
+                self.assertEqual(self.files(hidden), left)
 
     def test_what_cannot_be_removed_does_not_keep_the_server_from_starting(self):
         old = self.root / restic_serve.HIDDEN / 'upload-x'
@@ -1549,11 +1530,9 @@ class StoreTest(TestCase):
             self.store.hidden.remove_left_overs(self.store.now)
 
     def test_a_directory_that_cannot_be_written_is_refused(self):
-        for nameless in NAMELESS:
-            self.store.nameless = nameless
-            with mock.patch.object(os, 'open', side_effect=PermissionError(errno.EACCES, 'no')), \
-                    self.assertRaises(PermissionError):
-                self.store.prepare()
+        for self.store.nameless in NAMELESS:
+            with failing(lambda *args: True, os, 'open', errno.EACCES):
+                self.assertRaises(PermissionError, self.store.prepare)
 
     def test_what_was_looked_at_is_looked_at_again_after_a_second(self):
         remembered, looks = restic_serve.Remembered(), []
@@ -1564,29 +1543,21 @@ class StoreTest(TestCase):
                 self.assertIsNone(remembered.get(path, looks.append))
         self.assertEqual(looks, ['a', 'b', 'a', 'c', 'd', 'a'])
 
-    def test_modes_are_private_whatever_the_umask(self):
-        self.check_modes(0o700, 0o600)
-
-    def test_modes_for_the_group_whatever_the_umask(self):
-        shutil.rmtree(self.root / restic_serve.HIDDEN, ignore_errors=True)
-        self.store = self.make_store(shared=True)
-        self.check_modes(0o770, 0o660)
-
-    def check_modes(self, directory, file):
-        shutil.rmtree(self.root / 'host')
-        for number, mask in enumerate((0o022, 0o077, 0o000)):
-            old = os.umask(mask)
-            try:
-                for nameless in NAMELESS:
-                    self.store.nameless = nameless
-                    self.store.create_repository(f'/host{number}')
-                    self.save(b'%d' % nameless, repository=f'/host{number}')
-                self.store.hidden.write(f'state{number}', '')
-            finally:
-                os.umask(old)
-        for path in self.root.rglob('*'):
-            self.assertEqual(stat.S_IMODE(path.stat().st_mode), directory if path.is_dir() else file,
-                             path)
+    def test_modes_are_private_or_for_the_group_whatever_the_umask(self):
+        self.addCleanup(os.umask, os.umask(0))
+        for shared, of_folder, of_file in ((False, 0o700, 0o600), (True, 0o770, 0o660)):
+            shutil.rmtree(self.root / restic_serve.HIDDEN, ignore_errors=True)
+            shutil.rmtree(self.root / 'host')
+            self.store = self.make_store(shared=shared)
+            for mask in (0o022, 0o077, 0o000):
+                os.umask(mask)
+                for self.store.nameless in NAMELESS:
+                    self.store.create_repository('/host/%o' % mask)
+                    self.save(b'%d' % self.store.nameless, repository='/host/%o' % mask)
+                self.store.hidden.write('state%o' % mask, '')
+            for path in self.root.rglob('*'):
+                mode = of_folder if path.is_dir() else of_file
+                self.assertEqual(stat.S_IMODE(path.stat().st_mode), mode, path)
 
     def test_a_list_has_objects_only_each_in_its_place(self):
         self.save(b'x')
@@ -1661,10 +1632,6 @@ class StoreTest(TestCase):
             test()
         self.assertLessEqual(descriptors(), before)
 
-    def test_a_directory_that_is_missing_is_made_and_said(self):
-        self.assertTrue(self.root.is_dir())
-        self.assertEqual(self.log, [f'created directory {self.root}'])
-
     def test_a_directory_that_is_a_file_is_refused(self):
         (self.folder / 'file').touch()
         self.assertRaises(NotADirectoryError, Store(str(self.folder / 'file')).prepare)
@@ -1695,15 +1662,9 @@ class FileSystemsTest(TestCase):
             self.assertEqual(store.save(location, Bytes(b'x')).objects, 1)
 
     def test_files_that_cannot_be_synced_are_said_at_the_start(self):
-        fsync = os.fsync
         for number in (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EIO):
-            def fail(fd, number=number):
-                if stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise OSError(number, 'made by a test')
-                fsync(fd)
-
             self.log.clear()
-            with mock.patch.object(os, 'fsync', fail):
+            with failing(lambda fd: not is_folder(fd), os, 'fsync', number):
                 if number == errno.EIO:
                     self.assertRaises(OSError, self.make_store)
                     continue
@@ -1742,17 +1703,16 @@ class FileSystemsTest(TestCase):
         store = self.make_store()
         store.create_repository('/host')
         location = Location('/host', 'keys', named(b'x'))
-        target, replace = Path(path_of(store, location)), os.replace
+        target = Path(path_of(store, location))
 
-        def start_another_first(source, target, **more):
+        def start_another(source, target):
             if target.endswith(location.file):
                 store.hidden.remove_left_overs(store.now)
-            replace(source, target, **more)
 
         for store.nameless in NAMELESS:
             target.write_bytes(b'damaged')
             os.utime(target, (1e9, 1e9))
-            with mock.patch.object(os, 'replace', start_another_first):
+            with first(start_another, os, 'replace'):
                 store.save(location, Bytes(b'x'))
             self.assertEqual((target.read_bytes(), target.stat().st_mtime), (b'x', 1e9))
 
@@ -1806,23 +1766,16 @@ class FileSystemsTest(TestCase):
             return look(folder, name)
         return mock.patch.object(restic_serve.Folder, 'stat', found)
 
-    def test_so_is_one_that_is_only_read(self):
-        (self.root / 'Alice' / 'keys').mkdir(parents=True)
-        for ignores, patch in ((False, contextlib.nullcontext()), (True, self.ignoring_case())):
-            store = Store(str(self.root), read_only=True)
-            with patch:
-                store.prepare()
-            self.assertEqual(store.ignores_case, ignores)
-
     def test_a_file_system_that_ignores_case_is_found_out(self):
-        self.assertFalse(self.make_store().ignores_case)
-        with self.ignoring_case():
-            for nameless in NAMELESS:
-                store = Store(str(self.root))
-                store.nameless = nameless
-                store.prepare()
-                self.assertTrue(store.ignores_case)
-        self.assertIn('ignores case', self.log[-1])
+        (self.root / 'Alice' / 'keys').mkdir(parents=True)
+        for read_only in (False, True):
+            self.assertFalse(self.make_store(read_only=read_only).ignores_case)
+            store = Store(str(self.root), read_only=read_only)
+            with self.ignoring_case():
+                for store.nameless in NAMELESS:
+                    store.prepare()
+                    self.assertTrue(store.ignores_case)
+            self.assertIn('ignores case', self.log[-1])
         self.assertEqual(self.files(), [])
 
     def test_there_users_and_paths_are_compared_without_it(self):
@@ -1832,8 +1785,7 @@ class FileSystemsTest(TestCase):
         api = Api(store, Policy(short_rights(private=True)), accounts)
 
         def ask(method, path):
-            header = {'authorization': credentials('Alice', 'a')}
-            return api.handle(Request(method, path, 'HTTP/1.1', header, Bytes(b'x'), Peer('test'))).status
+            return answer_of(api, method, path, b'x', authorization=credentials('Alice', 'a'))[0]
 
         self.assertEqual(ask('POST', '/Alice/?create=true'), 200)
         self.assertEqual(ask('POST', f'/aLICE/data/{named(b"x")}'), 200)
@@ -1868,8 +1820,7 @@ class FileSystemsTest(TestCase):
         self.log.clear()
         with mock.patch.object(Store, 'open', side_effect=PermissionError(errno.EACCES, 'denied')), \
                 mock.patch.object(restic_serve, 'explain_denial', lambda *args: f'told {args}'):
-            Api(store, Policy()).handle(
-                Request('GET', '/host/config', 'HTTP/1.1', {}, Bytes(b''), Peer('test')))
+            answer_of(Api(store, Policy()), 'GET', '/host/config')
         self.assertIn(f"told ('{self.root}', '/host/config', False)", self.log[0])
 
 
@@ -1980,30 +1931,13 @@ class SlowDiskTest(StoreTest):
                 (path / name).write_text(str(number))
         return sorted((self.root / 'host/data').iterdir())
 
-    @contextlib.contextmanager
     def scans(self, before):
         """Call before(folder) before each scan of a folder."""
-        real = restic_serve._scan
+        return first(lambda folder, *fd: before(folder), restic_serve, '_scan')
 
-        def scan(folder, fd=None):
-            before(folder)
-            return real(folder, fd)
-
-        with mock.patch.object(restic_serve, '_scan', scan):
-            yield
-
-    @contextlib.contextmanager
     def failing_stat(self, name):
         """Nothing can be known of the file of this name."""
-        real = os.stat
-
-        def fail(path, *args, **more):
-            if str(path).endswith(name):
-                raise OSError(errno.EIO, 'made by a test')
-            return real(path, *args, **more)
-
-        with mock.patch.object(os, 'stat', fail):
-            yield
+        return failing(lambda path: str(path).endswith(name), os, 'stat')
 
     def list(self, kind='data', sizes=True):
         return list(self.store.objects(Location('/host', kind), sizes))
@@ -2058,8 +1992,7 @@ class SlowDiskTest(StoreTest):
     def test_helpers_have_no_helpers(self):
         job = functools.partial(restic_serve.read_in_pieces, list, list(range(100)), restic_serve.Pace())
         future = self.helpers.submit(job)
-        submit = mock.patch.object(self.helpers, 'submit', side_effect=AssertionError('another helper'))
-        with submit:
+        with mock.patch.object(self.helpers, 'submit', side_effect=AssertionError('another helper')):
             self.assertEqual(future.result(PATIENCE), list(range(100)))
         self.helpers.end(future)
 
@@ -2180,15 +2113,14 @@ class SlowDiskTest(StoreTest):
         with self.scans(before):
             found = {name for names, _ in self.list() for name in names}
         self.assertEqual(found | {name for name in lists[True] if name.startswith(gone.name)}, lists[True])
-        real, deleted = os.stat, []
+        deleted = []
 
-        def stat_late(path, *args, **more):
+        def delete(path):
             if not deleted and len(str(path)) == 64:
                 deleted.append(path)
                 os.unlink(self.root / 'host/keys' / path)
-            return real(path, *args, **more)
 
-        with mock.patch.object(os, 'stat', stat_late):
+        with first(delete, os, 'stat'):
             found = {name for names, _ in self.list('keys') for name in names}
         self.assertEqual(found | set(deleted), {named(b'%d' % number) for number in range(60)})
         self.assertEqual(len(found), 60 - len(deleted))
@@ -2948,13 +2880,7 @@ class PastApiTest(PastTestCase):
 
     def ask(self, method, path, body=b'', **headers):
         """Status and content of an answer."""
-        response = self.api.handle(Request(method, path, 'HTTP/1.1', headers, Bytes(body), Peer('test')))
-        content = response.body
-        if isinstance(content, restic_serve.FileSlice):
-            content = content.read_all()
-        content = content if isinstance(content, bytes) else b''.join(content)
-        restic_serve.close_quietly(response.body)
-        return response.status, content
+        return answer_of(self.api, method, path, body, **headers)[::2]
 
     def test_it_is_read_by_any_request_and_written_by_none(self):
         pack, lock = self.upload(b'0123456789'), self.upload(b'lock', 'locks')
@@ -3091,10 +3017,8 @@ class DirectoryTest(TestCase):
         self.paths = [('POST', f'/host/data/{named(b"x")}', b'x'), ('POST', '/host/?create=true', b''),
                       ('DELETE', f'/host/locks/{named(b"x")}', b'')]
 
-    def status(self, method, path, body=b''):
-        response = self.api.handle(Request(method, path, 'HTTP/1.1', {}, Bytes(body), Peer('test')))
-        restic_serve.close_quietly(response.body)
-        return response.status
+    def status(self, *request):
+        return answer_of(self.api, *request)[0]
 
     def test_where_the_disk_was_unmounted_nothing_is_stored_and_nothing_is_missing(self):
         reads = [('GET', '/host/config'), ('GET', '/host/data/'), ('HEAD', f'/host/data/{named(b"x")}')]
@@ -3150,8 +3074,7 @@ class DirectoryTest(TestCase):
     def test_a_monitor_hears_how_it_is(self):
         def health():
             self.store.directory._next_probe = -math.inf
-            response = self.api.handle(Request('GET', '/health', 'HTTP/1.1', {}, Bytes(b''), Peer('test')))
-            return response.status, response.body
+            return answer_of(self.api, 'GET', '/health')[::2]
 
         self.api = Api(self.store, Policy(), Accounts(user='alice', password='p'))
         self.assertEqual(health(), (200, b'ok\n'))
@@ -3193,10 +3116,8 @@ class DirectoryTest(TestCase):
         self.assertEqual(heard, ['', '', '', *['the directory is not writable'] * 2, ''])
 
     def test_a_directory_may_have_to_exist(self):
-        for must_exist in (True, False):
-            store = Store(str(self.root / 'missing'))
-            with self.assertRaises(OSError) if must_exist else contextlib.nullcontext():
-                store.prepare(must_exist)
+        self.assertRaises(OSError, Store(str(self.root / 'missing')).prepare, True)
+        Store(str(self.root / 'missing')).prepare(False)
 
 
 class CountersTest(TestCase):
@@ -3254,22 +3175,14 @@ class CountersTest(TestCase):
             self.assertTrue(counters.put(('held', path), *[0] * len(restic_serve.Held._fields)), number)
 
     def test_less_memory_will_do_where_the_system_promises_no_more(self):
-        real = restic_serve.shared_memory
-
-        def shared_memory(length):
-            if length > 20 << 20:
-                raise OSError(errno.ENOMEM, 'made by a test')
-            return real(length)
-
-        with mock.patch.object(restic_serve, 'shared_memory', shared_memory):
+        with failing(lambda length: length > 20 << 20, restic_serve, 'shared_memory', errno.ENOMEM):
             counters = Counters(2)
         counters.add(('x',), 1)
         counters.join(1)
         counters.add(('x',), 2)
         self.assertEqual(counters.total(('x',), 1), [3])
-        with mock.patch.object(restic_serve, 'shared_memory', side_effect=OSError(errno.ENOMEM, 'none')), \
-                self.assertRaises(OSError):
-            Counters()
+        with failing(lambda length: True, restic_serve, 'shared_memory', errno.ENOMEM):
+            self.assertRaises(OSError, Counters)
 
     def test_more_processes_than_memory_has_slots_for_are_a_system_error(self):
         """What no address can name is not to be had either, which main() says in a line."""
@@ -3278,8 +3191,7 @@ class CountersTest(TestCase):
         self.assertEqual(caught.exception.errno, errno.ENOMEM)
 
     def test_where_there_is_no_room_for_a_row_others_go_on(self):
-        sizes = {'SLOT_BYTES': 4096, 'SPARE_BYTES': 1024}
-        with mock.patch.multiple(restic_serve, **sizes):
+        with mock.patch.multiple(restic_serve, SLOT_BYTES=4096, SPARE_BYTES=1024):
             counters = Counters(2)
             for number in range(200):
                 counters.add(('x', f'{number:03d}'), 1)
@@ -3326,7 +3238,7 @@ class BandwidthTest(unittest.TestCase):
                 ('666', (12, 0, 3), 666 << 10, 666 << 10), ('1.5Mi', (0, 0, 0), 3 << 19, 3 << 19),
                 (daily, (8, 0, 0), 512 << 10, 512 << 10), (daily, (18, 59, 4), 512 << 10, 512 << 10),
                 (daily, (19, 0, 6), 10 << 20, 10 << 20), (daily, (23, 30, 6), 0, 0),
-                (daily, (7, 59, 0), 0, 0),
+                (daily, (7, 59, 0), 0, 0), ('12:00,OFF Sat-13:00,Off', (12, 0, 3), 0, 0),
                 (weekly, (8, 0, 0), 1 << 20, 1 << 20), (weekly, (17, 59, 4), 1 << 20, 1 << 20),
                 (weekly, (18, 0, 4), 0, 0), (weekly, (20, 29, 6), 0, 0),
                 (weekly, (20, 30, 6), 2 << 20, 1 << 20), (weekly, (7, 59, 0), 2 << 20, 1 << 20)):
@@ -3346,10 +3258,6 @@ class BandwidthTest(unittest.TestCase):
             with self.assertRaises(ValueError) as caught:
                 parse('9' * 400 + 'M')
             self.assertIn('is too large', str(caught.exception))
-
-    def test_off_is_off_in_any_case(self):
-        self.assertEqual({slot[1:] for slot in restic_serve.parse_timetable('12:00,OFF Sat-13:00,Off')},
-                         {(0, 0)})
 
     def test_the_next_slot_comes_into_force_by_itself(self):
         clock = Clock(18, 59, 0)
@@ -5013,13 +4921,10 @@ class RightsTest(TestCase):
                 for method, path, needed, status in self.REQUESTS:
                     self.prepare(store, repository)
                     headers = {'authorization': credentials(user, 'p')} if user else {}
-                    response = api.handle(Request(
-                        method, f'{repository}/{path}', 'HTTP/1.1', headers,
-                        Bytes(b'x' if 'data/' in path else b'other'), Peer('x')))
-                    restic_serve.close_quietly(response.body)
+                    got = answer_of(api, method, f'{repository}/{path}',
+                                    b'x' if 'data/' in path else b'other', **headers)[0]
                     expected = 401 if not user else status if rank(right) >= rank(needed) else 403
-                    self.assertEqual(response.status, expected,
-                                     (append_only, private, user, repository, method, path))
+                    self.assertEqual(got, expected, (append_only, private, user, repository, method, path))
 
     def prepare(self, store, repository):
         self.make_repository(repository)
@@ -5030,8 +4935,7 @@ class RightsTest(TestCase):
     def test_what_append_only_refuses_is_logged_with_who_and_what(self):
         store = self.make_store()
         api = Api(store, Policy(short_rights(True)), Accounts(user='alice', password='p'))
-        headers = {'authorization': credentials('alice', 'p')}
-        api.handle(Request('DELETE', '/h/config', 'HTTP/1.1', headers, Bytes(b''), Peer('1.2.3.4')))
+        answer_of(api, 'DELETE', '/h/config', b'', Peer('1.2.3.4'), authorization=credentials('alice', 'p'))
         self.assertEqual(self.log[-1],
                          "access denied: 'alice' from 1.2.3.4 may not delete /h/config; only append access "
                          'to /')
@@ -5081,10 +4985,9 @@ class RightsTest(TestCase):
                 if allowed and not (at and method in ('POST', 'DELETE') and kind != 'locks'):
                     status = {('GET', ''): 404, ('HEAD', ''): 404, ('DELETE', ''): 501}.get(
                         (method, kind), 200)
-                response = api.handle(Request(method, f'{path}{at}/{end}'.replace(' ', '%20'), 'HTTP/1.1', {},
-                                              Bytes(b'config' if kind == 'config' else b'x'), peer))
-                restic_serve.close_quietly(response.body)
-                self.assertEqual(response.status, status, (rules, user, method, path, at, end))
+                got = answer_of(api, method, f'{path}{at}/{end}'.replace(' ', '%20'),
+                                b'config' if kind == 'config' else b'x', peer)[0]
+                self.assertEqual(got, status, (rules, user, method, path, at, end))
                 if method == 'DELETE' and status == 200:
                     self.prepare(store, path)
 
@@ -5216,8 +5119,8 @@ class RightsTest(TestCase):
         api = Api(store, Policy(restic_serve.parse_rights('* / read')), Accounts(certificates=True))
 
         def lock(content, **more):
-            return api.handle(Request('POST', f'/a/locks/{named(content)}', 'HTTP/1.1', {},
-                                      Bytes(content, **more), Peer('1.2.3.4', 'eve'))).status
+            return answer_of(api, 'POST', f'/a/locks/{named(content)}', Bytes(content, **more),
+                             Peer('1.2.3.4', 'eve'))[0]
 
         self.assertEqual(lock(b'a lock'), 200)
         self.assertEqual(lock(bytes(restic_serve.LOCK_BYTES + 1)), 403)
@@ -6237,19 +6140,7 @@ class ApiTest(TestCase):
         self.api = Api(self.store, Policy())
 
     def ask(self, method, target, body=b'', **headers):
-        """Status, headers and content of the answer."""
-        if isinstance(body, bytes):
-            body = Bytes(body)
-        headers = {name.replace('_', '-'): value for name, value in headers.items()}
-        response = self.api.handle(Request(method, target, 'HTTP/1.1', headers, body, Peer('test')))
-        try:
-            content = response.body
-            if isinstance(content, restic_serve.FileSlice):
-                content = content.read(content.length)
-            return response.status, dict(response.headers), (
-                content if isinstance(content, bytes) else b''.join(content))
-        finally:
-            restic_serve.close_quietly(response.body)
+        return answer_of(self.api, method, target, body, **headers)
 
     def status(self, *args, **more):
         return self.ask(*args, **more)[0]
@@ -10957,12 +10848,8 @@ class DiskFaultsTest(FaultsTestCase):
             self.assertEqual(self.exchange(wire, 'GET', path), (200, b'content'))
 
     def test_an_upload_whose_file_fails_leaves_nothing(self):
-        real = os.write
-
-        def fail(*words, **more):
-            if isinstance(words[0], int) and stat.S_ISSOCK(os.fstat(words[0]).st_mode):
-                return real(*words)
-            raise OSError(errno.EIO, 'made by a test')
+        def is_of_the_disk(target, *words):
+            return not isinstance(target, int) or not stat.S_ISSOCK(os.fstat(target).st_mode)
 
         for wire in self.WIRES:
             for name in ('write', 'fsync', 'link', 'mkdir'):
@@ -10971,7 +10858,7 @@ class DiskFaultsTest(FaultsTestCase):
                 self.make_repository(f'{wire[5]}{name}')
                 with self.subTest(name, wire=wire):
                     self.log.clear()
-                    with mock.patch.object(os, name, side_effect=fail):
+                    with failing(is_of_the_disk, os, name):
                         self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 500)
                     self.assertEqual(self.files(), [])
                     self.assertEqual(len(self.faults()), 1, self.faults())
@@ -10983,16 +10870,9 @@ class DiskFaultsTest(FaultsTestCase):
     def test_a_folder_that_cannot_be_synced_is_no_success(self):
         content = b'content'
         path = f'/data/{named(content)}'
-        real = os.fsync
-
-        def fsync(fd):
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                raise OSError(errno.EIO, 'made by a test')
-            real(fd)
-
         self.store.create_repository('')
         for wire in self.WIRES:
-            with mock.patch.object(os, 'fsync', fsync):
+            with failing(is_folder, os, 'fsync'):
                 self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 500)
             self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
 
