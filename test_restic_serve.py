@@ -42,6 +42,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -58,6 +59,7 @@ from restic_serve import (
 
 MODULE = restic_serve.__file__
 README = Path(MODULE).with_name('README.md')
+HIDDEN = README.with_name('.github')
 V2 = 'application/vnd.x.restic.rest.v2'
 LOCAL = restic_serve.parse_address('127.0.0.1:0')
 LONG_TESTS = os.environ.get('RESTIC_SERVE_TEST_LONG') == '1'
@@ -5295,7 +5297,7 @@ class MetricsTest(WatchedTestCase):
         self.watch(max_bytes=10000, per_user=2000)
         self.scrub()
         samples = self.scrape()
-        rules = (README.parent / '.github' / 'prometheus-rules.yml').read_text()
+        rules = (HIDDEN / 'prometheus-rules.yml').read_text()
         for name in re.findall(r'restic_serve_\w+', rules):
             self.assertIn(name, {sample.partition('{')[0] for sample in samples})
         begin = 'restic_serve_repository_'
@@ -5447,7 +5449,7 @@ class MetricsTest(WatchedTestCase):
     def run_prometheus(self):
         """A Prometheus that scrapes the server and has the rules of the README, but fires at once; the labels
         of what it answers to a query."""
-        rules = (README.parent / '.github' / 'prometheus-rules.yml').read_text()
+        rules = (HIDDEN / 'prometheus-rules.yml').read_text()
         (self.folder / 'rules.yml').write_text(re.sub(r'\n +for: \w+', '', rules))
         (self.folder / 'prometheus.yml').write_text(
             'global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [rules.yml]\n'
@@ -11435,15 +11437,16 @@ class ReadmeTest(TestCase):
 
     # Options in examples that are of restic, curl, docker and others.
     OTHERS = frozenset((
-        'cacert', 'data-raw', 'forget', 'health-cmd', 'home-dir', 'keep-daily', 'keep-last', 'keep-within',
-        'listen', 'mutants', 'name', 'now', 'path', 'proxy-auth-username', 'prune', 'python', 'read-data',
-        'read-data-subset', 'restart', 'shell', 'strict', 'system', 'target', 'tls', 'tls-cert',
+        'cacert', 'copy-chunker-params', 'data-raw', 'failed', 'files-from', 'forget', 'from-repo',
+        'home-dir', 'ignore-existing', 'keep-daily', 'keep-last', 'keep-within', 'listen',
+        'mutants', 'now', 'path', 'proxy-auth-username', 'prune', 'python', 'read-data',
+        'read-data-subset', 'shell', 'strict', 'system', 'target', 'tls', 'tls-cert',
         'tls-client-cert', 'tls-key'))
 
     def documents(self):
         """README and what it links to, by name."""
         return {path.name: path.read_text(encoding='utf-8')
-                for path in (README, *sorted((README.parent / '.github').glob('*.md')))}
+                for path in (README, *sorted(HIDDEN.glob('*.md')))}
 
     def test_the_readme_is_short(self):
         self.assertLessEqual(len(README.read_text(encoding='utf-8').splitlines()), 350)
@@ -11558,9 +11561,11 @@ class ReadmeTest(TestCase):
 
     def test_no_example_lets_strangers_in(self):
         """An example that listens on more than this host has users, and TLS or a proxy before it; and none
-        has a password in a URL."""
-        units = [path.read_text() for path in (README.parent / '.github' / 'systemd').iterdir()]
-        self.assertEqual(re.findall(r'https?://[^/\s]*:[^/\s@]*@', ''.join(self.documents().values())), [])
+        has a password in a URL that other users of the host can see."""
+        units = [(HIDDEN / 'systemd' / 'restic-serve.service').read_text(),
+                 (HIDDEN / 'compose.yaml').read_text().replace('\n      --', ' --')]
+        self.assertEqual(re.findall(r'(?m)^(?!export ).*https?://[^/\s]*:[^/\s@]*@',
+                                    ''.join(self.documents().values())), [])
         commands = [line for block in [*self.blocks('sh'), *self.blocks('ini'), *units]
                     for line in block.replace('\\\n', ' ').splitlines() if 'restic_serve.py' in line]
         self.assertGreater(len(commands), 10)
@@ -11602,7 +11607,7 @@ tests:
 """
 
     def test_the_alert_rules_in_the_readme_are_good_and_fire(self):
-        rules = (README.parent / '.github' / 'prometheus-rules.yml').read_text()
+        rules = (HIDDEN / 'prometheus-rules.yml').read_text()
         names = re.findall('alert: (.*)', rules)
         fires = {'BackupServerDown': (10, 20, 40), 'BackupOverdue': (10, 20, None),
                  'BackupDamaged': (5, 12, None), 'BackupDiskNearlyFull': (20, 30, None),
@@ -11647,7 +11652,7 @@ tests:
         self.assertEqual(heard.count('--data-raw\n@'), 2)
 
     def test_the_nginx_of_the_readme_lets_nobody_in_without_a_password(self):
-        text, folder = README.read_text(encoding='utf-8'), self.folder
+        text, folder = self.documents()['PROXIES.md'], self.folder
         block = re.search(r'```nginx\n(.*?)```', text, re.DOTALL)[1]
         command = re.search(r'```sh\npython3 restic_serve\.py ([^`]*--user-from-header[^`]*)```', text)[1]
         (folder / 'users').write_text(f'alice:{sha("right")}\n')
@@ -11668,22 +11673,96 @@ tests:
                 answer = self.ask(get(f'/backup/{user}/config', *login), port=port)
                 self.assertEqual(answer[0], status, login)
 
-    def test_it_can_be_packed_as_the_readme_says(self):
-        text = README.read_text(encoding='utf-8')
-        script = re.search(r'```sh\n(mkdir -p packed.*?)```', text, re.DOTALL)[1].splitlines()
-        shutil.copy(MODULE, self.folder)
-        commands = '\n'.join([*script, './restic_serve.pyz --version'])
-        self.assertEqual(self.check_output('sh', '-ec', commands.replace('python3 ', f'{sys.executable} ')),
+    def test_a_release_runs_and_is_the_same_each_time(self):
+        folder = self.folder / 'release'
+        self.check_output(sys.executable, README.parent / '.ci' / 'release', folder)
+        self.assertEqual(sorted(os.listdir(folder)), ['SHA256SUMS', 'restic_serve.py', 'restic_serve.pyz'])
+        self.assertEqual(self.check_output(folder / 'restic_serve.pyz', '--version'),
                          f'restic_serve {restic_serve.__version__}\n')
+
+    def test_the_environment_file_has_every_option(self):
+        lines, title = (HIDDEN / 'restic-serve.env').read_text().splitlines()[:2], ''
+        for entry in restic_serve.HELP:
+            if isinstance(entry, str):
+                title = entry
+            elif entry.variable and entry.help != argparse.SUPPRESS:
+                lines += [f'# ==== {title} ====', ''] if title else []
+                lines += textwrap.wrap(entry.help.replace('%%', '%'), 108, initial_indent='# ',
+                                       subsequent_indent='# ', break_on_hyphens=False)
+                lines += [f'#{entry.variable}={entry.metavar or "true"}', '']
+                title = ''
+        self.assertEqual((HIDDEN / 'restic-serve.env').read_text().splitlines(), lines[:-1])
+
+    def run_steps(self, steps, restic, changes):
+        """What a script of the README says in the test's folder, with some words changed."""
+        for old, new in {'/etc/restic-serve': self.folder, '/tmp/restored': self.folder / 'restored',
+                         **changes}.items():
+            steps = steps.replace(old, str(new))
+        done = subprocess.run(
+            [program('bash'), '-ec', steps], cwd=self.folder, stdin=subprocess.DEVNULL, timeout=PATIENCE * 4,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
+                **clean_environment(), 'PATH': f'{os.path.dirname(restic)}:{os.environ["PATH"]}',
+                'HOME': str(self.folder), 'RESTIC_PASSWORD': 'a', 'RESTIC_FROM_PASSWORD': 'a'})
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout
+
+    def block(self, word):
+        """The script of the README that has a word in it."""
+        return next(block for block in self.blocks('sh') if word in block)
+
+    def test_a_first_backup_goes_as_the_readme_says_with_old_and_new_restic(self):
+        (self.folder / 'documents').mkdir()
+        (self.folder / 'documents' / 'letter').write_text('Dear reader')
+        (self.folder / 'users').write_text(f'laptop:{sha("login-password")}\n')
+        certificate = re.search(r'(?s)openssl req.*?server\.pem\n', self.block('openssl req'))[0]
+        self.run_steps(certificate, '', {'192.168.1.5': '127.0.0.1'})
+        server = self.run_server('--cert', self.folder / 'server.pem', '--key', self.folder / 'server.key',
+                                 '--htpasswd', self.folder / 'users', '--private-repos', self.root)
+        address = {'backup.example.org:8443': f'127.0.0.1:{server.port}'}
+        self.run_steps(self.block('restic restore'), peer('restic'), address)
+        self.assertEqual([path.read_text() for path in self.folder.glob('restored/**/letter')],
+                         ['Dear reader'])
+        steps = self.block('@backup.example.org').replace('laptop/ ', 'laptop/old/ ')
+        backup = steps.splitlines()[-1]
+        steps = steps.replace(backup, '\n'.join(backup.replace('backup ~/documents', verb) for verb in (
+            'init', 'backup ~/documents', 'snapshots')))
+        self.assertIn('1 snapshots', self.run_steps(steps, program('restic'), address))
 
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
-        units = [(path.name, path.read_text())
-                 for path in sorted((README.parent / '.github' / 'systemd').iterdir())]
-        self.assertEqual([name for name, _ in units], ['restic-serve.service', 'restic-serve.socket'])
-        for name, content in units:
-            (self.folder / name).write_text(content)
-        self.assertEqual(self.check_output(analyze, 'verify', *(self.folder / name for name, _ in units)), '')
+        units = [shutil.copy(path, self.folder) for path in (HIDDEN / 'systemd').iterdir()]
+        self.assertEqual(len(units), 6)
+        self.assertEqual(self.check_output(analyze, 'verify', *units), '')
+
+    @long
+    def test_second_copies_are_whole_while_backups_go_on(self):
+        program('rsync')
+        restic, server = peer('restic'), self.run_server('--keep-deleted', '1d', self.root)
+        url, data = f'rest:{server.url}laptop/', self.folder / 'documents'
+        data.mkdir()
+
+        def run(words, repository=url):
+            return self.run_steps(f'restic -q -r {repository} {words}', restic, {})
+
+        def back_up(number):
+            (data / str(number)).write_bytes(os.urandom(2_000_000))
+            run(f'backup {data}')
+
+        run('init')
+        back_up(0)
+        run(f'init --from-repo {url} --copy-chunker-params', self.folder / 'copied')
+        changes = {'rest:https://backup.example.org:8443/laptop/': url, '2026-11-20T12:00:00Z': '0s',
+                   '/srv/copy/laptop': self.folder / 'copied', '/srv/backup/laptop': self.root / 'laptop',
+                   'backup@nas:': '', 'ssh backup@nas': ''}
+        with ThreadPoolExecutor() as pool:
+            going_on = pool.map(back_up, range(1, 6))
+            self.run_steps(self.block('--from-repo'), restic, changes)
+            changes['/srv/copy/laptop'] = self.folder / 'pulled'
+            self.run_steps(self.block('rsync'), restic, changes)
+            list(going_on)
+        for copy_ in ('copied', 'pulled'):
+            run('check --read-data', self.folder / copy_)
+            self.assertGreater(len(json.loads(run('snapshots --json', self.folder / copy_))), 0)
 
 
 if __name__ == '__main__':
