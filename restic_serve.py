@@ -4403,10 +4403,12 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
 # refused.
 
 METRICS_USER = 'metrics'     # May see the metrics with --prometheus, besides administrators.
-NONE, METRICS, READ, APPEND, WRITE = RIGHTS = 'none', 'metrics', 'read', 'append', 'write'   # each has more
+NONE, METRICS, VIEW, READ, APPEND, WRITE = RIGHTS = (       # each has more
+    'none', 'metrics', 'view', 'read', 'append', 'write')
 _WORDS_OF_RIGHTS = {
     NONE: 'may do nothing', METRICS: 'may see the status page and metrics, but no repositories,',
-    READ: 'may read', APPEND: 'may read and add, but delete only locks,', WRITE: 'may read, add and delete'}
+    VIEW: 'may read, but not lock (restic --no-lock),', READ: 'may read and lock, which can stop backups,',
+    APPEND: 'may read and add, but delete only locks,', WRITE: 'may read, add and delete'}
 
 # `who` is a user or `*`; `where` a place such as `` (everything), `/alice` or `/%u`; `may` one of RIGHTS;
 # `quota` bytes, 0 for no limit; `line` its number in the file.
@@ -4527,15 +4529,15 @@ def _parse_rule(number: int, words: List[str]) -> Rule:
     if size and where.count('/') > QUOTA_DEPTH:
         raise ValueError(f'{where!r}: a path with a quota may have at most {QUOTA_DEPTH} segments')
     if may not in RIGHTS:
-        raise ValueError(f'invalid right {may!r}; use none, metrics, read, append or write')
+        raise ValueError(f'invalid right {may!r}; use none, metrics, view, read, append or write')
     return Rule(who, where, may, parse_quota(size[0]) if size else 0, number)
 
 
 class Policy(WatchedFiles):
     """Says who may do what, by a table of rights, or by the one in the file at `path`, which is read as
     parse_rights() has it.  `on_change` is called with new rights, `on_refused_delete` with the repository,
-    the user, who that is, and the right he has.  Raises OSError if the file cannot be read, and
-    RightsFault if it is no good."""
+    the user, who that is, and the right he has; `has_config` says whether a repository has its config.
+    Raises OSError if the file cannot be read, and RightsFault if it is no good."""
 
     kept = 'keeping the previous rights'
 
@@ -4546,6 +4548,7 @@ class Policy(WatchedFiles):
         self._options = strangers, ignore_case, f'{path}, '
         self.on_change: Callable[[Rights], object] = lambda rights: None
         self.on_refused_delete: Callable[[str, str, object, str], object] = lambda *what: None
+        self.has_config: Callable[[str], bool] = lambda repository: False
         if path:
             super().__init__(path)
 
@@ -4610,12 +4613,17 @@ class Policy(WatchedFiles):
 
     def check(self, request: Request, location: Location) -> None:
         """Raises HttpError 403 if the request's user may not do that.  Locks come and go with the right to
-        read, so that restic can hold one."""
+        read, so that restic can hold one.  init adds a key before the config: later ones need `write`, since
+        restic reads them all to find its own, and stops at one of junk."""
         may, place = self.rights.find(request.user, location.repository)
-        needed, verb = READ, 'access'
-        if request.method == 'POST' and location.kind != 'locks':
+        needed, verb = VIEW, 'access'
+        if location.kind == 'locks' and location.is_object and request.method in ('POST', 'DELETE'):
+            needed, verb = READ, 'lock'
+        elif request.method == 'POST':
             needed, verb = APPEND, 'add to'
-        elif request.method == 'DELETE' and location.is_object and location.kind != 'locks':
+            if location.kind == 'keys' and may == APPEND and self.has_config(location.repository):
+                needed, verb = WRITE, 'add keys to'
+        elif request.method == 'DELETE' and location.is_object:
             needed, verb = WRITE, 'delete in'
         if RIGHTS.index(may) >= RIGHTS.index(needed):
             return
@@ -4863,6 +4871,7 @@ def _label(text: str) -> str:
 
 LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
+OF_A_LOCK = range(100, 1025)  # Bytes of restic's locks: times, names of a user and a host, 32 of encryption.
 DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
     'damaged', 'unreadable', 'overdue', 'locked', 'nearly full')
 # A snapshot of a repository: when it came, its name, and the bytes that came since the one before and are
@@ -4870,9 +4879,11 @@ DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
 Snapshot = collections.namedtuple('Snapshot', ['time', 'name', 'added'])
 
 
-class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'locks', 'now', 'troubles'])):
+class Watched(collections.namedtuple('Watched', [
+        'name', 'holdings', 'scrub', 'locks', 'odd_lock', 'now', 'troubles'])):
     """A repository as it is `now`: its path, what it holds, the result of its last scrub (None: never), the
-    times of its locks in order (None: they cannot be read), and its `troubles`, each since a time."""
+    times of its locks in order (None: they cannot be read), the name of one that cannot be restic's, which
+    it stops at, and its `troubles`, each since a time."""
 
     __slots__ = ()
 
@@ -4897,6 +4908,8 @@ class Watched(collections.namedtuple('Watched', ['name', 'holdings', 'scrub', 'l
             return f'{format_count(self.scrub.damaged, "object")} damaged'
         if trouble == OVERDUE:
             return f'overdue for {age}' if self.holdings.last_snapshot else 'overdue: no snapshot yet'
+        if trouble == LOCKED and self.odd_lock:
+            return f"lock {self.odd_lock[:8]} is not restic's: run restic unlock --remove-all"
         return {LOCKED: f'locked for {age}', UNREADABLE: 'cannot be read completely'}.get(trouble, trouble)
 
     def text_of_troubles(self) -> str:
@@ -4920,16 +4933,16 @@ class Watch:
         scrubs, is_full = last_scrubs(self.store), functools.lru_cache(maxsize=None)(self._is_full)
         repositories = []
         for name, holdings in self.usage.holdings(names).items():
-            scrub, times = scrubs.get(name), self._locks(name) if locks else None
+            scrub, (times, odd_lock) = scrubs.get(name), self._locks(name) if locks else (None, '')
             begin = holdings.last_snapshot or self._made_at(name)
             since = {
                 DAMAGED: scrub.time if scrub and scrub.damaged else None,
                 UNREADABLE: now if holdings.unreadable else None,
                 OVERDUE: begin and begin + self._stale_after if begin + self._stale_after < now else None,
-                LOCKED: times[0] if times and times[0] < now - 86400 else None,     # a day: it is stale
+                LOCKED: times[0] if times and (odd_lock or times[0] < now - 86400) else None,  # a day: stale
                 FULL: now if any(sees(scope) and is_full(scope) for scope in self.usage.limited(name))
                 else None}
-            repositories.append(Watched(name, holdings, scrub, times, now, {
+            repositories.append(Watched(name, holdings, scrub, times, odd_lock, now, {
                 trouble: begun for trouble, begun in since.items() if begun is not None}))
         return sorted(repositories, key=lambda repository: (
             *min(((TROUBLES.index(trouble), begun) for trouble, begun in repository.troubles.items()),
@@ -4947,11 +4960,14 @@ class Watch:
         quota = self.usage.quota(scope)
         return bool(quota.held >= NEARLY_FULL * quota.limit)
 
-    def _locks(self, name: str) -> Optional[List[float]]:
+    def _locks(self, name: str) -> Tuple[Optional[List[float]], str]:
         try:
-            return sorted(status.st_mtime for _, status in self.store.object_entries(f'{name}/locks'))
+            locks = [(status.st_mtime, status.st_size, entry.name)
+                     for entry, status in self.store.object_entries(f'{name}/locks')]
         except OSError:
-            return None
+            return None, ''
+        return (sorted(moment for moment, _, _ in locks),
+                next((lock for _, size, lock in locks if size not in OF_A_LOCK), ''))
 
     def snapshots(self, name: str) -> List[Snapshot]:
         """The snapshots of a repository by time.  What came with each is not known where that takes longer
@@ -5831,6 +5847,7 @@ class Api:
         self._prometheus = prometheus
         usage.on_mass_delete = functools.partial(events.emit, 'deleted')
         policy.on_refused_delete = events.on_refused_delete
+        policy.has_config = lambda repository: store.size(Location(repository, 'config')) is not None
         self._page = page
         self._at = at
         # They hide repositories of that name.
@@ -9179,7 +9196,8 @@ def _report_line(repository: Watched) -> str:
     parts = [repository.last_snapshot(), format_count(holdings.objects['snapshots'], 'snapshot'),
              format_size(holdings.bytes)]
     if locks:
-        parts += [format_count(len(locks), 'lock'), f'the oldest {format_age(repository.now - locks[0])}']
+        parts += [format_count(len(locks), 'lock'), f'the oldest {format_age(repository.now - locks[0])}',
+                  *([repository.text_of(LOCKED)] if repository.odd_lock else [])]
     parts.append(f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub
                  else 'never scrubbed')
     return one_line(f'{", ".join(repository.troubles).upper() or "sound"}: {repository.title}: '
@@ -9193,6 +9211,7 @@ def _report_as_json(repository: Watched) -> str:
         'repository': repository.title, 'troubles': list(repository.troubles), 'bytes': holdings.bytes,
         'objects': holdings.objects, 'last_snapshot': holdings.last_snapshot or None,
         'locks': len(locks or ()), 'oldest_lock': int(locks[0]) if locks else None,
+        'odd_lock': repository.odd_lock or None,
         'scrub': {'time': int(scrub.time), 'damaged': scrub.damaged, 'names': scrub.names}
                  if scrub else None})
 

@@ -4929,10 +4929,10 @@ class RightsTest(TestCase):
     # The right that each request takes, and its status with that right.
     REQUESTS = (('GET', 'config', 'read', 200), ('HEAD', 'config', 'read', 200),
                 ('GET', 'data/', 'read', 200), ('GET', f'data/{NAME}', 'read', 200),
-                ('POST', '?create=true', 'append', 200), ('POST', f'data/{NAME}', 'append', 200),
-                ('POST', 'config', 'append', 403), ('DELETE', f'locks/{NAME}', 'read', 200),
-                ('DELETE', '', 'read', 501), ('DELETE', f'data/{NAME}', 'write', 200),
-                ('DELETE', 'config', 'write', 200))
+                ('POST', f'keys/{NAME}', 'write', 200), ('POST', '?create=true', 'append', 200),
+                ('POST', f'data/{NAME}', 'append', 200), ('POST', 'config', 'append', 403),
+                ('DELETE', f'locks/{NAME}', 'read', 200), ('DELETE', '', 'read', 501),
+                ('DELETE', f'data/{NAME}', 'write', 200), ('DELETE', 'config', 'write', 200))
 
     def test_every_role_with_every_request_on_every_kind_of_path(self):
         store = self.make_store()
@@ -4949,13 +4949,13 @@ class RightsTest(TestCase):
                     self.prepare(store, repository)
                     headers = {'authorization': credentials(user, 'p')} if user else {}
                     got = answer_of(api, method, f'{repository}/{path}',
-                                    b'x' if 'data/' in path else b'other', **headers)[0]
+                                    b'x' if self.NAME in path else b'other', **headers)[0]
                     expected = 401 if not user else status if rank(right) >= rank(needed) else 403
                     self.assertEqual(got, expected, (append_only, private, user, repository, method, path))
 
     def prepare(self, store, repository):
         self.make_repository(repository)
-        for kind in ('data', 'locks'):
+        for kind in ('data', 'locks', 'keys'):
             store.save(Location(repository, kind, self.NAME), Bytes(b'x'))
         store.save(Location(repository, 'config'), Bytes(b'config'))
 
@@ -4975,8 +4975,9 @@ class RightsTest(TestCase):
                    and f'{path}/'.startswith(where.replace('%u', user).rstrip('/') + '/')]
         may = max(fitting)[1] if fitting else 'none'
         if method in ('POST', 'DELETE') and kind not in ('locks', '') or method == 'POST' and kind != 'locks':
-            return may == 'write' or (may == 'append' and method == 'POST')
-        return may in ('read', 'append', 'write')
+            return may == 'write' or (may == 'append' and method == 'POST' and kind != 'keys')
+        return may in ('read', 'append', 'write') or (
+            may == 'view' and (kind != 'locks' or method in ('GET', 'HEAD')))
 
     def test_random_tables_users_and_paths_against_a_rule_of_ten_lines(self):
         chance, store = random.Random(18), self.make_store()
@@ -4999,8 +5000,8 @@ class RightsTest(TestCase):
                       usage=usage)
             for _ in range(40):
                 user, path = chance.choice(users), chance.choice(paths)
-                kind, name = chance.choice([('data', self.NAME), ('locks', self.NAME), ('config', ''),
-                                            ('data', ''), ('', '')])
+                kind, name = chance.choice([('data', self.NAME), ('locks', self.NAME), ('keys', self.NAME),
+                                            ('config', ''), ('data', ''), ('', '')])
                 method = chance.choice(['GET', 'HEAD', 'POST', 'DELETE'])
                 at = chance.choice(['', '', '/.at/0s'])
                 if kind == 'data' and not name and method not in ('GET', 'HEAD'):
@@ -5028,7 +5029,7 @@ class RightsTest(TestCase):
                 ('alice /data/x read', "'/data/x': reserved name: "),
                 ('alice /../x read', "'/../x': path contains an invalid segment"),
                 ('alice /1/2/3/4/5 read 1G', 'a path with a quota may have at most 4 segments'),
-                ('alice / all', "invalid right 'all'; use none, metrics, read, append or write"),
+                ('alice / all', "invalid right 'all'; use none, metrics, view, read, append or write"),
                 ('alice / read 5X', "'5X'"), ('alice "/x read', 'No closing quotation')):
             with self.assertRaises(ValueError) as caught:
                 restic_serve.parse_rights(f'# who where may\n\n{line}\n* / none\n')
@@ -5038,7 +5039,7 @@ class RightsTest(TestCase):
             restic_serve.parse_rights('a /x read 1G\na /x append\nb /x read 2G\nc / wrong')
         self.assertEqual(str(caught.exception).split('\n'), [
             'line 2: a already has a rule for /x, line 1', 'line 3: /x has a different quota in line 1',
-            "line 4: invalid right 'wrong'; use none, metrics, read, append or write"])
+            "line 4: invalid right 'wrong'; use none, metrics, view, read, append or write"])
 
     def test_a_file_is_read_again_and_a_bad_one_changes_nothing(self):
         path = self.folder / 'rights'
@@ -5155,6 +5156,17 @@ class RightsTest(TestCase):
         with mock.patch.object(restic_serve, 'LOCKS', 2):
             self.assertEqual(lock(b'one too many'), 403)
 
+    def test_who_may_only_add_adds_a_key_before_the_config_and_none_later(self):
+        store, key = self.make_store(), Location('/a', 'keys', self.NAME)
+        self.make_repository('a')
+        api = Api(store, Policy(short_rights(append_only=True)))
+        for config, status in ((b'', 200), (b'config', 403)):
+            if config:
+                store.save(Location('/a', 'config'), Bytes(config))
+            self.assertEqual(api.handle(Request('POST', str(key), 'HTTP/1.1', {}, Bytes(b'x'),
+                                                Peer('1.2.3.4'))).status, status)
+        self.assertEqual(self.log[-1], f'access denied: 1.2.3.4 may not add {key}; only append access to /')
+
     def test_what_a_table_says_of_metrics(self):
         for text, user, whole, shown in (
                 ('monitor / metrics', 'monitor', True, '/a /b other'),
@@ -5181,8 +5193,9 @@ class RightsOnWiresTest(WatchedTestCase):
         requests = (('GET', path, b''), ('HEAD', path, b''), ('GET', '/a/data/', b''), ('POST', path, b'x'),
                     ('POST', lock, b'x'), ('DELETE', lock, b''), ('POST', '/a/?create=true', b''),
                     ('DELETE', other, b''))
-        rights = {'none': [403] * 8, 'metrics': [403] * 8, 'read': [200, 200, 200, 403, 200, 200, 403, 403],
-                  'append': [200] * 7 + [403], 'write': [200] * 8}
+        rights = {'none': [403] * 8, 'metrics': [403] * 8, 'view': [200] * 3 + [403] * 5,
+                  'read': [200, 200, 200, 403, 200, 200, 403, 403], 'append': [200] * 7 + [403],
+                  'write': [200] * 8}
 
         for (may, statuses), wire in itertools.product(rights.items(), self.WIRES):
             self.policy.rights = restic_serve.parse_rights(f'* /%u {may}')
@@ -5527,7 +5540,11 @@ class WatchTest(TestCase):
                                    'scrubbed .*, 1 damaged$')
         self.assertRegex(lines[1], '^OVERDUE: never: no snapshot yet, 0 snapshots, 100 B, scrubbed .* ago, '
                                    '0 damaged$')
-        self.assertIn('3 locks, the oldest 2 days', lines[4])
+        self.assertIn('3 locks, the oldest 2 days, scrubbed', lines[4])
+        lock = self.put('sound-2', 'locks', 7200, 12)
+        self.assertIn(f"1 lock, the oldest 2 hours, lock {lock.name[:8]} is not restic's: run restic unlock "
+                      '--remove-all, ', [line for line in self.report('-q')[1] if 'sound-2' in line][0])
+        lock.unlink()
         self.assertTrue(lines[-1].startswith('sound: sound-10: last snapshot '), lines[-1])
         status, lines = self.report('--log-format', 'json', '--stale-after', '30d', '--max-size', '1G')
         told = [json.loads(line) for line in lines]
@@ -10183,10 +10200,11 @@ class RolesTest(ResticTestCase):
     @long
     def test_what_each_role_can_do(self):
         users, rights = self.folder / 'users', self.folder / 'rights'
-        for number, user in enumerate(('alice', 'restore', 'prune', 'monitor', 'eve')):
+        for number, user in enumerate(('alice', 'restore', 'prune', 'monitor', 'eve', 'see')):
             subprocess.run([program('htpasswd'), '-bB', *(['-c'] if not number else []), '-C', '5', users,
                             user, 'pw'], check=True, capture_output=True)
-        rights.write_text('alice /alice append 50G\nrestore /alice read\nprune / write\nmonitor / metrics\n')
+        rights.write_text('alice /alice append 50G\nrestore /alice read\nprune / write\nmonitor / metrics\n'
+                          'see /alice view\n')
         server = self.serve('--htpasswd', users, '--rights', rights, '--prometheus')
         url = self.address(server, 'alice/')
 
@@ -10200,9 +10218,11 @@ class RolesTest(ResticTestCase):
         for words in (['snapshots'], ['check', '--read-data'],
                       ['restore', 'latest', '--target', self.folder / 'restored']):
             self.assertEqual(run('restore', *words), 0, words)
+            self.assertEqual(run('see', *words, '--no-lock'), 0, words)
         forget = ['forget', '--keep-last', '1', '--prune']
         for user, words in (('restore', ['backup', self.source]), ('restore', forget), ('alice', forget),
-                            ('eve', ['snapshots']), ('monitor', ['snapshots'])):
+                            ('eve', ['snapshots']), ('monitor', ['snapshots']), ('see', ['snapshots']),
+                            ('alice', ['key', 'add', '--new-password-file', rights])):
             self.assertNotEqual(run(user, *words), 0, (user, words))
         self.assertEqual(run('prune', *forget), 0)
         self.assertEqual(run('prune', 'check', '--read-data'), 0)
@@ -11439,8 +11459,8 @@ class ReadmeTest(TestCase):
     OTHERS = frozenset((
         'cacert', 'copy-chunker-params', 'data-raw', 'failed', 'files-from', 'forget', 'from-repo',
         'home-dir', 'ignore-existing', 'keep-daily', 'keep-last', 'keep-within', 'listen',
-        'mutants', 'now', 'path', 'proxy-auth-username', 'prune', 'python', 'read-data',
-        'read-data-subset', 'shell', 'strict', 'system', 'target', 'tls', 'tls-cert',
+        'mutants', 'no-lock', 'now', 'path', 'proxy-auth-username', 'prune', 'python', 'read-data',
+        'read-data-subset', 'remove-all', 'shell', 'strict', 'system', 'target', 'tls', 'tls-cert',
         'tls-client-cert', 'tls-key'))
 
     def documents(self):
