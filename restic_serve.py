@@ -556,20 +556,22 @@ class FileSlice(Closing):
 
 class Channel:
     """Messages from threads, and from processes that are forked once it is open, to the process that watches
-    `receiver`.  Nobody waits.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them."""
+    `receiver`.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them: who sends waits for
+    `seconds` at the most."""
 
     receiver: Optional[socket.socket] = None    # can be read when a message has come
     sender: Optional[socket.socket] = None
 
-    def __init__(self, kind: int) -> None:
+    def __init__(self, kind: int, seconds: float = 0) -> None:
         self._kind = kind
+        self._seconds = seconds
 
     def open(self) -> None:
         """Make the pair of sockets.  Raises OSError."""
         if not self.receiver:
             self.receiver, self.sender = socket.socketpair(type=self._kind)
             self.receiver.setblocking(False)
-            self.sender.setblocking(False)
+            self.sender.settimeout(self._seconds)
 
     def send(self, message: bytes) -> None:
         """Send a message, unless the channel is closed.  Raises OSError where there is no room for it."""
@@ -827,22 +829,23 @@ class Busy(StorageError):
 
 
 class Remembered:
-    """Answers to a question about paths, each of which holds for LOOK_SECONDS."""
+    """Answers to a question about paths, each of which holds for some seconds."""
 
-    __slots__ = ('_answers',)
+    __slots__ = ('_answers', '_seconds')
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = LOOK_SECONDS) -> None:
+        self._seconds = seconds
         self._answers: Dict[str, Tuple[float, Any]] = {}    # until when an answer holds, and the answer
 
     def get(self, path: str, find: Callable[[str], T]) -> T:
-        """What find(path) says now, or said in the last LOOK_SECONDS."""
+        """What find(path) says now, or said in the last seconds."""
         now = time.monotonic()
         until, answer = self._answers.get(path, (0.0, None))
         if now >= until:
             answer = find(path)
             if len(self._answers) >= KNOWN_AT_MOST:
                 self._answers.clear()
-            self._answers[path] = now + LOOK_SECONDS, answer
+            self._answers[path] = now + self._seconds, answer
         known: T = answer
         return known
 
@@ -1501,7 +1504,7 @@ REFUSED_LOGINS = ('refused',)   # Row: logins with a wrong user or password.
 # Gauges: zeroed when their process dies.
 _GAUGES = ('connections', 'addresses', 'reserved')
 # Position of the repository in the keys of rows that belong to one.
-_OF_REPOSITORIES = {'held': 1, 'history': 1, 'snapshot': 1, 'forgotten': 1, 'blob': 2}
+_OF_REPOSITORIES = {'held': 1, 'history': 1, 'snapshot': 1, 'blob': 2}
 _OF_SCOPES = ('scope', 'rowless', 'reserved')   # Rows of a quota's scope, the second word.
 
 
@@ -3614,7 +3617,6 @@ class Usage:
                  ) -> None:
         self.limits = quotas or Quotas({})
         self._may_change = may_change
-        self.on_mass_delete: Callable[[str, str], object] = lambda repository, message: None
         self.past = past or Past(store)
         self.counters = counters
         self.census = Census(store, self, interval)
@@ -3675,30 +3677,7 @@ class Usage:
             if not self.past.keeps_object(location):
                 kept = {'charged': -charge}
             self.change(location.repository, bytes=-size, freed=charge, **{location.kind: -1}, **kept)
-            if location.kind == 'snapshots':
-                self._note_forgotten(location.repository)
         return size
-
-    def _note_forgotten(self, repository: str) -> None:
-        """A snapshot was deleted: warn, once an hour, when more than half of a repository's snapshots were
-        deleted within a minute."""
-        key, now = ('forgotten', repository), int(time.monotonic())
-        with self.counters.lock:
-            row = self.counters.row(key, 3)    # the minute's begin, snapshots deleted in it, last warning
-            if now - row[0] >= 60:
-                row[0], row[1] = now, 0
-            row[1] += 1
-        rows = self.counters.read(key)
-        deleted = sum(row[1] for row in rows if now - row[0] < 60)
-        if deleted < 2 or any(row[2] and now - row[2] < 3600 for row in rows):
-            return
-        left = sum(len(names) for names, _ in self._store.objects(Location(repository, 'snapshots'), False))
-        if deleted > left:
-            row[2] = now
-            message = (f'{repository[1:] or "/"}: {deleted} of {deleted + left} snapshots were deleted '
-                       'within a minute' + ('; they are kept (--keep-deleted)' if self.past.keeps else ''))
-            log.warning('%s', message)
-            self.on_mass_delete(repository, message)
 
     def purge(self, seconds: float) -> None:
         """Remove what was kept long enough from the past of all repositories, and begin that of new ones;
@@ -4535,8 +4514,8 @@ def _parse_rule(number: int, words: List[str]) -> Rule:
 
 class Policy(WatchedFiles):
     """Says who may do what, by a table of rights, or by the one in the file at `path`, which is read as
-    parse_rights() has it.  `on_change` is called with new rights, `on_refused_delete` with the repository,
-    the user, who that is, and the right he has; `has_config` says whether a repository has its config.
+    parse_rights() has it.  `on_change` is called with new rights, `on_refused_delete` with the location, the
+    user, who that is, and the right he has; `has_config` says whether a repository has its config.
     Raises OSError if the file cannot be read, and RightsFault if it is no good."""
 
     kept = 'keeping the previous rights'
@@ -4547,7 +4526,7 @@ class Policy(WatchedFiles):
         self.path = path
         self._options = strangers, ignore_case, f'{path}, '
         self.on_change: Callable[[Rights], object] = lambda rights: None
-        self.on_refused_delete: Callable[[str, str, object, str], object] = lambda *what: None
+        self.on_refused_delete: Callable[[Location, str, object, str], object] = lambda *what: None
         self.has_config: Callable[[str], bool] = lambda repository: False
         if path:
             super().__init__(path)
@@ -4634,7 +4613,7 @@ class Policy(WatchedFiles):
         log.log(NOTICE, 'access denied: %s may not %s %s; only %s access to %s', who,
                 verb.partition(' ')[0], location, may, place or '/')
         if verb == 'delete in':
-            self.on_refused_delete(location.repository, request.user, who, may)
+            self.on_refused_delete(location, request.user, who, may)
         raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}; only {may} access')
 
 
@@ -4650,7 +4629,7 @@ CONNECTIONS_PER_ADDRESS = 'too many connections from your address'
 REQUESTS_PER_ADDRESS = 'too many requests from your address'
 LOGINS = 'too many logins from your address'
 LIMITED_SECONDS = 60         # Time between two lines about the same limit.
-LIMITED_ADDRESSES = 10       # Addresses in such a line.
+LISTED = 10                  # Addresses, or users, in such a line.
 
 METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -4703,8 +4682,7 @@ class Metrics:
         """Count that a limit has ended or refused something; log_limited() reports it."""
         self.counters.add(('limited', limit), 1)
         with self._lock:
-            of_limit = self._limited.setdefault(limit, collections.Counter())
-            of_limit[address if len(of_limit) < 1024 or address in of_limit else 'others'] += 1
+            count_name(self._limited.setdefault(limit, collections.Counter()), address or 'unix')
 
     # ---- for the log ----
 
@@ -4719,11 +4697,8 @@ class Metrics:
                 if wait <= 0 or at_once:
                     by_address = self._limited.pop(limit)
                     self._logged_at[limit], waits[limit] = now, math.inf
-                    listed = ', '.join(f'{address or "unix"} ({count})'
-                                       for address, count in by_address.most_common(LIMITED_ADDRESSES))
-                    more = len(by_address) - LIMITED_ADDRESSES
-                    log.warning('%s: closed or rejected %d, from %s%s', limit, sum(by_address.values()),
-                                listed, f' and {more} more' if more > 0 else '')
+                    log.warning('%s: closed or rejected %d, from %s', limit, sum(by_address.values()),
+                                listed(by_address))
         return min(waits.values(), default=math.inf)
 
     def has_news(self) -> bool:
@@ -4829,6 +4804,18 @@ class Metrics:
             ({'folder': scope}, quota.held) for scope, quota in quotas.items())
         yield 'restic_serve_quota_limit_bytes', 'Limit of the quota.', (
             ({'folder': scope}, quota.limit) for scope, quota in quotas.items())
+
+
+def count_name(counter: collections.Counter[str], name: str) -> None:
+    """Count a client, unless it is one of too many to name."""
+    counter[name if len(counter) < 1024 or name in counter else 'others'] += 1
+
+
+def listed(counter: collections.Counter[str]) -> str:
+    """What was counted of whom, such as `alice (3), bob (1) and 2 more`."""
+    more = len(counter) - LISTED
+    return ', '.join(f'{name} ({count})' for name, count in counter.most_common(LISTED)) + (
+        f' and {more} more' if more > 0 else '')
 
 
 def _lines(name: str, text: str, samples: Iterable[Sample]) -> Iterator[str]:
@@ -5017,14 +5004,51 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 # Servers may count at different times, so one may see an older last snapshot than another.  That a
 # repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
 # seen; `back` is reported for a newer one only.
+#
+# Deletes of snapshots are sent there, too, and counted for a minute.  The fresh ones are left out of a second
+# count, since who may delete may also add many to hide behind.
 
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
+_FORGOTTEN = 'forgotten'     # No event yet: a snapshot was deleted.
+QUEUED_AT_MOST = 500         # Events of either queue.
+FRESH_SECONDS = 3600         # Age up to which a snapshot may be one that hides a mass delete.
 # `repository` is a path, None for what is about none.  What several servers find, and refused deletes, have a
-# `value`, by which ReportedEvents knows them.
+# `value`, by which ReportedEvents knows them; a deleted snapshot has what count_snapshots() said.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
+
+
+class EventQueue:
+    """Events that wait for their turn, by repository; repositories take turns."""
+
+    def __init__(self) -> None:
+        self._waiting: Dict[str, Deque[Event]] = {}     # in the order of their turns
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def put(self, event: Event) -> Optional[Event]:
+        """Let an event wait; the one that gives way for lack of room, of the repository that has most."""
+        self._waiting.setdefault(event.repository or '', collections.deque()).append(event)
+        most = max(self._waiting.values(), key=len)
+        return most.pop() if len(self) > QUEUED_AT_MOST else None
+
+    def take(self) -> Event:
+        """The next event."""
+        while True:
+            repository = next(iter(self._waiting))
+            events = self._waiting.pop(repository)
+            if events:
+                event = events.popleft()
+                self._waiting[repository] = events
+                return event
+
+
+# Deleted snapshots of a repository in the minute since `begun`: how many there were, and are `deleted`, each
+# a list of all and of those that were not fresh; and by whom.
+Forgotten = collections.namedtuple('Forgotten', ['begun', 'there', 'deleted', 'by'])
 
 
 class Events:
@@ -5033,16 +5057,17 @@ class Events:
 
     def __init__(self, watch: Watch, counters: Counters, command: str = '') -> None:
         self.command = command
-        self.channel = Channel(socket.SOCK_DGRAM)   # to the process that runs the command
+        self.channel = Channel(socket.SOCK_DGRAM, 1)    # to the process that runs the command
         self._watch = watch
         self._store = watch.store
         self._usage = watch.usage
         self._counters = counters
         self._reported = ReportedEvents(watch.store)
-        self._next_refused = 0.0
-        self._changed = threading.Condition()       # of the next two
+        self._refused, self._there, self._warned = Remembered(60), Remembered(60), Remembered(3600)
+        self._changed = threading.Condition()       # of the next three
         self._stopped = False               # nothing is begun any more
-        self._queues: Tuple[Deque[Event], Deque[Event]] = collections.deque(), collections.deque()
+        self._queues = EventQueue(), EventQueue()
+        self._forgotten: Dict[str, Forgotten] = {}      # by repository
         self._cut = threading.Event()       # what is running is killed
         self._thread: Optional[threading.Thread] = None
         self._store.directory.on_change = self.on_directory_change
@@ -5051,34 +5076,54 @@ class Events:
 
     def open(self) -> None:
         """Let other processes, which are forked later, send events."""
-        if self.command and hasattr(os, 'fork'):
+        if hasattr(os, 'fork'):
             self.channel.open()
 
     # ---- in any process ----
 
     def emit(self, kind: str, repository: Optional[str], message: str, user: str = '') -> None:
-        """Something has happened; never waits."""
-        event = Event(kind, repository, user, message, time.time() if kind == 'refused' else None)
-        if not self.command:
-            self._counters.add(('event', kind), 1)
-        elif not self.channel.receiver:
-            self._enqueue(event)
-        else:
-            import json
-            try:
-                self.channel.send(json.dumps(event).encode())
-            except OSError as error:
-                log.error('--on-event: command not run for "%s": %s', message, error)
+        """Something has happened."""
+        self._send(Event(kind, repository, user, message, time.time() if kind == 'refused' else None))
 
-    def on_refused_delete(self, repository: str, user: str, who: object, may: str) -> None:
-        """A delete was refused, since `who` has only another right.  One in a minute is told of, so that
-        nobody can drown other events."""
-        now = time.monotonic()
+    def _send(self, event: Event) -> None:
+        """Send an event to the process that runs the command; waits no longer than the channel does."""
+        if not self.channel.receiver or not (self.command or event.kind == _FORGOTTEN):
+            self._take(event)
+            return
+        import json
+        try:
+            self.channel.send(json.dumps(event).encode())
+        except OSError as error:
+            log.error('--on-event: %s of %s is lost: %s', event.kind, event.repository, error)
+
+    def on_refused_delete(self, location: Location, user: str, who: object, may: str) -> None:
+        """A delete was refused, since `who` has only another right.  One in a minute and repository is told
+        of, and none of what is not there: restic cleans up after uploads that have failed."""
         with contextlib.suppress(OSError):
-            if now >= self._next_refused and self._store.has_repository(repository):
-                self._next_refused = now + 60
-                self.emit('refused', repository,
-                          f'{repository[1:] or "/"}: {who} tried to delete, but may only {may}', user)
+            if self._store.size(location) is not None:
+                self._refused.get(location.repository, lambda repository: self.emit(
+                    'refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may only '
+                    f'{may}', user))
+
+    def count_snapshots(self, location: Location) -> List[int]:
+        """The snapshots of a repository not more than a minute ago, those of them that were not fresh, and
+        whether the one that is about to be deleted is."""
+        limit = time.time() - FRESH_SECONDS
+
+        def count(repository: str) -> List[int]:
+            are_old = [status.st_mtime < limit for _, status in self._store.object_entries(
+                f'{repository}/snapshots')]
+            return [len(are_old), sum(are_old)]
+
+        there, is_old = [0, 0], 1
+        with contextlib.suppress(OSError), self._store.open(location) as content:
+            is_old = os.fstat(content.fd).st_mtime < limit
+            there = self._there.get(location.repository, count)
+        return [*there, is_old]
+
+    def on_forgotten(self, request: Request, location: Location, snapshots: List[int]) -> None:
+        """A snapshot was deleted; count_snapshots() has said what was there."""
+        self._send(Event(_FORGOTTEN, location.repository, request.user, str(request.client), snapshots))
 
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
@@ -5102,11 +5147,15 @@ class Events:
         """Take the events that were sent."""
         for message in self.channel.receive():
             import json
-            self._enqueue(Event(*json.loads(message)))
+            try:
+                self._take(Event(*json.loads(message)))
+            except (TypeError, ValueError) as error:    # one that was cut off
+                log.error('--on-event: an event was lost: %s', error)
 
     def stop(self, seconds: float) -> None:
         """Begin nothing any more; a command that is running is killed after some seconds."""
         self.on_sent()
+        self.log_forgotten(at_once=True)
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -5118,16 +5167,52 @@ class Events:
             self._cut.set()
             self._thread.join(1)
 
-    def _enqueue(self, event: Event) -> None:
-        """Let an event wait for the command: what clients cause as often as they like behind all others, and
-        at most 500 of each."""
-        with self._changed:
-            queue = self._queues[event.kind in _BY_CLIENTS]
-            if len(queue) < 500:
-                queue.append(event)
+    def _take(self, event: Event) -> None:
+        """Let an event wait for the command: what clients cause as often as they like behind all others."""
+        if event.kind == _FORGOTTEN:
+            self._note_forgotten(event)
+        elif not self.command:
+            self._counters.add(('event', event.kind), 1)
+        else:
+            with self._changed:
+                lost = self._queues[event.kind in _BY_CLIENTS].put(event)
                 self._changed.notify()
-                return
-        log.error('--on-event: command not run for "%s": too many events are queued', event.message)
+            if lost:
+                log.error('--on-event: command not run for "%s": too many events are queued', lost.message)
+
+    def _note_forgotten(self, event: Event) -> None:
+        """A snapshot was deleted: warn, once an hour, when more than half of a repository's snapshots, or of
+        those that are not fresh, were deleted within a minute."""
+        *there, is_old = event.value
+        with self._changed:
+            minute = self._forgotten.setdefault(event.repository, Forgotten(
+                time.monotonic(), there, [0, 0], collections.Counter()))
+            minute.deleted[:] = minute.deleted[0] + 1, minute.deleted[1] + is_old
+            count_name(minute.by, f'{event.user} from {event.message}' if event.user else event.message)
+            most = [f'{deleted} of {max(deleted, number)} snapshots{which}' for deleted, number, which in zip(
+                minute.deleted, minute.there, ('', ' older than an hour')) if 1 < deleted > number / 2]
+            who = listed(minute.by)
+
+        def warn(repository: str) -> None:
+            message = f'{repository[1:] or "/"}: {most[0]} were deleted within a minute, by {who}' + (
+                '; they are kept (--keep-deleted)' if self._usage.past.keeps else '')
+            log.warning('%s', message)
+            self._take(Event('deleted', repository, event.user, message, None))
+
+        if most:
+            self._warned.get(event.repository, warn)
+
+    def log_forgotten(self, at_once: bool = False) -> float:
+        """A timer: log the snapshots that were deleted, a line a minute and repository; seconds until the
+        next one."""
+        now = time.monotonic()
+        with self._changed:
+            for repository, minute in list(self._forgotten.items()):
+                if now >= minute.begun + 60 or at_once:
+                    del self._forgotten[repository]
+                    log.log(NOTICE, '%s: %s deleted, by %s', repository[1:] or '/', format_count(
+                        minute.deleted[0], 'snapshot'), listed(minute.by))
+            return min((minute.begun + 60 - now for minute in self._forgotten.values()), default=math.inf)
 
     def _work(self) -> None:
         unpin(True)
@@ -5139,7 +5224,7 @@ class Events:
                 if self._stopped:
                     return
                 now = time.monotonic()
-                event = next(filter(None, self._queues)).popleft() if is_queued and now < next_look else None
+                event = next(filter(None, self._queues)).take() if is_queued and now < next_look else None
             try:
                 if event:
                     self._run(event)
@@ -5845,7 +5930,6 @@ class Api:
         self.events = events
         self.has_metrics = bool(prometheus)
         self._prometheus = prometheus
-        usage.on_mass_delete = functools.partial(events.emit, 'deleted')
         policy.on_refused_delete = events.on_refused_delete
         policy.has_config = lambda repository: store.size(Location(repository, 'config')) is not None
         self._page = page
@@ -6026,9 +6110,12 @@ class Api:
 
     def _delete(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
+        snapshots = self.events.count_snapshots(location) if location.kind == 'snapshots' else []
         size = self.usage.delete(location)
         if size is not None:
             self.metrics.count_blob(request, location, Metrics.DELETED, size)
+            if snapshots:
+                self.events.on_forgotten(request, location, snapshots)
         return Response(200, [])
 
     def _get_object(self, request: Request, location: Location, source: View | Store) -> Response:
@@ -8233,7 +8320,7 @@ class Server:
             for channel, take in ((census.channel, census.on_requested), (events.channel, events.on_sent)):
                 if channel.receiver:
                     loop.watch(channel.receiver, take)
-            loop.timers.append(self._purge)
+            loop.timers += [self._purge, events.log_forgotten]
             events.start()
         loop.timers += [self.look_at_files, self.sweep, self.notifier.ping, self.api.metrics.log_limited,
                         lambda: self.stats.tick(bool(self.served))]

@@ -3018,8 +3018,8 @@ class PastApiTest(PastTestCase):
         self.log.clear()
         for location in locations:
             self.assertEqual(self.ask('DELETE', f'/host/snapshots/{location.name}')[0], 200)
-        self.assertEqual(self.log, ['host: 5 of 9 snapshots were deleted within a minute; they are kept '
-                                    '(--keep-deleted)'])
+        self.assertEqual(self.log, ['host: 5 of 9 snapshots were deleted within a minute, by test (5); they '
+                                    'are kept (--keep-deleted)'])
 
     def test_a_scrub_reads_what_is_kept(self):
         locations = [self.upload(bytes([number])) for number in range(2)]
@@ -5632,26 +5632,54 @@ class EventsTest(WatchedTestCase):
         path = f'/laptop/snapshots/{named(content)}'
         for _ in range(2):      # it comes once
             self.assertEqual(self.ask(post(path, content, alice))[0], 200)
-        for _ in range(3):
-            self.assertEqual(self.ask(get(path, alice, method='DELETE'))[0], 403)
-        self.wait_until(lambda: len(self.told()) == 2, 'both events')
-        self.assertEqual(self.told(), [
-            f'snapshot|laptop|alice|laptop: snapshot {named(content)[:8]} received from alice',
-            "refused|laptop|alice|laptop: 'alice' from 127.0.0.1 tried to delete, but may only append"])
+        self.fill('/nas', 'data')
+        absent, other = f'/nas/data/{named(b"absent")}', next((self.root / 'nas' / 'data').glob('*/*')).name
+        for target in (path, absent, path, f'/nas/data/{other}', path):     # none for what is not there
+            self.assertEqual(self.ask(get(target, alice, method='DELETE'))[0], 403)
+        self.wait_until(lambda: len(self.told()) == 3, 'all events')
+        self.assertEqual(sorted(self.told(), reverse=True), [
+            f'snapshot|laptop|alice|laptop: snapshot {named(content)[:8]} received from alice', *[
+                f"refused|{name}|alice|{name}: 'alice' from 127.0.0.1 tried to delete, but may only append"
+                for name in ('nas', 'laptop')]])
         reported, now = restic_serve.ReportedEvents(self.store), time.time()
         self.assertFalse(reported.note('refused', '/laptop', now))
         self.assertTrue(reported.note('refused', '/laptop', now + 3601))
         self.assertEqual({key[1]: row[0] for key, row in self.counters.find('event').items() if row[0]},
-                         {'snapshot': 1, 'refused': 1})
+                         {'snapshot': 1, 'refused': 2})
 
-    def test_a_mass_delete_is_told_once(self):
-        self.fill('/laptop', *['snapshots'] * 6)
-        self.served()
-        for path in list((self.root / 'laptop' / 'snapshots').iterdir())[:5]:
-            self.ask(get(f'/laptop/snapshots/{path.name}', method='DELETE'))
-        self.wait_until(self.told, 'the event')
-        self.assertEqual(self.told(), [
-            'deleted|laptop||laptop: 4 of 6 snapshots were deleted within a minute'])
+    def test_a_mass_delete_is_told_once_and_forged_snapshots_hide_none(self):
+        bob, within = 'bob from 127.0.0.1', 'were deleted within a minute, by bob from 127.0.0.1 (4)'
+        for age, forged, deletes, said in (
+                (0, 0, 5, f'4 of 6 snapshots {within}'),
+                (7200, 20, 5, f'4 of 6 snapshots older than an hour {within}'), (7200, 0, 3, '')):
+            with self.subTest(said), tempfile.TemporaryDirectory(dir=self.folder) as root:
+                self.root = Path(root)
+                self.store = self.make_store()
+                self.fill('/laptop', *['snapshots'] * 6, age=age)
+                paths = list((self.root / 'laptop' / 'snapshots').iterdir())
+                events = self.served(accounts=self.users('bob'))
+                self.fill('/laptop', *['snapshots'] * forged)
+                for path in paths[:deletes]:
+                    self.ask(get(f'/laptop/snapshots/{path.name}', basic('bob', 'bob'), method='DELETE'))
+                told = [f'deleted|laptop|bob|laptop: {said}'] * bool(said)
+                self.wait_until(lambda told=told: [
+                    line for line in self.told() if 'overdue' not in line] == told, said)
+                events.stop(PATIENCE)   # which logs at once what was deleted in the last minute
+                self.assertIn(f'laptop: {deletes} snapshots deleted, by {bob} ({deletes})', self.log)
+                self.heard.write_text('')
+
+    def test_deletes_of_snapshots_are_a_line_a_minute(self):
+        events = self.events('')
+        request = restic_serve.Request('DELETE', '', '', {}, None, restic_serve.Peer('::1'))
+        with mock.patch.object(time, 'monotonic', lambda: clock):
+            clock = 1000.0
+            for repository in ('/a', '/a', '/b'):
+                events.on_forgotten(request, Location(repository, 'snapshots', 'x'), [9, 9, False])
+                self.assertEqual(events.log_forgotten(), 60)
+            clock += 60
+            self.assertEqual(events.log_forgotten(), math.inf)
+        self.assertEqual(self.log[-2:], ['a: 2 snapshots deleted, by ::1 (2)',
+                                         'b: 1 snapshot deleted, by ::1 (1)'])
 
     def age(self, repository, hours):
         """Let the snapshots of a repository be so old."""
@@ -5770,16 +5798,26 @@ class EventsTest(WatchedTestCase):
     def test_refused_deletes_drown_nothing(self):
         self.fill('/laptop', 'snapshots')
         events = self.started(f'sleep 0.1; {self.TELL}{self.heard}')
-        for number in range(2000):
-            events.on_refused_delete(f'/none-{number}', 'eve', 'eve', 'append')
-        events.on_refused_delete('/laptop', 'eve', 'eve', 'append')
-        events.on_refused_delete('/laptop', 'eve', 'eve', 'append')
+        snapshot = next((self.root / 'laptop' / 'snapshots').iterdir()).name
+        for name in (named(b'none'), snapshot, snapshot):
+            events.on_refused_delete(Location('/laptop', 'snapshots', name), 'eve', 'eve', 'append')
         for number in range(1000):
             events.emit('snapshot', '/laptop', f'number {number}')
+        events.emit('snapshot', '/nas', 'of another')
         events.emit('deleted', '/laptop', 'what matters')
-        self.wait_until(lambda: 'deleted|laptop||what matters' in self.told(), 'what matters')
-        self.assertLess(len(self.told()), 5)
+        self.wait_until(lambda: 'snapshot|nas||of another' in self.told(), 'that of another')
+        self.assertIn('deleted|laptop||what matters', self.told())
+        self.assertLess(len(self.told()), 7)
         self.assertGreater(sum('too many events' in line for line in self.log), 450)
+
+    def test_a_message_that_was_cut_off_ends_nothing(self):
+        events = self.served()
+        for message in (b'["snapshot", "/a', b'7', b'[7]'):
+            events.channel.send(message)
+        events.emit('snapshot', '/a', 'x' * 70000)
+        events.emit('snapshot', '/a', 'next')
+        self.wait_until(lambda: self.told() == ['snapshot|a||next'], 'the next one')
+        self.assertEqual(sum('an event was lost: ' in line for line in self.log), 4)
 
     def test_a_command_that_fails_is_a_line_in_the_log(self):
         for command, said in (('exit 0', 'ran the command for "what happened"'), (
