@@ -9438,7 +9438,8 @@ def main() -> int:
         return 1
     announce(server, store.root, options)
     trim_memory()
-    (Workers(server, options.workers) if options.workers > 1 else server).run()
+    # The first process of a container inherits orphans, which the parent of workers collects.
+    (Workers(server, options.workers) if options.workers > 1 or os.getpid() == 1 else server).run()
     return 0
 
 

@@ -5915,6 +5915,20 @@ class EventsTest(WatchedTestCase):
         self.assertEqual(len(self.told()), 14)
 
 
+    def test_as_the_first_process_of_a_container_it_leaves_no_dead_ones(self):
+        words = program('unshare'), '--user', '--map-root-user', '--pid', '--fork', '--kill-child'
+        if subprocess.run([*words, 'true'], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest('no process may have a PID namespace')
+        self.make_repository('laptop')
+        server = self.run_server('--workers', '1', '--on-event', f'(sleep 0.1; echo >> {self.heard}) &',
+                                 self.root, before=words)
+        self.ask(post(f'/laptop/snapshots/{named(b"x")}', b'x'), port=server.port)
+        self.wait_until(self.heard.exists, 'what the command has left running')
+        states = program('ps'), '-o', 'stat=', '--ppid', str(self.children(server)[0])
+        self.wait_until(lambda: re.fullmatch(r'S\S*\n', subprocess.run(
+            states, capture_output=True, text=True).stdout), 'its worker alone')
+
+
 # ---- Page ------------------------------------------------------------------------------------------
 
 class PageTest(WatchedTestCase):
