@@ -4644,6 +4644,7 @@ class Metrics:
     """
 
     WRITTEN, READ, DELETED = 0, 2, 4   # positions in a row `blob`
+    certificate_end: Callable[[], float] = staticmethod(lambda: math.inf)
 
     def __init__(self, counters: Counters, usage: Usage, store: Store) -> None:
         self.counters = counters
@@ -4764,8 +4765,10 @@ class Metrics:
                  self.counters.total(REFUSED_LOGINS, 1)[0]),
                 ('disk_bytes', 'Size of the file system that holds DIR.', disk and disk.total),
                 ('disk_free_bytes', 'Free space on the file system that holds DIR.', disk and disk.free),
+                ('certificate_end_timestamp_seconds', "End of the server's certificate.",
+                 self.certificate_end()),
                 ('start_time_seconds', 'Start time of the server.', int(self._begin))):
-            yield f'restic_serve_{name}', text, [] if value is None else [({}, value)]
+            yield f'restic_serve_{name}', text, [] if value in (None, math.inf) else [({}, value)]
 
     def _of_repositories(self, shows: Callable[[str], bool]) -> Iterator[Family]:
         blobs = {key: row for key, row in self.counters.find('blob').items() if shows(key[2])}
@@ -4859,6 +4862,9 @@ def _label(text: str) -> str:
 LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
 OF_A_LOCK = range(100, 1025)  # Bytes of restic's locks: times, names of a user and a host, 32 of encryption.
+CERTIFICATE_DAYS = 21, 7, 0  # before the end of a certificate: when it is told, and from when it is shown.
+_VALIDITY = re.compile(
+    rb'0[\x1e-\x22](?:\x17\r\d{12}|\x18\x0f\d{14})Z(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z')
 DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
     'damaged', 'unreadable', 'overdue', 'locked', 'nearly full')
 # A snapshot of a repository: when it came, its name, and the bytes that came since the one before and are
@@ -4905,8 +4911,25 @@ class Watched(collections.namedtuple('Watched', [
                          if trouble in self.troubles)
 
 
+def certificate_end(pem: bytes) -> float:
+    """When the first certificate of a PEM file ends, infinite where that cannot be read.  Its two times stand
+    side by side in DER, with years of two digits before 2050 (RFC 5280 4.1.2.5)."""
+    import base64
+    import calendar
+    encoded = pem.partition(b'CERTIFICATE-----')[2].partition(b'-')[0]
+    with contextlib.suppress(ValueError):
+        validity = _VALIDITY.search(base64.b64decode(encoded))
+        if validity:
+            text = validity[2] or (b'20' if validity[1] < b'5' else b'19') + validity[1]
+            return calendar.timegm(time.strptime(text.decode(), '%Y%m%d%H%M%S'))
+    return math.inf
+
+
 class Watch:
-    """Looks at the repositories of a store.  One without a snapshot for `stale_after` seconds is overdue."""
+    """Looks at the repositories of a store.  One without a snapshot for `stale_after` seconds is overdue.
+    `certificate_end` tells when the server's certificate ends."""
+
+    certificate_end: Callable[[], float] = staticmethod(lambda: math.inf)
 
     def __init__(self, store: Store, usage: Usage, stale_after: float) -> None:
         self.store = store
@@ -4934,6 +4957,13 @@ class Watch:
         return sorted(repositories, key=lambda repository: (
             *min(((TROUBLES.index(trouble), begun) for trouble, begun in repository.troubles.items()),
                  default=(len(TROUBLES), 0)), natural_order(repository.name)))
+
+    def certificate(self, now: float) -> str:
+        """What is wrong with the server's certificate; empty if it lasts."""
+        left = self.certificate_end() - now
+        if left >= CERTIFICATE_DAYS[0] * 86400:
+            return ''
+        return f'the TLS certificate {f"ends in {format_age(left)}" if left > 0 else "has expired"}'
 
     def _made_at(self, name: str) -> float:
         """When a repository was created, by its config; 0 where that is not known."""
@@ -5010,7 +5040,7 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
-EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone')   # their kinds
+EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone', 'certificate')
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
 _FORGOTTEN = 'forgotten'     # No event yet: a snapshot was deleted.
 QUEUED_AT_MOST = 500         # Events of either queue.
@@ -5018,32 +5048,6 @@ FRESH_SECONDS = 3600         # Age up to which a snapshot may be one that hides 
 # `repository` is a path, None for what is about none.  What several servers find, and refused deletes, have a
 # `value`, by which ReportedEvents knows them; a deleted snapshot has what count_snapshots() said.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
-
-
-class EventQueue:
-    """Events that wait for their turn, by repository; repositories take turns."""
-
-    def __init__(self) -> None:
-        self._waiting: Dict[str, Deque[Event]] = {}     # in the order of their turns
-
-    def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
-
-    def put(self, event: Event) -> Optional[Event]:
-        """Let an event wait; the one that gives way for lack of room, of the repository that has most."""
-        self._waiting.setdefault(event.repository or '', collections.deque()).append(event)
-        most = max(self._waiting.values(), key=len)
-        return most.pop() if len(self) > QUEUED_AT_MOST else None
-
-    def take(self) -> Event:
-        """The next event."""
-        while True:
-            repository = next(iter(self._waiting))
-            events = self._waiting.pop(repository)
-            if events:
-                event = events.popleft()
-                self._waiting[repository] = events
-                return event
 
 
 # Deleted snapshots of a repository in the minute since `begun`: how many there were, and are `deleted`, each
@@ -5064,9 +5068,10 @@ class Events:
         self._counters = counters
         self._reported = ReportedEvents(watch.store)
         self._refused, self._there, self._warned = Remembered(60), Remembered(60), Remembered(3600)
-        self._changed = threading.Condition()       # of the next three
+        self._changed = threading.Condition()       # of the next four
         self._stopped = False               # nothing is begun any more
-        self._queues = EventQueue(), EventQueue()
+        self._queues: Tuple[List[Event], List[Event]] = [], []
+        self._turns: Dict[str, float] = {}      # when each repository has had its last one
         self._forgotten: Dict[str, Forgotten] = {}      # by repository
         self._cut = threading.Event()       # what is running is killed
         self._thread: Optional[threading.Thread] = None
@@ -5081,20 +5086,18 @@ class Events:
 
     # ---- in any process ----
 
-    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '') -> None:
-        """Something has happened."""
-        self._send(Event(kind, repository, user, message, time.time() if kind == 'refused' else None))
-
-    def _send(self, event: Event) -> None:
-        """Send an event to the process that runs the command; waits no longer than the channel does."""
-        if not self.channel.receiver or not (self.command or event.kind == _FORGOTTEN):
+    def emit(self, kind: str, repository: Optional[str], message: str, user: str = '', value: Any = None
+             ) -> None:
+        """Something has happened; waits no longer than the channel does."""
+        event = Event(kind, repository, user, message, value)
+        if not self.channel.receiver or not (self.command or kind == _FORGOTTEN):
             self._take(event)
             return
         import json
         try:
             self.channel.send(json.dumps(event).encode())
         except OSError as error:
-            log.error('--on-event: %s of %s is lost: %s', event.kind, event.repository, error)
+            log.error('--on-event: %s of %s is lost: %s', kind, repository, error)
 
     def on_refused_delete(self, location: Location, user: str, who: object, may: str) -> None:
         """A delete was refused, since `who` has only another right.  One in a minute and repository is told
@@ -5103,7 +5106,7 @@ class Events:
             if self._store.size(location) is not None:
                 self._refused.get(location.repository, lambda repository: self.emit(
                     'refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may only '
-                    f'{may}', user))
+                    f'{may}', user, time.time()))
 
     def count_snapshots(self, location: Location) -> List[int]:
         """The snapshots of a repository not more than a minute ago, those of them that were not fresh, and
@@ -5123,7 +5126,7 @@ class Events:
 
     def on_forgotten(self, request: Request, location: Location, snapshots: List[int]) -> None:
         """A snapshot was deleted; count_snapshots() has said what was there."""
-        self._send(Event(_FORGOTTEN, location.repository, request.user, str(request.client), snapshots))
+        self.emit(_FORGOTTEN, location.repository, str(request.client), request.user, snapshots)
 
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
@@ -5175,10 +5178,23 @@ class Events:
             self._counters.add(('event', event.kind), 1)
         else:
             with self._changed:
-                lost = self._queues[event.kind in _BY_CLIENTS].put(event)
+                queue = self._queues[event.kind in _BY_CLIENTS]
+                queue.append(event)
                 self._changed.notify()
-            if lost:
-                log.error('--on-event: command not run for "%s": too many events are queued', lost.message)
+                if len(queue) > QUEUED_AT_MOST:     # the repository that has the most gives way
+                    most, = collections.Counter(waiting.repository for waiting in queue).most_common(1)
+                    lost = next(waiting for waiting in reversed(queue) if waiting.repository == most[0])
+                    queue.remove(lost)
+                    log.error('--on-event: command not run for "%s": too many events are queued',
+                              lost.message)
+
+    def _next(self) -> Event:
+        """The next event: repositories take turns."""
+        queue = next(filter(None, self._queues))
+        event = min(queue, key=lambda waiting: self._turns.get(waiting.repository, 0))
+        queue.remove(event)
+        self._turns[event.repository] = time.monotonic()
+        return event
 
     def _note_forgotten(self, event: Event) -> None:
         """A snapshot was deleted: warn, once an hour, when more than half of a repository's snapshots, or of
@@ -5224,7 +5240,7 @@ class Events:
                 if self._stopped:
                     return
                 now = time.monotonic()
-                event = next(filter(None, self._queues)).take() if is_queued and now < next_look else None
+                event = self._next() if is_queued and now < next_look else None
             try:
                 if event:
                     self._run(event)
@@ -5291,6 +5307,10 @@ class Events:
                     if name not in repositories and not self._store.has_repository(name):
                         self._reported.note(kind, name, None)
         self._look_at_room(repositories)
+        end, now = self._watch.certificate_end(), time.time()
+        due = [end - days * 86400 for days in CERTIFICATE_DAYS if end - days * 86400 <= now]
+        if due:
+            self._run(Event('certificate', None, '', self._watch.certificate(now), due[-1]))
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
         """Report quotas, and the disk, that are nearly full."""
@@ -5391,7 +5411,7 @@ class ReportedEvents:
         elif kind == 'refused':     # a time: once an hour
             is_new = not 0 <= value - known < 3600
         else:
-            is_new = value > known if kind in ('overdue', 'back') else value != known
+            is_new = value > known if kind in ('overdue', 'back', 'certificate') else value != known
         if value is None:
             values.pop(name, None)
         elif is_new:
@@ -5523,15 +5543,15 @@ class Page:
         itself = next((repository for repository in shown if top and repository.name == top), None)
         others = [repository for repository in shown if repository is not itself]
         host, fault = _text(socket.gethostname()), self._watch.store.directory.find_fault()
+        certificate = self._watch.certificate(now)
         yield ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-               f'<title>{host}: {fault or count_troubles(shown) or "backups"}</title>'
+               f'<title>{host}: {fault or certificate or count_troubles(shown) or "backups"}</title>'
                '<meta name="viewport" content="width=device-width">'
                f'<style>{_STYLE}</style></head><body><main>')
         if top:
             yield f'<p>{visit.link("", "All repositories")}</p>'
         yield f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>'
-        if fault:
-            yield f'<p>{_bad(fault)}</p>'
+        yield from (f'<p>{_bad(text)}</p>' for text in (fault, certificate) if text)
         if itself:
             yield from self._repository(itself, visit)
             if others:
@@ -8042,7 +8062,7 @@ class Certificates(WatchedFiles):
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError:
                 raise OSError(f'--client-ca: no PEM certificate in {self._client_ca}') from None
-        self.authority = authority
+        self.authority, self.end = authority, certificate_end(cert)
         self.wrap = functools.partial(TlsTransport, context=context, authority=authority)
         return f'loaded certificate {self._cert}'
 
@@ -8895,8 +8915,9 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--on-event COMMAND', 'shell command to run when a snapshot arrives (snapshot); when a repository '
            'is overdue, no longer overdue, or damaged (overdue, back, damaged); when a quota or the disk is '
            '90%% full (full); when most snapshots are deleted (deleted) or a delete is refused (refused); '
-           'when DIR disappears (gone). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, _DIRECTORY and '
-           '_TIME describe the event', stdio=False),
+           'when DIR disappears (gone); when the certificate ends, and 21 and 7 days before (certificate). '
+           'RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, _DIRECTORY and _TIME describe the event',
+           stdio=False),
     Option('--usage-interval DURATION', 'maximum age of the sizes used by the page, metrics and quotas; '
            'uploads and deletions update it immediately', parse_duration, default='1h'),
     Option('--stats DURATION', 'with -v, log a summary at this interval; SIGUSR1 logs one at once; 0 to '
@@ -9212,6 +9233,8 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
 
     policy.on_change = on_change
     metrics, watch = Metrics(counters, usage, store), Watch(store, usage, options.stale_after)
+    if certificates:
+        metrics.certificate_end = watch.certificate_end = functools.partial(getattr, certificates, 'end')
     api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
               usage, metrics,
               'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
@@ -9267,7 +9290,13 @@ def report(options: argparse.Namespace, store: Store) -> int:
     quotas = make_policy(options, store.ignores_case, login=False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted))
     usage.census.count()
-    repositories = Watch(store, usage, options.stale_after).look(usage.names(), time.time())
+    watch = Watch(store, usage, options.stale_after)
+    if options.cert:
+        with open(options.cert, 'rb') as file:
+            watch.certificate_end = functools.partial(certificate_end, file.read())
+    repositories, certificate = watch.look(usage.names(), time.time()), watch.certificate(time.time())
+    if certificate:
+        complain(certificate)
     for path in usage.census.unreadable:
         complain(f'cannot read {path[1:] or "/"}')
     troubled = [repository for repository in repositories if repository.troubles]
@@ -9275,7 +9304,7 @@ def report(options: argparse.Namespace, store: Store) -> int:
         print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
     if not repositories:
         complain(f'no repository in {store.root}')
-    return int(not repositories or bool(troubled or usage.census.unreadable))
+    return int(not repositories or bool(troubled or usage.census.unreadable or certificate))
 
 
 def _report_line(repository: Watched) -> str:

@@ -5308,6 +5308,7 @@ class MetricsTest(WatchedTestCase):
         (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
         self.fill('', 'keys')
         self.watch(max_bytes=10000, per_user=2000)
+        self.metrics.certificate_end = lambda: 7
         self.scrub()
         samples = self.scrape()
         rules = (HIDDEN / 'prometheus-rules.yml').read_text()
@@ -5771,6 +5772,15 @@ class EventsTest(WatchedTestCase):
     def reported(self, kind):
         return list(json.loads((self.root / '.restic_serve' / 'events.json').read_text())[kind])
 
+    def test_the_end_of_the_certificate_is_told_three_times(self):
+        events, now = self.events(), time.time()
+        events._watch.certificate_end = lambda: now + 22 * 86400
+        for days, said in ((0, ''), (2, 'ends in 20 days'), (3, ''), (16, 'ends in 6 days'),
+                           (23, 'has expired'), (24, '')):
+            with mock.patch.object(time, 'time', return_value=now + days * 86400):
+                self.assertEqual([line.partition(' certificate ')[2] for line in self.look(events)],
+                                 [said] * bool(said))
+
     def test_a_directory_that_goes_is_told_and_its_return(self):
         self.fill('/laptop', 'snapshots')
         events = self.events()
@@ -6063,8 +6073,10 @@ class PageTest(WatchedTestCase):
         self.assertEqual(self.names(), ['laptop'])
         self.root.rename(self.folder / 'away')
         self.server.api.store.directory._next_probe = 0
+        patch_for(self, restic_serve.Watch, certificate_end=staticmethod(lambda: time.time() - 1))
         for path in ('/', '/laptop/'):
             text = self.look(path)[1]
+            self.assertIn('⚠ the TLS certificate has expired', text)
             self.assertIn(f'<title>{socket.gethostname()}: the directory is gone</title>', text)
             self.assertIn('⚠ the directory is gone', text)
         (self.folder / 'away').rename(self.root)
@@ -9201,6 +9213,26 @@ class TlsOptionsTest(TestCase):
         self.assertEqual(self.log[0], f'--key: {key} is readable by all users of this host (chmod o-r)')
         self.assertTrue(self.log[1].startswith(f'--cert: {cert} expired on '))
 
+    def test_the_end_of_a_certificate_is_known_to_report_and_metrics(self):
+        end = restic_serve.certificate_end(Path(self.folder / 'one.pem').read_bytes())
+        self.assertAlmostEqual(end, time.time() + 2 * 86400, delta=60)
+        self.make_repository('host')
+        (self.root / 'host' / 'config').write_bytes(b'config')
+        words = self.authority.words('one')
+        status, _, error = self.run_it('--report', *words, self.root)
+        self.assertEqual((status, error), (1, 'restic_serve: the TLS certificate ends in 47 hours\n'))
+        options = restic_serve.Parser({}).parse([*map(str, words), '--addr', '127.0.0.1:0', 'dir'])
+        server = restic_serve.make_server(options, self.make_store(), '')
+        self.in_thread(server.serve)
+        self.addCleanup(server.stop)
+        self.assertIn(f'_certificate_end_timestamp_seconds {end}\n', server.api.metrics.exposition())
+        for days in (9000, 400):    # its year has four digits, or two
+            self.authority.run('req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', days,
+                               '-subj', '/CN=x', '-keyout', 'key', '-out', 'pem')
+            self.assertAlmostEqual(restic_serve.certificate_end((self.folder / 'pem').read_bytes()),
+                                   time.time() + days * 86400, delta=60)
+        self.assertEqual(restic_serve.certificate_end(b'-----BEGIN CERTIFICATE-----\nrubbish\n'), math.inf)
+
 
 class OtherServersTest(TestCase):
     """The command lines of people who come from rclone or rest-server."""
@@ -11675,6 +11707,7 @@ tests:
   - {series: 'restic_serve_disk_free_bytes', values: '500x10 50x50'}
   - {series: 'rest_server_blob_delete_total{repo="a",type="snapshots"}', values: '0x10 30x50'}
   - {series: 'restic_serve_refused_logins_total', values: '0+10x60'}
+  - {series: 'restic_serve_certificate_end_timestamp_seconds', values: '1815000x60'}
   alert_rule_test:
 """
 
@@ -11683,9 +11716,10 @@ tests:
         names = re.findall('alert: (.*)', rules)
         fires = {'BackupServerDown': (10, 20, 40), 'BackupOverdue': (10, 20, None),
                  'BackupDamaged': (5, 12, None), 'BackupDiskNearlyFull': (20, 30, None),
-                 'SnapshotsDeleted': (5, 15, None), 'BackupLoginsRefused': (0, 15, None)}
+                 'SnapshotsDeleted': (5, 15, None), 'BackupLoginsRefused': (0, 15, None),
+                 'BackupCertificateEnds': (5, 15, None)}
         labels = {'BackupServerDown': 'job: restic_serve', 'BackupDiskNearlyFull': '',
-                  'BackupLoginsRefused': ''}
+                  'BackupLoginsRefused': '', 'BackupCertificateEnds': ''}
         text = self.ALERTS
         for name, (before, after, over) in fires.items():
             for minute, firing in ((before, False), (after, True), (over, False)):
@@ -11702,7 +11736,7 @@ tests:
         (self.folder / 'tests.yml').write_text(text)
         for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
             self.check_output(program('promtool'), *command)
-        self.assertEqual(len(names), 10)
+        self.assertEqual(len(names), 11)
 
     def test_the_commands_for_events_in_the_readme_tell_what_has_happened(self):
         block = next(block for block in self.blocks('sh') if '--on-event' in block)
