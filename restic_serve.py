@@ -5261,14 +5261,7 @@ class Events:
                 or not self._reported.note(event.kind, name, event.value))):
             return
         self._counters.add(('event', event.kind), 1)
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith('RESTIC_SERVE_')}
-        environment.update(
-            RESTIC_SERVE_EVENT=event.kind, RESTIC_SERVE_USER=event.user,
-            RESTIC_SERVE_REPOSITORY='' if event.repository is None else event.repository[1:] or '/',
-            RESTIC_SERVE_MESSAGE=one_line(event.message), RESTIC_SERVE_DIRECTORY=self._store.root,
-            RESTIC_SERVE_TIME=format_time(time.time()))
-        failure = run_command(self.command, environment, self._cut)
+        _, failure = run_command(self.command, event, self._store.root, self._cut)
         if not failure:
             log.info('--on-event: ran the command for "%s"', event.message)
             return
@@ -5328,16 +5321,23 @@ class Events:
                 self._reported.note('full', place, None)
 
 
-def run_command(command: str, environment: Dict[str, str], cut: threading.Event) -> str:
-    """Run a shell command; why it failed, empty if it did not.  It is killed after COMMAND_SECONDS, or when
-    `cut` is set."""
+def run_command(command: str, event: Event, root: str, cut: threading.Event,
+                show: Callable[[bytes], object] = lambda output: None) -> Tuple[int, str]:
+    """Run a shell command for an event in the directory `root`; its status, and why it failed, empty if it
+    did not.  It is killed after COMMAND_SECONDS, or when `cut` is set."""
     import subprocess
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('RESTIC_SERVE_')}
+    environment.update(
+        RESTIC_SERVE_EVENT=event.kind, RESTIC_SERVE_USER=event.user,
+        RESTIC_SERVE_REPOSITORY='' if event.repository is None else event.repository[1:] or '/',
+        RESTIC_SERVE_MESSAGE=one_line(event.message), RESTIC_SERVE_DIRECTORY=root,
+        RESTIC_SERVE_TIME=format_time(time.time()))
     try:
         process: Any = subprocess.Popen(    # noqa: S602 - the administrator's own command
             command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, close_fds=True, bufsize=0)
     except OSError as error:
-        return str(error)
+        return 127, str(error)
     tail, killed, end = b'', '', time.monotonic() + COMMAND_SECONDS
     with process:
         os.set_blocking(process.stdout.fileno(), False)
@@ -5346,6 +5346,7 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
             if has_ended and not output:
                 break       # something that it has started may go on
             tail = (tail + (output or b''))[-4096:]
+            show(output or b'')
             if cut.wait(0 if output else 0.01):
                 killed = 'killed, the server is stopping'
             elif time.monotonic() >= end:
@@ -5354,8 +5355,9 @@ def run_command(command: str, environment: Dict[str, str], cut: threading.Event)
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
     last = tail.decode('utf-8', 'replace').rstrip().rpartition('\n')[2][-200:]
-    failure = killed or (f'status {process.returncode}' if process.returncode else '')
-    return f'{failure}: {last}' if failure and last else failure
+    status = process.returncode if process.returncode >= 0 else 128 - process.returncode
+    failure = killed or (f'status {status}' if status else '')
+    return status, f'{failure}: {last}' if failure and last else failure
 
 
 class ReportedEvents:
@@ -8938,6 +8940,8 @@ HELP: Tuple[Union[str, Option], ...] = (
            environment=False),
     Option('--force', 'with --roll-back, ignore locks younger than 30 minutes, and skip repositories that '
            'cannot be rolled back', requires='--roll-back', environment=False),
+    Option('--test-event', 'run the command of --on-event once, with the event "test"; show its output and '
+           'exit with its status', requires='--on-event', environment=False, stdio=False),
     Option('--add-user NAME', 'add a user to the --htpasswd file or change the password, which is prompted '
            'for or read from standard input', parse_user, requires='--htpasswd', environment=False),
     Option('--remove-user NAME', 'remove a user from the --htpasswd file', parse_user, requires='--htpasswd',
@@ -9061,7 +9065,8 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
         parser.error(f'DIR: {directory!r} is an rclone remote; only local directories can be served. Use '
                      f'./{directory} for a directory of that name')
     passwords = os.path.join(directory, '.htpasswd')
-    settled = (*_SOURCES, '--client-ca', '--no-auth', '--stdio', '--scrub', '--report', '--roll-back')
+    settled = (*_SOURCES, '--client-ca', '--no-auth', '--stdio', '--scrub', '--report', '--roll-back',
+               '--test-event')
     if os.path.exists(passwords) and not set(settled).intersection(options.given):
         parser.error(f'{passwords} exists (used by rest-server); add --htpasswd {passwords}, or '
                      '--no-auth to allow access without a password')
@@ -9071,6 +9076,7 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
 # Pairs that cannot be combined, and why if that is not plain.
 _CONFLICTS = (
     ('--report', '--scrub', ''), ('--report', '--roll-back', ''), ('--scrub', '--roll-back', ''),
+    *((job, '--test-event', '') for job in ('--report', '--scrub', '--roll-back')),
     ('--roll-back', '--read-only', ''), ('--stdio', '--scrub', ''),
     ('--socket-auth', '--user-from-header', ': over a unix socket, the proxy names the user'))
 _SOURCES = ('--htpasswd', '--user', '--user-from-header')       # of users
@@ -9332,6 +9338,14 @@ def _report_as_json(repository: Watched) -> str:
                  if scrub else None})
 
 
+def test_event(options: argparse.Namespace, store: Store) -> int:
+    """Do --test-event: run the command of --on-event, and show what it says; its exit status."""
+    status, failure = run_command(options.on_event, Event('test', None, '', 'a test of --on-event', None),
+                                  store.root, threading.Event(), functools.partial(os.write, 1))
+    print(f'--on-event: {failure or "status 0"}')
+    return status
+
+
 def roll_back(options: argparse.Namespace, store: Store) -> int:
     """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
     back.  Raises OSError."""
@@ -9439,7 +9453,7 @@ def main() -> int:
         warn_of_options(parser, options)
         store = Store(directory, verify=not options.no_verify_upload,
                       shared=options.group_accessible, read_only=options.read_only)
-        job = (scrub if options.scrub else report if options.report
+        job = (scrub if options.scrub else report if options.report else test_event if options.test_event
                else roll_back if options.roll_back is not None else None)
         if job:
             store.find()

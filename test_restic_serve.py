@@ -5836,10 +5836,20 @@ class EventsTest(WatchedTestCase):
             self.started(command).emit('snapshot', '/a', 'what happened')
             self.wait_until(lambda line=f'--on-event: {said}': line in self.log, said)
 
+    def test_a_command_can_be_tried(self):
+        for command, status, output in (
+                (f'{self.TELL}{self.heard}', 0, '--on-event: status 0\n'),
+                ('echo no mail; exit 3', 3, 'no mail\n--on-event: status 3: no mail\n'),
+                ('kill -9 $$', 137, '--on-event: status 137\n')):
+            self.assertEqual(self.run_it('--test-event', '--on-event', command, self.root),
+                             (status, output, ''))
+        self.assertEqual(self.told(), ['test|||a test of --on-event'])
+
     def test_a_command_that_hangs_or_writes_much_costs_neither_time_nor_room(self):
         def run(command, seconds=restic_serve.COMMAND_SECONDS):
             with mock.patch.multiple(restic_serve, COMMAND_SECONDS=seconds):
-                return restic_serve.run_command(command, {'PATH': os.environ['PATH']}, threading.Event())
+                return restic_serve.run_command(command, restic_serve.Event('x', None, '', '', None), '',
+                                                threading.Event())[1]
 
         self.assertRegex(run('/nonexistent/program'), '^status 127: ')
         self.assertEqual(run('sleep 1000 & sleep 1000', 0.1), 'killed after 0.1 s')
@@ -9157,7 +9167,7 @@ class OptionTest(unittest.TestCase):
         samples = {'--max-size-per-user': '1G', '--cert': 'f', '--key': 'f', '--client-ca': 'f',
                    '--min-tls-version': 'tls1.2', '--user': 'a', '--pass': 'p', '--add-user': 'a',
                    '--remove-user': 'a', '--prometheus-no-auth': 'true', '--dry-run': 'true',
-                   '--force': 'true', '--scrub-age': '1d'}
+                   '--force': 'true', '--scrub-age': '1d', '--test-event': 'true'}
         for option in restic_serve.OPTIONS:
             if option.requires:
                 self.assertEqual(refusal(f'{option.name}={samples[option.name]}', 'dir'),
