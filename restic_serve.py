@@ -5081,7 +5081,7 @@ class Events:
 
     def open(self) -> None:
         """Let other processes, which are forked later, send events."""
-        if hasattr(os, 'fork'):
+        if hasattr(os, 'fork') and hasattr(socket, 'AF_UNIX'):
             self.channel.open()
 
     # ---- in any process ----
