@@ -411,10 +411,9 @@ class Peer:
     __slots__ = ('name', 'user', 'unix', 'group', 'certified', 'secure')
 
     def __init__(self, name: str, user: str = '', unix: bool = False) -> None:
-        self.name = name
+        self.name = self.group = name
         self.user = user
         self.unix = unix
-        self.group = name
         if ':' in name:
             with contextlib.suppress(OSError):
                 self.group = socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
@@ -509,7 +508,7 @@ class Closing:
         self.close()
 
     def close(self) -> None:
-        """Release what is held; once more does nothing."""
+        """Release what is open; a second time does nothing."""
 
 
 class FileSlice(Closing):
@@ -518,9 +517,7 @@ class FileSlice(Closing):
     __slots__ = ('fd', 'offset', 'length')
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
-        self.fd = fd
-        self.offset = offset
-        self.length = length
+        self.fd, self.offset, self.length = fd, offset, length
 
     def read(self, limit: int) -> bytes:
         """The next bytes, `limit` at the most; OSError if the file ends before the slice does."""
@@ -585,7 +582,6 @@ class Channel:
                 yield self.receiver.recv(65536)
 
     def close(self) -> None:
-        """Close the sockets."""
         if self.receiver and self.sender:
             self.receiver.close()
             self.sender.close()
@@ -600,9 +596,7 @@ class Response:
 
     def __init__(self, status: int, headers: Headers,
                  body: bytes | FileSlice | Iterator[bytes] = b'') -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
+        self.status, self.headers, self.body = status, headers, body
 
 
 def close_quietly(source: object) -> None:
@@ -6290,11 +6284,10 @@ def _decode_path(path: str) -> str:
 #     abort             end input and output; the client sees a reset
 #     close             close the descriptors
 #
-# Theory of operation.  Sockets block, and one thread receives and sends.  Over pipes one thread receives
-# and another one sends.  end_input() and abort() are called by other threads, the main one above all, and
-# never wait.  A transport raises OSError for what the network does, which is BlockingIOError where the client
-# accepts no byte for too long: the kernel notices that (SO_SNDTIMEO in socket(7)) without a timer or a
-# poll(2) for each call.
+# Theory of operation.  Sockets block, and one thread receives and sends; over pipes each has a thread.
+# end_input() and abort() are called by other threads, and never wait.  A transport raises OSError for what
+# the network does: BlockingIOError where the client accepts no byte for too long, which the kernel notices
+# (SO_SNDTIMEO in socket(7)) without a timer or a poll(2) for each call.
 
 PIPE_BYTES = 1 << 20         # Size requested for a pipe; Linux allows it to everybody.
 PIPE_LINGER = 0.1            # Seconds without input after which none is expected.
@@ -6354,7 +6347,6 @@ class SocketTransport:
         self._sock.shutdown(socket.SHUT_WR)
 
     def reset_at_close(self) -> None:
-        """Have close() reset the connection, so that what was sent does not look complete."""
         with contextlib.suppress(OSError):  # unix sockets have no reset; there the end is missing
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
 
@@ -6522,20 +6514,16 @@ if TYPE_CHECKING:
 # One client: its bytes, its deadline, its share of the bandwidth.
 #
 # Theory of operation.  A connection's thread waits in the kernel without a timer; whatever happens to the
-# client is raised as Gone, so that an OSError from here is one of a file.  The main thread asks each
-# connection twice a second for its deadline and calls expire() when that has passed.  A transfer
-# has three limits: its whole time (--server-read-timeout, --server-write-timeout), the time without a
-# byte (--stall-timeout) and --bwlimit, whose delays count for neither: the connection's clock() stands
-# still meanwhile.
+# client is raised as Gone, so that an OSError from here is one of a file.  The main thread looks at each
+# deadline twice a second, and calls expire() when it has passed.  A transfer has three limits: its whole time
+# (--server-read-timeout, --server-write-timeout), the time without a byte (--stall-timeout) and --bwlimit,
+# whose delays count for neither: the connection's clock() stands still meanwhile.
 #
-# How a connection ends, which lets the last answer reach a client that is still sending:
-#
-#     the thread is told          by the client's end of input, by a request or an answer that says close,
-#                                 by expire() or stop(), which end the input
-#     the thread answers          what it can still answer: 408 if time was over while it received
-#     linger()                    ends the output, then discards input until the client ends it, too; else
-#                                 the kernel would send a reset, which destroys the answer on its way
-#     close()
+# A connection ends so that the last answer reaches a client that is still sending.  The thread is told by the
+# client's end of input, by a request or an answer that says close, or by expire() or stop(), which end the
+# input.  It answers what it can: 408 if time was over while it received.  linger() ends the output, then
+# discards input until the client ends it, too; else the kernel would send a reset, which destroys the answer
+# on its way.  close() follows.
 #
 # abort() skips all of that: for a thread that is stuck in sending, and when the grace period of the
 # server's stop is over.  abort_answer() resets the connection after an answer that cannot be completed.
@@ -6550,25 +6538,21 @@ SLOWEST_RATE = 1024          # Bytes that extend it by a second.
 
 
 class Limits:
-    """Limits of a client: bytes of a header section, and seconds for the header section, between two
-    requests, for receiving and for sending a whole body (0 is no limit, None TRANSFER_SECONDS, extended by
-    `extension` seconds for each byte that passes), and without any progress (a stall)."""
+    """Limits of a client: bytes of a header section, and seconds for that, between two requests, for
+    receiving and for sending a whole body (0 is no limit, None TRANSFER_SECONDS, extended by `extension` for
+    each byte that passes), and without any progress (a stall)."""
 
     def __init__(self, header_bytes: int = 4096, header_seconds: float = 10,
                  idle_seconds: float = 60, read_seconds: Optional[float] = None,
                  write_seconds: Optional[float] = None, stall_seconds: float = 60) -> None:
-        self.header_bytes = header_bytes
-        self.header_seconds = header_seconds
-        self.idle_seconds = idle_seconds
-        self.read_seconds, self.read_extension = self._transfer(read_seconds)
-        self.write_seconds, self.write_extension = self._transfer(write_seconds)
-        self.stall_seconds = stall_seconds or math.inf
+        def transfer(seconds: Optional[float]) -> Tuple[float, float]:
+            # 0 is no limit, as in rclone
+            return (TRANSFER_SECONDS, 1 / SLOWEST_RATE) if seconds is None else (seconds or math.inf, 0.0)
 
-    @staticmethod
-    def _transfer(seconds: Optional[float]) -> Tuple[float, float]:
-        if seconds is None:
-            return TRANSFER_SECONDS, 1 / SLOWEST_RATE
-        return seconds or math.inf, 0.0  # 0 is no limit, as in rclone
+        self.header_bytes, self.header_seconds = header_bytes, header_seconds
+        self.idle_seconds, self.stall_seconds = idle_seconds, stall_seconds or math.inf
+        self.read_seconds, self.read_extension = transfer(read_seconds)
+        self.write_seconds, self.write_extension = transfer(write_seconds)
 
 
 class Deadline:
@@ -6595,9 +6579,8 @@ class Deadline:
 
 
 class Connection:
-    """A client behind a `transport`: what its thread waits for, and until when.  `on_limit` is called with
-    a limit that ended something, `on_stop`, if there is one, instead of ending the input when the server
-    stops."""
+    """A client behind a `transport`: what its thread waits for, and until when.  `on_limit` is called with a
+    limit that ended something; `on_stop`, if there is one, when the server stops."""
 
     IDLE, READING, WRITING = range(3)
 
@@ -6609,8 +6592,8 @@ class Connection:
         self.on_limit = on_limit
         self.on_stop: Optional[Callable[[], None]] = None
         self.waits = self.IDLE
-        self.expired = False
-        self.stopping = False
+        self.expired = self.stopping = False
+        self.unpinned = False               # the thread runs on any core; it began as the main thread is
         self.end_input = transport.end_input    # make the receiving thread see the end of input
         self.abort = transport.abort            # end the connection at once, whatever its thread waits for
         self.close = transport.close
@@ -6620,7 +6603,6 @@ class Connection:
         self._throttled_seconds = 0.0       # spent waiting for the bandwidth
         self._throttled_since = 0.0         # start of the wait that is going on, or 0
         self.deadline = Deadline(self.clock() + limits.header_seconds)  # when to expire(), by clock()
-        self.unpinned = False               # the thread runs on any core; it began as the main thread is
 
     # ---- time ----
 
@@ -7279,18 +7261,17 @@ def encode_string(text: str) -> bytes:
 #
 # Theory of operation.  The connection's thread reads frames and acts on them.  Each request has a thread,
 # which runs the Api, takes the content from its Stream, and queues the answer.  One more thread writes what
-# is queued.  One lock, that of Http2.changed, guards all state; nobody holds it while reading or writing.
+# is queued.  One lock, that of Http2.changed, guards all state; no thread holds it while reading or writing.
 #
 # Pipes can be full in both directions, so the reading thread never waits for the client to read.  If the
 # writing thread is stuck in write(2), which cannot be woken, the connection's deadline ends the process.  A
 # request's thread waits for content and for the client's windows until its stream's deadline.
 #
-# Content that arrives is kept in memory until its request's thread takes it.  A window opens again when
-# half of it has been taken: once all that came was taken it is above zero, which nghttp2 waits for before
-# it sends even an empty last frame.
+# Content is kept in memory until its request's thread takes it.  A window opens again when half of it was
+# taken, so that it is above zero once all was: nghttp2 waits for that before an empty last frame, too.
 #
 # A connection ends by EOFError, Gone, or an error that is sent with GOAWAY; after stop() input ends with the
-# last stream.  Then requests are answered that are whole, and the others are aborted, or all after an error;
+# last stream.  Then requests that are whole are answered, and the others aborted, or all after an error;
 # Connection.linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
@@ -7898,10 +7879,9 @@ class Http2:
 # ==== Loop =======================================================================================
 # The event loop of a process's main thread: descriptors, signals and timers.
 #
-# Theory of operation.  A signal is written as its number to a pair of sockets (signal.set_wakeup_fd), so
-# that its handler runs between two waits and never in the midst of anything; other threads wake the loop
-# the same way.  Before each wait every timer is called: it does what is due and returns the seconds until
-# its next call.  Where all return infinity, the process sleeps until something happens.
+# Theory of operation.  A signal is written as its number to a pair of sockets (signal.set_wakeup_fd), so that
+# its handler runs between two waits and never in the midst of anything; other threads wake the loop the same
+# way.  Before each wait every timer is called, does what is due, and returns the seconds until its next call.
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NO_SIGNAL = -1             # where the system has no such signal
@@ -7926,13 +7906,14 @@ class Loop:
         self._wake_writer.setblocking(False)    # where it is full, the loop wakes anyway
         self.watch(self._wake_reader, self._handle_signals)
 
-    def catch(self, signums: Iterable[int]) -> None:
-        """Handle signals from now on, also those that were blocked.  For the main thread only."""
-        self._catches = True
+    def catch(self) -> None:
+        """Handle signals from now on, also those that were blocked; those without a handler do nothing.  For
+        the main thread only."""
+        self._catches, signums = True, {*_SIGNALS, *self.handlers} - {_NO_SIGNAL}
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for signum in signums:  # their numbers are written to the pair of sockets
             signal.signal(signum, lambda signum, frame: None)
-        block_signals({*_SIGNALS, *signums}, blocked=False)
+        block_signals(signums, blocked=False)
 
     def watch(self, source: Any, on_readable: Callable[[], None]) -> None:
         """Call a function whenever `source`, a descriptor or an object with one, is readable."""
@@ -8018,10 +7999,7 @@ class Certificates(WatchedFiles):
     without one the TLS library decides.  Raises OSError, and ImportError where Python has no TLS."""
 
     def __init__(self, cert: str, key: str, client_ca: str = '', minimum: str = '') -> None:
-        self._cert = cert
-        self._key = key
-        self._client_ca = client_ca
-        self._minimum = minimum
+        self._cert, self._key, self._client_ca, self._minimum = cert, key, client_ca, minimum
         self.kept = f'invalid certificate {cert}, keeping the previous one'
         super().__init__(cert, key, client_ca)
 
@@ -8328,8 +8306,8 @@ class Server:
             listener.path = ''  # the parent removes it
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; then let running requests finish.  For the main thread only."""
-        self.loop.catch(_SIGNALS)
+        """serve(), with signals.  For the main thread only."""
+        self.loop.catch()
         self.serve()
 
     def serve(self) -> None:
@@ -8517,9 +8495,8 @@ def import_modules() -> None:
 # ==== Workers ====================================================================================
 # Several processes that serve the same listeners, since Python runs one thread at a time in each.
 #
-# Theory of operation.  The parent opens the listeners, forks the workers and serves nothing itself; it has
-# no threads, so that it can fork at any time.  Workers share the listening sockets and the Counters, and
-# know nothing of each other.  Who tells whom:
+# Theory of operation.  The parent opens the listeners, forks the workers and serves nothing itself; it has no
+# threads, so that it can fork at any time.  Workers share the listening sockets and the Counters:
 #
 #     service manager, administrator ──signals──▶ parent ──SIGTERM, SIGHUP──▶ each worker
 #                                                    ◀──SIGCHLD when a worker has died──
@@ -8569,7 +8546,7 @@ class Workers:
         self._lifeline, self._workers_end = socket.socketpair()
         loop.handlers.update({signal.SIGTERM: self._stop, signal.SIGINT: self._stop,
                               _RELOAD_SIGNAL: self._reload, signal.SIGCHLD: self._reap})
-        loop.catch((*_SIGNALS, signal.SIGCHLD))
+        loop.catch()
         self._start_or_kill()
         server.notifier.notify('READY=1')
         loop.timers = [server.look_at_files, server.notifier.ping, lambda: server.stats.tick(True),
@@ -8674,11 +8651,8 @@ class Workers:
             server.loop = Loop()
             server.loop.handlers = {signal.SIGTERM: on_stop, _RELOAD_SIGNAL: server.reload}
             server.loop.watch(self._workers_end, on_lifeline)
-            for signum in set(_SIGNALS).difference(server.loop.handlers):
-                signal.signal(signum, signal.SIG_IGN)
             server.become_worker(slot)
-            server.loop.catch(set(_SIGNALS).intersection(server.loop.handlers))
-            server.serve()
+            server.run()
             status = 0
         except BaseException as error:
             log.error('%s: %s', type(error).__name__, error)
@@ -8787,10 +8761,7 @@ class Option:
         self.name, _, self.metavar = words.partition(' ')
         self.dest = self.name[2:].replace('-', '_')
         self.variable = f'RESTIC_SERVE_{self.dest.upper()}' if environment else ''
-        self.const = const
-        self.requires = requires
-        self.repeated = repeated
-        self.stdio = stdio
+        self.const, self.requires, self.repeated, self.stdio = const, requires, repeated, stdio
         self._parse = parse if self.metavar else parse_bool
         suffix = (f' (default: {shown})' if shown else
                   f' (default {default})' if default and shown is None else '')

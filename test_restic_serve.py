@@ -8096,11 +8096,12 @@ class LoopTest(unittest.TestCase):
         self.run_until(1, 2, 1)
 
     def test_a_real_signal_waits_until_it_is_caught(self):
-        self.addCleanup(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+        for signum in restic_serve._SIGNALS:
+            self.addCleanup(signal.signal, signum, signal.getsignal(signum))
         restic_serve.block_signals([signal.SIGUSR1])
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other tests may have left threads
         self.loop.handlers[signal.SIGUSR1] = lambda: self.heard.append('signal')
-        self.loop.catch([signal.SIGUSR1])
+        self.loop.catch()
         self.run_until('signal')
 
     def test_another_thread_ends_the_wait(self):
