@@ -67,7 +67,6 @@ __version__: str = '1.0.0'          # Python 3.8 or newer is required: 2 and 3.6
 try:
     import argparse
     import bisect
-    import codecs
     import collections
     import contextlib
     import enum
@@ -111,11 +110,9 @@ if TYPE_CHECKING:
     Key = Tuple[str, ...]                   # of a row of Counters
 
     class Body(Protocol):
-        """The content of a request, read as it arrives, `piece` bytes at a time at the most."""
+        """The content of a request, read as it arrives; a buffer of `piece` bytes suits it."""
 
-        @property
-        def piece(self) -> int:
-            """Bytes of the buffer that suits it."""
+        piece: int
 
         @property
         def length(self) -> Optional[int]:
@@ -774,44 +771,17 @@ _UNSYNCED_FOLDERS = (*_UNSYNCED_FILES, errno.ENOENT, errno.EACCES, errno.EPERM, 
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
-class StorageError(Exception):
-    """A request that the file layer refuses; the text is one line that says why."""
-
-
-class InvalidPath(StorageError):
-    """A path, or a moment in it, that must not reach the file system."""
-
-
-class ReservedName(StorageError):
-    """A path that no repository can have."""
-
-
-class NotHere(StorageError):
-    """What a request needs is not here: a repository, or deleted objects."""
-
-
-class WrongContent(StorageError):
-    """The content is not what its name says."""
-
-
-class OtherConfig(StorageError):
-    """A repository has one config, which is not replaced."""
-
-
-class NoHistory(StorageError, ValueError):
-    """A moment before all that is kept."""
-
-
-class DirectoryGone(StorageError):
-    """The served directory is not there, or another is in its place."""
-
-
-class ReadOnly(StorageError):
-    """Nothing may be changed."""
-
-
-class QuotaExceeded(StorageError):
-    """A quota leaves no room."""
+# What the file layer refuses; the text is one line that says why.
+class StorageError(Exception): ...
+class InvalidPath(StorageError): ...        # a path, or a moment in it, that must not reach the file system
+class ReservedName(StorageError): ...       # a path that no repository can have
+class NotHere(StorageError): ...            # a repository, or deleted objects, that a request needs
+class WrongContent(StorageError): ...       # content is not what its name says
+class OtherConfig(StorageError): ...        # a repository has one config, which is not replaced
+class NoHistory(StorageError, ValueError): ...  # a moment before all that is kept
+class DirectoryGone(StorageError): ...      # the served directory is not there, or another is in its place
+class ReadOnly(StorageError): ...           # nothing may be changed
+class QuotaExceeded(StorageError): ...      # a quota leaves no room
 
 
 class Busy(StorageError):
@@ -8489,7 +8459,7 @@ def import_modules() -> None:
         with contextlib.suppress(ImportError):
             import_module(name)
     for encoding in ('ascii', 'idna', 'latin-1', 'unicode_escape', 'utf-8', 'utf-8-sig'):
-        codecs.lookup(encoding)
+        ''.encode(encoding)
 
 
 # ==== Workers ====================================================================================
