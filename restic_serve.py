@@ -178,8 +178,7 @@ TimetableEntry = collections.namedtuple('TimetableEntry', ['minute', 'sent', 're
 
 def parse_timetable(text: str) -> List[TimetableEntry]:
     """Bandwidths in rclone's syntax: `10M`, `10M:1M` (sent:received), `off`, or a timetable such as
-    `08:00,512k 19:00,10M 23:00,off` or `Mon-00:00,512k;Sat-10:00,off`; an entry without a day is in
-    force on all of them."""
+    `08:00,512k 23:00,off` or `Mon-00:00,512k;Sat-10:00,off`; an entry without a day is for all of them."""
     entries = []
     words = re.split('[ ;]+', text.strip(' ;'))
     for word in words:
@@ -284,8 +283,7 @@ def is_loopback(host: str) -> bool:
 
 
 def parser_of(pattern: str, fault: str, right: str, value: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser of text that matches a whole pattern to its `value`; `fault` and `right` say what is wrong
-    otherwise, and what would be right."""
+    """A parser of text to its `value`; what does not match a pattern is a `fault`, and `right` helps."""
     def parse(text: str) -> T:
         if not re.fullmatch(pattern, text):
             raise ValueError(f'{fault} {text!r}; use {right}')
@@ -352,8 +350,7 @@ def normalize_user(name: str) -> str:
 
 
 def is_user(name: str) -> bool:
-    """Whether a user name is valid, also as the name of a folder: letters and digits of any script, in the
-    form NFC, and @ . _ - only."""
+    """Whether a user name is valid, also for a folder: letters and digits (in the form NFC), @ . _ - only."""
     if name.isascii():
         return bool(_USER.fullmatch(name))
     import unicodedata
@@ -377,8 +374,7 @@ def parse_network(text: str) -> Any:
 
 
 # ==== Messages ===================================================================================
-# Requests, responses and errors as the Api and both wires know them, and what RFC 9110 says of them; the
-# channels between the server's processes.
+# What passes between the Api and both wires, as RFC 9110 has it, and between the server's processes.
 
 class Gone(Exception):
     """The client has disconnected or timed out; no answer can reach it."""
@@ -400,10 +396,9 @@ class HttpError(Exception):
 
 class Peer:
     """The other end of a connection: its `name` in logs (an IP address, or `unix`), and the `user` that
-    its socket or its certificate names, empty if neither does.  Peers of one `group` count as one
-    client in limits: an IPv4 address or the /64 network of an IPv6 address, since one host may take any
-    address in it (RFC 6177 2).  One whose connection is `secure` uses TLS, one that is `certified` has
-    presented a certificate."""
+    its socket or its certificate names, empty if neither does.  Peers of one `group` count as one client in
+    limits: an IPv4 address or the /64 network of an IPv6 address, since one host may take any address in it
+    (RFC 6177 2).  A `secure` one uses TLS, a `certified` one has presented a certificate."""
 
     __slots__ = ('name', 'user', 'unix', 'group', 'certified', 'secure')
 
@@ -664,8 +659,7 @@ def _for_log(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """A message as one line: control characters, line separators and those that change the direction of
-    writing are escaped."""
+    """A message as one line: what cannot be printed, or changes the direction of writing, is escaped."""
     return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape').decode()
                    for letter in str(text))
 
@@ -687,9 +681,8 @@ _core = None     # type: Optional[int]  # of pin_process(); PyPy forbids another
 
 def unpin(unpinned: bool) -> None:
     """Let this thread run on any core, or only on that of this process (see pin_process()).  Threads that
-    share the interpreter lock wake each other many times in a small request.  On one core that is nearly
-    free; across cores it halves the requests a second.  Threads that work for long without the lock are
-    not pinned: transfers, and hashing."""
+    share the interpreter lock wake each other many times in a small request: nearly free on one core, half
+    the requests a second across cores.  Transfers and hashing work for long without the lock: unpinned."""
     if _core is not None:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, CORES if unpinned else [_core])
@@ -721,8 +714,7 @@ def trim_memory() -> None:
 def run_in_batches() -> None:
     """Have threads that are woken wait for their turn rather than interrupt the running one: the client on
     this host, or a thread before them, which has mostly more for them by then (SCHED_BATCH in sched(7)).
-    Worth 1.04, 1.14 and 1.27 times the pieces a second at 1, 5 and 64 connections.  A policy that the
-    administrator chose stays."""
+    Worth 1.04, 1.14 and 1.27 times the pieces a second at 1, 5 and 64 connections.  Another policy stays."""
     if hasattr(os, 'SCHED_BATCH'):
         with contextlib.suppress(OSError):
             if os.sched_getscheduler(0) == os.SCHED_OTHER:
@@ -815,8 +807,7 @@ class Remembered:
 
 
 class Folder(Closing):
-    """A directory whose entries are reached through the descriptor `fd`, or through `path` where that is
-    trusted or the system has no openat(2)."""
+    """A directory, reached through `fd`, or through `path` where that is trusted or there is no openat(2)."""
 
     __slots__ = ('path', 'fd')
 
@@ -1172,8 +1163,7 @@ def copy_durably(fd: int, status: os.stat_result, folder: Folder, name: str, mod
 
 
 def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) -> None:
-    """Rename a file into another folder; between file systems it is copied, with its time, and removed.
-    Raises OSError."""
+    """Rename a file; between file systems it is copied, with its time, and removed.  Raises OSError."""
     try:
         source.rename(name, target, new_name)
     except OSError as error:
@@ -1319,8 +1309,7 @@ class Helpers:
         return None
 
     def end(self, future: Future[Any]) -> None:
-        """Wait until a job is done.  A helper does not wait, as when a garbage collector ends there what
-        nobody has closed."""
+        """Wait until a job is done; but not in a helper, where a garbage collector may end what was left."""
         if not self.are_calling():
             future.exception()
         self._unused.append(0)
@@ -1393,14 +1382,12 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
     return list(itertools.chain.from_iterable(read_ahead(pieces(), pace)))
 
 
-# A folder of objects: its kind, how the objects' names begin, and open(), which gives the Folder, one without
-# entries if it is missing, or raises OSError.
+# A folder of objects: its kind, how their names begin, and open(): the Folder (empty if missing), or OSError.
 ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'prefix', 'open'])
 
 
 def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
-    """Names and, with `sizes`, sizes in bytes of the objects in a folder, in batches as object_batches() has
-    them.  Raises OSError."""
+    """Names and, with `sizes`, bytes of the objects in a folder, in batches.  Raises OSError."""
     with source.open() as folder, _scan(folder.path, folder.fd) as scanned:
         for entries in object_batches(scanned, source.prefix):
             if sizes:
@@ -1457,8 +1444,7 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]], prefix: str, pace
 # Rows of repositories are bounded: those below one top-level folder may use a part of a slot, and what
 # does not fit is counted under OTHER.
 
-# Address space for a slot, of which memory is used as rows are added: 80,000 repositories, or
-# 20,000 where addresses have 32 bits.
+# Address space for a slot; rows take memory: 80,000 repositories, 20,000 where addresses have 32 bits.
 SLOT_BYTES = (144 if sys.maxsize > 1 << 32 else 32) << 20
 SPARE_BYTES = 2 << 20       # Part of a slot for rows that do not belong to a repository.
 FOLDER_PART = 4             # The repositories of a top-level folder may use 1/4 of the rest.
@@ -1487,10 +1473,8 @@ def shared_memory(length: int) -> memoryview:
 
 class Counters:
     """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
-    a row half updated.
-
-    `rows` are those of this process, which may change their numbers with `lock`; join() in a process that was
-    forked replaces them."""
+    a row half updated.  `rows` are those of this process, which may change their numbers with `lock`; join()
+    in a process that was forked replaces them."""
 
     def __init__(self, slots: int = 1) -> None:
         size = SLOT_BYTES
@@ -1619,9 +1603,8 @@ def _folder_of(key: Key) -> str:
 # The limit on the bytes a second that all connections together may send and receive.
 
 class Bandwidth:
-    """The limit that a timetable of parse_timetable() sets, until toggle() lifts it.  First come, first
-    served; time that was not used is lost.  Processes that share `counters` share the limit.  `clock`
-    is monotonic, `today` gives the local time."""
+    """The limit that a timetable sets, until toggle() lifts it.  First come, first served; time that was not
+    used is lost.  Processes that share `counters` share it.  `clock` is monotonic, `today` the local time."""
 
     SENT, RECEIVED = 1, 2  # the fields of a TimetableEntry
 
@@ -6653,8 +6636,7 @@ class Connection:
             self._give_up(error)
 
     def transmit_file(self, content: FileSlice) -> None:
-        """Send a slice, by sendfile(2) where the transport can.  Raises Gone, and OSError if the file
-        cannot be read to the slice's end."""
+        """Send a slice, by sendfile(2) where the transport can.  Raises Gone, and OSError of the file."""
         if not self.unpinned:
             self.unpin(True)
         transport, direct = self._transport, True
@@ -6724,8 +6706,7 @@ class Connection:
 
 
 # ==== Http1 ======================================================================================
-# One HTTP/1.1 connection (RFC 9112).  Strict: a message that two parsers could read differently is
-# refused.
+# One HTTP/1.1 connection (RFC 9112).  A message that two parsers could read differently is refused.
 
 RECEIVE_BYTES = 992          # Bytes received at a time for a header section; malloc() has such blocks ready.
 CLIENT_GONE = 499            # Status in the access log for a client that is gone, as in nginx.
@@ -6781,13 +6762,11 @@ def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
 
 
 def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
-    """Bytes of the content of a message, None if it is chunked (RFC 9112 6.1 to 6.3).  Raises
-    HttpError."""
+    """Bytes of a message's content, None if it is chunked (RFC 9112 6.1 to 6.3).  Raises HttpError."""
     coding = headers.get('transfer-encoding')
     announced = headers.get('content-length')
     if coding is not None:
-        # RFC 9112 6.1: both headers together are an attempt at smuggling, and in HTTP/1.0 a coding
-        # means faulty framing.
+        # RFC 9112 6.1: both together are an attempt at smuggling; in HTTP/1.0 the framing is faulty.
         if announced is not None or version == 'HTTP/1.0':
             raise HttpError(400, 'Transfer-Encoding not allowed with Content-Length or HTTP/1.0')
         if coding.lower() != 'chunked':
@@ -6801,8 +6780,7 @@ def body_length(headers: Dict[str, str], version: str) -> Optional[int]:
 
 
 def expects_continue(headers: Dict[str, str]) -> bool:
-    """Whether a client waits for 100 (Continue) before it sends content (RFC 9110 10.1.1).  Raises
-    HttpError."""
+    """Whether a client waits for 100 (Continue) before content (RFC 9110 10.1.1).  Raises HttpError."""
     expectation = headers.get('expect')
     if expectation and expectation.lower() != '100-continue':
         raise HttpError(417, 'only the expectation 100-continue is supported')
@@ -6810,8 +6788,7 @@ def expects_continue(headers: Dict[str, str]) -> bool:
 
 
 class Http1:
-    """One connection: reads requests, has `api` answer them, and sends the responses.  It is the Body of the
-    request that it answers."""
+    """One connection: reads requests, whose Body it is, has `api` answer them, and sends the responses."""
 
     piece = COPY_BYTES
 
@@ -7365,8 +7342,7 @@ class Flow:
         require(self.allowed >= 0, 'more content than the window', ErrorCode.FLOW_CONTROL_ERROR, self.error)
 
     def release(self, count: int) -> bytes:
-        """Content was taken from memory; the WINDOW_UPDATE that lets the client send as much again, or
-        nothing yet."""
+        """Content was taken; the WINDOW_UPDATE that lets the client send as much again, or nothing yet."""
         self._taken += count
         if self._taken < self._size // 2:
             return b''
@@ -7518,8 +7494,7 @@ class Stream(Flow):
         return count
 
     def _wait(self, is_ready: Callable[[], object], limit: str = '') -> bool:
-        """Wait until something is ready; False if the deadline passes first.  It is the client that is waited
-        for where a stall counts as `limit`."""
+        """Wait until something is ready, for the client if `limit` names it; False if time is over before."""
         connection, deadline = self._http.connection, self.deadline
         deadline.since = connection.clock() if limit else math.inf
         while not is_ready():
@@ -7582,8 +7557,7 @@ class Http2:
         self._last = 0                  # the highest stream that the client has opened
 
     def run(self) -> None:
-        """Serve the connection to its end; requests that are whole when input ends are answered.
-        Raises Gone."""
+        """Serve the connection to its end; requests that are whole by then are answered.  Raises Gone."""
         settings = ((Setting.MAX_CONCURRENT_STREAMS, STREAMS), (Setting.INITIAL_WINDOW_SIZE, READ_WINDOW),
                     (Setting.MAX_FRAME_SIZE, FRAME_BYTES), (Setting.MAX_HEADER_LIST_SIZE, self.header_bytes))
         self.unsent = (
@@ -7863,8 +7837,7 @@ _SIGNALS = tuple(signum for signum in (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SI
 
 
 class Loop:
-    """Calls `handlers` of signals (by number), `timers`, and the callbacks of readable descriptors.  One
-    thread runs it; any thread may call wake()."""
+    """Calls handlers of signals, timers, and callbacks of descriptors, in one thread; any may wake() it."""
 
     def __init__(self) -> None:
         self.handlers: Dict[int, Callable[[], None]] = {}
@@ -7877,8 +7850,7 @@ class Loop:
         self.watch(self._wake_reader, self._handle_signals)
 
     def catch(self) -> None:
-        """Handle signals from now on, also those that were blocked; those without a handler do nothing.  For
-        the main thread only."""
+        """Catch signals from now on, also those that were blocked.  For the main thread only."""
         self._catches, signums = True, {*_SIGNALS, *self.handlers} - {_NO_SIGNAL}
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         for signum in signums:  # their numbers are written to the pair of sockets
@@ -8107,8 +8079,7 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
 
 @functools.lru_cache(maxsize=None)
 def listener_class() -> Any:
-    """The class Listener, which is made when it is needed: importing http.server takes half of the time of
-    a start."""
+    """The class Listener, made when it is needed: importing http.server takes half of the time of a start."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Listener(ThreadingHTTPServer):
@@ -8204,9 +8175,8 @@ class StatsLog:
 
 
 class Server:
-    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any, each connection in a
-    thread of its own; all share `bandwidth`.  What was done is logged every `stats_seconds`.  Raises
-    OSError."""
+    """Serves an Api on `addresses`, or on `inherited` sockets alone if there are any, a thread for each
+    connection; all share `bandwidth`.  What was done is logged every `stats_seconds`.  Raises OSError."""
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
@@ -8281,8 +8251,7 @@ class Server:
         self.serve()
 
     def serve(self) -> None:
-        """Serve until the loop hears of a signal to stop or, without listeners, the last connection ends;
-        then let running requests finish."""
+        """Serve until a signal or, without listeners, the last connection's end; let requests finish."""
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
@@ -8326,8 +8295,7 @@ class Server:
     # ---- connections ----
 
     def begin(self, source: socket.socket | PipeTransport, peer: Peer, tls: bool = False) -> bool:
-        """Serve an accepted connection, or standard input and output, in a thread of its own, if there is a
-        place for it; whether there is."""
+        """Serve a connection, or standard input and output, in a thread; False if there is no place."""
         ticket = self.api.admission.admit(peer)
         if not ticket:
             return False
@@ -8402,8 +8370,7 @@ class Server:
         return self._next_sweep - now
 
     def look_at_files(self, force: bool = False) -> float:
-        """Read certificates, passwords and rights that have changed, or all of them with `force`; seconds
-        until the next look."""
+        """Read certificates, passwords and rights that have changed, or all; seconds until the next look."""
         return min([files.look(force) for files in self._files], default=math.inf)
 
     def _purge(self) -> float:
@@ -8524,8 +8491,7 @@ class Workers:
         loop.run(lambda: self._stopping and not any(worker.pid for worker in self._workers))
 
     def _start_or_kill(self) -> float:
-        """A timer: start the workers that are due, and kill those that do not stop; seconds until the next
-        one is."""
+        """A timer: start the workers that are due, kill those that do not stop; seconds until the next is."""
         now = time.monotonic()
         for worker in self._workers:
             if now >= worker.due and worker.pid:
@@ -8677,8 +8643,7 @@ class JsonFormatter(logging.Formatter):
 
 class LogFile(logging.FileHandler):
     """Appends to a file, which is created unreadable for others.  After close(), which SIGHUP causes for
-    logrotate, the next line opens it again; if that fails, or the disk is full, lines are lost and the
-    service goes on."""
+    logrotate, the next line opens it again; if that fails, or the disk is full, lines are lost."""
 
     def _open(self) -> Any:
         return open(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, 0o640),
@@ -8907,8 +8872,7 @@ _HINTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line, in the groups of --help; what it leaves out may come from the `environment`.  Errors
-    are one line and exit status 2."""
+    """The command line, in the groups of --help; what it leaves out may come from the `environment`."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__(
@@ -8948,8 +8912,7 @@ class Parser(argparse.ArgumentParser):
                                               for word in args[:end]])
         options.arguments += args[end + 1:]
         if 'stdio' in options:
-            # ssh clients may set variables (AcceptEnv in sshd_config(5)), and a forced command must mean
-            # what it says.
+            # ssh clients may set variables (sshd_config(5)), and a forced command must mean what it says.
             self.environment = {}
         level = self.environment.get('RESTIC_SERVE_VERBOSE') or '0'
         if not re.fullmatch('[0-9]|true|false', level):
@@ -9288,8 +9251,7 @@ def test_event(options: argparse.Namespace, store: Store) -> int:
 
 
 def roll_back(options: argparse.Namespace, store: Store) -> int:
-    """Do --roll-back; the exit status.  Nothing is changed where one of the repositories cannot be set
-    back.  Raises OSError."""
+    """Do --roll-back, of all or, where one cannot be, of none; the exit status.  Raises OSError."""
     past = Past(store, math.inf)
     jobs: Dict[str, RollBack] = {}      # by path
     refused = []                        # paths
@@ -9335,8 +9297,7 @@ def change_users(parser: Parser, options: argparse.Namespace) -> int:
 
 
 def read_password(user: str) -> bytes:
-    """A new password, asked for twice on a terminal, or a line of standard input.  Raises OSError with a
-    message for the user."""
+    """A new password, asked for twice on a terminal, or a line of standard input.  Raises OSError."""
     if sys.stdin.isatty():
         import getpass
         text = getpass.getpass(f'New password for {user}: ')
@@ -9435,7 +9396,6 @@ def run() -> NoReturn:
 if __name__ == '__main__':
     if sys.implementation.name != 'cpython':
         run()
-    # While a script runs, the interpreter keeps its syntax tree, 16 MiB here.  An exception ends that, and
-    # the hook for it goes on.
+    # A running script's syntax tree stays in memory, 16 MiB.  An exception ends that; its hook goes on.
     sys.excepthook = lambda *error: run()
     raise RuntimeError
