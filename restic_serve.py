@@ -600,8 +600,7 @@ def close_quietly(source: object) -> None:
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
     """An answer of one line of text."""
-    return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8')],
-                    f'{line}\n'.encode())
+    return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8')], f'{line}\n'.encode())
 
 
 _BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,99})-([0-9]{1,99})?|-([0-9]{1,99}))', re.IGNORECASE)
@@ -645,12 +644,11 @@ def log_access(request: Request, status: int, sent: int) -> None:
     if not access_log.isEnabledFor(logging.DEBUG if request.is_probe else logging.INFO):
         return
     query = f'?{request.query}' if request.query else ''
-    access_log.info(
-        '%s - %s [%s] "%s" %d %s "%s" "%s" %.3f', request.client, request.user or '-',
-        time.strftime('%d/%b/%Y:%H:%M:%S %z'),
-        _for_log(f'{request.method} {request.path}{query} {request.version}'.rstrip()), status, sent or '-',
-        _for_log(request.headers.get('referer', '-')),
-        _for_log(request.headers.get('user-agent', '-')), time.monotonic() - request.begun)
+    line = f'{request.method} {request.path}{query} {request.version}'.rstrip()
+    referer, agent = (_for_log(request.headers.get(name, '-')) for name in ('referer', 'user-agent'))
+    access_log.info('%s - %s [%s] "%s" %d %s "%s" "%s" %.3f', request.client, request.user or '-',
+                    time.strftime('%d/%b/%Y:%H:%M:%S %z'), _for_log(line), status, sent or '-',
+                    referer, agent, time.monotonic() - request.begun)
 
 
 def _for_log(text: str) -> str:
@@ -749,8 +747,7 @@ SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock i
 _NAME = re.compile('[0-9a-f]{64}')
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 # An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
-_READ_FLAGS = (os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0)
-               | getattr(os, 'O_NONBLOCK', 0))
+_READ_FLAGS = os.O_RDONLY | _BINARY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
 _FOLDER_FLAGS = os.O_RDONLY | _BINARY | getattr(os, 'O_DIRECTORY', 0)
 # O_PATH of Linux, whose name PyPy does not know: a folder may be passed that cannot be listed (open(2)).
 _STEP_FLAGS = (getattr(os, 'O_PATH', 0o10000000 if sys.platform.startswith(('linux', 'android'))
@@ -1609,9 +1606,8 @@ class Bandwidth:
     SENT, RECEIVED = 1, 2  # the fields of a TimetableEntry
 
     def __init__(self, timetable: List[TimetableEntry], counters: Counters,
-                 clock: Callable[[], float] = time.monotonic,
-                 today: Callable[[], time.struct_time] = time.localtime,
-                 sleep: Callable[[float], None] = time.sleep) -> None:
+                 clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+                 today: Callable[[], time.struct_time] = time.localtime) -> None:
         self._timetable = timetable
         self._clock, self._today, self._sleep = clock, today, sleep
         self._entry = timetable[0]
@@ -7050,15 +7046,14 @@ def _status_and_date(status: int, now: int) -> str:
 TABLE_BYTES = 4096           # Size of the dynamic table, the protocol's default (RFC 9113 6.5.2).
 # Appendix A: name and value; the first has the index 1.
 _STATIC_NAMES = (
-    ':authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|'
-    ':status 200|:status 204|:status 206|:status 304|:status 400|:status 404|:status 500|'
-    'accept-charset|accept-encoding gzip, deflate|accept-language|accept-ranges|accept|'
-    'access-control-allow-origin|age|allow|authorization|cache-control|content-disposition|'
-    'content-encoding|content-language|content-length|content-location|content-range|content-type|'
-    'cookie|date|etag|expect|expires|from|host|if-match|if-modified-since|if-none-match|if-range|'
-    'if-unmodified-since|last-modified|link|location|max-forwards|proxy-authenticate|'
-    'proxy-authorization|range|referer|refresh|retry-after|server|set-cookie|'
-    'strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate')
+    ':authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|:status 200|'
+    ':status 204|:status 206|:status 304|:status 400|:status 404|:status 500|accept-charset|'
+    'accept-encoding gzip, deflate|accept-language|accept-ranges|accept|access-control-allow-origin|age|'
+    'allow|authorization|cache-control|content-disposition|content-encoding|content-language|'
+    'content-length|content-location|content-range|content-type|cookie|date|etag|expect|expires|from|host|'
+    'if-match|if-modified-since|if-none-match|if-range|if-unmodified-since|last-modified|link|location|'
+    'max-forwards|proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|server|'
+    'set-cookie|strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate')
 _STATIC_TABLE = [(name, value) for name, _, value in (
     field.partition(' ') for field in _STATIC_NAMES.split('|'))]
 # Appendix B: the lengths of the codes of 256 octets, a letter each, A for 5 bits.  The code is canonical:
@@ -7694,8 +7689,8 @@ class Http2:
 
     def release(self, count: int, stream: Optional[Stream] = None) -> None:
         """Content has left the memory: let the client send as much again."""
-        self.queue(self.flow.release(count)
-                   + (stream.release(count) if stream and stream.receiving else b''))
+        more = stream.release(count) if stream and stream.receiving else b''
+        self.queue(self.flow.release(count) + more)
 
     def reset(self, stream_id: int, code: ErrorCode) -> None:
         """Send RST_STREAM.  What still arrives for the stream is no fault of the client's (RFC 9113 5.1)."""
@@ -8180,9 +8175,8 @@ class Server:
 
     def __init__(self, api: Api, limits: Limits, addresses: List[Address],
                  certificates: Optional[Certificates] = None,
-                 inherited: Iterable[Tuple[socket.socket, str]] = (),
-                 notifier: Optional[SystemdNotifier] = None, bandwidth: Optional[Bandwidth] = None,
-                 stats_seconds: float = math.inf) -> None:
+                 inherited: Iterable[Tuple[socket.socket, str]] = (), bandwidth: Optional[Bandwidth] = None,
+                 notifier: Optional[SystemdNotifier] = None, stats_seconds: float = math.inf) -> None:
         self.api = api
         self.limits = limits
         self.bandwidth = bandwidth
@@ -8208,9 +8202,8 @@ class Server:
         if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
-        self.loop.handlers = {
-            signal.SIGTERM: self.on_stop, signal.SIGINT: self.on_stop, _RELOAD_SIGNAL: self.reload,
-            _STATS_SIGNAL: self.log_stats, _TOGGLE_SIGNAL: self.toggle_bandwidth}
+        self.loop.handlers = {**dict.fromkeys(_STOP_SIGNALS, self.on_stop), _RELOAD_SIGNAL: self.reload,
+                              _STATS_SIGNAL: self.log_stats, _TOGGLE_SIGNAL: self.toggle_bandwidth}
 
     def _listen(self, addresses: List[Address], inherited: Iterable[Tuple[socket.socket, str]]) -> None:
         """Open the listeners.  Raises OSError, which says which of them failed."""
@@ -9130,10 +9123,10 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
         except ImportError as error:
             raise OSError(f'--cert: this Python has no TLS support: {error}') from None
     counters = Counters(1 if options.stdio else options.workers + 1)
-    accounts = Accounts(PasswordFile(options.htpasswd) if options.htpasswd else None,
-                        options.user or '', getattr(options, 'pass'), options.salt, options.realm,
-                        options.user_from_header or '', options.trust_proxy, bool(options.client_ca),
-                        options.socket_auth, counters)
+    accounts = Accounts(
+        PasswordFile(options.htpasswd) if options.htpasswd else None, options.user or '',
+        getattr(options, 'pass'), options.salt, options.realm, options.user_from_header or '',
+        options.trust_proxy, bool(options.client_ca), options.socket_auth, counters)
     policy = make_policy(options, store.ignores_case, accounts.demanded)
     usage = Usage(store, counters, options.usage_interval, policy.rights.quotas(options.max_size),
                   Past(store, options.keep_deleted), may_change=bool(options.rights))
@@ -9145,20 +9138,19 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
     metrics, watch = Metrics(counters, usage, store), Watch(store, usage, options.stale_after)
     if certificates:
         metrics.certificate_end = watch.certificate_end = functools.partial(getattr, certificates, 'end')
-    api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
-              usage, metrics,
-              'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
-              Page(watch) if options.status else None, at, Events(watch, counters, options.on_event),
-              Admission(metrics, accounts.is_proxy, options.max_connections,
-                        options.max_connections_per_address))
+    api = Api(
+        store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '', usage,
+        metrics, 'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
+        Page(watch) if options.status else None, at, Events(watch, counters, options.on_event), Admission(
+            metrics, accounts.is_proxy, options.max_connections, options.max_connections_per_address))
     limits = Limits(options.max_header_bytes + HEADER_SLACK, read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout, stall_seconds=options.stall_timeout)
     if options.stdio:   # restic ends the connection when it wants
         limits.header_seconds = limits.idle_seconds = math.inf
-    return Server(api, limits, [] if options.stdio else options.addr, certificates,
-                  inherited_sockets(environment), SystemdNotifier(environment),
-                  make_bandwidth(options, counters),
-                  options.stats if options.stats and log.isEnabledFor(logging.INFO) else math.inf)
+    return Server(
+        api, limits, [] if options.stdio else options.addr, certificates, inherited_sockets(environment),
+        make_bandwidth(options, counters), SystemdNotifier(environment),
+        options.stats if options.stats and log.isEnabledFor(logging.INFO) else math.inf)
 
 
 def serve_stdio(server: Server, at: str) -> None:

@@ -9099,7 +9099,7 @@ class WorkersTest(TestCase):
             """The tenths of a second that many bytes take."""
             clock = Clock()
             bandwidth = restic_serve.Bandwidth([restic_serve.TimetableEntry(0, 1000, 100)], counters,
-                                               lambda: clock.now, lambda: clock.day, clock.sleep)
+                                               lambda: clock.now, clock.sleep, lambda: clock.day)
             bandwidth.wait(bandwidth.SENT, count)
             return round(10 * (clock.now - 1000), 2)
 
