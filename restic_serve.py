@@ -390,8 +390,7 @@ class HttpError(Exception):
 
     def __init__(self, status: int, reason: str, headers: Iterable[Tuple[str, str]] = ()) -> None:
         super().__init__(reason)
-        self.status = status
-        self.headers = headers
+        self.status, self.headers = status, headers
 
 
 class Peer:
@@ -404,8 +403,7 @@ class Peer:
 
     def __init__(self, name: str, user: str = '', unix: bool = False) -> None:
         self.name = self.group = name
-        self.user = user
-        self.unix = unix
+        self.user, self.unix = user, unix
         if ':' in name:
             with contextlib.suppress(OSError):
                 self.group = socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
@@ -425,11 +423,8 @@ class Request:
 
     def __init__(self, method: str, target: str, version: str, headers: Dict[str, str],
                  body: Body, peer: Peer) -> None:
-        self.method = method
+        self.method, self.version, self.headers, self.body = method, version, headers, body
         self.path, _, self.query = target.partition('?')
-        self.version = version
-        self.headers = headers
-        self.body = body
         self.peer = self.client = peer
         self.user = ''
         self.begun = time.monotonic()
@@ -599,7 +594,6 @@ def close_quietly(source: object) -> None:
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
-    """An answer of one line of text."""
     return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8')], f'{line}\n'.encode())
 
 
@@ -809,8 +803,7 @@ class Folder(Closing):
     __slots__ = ('path', 'fd')
 
     def __init__(self, path: str, fd: Optional[int] = None) -> None:
-        self.path = path
-        self.fd = fd
+        self.path, self.fd = path, fd
 
     def close(self) -> None:
         if self.fd is not None:
@@ -1244,9 +1237,7 @@ class Pace:
     __slots__ = ('helpers', '_due', '_left')
 
     def __init__(self) -> None:
-        self.helpers = 0
-        self._due = 0.0
-        self._left = 0
+        self.helpers, self._left, self._due = 0, 0, 0.0
 
     def spend(self) -> None:
         """Count a read by a helper."""
@@ -6519,7 +6510,6 @@ class Deadline:
         self.passed, self.since = 0, math.inf
 
     def time(self) -> float:
-        """When that is."""
         return min(self.end + self.passed * self.extension, self.since + self.stall)
 
     def is_stalled(self, now: float) -> bool:
@@ -6536,9 +6526,7 @@ class Connection:
     def __init__(self, transport: Transport, peer: Peer, limits: Limits,
                  bandwidth: Optional[Bandwidth] = None,
                  on_limit: Callable[[str, Peer], None] = lambda limit, peer: None) -> None:
-        self.peer = peer
-        self.limits = limits
-        self.on_limit = on_limit
+        self.peer, self.limits, self.on_limit = peer, limits, on_limit
         self.on_stop: Optional[Callable[[], None]] = None
         self.waits = self.IDLE
         self.expired = self.stopping = False
@@ -6547,8 +6535,7 @@ class Connection:
         self.abort = transport.abort            # end the connection at once, whatever its thread waits for
         self.close = transport.close
         self.authority: Optional[bytes] = getattr(transport, 'authority', None)     # None without TLS
-        self._transport = transport
-        self._bandwidth = bandwidth
+        self._transport, self._bandwidth = transport, bandwidth
         self._throttled_seconds = 0.0       # spent waiting for the bandwidth
         self._throttled_since = 0.0         # start of the wait that is going on, or 0
         self.deadline = Deadline(self.clock() + limits.header_seconds)  # when to expire(), by clock()
@@ -6789,9 +6776,7 @@ class Http1:
     piece = COPY_BYTES
 
     def __init__(self, connection: Connection, api: Api) -> None:
-        self._connection = connection
-        self._api = api
-        self._limits = connection.limits
+        self._connection, self._limits, self._api = connection, connection.limits, api
         self._buffer = b''          # received, not yet parsed
         self.length: Optional[int] = 0  # bytes of content, None if it is chunked
         self.left = 0               # bytes of content that were not read, or _UNKNOWN
@@ -7064,8 +7049,7 @@ _CODE_LENGTHS = (
     'QRSSQQRQSRSSPRRRSRRSVVPORSRUVVVWWVTUOQVWWVWTQQVVXWWWPTPQRQQSRRUUTTVSVWVVWWWWWXWWWWWV')
 
 
-class HpackError(Exception):
-    """A header block that cannot be decoded, which ends the connection (RFC 9113 4.3)."""
+class HpackError(Exception): ...    # a malformed header block, which ends the connection (RFC 9113 4.3)
 
 
 @functools.lru_cache(maxsize=None)
@@ -7453,10 +7437,7 @@ class Stream(Flow):
         with self._http.changed:
             if self.aborted:
                 raise Gone(self.aborted)
-            self._http.queue(frame(FrameType.HEADERS, _END_HEADERS | (_END_STREAM if last else 0), self.id,
-                                   encode_headers(headers)))
-            if last:
-                self.end(sending=False)
+            self._queue(FrameType.HEADERS, _END_HEADERS, encode_headers(headers), last)
 
     def _send_content(self, content: bytes | memoryview, last: bool) -> int:
         """Queue as much content as the client's windows allow, at least one byte; how much.  If all goes it
@@ -7482,10 +7463,7 @@ class Stream(Flow):
             last = last and count == len(content)
             for at in range(0, count or 1, http.frame_bytes):
                 end = min(at + http.frame_bytes, count)
-                http.queue(frame(FrameType.DATA, _END_STREAM if last and end == count else 0, self.id,
-                                 content[at:end]))
-            if last:
-                self.end(sending=False)
+                self._queue(FrameType.DATA, 0, content[at:end], last and end == count)
         return count
 
     def _wait(self, is_ready: Callable[[], object], limit: str = '') -> bool:
@@ -7501,6 +7479,11 @@ class Stream(Flow):
             self._http.changed.wait(min(left, threading.TIMEOUT_MAX))
         deadline.since = math.inf
         return True
+
+    def _queue(self, kind: FrameType, flags: int, payload: bytes | memoryview, last: bool) -> None:
+        self._http.queue(frame(kind, flags | (_END_STREAM if last else 0), self.id, payload))
+        if last:
+            self.end(sending=False)
 
     def end(self, sending: bool = True, receiving: bool = True) -> None:
         """END_STREAM was sent, or has arrived; without either direction a stream is closed."""
@@ -7534,8 +7517,7 @@ class Http2:
     of each change that a thread may wait for.  Methods from queue() on are called with the lock."""
 
     def __init__(self, connection: Connection, api: Api) -> None:
-        self.api = api
-        self.connection = connection
+        self.api, self.connection = api, connection
         self.header_bytes = connection.limits.header_bytes
         self.changed = threading.Condition()
         self.streams: Dict[int, Stream] = {}        # that are not closed
@@ -7824,9 +7806,8 @@ class Http2:
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NO_SIGNAL = -1             # where the system has no such signal
-_RELOAD_SIGNAL: int = getattr(signal, 'SIGHUP', _NO_SIGNAL)
-_STATS_SIGNAL: int = getattr(signal, 'SIGUSR1', _NO_SIGNAL)
-_TOGGLE_SIGNAL: int = getattr(signal, 'SIGUSR2', _NO_SIGNAL)  # as in rclone
+_RELOAD_SIGNAL, _STATS_SIGNAL, _TOGGLE_SIGNAL = (   # the last as in rclone
+    int(getattr(signal, name, _NO_SIGNAL)) for name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2'))
 _SIGNALS = tuple(signum for signum in (*_STOP_SIGNALS, _RELOAD_SIGNAL, _STATS_SIGNAL, _TOGGLE_SIGNAL)
                  if signum != _NO_SIGNAL)
 
@@ -8096,8 +8077,7 @@ def listener_class() -> Any:
                     with contextlib.suppress(AttributeError, OSError):  # not every system has them
                         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
             self.tls = tls and sock.family != _AF_UNIX
-            self.name = name
-            self.path = path
+            self.name, self.path = name, path
             self._inode = os.stat(path).st_ino if path else 0
             self._server = server
 
@@ -8150,8 +8130,7 @@ class StatsLog:
     """Logs a summary every `seconds` (infinite: never), if anything has happened."""
 
     def __init__(self, metrics: Metrics, seconds: float) -> None:
-        self._metrics = metrics
-        self._seconds = seconds
+        self._metrics, self._seconds = metrics, seconds
         self._next = math.inf       # time of the next line, infinite while idle
 
     def tick(self, active: bool) -> float:
@@ -8177,9 +8156,7 @@ class Server:
                  certificates: Optional[Certificates] = None,
                  inherited: Iterable[Tuple[socket.socket, str]] = (), bandwidth: Optional[Bandwidth] = None,
                  notifier: Optional[SystemdNotifier] = None, stats_seconds: float = math.inf) -> None:
-        self.api = api
-        self.limits = limits
-        self.bandwidth = bandwidth
+        self.api, self.limits, self.bandwidth = api, limits, bandwidth
         self.notifier = notifier or SystemdNotifier({})
         self.stats = StatsLog(api.metrics, stats_seconds)
         self.listeners: List[Any] = []
@@ -8221,7 +8198,6 @@ class Server:
             raise OSError(f'{where}: {error.strerror or error}') from None
 
     def close_listeners(self) -> None:
-        """Accept no more."""
         for listener in self.listeners:
             listener.server_close()
 
@@ -8467,7 +8443,6 @@ class Workers:
     def __init__(self, server: Server, count: int) -> None:
         self._server = server
         self._workers = [Worker(slot) for slot in range(1, count + 1)]
-        self._stopping = False
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; running requests may finish, until a second one."""
@@ -8481,7 +8456,7 @@ class Workers:
         server.notifier.notify('READY=1')
         loop.timers = [server.look_at_files, server.notifier.ping, lambda: server.stats.tick(True),
                        self._start_or_kill]
-        loop.run(lambda: self._stopping and not any(worker.pid for worker in self._workers))
+        loop.run(lambda: server.stops > 0 and not any(worker.pid for worker in self._workers))
 
     def _start_or_kill(self) -> float:
         """A timer: start the workers that are due, kill those that do not stop; seconds until the next is."""
@@ -8508,10 +8483,10 @@ class Workers:
 
     def _stop(self) -> None:
         """Accept no more, and stop the workers; the second time end their grace period."""
-        if self._stopping:
+        self._server.on_stop()
+        if self._server.stops > 1:
             self._lifeline.send(bytes(len(self._workers)))
             return
-        self._stopping = True
         self._signal_all(signal.SIGTERM)
         for worker in self._workers:
             worker.due = time.monotonic() + KILL_SECONDS if worker.pid else math.inf
@@ -8532,7 +8507,7 @@ class Workers:
     def _on_end(self, worker: Worker, status: int) -> None:
         pid, worker.pid, worker.due = worker.pid, 0, math.inf
         self._server.api.metrics.counters.clear(worker.slot)    # its connections have ended
-        if self._stopping:
+        if self._server.stops:
             return
         if time.monotonic() - worker.begun > STEADY_SECONDS:
             worker.delay = 0
