@@ -131,8 +131,7 @@ reload_log = logging.getLogger('restic_serve.reload')  # enabled in one process 
 
 
 # ==== Units ======================================================================================
-# Parsing values of the command line and the environment, and formatting a few.  A ValueError carries one
-# line that names the value and says what would be right.
+# Parsing and formatting values.  A ValueError is one line: which value, and what would be right.
 
 _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0,
             'd': 86400.0, 'w': 7 * 86400.0, 'M': 30 * 86400.0, 'y': 365 * 86400.0}
@@ -263,8 +262,7 @@ Address = collections.namedtuple('Address', ['scheme', 'host', 'port', 'path'])
 
 
 def parse_address(text: str) -> Address:
-    """`1.2.3.4:8000`, `[::1]:8080`, `localhost:0`, `:8080`, each also after `http://` or `tls://`;
-    `unix:///path/to/socket` or `/path/to/socket`."""
+    """`[::1]:8080`, `localhost:0`, `:8080`, also after `http://` or `tls://`; `unix:///path` or `/path`."""
     scheme, mark, rest = text.rpartition('://')
     if not mark and rest.startswith('unix:/'):  # as rest-server and others write it
         scheme, rest = 'unix', rest[len('unix:'):]
@@ -381,8 +379,7 @@ class Gone(Exception):
 
 
 class HandshakeFailed(Gone):
-    """Client and server do not agree on TLS (no common version, an unknown authority, no certificate, HTTP
-    without TLS), or the client speaks HTTP/2 over the network."""
+    """Client and server do not agree on TLS or on certificates, or on HTTP/1.1."""
 
 
 class HttpError(Exception):
@@ -414,9 +411,8 @@ class Peer:
 
 
 class Request:
-    """One request of either wire.  `path` is as sent, percent-encoded, without query; `headers` have
-    lower-case names, and repeated ones are joined by a comma (RFC 9110 5.3).  `peer` is the other end of
-    the connection, `client` whom it forwards for if it is a proxy."""
+    """One request of either wire.  `path` is as sent, without query; `headers` have lower-case names, and
+    repeated ones are joined (RFC 9110 5.3).  `client` is the `peer`, or for whom that, a proxy, forwards."""
 
     __slots__ = ('method', 'path', 'query', 'version', 'headers', 'body', 'peer', 'client', 'user', 'begun',
                  'location', 'is_probe')
@@ -588,8 +584,7 @@ class Response:
 
 def close_quietly(source: object) -> None:
     """Close a source of bytes or items, if it has anything to close."""
-    close = getattr(source, 'close', None)
-    if close:
+    if close := getattr(source, 'close', None):
         close()
 
 
@@ -1076,9 +1071,8 @@ def lock_file(fd: int) -> Optional[bool]:
 
 
 class ScratchFile(Closing):
-    """A new file in `folder` under a scratch `name`, which begins with a `prefix`, until it is given its own.
-    It is locked meanwhile, so that what a crash leaves can be told by its free lock.  A context manager
-    that removes the file unless it was given its name."""
+    """A new file in `folder` under a scratch `name`, which begins with a `prefix`, until it is given its own;
+    close() removes it before.  It is locked meanwhile: what a crash leaves can be told by its free lock."""
 
     opened: Tuple[Folder, ...] = ()     # folders that are closed with it
 
@@ -1230,9 +1224,8 @@ HELPED_READS = 512                # Reads by helpers after which the pace is mea
 
 
 class Pace:
-    """Decides how many `helpers` reading is worth, 0 if it does not wait for the disk.  A measurement while
-    helpers are reading says little, since they also wait for each other.  So helpers are granted for
-    HELPED_READS, and then the pace is measured again without them."""
+    """Decides how many `helpers` reading is worth, 0 if it does not wait for the disk.  Since they also wait
+    for each other, they are granted for HELPED_READS, and then the pace is measured again without them."""
 
     __slots__ = ('helpers', '_due', '_left')
 
@@ -1355,8 +1348,7 @@ def read_ahead(sources: Iterable[Iterator[T]], pace: Optional[Pace] = None) -> G
 
 def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: Pace, least: int = PIECE
                    ) -> List[T]:
-    """read(entries).  Where reading waits for the disk, helpers read a piece each, unless there are no more
-    than `least` entries.  A helper gets no help itself."""
+    """read(entries); more than `least` of them, where it waits for the disk, by helpers a piece each."""
     if len(entries) <= least or helpers.are_calling():
         return read(entries)
 
@@ -1429,8 +1421,7 @@ def _statuses(folder: Folder, entries: List[os.DirEntry[str]], prefix: str, pace
 # rows; a row is its width, the length of its key in bytes, its numbers and its key.  Rows are only
 # appended, and stay as long as the server runs, also those of a repository that was deleted.
 #
-# Rows of repositories are bounded: those below one top-level folder may use a part of a slot, and what
-# does not fit is counted under OTHER.
+# The repositories of a top-level folder may use a part of a slot; what has no room is counted as OTHER.
 
 # Address space for a slot; rows take memory: 80,000 repositories, 20,000 where addresses have 32 bits.
 SLOT_BYTES = (144 if sys.maxsize > 1 << 32 else 32) << 20
@@ -1460,9 +1451,8 @@ def shared_memory(length: int) -> memoryview:
 
 
 class Counters:
-    """Rows of integers by key, a tuple of strings, in memory that forked processes share.  A reader may see
-    a row half updated.  `rows` are those of this process, which may change their numbers with `lock`; join()
-    in a process that was forked replaces them."""
+    """Rows of integers by key, a tuple of strings, in memory that forked processes share; a reader may see one
+    half updated.  `rows` are this process's, to be changed with `lock`; join() replaces them after a fork."""
 
     def __init__(self, slots: int = 1) -> None:
         size = SLOT_BYTES
@@ -1514,8 +1504,7 @@ class Counters:
             return key in self.rows
 
     def row(self, key: Key, width: int) -> memoryview:
-        """The numbers of this process's row, which is added if it is missing; where there is no room that
-        of OTHER, or a dummy.  With `lock`."""
+        """This process's row, added if it is missing; without room that of OTHER, or a dummy.  With `lock`."""
         return self.rows.get(key) or self._new_row(key, width)
 
     def _new_row(self, key: Key, width: int) -> memoryview:
@@ -6242,8 +6231,7 @@ _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # not with this
 
 
 class SocketTransport:
-    """A blocking socket.  Sending fails with BlockingIOError when the client has accepted no byte for
-    `stall_seconds`, or up to twice as long."""
+    """A blocking socket, to a client that accepts a byte in `stall_seconds`, or up to twice as long."""
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
         self._sock = sock
@@ -6310,9 +6298,8 @@ _ANSWER_TO_PLAIN_HTTP = (
 
 
 class TlsTransport:
-    """The server's side of TLS on a socket, through memory BIOs, so that one system call sends or receives
-    many records; OpenSSL itself takes one for each, and two to receive it.  `authority` is the CA
-    file's content that the client's certificate was checked against."""
+    """The server's side of TLS, through memory BIOs: one system call moves many records, where OpenSSL takes one
+    or two for each.  `authority` is the content of the CA file that a client's certificate is checked by."""
 
     def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
@@ -6722,8 +6709,7 @@ _FAULTS = (
 
 
 def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
-    """Method, target, version and headers of a head, which comes without the empty line at its end
-    (RFC 9112 3 and 5).  Raises HttpError."""
+    """Method, target, version, headers of a head, without its empty line (RFC 9112 3, 5).  Raises HttpError."""
     line = _REQUEST_LINE.match(text)
     if not line or not _FIELD_LINES.fullmatch(text, line.end()):
         raise next(HttpError(status, reason) for fault, status, reason in _FAULTS if fault.match(text))
@@ -7197,8 +7183,7 @@ def encode_string(text: str) -> bytes:
 # taken, so that it is above zero once all was: nghttp2 waits for that before an empty last frame, too.
 #
 # A connection ends by EOFError, Gone, or an error that is sent with GOAWAY; after stop() input ends with the
-# last stream.  Then requests that are whole are answered, and the others aborted, or all after an error;
-# Connection.linger() and close() follow.
+# last stream.  Requests that are whole are then answered, unless there was an error; linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
@@ -7282,8 +7267,7 @@ def check_field(name: str, value: str) -> None:
 
 
 def request_of(fields: List[Tuple[str, str]]) -> Tuple[str, str, Dict[str, str]]:
-    """Method, target and headers of a request's fields.  Raises StreamError if it is malformed
-    (RFC 9113 8.1.1, 8.2 and 8.3)."""
+    """Method, target and headers of a request (RFC 9113 8.1.1, 8.2, 8.3).  Raises StreamError."""
     pseudo: Dict[str, str] = {}
     headers: Dict[str, str] = {}
     for name, value in fields:
@@ -7690,8 +7674,7 @@ class Http2:
         elif kind == FrameType.PRIORITY:
             check_priority(stream_id, payload)
         elif kind == FrameType.RST_STREAM:
-            stream = self._find(stream_id)
-            if stream:
+            if stream := self._find(stream_id):
                 stream.abort('the client has cancelled the request')
         elif kind == FrameType.SETTINGS:
             self._on_settings(flags, payload)
@@ -7701,8 +7684,7 @@ class Http2:
         elif kind == FrameType.GOAWAY:      # it will open no more streams, and says so by its silence
             require(len(payload) >= 8, 'GOAWAY of a wrong size', ErrorCode.FRAME_SIZE_ERROR)
         elif kind == FrameType.WINDOW_UPDATE:
-            flow = self._find(stream_id) if stream_id else self.flow
-            if flow:
+            if flow := self._find(stream_id) if stream_id else self.flow:
                 increment = int.from_bytes(payload, 'big') & LARGEST_WINDOW
                 require(increment, 'WINDOW_UPDATE of zero bytes', error=flow.error)
                 flow.window += increment
@@ -7741,8 +7723,7 @@ class Http2:
         """A header block is complete (RFC 9113 6.2): a request's, or the trailers after its content."""
         require(stream_id & 1, 'HEADERS on a stream that clients may not open')
         fields, complete = self._decoder.decode(block, self.header_bytes)
-        stream = self.streams.get(stream_id)
-        if stream:
+        if stream := self.streams.get(stream_id):
             require_of_stream(stream.receiving, 'HEADERS after the end', ErrorCode.STREAM_CLOSED)
             require_of_stream(flags & _END_STREAM, 'trailers that are not the end')
             for name, value in fields:  # RFC 9113 8.1
@@ -7990,9 +7971,8 @@ class Certificates(WatchedFiles):
 
 
 def listen(address: Address, shared: bool) -> socket.socket:
-    """A listening socket.  Without a host it is at every address, of IPv6 and IPv4 where there are both; for
-    a name with several addresses at that of IPv4.  To that of a path only the user may connect, and the
-    group if `shared` or if the umask allows it.  Raises OSError."""
+    """A listening socket: without a host at every address of IPv6 and IPv4, for a name at that of IPv4 if it has
+    one; at a path for the user, and for the group if `shared` or by the umask.  Raises OSError."""
     family: int = socket.AF_INET
     where: Any = '0.0.0.0', address.port
     if address.path:
@@ -8070,8 +8050,7 @@ def listener_class() -> Any:
             self.socket = sock
             sock.setblocking(False)     # the client may disconnect before accept()
             if sock.family != _AF_UNIX:
-                # Probes notice a dead client after two and a half minutes, as in Go's servers; accepted
-                # connections inherit them (tcp(7)).
+                # Inherited by connections: a dead client is noticed in 150 s, as in Go's servers (tcp(7)).
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for option, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 15), ('TCP_KEEPCNT', 9)):
                     with contextlib.suppress(AttributeError, OSError):  # not every system has them
@@ -8903,8 +8882,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit status 2; what may be meant by an unknown option."""
-        unknown = re.match('unrecognized arguments: (--?[a-z][a-z0-9-]*)', message)
-        if unknown:
+        if unknown := re.match('unrecognized arguments: (--?[a-z][a-z0-9-]*)', message):
             import difflib
             close = difflib.get_close_matches(unknown[1], [option.name for option in OPTIONS], 1)
             hint = _HINTS.get(unknown[1]) or (f'did you mean {close[0]}?' if close else '')
@@ -8913,9 +8891,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, str]:
-    """DIR among the positional arguments, where rclone's `serve restic` may come before it; and the TIME of
-    DIR/.at/TIME, with which --stdio serves repositories as they were.  Refuses a DIR that is meant for
-    another program, with one line and exit status 2."""
+    """DIR among the positional arguments, perhaps after rclone's `serve restic`; and TIME of DIR/.at/TIME, with
+    which --stdio serves repositories as they were.  Refuses a DIR that is meant for other programs."""
     words = options.arguments[2 if options.arguments[:2] == ['serve', 'restic'] else 0:]
     if not words or not words[0]:
         parser.error('DIR is missing; use restic_serve.py /srv/backup')
@@ -9287,8 +9264,7 @@ def show_rights(options: argparse.Namespace) -> int:
 
 def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
     """Log what is ignored, and what may not be meant."""
-    ignored = [option.name for option in _IGNORED if option.name in options.given]
-    if ignored:
+    if ignored := [option.name for option in _IGNORED if option.name in options.given]:
         log.log(NOTICE, 'ignored, has no effect on a local directory: %s', ' '.join(ignored))
     known = {'RESTIC_SERVE_VERBOSE', *(option.variable for option in OPTIONS)}
     hints = {**_HINTS, **{name.replace('RESTIC_SERVE_', 'RCLONE_'): f'use {name}' for name in known}}
