@@ -232,6 +232,15 @@ def is_folder(fd):
     return stat.S_ISDIR(os.fstat(fd).st_mode)
 
 
+def raised(kind, function, *args):
+    """The exception of a kind that a call raises."""
+    try:
+        function(*args)
+    except kind as error:
+        return error
+    raise AssertionError(f'no {kind.__name__} was raised for {args}')
+
+
 def counted_plainly(test):
     """Have quotas count an object's bytes and nothing else."""
     patch_for(test, restic_serve, BLOCK_BYTES=1, FOLDER_BYTES=0)
@@ -1049,10 +1058,9 @@ class UnitsTest(unittest.TestCase):
                             (restic_serve.parse_tls_version, 'ssl3'),
                             (restic_serve.parse_address, '8080'), (restic_serve.parse_bool, 'maybe'),
                             (restic_serve.parse_baseurl, '/a//b'), (restic_serve.parse_baseurl, '?')):
-            with self.assertRaises(ValueError, msg=text) as caught:
-                parse(text)
-            self.assertIn(repr(text.partition(':')[0] if 'Length' in text else text), str(caught.exception))
-            self.assertNotIn('\n', str(caught.exception))
+            said = str(raised(ValueError, parse, text))
+            self.assertIn(repr(text.partition(':')[0] if 'Length' in text else text), said)
+            self.assertNotIn('\n', said)
 
 
 # ---- Messages --------------------------------------------------------------------------------------
@@ -1101,10 +1109,8 @@ class RangeTest(unittest.TestCase):
 
     def test_past_the_end_is_416_with_the_size(self):
         for value in ('bytes=10-', 'bytes=11-20', 'bytes=-0'):
-            with self.assertRaises(HttpError, msg=value) as caught:
-                restic_serve.parse_range(value, 10)
-            self.assertEqual(caught.exception.status, 416)
-            self.assertEqual(list(caught.exception.headers), [('Content-Range', 'bytes */10')])
+            error = raised(HttpError, restic_serve.parse_range, value, 10)
+            self.assertEqual((error.status, *error.headers), (416, ('Content-Range', 'bytes */10')))
 
     def test_of_nothing_there_are_no_parts(self):
         for value in ('bytes=0-', 'bytes=5-', 'bytes=-1'):
@@ -3086,7 +3092,7 @@ class DirectoryTest(TestCase):
         self.assertEqual(usage.quota(''), held)
         self.assertEqual(usage.names(), ['/host'])
 
-    def test_a_read_only_file_system_is_served_for_reading(self):
+    def test_a_directory_may_be_read_only(self):
         self.status('POST', '/host/config', b'config')
         self.log.clear()
         self.store = Store(str(self.root))
@@ -3094,10 +3100,7 @@ class DirectoryTest(TestCase):
             self.store.prepare()
         self.assertEqual(self.log, [f'{self.root} is on a read-only file system; serving it read-only'])
         self.check_read_only()
-
-    def test_a_server_may_be_read_only_on_purpose(self):
-        self.status('POST', '/host/config', b'config')
-        self.store = self.make_store(read_only=True)
+        self.store = self.make_store(read_only=True)    # on purpose
         self.check_read_only()
         with self.assertRaisesRegex(OSError, 'is the disk mounted'):
             Store(str(self.root / 'missing'), read_only=True).prepare()
@@ -3224,9 +3227,9 @@ class CountersTest(TestCase):
 
     def test_more_processes_than_memory_has_slots_for_are_a_system_error(self):
         """What no address can name is not to be had either, which main() says in a line."""
-        with self.assertRaisesRegex(OSError, 'for the counters of 1099511627776 processes') as caught:
-            Counters(1 << 40)
-        self.assertEqual(caught.exception.errno, errno.ENOMEM)
+        error = raised(OSError, Counters, 1 << 40)
+        self.assertIn('for the counters of 1099511627776 processes', str(error))
+        self.assertEqual(error.errno, errno.ENOMEM)
 
     def test_where_there_is_no_room_for_a_row_others_go_on(self):
         with mock.patch.multiple(restic_serve, SLOT_BYTES=4096, SPARE_BYTES=1024):
@@ -3287,15 +3290,11 @@ class BandwidthTest(unittest.TestCase):
     def test_what_is_no_bandwidth(self):
         for text in ('', 'x', '10X', '10M:', '1:2:3', '24:00,1M', '10:60,1M', '10:20,', 'Foo-10:20,1M',
                      'M-10:20,1M', '10M 20M', '10M;10:20,1M', '-1', '10:20,1M,2M'):
-            with self.assertRaises(ValueError, msg=text) as caught:
-                restic_serve.parse_timetable(text)
-            self.assertIn('10M:1M, off', str(caught.exception))
+            self.assertIn('10M:1M, off', str(raised(ValueError, restic_serve.parse_timetable, text)))
 
     def test_a_number_that_no_disk_holds_is_one_line(self):
         for parse in (restic_serve.parse_size, restic_serve.parse_quota):
-            with self.assertRaises(ValueError) as caught:
-                parse('9' * 400 + 'M')
-            self.assertIn('is too large', str(caught.exception))
+            self.assertIn('is too large', str(raised(ValueError, parse, '9' * 400 + 'M')))
 
     def test_the_next_slot_comes_into_force_by_itself(self):
         clock = Clock(18, 59, 0)
@@ -4765,14 +4764,16 @@ class PasswordFileTest(TestCase):
 class SourcesTest(TestCase):
     """Where users come from, other than passwords."""
 
-    def test_without_any_source_nobody_is_asked(self):
-        self.assertEqual(identified(Accounts(), Peer('1.2.3.4')), '')
-
-    def test_a_certificate_names_the_user_unless_there_are_passwords(self):
-        self.assertEqual(identified(Accounts(), Peer('1.2.3.4', 'alice')), 'alice')
-        self.assertEqual(identified(Accounts(), Peer('1.2.3.4', '../bob')), '')
-        accounts = Accounts(user='bob', password='b')
-        self.assertEqual(identified(accounts, Peer('1.2.3.4', 'alice')), 401)
+    def test_certificates_and_unix_sockets_name_users(self):
+        passwords = Accounts(user='bob', password='b')
+        strict = Accounts(user='bob', password='b', socket_auth=True)
+        unix, certified = Peer('unix', 'alice', unix=True), Peer('1.2.3.4', 'alice')
+        for accounts, peer, headers, user in (
+                (Accounts(), Peer('1.2.3.4'), {}, ''), (Accounts(), Peer('1.2.3.4', '../bob'), {}, ''),
+                (Accounts(), certified, {}, 'alice'), (passwords, certified, {}, 401),
+                (passwords, unix, {}, 'alice'), (Accounts(socket_auth=True), unix, {}, 'alice'),
+                (strict, unix, {}, 401), (strict, unix, {'authorization': credentials('bob', 'b')}, 'bob')):
+            self.assertEqual(identified(accounts, peer, **headers), user, (vars(accounts), peer, headers))
 
     def test_a_certificate_without_the_name_of_a_user_is_401(self):
         accounts = Accounts(certificates=True)
@@ -4794,17 +4795,6 @@ class SourcesTest(TestCase):
         exact = 'é' * 127 + 'a'
         self.assertEqual(identified(by_header, Peer('127.0.0.1'), x_user=exact.encode().decode('latin-1')),
                          exact)
-
-    def test_a_unix_socket_needs_no_password(self):
-        accounts = Accounts(user='bob', password='b')
-        self.assertEqual(identified(accounts, Peer('unix', 'alice', unix=True)), 'alice')
-
-    def test_a_unix_socket_asks_for_a_password_if_it_is_to(self):
-        peer = Peer('unix', 'alice', unix=True)
-        accounts = Accounts(user='bob', password='b', socket_auth=True)
-        self.assertEqual(identified(accounts, peer), 401)
-        self.assertEqual(identified(accounts, peer, authorization=credentials('bob', 'b')), 'bob')
-        self.assertEqual(identified(Accounts(socket_auth=True), peer), 'alice')
 
     def test_a_header_counts_only_from_a_proxy(self):
         accounts = Accounts(user_header='X-User')
@@ -6331,8 +6321,6 @@ class ApiTest(TestCase):
         self.assertEqual(self.status('POST', '/host/config', b'one'), 200)
         self.assertEqual(self.status('POST', '/host/config', b'two'), 403)
         self.assertEqual(self.status('DELETE', '/host/'), 501)
-        self.assertIn(f'access denied: test may not delete /host/data/{self.NAME}; only append access to /',
-                      self.log)
 
     def test_append_only_lets_a_damaged_object_be_mended(self):
         path = f'/host/data/{self.NAME}'
@@ -6347,15 +6335,11 @@ class ApiTest(TestCase):
         path = f'/host/data/{self.NAME}'
         self.ask('POST', path, self.CONTENT)
         for value, status, content, field in (
-                ('bytes=0-', 206, b'0123456789', 'bytes 0-9/10'),
-                ('bytes=2-4', 206, b'234', 'bytes 2-4/10'),
-                ('bytes=8-99', 206, b'89', 'bytes 8-9/10'),
-                ('bytes=-3', 206, b'789', 'bytes 7-9/10'),
-                ('bytes=10-', 416, None, 'bytes */10'),
+                ('bytes=0-', 206, b'0123456789', 'bytes 0-9/10'), ('bytes=2-4', 206, b'234', 'bytes 2-4/10'),
                 ('bytes=0-9223372036854775807', 206, b'0123456789', 'bytes 0-9/10'),
+                ('bytes=10-', 416, None, 'bytes */10'), ('nonsense', 200, self.CONTENT, None),
                 ('bytes=9223372036854775807-', 416, None, 'bytes */10'),
-                ('bytes=0-1,3-4', 200, self.CONTENT, None),
-                ('nonsense', 200, self.CONTENT, None)):
+                ('bytes=0-1,3-4', 200, self.CONTENT, None)):
             answer = self.ask('GET', path, range=value)
             self.assertEqual(answer[0], status, value)
             self.assertEqual(answer[1].get('Content-Range'), field)
@@ -6847,9 +6831,7 @@ class HeadTest(unittest.TestCase):
         self.assertEqual(self.parse('GET / HTTP/1.0\r\n')[2], 'HTTP/1.0')
         self.assertEqual(self.parse('GET / HTTP/1.2\r\nHost: x\r\n')[2], 'HTTP/1.1')
         for version in ('HTTP/2.0', 'HTTP/0.9', 'HTTP/2'):
-            with self.assertRaises(HttpError) as caught:
-                self.parse(f'GET / {version}\r\nHost: x\r\n')
-            self.assertEqual(caught.exception.status, 505)
+            self.assertEqual(raised(HttpError, self.parse, f'GET / {version}\r\nHost: x\r\n').status, 505)
 
     def test_an_absolute_target_is_its_path(self):
         for target, path in (('http://x/a?b', '/a?b'), ('HTTPS://x:1/a', '/a'), ('http://x', '/'),
@@ -6876,10 +6858,8 @@ class HeadTest(unittest.TestCase):
                 ('GET / HTTP/1.1\r\nHost: a b\r\n', 'Host'),
                 ('GET a HTTP/1.1\r\nHost: x\r\n', 'target'),
                 ('CONNECT x:80 HTTP/1.1\r\nHost: x\r\n', 'target')):
-            with self.assertRaises(HttpError, msg=head) as caught:
-                self.parse(head)
-            self.assertEqual(caught.exception.status, 400)
-            self.assertIn(reason, str(caught.exception), repr(head))
+            error = raised(HttpError, self.parse, head)
+            self.assertEqual((error.status, reason in str(error)), (400, True), (head, error))
 
     def test_the_length_of_a_body(self):
         length = restic_serve.body_length
@@ -6898,9 +6878,7 @@ class HeadTest(unittest.TestCase):
                 ({'transfer-encoding': 'gzip'}, 'HTTP/1.1', 501),
                 ({'transfer-encoding': 'gzip, chunked'}, 'HTTP/1.1', 501),
                 ({'transfer-encoding': 'identity'}, 'HTTP/1.1', 501)):
-            with self.assertRaises(HttpError, msg=headers) as caught:
-                length(headers, version)
-            self.assertEqual(caught.exception.status, status, headers)
+            self.assertEqual(raised(HttpError, length, headers, version).status, status, headers)
 
 
 class ContentTest(unittest.TestCase):
@@ -6931,8 +6909,8 @@ class ContentTest(unittest.TestCase):
         self.assertEqual(read(*(chunked[at:at + 1] for at in range(len(chunked)))), (b'abc0123456789', b''))
         for bad in (b'x\r\n', b'-1\r\n', b'+1\r\na\r\n', b'1 1\r\n', b'1 \r\na\r\n', b'1;\0\r\na\r\n',
                     b'0x1\r\na\r\n', b'0\r\nA : b\r\n\r\n', b'1\na\r\n', b'1\r\nab\r\n', b'1\r\na', b'',
-                    b'\r\n', b'0\r\nbad trailer\r\n\r\n', b'1' * 16 + b'\r\n', b'1;' + b'a' * 9999,
-                    b'1\r\na\n0\r\n\r\n'):
+                    b'\r\n', b'0\r\nbad trailer\r\n\r\n', b'1' * 16 + b'\r\n', b'1\r\na\n0\r\n\r\n',
+                    b'1;' + b'a' * 9999 + b'\r\na\r\n0\r\n\r\n'):
             self.assertEqual(read(bad), 400, bad)
         self.assertEqual(read(b'0\r\n' + b'X: y\r\n' * 50), 431)
 
@@ -7539,9 +7517,8 @@ class RequestOfTest(unittest.TestCase):
         restic_serve.request_of([*self.GET, ('te', 'trailers'), ('host', 'host'), ('x', '')])
 
     def refuse(self, *fields_of):
-        with self.assertRaises(restic_serve.StreamError, msg=fields_of) as caught:
-            restic_serve.request_of(list(fields_of))
-        self.assertEqual(caught.exception.code.name, 'PROTOCOL_ERROR')
+        error = raised(restic_serve.StreamError, restic_serve.request_of, list(fields_of))
+        self.assertEqual(error.code.name, 'PROTOCOL_ERROR')
 
 
 # ---- Http2 -----------------------------------------------------------------------------------------
@@ -9211,10 +9188,10 @@ class TlsOptionsTest(TestCase):
                 ('one.pem', 'one.pem', '', '--key: no PEM private key in {one.pem}'),
                 ('one.pem', 'one.key', 'rubbish', '--client-ca: no PEM certificate in {rubbish}'),
                 ('one.pem', 'one.key', 'missing', '--client-ca: {missing}: No such file')):
-            with self.assertRaises(OSError) as caught:
-                restic_serve.Certificates(files[cert], files[key], files.get(client_ca, ''))
+            error = raised(OSError, restic_serve.Certificates, files[cert], files[key],
+                           files.get(client_ca, ''))
             said = re.sub('{(.*?)}', lambda match: files[match[1]], said)
-            self.assertTrue(str(caught.exception).startswith(said), caught.exception)
+            self.assertTrue(str(error).startswith(said), error)
 
     def test_what_is_doubtful_about_a_certificate_is_said(self):
         cert, key = (str(self.folder / f'one.{end}') for end in ('pem', 'key'))
@@ -9324,23 +9301,21 @@ class CommandLineTest(TestCase):
         return restic_serve.Parser(environment).parse(list(words))
 
     def test_it_says_where_it_serves_and_what_to_type(self):
-        server = self.run_server(self.root)
-        self.assertRegex(server.lines[0], r'^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d NOTICE: created directory')
-        self.assertRegex(server.lines[1], f'serving {re.escape(str(self.root))} on {server.url}$')
-        self.assertRegex(server.lines[2], f'restic -r rest:{server.url} init$')
-        self.assertEqual(self.ask(get('/config'), port=server.port)[0], 404)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            server = self.run_server(self.folder / number.name)
+            self.assertRegex(server.lines[0], r'^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d NOTICE: created directory')
+            self.assertRegex(server.lines[1], f'serving {re.escape(str(self.folder))}/.* on {server.url}$')
+            self.assertRegex(server.lines[2], f'restic -r rest:{server.url} init$')
+            self.assertEqual(self.ask(get('/config'), port=server.port)[0], 404)
+            self.assertEqual(server.stop(number), 0)
+            self.assertFalse([line for line in server.lines if 'NOTICE' not in line])
 
     def test_a_job_never_comes_from_the_environment_and_what_is_no_option_is_said(self):
         names = [f'RESTIC_SERVE_{name}' for name in ('ADD_USER', 'REMOVE_USER', 'SCRUB', 'STDIO')]
-        server = self.run_server(self.root, **dict.fromkeys(names, 'true'))
-        self.assertEqual([line.partition('WARNING: ')[2] for line in server.lines if 'WARNING' in line],
+        server = self.run_server('--addr', ':0', self.root, **dict.fromkeys(names, 'true'))
+        self.wait_for_line(server, 'WARNING: no authentication')
+        self.assertEqual([line.partition('WARNING: ')[2] for line in server.lines if 'unknown' in line],
                          [f'unknown environment variable {name}' for name in names])
-
-    def test_signals_end_it_with_status_0(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            server = self.run_server(self.root)
-            self.assertEqual(server.stop(number), 0)
-            self.assertFalse([line for line in server.lines if 'NOTICE' not in line])
 
     def test_a_bad_value_is_one_line_and_status_2(self):
         status, output, error = self.run_it('--addr', 'nonsense', 'x')
@@ -9408,12 +9383,6 @@ class CommandLineTest(TestCase):
         for option in restic_serve.OPTIONS:
             self.assertEqual(option.name in options, option.help != argparse.SUPPRESS, option.name)
         self.assertEqual(self.run_it('--version'), (0, f'restic_serve {restic_serve.__version__}\n', ''))
-
-    def test_serving_to_all_without_authentication_is_a_warning(self):
-        with Program('--addr', ':0', self.root) as server:
-            self.assertTrue(any('WARNING' in line and 'no authentication' in line
-                                for line in server.lines), server.lines)
-        self.assertFalse(any('WARNING' in line for line in self.run_server(self.root).lines))
 
     def test_each_request_is_logged_and_what_was_done_when_something_was(self):
         def lines(level, requests=None):
@@ -9690,8 +9659,6 @@ restic_serve.trim_memory = trim_and_forget
         server = self.run_server('--user', 'alice', self.root, RESTIC_SERVE_PASS='secret')
         for login, status in (((), 401), ([basic('alice', 'secret')], 404)):
             self.assertEqual(self.ask(get('/config', *login), port=server.port)[0], status)
-        with Program('--addr', ':0', '--user', 'a', self.root, RESTIC_SERVE_PASS='b') as server:
-            self.assertFalse(any('WARNING' in line for line in server.lines))
 
     def test_a_zipapp_serves(self):
         import zipapp
@@ -10918,13 +10885,8 @@ class MaliceTest(FaultsTestCase):
         'TE.TE, a bare LF': 'X: y\nTransfer-Encoding: chunked',
         'TE.TE, a NUL': 'Transfer-Encoding: chunked\0',
         'CL.CL': 'Content-Length: 5\r\nContent-Length: 6',
-        'CL.CL, a list': 'Content-Length: 5, 6',
-        'CL, a sign': 'Content-Length: +5',
-        'CL, negative': 'Content-Length: -5',
-        'CL, hexadecimal': 'Content-Length: 0x5',
-        'CL, a space within': 'Content-Length: 1 5',
-        'CL, an underscore': 'Content-Length: 1_5',
-        'CL, more than any number': f'Content-Length: {"9" * 30}',
+        **{f'CL {value}': f'Content-Length: {value}'
+           for value in ('5, 6', '+5', '-5', '0x5', '1 5', '1_5', '9' * 30)},
         'CL.0, a space before the colon': 'Content-Length : 5',
         'a line without a colon': 'Content-Length 5',
         'a name with a space': 'Content Length: 5',
