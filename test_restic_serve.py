@@ -1385,9 +1385,8 @@ class StoreTest(TestCase):
         shared = self.make_store(shared=True)
         before = descriptors()
         for shared.nameless in NAMELESS:
-            with mock.patch.object(os, 'fchmod', side_effect=OSError(errno.EIO, 'no')), \
-                    self.assertRaises(OSError):
-                shared.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
+            with mock.patch.object(os, 'fchmod', side_effect=OSError(errno.EIO, 'no')):
+                self.assertRaises(OSError, shared.save, Location('/host', 'keys', named(b'x')), Bytes(b'x'))
         self.assertEqual(self.files(), [])
         self.assertLessEqual(descriptors(), before)
 
@@ -2587,15 +2586,8 @@ class PastTest(PastTestCase):
         self.assertEqual(self.synced_by(lambda: self.past.begin('/new')), set())
 
     def test_a_folder_that_appears_between_two_looks_is_read(self):
-        real, missing = restic_serve.Folders.open, [True]
-
-        def open_folder(folders, path, by_descriptor=False):
-            if missing:
-                missing.clear()
-                raise FileNotFoundError(errno.ENOENT, 'missing', path)
-            return real(folders, path, by_descriptor=by_descriptor)
-
-        with mock.patch.object(restic_serve.Folders, 'open', open_folder), \
+        missing = [True]
+        with failing(lambda *args: missing and missing.pop(), restic_serve.Folders, 'open', errno.ENOENT), \
                 self.store.scan('/host') as (_, found):
             self.assertIn('data', [entry.name for entry in found])
 
@@ -2694,21 +2686,18 @@ class PastTest(PastTestCase):
         moment = self.now
         self.now += 1
         self.upload(b'new')
-        real = restic_serve.RollBack.check_locks
         late = []
 
-        def check_locks(job):
+        def back_up(job):
             if not late:
                 self.now += 10
                 late.append(self.upload(b'of a backup'))
-            real(job)
 
-        with mock.patch.object(restic_serve.RollBack, 'check_locks', check_locks):
+        with first(back_up, restic_serve.RollBack, 'check_locks'):
             self.assertEqual(self.roll_back(moment), '1 pack (3 B) set aside')
         self.assertEqual(self.view(self.now), {'data': [late[0].name]})
         self.upload(b'lock', 'locks')
-        with self.assertRaisesRegex(ValueError, 'the repository has been locked since'):
-            self.roll_back(moment)
+        self.assertRaisesRegex(ValueError, 'the repository has been locked since', self.roll_back, moment)
         self.roll_back(moment, force=True)
 
     def test_what_a_purge_has_taken_cannot_be_rolled_back_to(self):
@@ -2718,8 +2707,7 @@ class PastTest(PastTestCase):
         self.delete(pack)
         self.now += 2 * self.KEEP
         list(self.past.purge('/host'))
-        with self.assertRaisesRegex(ValueError, 'no history before'):
-            self.roll_back(moment)
+        self.assertRaisesRegex(ValueError, 'no history before', self.roll_back, moment)
 
     def test_a_very_long_time_purges_nothing(self):
         self.delete(self.upload(b'pack'))
@@ -2785,14 +2773,7 @@ class PastTest(PastTestCase):
     def test_what_leads_to_another_file_system_is_copied(self):
         pack = self.upload(b'pack')
         uploaded = self.now - 1
-        real = os.replace
-
-        def rename(source, target, **more):
-            if os.path.basename(source) == pack.name:
-                raise OSError(errno.EXDEV, 'made by a test')
-            return real(source, target, **more)
-
-        with mock.patch.object(os, 'replace', rename):
+        with failing(lambda source, target: source.endswith(pack.name), os, 'replace', errno.EXDEV):
             self.delete(pack)
         self.assertEqual(self.view(uploaded), {'data': [pack.name]})
         self.assertEqual(list(self.store.objects(Location('/host', 'data'), False)), [])
@@ -3432,16 +3413,10 @@ class ScrubTest(TestCase):
         self.assertEqual(found, {})
 
     def test_an_object_that_cannot_be_read_is_damaged(self):
-        real = os.open
-
-        def fail(path, *more, **words):
-            if os.path.basename(path) == self.paths['/host', 'data'].name:
-                raise OSError(errno.EIO, 'Input/output error')
-            return real(path, *more, **words)
-
-        with mock.patch.object(os, 'open', fail):
+        name = self.paths['/host', 'data'].name
+        with failing(lambda path, *flags: os.path.basename(path) == name, os, 'open'):
             found, _, damaged = self.scrub()
-        reason = 'unreadable: Input/output error'
+        reason = 'unreadable: made by a test'
         self.assertEqual((found, damaged), ({self.relative('/host', 'data'): reason}, 1))
 
     def test_foreign_and_stray_files_are_no_damage(self):
@@ -3465,14 +3440,8 @@ class ScrubTest(TestCase):
     def test_what_cannot_be_read_is_said_and_the_rest_is_read(self):
         for name in ('lost+found', '.restic_serve'):
             (self.root / name).mkdir(exist_ok=True)
-        real = restic_serve._scan
-
-        def scan(folder, fd=None):
-            if folder.endswith(('/deep', '/lost+found', '/host/data', '/.restic_serve')):
-                raise PermissionError(errno.EACCES, 'made by a test')
-            return real(folder, fd)
-
-        with mock.patch.object(restic_serve, '_scan', scan):
+        ends = '/deep', '/lost+found', '/host/data', '/.restic_serve'
+        with failing(lambda folder, *fd: folder.endswith(ends), restic_serve, '_scan', errno.EACCES):
             found = {}
             job = restic_serve.Scrub(self.store, 0, None, found.__setitem__, io.StringIO())
             self.assertEqual(job.run(), 1)
@@ -3579,13 +3548,7 @@ class ScrubTest(TestCase):
             (self.root / '.restic_serve/scrub.json').unlink()
 
     def test_an_object_that_is_deleted_meanwhile_is_no_fault(self):
-        real = restic_serve.Scrub._check
-
-        def check(job, folder, name, *more):
-            folder.unlink(name)
-            return real(job, folder, name, *more)
-
-        with mock.patch.object(restic_serve.Scrub, '_check', check):
+        with first(lambda job, folder, name, *more: folder.unlink(name), restic_serve.Scrub, '_check'):
             self.assertEqual(self.scrub(), ({}, 0, 0))
 
     def test_bandwidth_is_limited(self):
@@ -3679,14 +3642,8 @@ class UsageTest(TestCase):
 
     def during_the_count(self, *actions):
         """Count; each time that a repository is about to be measured, the next action is taken."""
-        measure, left = restic_serve.Census._measure, list(actions)
-
-        def act_and_measure(census, repository):
-            if left:
-                left.pop(0)()
-            return measure(census, repository)
-
-        with mock.patch.object(restic_serve.Census, '_measure', act_and_measure):
+        left = list(actions)
+        with first(lambda *args: left and left.pop(0)(), restic_serve.Census, '_measure'):
             self.usage.census.count()
 
     def test_what_is_made_again_where_a_deleted_repository_was_is_counted(self):
@@ -3715,9 +3672,8 @@ class UsageTest(TestCase):
         self.save(500)
         patch_for(self, restic_serve, BLOCK_BYTES=4096)
         body = Bytes(b'more', length=None)
-        with mock.patch.object(body, 'readinto', side_effect=AssertionError), \
-                self.assertRaises(QuotaExceeded):
-            self.usage.save(Location('/host', 'keys', named(b'more')), body)
+        with mock.patch.object(body, 'readinto', side_effect=AssertionError):
+            self.assertRaises(QuotaExceeded, self.usage.save, Location('/host', 'keys', named(b'more')), body)
 
     def held(self, repository='/host'):
         found = self.usage.holdings()[repository]
@@ -3799,15 +3755,14 @@ class UsageTest(TestCase):
 
     def count_while(self, *todo):
         """Count, and do something at each folder that is read."""
-        real, todo = restic_serve.entries_and_statuses, list(todo)
+        todo = list(todo)
 
-        def entries(folder, prefix):
+        def act(folder, prefix):
             time.sleep(0.02)  # so that what is saved here is younger than the count, by its ctime
             if todo:
                 todo.pop(0)()
-            return real(folder, prefix)
 
-        with mock.patch.object(restic_serve, 'entries_and_statuses', entries):
+        with first(act, restic_serve, 'entries_and_statuses'):
             self.usage.census.count()
         self.assertEqual(todo, [])
 
@@ -3829,30 +3784,15 @@ class UsageTest(TestCase):
     def test_without_end_of_deletions_a_count_errs_on_the_safe_side(self):
         self.limit(1000)
         locations = [self.save(10, kind='locks') for _ in range(20)]
-        real = restic_serve.entries_and_statuses
-
-        def entries(folder, prefix):
-            if locations:
-                self.usage.delete(locations.pop())
-            return real(folder, prefix)
-
-        with mock.patch.object(restic_serve, 'entries_and_statuses', entries):
+        with first(lambda *args: locations and self.usage.delete(locations.pop()),
+                   restic_serve, 'entries_and_statuses'):
             self.usage.census.count()
         self.assertGreaterEqual(self.usage.quota('')[0], 10 * len(locations))
         self.assertLess(self.usage.quota('')[0], 200)
 
-    @contextlib.contextmanager
     def unreadable(self, *ends):
         """Folders whose paths end so cannot be listed."""
-        real = restic_serve._scan
-
-        def scan(folder, fd=None):
-            if folder.endswith(ends):
-                raise PermissionError(errno.EACCES, 'Permission denied', folder)
-            return real(folder, fd)
-
-        with mock.patch.object(restic_serve, '_scan', scan):
-            yield
+        return failing(lambda folder, *fd: folder.endswith(ends), restic_serve, '_scan', errno.EACCES)
 
     def test_what_cannot_be_read_is_said_and_the_rest_is_counted(self):
         self.save(100)
@@ -3860,20 +3800,10 @@ class UsageTest(TestCase):
         self.save(5, '/other')
         self.save(5, '/secret/x')
         self.save(50, '/third')
-        real_entries, real_size = restic_serve.entries_and_statuses, Store.size
-
-        def entries(folder, prefix):
-            if '/host/data/' in folder.path:
-                raise OSError(errno.EIO, 'I/O error', folder.path)
-            return real_entries(folder, prefix)
-
-        def size(store, location):
-            if location.repository == '/third':
-                raise OSError(errno.EIO, 'made by a test')
-            return real_size(store, location)
-
-        with mock.patch.object(restic_serve, 'entries_and_statuses', entries), \
-                self.unreadable('/secret', '/other/data'), mock.patch.object(Store, 'size', size):
+        with self.unreadable('/secret', '/other/data'), \
+                failing(lambda folder, prefix: '/host/data/' in folder.path,
+                        restic_serve, 'entries_and_statuses'), \
+                failing(lambda store, location: location.repository == '/third', Store, 'size'):
             self.usage.census.count()
         self.assertEqual(self.held(), (20, {'index': 1}))
         self.assertEqual(self.held('/third'), (50, {'data': 1}))
@@ -3881,9 +3811,9 @@ class UsageTest(TestCase):
         self.assertEqual(self.usage.holdings()['/host'].unreadable, 1)
         self.assertEqual(self.held('/other'), (0, {}))
         log = ' '.join(self.log)
-        self.assertRegex(log, 'cannot read /secret, keeping its last known size: .*Permission denied')
-        self.assertRegex(log, 'cannot determine the full size of /host: .*I/O error')
-        self.assertRegex(log, 'cannot determine the full size of /other: .*Permission denied')
+        self.assertRegex(log, 'cannot read /secret, keeping its last known size: .*Errno 13')
+        self.assertRegex(log, 'cannot determine the full size of /host: .*Errno 5')
+        self.assertRegex(log, 'cannot determine the full size of /other: .*Errno 13')
         self.assertIn('cannot be read completely', rendered(self.store, self.usage))
 
     def test_what_cannot_be_read_any_more_stays_as_it_was(self):
@@ -3951,8 +3881,7 @@ class UsageTest(TestCase):
         for repository in ('/alice', '/alice/x'):
             with self.assertRaises(PermissionError):
                 self.usage.save(Location(repository, 'keys', named(b'x')), Bytes(b'x'))
-            with self.assertRaises(PermissionError):
-                self.store.create_repository(repository)
+            self.assertRaises(PermissionError, self.store.create_repository, repository)
         self.assertEqual(list(outside.iterdir()), [])
         self.save(10, '/bob/x')
         self.usage.census.count()
@@ -3985,13 +3914,7 @@ class UsageTest(TestCase):
 
     def test_it_is_counted_when_somebody_asks_and_the_last_count_is_old(self):
         counts = []
-        real = restic_serve.Census.count
-
-        def count(usage):
-            counts.append(1)
-            real(usage)
-
-        with mock.patch.object(restic_serve.Census, 'count', count):
+        with first(counts.append, restic_serve.Census, 'count'):
             self.usage.census.request()  # nobody listens
             self.serve(Api(self.store, Policy(), usage=self.usage))
             self.assertFalse(self.usage.census.wait(0))
@@ -4013,8 +3936,7 @@ class UsageTest(TestCase):
                 self.usage.census.count()
                 first = self.save(600)
                 unread = Bytes(b'x' * 401)
-                with self.assertRaises(QuotaExceeded):
-                    self.usage.save(Location('/host', 'data', '0' * 64), unread)
+                self.assertRaises(QuotaExceeded, self.usage.save, Location('/host', 'data', '0' * 64), unread)
                 self.assertEqual(unread._file.tell(), 0)
                 self.assertEqual(self.log[-1], 'quota exceeded: rejected an upload of 401 B to /host; used: '
                                  f'600 B of 1.0 KiB in /{scope}')
@@ -4022,8 +3944,7 @@ class UsageTest(TestCase):
                 second = self.save(400)
                 # one that is there already needs no room
                 self.usage.save(second, Bytes(Path(path_of(self.store, second)).read_bytes()))
-                with self.assertRaises(QuotaExceeded):
-                    self.save(1)
+                self.assertRaises(QuotaExceeded, self.save, 1)
                 self.usage.delete(first)
                 self.save(600)
                 if scope:
@@ -4060,10 +3981,8 @@ class UsageTest(TestCase):
         self.make_repository('host')
         with self.assertRaises(WrongContent):
             self.usage.save(Location('/host', 'data', '0' * 64), Bytes(b'x' * 900))
-        with self.assertRaises(restic_serve.Gone):
-            self.save(900, error=restic_serve.Gone('abort'))
-        with self.assertRaises(QuotaExceeded):
-            self.save(1001, length=None, step=300)
+        self.assertRaises(restic_serve.Gone, self.save, 900, error=restic_serve.Gone('abort'))
+        self.assertRaises(QuotaExceeded, self.save, 1001, length=None, step=300)
         self.save(1000, length=None, step=300)
         self.assertEqual(self.usage.quota(''), (1000, 0, 1000))
 
@@ -4086,8 +4005,7 @@ class UsageTest(TestCase):
         with mock.patch.object(restic_serve, 'ROOM_SECONDS', 0.05), self.assertRaises(Busy) as caught:
             self.save(200)
         self.assertEqual(caught.exception.retry_seconds, 10)
-        with self.assertRaises(QuotaExceeded):
-            self.save(1001)
+        self.assertRaises(QuotaExceeded, self.save, 1001)
         second = self.in_thread(self.save, 200)
         go_on.set()
         first.join()
@@ -4109,8 +4027,7 @@ class UsageTest(TestCase):
                 return super().readinto(view)
 
         for expected in (Busy, QuotaExceeded):
-            with self.assertRaises(expected):
-                self.usage.save(location, Removing(content))
+            self.assertRaises(expected, self.usage.save, location, Removing(content))
             self.assertEqual(self.usage.quota(''), (900, 0, 1000))
 
     def use_blocks(self):
@@ -4174,20 +4091,17 @@ class UsageTest(TestCase):
         usage = self.limit(50_000)
         for name in 'ab':
             usage.create(Location(f'/{name}'))
-        with self.assertRaises(QuotaExceeded):
-            usage.save(Location('/a', 'data', named(b'x')), Bytes(b'x'))
+        self.assertRaises(QuotaExceeded, usage.save, Location('/a', 'data', named(b'x')), Bytes(b'x'))
         locks = [(Location(f'/{"ab"[number % 2]}', 'locks', named(b'%d' % number)), b'%d' % number)
                  for number in range(11)]
         with mock.patch.object(restic_serve, 'LOCKS', 10):
             for location, content in locks[:10]:
                 usage.save(location, Bytes(content))
-            with self.assertRaises(QuotaExceeded):
-                usage.save(locks[10][0], Bytes(locks[10][1]))
+            self.assertRaises(QuotaExceeded, usage.save, locks[10][0], Bytes(locks[10][1]))
             usage.delete(locks[0][0])
             usage.save(locks[10][0], Bytes(locks[10][1]))
             self.make_repository('c')
-            with self.assertRaises(QuotaExceeded):
-                usage.save(Location('/c', 'locks', named(b'x')), Bytes(b'x'))
+            self.assertRaises(QuotaExceeded, usage.save, Location('/c', 'locks', named(b'x')), Bytes(b'x'))
         self.assertFalse((self.root / 'c/locks').exists())
 
     def test_an_upload_of_what_is_there_takes_no_room_on_the_disk(self):
@@ -4199,13 +4113,11 @@ class UsageTest(TestCase):
         config = Location('/host', 'config')
         with mock.patch.object(restic_serve, 'Scratch', side_effect=AssertionError('a scratch file')):
             self.assertEqual(usage.save(location, Bytes(content)), (0, 0))
-            with self.assertRaises(WrongContent):
-                usage.save(location, Bytes(b'other'))
+            self.assertRaises(WrongContent, usage.save, location, Bytes(b'other'))
         usage.delete(location)
         usage.save(config, Bytes(b'one'))
         self.assertEqual(usage.save(config, Bytes(b'one')), (0, 0))
-        with self.assertRaises(OtherConfig):
-            usage.save(config, Bytes(b'two'))
+        self.assertRaises(OtherConfig, usage.save, config, Bytes(b'two'))
 
     def test_an_upload_reserves_room_for_all_of_its_content(self):
         self.use_blocks()
@@ -4308,8 +4220,7 @@ class UsageTest(TestCase):
         path.write_bytes(b'')
         self.usage.census.count()
         self.save(400)
-        with self.assertRaises(QuotaExceeded):
-            self.usage.save(location, Bytes(content))
+        self.assertRaises(QuotaExceeded, self.usage.save, location, Bytes(content))
 
     def test_where_no_more_can_be_counted_a_quota_lets_nothing_in(self):
         with mock.patch.multiple(restic_serve, SLOT_BYTES=4096, SPARE_BYTES=2048, ROOM_SECONDS=0):
@@ -4498,8 +4409,7 @@ class PasswordFileTest(TestCase):
     def test_a_file_in_utf_16_is_refused(self):
         for encoding in ('utf-16-le', 'utf-16-be'):
             self.path.write_text(f'\ufeffalice:{sha("a")}\n', encoding=encoding)
-            with self.assertRaisesRegex(OSError, 'file is UTF-16; save it as UTF-8'):
-                PasswordFile(str(self.path))
+            self.assertRaisesRegex(OSError, 'file is UTF-16; save it as UTF-8', PasswordFile, str(self.path))
 
     def test_what_is_ignored_is_said_with_its_line_and_never_its_hash(self):
         self.assertEqual(self.entries(
@@ -4521,8 +4431,7 @@ class PasswordFileTest(TestCase):
         self.write(f'alice:{sha("new")}\n')
         accounts.file.look(force=True)
         self.assertEqual(self.identify(accounts, 'bob', 'b'), 401)
-        with self.assertRaises(FileNotFoundError):
-            PasswordFile(str(self.folder / 'missing'))
+        self.assertRaises(FileNotFoundError, PasswordFile, str(self.folder / 'missing'))
 
     def test_a_verified_password_is_compared_once_however_its_header_is_written(self):
         accounts = self.accounts('alice', 'bob')
@@ -4745,9 +4654,8 @@ class PasswordFileTest(TestCase):
 
     def test_a_change_that_fails_leaves_the_file(self):
         self.write('alice:old\n')
-        with mock.patch.object(os, 'replace', side_effect=OSError(errno.EIO, 'I/O')), \
-                self.assertRaises(OSError):
-            restic_serve.change_password_file(str(self.path), 'alice', 'new')
+        with mock.patch.object(os, 'replace', side_effect=OSError(errno.EIO, 'I/O')):
+            self.assertRaises(OSError, restic_serve.change_password_file, str(self.path), 'alice', 'new')
         self.assertEqual(self.files(self.folder), ['htpasswd'])
         self.assertEqual(self.path.read_text(), 'alice:old\n')
 
@@ -5096,8 +5004,7 @@ class RightsTest(TestCase):
             return location
 
         save('/alice/pc', 20_000)
-        with self.assertRaisesRegex(QuotaExceeded, '^quota of /bob exceeded$'):
-            save('/bob/pc', 40_000)
+        self.assertRaisesRegex(QuotaExceeded, '^quota of /bob exceeded$', save, '/bob/pc', 40_000)
         location = save('/free/x/y', 4000)
         held = {scope: usage.quota(scope)[0] for scope in ('alice', 'alice/pc', 'bob', 'free', 'free/x', '')}
         usage.census.count()    # what was counted and what passed through agree
@@ -5106,8 +5013,7 @@ class RightsTest(TestCase):
         self.assertEqual(held[''], held['alice'] + held['bob'] + held['free'])
         usage.limits = restic_serve.Quotas({'/alice/pc': 30_000, '/free/x': 30_000})
         self.assertEqual(usage.limited('/alice/pc'), ['alice/pc'])
-        with self.assertRaises(QuotaExceeded):
-            save('/alice/pc', 8000)
+        self.assertRaises(QuotaExceeded, save, '/alice/pc', 8000)
         save('/free/x/y', 4000)
         usage.delete(location)
         self.assertEqual(usage.quota('free/x')[0], held['free/x'])
@@ -5130,8 +5036,7 @@ class RightsTest(TestCase):
         usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
         for number in range(5):
-            with self.assertRaises(NotHere):
-                usage.save(Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
+            self.assertRaises(NotHere, usage.save, Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
         self.assertEqual(usage.counters.names('reserved'), set())
 
     def test_who_may_only_read_stores_nothing_but_locks(self):
