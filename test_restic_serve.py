@@ -64,7 +64,7 @@ V2 = 'application/vnd.x.restic.rest.v2'
 LOCAL = restic_serve.parse_address('127.0.0.1:0')
 LONG_TESTS = os.environ.get('RESTIC_SERVE_TEST_LONG') == '1'
 PEERS = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
-PATIENCE = 30  # seconds until something that should have happened counts as missing
+PATIENCE = 60  # seconds until something that should have happened counts as missing
 TEST_SECONDS = 600 if LONG_TESTS else 120   # that a test may take
 PYPY = sys.implementation.name == 'pypy'
 # Of PyPy, where a test hides what its own modules need.
@@ -151,8 +151,11 @@ def peer(name):
 
 
 def free_port():
-    with socket.create_server(('127.0.0.1', 0)) as sock:
-        return sock.getsockname()[1]
+    """A port for a program that cannot choose one itself: none that the system gives to others meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(('127.0.0.1', port)):
+            return port
 
 
 def listens(address):
@@ -239,6 +242,14 @@ def raised(kind, function, *args):
     except kind as error:
         return error
     raise AssertionError(f'no {kind.__name__} was raised for {args}')
+
+
+def with_distinct_shares(test):
+    """Let no two addresses share a row of the counters by chance."""
+    rows = collections.defaultdict(itertools.count().__next__)
+    patch = mock.patch.object(restic_serve, 'hash', rows.__getitem__, create=True)
+    patch.start()
+    test.addCleanup(patch.stop)
 
 
 def counted_plainly(test):
@@ -2420,12 +2431,12 @@ class MomentTest(unittest.TestCase):
 
     def test_a_time_of_more_than_40_bytes_is_refused_before_it_is_parsed(self):
         digits = '9' * 7000
-        begin = time.process_time()
+        begin = time.thread_time()
         for text in (digits, f'{digits}x', f'{digits}.{digits}', '1d' * 3500, '2026-11-20T12:00:00.' + digits,
                      'ä' * 21):
             with self.assertRaisesRegex(ValueError, 'invalid time .{,60};', msg=text[:9]):
                 restic_serve.parse_past(text, self.NOW)
-        self.assertLess(time.process_time() - begin, 0.1)
+        self.assertLess(time.thread_time() - begin, 0.1)
 
     def test_names_sort_by_time_and_are_read_back(self):
         moments = [0, 1, 999_999, 10 ** 6, 1_795_176_000_123_456, 2_000_000_000_000_000]
@@ -5675,7 +5686,8 @@ class EventsTest(WatchedTestCase):
 
     def test_refused_deletes_drown_nothing(self):
         self.fill('/laptop', 'snapshots')
-        events = self.started(f'sleep 0.1; {self.TELL}{self.heard}')
+        go_on = self.folder / 'go on'
+        events = self.started(f'until [ -e "{go_on}" ]; do sleep 0.05; done; {self.TELL}{self.heard}')
         snapshot = next((self.root / 'laptop' / 'snapshots').iterdir()).name
         for name in (named(b'none'), snapshot, snapshot):
             events.on_refused_delete(Location('/laptop', 'snapshots', name), 'eve', 'eve', 'append')
@@ -5683,6 +5695,7 @@ class EventsTest(WatchedTestCase):
             events.emit('snapshot', '/laptop', f'number {number}')
         events.emit('snapshot', '/nas', 'of another')
         events.emit('deleted', '/laptop', 'what matters')
+        go_on.touch()
         self.wait_until(lambda: 'snapshot|nas||of another' in self.told(), 'that of another')
         self.assertIn('deleted|laptop||what matters', self.told())
         self.assertLess(len(self.told()), 7)
@@ -6578,7 +6591,7 @@ class PinTest(WireTestCase):
 
 
 class TimeLimitTest(WireTestCase):
-    limits = {'header_seconds': 0.2, 'idle_seconds': 0.4, 'read_seconds': 0.4, 'write_seconds': 0.4}
+    limits = {'header_seconds': 0.2, 'idle_seconds': 1, 'read_seconds': 0.4, 'write_seconds': 0.4}
 
     def test_the_time_for_an_answer_begins_with_the_end_of_the_head(self):
         self.server.limits.read_seconds = float('inf')
@@ -6962,6 +6975,7 @@ class Http1Test(WireTestCase):
                 self.assertEqual(len(wire.ask(get(path))[2]), 8 << 20)
 
     def test_http_2_is_505_and_told_to_whom_it_concerns(self):
+        begin = time.monotonic()
         for _ in range(3):
             with Wire(self.port) as wire:
                 wire.send(restic_serve.PREFACE, settings(), headers(1))
@@ -6971,7 +6985,7 @@ class Http1Test(WireTestCase):
                 wire.send(bytes(100_000))   # it may go on for a moment
                 self.assertTrue(wire.is_closed())
         told = [line for line in self.log if 'HTTP/2' in line]
-        self.assertEqual(len(told), 1)
+        self.assertLessEqual(len(told), 1 + time.monotonic() - begin)   # one in a second
         self.assertRegex(told[0], '^127.0.0.1: HTTP/2 is spoken over --stdio only; use HTTP/1.1 .*proto h2')
         self.assertEqual(self.ask(get('/config', 'Connection: Upgrade, HTTP2-Settings', 'Upgrade: h2c',
                                       'HTTP2-Settings: AAMAAABkAAQAAP__'))[0], 404)
@@ -7827,22 +7841,23 @@ class StallTest(Http2TestCase):
     def test_who_goes_on_slowly_is_not_stalled(self):
         content = os.urandom(100)
         wire, other = self.connect(), self.http2(grants=False, initial=0)
-        head = post(f'/data/{named(content)}', b'', length=len(content))
-        wire.send(head)
+        self.server.limits.stall_seconds = 1
         download = self.put(os.urandom(20))
+        wire.send(post(f'/data/{named(content)}', b'', length=len(content)))
         other.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', download)))
         begin = time.monotonic()
         for at in range(0, 100, 10):
             wire.send(content[at:at + 10])
             other.send(frame(WINDOW_UPDATE, 0, 1, word(2)))
-            select_readable(wire.sock, 0.1)
+            select_readable(wire.sock, 0.12)
         self.assertEqual(wire.answer()[0], 200)
         self.assertEqual(len(other.answer()[2]), 20)
-        self.assertGreater(time.monotonic() - begin, 0.4)
+        self.assertGreater(time.monotonic() - begin, 1)
         self.assertEqual(self.limited(), {})
 
     def test_one_long_frame_that_comes_slowly_is_not_stalled(self):
         content = os.urandom(60_000)
+        self.server.limits.stall_seconds = 1
         wire = self.http2()
         wire.send(headers(1, fields('POST', f'/data/{named(content)}', ('content-length', '60000')), 4))
         data = frame(DATA, 1, 1, content)
@@ -7851,7 +7866,7 @@ class StallTest(Http2TestCase):
             wire.send(data[at:at + 5000])
             time.sleep(0.1)     # a slow client
         self.assertEqual(wire.answer()[0], 200)
-        self.assertGreater(time.monotonic() - begin, 0.8)
+        self.assertGreater(time.monotonic() - begin, 1)
         self.assertEqual(self.limited(), {})
 
     def test_who_is_between_two_requests_is_not_stalled(self):
@@ -8040,12 +8055,13 @@ class TlsTest(ListenerTestCase):
     def test_http_without_tls_is_told_what_is_spoken(self):
         port = self.start_tls()
         self.log.clear()
+        begin = time.monotonic()
         for _ in range(3):
             status, _, content = self.ask(get('/config'), port=port)
             self.assertEqual((status, content), (400, b'this port speaks HTTPS\n'))
         self.wait_until(lambda: self.log, 'the line')
         self.assertEqual(self.log[0], '127.0.0.1: TLS: client speaks HTTP without TLS')
-        self.assertLess(len(self.log), 3)   # one in a second
+        self.assertLessEqual(len(self.log), 1 + time.monotonic() - begin)   # one in a second
 
     def test_a_handshake_that_fails_is_said_with_its_reason(self):
         port = self.start_tls(client_ca=str(self.authority.path))
@@ -8289,10 +8305,7 @@ class SharesTest(WireTestCase):
 
     def setUp(self):
         super().setUp()
-        rows = collections.defaultdict(itertools.count().__next__)  # no two addresses share one by chance
-        patch = mock.patch.object(restic_serve, 'hash', rows.__getitem__, create=True)
-        patch.start()
-        self.addCleanup(patch.stop)
+        with_distinct_shares(self)
 
     def test_an_address_has_its_share_of_the_connections(self):
         server = self.serve(self.server.api, max_connections=100, per_address=3)
@@ -8362,6 +8375,7 @@ class ForwardedClientsTest(ListenerTestCase):
 
     def setUp(self):
         super().setUp()
+        with_distinct_shares(self)
         self.api = Api(self.store, Policy(), Accounts(
             user='alice', password='secret', proxies=[restic_serve.parse_network('127.0.0.1')]))
 
@@ -9658,7 +9672,7 @@ class StdioTest(TestCase):
                 status, log = server.finish()
                 self.assertLess(time.monotonic() - end, PATIENCE / 3)
                 self.assertEqual(status, 0)
-                self.assertIn(f'10.1.2.3 - - [{time.strftime("%d/%b/%Y")}', log)
+                self.assertRegex(log, r'10\.1\.2\.3 - - \[\d\d/')
                 self.assertIn(f'"GET {path} HTTP/2.0" 200 {len(content)}', log)
 
     def test_append_only_holds_and_the_environment_has_no_say(self):
@@ -9730,7 +9744,7 @@ class StdioTest(TestCase):
         self.assertEqual(server.process.wait(PATIENCE), 0)
 
     def test_a_client_that_reads_slowly_has_not_stopped(self):
-        server = self.downloading(4 << 20, '--stall-timeout', '300ms')
+        server = self.downloading(4 << 20, '--stall-timeout', '1s')
         for _ in range(12):
             server.process.stdout.read1(32 << 10)
             time.sleep(0.1)     # a slow client
@@ -11055,7 +11069,7 @@ class AtOnceTest(TestCase):
         done = sum(at_once(client, range(16)), [])
         for content in contents:
             self.check_history(content, done)
-        self.assertGreater(len(done), 30 * seconds)
+        self.assertGreater(len(done), 5 * seconds)
         self.assertLessEqual(len(self.files()), len(contents))
 
     def check_history(self, content, done):
