@@ -409,9 +409,9 @@ class TestCase(unittest.TestCase):
                                capture_output=True, text=True).stdout
         return [int(word) for word in found.split()]
 
-    def run_server(self, *words, **more):
+    def run_server(self, *words, addr='127.0.0.1:0', **more):
         """A server in a process of its own."""
-        server = Program('--addr', '127.0.0.1:0', *words, **more)
+        server = Program('--addr', addr, *words, **more)
         self.addCleanup(server.__exit__)
         self.assertTrue(server.url, server.lines)
         return server
@@ -2281,10 +2281,6 @@ class FoldersOfOthersTest(TestCase):
     def read(self, location):
         with self.store.open(location) as stored:
             return stored.read(100)
-
-    def test_what_is_the_users_is_served(self):
-        self.assertEqual(self.read(self.location), self.content)
-        self.assertIsNone(self.store.folders.find_trusted('/host/keys'))
 
     def test_a_link_that_comes_within_the_second_leads_nowhere(self):
         for path, target in ((self.root / 'host', self.secret), (self.root / 'host' / 'keys',
@@ -6170,19 +6166,15 @@ class ApiTest(TestCase):
             status, headers, content = self.ask('GET', '/host/config')
         self.assertEqual((status, headers['Retry-After'], content), (503, '7', b'wait\n'))
 
-    def test_a_fifo_in_place_of_a_folder_holds_up_nobody(self):
-        self.ask('POST', '/host/?create=true')
-        (self.root / 'host/keys').rmdir()
-        os.mkfifo(self.root / 'host/keys')
-        self.assertEqual(self.status('GET', '/host/keys/'), 403)
-
     def test_a_list_that_cannot_be_read_is_no_404_which_restic_takes_for_an_empty_one(self):
-        self.ask('POST', '/host/?create=true')
         keys = self.root / 'host' / 'keys'
-        keys.rmdir()
-        keys.symlink_to('missing')
-        self.assertEqual(self.status('GET', '/host/keys/'), 500)
-        self.assertIn('GET /host/keys/', self.log[-1])
+        for make, status in ((os.mkfifo, 403), (lambda path: path.symlink_to('missing'), 500)):
+            keys.rmdir()
+            make(keys)
+            self.assertEqual(self.status('GET', '/host/keys/'), status)
+            self.assertIn('GET /host/keys/', self.log[-1])
+            keys.unlink()
+            keys.mkdir()
 
     def test_deep_paths_and_long_names_are_refused(self):
         self.assertEqual(self.status('GET', f'/{"x" * 300}/config'), 400)
@@ -6424,12 +6416,6 @@ class ApiTest(TestCase):
             self.assertEqual(self.status('GET', '/config'), 500)
         self.assertEqual(self.log[-1], 'GET /config: ValueError: made by a test')
 
-    def test_a_client_that_goes_away_leaves_nothing(self):
-        with self.assertRaises(restic_serve.Gone):
-            self.ask('POST', f'/host/data/{self.NAME}',
-                     Bytes(b'012', error=restic_serve.Gone('abort'), length=10))
-        self.assertEqual(self.files(), [])
-
 
 # ---- Transport -------------------------------------------------------------------------------------
 
@@ -6470,22 +6456,17 @@ class RecordsTest(TestCase):
                 self.sock.send(bytes(1 << 16))
         self.sock.settimeout(None)
 
-    def test_many_records_are_one_read(self):
-        content = os.urandom(40_000)
-        self.client.write(content)
-        self.theirs.sendall(self.to_us.read())
-        view = memoryview(bytearray(50_000))
-        self.assertEqual(self.tls.recv_into(view), 40_000)
-        self.assertEqual(view[:40_000], content)
-
-    def test_a_small_read_leaves_the_rest(self):
-        content = os.urandom(40_000)
-        self.client.write(content)
-        self.theirs.sendall(self.to_us.read())
-        received, view = b'', memoryview(bytearray(1000))
-        while len(received) < len(content):
-            received += view[:self.tls.recv_into(view)]
-        self.assertEqual(received, content)
+    def test_many_records_are_one_read_and_a_small_one_leaves_the_rest(self):
+        for size, least in ((50_000, 40_000), (1000, 1)):
+            content = os.urandom(40_000)
+            self.client.write(content)
+            self.theirs.sendall(self.to_us.read())
+            received, view = b'', memoryview(bytearray(size))
+            while len(received) < len(content):
+                count = self.tls.recv_into(view)
+                self.assertGreaterEqual(count, least)
+                received += view[:count]
+            self.assertEqual(received, content)
 
     def test_close_notify_that_comes_with_content_is_the_end(self):
         self.client.write(b'content')
@@ -6961,18 +6942,12 @@ class Http1Test(WireTestCase):
                 self.assertIn('made by a test', self.log[-1])
 
     def test_a_file_that_becomes_shorter_is_broken_off(self):
-        path = self.put(bytes(8 << 20))
-        real = os.sendfile
-
-        def sendfile(out, source, offset, count):
-            if offset:
-                return 0
-            return real(out, source, offset, 1 << 16)
-
-        with mock.patch.object(os, 'sendfile', sendfile):
-            wire = self.connect()
-            with self.assertRaises((ConnectionResetError, AssertionError)):
-                self.assertEqual(len(wire.ask(get(path))[2]), 8 << 20)
+        content, wire = bytes(64 << 20), self.connect()
+        wire.send(get(self.put(content)))
+        wire.file.read(1)
+        os.truncate(path_of(self.store, Location('', 'data', named(content))), 1 << 20)
+        with self.assertRaises((ConnectionResetError, AssertionError)):
+            self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
     def test_http_2_is_505_and_told_to_whom_it_concerns(self):
         begin = time.monotonic()
@@ -7323,12 +7298,6 @@ class Http2FramesTest(Http2TestCase):
                 if code:
                     self.assertEqual(got[3][4:8], word(code))
 
-    def test_a_preface_that_is_none_ends_the_connection(self):
-        for preface in ('INVALID CONNECTION PREFACE\r\n\r\n', 'PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n'):
-            with self.http2(preface=False) as wire:
-                wire.send(preface)
-                self.assertEqual(wire.file.read()[-40:][-22:], b'missing HTTP/2 preface')
-
     def test_content_goes_as_the_windows_allow(self):
         for initial, more, lengths in (
                 ([(4, 100), (4, 1)], [], [1]), ([(4, 0)], [settings((4, 1))], [1]),
@@ -7546,25 +7515,6 @@ class Http2Test(Http2TestCase):
         self.assertEqual(wire.until(RST_STREAM)[3], word(2))
         self.assertEqual(wire.ask(3)[0], 404)
         self.assertTrue(any('response aborted' in line for line in self.log))
-
-    def test_a_stop_says_goaway_and_lets_requests_finish(self):
-        content = os.urandom(1000)
-        wire, idle = self.http2(), self.http2()
-        wire.send(headers(1, fields('POST', f'/data/{named(content)}'), 4), frame(DATA, 0, 1, content[:500]))
-        for one in (wire, idle):
-            one.ping()
-        self.server.stop()
-        for one, last in ((wire, 1), (idle, 0)):
-            got = one.until(GOAWAY)
-            self.assertEqual(got[3], word(last) + word(0))
-        self.assertIsNone(idle.next())
-        # what has crossed GOAWAY is nobody's fault
-        wire.send(headers(3, flags=4), frame(DATA, 1, 3, b'x'), frame(DATA, 1, 1, content[500:]))
-        self.assertEqual(wire.answer()[0], 200)
-        self.assertIsNone(wire.next())
-        for one in (wire, idle):
-            one.__exit__()
-        self.wait_until(lambda: not self.server.served, 'the end')  # or the next stop aborts
 
     def test_a_request_that_is_answered_makes_room_for_another_at_once(self):
         wire, go_on = self.http2(), threading.Event()
@@ -9005,22 +8955,19 @@ class OptionTest(unittest.TestCase):
                 self.assertEqual(refusal(f'{option.name}={samples[option.name]}', 'dir'),
                                  f'restic_serve: {option.name} requires {option.requires}')
 
-    def test_a_time_that_is_none_is_refused_by_name(self):
+    def test_a_value_that_makes_no_sense_is_refused_by_name(self):
         self.assertEqual(restic_serve.Parser({}).parse(['--roll-back', '100y', 'dir']).roll_back, 0)
         for args, text in ((['--roll-back', 'yesterday', 'dir'], "--roll-back: invalid time 'yesterday'; "),
                            (['--roll-back', '2037-01-01', 'dir'], '--roll-back: 2037-01-01 is in the future'),
                            (['--stdio', 'dir/.at/x'], "dir/.at/x: invalid time 'x'; use"),
-                           (['dir/.at/2d'], 'requires --stdio')):
+                           (['dir/.at/2d'], 'requires --stdio'),
+                           (['--addr', 'tls://:1', 'dir'], '--addr: tls:// requires --cert and --key')):
             self.assertIn(text, refusal(*args))
 
 class TlsOptionsTest(TestCase):
     def setUp(self):
         super().setUp()
         self.authority = Authority(self.folder, 'one')
-
-    def test_tls_without_a_certificate_is_refused(self):
-        self.assertEqual(refusal('--addr', 'tls://:1', 'dir'),
-                         'restic_serve: --addr: tls:// requires --cert and --key')
 
     def test_what_is_wrong_with_a_file_is_said_of_its_option(self):
         self.authority.issue('two')
@@ -9712,18 +9659,22 @@ class StdioTest(TestCase):
             server.wire.ping()
             server.process.send_signal(signal.SIGTERM)
             self.assertEqual(server.wire.until(GOAWAY)[3], word(1) + word(0))
-            server.wire.send(frame(DATA, 1, 1, content[500:]))
+            # What has crossed GOAWAY is nobody's fault.
+            server.wire.send(headers(3, flags=4), frame(DATA, 1, 3, b'x'), frame(DATA, 1, 1, content[500:]))
             self.assertEqual(server.wire.answer()[0], 200)
+            self.assertIsNone(server.wire.next())
             self.assertEqual(server.finish(), (0, ''))
         with Stdio(self.root) as server:
             server.process.send_signal(signal.SIGINT)
+            self.assertEqual(server.wire.until(GOAWAY)[3], word(0) + word(0))
             self.assertEqual(server.finish(), (0, ''))
 
     def test_what_is_no_http_2_is_told_so(self):
-        done = subprocess.run([sys.executable, compiled(), '--stdio', str(self.root)], capture_output=True,
-                              input=b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', env=clean_environment())
-        self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
-        self.assertIn(b'missing HTTP/2 preface', done.stdout)
+        for data in (b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', b'PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n'):
+            done = subprocess.run([sys.executable, compiled(), '--stdio', str(self.root)], input=data,
+                                  capture_output=True, env=clean_environment())
+            self.assertEqual((done.returncode, done.stderr.count(b'\n')), (0, 1))
+            self.assertTrue(done.stdout.endswith(b'missing HTTP/2 preface'))
 
     def stored(self, content):
         """The path of an object that is there."""
@@ -10098,8 +10049,7 @@ class WaysInTest(ResticTestCase):
         if tuple(map(int, re.search(r'(\d+)\.(\d+)', version).groups())) < (0, 17):
             self.skipTest(f'it speaks over no unix socket: {version}')
         path = self.folder / 'socket'
-        server = Program('--addr', f'unix://{path}', self.root)
-        self.addCleanup(server.__exit__)
+        server = self.run_server(self.root, addr=f'unix://{path}')
         self.assertEqual(server.url, f'http+unix://{path}:/')
         url = f'rest:{server.url}host/'
         self.restic(url, 'init')
@@ -10469,8 +10419,7 @@ class DiskFaultsTest(FaultsTestCase):
         self.addCleanup(subprocess.run, ['umount', '-l', mounted], check=False)
         source = self.folder / 'source'
         source.write_bytes(os.urandom(40 << 20))
-        server = Program('--addr', '127.0.0.1:0', '--must-exist', mounted)
-        self.addCleanup(server.__exit__)
+        server = self.run_server('--must-exist', mounted)
         environment = {**clean_environment(), 'RESTIC_PASSWORD': 'x',
                        'RESTIC_REPOSITORY': f'rest:{server.url}',
                        'RESTIC_CACHE_DIR': str(self.folder / 'cache')}
@@ -11145,10 +11094,7 @@ class DeathTest(ResticTestCase):
     @long
     def test_killed_at_any_moment_of_a_backup(self):
         def start(port=0):
-            server = Program('--addr', f'127.0.0.1:{port}', '--workers', '2', self.root)
-            self.addCleanup(server.__exit__)
-            self.assertTrue(server.url, server.lines)
-            return server
+            return self.run_server('--workers', '2', self.root, addr=f'127.0.0.1:{port}')
 
         chance, server = random.Random(4), start()
         url = self.address(server, 'host/')
