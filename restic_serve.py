@@ -149,6 +149,15 @@ def parse_duration(text: str) -> float:
     return sum(float(count) * _SECONDS[unit] for count, unit in parts)
 
 
+def parse_period(text: str) -> float:
+    """Seconds of a duration that protects or destroys, as parse_duration() has it, but with a unit: 30 would
+    be seconds where days were meant."""
+    seconds = parse_duration(text)
+    if seconds and text[-1].isdecimal():
+        raise ValueError(f'{text!r} has no unit; use {text}d for days, {text}s for seconds')
+    return seconds
+
+
 _SIZE = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(?:(B?)|([KMGTPE])i?B?)', re.IGNORECASE)
 
 
@@ -310,8 +319,8 @@ parse_tls_version = parser_of(r'(tls)?1\.[0-3]', 'invalid TLS version', 'tls1.0,
                               lambda text: f'tls{text[-3:]}')
 _SEGMENT = r"[-A-Za-z0-9._~!$&'()*+,;=:@]+"     # RFC 3986 3.3, without percent-encoding
 # The prefix of every path, without a slash at its end: `x`, `/x` and `/x/` are `/x`.
-parse_baseurl = parser_of(f'/*({_SEGMENT}(/{_SEGMENT})*)?/*', 'invalid URL path', '/backup',
-                          lambda text: f'/{text.strip("/")}'.rstrip('/'))
+parse_baseurl = parser_of(rf'(?!(.*/)?\.\.?(/|$))/*({_SEGMENT}(/{_SEGMENT})*)?/*', 'invalid URL path',
+                          '/backup', lambda text: f'/{text.strip("/")}'.rstrip('/'))
 
 
 def parse_header(text: str) -> Tuple[str, str]:
@@ -744,8 +753,8 @@ _STEP_FLAGS = (getattr(os, 'O_PATH', 0o10000000 if sys.platform.startswith(('lin
 _HAS_DIR_FD = ({os.open, os.link, os.mkdir, os.stat, os.unlink} <= os.supports_dir_fd
                and os.scandir in os.supports_fd and hasattr(os, 'O_NOFOLLOW'))
 # Answers of file systems that cannot sync a file, or a directory (FUSE, SMB and others); EIO is none of them.
-_UNSYNCED_FILES = (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP)
-_UNSYNCED_FOLDERS = (*_UNSYNCED_FILES, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS)
+_UNSYNCED_FILES = (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
+_UNSYNCED_FOLDERS = (*_UNSYNCED_FILES, errno.ENOENT, errno.EACCES, errno.EBADF)
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)   # of O_NOFOLLOW at a link
 
 
@@ -2056,6 +2065,10 @@ class Directory:
         status = os.stat(self._root or os.sep)
         self._identity = status.st_dev, status.st_ino
 
+    def is_missing(self) -> bool:
+        """Whether there is no directory yet: over --stdio only a new repository makes one."""
+        return self._identity is None and not os.path.isdir(self._root or os.sep)
+
     def is_gone(self) -> bool:
         """Whether the directory is not the one that was there at the start: its disk was unmounted, and what
         is missing is not missing, and what is stored would be lost.  One process logs a change."""
@@ -2063,7 +2076,7 @@ class Directory:
             status = os.stat(self._root or os.sep)
             gone = self._identity not in (None, (status.st_dev, status.st_ino))
         except OSError:
-            gone = True
+            gone = self._identity is not None
         if gone != self._was_gone[0]:
             self._was_gone[0] = gone
             if gone:
@@ -2118,10 +2131,11 @@ class Store:
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
 
-    def prepare(self, must_exist: bool = False) -> None:
+    def prepare(self, must_exist: bool = False) -> bool:
         """Create the directory if it is missing, unless it `must_exist`, test whether it can be written,
-        and remove what a crash left behind.  Raises OSError."""
-        if not os.path.isdir(self.root or os.sep):
+        and remove what a crash left behind.  Whether it was missing.  Raises OSError."""
+        is_new = not os.path.isdir(self.root or os.sep)
+        if is_new:
             if must_exist or self.directory.read_only:
                 raise FileNotFoundError(errno.ENOENT, 'directory does not exist; is the disk mounted?',
                                         self.root)
@@ -2146,11 +2160,13 @@ class Store:
         if self.ignores_case:
             log.log(NOTICE, 'the file system of %s ignores case, so user names and paths are '
                     'case-insensitive', where)
+        return is_new
 
     def find(self) -> None:
         """Find the directory for a job, and whether its file system ignores case.  Raises OSError."""
         if not os.path.isdir(self.root or os.sep):
-            raise FileNotFoundError(errno.ENOENT, 'directory does not exist', self.root)
+            fault = 'not a directory' if os.path.lexists(self.root) else 'directory does not exist'
+            raise FileNotFoundError(errno.ENOENT, fault, self.root)
         self._detect_case()
 
     def _detect_case(self) -> None:
@@ -2463,7 +2479,8 @@ _TIME_OF_NAME = rf'[0-9]{{4}}{_MONTH_TO_SECOND}\.[0-9]{{6}}Z'
 _SINCE_NAME = re.compile(rf'since\.{_TIME_OF_NAME}')
 _DELETED_NAME = re.compile(rf'([0-9a-f]{{64}}|config)\.({_TIME_OF_NAME})(?:-({_TIME_OF_NAME}))?')
 _MOMENT = re.compile(r'([0-9]{4}-[0-9]{2}-[0-9]{2})'
-                     r'(?:T([0-9]{2}:[0-9]{2})(?:(:[0-9]{2})(?:\.([0-9]{1,6}))?)?)?(Z?)')
+                     r'(?:[T ]([0-9]{2}:[0-9]{2})(?:(:[0-9]{2})(?:\.([0-9]{1,9}))?)?)?'
+                     r'(Z|[+-][0-9]{2}:[0-9]{2}|)')
 
 # A name in a folder of deleted objects: the object's file name, when it was deleted and, for a mark, when
 # it came back (else empty), as text, which sorts by time.
@@ -2503,7 +2520,9 @@ def parse_past(text: str, now: Optional[float] = None) -> int:
             date, clock, seconds, fraction, zone = match.groups()
             parsed = time.strptime(f'{date}T{clock or "00:00"}{seconds or ":00"}', '%Y-%m-%dT%H:%M:%S')
             whole = calendar.timegm(parsed) if zone else int(time.mktime(parsed))
-            moment = whole * 10 ** 6 + int((fraction or '').ljust(6, '0'))
+            if len(zone) > 1:     # RFC 3339 4.2
+                whole -= int(f'{zone[0]}1') * (int(zone[1:3]) * 60 + int(zone[4:])) * 60
+            moment = whole * 10 ** 6 + int((fraction or '').ljust(6, '0')[:6])
         else:
             moment = int(max(now - parse_duration(text if is_short else ''), 0) * 1e6)
     except (ValueError, OverflowError):
@@ -3585,6 +3604,8 @@ class Usage:
     def create(self, location: Location) -> None:
         """Create a repository as Store.create_repository() does.  Raises as save() does."""
         repository, folders = location.repository, self._store.folders
+        if self._store.directory.is_missing():
+            self._store.prepare()
         with self._room(repository) as take:
             missing = sum(not folders.is_there(f'{repository}/{kind}') for kind in KINDS)
             take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
@@ -4034,8 +4055,9 @@ class PasswordFile(WatchedFiles):
             try:
                 entry = Entry(rest.partition(':')[0].strip())
             except ValueError:
-                reload_log.error('%s (%s): unknown or unsafe password scheme; use bcrypt (htpasswd -B)',
-                                 where, user)
+                reload_log.error('%s (%s): %s; set the password anew (--add-user)', where, user,
+                                 'cut off, or an unknown or unsafe password scheme' if rest else
+                                 'no colon and password after the name')
                 continue
             if user in entries:
                 reload_log.warning('%s: duplicate user %s; the last entry is used', where, user)
@@ -5942,7 +5964,8 @@ class Api:
                 path = f'{location.folder}/{location.file}' if location.is_object else location.folder
                 denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
         if status != 400:
-            log.error('%s %s: %s%s', request.method, request.path, error, denial and f'; {denial}')
+            log.error('%s %s: %s%s', request.method, request.path, error.strerror or error,
+                      denial and f'; {denial}')
         return text_response(status, READ_ONLY if error.errno == errno.EROFS else _REASON_OF_STATUS[status])
 
     def _check_origin(self, request: Request) -> None:
@@ -8021,14 +8044,21 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
     the variables, which are not for child processes.  Raises OSError."""
     pid, count, names = (environment.pop(name, '') for name in ('LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES'))
     if pid != str(os.getpid()) or not count.isdecimal():
+        if pid:
+            log.warning('LISTEN_FDS=%s is for process %s, not for this one; ignored', count, pid)
         return []
     inherited = []
     for fd, name in zip(range(3, 3 + int(count)), itertools.chain(names.split(':'), itertools.repeat(''))):
-        sock = socket.socket(fileno=fd)
-        sock.set_inheritable(False)
-        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise OSError(errno.EINVAL, 'systemd passed a socket that does not '
-                                        'listen; use Accept=no and ListenStream= in the unit')
+        try:
+            sock = socket.socket(fileno=fd)
+            sock.set_inheritable(False)
+            listens = (sock.type == socket.SOCK_STREAM
+                       and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        except OSError as error:
+            raise OSError(f'LISTEN_FDS={count}: descriptor {fd}: {error.strerror}') from None
+        if not listens:
+            raise OSError(f'LISTEN_FDS={count}: descriptor {fd} is a socket that does not listen; use '
+                          'Accept=no and ListenStream= in the unit')
         inherited.append((sock, name))
     return inherited
 
@@ -8593,7 +8623,8 @@ class LogFile(logging.FileHandler):
     logrotate, the next line opens it again; if that fails, or the disk is full, lines are lost."""
 
     def _open(self) -> Any:
-        return open(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, 0o640),
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY | getattr(os, 'O_NONBLOCK', 0)    # of a FIFO
+        return open(os.open(self.baseFilename, flags, 0o640),
                     'a', encoding='utf-8', errors='backslashreplace')
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -8606,11 +8637,12 @@ class LogFile(logging.FileHandler):
 
 
 def start_log(level: str, path: str, as_json: bool = False) -> None:
-    """Log to the end of the file `path`, or to stderr, which may lead to systemd's journal: JOURNAL_STREAM
-    names its device and inode (systemd.exec(5)).  Raises OSError."""
+    """Log to the end of the file `path`, to standard output if that is `-`, or to stderr, which may lead to
+    systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5)).  Raises OSError."""
     logging.addLevelName(NOTICE, 'NOTICE')
     logging.raiseExceptions = False  # a full disk for the log must not stop the service
-    handler = LogFile(path) if path else logging.StreamHandler()
+    handler: logging.Handler = (logging.StreamHandler(sys.stdout) if path == '-' else
+                                LogFile(path) if path else logging.StreamHandler())
     journal = False
     with contextlib.suppress(OSError):  # stderr may be closed
         status = os.fstat(2)
@@ -8729,7 +8761,7 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--read-only', 'refuse all changes, even locks (use restic --no-lock)'),
     Option('--keep-deleted DURATION', 'keep deleted objects for this time, such as 30d, so that repositories '
            'can be read as they were (rest:http://HOST/PATH/.at/2d/) and rolled back (--roll-back)',
-           parse_duration, default='0', shown='0, keep nothing'),
+           parse_period, default='0', shown='0, keep nothing'),
     Option('--no-verify-upload', 'do not verify the SHA-256 of uploads; only for very weak machines'),
     'limits',
     Option('--bwlimit BANDWIDTH', 'bandwidth limit for all connections together, such as 10M, 10M:1M '
@@ -8756,13 +8788,14 @@ HELP: Tuple[Union[str, Option], ...] = (
     'logging',
     Option('--quiet', 'log errors only; also -q'),
     Option('--log-level LEVEL', 'DEBUG (as -vv), INFO (as -v), NOTICE or ERROR (as -q)', parse_log_level),
-    Option('--log-file FILE', 'append the log to FILE instead of stderr; reopened on SIGHUP'),
+    Option('--log-file FILE', 'append the log to FILE, or write it to standard output (-), instead of '
+           'standard error; reopened on SIGHUP'),
     Option('--log-format FORMAT', 'text, or json for one JSON object per line', parse_log_format,
            default='text'),
     'monitoring',
     Option('--status', 'serve a status page to browsers; --status=false disables it', default='true'),
     Option('--stale-after DURATION', 'age of the last snapshot after which a repository is overdue',
-           parse_duration, default='48h'),
+           parse_period, default='48h'),
     Option('--prometheus', 'serve metrics at /metrics; if there are users, only to administrators and the '
            'user "metrics"', stdio=False),
     Option('--prometheus-no-auth', 'serve metrics without authentication', requires='--prometheus',
@@ -8784,7 +8817,7 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--scrub', 'verify the SHA-256 of all objects in DIR and list damaged and foreign files; exit '
            'status 1 if anything is damaged. Can run beside a server and needs no password',
            environment=False),
-    Option('--scrub-age DURATION', 'skip objects verified within this time, such as 30d', parse_duration,
+    Option('--scrub-age DURATION', 'skip objects verified within this time, such as 30d', parse_period,
            default='0', shown='0, skip nothing', requires='--scrub', environment=False),
     Option('--roll-back TIME', 'reset the repository at DIR, or all repositories below it, to TIME: restore '
            'what was deleted since and set aside what was added (see --keep-deleted for TIME). Can run '
@@ -8846,7 +8879,7 @@ class Parser(argparse.ArgumentParser):
             if entry == 'logging':
                 group.add_argument('-v', '--verbose', action='count', default=0, help='log each request, in '
                                    'the Combined Log Format; -vv also logs debugging information')
-        group.add_argument('--version', action='version', version=f'restic_serve {__version__}')
+        group.add_argument('--version', '-V', action='version', version=f'restic_serve {__version__}')
         group.add_argument('-h', '--help', action='help', help='show this help and exit')
 
     def parse(self, args: List[str]) -> argparse.Namespace:
@@ -8869,6 +8902,8 @@ class Parser(argparse.ArgumentParser):
         for option in OPTIONS:
             name, words = option.name, getattr(options, option.dest, [])
             text = self.environment.get(option.variable)
+            if text == '' and not option.metavar:
+                self.error(f'{option.variable}: is empty; use true or false')
             if text and not words:
                 name, words = option.variable, option.split(text)
             try:
@@ -8897,8 +8932,12 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
     if not words or not words[0]:
         parser.error('DIR is missing; use restic_serve.py /srv/backup')
     if len(words) > 1:
-        parser.error(f'unexpected argument {words[1]!r}; boolean options are written '
-                     '--append-only or --append-only=false')
+        try:
+            parse_bool(words[0])
+            hint = 'boolean options are written --append-only or --append-only=false'
+        except ValueError:
+            hint = 'one DIR is served; quote a name with spaces'
+        parser.error(f'unexpected argument {words[1]!r}; {hint}')
     directory, at = re.sub('^:local:(?=.)', '', words[0]), ''   # as rclone has it
     past = re.fullmatch(rf'(?s)(?:(.*)/)?{re.escape(AT)}/(.+?)/*', directory)
     if past:
@@ -8906,13 +8945,16 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
             parser.error(f'{directory}: DIR/{AT}/TIME requires --stdio; over HTTP, put TIME in the URL: '
                          f'rest:http://HOST/PATH/{AT}/TIME/')
         try:  # once for the whole session
-            at = moment_for_people(parse_past(past[2]))
+            seconds, fraction = divmod(parse_past(past[2]), 10 ** 6)
+            at = f'{moment_for_people(seconds * 10 ** 6)[:-1]}.{fraction:06}Z'
         except ValueError as error:
             parser.error(f'{directory}: {error}')
         directory = past[1] or ('/' if directory.startswith('/') else '.')
     if re.match(r'([\w.+@-]{2,} *|):', directory) and not os.path.isdir(directory):
         parser.error(f'DIR: {directory!r} is an rclone remote; only local directories can be served. Use '
                      f'./{directory} for a directory of that name')
+    if directory in ('help', 'version') and not os.path.isdir(directory):
+        parser.error(f'DIR: use --{directory}, or ./{directory} for a directory of that name')
     passwords = os.path.join(directory, '.htpasswd')
     settled = (*_SOURCES, '--client-ca', '--no-auth', '--stdio', '--scrub', '--report', '--roll-back',
                '--test-event')
@@ -8955,6 +8997,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
             parser.error('--stdio is not supported on this system; use --addr')
         if sys.stdin is None or sys.stdout is None:
             parser.error('--stdio: standard input or output is closed')
+        if options.log_file == '-':
+            parser.error('--log-file: standard output belongs to --stdio; name a file')
         if os.isatty(0) or os.isatty(1):
             parser.error("--stdio: must be started by restic; use restic -o "
                          "rclone.program='ssh HOST restic_serve.py' -r rclone:DIR snapshots")
@@ -9009,7 +9053,7 @@ def announce(server: Server, root: str, options: argparse.Namespace) -> None:
                             'the proxy connect to a unix socket (--addr unix:///PATH)',
                             options.user_from_header, host)
             name = socket.gethostname() if host in ('::', '0.0.0.0') else host
-            name = f'[{name}]' if ':' in name else name
+            name = f'[{name.replace("%", "%25")}]' if ':' in name else name    # RFC 6874 2
             url = f'{"https" if listener.tls else "http"}://{name}:{port}{options.baseurl}/'
         else:
             url = f'http+unix://{where}:{options.baseurl}/'
@@ -9075,6 +9119,8 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
         except ImportError as error:
             raise OSError(f'--cert: this Python has no TLS support: {error}') from None
     counters = Counters(1 if options.stdio else options.workers + 1)
+    if options.htpasswd and not os.path.lexists(options.htpasswd):
+        raise OSError(f'--htpasswd: {options.htpasswd} does not exist; --add-user NAME creates it')
     accounts = Accounts(
         PasswordFile(options.htpasswd) if options.htpasswd else None, options.user or '',
         getattr(options, 'pass'), options.salt, options.realm, options.user_from_header or '',
@@ -9244,8 +9290,12 @@ def read_password(user: str) -> bytes:
     """A new password, asked for twice on a terminal, or a line of standard input.  Raises OSError."""
     if sys.stdin.isatty():
         import getpass
-        text = getpass.getpass(f'New password for {user}: ')
-        if text != getpass.getpass('Repeat password: '):
+        try:
+            text = getpass.getpass(f'New password for {user}: ')
+            again = getpass.getpass('Repeat password: ')
+        except EOFError:
+            raise OSError('no password was typed; nothing is changed') from None
+        if text != again:
             raise OSError('the passwords do not match')
     else:
         text = sys.stdin.readline().rstrip('\r\n')
@@ -9279,7 +9329,7 @@ def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
 def main() -> int:
     """Run the program's command line; the exit status."""
     for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
-        signal.signal(signum, lambda signum, frame: sys.exit(0))
+        signal.signal(signum, lambda signum, frame: sys.exit(130 if signum == signal.SIGINT else 0))
     args = sys.argv[1:]
     if sys.implementation.name == 'pypy':   # takes them for UTF-8, even where it takes file names for ASCII
         args = [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in args]
@@ -9309,15 +9359,24 @@ def main() -> int:
             import_modules()
         with contextlib.suppress(ValueError, RuntimeError):     # where stacks have a size of their own
             threading.stack_size(STACK_BYTES)
-        store.prepare(options.must_exist or bool(at))
-        server = make_server(options, store, at)
+        is_new = False
+        if not (options.stdio and store.directory.is_missing()) or options.must_exist or at:
+            is_new = store.prepare(options.must_exist or bool(at))
+        try:
+            server = make_server(options, store, at)
+        except (OSError, RightsFault):
+            if is_new:
+                os.rmdir(store.root)
+            raise
+        if at:
+            server.api.usage.past.view('', at)
         if options.stdio:
             serve_stdio(server, at)
             return 0
     except ImportError as error:
         complain(f'this Python lacks {error.name}; install python3')
         return 1
-    except (OSError, RightsFault) as error:
+    except (OSError, RightsFault, StorageError) as error:
         reason = str(error)
         if isinstance(error, OSError) and error.filename:
             reason = f'{error.filename}: {error.strerror}'

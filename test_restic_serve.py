@@ -31,6 +31,7 @@ import json
 import logging
 import math
 import os
+import pty
 import py_compile
 import random
 import re
@@ -4413,7 +4414,7 @@ class PasswordFileTest(TestCase):
             b'alice:plain-text\n..:%b\na/b:%b\n\xff:%b\nm\xe2\x80\x8bller:%b\nno colon\n' % (
                 (sha('a').encode(),) * 4)), {})
         self.assertEqual([re.search(r'line (\d)', line)[1] for line in self.log], list('123456'))
-        self.assertIn('line 1 (alice): unknown or unsafe', self.log[0])
+        self.assertIn('line 1 (alice): cut off, or an unknown or unsafe', self.log[0])
         self.assertNotIn('plain-text', ''.join(self.log))
         self.assertNotIn('{SHA}', ''.join(self.log))
 
@@ -8601,16 +8602,20 @@ class ServiceManagerTest(TestCase):
         self.assertIn(f'http+unix://{unix}:/ (socket local)', text)
 
     def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
-        code = ('import os, socket, sys\n'
-                'a, b = socket.socketpair()\n'
-                'os.dup2(a.fileno(), 3)\n'
-                'os.set_inheritable(3, True)\n'
-                'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")\n'
-                'os.execv(sys.executable, [sys.executable] + sys.argv[1:])\n')
-        done = subprocess.run([sys.executable, '-c', code, MODULE, str(self.root)], text=True,
-                              capture_output=True, env=clean_environment(), timeout=PATIENCE)
-        self.assertEqual(done.returncode, 1, done.stderr)
-        self.assertRegex(done.stderr.splitlines()[-1], '^restic_serve: .*does not listen')
+        for count, source, fault in ((1, 'socket.socket()', 'descriptor 3 is a socket that does not listen'),
+                                     (1, 'open("/dev/null")', 'descriptor 3: Socket operation on non-socket'),
+                                     (99999999, '', 'descriptor 3: Bad file descriptor')):
+            code = ('import os, socket, sys\n'
+                    f'os.dup2(({source}).fileno(), 3)\n' * bool(source) +
+                    f'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="{count}")\n'
+                    'os.execv(sys.executable, [sys.executable] + sys.argv[1:])\n')
+            done = subprocess.run([sys.executable, '-c', code, MODULE, str(self.root)], text=True,
+                                  capture_output=True, env=clean_environment(), timeout=PATIENCE)
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertIn(f'LISTEN_FDS={count}: {fault}', done.stderr.splitlines()[-1])
+        environment = {'LISTEN_PID': '1', 'LISTEN_FDS': '3'}
+        self.assertEqual(restic_serve.inherited_sockets(environment), [])
+        self.assertIn('LISTEN_FDS=3 is for process 1', self.log[-1])
 
 
 # ---- Workers ---------------------------------------------------------------------------------------
@@ -9126,7 +9131,8 @@ class CommandLineTest(TestCase):
                 (['--append', 'x'], {}), (['x'], {'RESTIC_SERVE_ADDR': 'nonsense'}),
                 (['x'], {'RESTIC_SERVE_APPEND_ONLY': 'maybe'}), (['--bogus', 'a\nb'], {}),
                 (['--append-only', 'false', 'x'], {}), (['--', '-a', '-b'], {}),
-                (['x'], {'RESTIC_SERVE_VERBOSE': 'a'})):
+                (['x'], {'RESTIC_SERVE_VERBOSE': 'a'}), (['x'], {'RESTIC_SERVE_APPEND_ONLY': ''}),
+                (['--config', 'a', 'x'], {}), (['help'], {}), (['version'], {})):
             line = refusal(*words, **environment)
             self.assertTrue(line.startswith('restic_serve: '), (words, line))
             for name in environment:
@@ -9144,6 +9150,56 @@ class CommandLineTest(TestCase):
             lines = [line for line in error.splitlines() if 'NOTICE' not in line]
             self.assertEqual((status, output, len(lines)), (1, '', 1), (words, error))
             self.assertTrue(lines[0].startswith('restic_serve: '), error)
+        self.assertFalse(self.root.exists())
+
+    def test_what_would_be_right_is_said(self):
+        for words, right in (
+                (['--keep-deleted', '30'], 'use 30d'), (['--stale-after', '2'], 'use 2d'),
+                (['--scrub', '--scrub-age', '7'], 'use 7d'), (['--baseurl', '..'], 'use /backup'),
+                (['--baseurl', 'a/./b'], 'use /backup'), (['--append-only', 'true'], '--append-only=false'),
+                (['a dir'], 'one DIR')):
+            self.assertIn(right, refusal(*words, 'dir'), words)
+        for words in (['--keep-deleted', '0'], ['--baseurl', 'a..b/.c']):
+            self.parse(*words, 'dir')
+        self.assertIn('name a file', refusal('--stdio', '--log-file', '-', 'dir'))
+        users = self.folder / 'users'
+        self.root.mkdir()
+        self.assertEqual(self.run_it('--htpasswd', users, self.root)[::2], (
+            1, f'restic_serve: --htpasswd: {users} does not exist; --add-user NAME creates it\n'))
+        users.write_text('alice\nbob:$2y$05$abc\n')
+        restic_serve.PasswordFile(str(users))
+        self.assertEqual([line.partition(': ')[2].partition(';')[0] for line in self.log],
+                         ['no colon and password after the name',
+                          'cut off, or an unknown or unsafe password scheme'])
+        status, _, error = self.run_it('--scrub', users)
+        self.assertEqual((status, error), (1, f'restic_serve: {users}: not a directory\n'))
+
+    def test_a_password_that_is_not_typed_changes_nothing(self):
+        for key, status, said in ((b'\x04', 1, b'nothing is changed'), (b'\x03', 130, b'')):
+            process, terminal = pty.fork()
+            if not process:
+                os.execv(sys.executable, [sys.executable, compiled(), '--htpasswd',
+                                          str(self.folder / 'users'), '--add-user', 'alice'])
+            said_so_far = b''
+            with open(terminal, 'r+b', buffering=0) as file, contextlib.suppress(OSError):
+                while True:     # EIO at its end
+                    said_so_far += file.read(1000)
+                    if said_so_far.endswith(b'alice: '):
+                        file.write(key)
+            self.assertEqual(os.WEXITSTATUS(os.waitpid(process, 0)[1]), status)
+            self.assertIn(said, said_so_far)
+            self.assertNotIn(b'Traceback', said_so_far)
+            self.assertFalse((self.folder / 'users').exists())
+
+    def test_a_log_is_written_where_it_is_read(self):
+        with self.launch(sys.executable, compiled(), '--addr', '127.0.0.1:0', '--log-file', '-', self.root,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+            self.assertIn('created directory', server.stdout.readline())
+            server.send_signal(signal.SIGTERM)
+            self.assertEqual(server.stderr.read(), '')
+        os.mkfifo(self.folder / 'fifo')
+        status, _, error = self.run_it('--log-file', self.folder / 'fifo', self.root)
+        self.assertEqual((status, error.count('\n')), (1, 1))
 
     def test_options_that_are_true_or_false_do_not_swallow_the_directory(self):
         for words, value in ((['--append-only', 'dir'], True), (['--append-only=false', 'dir'], False),
@@ -9602,6 +9658,24 @@ class StdioTest(TestCase):
     def setUp(self):
         super().setUp()
         self.make_repository()
+
+    def test_only_a_new_repository_makes_a_directory(self):
+        root = self.folder / 'mistyped'
+        with Stdio(root) as server:
+            for number, (method, target, status) in enumerate((
+                    ('GET', '/config', 404), ('GET', '/snapshots/', 200),
+                    ('HEAD', f'/data/{named(b"x")}', 404), ('DELETE', f'/locks/{named(b"x")}', 200))):
+                self.assertEqual(server.wire.ask(2 * number + 1, method, target)[0], status)
+            self.assertFalse(root.exists())
+            self.assertEqual(server.wire.ask(21, 'POST', '/?create=true')[0], 200)
+            self.assertEqual(server.wire.ask(23, 'GET', '/snapshots/')[0], 200)
+        self.assertTrue((root / 'keys').is_dir())
+
+    def test_a_time_without_history_is_said_once(self):
+        status, output, error = self.run_it('--stdio', '--keep-deleted', '1d', self.root / '.at' / '2d',
+                                            text='\n')
+        self.assertEqual((status, output, error.count('\n')), (1, '', 1))
+        self.assertIn('restic_serve: no history', error)
 
     def test_uploads_downloads_and_a_clean_end(self):
         for socketed in (False, True):
