@@ -597,8 +597,13 @@ def close_quietly(source: object) -> None:
         close()
 
 
+NO_STORE = 'Cache-Control', 'no-store'  # RFC 9111 5.2.2.5: a cache between may not answer for the server
+
+
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
-    return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8')], f'{line}\n'.encode())
+    """An answer of one line of text."""
+    return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8'), NO_STORE],
+                    f'{line}\n'.encode())
 
 
 _BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,99})-([0-9]{1,99})?|-([0-9]{1,99}))', re.IGNORECASE)
@@ -5466,7 +5471,7 @@ class Page:
         """Headers that let a page show itself and nothing else (CSP Level 3)."""
         import base64
         style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-        return [('Content-Type', 'text/html; charset=utf-8'), ('Cache-Control', 'no-store'),
+        return [('Content-Type', 'text/html; charset=utf-8'), NO_STORE,
                 ('Refresh', '60' if self._watch.usage.census.age() < math.inf else '5'),      # seconds
                 ('Content-Security-Policy', f"default-src 'none'; style-src 'sha256-{style}'; "
                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
@@ -5921,8 +5926,9 @@ class Api:
                     self.admission.begin_request(request.client)
             if 'origin' in request.headers:
                 self._check_origin(request)
-            if request.method == 'OPTIONS' and self._allow_origin:
-                response = Response(200, list(_PREFLIGHT))
+            if request.method == 'OPTIONS' and (self._allow_origin or request.path == '*'):
+                # RFC 9110 9.3.7: * asks about the server; haproxy's plain check does.
+                response = Response(200, list(_PREFLIGHT) if self._allow_origin else [])
             else:
                 response = self._route(request)
         except Gone:
@@ -6096,6 +6102,8 @@ class Api:
             raise
         request.location = location     # it is counted as read when it was sent
         headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
+        if source is not self.store or location.kind in ('config', 'locks'):
+            headers.append(NO_STORE)    # all else is what its name says
         # RFC 9110 14.2: only GET has ranges.  13.1.5: answers have no validator here, so If-Range
         # cannot match, and the range is ignored.
         status, size, part = 200, content.length, None
@@ -6116,7 +6124,7 @@ class Api:
 
     def _get_list(self, request: Request, location: Location, source: View | Store) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
-        headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1)]
+        headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1), NO_STORE]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
@@ -6132,7 +6140,7 @@ class Api:
                 shows, of_server = self.policy.metrics_of(user), self.policy.sees_server(user)
                 if not shows:
                     raise HttpError(403, 'no access to metrics')
-        return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8')],
+        return Response(200, [('Content-Type', 'text/plain; version=0.0.4; charset=utf-8'), NO_STORE],
                         self.metrics.exposition(shows, of_server).encode())
 
     def _get_health(self, request: Request) -> Response:

@@ -6177,6 +6177,17 @@ class ApiTest(TestCase):
             keys.unlink()
             keys.mkdir()
 
+    def test_caches_keep_only_what_never_changes(self):
+        self.make_repository('host')
+        for kind in ('config', f'data/{self.NAME}', f'locks/{self.NAME}'):
+            self.ask('POST', f'/host/{kind}', self.CONTENT)
+        for target, kept in (('/host/config', False), (f'/host/locks/{self.NAME}', False), ('/host/x', False),
+                             ('/host/data/', False), (f'/host/data/{self.NAME}', True)):
+            got = self.ask('GET', target)[1].get('Cache-Control')
+            self.assertEqual(got, None if kept else 'no-store', target)
+        self.assertEqual(self.status('OPTIONS', '*'), 200)  # what haproxy asks of itself
+        self.assertEqual(self.status('OPTIONS', '/host/config'), 405)
+
     def test_deep_paths_and_long_names_are_refused(self):
         self.assertEqual(self.status('GET', f'/{"x" * 300}/config'), 400)
         self.assertEqual(self.status('POST', f'/{"x" * 300}/?create=true'), 400)
