@@ -638,6 +638,13 @@ def http_date(seconds: int) -> str:
     return time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(seconds))
 
 
+LIMITED_SECONDS = 60         # Time between two lines about the same limit or refusal.
+LISTED = 10                  # Clients in such a line.
+LIMITED_KEYS = 4096          # Kinds of refusal, users and addresses with lines of their own in a minute.
+FULL_LINES = 5               # Lines in full at first: as many as a program needs to ban an address.
+VALUE_BYTES = 200            # Most bytes of a client's value in a line.
+
+
 def log_access(request: Request, status: int, sent: int) -> None:
     """A line in the Combined Log Format, as Apache writes it, and the seconds that the request took; `sent`
     counts the body's bytes.
@@ -646,23 +653,97 @@ def log_access(request: Request, status: int, sent: int) -> None:
     """
     if not access_log.isEnabledFor(logging.DEBUG if request.is_probe else logging.INFO):
         return
-    query = f'?{request.query}' if request.query else ''
-    line = f'{request.method} {request.path}{query} {request.version}'.rstrip()
-    referer, agent = (_for_log(request.headers.get(name, '-')) for name in ('referer', 'user-agent'))
-    access_log.info('%s - %s [%s] "%s" %d %s "%s" "%s" %.3f', request.client, request.user or '-',
-                    time.strftime('%d/%b/%Y:%H:%M:%S %z'), _for_log(line), status, sent or '-',
-                    referer, agent, time.monotonic() - request.begun)
+    target = f'{request.path}?{request.query}' if request.query else request.path
+    access_log.info(
+        '%s - %s [%s] "%s" %d %s "%s" "%s" %.3f', request.client, request.user or '-',
+        time.strftime('%d/%b/%Y:%H:%M:%S %z'),
+        f'{_for_log(request.method)} {_for_log(target)} {request.version}'.rstrip(), status, sent or '-',
+        _for_log(request.headers.get('referer', '-')),
+        _for_log(request.headers.get('user-agent', '-')), time.monotonic() - request.begun)
 
 
 def _for_log(text: str) -> str:
-    """What a client sent, escaped so that it ends neither its quotes nor its line."""
-    return re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text)
+    """What a client sent, escaped so that it ends neither its quotes nor its line, and cut."""
+    return cut(re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text[:VALUE_BYTES + 1]))
+
+
+def cut(value: object) -> str:
+    """A client's value for the log: VALUE_BYTES of it at the most."""
+    text = str(value)
+    if 4 * len(text) > VALUE_BYTES:     # else it cannot have more bytes
+        data = text[:VALUE_BYTES + 1].encode('utf-8', 'backslashreplace')
+        if len(data) > VALUE_BYTES:
+            return data[:VALUE_BYTES - 3].decode('utf-8', 'ignore') + '...'
+    return text
 
 
 def one_line(text: object) -> str:
     """A message as one line: what cannot be printed, or changes the direction of writing, is escaped."""
     return ''.join(letter if letter.isprintable() else letter.encode('unicode_escape').decode()
                    for letter in str(text))
+
+
+def count_name(counter: collections.Counter[str], name: str) -> None:
+    """Count a client, unless it is one of too many to name."""
+    counter[name if len(counter) < 1024 or name in counter else 'others'] += 1
+
+
+def listed(counter: collections.Counter[str]) -> str:
+    """What was counted of whom, such as `alice (3), bob (1) and 2 more`."""
+    more = len(counter) - LISTED
+    return ', '.join(f'{name} ({count})' for name, count in counter.most_common(LISTED)) + (
+        f' and {more} more' if more > 0 else '')
+
+
+class Refusals:
+    """What clients are refused, in the log.  Each kind of refusal of a user at an address is logged in full
+    at first, FULL_LINES times, and once a minute as long as it goes on, so that a program that bans addresses
+    sees all of them.  The rest is counted, and told of once a minute."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()   # of what follows
+        self._lines: Dict[Key, List[float]] = {}    # the end of a minute, and lines that it has left
+        self._counted: Dict[str, collections.Counter[str]] = {}     # not told of yet, by text and client
+        self._due: Dict[str, float] = {}    # when a text may be logged again
+
+    def log(self, level: int, kind: str, client: Peer, user: str, text: str, *values: object) -> None:
+        """Log a refusal, or count it."""
+        key, now = (kind, client.group, user), time.monotonic()
+        with self._lock:
+            end, left = self._lines.get(key, (-math.inf, FULL_LINES))
+            if now >= end:
+                end, left = now + LIMITED_SECONDS, 1 if now < end + LIMITED_SECONDS else FULL_LINES
+            if left and (key in self._lines or len(self._lines) < LIMITED_KEYS):
+                self._lines[key] = [end, left - 1]
+            else:
+                left, text = 0, f'{kind}: another'
+                self._due.setdefault(text, now + LIMITED_SECONDS)
+        if left:
+            log.log(level, text, *map(cut, values))
+        else:
+            self.count(text, f'{user} at {client}' if user else str(client))
+
+    def count(self, text: str, client: str) -> None:
+        """Count what tell() logs as a text, how often, and of which clients."""
+        with self._lock:
+            count_name(self._counted.setdefault(text, collections.Counter()), cut(client) or 'unix')
+
+    def tell(self, at_once: bool = False) -> float:
+        """Log what was counted, each text once a minute; seconds until there is more to log."""
+        now = time.monotonic()
+        with self._lock:
+            for key in [key for key, (end, _) in self._lines.items() if now >= end + LIMITED_SECONDS]:
+                del self._lines[key]
+            told = [(text, self._counted.pop(text)) for text in list(self._counted)
+                    if at_once or now >= self._due.get(text, now)]
+            self._due.update((text, now + LIMITED_SECONDS) for text, _ in told)
+            wait = min((self._due[text] - now for text in self._counted), default=math.inf)
+        for text, clients in told:
+            log.warning('%s %d, from %s', text, sum(clients.values()), listed(clients))
+        return wait
+
+
+refusals = Refusals()       # of this process
 
 
 # ==== Tuning =====================================================================================
@@ -3738,7 +3819,7 @@ class Usage:
             held = ', '.join(f'{format_size(quota.held)} of {format_size(quota.limit)} in /{scope}'
                              for scope, quota in quotas.items())
             log.warning('quota exceeded: rejected an upload of %s to %s; used: %s%s', format_size(charge),
-                        repository or '/', held, self._text_of_kept(next(filter(None, quotas), '')))
+                        cut(repository or '/'), held, self._text_of_kept(next(filter(None, quotas), '')))
         full = next((f' of /{scope}' for scope, quota in quotas.items()
                      if scope and quota.held + charge > quota.limit), '')
         raise QuotaExceeded(f'quota{full} exceeded')
@@ -4174,7 +4255,8 @@ class Accounts:
                 user = normalize_user(user.encode('latin-1').decode('utf-8', 'replace'))
             if is_user(user):
                 return user
-            log.log(NOTICE, 'request from %s without a valid user name in header %s', peer, self._user_header)
+            refusals.log(NOTICE, 'no valid user name', peer, '',
+                         'request from %s without a valid user name in header %s', peer, self._user_header)
             raise self._unauthorized('the proxy sent no valid user name')
         if peer.unix and not self._socket_auth:
             return peer.user
@@ -4202,10 +4284,10 @@ class Accounts:
         user, password = self._parse_basic(header)
         if not (self._is_remembered(user, password) or self._verify(user, password, request.client.group)):
             self._counters.add(REFUSED_LOGINS, 1)
-            log.log(NOTICE, "authentication failed for '%s' from %s",
-                    user if is_user(user) else re.sub(
-                        r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:64]),
-                    request.client)
+            refusals.log(NOTICE, 'authentication failed', request.client, '',
+                         "authentication failed for '%s' from %s", user if is_user(user) else re.sub(
+                             r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:32]),
+                         request.client)
             raise self._unauthorized('wrong user or password')
         return user
 
@@ -4558,10 +4640,12 @@ class Policy(WatchedFiles):
             return
         who = f"'{request.user}' from {request.client}" if request.user else request.client
         if may in (NONE, METRICS):  # the same whether or not there is such a repository
-            log.log(NOTICE, 'access denied: %s may not access %s', who, location)
+            refusals.log(NOTICE, 'access denied', request.client, request.user,
+                         'access denied: %s may not access %s', who, location)
             raise HttpError(403, f'{request.user or "you"} may not access {location.repository or "/"}')
-        log.log(NOTICE, 'access denied: %s may not %s %s; only %s access to %s', who,
-                verb.partition(' ')[0], location, may, place or '/')
+        refusals.log(NOTICE, 'access denied', request.client, request.user,
+                     'access denied: %s may not %s %s; only %s access to %s', who, verb.partition(' ')[0],
+                     location, may, place or '/')
         if verb == 'delete in':
             self.on_refused_delete(location, request.user, who, may)
         raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}; only {may} access')
@@ -4578,8 +4662,6 @@ CONNECTIONS_IN_ALL = 'too many connections'
 CONNECTIONS_PER_ADDRESS = 'too many connections from your address'
 REQUESTS_PER_ADDRESS = 'too many requests from your address'
 LOGINS = 'too many logins from your address'
-LIMITED_SECONDS = 60         # Time between two lines about the same limit.
-LISTED = 10                  # Addresses, or users, in such a line.
 
 METHODS = ('GET', 'HEAD', 'POST', 'DELETE', 'PUT', 'PATCH', 'OPTIONS', 'TRACE')
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -4604,9 +4686,6 @@ class Metrics:
         self._reported = self._activity()   # as of the last line
         self._reported_at = time.monotonic()
         self._exposing = threading.Lock()
-        self._lock = threading.Lock()       # of the two below
-        self._limited: Dict[str, collections.Counter[str]] = {}     # not logged yet, by limit and address
-        self._logged_at: Dict[str, float] = {}  # when a limit was last logged
 
     def count(self, request: Request, status: int, sent: int) -> None:
         """Count a request that was answered with `sent` bytes of content."""
@@ -4630,27 +4709,11 @@ class Metrics:
                 row[what + 1] += size
 
     def count_limited(self, limit: str, address: str) -> None:
-        """Count that a limit has ended or refused something; log_limited() reports it."""
+        """Count that a limit has ended or refused something."""
         self.counters.add(('limited', limit), 1)
-        with self._lock:
-            count_name(self._limited.setdefault(limit, collections.Counter()), address or 'unix')
+        refusals.count(f'{limit}: closed or rejected', address)
 
     # ---- for the log ----
-
-    def log_limited(self, at_once: bool = False) -> float:
-        """Log what limits have ended or refused, each once in LIMITED_SECONDS; seconds until there is more
-        to log."""
-        now = time.monotonic()
-        with self._lock:
-            waits = {limit: self._logged_at.get(limit, -math.inf) + LIMITED_SECONDS - now
-                     for limit in self._limited}
-            for limit, wait in waits.items():
-                if wait <= 0 or at_once:
-                    by_address = self._limited.pop(limit)
-                    self._logged_at[limit], waits[limit] = now, math.inf
-                    log.warning('%s: closed or rejected %d, from %s', limit, sum(by_address.values()),
-                                listed(by_address))
-        return min(waits.values(), default=math.inf)
 
     def has_news(self) -> bool:
         """Whether anything happened since the last line."""
@@ -4757,18 +4820,6 @@ class Metrics:
             ({'folder': scope}, quota.held) for scope, quota in quotas.items())
         yield 'restic_serve_quota_limit_bytes', 'Limit of the quota.', (
             ({'folder': scope}, quota.limit) for scope, quota in quotas.items())
-
-
-def count_name(counter: collections.Counter[str], name: str) -> None:
-    """Count a client, unless it is one of too many to name."""
-    counter[name if len(counter) < 1024 or name in counter else 'others'] += 1
-
-
-def listed(counter: collections.Counter[str]) -> str:
-    """What was counted of whom, such as `alice (3), bob (1) and 2 more`."""
-    more = len(counter) - LISTED
-    return ', '.join(f'{name} ({count})' for name, count in counter.most_common(LISTED)) + (
-        f' and {more} more' if more > 0 else '')
 
 
 def _lines(name: str, text: str, samples: Iterable[Sample]) -> Iterator[str]:
@@ -5944,7 +5995,8 @@ class Api:
         except OSError as error:
             response = self._fail(request, error)
         except Exception as error:  # a bug must not end the connection
-            log.error('%s %s: %s: %s', request.method, request.path, type(error).__name__, error)
+            self._log(request, 'errors', '%s %s: %s: %s', request.method, request.path, type(error).__name__,
+                      error, level=logging.ERROR)
             log.debug('traceback:', exc_info=True)
             response = text_response(500, 'internal error')
         response.headers.extend(self._headers)
@@ -5961,6 +6013,10 @@ class Api:
         """The answer for an error."""
         return text_response(error.status, str(error), [*error.headers, *self._headers])
 
+    @staticmethod
+    def _log(request: Request, kind: str, text: str, *values: object, level: int = NOTICE) -> None:
+        refusals.log(level, kind, request.client, request.user, text, *values)
+
     def _fail(self, request: Request, error: OSError) -> Response:
         """The answer for an error of the file system."""
         status, denial = _STATUS_OF_ERRNO.get(error.errno or 0, 500), ''
@@ -5970,8 +6026,8 @@ class Api:
                 path = f'{location.folder}/{location.file}' if location.is_object else location.folder
                 denial = explain_denial(self.store.root, path, request.method in ('POST', 'DELETE'))
         if status != 400:
-            log.error('%s %s: %s%s', request.method, request.path, error.strerror or error,
-                      denial and f'; {denial}')
+            self._log(request, 'errors', '%s %s: %s%s', request.method, request.path, error.strerror or error,
+                      denial and f'; {denial}', level=logging.ERROR)
         return text_response(status, READ_ONLY if error.errno == errno.EROFS else _REASON_OF_STATUS[status])
 
     def _check_origin(self, request: Request) -> None:
@@ -5980,8 +6036,8 @@ class Api:
         A Host that is ours proves nothing: names can be rebound."""
         origin = request.headers['origin']
         if not origin or self._allow_origin not in ('*', origin):
-            log.log(NOTICE, 'blocked a request from a web page of %s in the browser at %s', origin[:100],
-                    request.client)
+            self._log(request, 'blocked a request from a web page',
+                      'blocked a request from a web page of %s in the browser at %s', origin, request.client)
             raise HttpError(403, 'requests from web pages are not allowed (--allow-origin)')
 
     def _route(self, request: Request) -> Response:
@@ -6000,10 +6056,10 @@ class Api:
             location = parse_path(path, self.store.ignores_case)
         except ReservedName:
             if creates:
-                log.log(NOTICE, '%s: %s', path, RESERVED)
+                self._log(request, 'reserved name', f'%s: {RESERVED}', path)
             raise
         if creates and location.kind:
-            log.log(NOTICE, '%s: %s', path, RESERVED)
+            self._log(request, 'reserved name', f'%s: {RESERVED}', path)
         at = location.at or self._at
         if (self._page and reads and not location.kind and not at
                 and 'text/html' in request.headers.get('accept', '')):
@@ -6052,7 +6108,7 @@ class Api:
         try:
             view = self.usage.past.view(location.repository, at)
         except StorageError as error:  # restic shows the status alone
-            log.log(NOTICE, '%s/%s/%s: %s', location.repository, AT, at, error)
+            self._log(request, 'earlier state', '%s/%s/%s: %s', location.repository, AT, at, error)
             raise
         if location.kind == 'locks':
             return self.store
@@ -6078,8 +6134,9 @@ class Api:
             raise HttpError(411, 'Content-Length is required for locks')
         if length > LOCK_BYTES or sum(
                 len(names) for names, _ in self.store.objects(locks, False)) >= LOCKS:
-            log.log(NOTICE, 'access denied: %s from %s may not add %s: too large for a lock, or too many '
-                    'locks', request.user or 'a client', request.client, location)
+            self._log(request, 'access denied',
+                      'access denied: %s from %s may not add %s: too large for a lock, or too many locks',
+                      request.user or 'a client', request.client, location)
             raise HttpError(403, 'read access only: too large for a lock, or too many locks')
 
     def _delete(self, request: Request, location: Location) -> Response:
@@ -6693,7 +6750,8 @@ class Connection:
 
     def abort_answer(self, error: OSError) -> NoReturn:
         """Reset the connection, so that the answer does not look complete.  Raises Gone."""
-        log.error('%s: response aborted: %s', self.peer, error)
+        refusals.log(logging.ERROR, 'response aborted', self.peer, '', '%s: response aborted: %s', self.peer,
+                     error)
         self._transport.reset_at_close()
         raise Gone('response aborted')
 
@@ -8182,7 +8240,6 @@ class Server:
         self.certificates = certificates
         self.sweep_seconds = 0.5        # between two checks of the deadlines
         self._next_sweep = 0.0
-        self._next_notice = 0.0         # when a failed handshake may be logged again
         self._files = [files for files in (certificates, api.accounts.file,
                                            api.policy if api.policy.path else None) if files]
         self._purging = threading.Thread()
@@ -8247,7 +8304,7 @@ class Server:
                     loop.watch(channel.receiver, take)
             loop.timers += [self._purge, events.log_forgotten]
             events.start()
-        loop.timers += [self.look_at_files, self.sweep, self.notifier.ping, self.api.metrics.log_limited,
+        loop.timers += [self.look_at_files, self.sweep, self.notifier.ping, refusals.tell,
                         lambda: self.stats.tick(bool(self.served))]
         unpin(False)
         self.notifier.notify('READY=1')
@@ -8266,7 +8323,7 @@ class Server:
             log.warning('closed the connection of %s: request not finished in time', connection.peer)
             connection.abort()
         events.stop(max(end - time.monotonic(), 0))
-        self.api.metrics.log_limited(at_once=True)
+        refusals.tell(at_once=True)
         census.channel.close()
         events.channel.close()
         loop.close()
@@ -8297,7 +8354,7 @@ class Server:
             self.served.add(connection)
             threading.Thread(target=self._serve, args=(connection, source, ticket), daemon=True).start()
         except Exception as error:      # no memory, or no thread
-            log.error('a connection from %s failed: %s', peer, error)
+            refusals.log(logging.ERROR, 'errors', peer, '', 'a connection from %s failed: %s', peer, error)
             self.api.admission.leave(ticket)
             self.served.discard(connection)
             return False
@@ -8319,12 +8376,12 @@ class Server:
             else:
                 http.run()
         except Gone as gone:
-            level, now = logging.DEBUG, time.monotonic()
-            if isinstance(gone, HandshakeFailed) and now >= self._next_notice:
-                level, self._next_notice = NOTICE, now + 1      # one in a second
-            log.log(level, '%s: %s', peer, gone)
+            if isinstance(gone, HandshakeFailed):
+                refusals.log(NOTICE, 'no connection', peer, '', '%s: %s', peer, gone)
+            else:
+                log.debug('%s: %s', peer, gone)
         except Exception as error:
-            log.error('a connection from %s failed: %s', peer, error)
+            refusals.log(logging.ERROR, 'errors', peer, '', 'a connection from %s failed: %s', peer, error)
             log.debug('traceback:', exc_info=True)
         finally:
             connection.close()
