@@ -401,19 +401,36 @@ class HttpError(Exception):
 
 class Peer:
     """The other end of a connection: its `name` in logs (an IP address, or `unix`), and the `user` that
-    its socket or its certificate names, empty if neither does.  Peers of one `group` count as one client in
-    limits: an IPv4 address or the /64 network of an IPv6 address, since one host may take any address in it
-    (RFC 6177 2).  A `secure` one uses TLS, a `certified` one has presented a certificate."""
+    its socket or its certificate names, empty if neither does.  Peers of one `group` count as one
+    client in limits: an IPv4 address or the /64 network of an IPv6 address, since one host may take any
+    address in it (RFC 6177 2); `groups` are that and the /56 and /48 networks that one home or site may have.
+    One whose connection is `secure` uses TLS, one that is `certified` has presented a certificate.
 
-    __slots__ = ('name', 'user', 'unix', 'group', 'certified', 'secure')
+    For Admission: it has logged in (`known`), its request is being answered (`busy`), it has asked for
+    /health and nothing else (`probes`, None at first), it keeps its place (`stays`); when it came (`begun`),
+    when its last answer ended (`since`), and how to end its connection."""
+
+    __slots__ = ('name', 'user', 'unix', 'group', 'groups', 'certified', 'secure',
+                 'known', 'busy', 'probes', 'stays', 'begun', 'since', 'abort')
 
     def __init__(self, name: str, user: str = '', unix: bool = False) -> None:
-        self.name = self.group = name
-        self.user, self.unix = user, unix
+        self.name = name
+        self.user = user
+        self.unix = unix
+        self.groups: Tuple[str, ...] = (name,)
         if ':' in name:
             with contextlib.suppress(OSError):
-                self.group = socket.inet_pton(socket.AF_INET6, name.partition('%')[0])[:8].hex()
-        self.certified = self.secure = False
+                bits = socket.inet_pton(socket.AF_INET6, name.partition('%')[0])
+                self.groups = bits[:8].hex(), bits[:7].hex(), bits[:6].hex()
+        self.group = self.groups[0]
+        self.certified = self.secure = self.known = self.busy = self.stays = False
+        self.probes: Optional[bool] = None
+        self.begun = self.since = time.monotonic()
+        self.abort: Callable[[], object] = int      # does nothing
+
+    def is_stranger(self) -> bool:
+        """Whether it has not logged in, and nobody is about to decide that."""
+        return not (self.known or self.busy or self.stays)
 
     def __str__(self) -> str:
         return self.name
@@ -4347,9 +4364,10 @@ class Accounts:
 
     def is_proxy(self, name: str) -> bool:
         """Whether an address belongs to a proxy, which may name users."""
-        return is_loopback(name) or self._is_trusted(name)
+        return is_loopback(name) or self.is_trusted(name)
 
-    def _is_trusted(self, name: str) -> bool:
+    def is_trusted(self, name: str) -> bool:
+        """Whether an address belongs to a proxy of --trust-proxy."""
         if not self.proxies:
             return False
         import ipaddress
@@ -4359,10 +4377,10 @@ class Accounts:
     def find_client(self, request: Request) -> None:
         """Set a request's client: where one of the trusted `proxies` or a unix socket sends it, the last
         address it is forwarded for that is no proxy's."""
-        if request.peer.unix or self._is_trusted(request.peer.name):
+        if request.peer.unix or self.is_trusted(request.peer.name):
             for address in forwarded_addresses(request.headers):
                 request.client = Peer(address)
-                if not self._is_trusted(address):
+                if not self.is_trusted(address):
                     break
 
     def _unauthorized(self, reason: str) -> HttpError:
@@ -5816,87 +5834,140 @@ def _plot(holdings: Holdings) -> str:
 #     places      of connections, `limit` at the most.  Those beyond get a ticket, too, which says why they
 #                 are turned away; if there are too many of these, they are closed without a word.
 #     shares      of each client, `limit_each` at the most: its connections or, where a proxy forwards them,
-#                 its requests.  A client is a group of addresses (Peer.group).  Proxies, this host and unix
-#                 sockets have no share to exceed: they are `exempt`.
+#                 its requests.  A client is a group of addresses (Peer.groups); of IPv6 a network of each
+#                 size has a share.  Proxies, this host and unix sockets may exceed theirs: they are `exempt`.
 #
 #     Listener    ──▶ admit(peer) ──▶ Ticket ──▶ the connection's thread ──▶ leave(ticket)
 #     Api.handle() ──▶ begin_request(client)      Api.finish() ──▶ end_request(client)
 #
-# Nobody waits for a place.  When all are taken, admit() alone decides who goes without: now the newcomer.
+# Nobody waits for a place.  When all are taken, a connection of this process gives way to the newcomer; the
+# others have about as many, since Server._accept() sees to that.  First go strangers, who have not logged
+# in: of the share in which most of them are, the oldest.  Without any it is the share with most idle
+# connections, of which the one that has been idle longest goes, as on a server without users, where nobody
+# logs in.  A request that is being answered, which includes a password that is being verified, a client with
+# a certificate and a trusted proxy stay; so does a monitor, unless its share is the largest of all.
 
-TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503 at a time.
+TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503, or end, at a time.
+ORDER_SECONDS = 0.1         # How long the order in which connections give way is remembered.
+STRANGER_SECONDS = 10       # Longest life of a connection without login while half of the places are taken.
 
-# A connection's place: the row that counts its client's share, empty for none, and the reason why the
-# connection is turned away, empty if it is served.
-Ticket = collections.namedtuple('Ticket', ['share', 'refusal'])
+# A connection's place: its client, the rows that count the client's shares, none if it is turned away, and
+# the reason for that, empty if it is served.
+Ticket = collections.namedtuple('Ticket', ['peer', 'shares', 'refusal'])
 
 
 class Admission:
     """Places for `limit` connections at a time, and `limit_each` connections or forwarded requests for each
-    client: without a number a quarter, but at least 8, since restic uses five.  `exempt` tells of an address
-    whether it has no share."""
+    client: without a number a quarter, but at least 8, since restic uses five.  `accounts` know who has to
+    log in and who is a proxy."""
 
-    def __init__(self, metrics: Metrics, exempt: Callable[[str], bool], limit: int = 1024,
+    def __init__(self, metrics: Metrics, accounts: Accounts, limit: int = 1024,
                  limit_each: Optional[int] = None) -> None:
         self.limit = limit
         self.limit_each = limit_each or max(limit // 4, min(8, limit))
-        self.exempt = exempt
+        self.exempt = accounts.is_proxy
+        self._accounts = accounts
         self._metrics = metrics
         self._counters = metrics.counters
+        self._places: Set[Ticket] = set()       # of this process; copy() it before a walk
+        self._order: List[Ticket] = []          # of those that give way, the next one last, for a moment
+        self._order_until = 0.0
 
     def admit(self, peer: Peer) -> Optional[Ticket]:
         """A place for a connection, if only to turn it away; None if there is none.  leave() follows."""
+        peer.stays = peer.unix or self._accounts.is_trusted(peer.name)
+        is_bound = not (peer.unix or self.exempt(peer.name))
+        ticket = self._enter(Ticket(peer, self._shares(peer), ''))
+        # Entered first: of two processes that take the last place at once neither keeps it.
         connected, served = self._counters.total(CONNECTIONS, 2)
-        share = self._share(peer)
-        if served >= self.limit:
-            refusal = CONNECTIONS_IN_ALL
-        elif self._taken(share) >= self.limit_each:
+        if is_bound and self._taken(ticket.shares) > self.limit_each:
             refusal = CONNECTIONS_PER_ADDRESS
-        else:
-            ticket = self._enter(Ticket(share, ''))
-            if self._counters.total(CONNECTIONS, 2)[1] <= self.limit:
-                return ticket
-            self.leave(ticket)  # of two processes that take the last place at once neither keeps it
+        elif served > self.limit + TURNED_AWAY or (served > self.limit and not self.make_room(ticket)):
             refusal = CONNECTIONS_IN_ALL
+        else:
+            return ticket
+        self.leave(ticket)
         has_room = connected - served < TURNED_AWAY
         self._metrics.count_limited(refusal if has_room else CONNECTIONS_IN_ALL, peer.name)
-        return self._enter(Ticket((), refusal)) if has_room else None
+        return self._enter(Ticket(peer, (), refusal)) if has_room else None
 
     def leave(self, ticket: Ticket) -> None:
         """A connection has ended."""
         self._enter(ticket, -1)
 
+    def make_room(self, newcomer: Optional[Ticket] = None) -> bool:
+        """End a connection of this process so that another may come; whether there is one that may end."""
+        for is_new in (time.monotonic() > self._order_until, True):
+            if is_new:
+                self._order, self._order_until = self._find_order(), time.monotonic() + ORDER_SECONDS
+            while self._order:
+                ticket = self._order.pop()
+                peer = ticket.peer
+                if ticket in self._places and ticket is not newcomer and not (peer.busy or peer.stays):
+                    peer.busy = True    # it goes once
+                    self._metrics.count_limited(CONNECTIONS_IN_ALL, peer.name)
+                    peer.abort()
+                    return True
+        return False
+
+    def _find_order(self) -> List[Ticket]:
+        """The connections that may give way, the next one last."""
+        places = self._places.copy()
+        idle = [place for place in places if not (place.peer.busy or place.peer.stays)]
+        choice = [place for place in idle if not place.peer.known]
+        if any(place.peer.probes for place in choice):
+            sizes = collections.Counter(share for place in places for share in place.shares)
+            largest = max(sizes.values())
+            choice = [place for place in choice
+                      if not place.peer.probes or max(map(sizes.__getitem__, place.shares)) == largest]
+        age = operator.attrgetter('peer.begun' if choice and self._accounts.demanded else 'peer.since')
+        choice = choice or [place for place in idle if place.peer.known]
+        sizes = collections.Counter(share for place in choice for share in place.shares)
+        # The oldest of a share of 3 goes before the second of another share of 3, and before any of 2.
+        ranks, counts = [], collections.Counter()   # type: List[Any], collections.Counter[Key]
+        for place in sorted(choice, key=age, reverse=True):
+            share = max(place.shares, key=sizes.__getitem__)
+            counts[share] += 1
+            ranks.append((counts[share], -age(place), place))
+        return [place for _, _, place in sorted(ranks, key=operator.itemgetter(0, 1))]
+
+    def is_crowded(self) -> bool:
+        """Whether half of the places are taken, and strangers may be told from users."""
+        return self._accounts.demanded and 2 * self._counters.total(CONNECTIONS, 2)[1] >= self.limit
+
     def begin_request(self, client: Peer) -> None:
         """Count a request that a proxy forwards against the share of its client; end_request() follows in
         any case.  Raises HttpError 503 where the share is used up."""
-        share = self._share(client)
-        self._take(share, 1)
-        if self._taken(share) > self.limit_each:
+        shares = self._shares(client)
+        self._take(shares, 1)
+        if self._taken(shares) > self.limit_each and not self.exempt(client.name):
             self._metrics.count_limited(REQUESTS_PER_ADDRESS, client.name)
             raise HttpError(503, REQUESTS_PER_ADDRESS, [('Retry-After', '10')])
 
     def end_request(self, client: Peer) -> None:
         """A request has been answered that a proxy has forwarded."""
-        self._take(self._share(client), -1)
+        self._take(self._shares(client), -1)
 
     def _enter(self, ticket: Ticket, change: int = 1) -> Ticket:
         self._counters.add(CONNECTIONS, change, 0 if ticket.refusal else change)
-        self._take(ticket.share, change)
+        self._take(ticket.shares, change)
+        if ticket.shares:
+            (self._places.add if change > 0 else self._places.discard)(ticket)
         return ticket
 
-    def _share(self, peer: Peer) -> Key:
-        """The row that counts a client.  Forked processes hash alike, with a seed that strangers do not know;
+    @staticmethod
+    def _shares(peer: Peer) -> Tuple[Key, ...]:
+        """The rows that count a client.  Forked processes hash alike, with a seed that strangers do not know;
         groups that collide share their limit."""
-        is_bound = not (peer.unix or self.exempt(peer.name))
-        return ('addresses', str(hash(peer.group) % 4096)) if is_bound else ()
+        return tuple(('addresses', str(hash(group) % 4096)) for group in peer.groups)
 
-    def _take(self, share: Key, change: int) -> None:
-        if share:
+    def _take(self, shares: Tuple[Key, ...], change: int) -> None:
+        for share in shares:
             self._counters.add(share, change)
 
-    def _taken(self, share: Key) -> int:
-        """What a client has of its share, in all processes."""
-        return self._counters.total(share, 1)[0] if share else 0
+    def _taken(self, shares: Tuple[Key, ...]) -> int:
+        """What a client has of the share that is used most, in all processes."""
+        return max(self._counters.total(share, 1)[0] for share in shares)
 
 
 # ==== Api ========================================================================================
@@ -5958,6 +6029,7 @@ class Api:
         self._page = page
         self._at = at
         # They hide repositories of that name.
+        self.is_open = not accounts.demanded
         self._own_paths = {f'{baseurl}/health': self._get_health, '/favicon.ico': self._get_icon}
         if prometheus:
             self._own_paths[f'{baseurl}/metrics'] = self._get_metrics
@@ -6099,6 +6171,7 @@ class Api:
         """The user, as a path names him: in lower case where the file system ignores case.  Raises
         HttpError as Accounts.identify() does."""
         user = self.accounts.identify(request)
+        request.peer.known |= bool(user)
         return user.lower() if self.store.ignores_case else user
 
     def _find_view(self, request: Request, location: Location, at: str) -> View | Store:
@@ -6309,6 +6382,7 @@ def _decode_path(path: str) -> str:
 PIPE_BYTES = 1 << 20         # Size requested for a pipe; Linux allows it to everybody.
 PIPE_LINGER = 0.1            # Seconds without input after which none is expected.
 _F_SETPIPE_SZ = 1031         # fcntl(2); in the module fcntl from Python 3.10 on.
+STALL_PARTS = 4              # Timeouts of the kernel that make a stall.
 FILE_BYTES = 1 << 20         # Sent by one sendfile(2), after which progress is noted.
 RECORDS_BYTES = 64 * 1024    # TLS records in memory at a time; each connection keeps this much.
 RECORD_OVERHEAD = 512        # Bytes that records add to small content.
@@ -6319,13 +6393,15 @@ _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # not with this
 
 
 class SocketTransport:
-    """A blocking socket, to a client that accepts a byte in `stall_seconds`, or up to twice as long."""
+    """A blocking socket.  Sending fails with BlockingIOError when the client has accepted no byte for
+    `stall_seconds`, or up to a quarter longer: the kernel's timer also ends a call that has sent some."""
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
         self._sock = sock
         self.recv = sock.recv
         self.recv_into = self.skip_input = sock.recv_into
         self._closing = threading.Lock()
+        stall_seconds /= STALL_PARTS
         if stall_seconds < math.inf and os.name == 'posix':
             for form in ('@ll', '@qq'):  # the second for 32-bit systems with 64-bit times
                 with contextlib.suppress(OSError):
@@ -6335,25 +6411,34 @@ class SocketTransport:
 
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
         flags = _MORE if more else 0
+        waits = STALL_PARTS
         while True:
-            count = self._sock.send(data, flags)
+            try:
+                count = self._sock.send(data, flags)
+            except BlockingIOError:
+                waits -= 1
+                if not waits:
+                    raise
+                continue
             if count == len(data):
                 return
-            data = memoryview(data)[count:]
+            data, waits = memoryview(data)[count:], STALL_PARTS
 
     def send_file(self, content: FileSlice, limit: int) -> bool:
         """Send some of a slice, `limit` bytes at the most; False if sendfile(2) does not work here.  An
         OSError that is not in _CONNECTION_ERRORS is one of the file."""
         if not hasattr(os, 'sendfile'):
             return False
-        try:
-            count = os.sendfile(self._sock.fileno(), content.fd, content.offset,
-                                min(content.length, limit, FILE_BYTES))
-        except OSError as error:
-            if error.errno in _NO_SENDFILE:
-                return False
-            raise
-        content.advance(count)
+        for left in reversed(range(STALL_PARTS)):
+            try:
+                content.advance(os.sendfile(self._sock.fileno(), content.fd, content.offset,
+                                            min(content.length, limit, FILE_BYTES)))
+                break
+            except OSError as error:
+                if error.errno in _NO_SENDFILE:
+                    return False
+                if not left or not isinstance(error, BlockingIOError):
+                    raise
         return True
 
     def end_input(self) -> None:
@@ -6607,7 +6692,7 @@ class Connection:
         self.expired = self.stopping = False
         self.unpinned = False               # the thread runs on any core; it began as the main thread is
         self.end_input = transport.end_input    # make the receiving thread see the end of input
-        self.abort = transport.abort            # end the connection at once, whatever its thread waits for
+        self.abort = peer.abort = transport.abort   # end it at once, whatever its thread waits for
         self.close = transport.close
         self.authority: Optional[bytes] = getattr(transport, 'authority', None)     # None without TLS
         self._transport, self._bandwidth = transport, bandwidth
@@ -6657,7 +6742,7 @@ class Connection:
         if isinstance(self._transport, TlsTransport):
             try:
                 self.peer.certified, self.peer.user = self._transport.shake_hands()
-                self.peer.secure = True
+                self.peer.secure, self.peer.stays = True, self.peer.stays or self.peer.certified
             except OSError as error:
                 raise Gone(f'TLS: {error}') from None
 
@@ -6860,15 +6945,16 @@ class Http1:
 
     def run(self) -> None:
         """Serve the connection to its end.  Raises Gone."""
-        connection = self._connection
+        connection, peer = self._connection, self._connection.peer
         while self._exchange():
             connection.wait_for(connection.IDLE, self._limits.idle_seconds)
+            peer.busy, peer.since = False, time.monotonic()
             if connection.stopping:
                 break
 
     def _exchange(self) -> bool:
         """Serve one request; whether another may follow."""
-        request, connection = None, self._connection
+        request, connection, peer = None, self._connection, self._connection.peer
         try:
             text = self._read_head()
             if not text:
@@ -6877,7 +6963,7 @@ class Http1:
                 self.refuse(HttpError(505, _NO_HTTP2))
                 raise HandshakeFailed(f'{_NO_HTTP2}{_IN_PROXIES}')
             method, target, version, headers = parse_head(text)
-            request = Request(method, target, version, headers, self, connection.peer)
+            request = Request(method, target, version, headers, self, peer)
             self.length = self.left = 0
             # No header of a plain request concerns the framing or the connection.
             plain = version != 'HTTP/1.0' and _FRAMING.isdisjoint(headers)
@@ -6894,10 +6980,13 @@ class Http1:
             self.refuse(error, request)
             return False
         try:
+            peer.busy = True
             response = self._api.handle(request)
         except Gone:
             self._api.finish(request, CLIENT_GONE, 0)
             raise
+        peer.busy = peer.known or self._api.is_open     # a stranger who does not read may have to go
+        peer.probes = request.is_probe and peer.probes is not False
         try:
             keep = self._send(request, response, not (connection.stopping or connection.expired)
                               and (plain or self._may_keep(request)))
@@ -8405,8 +8494,11 @@ class Server:
                 if not connection.stopping and connection.authority not in (None, authority):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
                     connection.stop()
+            is_crowded = self.api.admission.is_crowded()
             overdue = [connection for connection in connections
-                       if connection.deadline.time() < connection.clock()]
+                       if connection.deadline.time() < connection.clock()
+                       or (is_crowded and connection.peer.is_stranger() and
+                           now > connection.peer.begun + STRANGER_SECONDS)]
             for connection in overdue[:EXPIRED_AT_ONCE]:
                 connection.expire()
             self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
@@ -8837,11 +8929,11 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--max-size-per-user SIZE', 'quota for all repositories below each /<user>/; requires '
            '--private-repos', parse_quota, default='0', shown='0, no limit', requires='--private-repos',
            stdio=False),
-    Option('--max-connections NUMBER', 'maximum number of simultaneous connections; more are rejected with '
-           '503', parse_count, default='1024'),
-    Option('--max-connections-per-address NUMBER', 'maximum per IPv4 address or IPv6 /64 network, of '
-           'connections and of requests behind a proxy; more are rejected with 503; does not apply to this '
-           'host, unix sockets and --trust-proxy', parse_count,
+    Option('--max-connections NUMBER', 'maximum number of simultaneous connections; beyond it those without '
+           'login give way, then idle ones; without any 503 is answered', parse_count, default='1024'),
+    Option('--max-connections-per-address NUMBER', 'maximum per IPv4 address or IPv6 network (/64, /56, '
+           '/48), of connections and of requests behind a proxy; more are rejected with 503; does not apply '
+           'to this host, unix sockets and --trust-proxy', parse_count,
            shown='a quarter of --max-connections, at least 8'),
     Option('--max-header-bytes BYTES', 'maximum size of a request header; as in rclone, 4096 bytes more are '
            'allowed', parse_count, default='4096'),
@@ -9201,11 +9293,12 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
     metrics, watch = Metrics(counters, usage, store), Watch(store, usage, options.stale_after)
     if certificates:
         metrics.certificate_end = watch.certificate_end = functools.partial(getattr, certificates, 'end')
-    api = Api(
-        store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '', usage,
-        metrics, 'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
-        Page(watch) if options.status else None, at, Events(watch, counters, options.on_event), Admission(
-            metrics, accounts.is_proxy, options.max_connections, options.max_connections_per_address))
+    api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
+              usage, metrics,
+              'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
+              Page(watch) if options.status else None, at, Events(watch, counters, options.on_event),
+              Admission(metrics, accounts, options.max_connections,
+                        options.max_connections_per_address))
     limits = Limits(options.max_header_bytes + HEADER_SLACK, read_seconds=options.server_read_timeout,
                     write_seconds=options.server_write_timeout, stall_seconds=options.stall_timeout)
     if options.stdio:   # restic ends the connection when it wants

@@ -276,7 +276,7 @@ class Api(Api):
         metrics = metrics or Metrics(counters, usage, store)
         events = events or restic_serve.Events(restic_serve.Watch(store, usage, 0), counters)
         super().__init__(store, policy, accounts, baseurl, headers, allow_origin, usage, metrics, prometheus,
-                         page, at, events, restic_serve.Admission(metrics, accounts.is_proxy))
+                         page, at, events, restic_serve.Admission(metrics, accounts))
 
 
 def answer_of(api, method, target, body=b'', peer=None, **headers):
@@ -430,8 +430,7 @@ class TestCase(unittest.TestCase):
 
     def serve(self, api, limits=None, addresses=(LOCAL,), max_connections=1024, per_address=None, **more):
         """A server in a thread of its own."""
-        api.admission = restic_serve.Admission(api.metrics, api.accounts.is_proxy, max_connections,
-                                               per_address)
+        api.admission = restic_serve.Admission(api.metrics, api.accounts, max_connections, per_address)
         server = Server(api, limits or Limits(), list(addresses), **more)
         self.in_thread(server.serve)
         self.addCleanup(server.stop)
@@ -7847,6 +7846,21 @@ class StallTest(Http2TestCase):
                 wire.sock.send(get(path))
         self.wait_for_end('stalled downloads')
 
+    def test_a_reader_who_stops_is_found_out_a_quarter_late_at_the_most(self):
+        path, late = Path(self.folder / 'x'), BlockingIOError(errno.EAGAIN, 'late')
+        path.write_bytes(bytes(100))
+        for call in ('send', 'sendfile'):
+            answers = [late] * 3 + [10] + [late] * 4 + [10]    # the kernel's timer ends a call each time
+            sock = mock.Mock(send=mock.Mock(side_effect=answers), fileno=lambda: 1)
+            transport = restic_serve.SocketTransport(sock, 60)
+            with restic_serve.FileSlice(os.open(path, os.O_RDONLY), 0, 1000) as content, \
+                    mock.patch.object(os, 'sendfile', sock.send), self.assertRaises(BlockingIOError):
+                while call == 'sendfile':
+                    transport.send_file(content, 100)
+                transport.send(bytes(1000))
+            self.assertEqual(sock.send.call_count, 8)
+            self.assertEqual(struct.unpack('@ll', sock.setsockopt.call_args[0][2])[0], 15)
+
     def test_a_download_over_tls(self):
         authority = Authority(self.folder, 'server')
         import ssl
@@ -8370,9 +8384,9 @@ class SharesTest(WireTestCase):
         wires[0].__exit__()
         self.wait_for_room(self.port)
 
-    def admission(self, limit_each, counters=None, exempt=lambda name: False, limit=100):
+    def admission(self, limit_each, counters=None, accounts=None, limit=100):
         metrics = Metrics(counters or Counters(), self.server.api.usage, self.store)
-        return restic_serve.Admission(metrics, exempt, limit, limit_each)
+        return restic_serve.Admission(metrics, accounts or Accounts(), limit, limit_each)
 
     def test_shares_hold_over_all_processes(self):
         counters, admissions = Counters(3), []
@@ -8383,7 +8397,7 @@ class SharesTest(WireTestCase):
         tickets = [admission.admit(Peer('2001:db8::1')) for admission in 2 * admissions]
         self.assertEqual([ticket.refusal for ticket in tickets], [''] * 4)
         self.assertTrue(admissions[1].admit(Peer('2001:db8::2')).refusal)   # of the same /64 network
-        self.assertFalse(admissions[1].admit(Peer('2001:db8:0:1::1')).refusal)
+        self.assertFalse(admissions[1].admit(Peer('2001:db8:1::1')).refusal)
         counters.clear(1)   # a worker has died, and with it its connections
         self.assertFalse(admissions[1].admit(Peer('2001:db8::2')).refusal)
 
@@ -8399,9 +8413,9 @@ class SharesTest(WireTestCase):
             self.assertFalse(admission.admit(Peer('10.0.0.1')).refusal)
 
     def test_of_two_that_take_the_last_place_at_once_neither_keeps_it(self):
-        counters = Counters()   # another process takes it when the places have been counted
-        admission = self.admission(1, counters, lambda name: not counters.add(restic_serve.CONNECTIONS, 1, 1))
-        admission.limit = 1
+        counters = Counters()   # another process takes it at the same time
+        admission = self.admission(1, counters, limit=1)
+        admission.exempt = lambda name: not counters.add(restic_serve.CONNECTIONS, 1, 1)
         self.assertEqual(admission.admit(Peer('10.0.0.1')).refusal, 'too many connections')
 
     def test_the_share_is_a_quarter_but_enough_for_restic(self):
@@ -8410,11 +8424,51 @@ class SharesTest(WireTestCase):
 
     def test_who_is_not_bound(self):
         accounts = Accounts(user_header='X', proxies=[restic_serve.parse_network('10.0.0.0/8')])
-        admission = self.admission(1, exempt=accounts.is_proxy)
+        admission = self.admission(1, accounts=accounts)
         for peer, bound in ((Peer('127.0.0.1'), False), (Peer('::1'), False), (Peer('10.1.2.3'), False),
                             (Peer('unix', unix=True), False), (Peer('11.1.2.3'), True)):
             tickets = [admission.admit(peer) for _ in range(2)]
             self.assertEqual([bool(ticket.refusal) for ticket in tickets], [False, bound], peer.name)
+
+    def test_networks_of_each_size_have_a_share(self):
+        for networks, let_in in (('2001:db8:1:1{}::1', 4), ('2001:db8:1:{}00::1', 4), ('2001:db8:{}::1', 5)):
+            admission = self.admission(4)
+            tickets = [admission.admit(Peer(networks.format(number))) for number in range(5)]
+            self.assertEqual([ticket.refusal for ticket in tickets].count(''), let_in, networks)
+
+    def test_in_a_full_house_connections_give_way(self):
+        # Letters are connections: the order in which they came, or in which their last answers ended.
+        one, two = '10.0.0.1', '10.0.0.2'
+        for user, peers, order in (
+                # Of the largest share the oldest, until two are as large; networks of a home are one.
+                ('u', [(one, {}, 'bcd'), (two, {}, 'a')], 'bcad'),
+                ('u', [(two, {}, 'a'), ('2001:db8:0:1::1', {}, 'b'), ('2001:db8:0:2::1', {}, 'c')], 'bac'),
+                ('u', [(two, {}, 'a'), ('127.0.0.1', {}, 'bc')], 'bac'),
+                # Who has logged in goes when no stranger is left, the one that has been idle longest first.
+                ('u', [(one, {'known': True}, 'abc'), (two, {}, 'd')], 'dabc'),
+                # On a server without users idle time decides.
+                ('', [(one, {}, 'ab'), (two, {'busy': True}, 'c')], 'ab'),
+                # Nobody else does.
+                ('u', [(one, {'busy': True}, 'ab'), ('unix', {'unix': True}, 'c'), ('10.9.0.1', {}, 'd'),
+                       ('10.0.0.3', {'stays': True}, 'e')], ''),
+                # A monitor does if its share is the largest of all.
+                ('u', [(one, {'known': True}, 'ab'), (two, {'probes': True}, 'c')], 'ab'),
+                ('u', [(one, {'known': True, 'busy': True}, 'a'), (two, {'probes': True}, 'bc')], 'bc')):
+            accounts = Accounts(user=user, password=user, proxies=[restic_serve.parse_network('10.9.0.1')])
+            admission, ended = self.admission(9, accounts=accounts, limit=9), []
+            for address, state, letters in peers:
+                for letter in letters:
+                    peer = Peer(address, unix='unix' in state)
+                    admission.admit(peer)
+                    peer.begun = peer.since = ord(letter)
+                    if user:
+                        setattr(peer, 'begun' if 'known' in state else 'since', 0)
+                    for name in {'known', 'busy', 'stays', 'probes'}.intersection(state):
+                        setattr(peer, name, True)
+                    peer.abort = functools.partial(ended.append, letter)
+            while admission.make_room():
+                pass
+            self.assertEqual(''.join(ended), order, peers)
 
 
 class ForwardedClientsTest(ListenerTestCase):
@@ -8464,31 +8518,67 @@ class ConnectionLimitTest(ListenerTestCase):
         self.port = server.listeners[0].server_address[1]
         return server
 
+    def upload(self):
+        """A connection whose request is being answered."""
+        wire = self.connect()
+        wire.send(post(f'/keys/{named(b"x")}', b'', 'Expect: 100-continue', length=1))
+        self.assertEqual(wire.answer()[0], 100)
+        return wire
+
     def test_one_more_is_answered_503_and_closed(self):
         self.start(max_connections=3)
-        wires = [self.connect() for _ in range(3)]
-        for wire in wires:
-            self.assertEqual(wire.ask(get('/config'))[0], 404)
+        wires = [self.upload() for _ in range(3)]
         more = self.connect()
         status, headers, _ = more.ask(get('/config'))
         self.assertEqual((status, headers['connection']), (503, 'close'))
         self.assertTrue(more.is_closed())
         self.wait_until(lambda: self.log[-1] == 'too many connections: closed or rejected 1, from '
                         '127.0.0.1 (1)', 'the log line')
-        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
-        wires[0].__exit__()
-        self.wait_for_room(self.port)
+        self.assertEqual(wires[0].ask(b'x')[0], 200)
+        self.wait_for_room(self.port)   # it gives way now
+        self.assertTrue(wires[0].is_closed())
+
+    def test_strangers_who_fill_the_house_keep_no_user_out(self):
+        Authority(self.folder, 'server')
+        certificates = restic_serve.Certificates(*(
+            str(self.folder / f'server.{what}') for what in ('pem', 'key')))
+        for more, hello in (({}, b'G'), ({}, get('/health')), ({}, get('/config') * 3),
+                            ({'certificates': certificates}, b'\x16\x03\x01')):
+            self.server.api = Api(self.store, Policy(), Accounts(user='alice', password='secret'))
+            self.start(max_connections=20, **more)
+            for wire in [self.connect() for _ in range(30)]:
+                with contextlib.suppress(ConnectionError):
+                    wire.send(hello)
+            row = 'limited', 'too many connections'
+            self.wait_until(lambda row=row: self.server.api.metrics.counters.total(row, 1) == [10], 'room')
+            if not more:
+                user, ask = self.connect(), get('/config', basic('alice', 'secret'))
+                self.assertEqual(user.ask(ask)[0], 404)
+                for _ in range(30):     # he has logged in and stays
+                    self.connect()
+                self.assertEqual(user.ask(ask)[0], 404)
+
+    def test_while_half_of_the_places_are_taken_a_stranger_does_not_stay(self):
+        patch_for(self, restic_serve, STRANGER_SECONDS=0.1)
+        self.server.api = Api(self.store, Policy(), Accounts(user='alice', password='secret'))
+        server = self.start(max_connections=4)
+        server.sweep_seconds = 0.02
+        user, stranger = self.connect(), self.connect()
+        self.assertEqual(user.ask(get('/config', basic('alice', 'secret')))[0], 404)
+        with contextlib.suppress(AssertionError, ConnectionError):
+            while True:
+                stranger.ask(get('/health'))
+        self.assertEqual(user.ask(get('/config', basic('alice', 'secret')))[0], 404)
 
     def test_a_flood_is_dropped(self):
         patch_for(self, restic_serve, TURNED_AWAY=2)
         server = self.start(max_connections=1)
-        wires = [self.connect()]
-        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        wires = [self.upload()]
         wires += [self.connect() for _ in range(30)]
         for wire in wires[1:]:
             wire.is_closed()
         self.assertLessEqual(len(server.served), 3)
-        self.assertEqual(wires[0].ask(get('/config'))[0], 404)
+        self.assertEqual(wires[0].ask(b'x')[0], 200)
         for wire in wires:
             wire.__exit__()
         self.wait_until(lambda: not server.served, 'the end of all')
