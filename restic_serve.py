@@ -3371,12 +3371,15 @@ class Scrub:
 # A quota charges what the disk has to give: objects rounded up to whole blocks, and a block for each
 # folder.  The page and the metrics show the objects' own bytes.
 #
-# An upload reserves its charge before it is read (Usage._room()); when it is stored, the charge moves to
-# `scope`.  Processes check quotas without a common lock: each adds its reservation first and then looks
+# An upload reserves its charge before it is read (Room); when it is stored, the charge moves to `scope`.
+# One that then comes slowly keeps what has arrived, and reserves the rest in steps, as one does whose length
+# is not known.  Processes check quotas without a common lock: each adds its reservation first and then looks
 # at the sum, so that two that take the last bytes at once both step back.
 
 DAYS = 90                    # Days of history: how much was stored on each.
-ROOM_SECONDS = 10            # Longest wait of an upload for bytes that others have reserved.
+ROOM_SECONDS = 3             # Longest wait of an upload for bytes that others have reserved.
+ROOM_RATE = 64 * 1024        # Bytes a second that an upload has to bring to keep what it has reserved,
+ROOM_GRACE = 1               # after so many seconds.
 READY_SECONDS = 20           # Longest wait of an upload for the first census.
 RETRY_SECONDS = 10           # After which a client may try again what had to wait for too long.
 BLOCK_BYTES = 4096           # Unit of charge for an object.
@@ -3667,7 +3670,8 @@ class Usage:
         self.census = Census(store, self, interval)
         self._store = store
         self._next_warning = 0.0
-        self._reserving = threading.Lock()  # one upload at a time
+        self.reserving = threading.Lock()   # one upload at a time
+        self.rooms: Set[Room] = set()       # of uploads under way
 
     # ---- what passes through ----
 
@@ -3687,10 +3691,9 @@ class Usage:
             return self._save(location, body)   # restic needs a lock to read and to delete
         # What replaces a damaged object is charged the difference.
         fixed = folders * FOLDER_BYTES - (0 if present is None else charge_of(present))
-        with self._room(location.repository) as take:
-            take(fixed + charge_of(length or 0), 0 if length is None else ROOM_SECONDS)
-            return self._save(location, body if length is not None else _GrowingBody(
-                body, lambda received: take(fixed + charge_of(received), 0)))
+        with Room(self, location.repository, fixed, body) as room:
+            room.take(length or 0, 0 if length is None else ROOM_SECONDS)
+            return self._save(location, room)
 
     def _save(self, location: Location, body: Body) -> Tuple[int, int]:
         """Store an object, and count it."""
@@ -3709,9 +3712,10 @@ class Usage:
         repository, folders = location.repository, self._store.folders
         if self._store.directory.is_missing():
             self._store.prepare()
-        with self._room(repository) as take:
-            missing = sum(not folders.is_there(f'{repository}/{kind}') for kind in KINDS)
-            take((folders.missing(repository) + missing) * FOLDER_BYTES, ROOM_SECONDS)
+        missing = folders.missing(repository) + sum(
+            not folders.is_there(f'{repository}/{kind}') for kind in KINDS)
+        with Room(self, repository, missing * FOLDER_BYTES) as room:
+            room.take(None, ROOM_SECONDS)
             made = self._store.create_repository(repository)
             self.past.begin(repository)
             self.change(repository, charged=made * FOLDER_BYTES)
@@ -3789,47 +3793,12 @@ class Usage:
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
         return {scope: self.quota(scope) for scope in sorted(scopes)}
 
-    @contextlib.contextmanager
-    def _room(self, repository: str) -> Iterator[Callable[[int, float], None]]:
-        """Room in the quotas of a repository for an upload, until the context ends.  What this yields raises
-        it to a number of bytes.  That waits for some seconds while other uploads have reserved what is left,
-        since they may fail, or another process has tried at the same time.  Raises QuotaExceeded if there is
-        no room, and Busy if there may be soon, or before the first census."""
-        scopes, taken = self.limited(repository), 0
-        if scopes:
-            self.census.request()
-            if not self.census.wait(READY_SECONDS):
-                raise Busy('still calculating sizes', RETRY_SECONDS)
+    def yield_room(self) -> None:
+        """Have uploads that come too slowly keep no more room than they have used."""
+        for room in self.rooms.copy():
+            room.yield_rest()
 
-        def add(count: int) -> bool:
-            """Change what is reserved; False if Counters has no room to count it."""
-            nonlocal taken
-            taken += count
-            fits = [self.counters.add(('reserved', scope), count) for scope in scopes]
-            return all(fits)
-
-        def take(charge: int, seconds: float) -> None:
-            end = time.monotonic() + seconds
-            while charge > taken:
-                count = charge - taken
-                with self._reserving:
-                    fits = add(count)
-                    quotas = {scope: self.quota(scope) for scope in self.limited(repository)}
-                    if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
-                        return
-                    add(-count)
-                if any(quota.held + charge > quota.limit for quota in quotas.values()):
-                    self._refuse(repository, charge, quotas)
-                if time.monotonic() >= end:
-                    raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
-                time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
-
-        try:
-            yield take
-        finally:
-            add(-taken)
-
-    def _refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
+    def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
         """Raises QuotaExceeded for an upload that is charged so much; logged once in ten seconds."""
         if time.monotonic() >= self._next_warning:
             self._next_warning = time.monotonic() + 10
@@ -3901,22 +3870,71 @@ class Usage:
                         held.kept, held.kept_bytes, held.deleted)
 
 
-class _GrowingBody:
-    """An upload whose length is not known; `reserve` is called with the bytes that have arrived."""
+class Room(Closing):
+    """Room in the quotas of a repository for an upload of `body` and `fixed` bytes besides, until it is
+    closed.  It is the Body of the upload.  Raises Busy before the first census."""
 
-    length = None
-
-    def __init__(self, body: Body, reserve: Callable[[int], None]) -> None:
-        self.piece = body.piece
-        self._body = body
-        self._reserve = reserve
-        self._received = 0
+    def __init__(self, usage: Usage, repository: str, fixed: int, body: Optional[Body] = None) -> None:
+        self._usage = usage
+        self._repository = repository
+        self._fixed = fixed
+        self._scopes, self._taken, self._received = usage.limited(repository), 0, 0
+        if self._scopes:
+            usage.census.request()
+            if not usage.census.wait(READY_SECONDS):
+                raise Busy('still calculating sizes', RETRY_SECONDS)
+        if body:
+            self._body, self.piece, self.length = body, body.piece, body.length
+            self._clock: Callable[[], float] = getattr(body, 'clock', time.monotonic)
+            self._begun = self._clock()
+            self._in_steps = body.length is None
+            usage.rooms.add(self)
 
     def readinto(self, view: memoryview) -> int:
         count = self._body.readinto(view)
-        self._received += count
-        self._reserve(self._received)
+        self._received += count     # first: yield_rest() may run at any moment
+        if self._in_steps:
+            self.take(self._received, 0)
         return count
+
+    def take(self, size: Optional[int], seconds: float) -> None:
+        """Raise the room to that for an object.  That waits for some seconds while other uploads have
+        reserved what is left, since they may fail or yield it, or another process has tried at the same
+        time.  Raises QuotaExceeded if there is no room, and Busy if there may be soon."""
+        usage, end = self._usage, time.monotonic() + seconds
+        charge = self._fixed + (0 if size is None else charge_of(size))
+        while charge > self._taken:
+            with usage.reserving:
+                before = self._taken
+                fits = self._set(charge)
+                quotas = {scope: usage.quota(scope) for scope in usage.limited(self._repository)}
+                if fits and all(quota.held + quota.reserved <= quota.limit for quota in quotas.values()):
+                    return
+                self._set(before)
+            if any(quota.held + charge > quota.limit for quota in quotas.values()):
+                usage.refuse(self._repository, charge, quotas)
+            if time.monotonic() >= end:
+                raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
+            time.sleep(0.01 + os.urandom(1)[0] / 10000)     # not in step with another process
+
+    def yield_rest(self) -> None:
+        """Go on in steps if the upload comes too slowly."""
+        seconds = self._clock() - self._begun
+        if not self._in_steps and seconds > ROOM_GRACE and self._received < ROOM_RATE * seconds:
+            with self._usage.reserving:
+                self._in_steps = True
+                self._set(min(self._taken, self._fixed + charge_of(self._received)))
+
+    def close(self) -> None:
+        with self._usage.reserving:
+            self._usage.rooms.discard(self)
+            self._set(0)
+
+    def _set(self, count: int) -> bool:
+        """Change what is reserved; False if Counters has no room to count it."""
+        change, self._taken = count - self._taken, count
+        fits = [self._usage.counters.add(('reserved', scope), change) for scope in self._scopes]
+        return all(fits)
 
 
 # ==== Accounts ===================================================================================
@@ -6937,6 +6955,7 @@ class Http1:
 
     def __init__(self, connection: Connection, api: Api) -> None:
         self._connection, self._limits, self._api = connection, connection.limits, api
+        self.clock = connection.clock
         self._buffer = b''          # received, not yet parsed
         self.length: Optional[int] = 0  # bytes of content, None if it is chunked
         self.left = 0               # bytes of content that were not read, or _UNKNOWN
@@ -8494,6 +8513,7 @@ class Server:
                 if not connection.stopping and connection.authority not in (None, authority):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
                     connection.stop()
+            self.api.usage.yield_room()
             is_crowded = self.api.admission.is_crowded()
             overdue = [connection for connection in connections
                        if connection.deadline.time() < connection.clock()

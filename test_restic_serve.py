@@ -4362,6 +4362,34 @@ class QuotaTest(WatchedTestCase):
         self.ask(get(f'/data/{named(content)}', method='DELETE'))
         self.assertEqual(self.ask(post('/config', b'x'))[0], 200)
 
+    def test_what_is_announced_and_comes_slowly_is_not_held(self):
+        patch_for(self, restic_serve, ROOM_GRACE=0.1)
+        self.make_repository()
+        self.watch(max_bytes=1000)
+        self.usage.census.wait(PATIENCE)
+        for size, status in ((500, 200), (501, 507)):
+            content, other, slow = os.urandom(size), os.urandom(500), self.connect()
+            slow.send(post(f'/keys/{named(content)}', content[:100], length=size))
+            self.wait_until(lambda: self.usage.quota('')[1] == 100, 'the rest to be free')
+            self.assertEqual(self.ask(post(f'/keys/{named(other)}', other))[0], 200)
+            slow.send(content[100:])
+            self.assertEqual(slow.answer()[0], status)
+            for path in (self.root / 'keys').iterdir():
+                self.ask(get(f'/keys/{path.name}', method='DELETE'))
+
+    def test_what_is_announced_is_held_while_it_comes(self):
+        self.watch(max_bytes=1 << 20)
+        self.usage.census.wait(PATIENCE)
+        for received, seconds, held in ((0, 0.9, 1 << 20), (1 << 17, 2, 1 << 20), (1 << 17, 2.1, 1 << 17),
+                                        (1 << 20, 99, 1 << 20)):
+            body = Bytes(bytes(1 << 20))
+            body.clock = iter((0, seconds)).__next__
+            with restic_serve.Room(self.usage, '/x', 0, body) as room:
+                room.take(1 << 20, 0)
+                room.readinto(memoryview(bytearray(received)))
+                self.usage.yield_room()
+                self.assertEqual(self.usage.quota('').reserved, held)
+
 
 # ---- Accounts --------------------------------------------------------------------------------------
 
