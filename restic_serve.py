@@ -820,8 +820,9 @@ def run_in_batches() -> None:
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def allow_descriptors(count: int) -> None:
-    """Raise the process's limit on open files to `count`, as far as the system lets it."""
+def allow_descriptors(count: int) -> int:
+    """Raise the process's limit on open files to `count`, as far as the system lets it; the `count` of them
+    that it may have."""
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -831,6 +832,7 @@ def allow_descriptors(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     except (ImportError, OSError, ValueError) as error:
         log.debug('cannot raise the limit on open files: %s', error)
+    return count
 
 
 # ==== Files ======================================================================================
@@ -1567,7 +1569,7 @@ class Counters:
     half updated.  `rows` are this process's, to be changed with `lock`; join() replaces them after a fork."""
 
     def __init__(self, slots: int = 1) -> None:
-        size = SLOT_BYTES
+        size, self.slots = SLOT_BYTES, slots
         while True:
             try:
                 words = shared_memory(slots * size)
@@ -5881,8 +5883,8 @@ class Admission:
 
     def __init__(self, metrics: Metrics, accounts: Accounts, limit: int = 1024,
                  limit_each: Optional[int] = None) -> None:
-        self.limit = limit
-        self.limit_each = limit_each or max(limit // 4, min(8, limit))
+        self._each = limit_each
+        self.set_limit(limit)
         self.exempt = accounts.is_proxy
         self._accounts = accounts
         self._metrics = metrics
@@ -5890,6 +5892,21 @@ class Admission:
         self._places: Set[Ticket] = set()       # of this process; copy() it before a walk
         self._order: List[Ticket] = []          # of those that give way, the next one last, for a moment
         self._order_until = 0.0
+
+    def set_limit(self, limit: int) -> None:
+        """Have so many places."""
+        self.limit, self.limit_each = limit, self._each or max(limit // 4, min(8, limit))
+
+    def fit_descriptors(self) -> None:
+        """Have no more places than open files allow, of which a list needs four: a connection and three
+        folders; and log that."""
+        wanted = 4 * self.limit + 256
+        allowed, processes = allow_descriptors(wanted), max(self._counters.slots - 1, 1)
+        limit = max(processes * (allowed - min(256, allowed // 4)) // 4, 1)
+        if limit < self.limit:
+            log.warning('%d open files allow %d connections, not %d (--max-connections); raise their limit '
+                        'to %d (LimitNOFILE= in a unit, ulimit -Hn)', allowed, limit, self.limit, wanted)
+            self.set_limit(limit)
 
     def admit(self, peer: Peer) -> Optional[Ticket]:
         """A place for a connection, if only to turn it away; None if there is none.  leave() follows."""
@@ -6110,6 +6127,8 @@ class Api:
     def _fail(self, request: Request, error: OSError) -> Response:
         """The answer for an error of the file system."""
         status, denial = _STATUS_OF_ERRNO.get(error.errno or 0, 500), ''
+        if error.errno == errno.EMFILE:
+            self.admission.make_room()
         if error.errno in (errno.EACCES, errno.EPERM):
             with contextlib.suppress(StorageError, OSError):
                 location = parse_path(request.path[len(self.baseurl):], self.store.ignores_case)
@@ -8275,8 +8294,10 @@ def listener_class() -> Any:
                 sock, address = self.socket.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    log.error('cannot accept connections: %s', error)
-                    time.sleep(0.1)
+                    refusals.log(logging.ERROR, 'cannot accept connections', Peer('any client'), '',
+                                 'cannot accept connections: %s', error)
+                    # An idle connection gives way, which takes its thread a moment.
+                    time.sleep(0.01 if self._server.api.admission.make_room() else 0.1)
                 raise
             sock.setblocking(True)
             if sock.family == _AF_UNIX:
@@ -8355,7 +8376,7 @@ class Server:
         self._is_first = True           # of the processes: makes censuses, purges, runs events
         self._listen(addresses, inherited)
         if self.listeners:
-            allow_descriptors(4 * api.admission.limit + 256)    # a list holds a connection and three folders
+            api.admission.fit_descriptors()
         api.usage.census.channel.open()
         api.events.open()
         if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss

@@ -8714,11 +8714,26 @@ class ServerTest(WireTestCase):
         self.assertTrue(done.wait(PATIENCE))
 
     def test_where_descriptors_are_used_up_the_server_goes_on_later(self):
+        idle = self.connect()
+        self.assertEqual(idle.ask(get('/config'))[0], 404)
         listener, answers = self.server.listeners[0], [OSError(errno.EMFILE, 'Too many open files')]
         full = mock.Mock(wraps=listener.socket, **{'accept.side_effect': answers + 2 * [mock.DEFAULT]})
         with mock.patch.object(listener, 'socket', full):
             self.assertEqual(self.ask(get('/config'))[0], 404)
-        self.assertIn('Too many open files', self.log[-1])
+        self.assertIn('cannot accept connections: [Errno 24] Too many open files', ' '.join(self.log))
+        self.assertTrue(idle.is_closed())
+
+    def test_there_are_as_many_places_as_open_files_allow(self):
+        few = 'sh', '-c', 'ulimit -n 64; exec "$@"', 'sh'
+        server = self.run_server('--workers', '2', self.root, before=few)
+        said = [line for line in server.lines if 'open files' in line]
+        self.assertRegex(' '.join(said), '64 open files allow 24 connections, not 1024 .* limit to 4352')
+        idle = [Wire(server.port) for _ in range(150)]
+        for _ in range(20):
+            self.assertEqual(self.ask(get('/data/'), port=server.port)[0], 200)
+        for wire in idle:
+            wire.__exit__()
+        self.assertFalse([line for line in server.lines if 'ERROR' in line])
 
     def test_no_name_is_looked_up(self):
         with mock.patch.object(socket, 'getfqdn', side_effect=AssertionError), \
@@ -9075,7 +9090,10 @@ class WorkersTest(TestCase):
 
     def test_connections_are_limited_over_all_of_them(self):
         server = self.serve('--max-connections', '5')
+        self.make_repository()
         wires = self.connect_all(server, 5)
+        upload = post(f'/keys/{"0" * 64}', b'', 'Expect: 100-continue', length=1)
+        self.assertEqual([wire.ask(upload)[0] for wire in wires], [100] * 5)
         for _ in range(3):
             self.assertEqual(self.ask(get('/config'), port=server.port)[0], 503)
         wires.pop().__exit__()
