@@ -1645,6 +1645,11 @@ class Counters:
         with self.lock:
             return [row.tolist() for row in self._find(key[0]).get(key, ())]
 
+    def read_word(self, key: Key, position: int) -> List[int]:
+        """A number of each of these rows."""
+        with self.lock:
+            return [row[position] for row in self._find(key[0]).get(key, ())]
+
     def total(self, key: Key, width: int) -> List[int]:
         """The `width` numbers under a key, summed over all processes."""
         return [sum(numbers) for numbers in zip(*self.read(key))] or [0] * width
@@ -3947,6 +3952,7 @@ SLOW_COST = 5               # Cost of new bcrypt entries where Python computes b
 BCRYPT_BYTES = 72           # Bytes of a password that bcrypt uses; the rest is ignored.
 PASSWORD_BYTES = 255        # Longest password of the other schemes.
 WAITING_LOGINS = 8          # Requests of one address that may wait for their password to be hashed.
+KNOWN_ADDRESSES = 4096       # Addresses that are remembered because a user has logged in from them.
 _ITOA64 = './0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
 _BCRYPT64 = './ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789'
 # bcrypt, SHA-crypt, MD5-crypt (the original and Apache's) and SHA-1: scheme, cost and salt.
@@ -4197,26 +4203,25 @@ class PasswordFile(WatchedFiles):
 
 
 class FairQueue:
-    """Lets one thread at a time do something slow.  Groups of addresses take turns, and at most
-    WAITING_LOGINS threads of a group may wait.  After a failed turn the group pauses for as long as the
-    turn took, so that guessing leaves half of the time to others."""
+    """Lets one thread at a time do something slow.  Groups of addresses take turns, those first from which
+    the user has logged in before, and at most WAITING_LOGINS threads of a group may wait.  After a failed
+    turn the group pauses for as long as the turn took, so that guessing leaves half of the time to others."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()   # of what follows
         self._busy = False
         self._resting: Set[str] = set()
-        # By group, in the order of their turns: locks on which threads wait.
-        self._waiting: Dict[str, collections.deque[threading.Lock]] = {}
+        # By whether it is first and group, in the order of their turns: locks on which threads wait.
+        self._waiting: Dict[Tuple[bool, str], collections.deque[threading.Lock]] = {}
 
-    def run(self, group: str, attempt: Callable[[], bool]) -> bool:
+    def run(self, group: str, attempt: Callable[[], bool], is_first: bool = False) -> bool:
         """Wait for a turn and make an attempt; whether it has succeeded.  Raises HttpError 429."""
-        gate = threading.Lock()
+        gate, key = threading.Lock(), (is_first, group)
         gate.acquire()
         with self._lock:
-            if (self._busy or group in self._resting) and len(
-                    self._waiting.get(group, ())) >= WAITING_LOGINS:
+            if (self._busy or group in self._resting) and len(self._waiting.get(key, ())) >= WAITING_LOGINS:
                 raise HttpError(429, 'too many logins from your address', [('Retry-After', '2')])
-            self._waiting.setdefault(group, collections.deque()).append(gate)
+            self._waiting.setdefault(key, collections.deque()).append(gate)
             self._give_turn()
         gate.acquire()      # released by _give_turn()
         succeeded, begin = True, time.monotonic()
@@ -4226,8 +4231,8 @@ class FairQueue:
             with self._lock:
                 if not succeeded:
                     self._resting.add(group)
-                if group in self._waiting:  # move it to the end
-                    self._waiting[group] = self._waiting.pop(group)
+                if key in self._waiting:    # move it to the end
+                    self._waiting[key] = self._waiting.pop(key)
                 self._busy = False
                 self._give_turn()
         if not succeeded:
@@ -4239,14 +4244,15 @@ class FairQueue:
 
     def _give_turn(self) -> None:
         """Wake the first thread of the next group that is not pausing, unless somebody has the turn."""
-        group = next((group for group in self._waiting if group not in self._resting), None)
-        if group is None or self._busy:
+        key = max((key for key in self._waiting if key[1] not in self._resting),
+                  key=operator.itemgetter(0), default=None)     # the first of those that are equal
+        if key is None or self._busy:
             return
         self._busy = True
-        waiting = self._waiting[group]
+        waiting = self._waiting[key]
         waiting.popleft().release()
         if not waiting:
-            del self._waiting[group]
+            del self._waiting[key]
 
 
 class Accounts:
@@ -4326,6 +4332,8 @@ class Accounts:
                              r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:32]),
                          request.client)
             raise self._unauthorized('wrong user or password')
+        if not (request.peer.known and request.peer is request.client):
+            self._know_address(user, request.client.group)
         return user
 
     def _parse_basic(self, header: str) -> Tuple[str, bytes]:
@@ -4347,6 +4355,18 @@ class Accounts:
                 return False
             self._verified[user] = digest
         return True
+
+    def _know_address(self, user: str, group: str, learn: bool = True) -> bool:
+        """Whether a user has logged in from an address before, as far as that is remembered.  If not,
+        remember it from now on, perhaps in the place of another one, if there is something to `learn`."""
+        digest = hashlib.blake2b(f'{user}\0{group}'.encode(), key=self._secret, digest_size=8).digest()
+        value, = struct.unpack('q', digest)
+        if value in self._counters.read_word(('seen',), value % KNOWN_ADDRESSES):
+            return True
+        if learn:
+            with self._counters.lock:
+                self._counters.row(('seen',), KNOWN_ADDRESSES)[value % KNOWN_ADDRESSES] = value
+        return False
 
     def _verify(self, user: str, password: bytes, group: str) -> bool:
         """Whether a password is the user's, by its hash.  Every failure takes the same time, that of the
@@ -4370,9 +4390,10 @@ class Accounts:
                     return True
             return False
 
+        is_known = self._know_address(user, group, learn=False)
         for is_slow, candidates in itertools.groupby(entries, Entry.is_slow):
             queue = self._slow_queue if is_slow else self._queue
-            if queue.run(group, functools.partial(matches, list(candidates))):
+            if queue.run(group, functools.partial(matches, list(candidates)), is_known):
                 return True
         return False
 

@@ -4628,6 +4628,26 @@ class PasswordFileTest(TestCase):
         self.assertEqual(answers.count(401), 1 + restic_serve.WAITING_LOGINS)
         self.assertEqual((queue._busy, queue._waiting), (False, {}))
 
+    def test_an_address_from_which_the_user_has_logged_in_goes_first(self):
+        counters, order = Counters(2), []
+        accounts = self.accounts('alice', 'bob', counters=counters)
+        self.assertEqual(self.identify(accounts, 'alice', 'a', Peer('1.1.1.1')), 'alice')
+        counters.join(1)    # another process
+        self.write(f'alice:{sha("new")}\nbob:{sha("b")}\n')
+        accounts.file.look(force=True)
+        _, go_on = self.held_verify()
+        patch_for(self, restic_serve, verify=lambda password, entry, verify=restic_serve.verify: (
+            order.append(password) or verify(password, entry)))
+        logins = [('alice', 'guess', f'2.2.2.{number}') for number in range(50)]
+        threads = [self.in_thread(self.identify, accounts, user, password, Peer(address)) for
+                   user, password, address in (*logins, ('bob', 'b', '1.1.1.1'), ('alice', 'new', '1.1.1.1'))]
+        self.wait_until(lambda: sum(map(len, accounts._queue._waiting.values())) == 51, 'all to wait')
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(order.index(b'new'), 1)    # after the one that had its turn
+        self.assertGreater(order.index(b'b'), 1)
+
     def test_an_address_that_has_had_its_turn_goes_to_the_end(self):
         queue, order = restic_serve.FairQueue(), []
         go_on = threading.Event()
