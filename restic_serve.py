@@ -842,6 +842,8 @@ def allow_descriptors(count: int) -> int:
 COPY_BYTES = 512 * 1024           # Buffer for content.
 LISTED_AT_ONCE = 1024             # Names read from a directory at a time.
 LOOK_SECONDS = 1.0                # Time between two checks of what may change outside the server.
+SETTLED_SECONDS = 1.0             # A file that did not change for so long is not being written,
+UNENDED_SECONDS = 5.0             # or for so long, if it does not end with a newline.
 KNOWN_AT_MOST = 4096              # Checks of the last second that are remembered.
 LINKS_AT_MOST = 40                # Symbolic links followed on the way to a folder, as in Linux.
 SCRATCH_PREFIX = 'upload-'        # Name of a scratch file that its writer has locked,
@@ -1080,42 +1082,63 @@ def stamp(path: str) -> Tuple[int, ...]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
+class BeingWritten(Exception):
+    """A file may not be complete yet."""
+
+
 class WatchedFiles:
-    """Files that are read again when one of them changes; a base class of what they hold.  While they are no
-    good, what was read last stays in force.  Files that belong together are replaced one after the other:
-    a failure is tried once more, at the next look, before it is logged.  For one thread at a time."""
+    """Files that are read again when one of them changes; a base class of what they hold.  One that changes
+    in place is perhaps not complete before it rests; another in its place (mv) counts at once.  While they
+    are no good, what was read last stays in force.  Files that belong together are replaced one after the
+    other: a failure is tried once more, at the next look, before it is logged.  For one thread at a time."""
 
     kept = ''       # What stays in force after a failure, for the log.
 
     def __init__(self, *paths: str) -> None:
         self._paths = paths
         self._stamps = [stamp(path) for path in paths]
-        self._next_look = 0.0
-        self._failed = False    # at the last look, for the first time
+        self._changed = 0.0         # when they were last seen to change
+        self._due = math.inf        # when that counts
+        self._may_wait = self._failed = False   # at the last look, for the first time
         self.load()
 
     def load(self) -> str:
-        """Read the files and put them in force; what was read, for the log.  Raises OSError, or ValueError
-        with a line for each fault."""
+        """Read the files and put them in force; what was read, for the log.  Raises BeingWritten, OSError, or
+        ValueError with a line for each fault."""
         raise NotImplementedError
 
-    def look(self, force: bool = False) -> float:
-        """A timer of each process: read the files again if one of them has changed, at most once a second, or
-        in any case with `force`; seconds until the next look."""
-        now = time.monotonic()
-        if force or now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            stamps = [stamp(path) for path in self._paths]
-            changed, self._stamps = stamps != self._stamps, stamps
-            if force or self._failed or changed:
-                try:
-                    reload_log.log(NOTICE, '%s', self.load())
-                    self._failed = False
-                except (OSError, ValueError) as error:
-                    for fault in str(error).splitlines() if self._failed else ():
-                        reload_log.error('%s: %s', self.kept, fault)
-                    self._failed = not self._failed
-        return self._next_look - now
+    def read(self, path: str) -> bytes:
+        """The content of one of the files.  Raises BeingWritten and OSError."""
+        fd = os.open(path, os.O_RDONLY | _BINARY | getattr(os, 'O_NONBLOCK', 0))
+        with open(fd, 'rb') as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):      # a FIFO would hold up its reader
+                raise OSError(errno.EINVAL, 'not a regular file', path)
+            content = file.read()
+        if not content.endswith(b'\n'):
+            if self._may_wait:
+                raise BeingWritten
+            if content and self._due < math.inf:    # neither the start nor SIGHUP
+                reload_log.warning('%s: no newline at the end; is the file complete?', path)
+        return content
+
+    def look(self, force: bool = False) -> None:
+        """Read the files again if one of them has changed, or in any case with `force`."""
+        now, stamps = time.monotonic(), [stamp(path) for path in self._paths]
+        if stamps != self._stamps:
+            is_new = any(new[2:] != old[2:] for new, old in zip(stamps, self._stamps))      # their inodes
+            self._stamps, self._changed, self._failed = stamps, now, False
+            self._due = now if is_new else now + SETTLED_SECONDS
+        if force or now >= self._due:
+            self._may_wait = not force and now < self._changed + UNENDED_SECONDS
+            try:
+                reload_log.log(NOTICE, '%s', self.load())
+                self._due, self._failed = math.inf, False
+            except BeingWritten:
+                pass
+            except (OSError, ValueError) as error:
+                for fault in str(error).splitlines() if self._failed else ():
+                    reload_log.error('%s: %s', self.kept, fault)
+                self._due, self._failed = math.inf if self._failed else now, not self._failed
 
 
 @contextlib.contextmanager
@@ -4166,8 +4189,7 @@ class PasswordFile(WatchedFiles):
         super().__init__(path)
 
     def load(self) -> str:
-        with open(self._path, 'rb') as file:
-            content = file.read()
+        content = self.read(self._path)
         if content.startswith((b'\xff\xfe', b'\xfe\xff')):
             raise OSError(errno.EINVAL, 'file is UTF-16; save it as UTF-8', self._path)
         entries: Dict[str, Entry] = {}
@@ -4624,8 +4646,7 @@ class Policy(WatchedFiles):
 
     def load(self) -> str:
         try:
-            with open(self.path, encoding='utf-8-sig', newline='') as file:
-                text = file.read()
+            text = self.read(self.path).decode('utf-8-sig')
         except UnicodeDecodeError:
             raise RightsFault(f'{self.path}: file is not UTF-8') from None
         self.rights = parse_rights(text, *self._options)
@@ -8156,7 +8177,7 @@ class Certificates(WatchedFiles):
             context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
         context.set_alpn_protocols(['http/1.1'])
         context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # costs the server more than the client
-        cert, key = self._read('--cert', self._cert), self._read('--key', self._key)
+        cert, key = self._read_option('--cert', self._cert), self._read_option('--key', self._key)
         try:
             context.load_cert_chain(self._cert, self._key, password='')  # no prompt for an encrypted key
         except ssl.SSLError as error:
@@ -8172,7 +8193,7 @@ class Certificates(WatchedFiles):
             raise OSError(fault) from None
         authority = b''
         if self._client_ca:
-            authority = self._read('--client-ca', self._client_ca)
+            authority = self._read_option('--client-ca', self._client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
             try:
                 context.load_verify_locations(self._client_ca)
@@ -8182,11 +8203,9 @@ class Certificates(WatchedFiles):
         self.wrap = functools.partial(TlsTransport, context=context, authority=authority)
         return f'loaded certificate {self._cert}'
 
-    @staticmethod
-    def _read(option: str, path: str) -> bytes:
+    def _read_option(self, option: str, path: str) -> bytes:
         try:
-            with open(path, 'rb') as file:
-                return file.read()
+            return self.read(path)
         except OSError as error:
             raise OSError(f'{option}: {path}: {error.strerror}') from None
 
@@ -8349,6 +8368,7 @@ def login_name(sock: socket.socket) -> str:
 
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
+HANG_SECONDS = 0.1          # Time that the disk of watched files has to answer before it is left to itself.
 
 
 class StatsLog:
@@ -8392,7 +8412,8 @@ class Server:
         self._next_sweep = 0.0
         self._files = [files for files in (certificates, api.accounts.file,
                                            api.policy if api.policy.path else None) if files]
-        self._purging = threading.Thread()
+        self._purging = self._looking = threading.Thread()
+        self._next_look = 0.0
         self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
         self._is_first = True           # of the processes: makes censuses, purges, runs events
         self._listen(addresses, inherited)
@@ -8567,8 +8588,25 @@ class Server:
         return self._next_sweep - now
 
     def look_at_files(self, force: bool = False) -> float:
-        """Read certificates, passwords and rights that have changed, or all; seconds until the next look."""
-        return min([files.look(force) for files in self._files], default=math.inf)
+        """A timer of each process: read certificates, passwords and rights that have changed, once a second,
+        or all of them with `force`; seconds until the next look.  In a thread, since their disk may hang."""
+        now = time.monotonic()
+        if not self._files:
+            return math.inf
+        if force or now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            if not self._looking.is_alive():
+                self._looking = threading.Thread(target=self._look, args=[force], daemon=True)
+                with contextlib.suppress(RuntimeError):     # there are too many threads: the next time
+                    self._looking.start()
+                    self._looking.join(HANG_SECONDS)
+            elif force:
+                log.error('cannot reload: the disk of the certificate, passwords or rights does not answer')
+        return self._next_look - now
+
+    def _look(self, force: bool) -> None:
+        for files in self._files:
+            files.look(force)
 
     def _purge(self) -> float:
         """Purge what was kept long enough if it is due, in a thread; seconds until it will be."""
