@@ -1322,16 +1322,17 @@ _renaming = threading.Lock()
 
 
 @contextlib.contextmanager
-def _exclusive(folder: Folder) -> Iterator[None]:
-    """Excludes other threads, and other processes where directories can be locked."""
+def exclusive(folder: Folder, *files: str) -> Iterator[None]:
+    """Excludes other threads, and other processes where a folder and files in it can be locked."""
     with _renaming, contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-            fd = folder.open('.', os.O_RDONLY)
-            stack.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            log.debug('cannot lock %s: %s', folder.path, error)
+        for name in ('.', *files):
+            try:
+                import fcntl
+                fd = folder.open(name, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except (ImportError, OSError) as error:
+                log.debug('cannot lock %s: %s', folder.at(name), error)
         yield
 
 
@@ -2101,7 +2102,7 @@ class Scratch(ScratchFile):
         except OSError as error:
             if not self.name or error.errno not in _NO_HARD_LINKS:
                 raise
-            with _exclusive(target):
+            with exclusive(target):
                 try:
                     target.stat(name)
                 except FileNotFoundError:
@@ -2158,7 +2159,7 @@ class HiddenFolder:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Excludes other threads and processes that want to change the same files.  Raises OSError."""
-        with self._folders.hidden() as folder, _exclusive(folder):
+        with self._folders.hidden() as folder, exclusive(folder):
             yield
 
     def remove_left_overs(self, now: Callable[[], float]) -> None:
@@ -4452,30 +4453,49 @@ class Accounts:
 
 def change_password_file(path: str, user: str, entry: str) -> bool:
     """Set a user's entry in an htpasswd file, or remove it if `entry` is empty; whether the user existed.
-    Other lines, owner, group and mode stay.  The file, or the target of a link, is replaced
-    atomically.  Raises OSError."""
+    Other lines, owner, group and mode stay.  The file, or the target of a link, is replaced atomically, or
+    written in place where it is a mount of its own (Docker).  Raises OSError."""
     path, mode, owner = os.path.realpath(path), 0o600, None
+    folder, name = Folder(os.path.dirname(path)), os.path.basename(path)
     lines: List[bytes] = []
-    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
-        lines = file.read().splitlines(keepends=True)
-        status = os.fstat(file.fileno())
-        mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
-    new = [f'{user}:{entry}\n'.encode()] if entry else []
     kept: List[bytes] = []
-    known = False
-    for line in lines:
-        if normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip()) != user:
-            kept.append(line)
-        else:       # the first line of the user is replaced, others go
-            kept += [] if known else new
-            known = True
-    if new and not known:
-        if kept and not kept[-1].endswith(b'\n'):
-            kept[-1] += b'\n'
-        kept += new
-    folder, name = os.path.split(path)
-    write_durably(Folder(folder), name, kept, mode, prefix='.htpasswd-', owner=owner)
+    new, known = [f'{user}:{entry}\n'.encode()] if entry else [], False
+    with exclusive(folder, name):       # the file, too, since a container has another folder around it
+        with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
+            lines = file.read().splitlines(keepends=True)
+            status = os.fstat(file.fileno())
+            mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
+        for line in lines:
+            if normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip()) != user:
+                kept.append(line)
+            else:       # the first line of the user is replaced, others go
+                kept += [] if known else new
+                known = True
+        if new and not known:
+            if kept and not kept[-1].endswith(b'\n'):
+                kept[-1] += b'\n'
+            kept += new
+        if kept != lines:
+            try:
+                write_durably(folder, name, kept, mode, prefix='.htpasswd-', owner=owner)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                _overwrite(folder, name, lines, kept)
     return known
+
+
+def _overwrite(folder: Folder, name: str, lines: List[bytes], new: List[bytes]) -> None:
+    """Write a file in place; a copy of its `lines` lies beside it until that is done.  Raises OSError."""
+    copy = f'{name}.copy'
+    if os.path.lexists(f'{folder.path}/{copy}'):
+        raise OSError(f'{folder.path}/{copy}: left by a change that was interrupted; restore or remove it')
+    write_durably(folder, copy, lines, 0o600)
+    with open(f'{folder.path}/{name}', 'r+b') as file:
+        file.writelines(new)
+        file.truncate()
+        sync_file(file.fileno())
+    folder.unlink(copy)
 
 
 def new_entry(password: bytes, cost: Optional[int] = None) -> str:

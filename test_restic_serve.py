@@ -4803,6 +4803,26 @@ class PasswordFileTest(TestCase):
                          (before.st_uid, before.st_gid, before.st_mode))
         self.assertEqual(self.files(self.folder), ['htpasswd', 'target'])
 
+    def test_a_file_that_is_a_mount_is_written_in_place_with_a_copy_beside_it_until_then(self):
+        self.write('alice:old\nbob:old\n')
+        path, inode, move = str(self.path), self.path.stat().st_ino, restic_serve.move
+
+        def move_others(source, name, target, new_name, mode):
+            if new_name == 'htpasswd':
+                raise OSError(errno.EBUSY, 'busy')
+            move(source, name, target, new_name, mode)
+
+        patch_for(self, restic_serve, move=move_others)
+        self.assertTrue(restic_serve.change_password_file(path, 'alice', ''))
+        self.assertEqual((self.path.read_text(), self.path.stat().st_ino), ('bob:old\n', inode))
+        self.assertEqual(self.files(self.folder), ['htpasswd'])
+        with mock.patch.object(restic_serve, 'sync_file', side_effect=[1, 1, OSError]), \
+                self.assertRaises(OSError):
+            restic_serve.change_password_file(path, 'carol', 'new')
+        self.assertEqual((self.folder / 'htpasswd.copy').read_text(), 'bob:old\n')
+        with self.assertRaisesRegex(OSError, 'htpasswd.copy: left by a change that was interrupted'):
+            restic_serve.change_password_file(path, 'dora', 'new')
+
     def test_a_change_that_fails_leaves_the_file(self):
         self.write('alice:old\n')
         with mock.patch.object(os, 'replace', side_effect=OSError(errno.EIO, 'I/O')):
@@ -9755,6 +9775,11 @@ restic_serve.trim_memory = trim_and_forget
         def change(*words, password='secret\n'):
             return self.run_it('--htpasswd', file, *words, text=password)
 
+        self.assertEqual(change('--remove-user', 'alice')[0], 1)
+        self.assertFalse(file.exists())
+        at_once(lambda name: change('--add-user', name, '--bcrypt-cost', '4'), 'bcde')
+        self.assertEqual(set(PasswordFile(str(file)).entries), set('bcde'))
+        file.unlink()
         for password, done in (('secret\n', 'added'), ('ü', 'changed the password of')):
             self.assertEqual(change('--add-user', 'alice', '--bcrypt-cost', '4', password=password),
                              (0, f'{done} alice\n', ''))
