@@ -520,13 +520,33 @@ class Closing:
         """Release what is open; a second time does nothing."""
 
 
-class FileSlice(Closing):
-    """`length` bytes of the file `fd` from `offset` on.  It owns the descriptor."""
+class WatchedBody:
+    """A request's content; `on_read` is called with the bytes that have arrived, after each piece and at the
+    end, and may raise HttpError."""
 
-    __slots__ = ('fd', 'offset', 'length')
+    def __init__(self, body: Body, on_read: Callable[[int], object]) -> None:
+        self.piece, self.length = body.piece, body.length
+        self.clock: Callable[[], float] = getattr(body, 'clock', time.monotonic)
+        self._body = body
+        self._on_read = on_read
+        self._received = 0
+
+    def readinto(self, view: memoryview) -> int:
+        count = self._body.readinto(view)
+        self._received += count
+        self._on_read(self._received)
+        return count
+
+
+class FileSlice(Closing):
+    """`length` bytes of the file `fd` from `offset` on.  It owns the descriptor.  `check` is called before
+    each further piece, and may raise HttpError."""
+
+    __slots__ = ('fd', 'offset', 'length', 'check')
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
         self.fd, self.offset, self.length = fd, offset, length
+        self.check: Optional[Callable[[], object]] = None
 
     def read(self, limit: int) -> bytes:
         """The next bytes, `limit` at the most; OSError if the file ends before the slice does."""
@@ -553,6 +573,8 @@ class FileSlice(Closing):
             raise OSError(errno.EIO, 'the file became shorter while it was being sent')
         self.offset += count
         self.length -= count
+        if self.check and self.length:
+            self.check()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -4648,7 +4670,7 @@ def _parse_rule(number: int, words: List[str]) -> Rule:
 class Policy(WatchedFiles):
     """Says who may do what, by a table of rights, or by the one in the file at `path`, which is read as
     parse_rights() has it.  `on_change` is called with new rights, `on_refused_delete` with the location, the
-    user, who that is, and the right he has; `has_config` says whether a repository has its config.
+    user, who that is, and the right he has; `is_late_key` says whether a key is new where there is a config.
     Raises OSError if the file cannot be read, and RightsFault if it is no good."""
 
     kept = 'keeping the previous rights'
@@ -4660,7 +4682,7 @@ class Policy(WatchedFiles):
         self._options = strangers, ignore_case, f'{path}, '
         self.on_change: Callable[[Rights], object] = lambda rights: None
         self.on_refused_delete: Callable[[Location, str, object, str], object] = lambda *what: None
-        self.has_config: Callable[[str], bool] = lambda repository: False
+        self.is_late_key: Callable[[Location], bool] = lambda location: False
         if path:
             super().__init__(path)
 
@@ -4732,7 +4754,7 @@ class Policy(WatchedFiles):
             needed, verb = READ, 'lock'
         elif request.method == 'POST':
             needed, verb = APPEND, 'add to'
-            if location.kind == 'keys' and may == APPEND and self.has_config(location.repository):
+            if location.kind == 'keys' and may == APPEND and self.is_late_key(location):
                 needed, verb = WRITE, 'add keys to'
         elif request.method == 'DELETE' and location.is_object:
             needed, verb = WRITE, 'delete in'
@@ -6122,7 +6144,8 @@ class Api:
         self.has_metrics = bool(prometheus)
         self._prometheus = prometheus
         policy.on_refused_delete = events.on_refused_delete
-        policy.has_config = lambda repository: store.size(Location(repository, 'config')) is not None
+        policy.is_late_key = lambda key: store.size(key) is None and store.size(
+            Location(key.repository, 'config')) is not None
         self._page = page
         self._at = at
         # They hide repositories of that name.
@@ -6292,7 +6315,9 @@ class Api:
         self.store.directory.check_writable()
         if location.kind == 'locks' and self.policy.right(request.user, location.repository) == READ:
             self._check_lock(request, location)
-        objects, size = self.usage.save(location, request.body)
+        check = self._find_check(request, location)
+        objects, size = self.usage.save(location, WatchedBody(request.body, lambda received: check())
+                                        if check else request.body)
         if objects:
             self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
             if location.kind == 'snapshots':
@@ -6310,6 +6335,27 @@ class Api:
                       'access denied: %s from %s may not add %s: too large for a lock, or too many locks',
                       request.user or 'a client', request.client, location)
             raise HttpError(403, 'read access only: too large for a lock, or too many locks')
+
+    def _find_check(self, request: Request, location: Location) -> Optional[Callable[[], None]]:
+        """What raises HttpError 403 once the user of a request that is under way, or his right, is gone;
+        None where neither can be.  A changed password ends nothing."""
+        policy, file = self.policy, self.accounts.file
+        if not (policy.path or file):
+            return None
+        fold: Callable[[str], str] = str.lower if self.store.ignores_case else str
+        rights, entries = policy.rights, file.entries if file else {}
+
+        def check() -> None:
+            nonlocal rights, entries
+            if file and file.entries is not entries:
+                before, entries = set(map(fold, entries)), file.entries
+                if request.user in before.difference(map(fold, entries)):
+                    raise HttpError(403, f'{request.user} has been removed')
+            if policy.rights is not rights:
+                rights = policy.rights
+                policy.check(request, location)
+
+        return check
 
     def _delete(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
@@ -6347,6 +6393,7 @@ class Api:
             headers.append(('Content-Range', f'bytes {offset}-{offset + length - 1}/{size}'))
             status = 206
         if content.length > SMALL_BYTES or request.method == 'HEAD':
+            content.check = self._find_check(request, location)
             return Response(status, headers, content)
         # Read before the status is sent, so that an error has its own.
         return Response(status, headers, content.read_all())
@@ -6932,7 +6979,7 @@ class Connection:
         except OSError as error:
             log.debug('%s: closing: %s', self.peer, error)
 
-    def abort_answer(self, error: OSError) -> NoReturn:
+    def abort_answer(self, error: Exception) -> NoReturn:
         """Reset the connection, so that the answer does not look complete.  Raises Gone."""
         refusals.log(logging.ERROR, 'response aborted', self.peer, '', '%s: response aborted: %s', self.peer,
                      error)
@@ -7256,7 +7303,7 @@ class Http1:
                     connection.transmit(head + framed)
                     head, sent = b'', sent + len(chunk)
                 connection.transmit(head + b'0\r\n\r\n' if chunked else head)
-        except OSError as error:        # the content cannot be read
+        except (OSError, HttpError) as error:       # the content cannot be read, or no more by this user
             connection.abort_answer(error)
         finally:
             self._api.finish(request, response.status, sent)

@@ -5001,10 +5001,10 @@ class RightsTest(TestCase):
     # The right that each request takes, and its status with that right.
     REQUESTS = (('GET', 'config', 'read', 200), ('HEAD', 'config', 'read', 200),
                 ('GET', 'data/', 'read', 200), ('GET', f'data/{NAME}', 'read', 200),
-                ('POST', f'keys/{NAME}', 'write', 200), ('POST', '?create=true', 'append', 200),
-                ('POST', f'data/{NAME}', 'append', 200), ('POST', 'config', 'append', 403),
-                ('DELETE', f'locks/{NAME}', 'read', 200), ('DELETE', '', 'read', 501),
-                ('DELETE', f'data/{NAME}', 'write', 200), ('DELETE', 'config', 'write', 200))
+                ('POST', '?create=true', 'append', 200), ('POST', f'data/{NAME}', 'append', 200),
+                ('POST', 'config', 'append', 403), ('DELETE', f'locks/{NAME}', 'read', 200),
+                ('DELETE', '', 'read', 501), ('DELETE', f'data/{NAME}', 'write', 200),
+                ('DELETE', 'config', 'write', 200))
 
     def test_every_role_with_every_request_on_every_kind_of_path(self):
         store = self.make_store()
@@ -5021,12 +5021,12 @@ class RightsTest(TestCase):
                     self.prepare(store, repository)
                     headers = {'authorization': credentials(user, 'p')} if user else {}
                     got = answer_of(api, method, f'{repository}/{path}',
-                                    b'x' if self.NAME in path else b'other', **headers)[0]
+                                    b'x' if 'data/' in path else b'other', **headers)[0]
                     expected = 401 if not user else status if rank(right) >= rank(needed) else 403
                     self.assertEqual(got, expected, (append_only, private, user, repository, method, path))
 
     def prepare(self, store, repository):
-        for kind, content in (('data', b'x'), ('locks', b'x'), ('keys', b'x'), ('config', b'config')):
+        for kind, content in (('data', b'x'), ('locks', b'x'), ('config', b'config')):
             self.put_object(repository, kind, content, store)
 
     def test_what_append_only_refuses_is_logged_with_who_and_what(self):
@@ -5045,7 +5045,7 @@ class RightsTest(TestCase):
                    and f'{path}/'.startswith(where.replace('%u', user).rstrip('/') + '/')]
         may = max(fitting)[1] if fitting else 'none'
         if method in ('POST', 'DELETE') and kind not in ('locks', '') or method == 'POST' and kind != 'locks':
-            return may == 'write' or (may == 'append' and method == 'POST' and kind != 'keys')
+            return may == 'write' or (may == 'append' and method == 'POST')
         return may in ('read', 'append', 'write') or (
             may == 'view' and (kind != 'locks' or method in ('GET', 'HEAD')))
 
@@ -5070,8 +5070,8 @@ class RightsTest(TestCase):
                       usage=usage)
             for _ in range(40):
                 user, path = chance.choice(users), chance.choice(paths)
-                kind, name = chance.choice([('data', self.NAME), ('locks', self.NAME), ('keys', self.NAME),
-                                            ('config', ''), ('data', ''), ('', '')])
+                kind, name = chance.choice([('data', self.NAME), ('locks', self.NAME), ('config', ''),
+                                            ('data', ''), ('', '')])
                 method = chance.choice(['GET', 'HEAD', 'POST', 'DELETE'])
                 at = chance.choice(['', '', '/.at/0s'])
                 if kind == 'data' and not name and method not in ('GET', 'HEAD'):
@@ -5221,15 +5221,49 @@ class RightsTest(TestCase):
             self.assertEqual(lock(b'one too many'), 403)
 
     def test_who_may_only_add_adds_a_key_before_the_config_and_none_later(self):
-        store, key = self.make_store(), Location('/a', 'keys', self.NAME)
         self.make_repository('a')
-        api = Api(store, Policy(short_rights(append_only=True)))
-        for config, status in ((b'', 200), (b'config', 403)):
-            if config:
-                store.save(Location('/a', 'config'), Bytes(config))
-            self.assertEqual(api.handle(Request('POST', str(key), 'HTTP/1.1', {}, Bytes(b'x'),
+        api = Api(self.make_store(), Policy(short_rights(append_only=True)))
+        for content, status in ((b'key', 200), (b'', 200), (b'key', 200), (b'other', 403)):     # `` is config
+            location = Location('/a', 'keys', named(content)) if content else Location('/a', 'config')
+            self.assertEqual(api.handle(Request('POST', str(location), 'HTTP/1.1', {}, Bytes(content or b'x'),
                                                 Peer('1.2.3.4'))).status, status)
-        self.assertEqual(self.log[-1], f'access denied: 1.2.3.4 may not add {key}; only append access to /')
+        self.assertEqual(self.log[-1],
+                         f'access denied: 1.2.3.4 may not add {location}; only append access to /')
+
+    def test_what_is_under_way_ends_with_its_user_or_his_right_but_not_with_his_password(self):
+        store, same = self.make_store(), f'alice:{sha("a")}'
+        self.make_repository()
+        stored = Location('', 'data', named(bytes(100_000)))
+        store.save(stored, Bytes(bytes(100_000)))
+        for case in ((f'alice:{sha("new")}', 'alice / append', 200, 200), ('', 'alice / append', 403, 403),
+                     (same, 'alice / view', 403, 200), (same, '* / none', 403, 403)):
+            self.change_under_way(store, stored, *case)
+
+    def change_under_way(self, store, stored, entry, rule, upload, download):
+        def write(entry, rule):
+            (self.folder / 'users').write_text(f'{entry}\n')
+            (self.folder / 'rights').write_text(f'{rule}\n')
+
+        def ask(method, location, body=None):
+            return api.handle(Request(method, str(location), 'HTTP/1.1', {
+                'authorization': credentials('alice', 'a')}, body, Peer('x')))
+
+        def change(view):
+            write(entry, rule)
+            for files in (api.accounts.file, api.policy):
+                files.look(force=True)
+            return content.readinto(view)
+
+        write(f'alice:{sha("a")}', 'alice / append')
+        api = Api(store, Policy(path=str(self.folder / 'rights')),
+                  Accounts(PasswordFile(str(self.folder / 'users'))))
+        content = io.BytesIO(f'{entry}{rule}'.encode())
+        location = Location('', 'data', named(content.getvalue()))
+        with ask('GET', stored).body as body:
+            response = ask('POST', location, mock.Mock(piece=100, length=9, readinto=change))
+            self.assertEqual((response.status, store.size(location) is None), (upload, upload == 403), rule)
+            with self.assertRaises(HttpError) if download == 403 else contextlib.nullcontext():
+                body.read(1000)
 
     def test_what_a_table_says_of_metrics(self):
         for text, user, whole, shown in (
