@@ -2033,14 +2033,38 @@ class Folders:
             os.close(fd)
 
     def is_there(self, path: str) -> bool:
+        return bool(self._identity(path))
+
+    def _identity(self, path: str) -> Tuple[int, ...]:
+        """Device and inode of a folder, empty if it is missing."""
         folder = self.find_trusted(path)
-        if folder:
-            return os.path.isdir(folder.path)
         try:
-            os.close(self._descend(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+            if folder:
+                status = os.stat(f'{folder.path}/.')
+            else:
+                fd = self._descend(path)
+                status = os.fstat(fd)
+                os.close(fd)
+        except OSError as error:
+            if folder or isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                return ()
+            raise
+        return status.st_dev, status.st_ino
+
+    def spell(self, path: str) -> str:
+        """A path in the Unicode form in which it is on the disk, NFC where it is not, so that a place is one
+        folder.  Raises PermissionError for another form of a folder than NFC where both are there."""
+        import unicodedata
+        spelled = ''
+        for name in path.split('/')[1:]:
+            names = [name] if name.isascii() else [
+                unicodedata.normalize('NFC', name), name, unicodedata.normalize('NFD', name)]
+            found = [] if len(names) == 1 else [self._identity(f'{spelled}/{form}') for form in names]
+            if found and found[0] and found[1] not in ((), found[0]):
+                raise PermissionError(errno.EACCES, 'another folder has this name in Unicode form NFC; move '
+                                      'what is in this one', f'{self.root}{spelled}/{name}')
+            spelled += '/' + next((form for form, there in zip(names, found) if there), names[0])
+        return spelled
 
     def make(self, path: str, certain: bool = False) -> int:
         """Create a folder below the root and its parents, where they are missing; how many were.  Each is
@@ -3827,7 +3851,7 @@ class Usage:
     def scopes(self, repository: str) -> List[str]:
         """The quota scopes of a repository that are counted: its path and those above it, as far as they
         have a limit or may be given one; `` is all that is stored."""
-        names = repository.split('/')[1:QUOTA_DEPTH + 1]
+        names = normalize_user(repository).split('/')[1:QUOTA_DEPTH + 1]
         scopes = ['/'.join(names[:depth]) for depth in range(len(names), -1, -1)]
         return scopes if self._may_change else list(filter(self.limits.limit, scopes))
 
@@ -6144,8 +6168,7 @@ class Api:
         self.has_metrics = bool(prometheus)
         self._prometheus = prometheus
         policy.on_refused_delete = events.on_refused_delete
-        policy.is_late_key = lambda key: store.size(key) is None and store.size(
-            Location(key.repository, 'config')) is not None
+        policy.is_late_key = self._is_late_key
         self._page = page
         self._at = at
         # They hide repositories of that name.
@@ -6259,6 +6282,7 @@ class Api:
                 and 'text/html' in request.headers.get('accept', '')):
             return self._get_page(self._page, request, location)
         self.policy.check(request, location)
+        location = self._spell(location)
         source = self._find_view(request, location, at) if at else self.store
         if location.is_object:
             allowed = 'GET, HEAD, POST, DELETE'
@@ -6288,6 +6312,18 @@ class Api:
         if method in METHODS:
             raise HttpError(405, f'allowed methods are {allowed}', [('Allow', allowed)])
         raise HttpError(501, f'allowed methods are {allowed}')
+
+    def _spell(self, location: Location) -> Location:
+        """A location with its repository as Folders.spell() has it."""
+        if location.repository.isascii():
+            return location
+        repository = self.store.folders.spell(location.repository)
+        return Location(repository, location.kind, location.name, location.at)
+
+    def _is_late_key(self, key: Location) -> bool:
+        """Whether a key is new where there is a config."""
+        key, size = self._spell(key), self.store.size
+        return size(key) is None and size(Location(key.repository, 'config')) is not None
 
     def _identify(self, request: Request) -> str:
         """The user, as a path names him: in lower case where the file system ignores case.  Raises
@@ -6429,6 +6465,7 @@ class Api:
         policy, user, top = self.policy, request.user, location.repository
         if top and policy.right(user, top) == NONE:
             policy.check(request, location)
+        top = self._spell(location).repository
         # Others are named to who sees the whole server, and to all where nobody has a name.
         names = self.accounts.users() or ()
         sort = next((part[5:] for part in request.query.split('&') if part.startswith('sort=')), '')

@@ -6334,6 +6334,25 @@ class ApiTest(TestCase):
         self.assertTrue((self.root / 'with space' / 'data').is_dir())
         self.assertTrue((self.root / 'ü' / 'keys').is_dir())
 
+    def test_a_place_is_one_folder_however_its_accents_are_written(self):
+        forms = {'caf\u00e9': '/caf%C3%A9/config', 'cafe\u0301': '/cafe%CC%81/config'}
+        for there, made_by in itertools.product(('', *forms), forms.values()):
+            if there:   # it was made by hand
+                (self.root / there / 'keys').mkdir(parents=True)
+            self.assertEqual(self.status('POST', made_by.replace('config', '?create=true')), 200)
+            self.assertEqual(self.status('POST', made_by, b'config'), 200)
+            for path in forms.values():
+                self.assertEqual(self.status('GET', path), 200)
+            (folder,) = self.root.glob('caf*')
+            self.assertEqual(folder.name, there or 'caf\u00e9')
+            shutil.rmtree(folder)
+        for name in forms:
+            (self.root / name / 'keys').mkdir(parents=True)
+        self.assertEqual([self.status('POST', path, b'config') for path in forms.values()], [200, 403])
+        self.assertIn('another folder has this name in Unicode form NFC', self.log[-1])
+        usage = Usage(self.store, Counters(), quotas=restic_serve.Quotas({'/caf\u00e9': 1}))
+        self.assertEqual([usage.limited(f'/{name}/x') for name in forms], 2 * [['caf\u00e9']])
+
     def test_other_requests_for_a_repository(self):
         for method, target, status in (
                 ('POST', '/host/', 400), ('POST', '/host/?create=1', 400), ('DELETE', '/host/', 501),
