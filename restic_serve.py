@@ -4379,7 +4379,7 @@ class Accounts:
         if peer.user and is_user(peer.user):
             return peer.user
         if self._certificates and peer.certified:
-            raise self._unauthorized('the common name of the client certificate is not a valid user name')
+            raise self._unauthorized('the client certificate needs one common name that is a valid user name')
         return ''
 
     def users(self) -> Optional[List[str]]:
@@ -6672,8 +6672,8 @@ class TlsTransport:
         self.close = below.close
 
     def shake_hands(self) -> Tuple[bool, str]:
-        """Do the handshake; whether the client has presented a certificate, and its common name, which
-        may be empty.  Raises OSError, and HandshakeFailed."""
+        """Do the handshake; whether the client has presented a certificate, and its common name, empty
+        where it has none or several.  Raises OSError, and HandshakeFailed."""
         import ssl
         try:
             done = self._call(SMALL_BYTES, self._tls.do_handshake)
@@ -6687,8 +6687,9 @@ class TlsTransport:
             raise ConnectionAbortedError(errno.ECONNABORTED, 'client disconnected during the handshake')
         certificate: Any = self._tls.getpeercert() or {}
         # RFC 5280 4.1.2.4: a name is a list of sets of attributes.
-        names = dict(itertools.chain.from_iterable(certificate.get('subject', ())))
-        return bool(certificate), names.get('commonName', '')
+        names = [value for name, value in itertools.chain.from_iterable(certificate.get('subject', ()))
+                 if name == 'commonName']
+        return bool(certificate), names[0] if len(names) == 1 else ''
 
     def recv_into(self, view: memoryview) -> int:
         """Receive at least one record, and as many more as have arrived."""

@@ -8347,11 +8347,12 @@ class TlsTest(ListenerTestCase):
         self.policy.rights = short_rights(private=True)
         port = self.start_tls(client_ca=str(self.authority.path))
         self.store.create_repository('/alice')
-        for subject in ('alice', 'alice+UID=4711'):     # beside others in one set, too
+        for subject, status in (('alice', 200), ('alice+UID=4711', 200),    # beside others in one set, too
+                                ('bob/CN=alice', 403), ('alice+CN=bob', 403)):  # of several names none counts
             self.authority.issue('client', subject)
             wire = self.connect_tls(port, 'client')
-            for path, status in (('/alice/keys/', 200), ('/bob/keys/', 403), ('/keys/', 403)):
-                self.assertEqual(wire.ask(get(path))[0], status)
+            self.assertEqual([wire.ask(get(path))[0] for path in ('/alice/keys/', '/bob/keys/', '/keys/')],
+                             [status, 403, 403], subject)
 
     def test_connections_end_when_their_authority_does(self):
         with mock.patch.object(restic_serve, 'LOOK_SECONDS', 0.01):
