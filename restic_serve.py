@@ -2526,6 +2526,8 @@ class Store:
             raise OtherConfig('a different config already exists')
         if self.size(location) is None:
             raise Busy('object was deleted during the upload', 1)
+        with self.folders.open(location.folder) as folder:
+            folder.sync()   # another upload may have stored it just now
         return True
 
     def _accept_existing(self, location: Location, digest: str, scratch: Scratch) -> bool:

@@ -2690,6 +2690,14 @@ class PastTest(PastTestCase):
             synced = self.synced_by(lambda: self.assertIsNone(self.past.delete(location)))
         self.assertLessEqual({f'host/data/{prefix}', f'host/.restic_serve/deleted/data/{prefix}'}, synced)
 
+    def test_an_upload_that_another_has_just_stored_is_on_the_disk_all_the_same(self):
+        location = self.upload(b'pack')
+        for limits in ({}, {'/': 1 << 20}):
+            usage = Usage(self.store, Counters(), quotas=restic_serve.Quotas(limits), past=self.past)
+            usage.census.count()
+            self.assertIn(f'host/data/{location.name[:2]}', self.synced_by(
+                functools.partial(usage.save, location, Bytes(b'pack'))))
+
     def test_a_repository_that_another_has_just_made_is_on_the_disk_all_the_same(self):
         def create():
             self.store.create_repository('/new')
