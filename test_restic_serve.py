@@ -2897,8 +2897,15 @@ class PastTest(PastTestCase):
     def test_what_leads_to_another_file_system_is_copied(self):
         pack = self.upload(b'pack')
         uploaded = self.now - 1
+        steps = []
+        for name in ('rename', 'sync', 'unlink'):
+            call = getattr(restic_serve.Folder, name)
+            patch_for(self, restic_serve.Folder, **{name: lambda folder, *args, name=name, call=call: (
+                steps.append((name, 'deleted' in folder.path)), call(folder, *args))})
         with failing(lambda source, target: source.endswith(pack.name), os, 'replace', errno.EXDEV):
             self.delete(pack)
+        copied = steps.index(('unlink', False))
+        self.assertEqual(steps[copied - 2:copied], [('rename', True), ('sync', True)])
         self.assertEqual(self.view(uploaded), {'data': [pack.name]})
         self.assertEqual(list(self.store.objects(Location('/host', 'data'), False)), [])
 
@@ -5171,6 +5178,7 @@ class RightsTest(TestCase):
         self.assertEqual(usage.limited('/alice/pc'), ['alice'])
         self.assertEqual(usage.limited('/bob/pc'), ['bob'])
         self.assertEqual(usage.limited('/team/x/y'), ['team/x', 'team'])
+        self.assertEqual(usage.scopes('/a/b/c/d/e'), ['a/b/c/d', 'a/b/c', 'a/b', 'a', ''])
         self.assertEqual([usage.limits.limit(scope) for scope in ('alice', 'bob', 'team', 'team/x', '')],
                          [50_000, 40_000, 40_000, 9000, 0])
 
@@ -5197,6 +5205,9 @@ class RightsTest(TestCase):
     def test_a_pattern_is_not_for_what_leads_to_a_written_place(self):
         rights = restic_serve.parse_rights('* /%u append 20G\nbob /shared/photos append\nalice /%u write 1G\n'
                                            '* /%u/pc append 10G\n* /lab/%u append 5G')
+        for whole in (50, 100, 0):
+            table = restic_serve.parse_rights(f'alice / write {whole}G' if whole else 'alice / write')
+            self.assertEqual(table.quotas(70 << 30).limit('') >> 30, min(whole or 70, 70))
         quotas = rights.quotas(100 << 30)
         self.assertEqual([quotas.limit(scope) >> 30 for scope in (
             'bob', 'shared', 'shared/photos', 'alice', 'bob/pc', 'lab/bob', 'lab/pc', '')],
