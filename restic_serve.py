@@ -2895,7 +2895,7 @@ class View:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
                         self._store.folders.open(path) as folder:
                     fd, status = open_plain(folder, file)
-                    if self._existed(status, names):
+                    if self._existed(status, names, file):
                         return FileSlice(fd, 0, status.st_size)
                     os.close(fd)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.file)
@@ -2932,7 +2932,7 @@ class View:
         for name, names in self._history(deleted).items():
             history.setdefault(name, set()).update(names)
         for entry, status in objects:
-            if self._existed(status, history.get(entry.name, ())):
+            if self._existed(status, history.get(entry.name, ()), ''):
                 yield entry.name, '', status
         if not history:
             return
@@ -2947,7 +2947,7 @@ class View:
                             status = there.stat(name)
                         except (FileNotFoundError, NotADirectoryError):
                             continue
-                    if self._existed(status, names):
+                    if self._existed(status, names, file):
                         yield name, file, status
 
     def _history(self, path: str, file: str = '') -> Dict[str, Set[DeletedName]]:
@@ -2963,12 +2963,21 @@ class View:
                     history.setdefault(name.file, set()).add(name)
         return history
 
-    def _existed(self, status: os.stat_result, names: Iterable[DeletedName]) -> bool:
-        """Whether a file that has not been deleted before this moment had been uploaded by then, and was
+    def _existed(self, status: os.stat_result, names: Iterable[DeletedName], file: str) -> bool:
+        """Whether a `file` that has not been deleted before this moment had been uploaded by then, and was
         not away at that time."""
-        return status.st_mtime_ns <= self._nanoseconds and not any(
-            name.returned and name.deleted <= self._text < name.returned
-            and status.st_mtime_ns < read_moment(name.deleted) * 1000 for name in names)
+        if status.st_mtime_ns > self._nanoseconds:
+            return False
+        # An object may have several files.  This one came back at the last return before its end, having been
+        # deleted before that, and so on; the files' own times are too coarse to tell.
+        end = file.partition('.')[2] or '~'
+        for mark in sorted((name for name in names if name.deleted < name.returned),
+                           key=operator.attrgetter('returned'), reverse=True):
+            if mark.returned < end:
+                if mark.deleted <= self._text:
+                    return False
+                end = mark.deleted
+        return True
 
     def _files(self, names: Iterable[DeletedName]) -> List[str]:
         """The files of an object that were deleted after this moment."""

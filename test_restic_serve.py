@@ -2736,6 +2736,17 @@ class PastTest(PastTestCase):
         self.assertEqual(self.view(again), {'data': [pack.name], 'index': [index.name]})
         self.assertEqual(self.view(self.now), {'data': [pack.name]})
 
+    def test_each_life_of_an_object_is_its_own_though_two_fall_into_one_tick(self):
+        begin, pack = self.now, self.upload(b'pack')
+        self.delete(pack)               # 1
+        self.upload(b'pack')            # 2, but by the coarse clock of the files before it was deleted
+        os.utime(path_of(self.store, pack), (begin + 0.5,) * 2)
+        self.delete(pack)               # 3
+        self.roll_back(begin)           # 4: the first file comes back,
+        self.delete(pack)               # 5: goes,
+        self.roll_back(begin + 2)       # 6: and the second comes back
+        self.assertEqual([len(self.view(begin + after)) for after in range(8)], [1, 1, 1, 0, 1, 0, 1, 1])
+
     def test_a_mended_object_was_there_all_the_time(self):
         pack = self.upload(b'pack')
         Path(path_of(self.store, pack)).write_bytes(b'damaged')
