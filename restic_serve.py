@@ -1971,11 +1971,7 @@ class Folders:
 
     def missing(self, path: str) -> int:
         """How many folders make() would create for a path."""
-        missing = 0
-        while path and not self.is_there(path):
-            missing += 1
-            path = path.rpartition('/')[0]
-        return missing
+        return 1 + self.missing(path.rpartition('/')[0]) if path and not self.is_there(path) else 0
 
     def find_trusted(self, path: str) -> Optional[Folder]:
         """A folder, perhaps missing, if it can be opened by its path, else None.  Raises PermissionError for
@@ -2273,8 +2269,7 @@ class Directory:
 
     def check_writable(self) -> None:
         """Raises DirectoryGone and, where it is read-only, ReadOnly."""
-        if self.is_gone():
-            raise DirectoryGone("the server's directory is gone")
+        self.check_present()
         if self.read_only:
             raise ReadOnly(READ_ONLY)
 
