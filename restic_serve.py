@@ -868,6 +868,8 @@ SETTLED_SECONDS = 1.0             # A file that did not change for so long is no
 UNENDED_SECONDS = 5.0             # or for so long, if it does not end with a newline.
 KNOWN_AT_MOST = 4096              # Checks of the last second that are remembered.
 LINKS_AT_MOST = 40                # Symbolic links followed on the way to a folder, as in Linux.
+COARSE_SECONDS = 2                # Resolution of the times of files on FAT; elsewhere a part of a second,
+TICK_SECONDS = 0.01               # in which the kernel's clock for them goes on in steps.
 SCRATCH_PREFIX = 'upload-'        # Name of a scratch file that its writer has locked,
 FRESH_PREFIX = 'new-'             # and of one that nobody has locked.
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
@@ -1269,6 +1271,20 @@ class ScratchFile(Closing):
         move(self.folder, self.name, folder, name, self.mode)      # a bind mount: it is another file system
         self.name = ''
 
+    def date(self, times: Optional[Tuple[int, int]] = None) -> None:
+        """Set the times of access and modification, in nanoseconds, or by default to the present by the clock
+        of the file system.  Raises OSError, also where they do not stay."""
+        file = self.folder.at(self.name) if self.name and self.folder.fd is None else self.fd
+        if times:
+            os.utime(file, ns=times)
+            if abs(os.fstat(self.fd).st_mtime_ns - times[1]) > COARSE_SECONDS * 1e9:
+                raise PermissionError(errno.EPERM, 'the file system does not keep times', self.folder.path)
+            return
+        try:
+            os.utime(file)
+        except OSError:     # of another owner; this dates it, too, and only has to write
+            os.ftruncate(self.fd, os.fstat(self.fd).st_size)
+
     def _change_prefix(self, old: str, new: str) -> None:
         name = self.name.replace(old, new)
         if name != self.name:
@@ -1289,8 +1305,7 @@ def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, 
             with contextlib.suppress(PermissionError):  # only root gives a file away
                 os.fchown(scratch.fd, *owner)
         set_mode(scratch.fd, mode)
-        if times:
-            os.utime(folder.at(scratch.name) if folder.fd is None else scratch.fd, ns=times)
+        scratch.date(times)
         sync_file(scratch.fd)
         scratch.rename(folder, name)
     folder.sync()
@@ -1809,6 +1824,7 @@ KINDS = ('data', 'index', 'keys', 'locks', 'snapshots')
 DEEPEST = 64                      # Most segments of a repository's path.
 LONGEST = 255                     # Most bytes of a repository's path.
 HIDDEN = '.restic_serve'          # Folder in DIR for the server's own files.
+DELETED = f'{HIDDEN}/deleted'     # Folder of a repository for what was deleted from it.
 AT = '.at'                        # Segment of a path before the moment at which a repository is read.
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
@@ -2450,13 +2466,15 @@ class Store:
             if path.count('/') < DEEPEST:
                 paths += [f'{path}/{name}' for name in reversed(below)]
 
-    def now(self) -> float:
-        """Seconds since the epoch by the clock of the file system; by our own if no file can be created."""
-        try:
-            with Scratch(self, '') as scratch:
-                return os.fstat(scratch.fd).st_ctime
-        except OSError:
-            return time.time()
+    def now(self, path: str = '') -> float:
+        """Seconds since the epoch by the clock of a folder's file system, which dates uploads, rounded down
+        to its tick; by our own if no file can be created."""
+        with contextlib.suppress(OSError):
+            if not self.directory.read_only:
+                with Scratch(self, path) as scratch:
+                    scratch.date()
+                    return os.fstat(scratch.fd).st_mtime
+        return time.time()
 
     def delete(self, location: Location) -> Optional[int]:
         """Remove an object; its size in bytes, None if there was none."""
@@ -2485,8 +2503,10 @@ class Store:
             saved = Saved(1, 0, os.fstat(scratch.fd).st_size, made)
             if not location.name and not saved.after:
                 raise WrongContent('config is empty')
-            sync_file(scratch.fd)
             while True:
+                # Not before all has come: an appender who holds its end back inserts nothing into the past.
+                scratch.date()
+                sync_file(scratch.fd)
                 try:
                     scratch.publish(location.file)
                     break
@@ -2529,19 +2549,23 @@ class Store:
         """Compare the object that exists with the upload in `scratch`, which replaces it if it is damaged;
         False if it has vanished.  Raises OtherConfig."""
         try:
-            stored = self._stored_digest(location)
+            stored, status = self._stored_digest(location), scratch.target.stat(location.file)
         except FileNotFoundError:
             return False
         if stored == digest:
             return True
         if location.kind == 'config':
             raise OtherConfig('a different config already exists')
-        with contextlib.suppress(OSError):  # it was uploaded then, for the past
-            status = scratch.target.stat(location.file)
-            os.utime(scratch.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        path = f'{scratch.target.path}/{location.file}'
+        try:    # it was uploaded then, for the past
+            scratch.date((status.st_atime_ns, status.st_mtime_ns))
+        except OSError as error:
+            if self.folders.is_there(f'{location.repository}/{DELETED}'):
+                raise OSError(error.errno, 'cannot keep the time of a damaged object when replacing it; '
+                              'remove it and upload it again', path) from None
+        sync_file(scratch.fd)
         scratch.replace(location.file)
-        log.log(NOTICE, '%s was damaged (SHA-256 %s); replaced it with a verified upload',
-                f'{scratch.target.path}/{location.file}', stored)
+        log.log(NOTICE, '%s was damaged (SHA-256 %s); replaced it with a verified upload', path, stored)
         return True
 
     def _stored_digest(self, location: Location) -> str:
@@ -2631,8 +2655,8 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
 # to, as it was at any moment of that time.
 #
 # Theory of operation.  An object never changes: it exists from its upload, which is the time of its file
-# (mtime), to its deletion.  So a repository at a moment is what had been uploaded by then and had not been
-# deleted by then.  To delete is to rename, within the repository:
+# (mtime), to its deletion; the clock of the repository's file system dates both.  So a repository at a
+# moment is what had been uploaded and not deleted by then.  To delete is to rename, within the repository:
 #
 #     data/4f/4f53...   to   .restic_serve/deleted/data/4f/4f53....20261120T120000.123456Z
 #
@@ -2645,7 +2669,6 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
 # Two servers may delete and purge in the same directory: every step is one rename(2) or unlink(2), and
 # the second to try has nothing to do.
 
-DELETED = f'{HIDDEN}/deleted'     # Folder of a repository for what was deleted from it.
 PURGE_SECONDS = 3600              # Time between two purges.
 JUST_NOW_SECONDS = 60             # Time after which a mark that another request made is on the disk.
 STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
@@ -2725,9 +2748,18 @@ class Past:
         self._keep = keep_seconds * 1e6
         self._begun = Remembered()
         self._clock = clock
+        self._ahead = Remembered()
 
-    def now(self) -> int:
-        return int(self._clock() * 1e6)
+    def now(self, repository: str, after: bool = False) -> int:
+        """The time by the clock of a repository's file system, which dates uploads; with `after` not before
+        any that has ended, and a tick of that clock too late at the most."""
+        ahead, tick = self._ahead.get(repository, self._measure)
+        return int((self._clock() + ahead + tick * after) * 1e6)
+
+    def _measure(self, repository: str) -> Tuple[float, float]:
+        """By how many seconds the clock of a repository's file system is ahead of ours, and its tick."""
+        ours, there = self._clock(), self._store.now(repository)
+        return there - ours, TICK_SECONDS if there % 1 else COARSE_SECONDS
 
     # ---- deleting ----
 
@@ -2737,10 +2769,10 @@ class Past:
         if location.kind == 'locks':
             return self._store.delete(location)
         if not self.keeps:
-            self._set_since(location.repository, format_moment(self.now()))
+            self._set_since(location.repository, format_moment(self.now(location.repository)))
             size = self._store.delete(location)
             if size is not None:
-                self._set_since(location.repository, format_moment(self.now()))
+                self._set_since(location.repository, format_moment(self.now(location.repository, True)))
             return size
         path = deleted_folder(location)
         try:
@@ -2756,7 +2788,7 @@ class Past:
                 if not stat.S_ISREG(status.st_mode):
                     raise IsADirectoryError(errno.EISDIR, 'not a regular file', source.at(location.file))
                 self._begun.get(location.repository, self.begin)
-                moment = max(self.now(), status.st_mtime_ns // 1000 + 1)
+                moment = self.now(location.repository, after=True)
                 self._store.folders.make(path)
                 with self._store.folders.open(path, by_descriptor=True) as target, \
                         contextlib.suppress(FileNotFoundError):     # likewise
@@ -2779,7 +2811,7 @@ class Past:
         note is on the disk when this returns, also where another request has made it just now."""
         if not self.keeps:
             return
-        path, since, now = f'{repository}/{DELETED}', self._since(repository), self.now()
+        path, since, now = f'{repository}/{DELETED}', self._since(repository), self.now(repository)
         if since is None or since > now - JUST_NOW_SECONDS * 1e6:
             self._store.folders.make(path, certain=True)
             with self._store.folders.open(path, by_descriptor=True) as folder:
@@ -2811,7 +2843,7 @@ class Past:
 
     def earliest(self, repository: str) -> int:
         """The earliest moment at which a repository can be read: all that was deleted since is kept."""
-        since, now = self._since(repository), self.now()
+        since, now = self._since(repository), self.now(repository)
         return now if since is None else int(max(since, now - self._keep))
 
     def check_known(self, repository: str, moment: int) -> None:
@@ -2826,7 +2858,7 @@ class Past:
         if not self.keeps:
             raise NotHere('this server does not keep deleted objects (--keep-deleted)')
         try:
-            moment = parse_past(at, self._clock())
+            moment = parse_past(at, self.now(repository, after=True) / 1e6)
         except ValueError as error:
             raise InvalidPath(str(error)) from None
         self.check_known(repository, moment)
@@ -2852,7 +2884,7 @@ class Past:
     def purge(self, repository: str) -> Iterator[int]:
         """Remove what has been kept long enough, and what a crash has left half-written; yields the size of
         each object.  Raises OSError."""
-        limit = format_moment(int(max(self.now() - self._keep, 0)))
+        limit = format_moment(int(max(self.now(repository) - self._keep, 0)))
         for folder, entry in self._entries(repository):
             name = parse_deleted_name(entry.name)
             if not name and entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX)):
@@ -3014,7 +3046,7 @@ class RollBack:
     def check_locks(self) -> None:
         """Raises ValueError where somebody holds a lock that restic would heed."""
         times = [status.st_mtime for _, status in self._store.object_entries(f'{self._repository}/locks')]
-        now, youngest = self._store.now(), max(times, default=-math.inf)
+        now, youngest = self._store.now(self._repository), max(times, default=-math.inf)
         if youngest > now - self.LOCKED_SECONDS:
             since = time.strftime('%H:%M:%S', time.localtime(youngest))
             raise ValueError(f'the repository has been locked since {since} '
@@ -3023,7 +3055,7 @@ class RollBack:
     def run(self, dry: bool = False, force: bool = False) -> None:
         """Do it, or with `dry` count only.  Raises OSError, and ValueError where that has become impossible
         on the way: what is there then is sound, and with what was deleted."""
-        begun = self._store.now()
+        begun = self._store.now(self._repository)
         for kind in self.BACK:
             if not dry:     # a server may have purged meanwhile
                 self._past.check_known(self._repository, self._moment)
@@ -3062,7 +3094,7 @@ class RollBack:
         self._store.folders.make(present)
         with self._store.folders.open(deleted, by_descriptor=True) as source, \
                 self._store.folders.open(present, by_descriptor=True) as target:
-            now, mode = format_moment(self._past.now()), self._store.file_mode
+            now, mode = format_moment(self._past.now(self._repository)), self._store.file_mode
             for name, file in files.items():
                 # What is replaced is copied: its name is there at every instant.
                 with contextlib.suppress(FileNotFoundError):
@@ -3099,7 +3131,6 @@ PROGRESS_SECONDS = 60        # Time between two lines of progress without a term
 BAR_SECONDS = 0.2            # Time between two updates of the bar on a terminal.
 BAR_WIDTH = 30               # Characters.
 DAMAGED_NAMES = 100          # Damaged objects of a repository whose names are remembered.
-COARSE_SECONDS = 2           # Resolution of the times of files (FAT); Linux has some milliseconds.
 
 # Result for a repository: time of the check, objects read, objects damaged, and the paths of some of these
 # below the repository.
@@ -3670,7 +3701,7 @@ class Census:
         """What a repository holds that was stored before now by the file system's clock.  Objects of a time
         to come are older: the clock has been set back, or is not right yet, as on a host without a battery
         for it."""
-        now, begin, before = int(time.time()), time.monotonic(), self._store.now()
+        now, begin, before = int(time.time()), time.monotonic(), self._store.now(repository)
         held, faults = dict.fromkeys(_COLUMNS, 0), []   # type: Dict[str, int], List[OSError]
         try:
             self._measure_rest(repository, before, held)

@@ -1526,14 +1526,33 @@ class StoreTest(TestCase):
     def test_an_upload_is_synced_before_it_has_its_name_and_its_folder_after(self):
         self.store.create_repository('/host')
         self.store.folders.hidden().close()
-        for self.store.nameless in NAMELESS:
-            calls, content = [], b'%d' % self.store.nameless
-            (self.root / 'host' / 'data' / named(content)[:2]).mkdir()
-            with first(lambda fd, calls=calls: calls.append(('fsync', is_folder(fd))), os, 'fsync'), first(
-                    lambda source, name, calls=calls: calls.append(('link', os.path.basename(name))),
-                    os, 'link'):
-                self.save(content)
-            self.assertEqual(calls, [('fsync', False), ('link', named(content)), ('fsync', True)])
+        for nameless in NAMELESS:
+            (self.root / 'host' / 'data' / named(f'{nameless}'.encode())[:2]).mkdir()
+        calls = []
+
+        def note(module, name):
+            real = getattr(module, name)
+
+            def call(*args, **more):
+                target = args[1] if name in ('link', 'readinto') else args[0]
+                calls.append((name, os.path.basename(target) if name == 'link' else
+                              name == 'fsync' and stat.S_ISDIR(os.fstat(target).st_mode)))
+                if name == refused:
+                    raise PermissionError
+                return real(*args, **more)
+            return mock.patch.object(module, name, call)
+
+        for nameless, refused in itertools.product(NAMELESS, (None, 'utime')):
+            self.store.nameless = nameless
+            calls.clear()
+            content = f'{nameless}'.encode()
+            with note(os, 'fsync'), note(os, 'link'), note(os, 'utime'), note(os, 'ftruncate'), \
+                    note(Bytes, 'readinto'):
+                location = self.save(content)
+            self.assertEqual(calls, [       # it is dated when all has come
+                *[('readinto', False)] * 2, ('utime', False), *[('ftruncate', False)] * bool(refused),
+                ('fsync', False), ('link', named(content)), ('fsync', True)])
+            self.path(location).unlink()
 
     def test_no_listing_shows_an_upload_under_way(self):
         seen = []
@@ -1825,6 +1844,36 @@ class FileSystemsTest(TestCase):
         for location in (Location('/host', 'config'), Location('/host', 'data', named(b'x'))):
             self.assertEqual(store.save(location, Bytes(b'x')).objects, 1)
 
+    def test_one_clock_dates_uploads_and_deletes_that_of_the_repositorys_file_system(self):
+        store = self.make_store()
+
+        def date(scratch, times=None):      # what is mounted at '/host...' has a clock of its own
+            there = now if '/host' in scratch.target.path else now + 10 ** 12
+            os.utime(scratch.fd, ns=times or (0, there // tick * tick))
+
+        patch_for(self, restic_serve.ScratchFile, date=date)
+        for tick, ahead in itertools.product((10 ** 7, 2 * 10 ** 9), (5, -5)):     # of the server's clock
+            begin, places = 1_795_000_000 * 10 ** 9 + 7 * tick, []
+            past, other = (restic_serve.Past(store, keep, lambda: now / 1e9 + ahead)  # noqa: B023
+                           for keep in (1000, 0))
+            store.create_repository(f'/host{tick}{ahead}')
+            with mock.patch.object(Store, 'now', autospec=True, side_effect=Store.now) as measured, \
+                    mock.patch.object(time, 'monotonic', return_value=0.0):
+                for now in (begin + tick * 9 // 10, begin + tick):
+                    places.append(Location(f'/host{tick}{ahead}', 'index', named(b'%d' % now)))
+                    store.save(places[-1], Bytes(b'%d' % now))
+                    past.begin(places[0].repository)
+                past.delete(places[0])
+            self.assertEqual(measured.call_count, 1)
+            listed = [list(itertools.chain.from_iterable(
+                names for names, _ in restic_serve.View(store, moment).objects(places[0], False)))
+                for moment in range(begin // 1000, (begin + 10 * tick) // 1000, tick // 10_000)]
+            self.assertTrue(all(listed))
+            self.assertEqual([listed[0], listed[-1]], [[place.name] for place in places])
+            past.view(places[0].repository, '0s')
+            other.delete(places[1])     # without keeping it
+            self.assertGreater(past.earliest(places[0].repository), now // 1000)
+
     def test_files_that_cannot_be_synced_are_said_at_the_start(self):
         for number in (errno.EINVAL, errno.ENOTTY, errno.ENOTSUP, errno.EIO):
             self.log.clear()
@@ -1929,6 +1978,7 @@ class FileSystemsTest(TestCase):
                 for store.nameless in NAMELESS:
                     store.prepare()
                     self.assertTrue(store.ignores_case)
+            store.now()     # what has a name would need a folder for it
             self.assertIn('ignores case', self.log[-1])
         self.assertEqual(self.files(), [])
 
@@ -2552,12 +2602,13 @@ class PastTestCase(TestCase):
     def setUp(self):
         super().setUp()
         self.now = 1_795_000_000.0
+        patch_for(self, Store, now=lambda store, path='': self.now)
+        patch_for(self, restic_serve, TICK_SECONDS=0, COARSE_SECONDS=0)
         self.store = self.make_store()
         self.past = self.make_past()
         for repository in ('', '/host'):
             self.store.create_repository(repository)
             self.past.begin(repository)
-        patch_for(self, Store, now=lambda store: self.now)
 
     def make_past(self, keep=KEEP):
         return restic_serve.Past(self.store, keep, lambda: self.now)
@@ -2740,8 +2791,33 @@ class PastTest(PastTestCase):
         Path(path_of(self.store, pack)).write_bytes(b'damaged')
         os.utime(path_of(self.store, pack), (self.now - 1, self.now - 1))
         self.now += 10
-        self.store.save(pack, Bytes(b'pack'))
+        synced = []
+        with mock.patch.object(restic_serve, 'sync_file', lambda fd: synced.append(os.fstat(fd).st_mtime)):
+            self.store.save(pack, Bytes(b'pack'))
+        self.assertEqual(synced.count(self.now - 11), 2)    # what was there, and what replaces it
         self.assertEqual(self.view(self.now - 5), {'data': [pack.name]})
+
+    def test_where_times_cannot_be_set_a_mend_fails_rather_than_lose_the_past(self):
+        pack, real = self.upload(b'pack'), os.utime
+        path = Path(path_of(self.store, pack))
+
+        def utime(refuses, file, ns=None):
+            if not ns:
+                real(file)
+            elif refuses:
+                raise PermissionError(errno.EPERM, 'made by a test')
+
+        for refuses in (True, False):   # or does nothing
+            self.past.begin('/host')
+            path.write_bytes(b'damaged')
+            real(path, (1, 1))
+            with mock.patch.object(os, 'utime', functools.partial(utime, refuses)):
+                with self.assertRaisesRegex(OSError, 'cannot keep the time of a damaged object'):
+                    self.store.save(pack, Bytes(b'pack'))
+                self.assertEqual(path.read_bytes(), b'damaged')
+                shutil.rmtree(self.root / 'host/.restic_serve')     # there is no past that it matters to
+                self.store.save(pack, Bytes(b'pack'))
+            self.assertEqual(path.read_bytes(), b'pack')
 
     def test_a_moment_that_cannot_be_known(self):
         self.now += 10 * self.KEEP
@@ -2806,6 +2882,7 @@ class PastTest(PastTestCase):
         self.assertEqual(Path(path_of(self.store, pack)).read_bytes(), b'pack')
 
     def test_what_comes_while_a_roll_back_goes_on_stays(self):
+        patch_for(self, Store, now=lambda store, path='': self.now if path else self.now + 9999)
         moment = self.now
         self.now += 1
         self.upload(b'new')
