@@ -1626,8 +1626,8 @@ def shared_memory(length: int) -> memoryview:
 
 
 class Counters:
-    """Rows of integers by key, a tuple of strings, in memory that forked processes share; a reader may see one
-    half updated.  `rows` are this process's, to be changed with `lock`; join() replaces them after a fork."""
+    """Rows of integers by key, a tuple of strings, in memory that forked processes share; a reader may see
+    one half updated.  `rows` are this process's, to be changed with `lock`; join() replaces them after a fork."""
 
     def __init__(self, slots: int = 1) -> None:
         size, self.slots = SLOT_BYTES, slots
@@ -1679,7 +1679,7 @@ class Counters:
             return key in self.rows
 
     def row(self, key: Key, width: int) -> memoryview:
-        """This process's row, added if it is missing; without room that of OTHER, or a dummy.  With `lock`."""
+        """This process's row, added if need be; without room that of OTHER, or a dummy.  With `lock`."""
         return self.rows.get(key) or self._new_row(key, width)
 
     def _new_row(self, key: Key, width: int) -> memoryview:
@@ -6691,8 +6691,8 @@ _ANSWER_TO_PLAIN_HTTP = (
 
 
 class TlsTransport:
-    """The server's side of TLS, through memory BIOs: one system call moves many records, where OpenSSL takes one
-    or two for each.  `authority` is the content of the CA file that a client's certificate is checked by."""
+    """The server's side of TLS, through memory BIOs: one system call moves many records, where OpenSSL takes
+    one or two for each.  `authority` is the content of the CA file that a client's certificate is checked by."""
 
     def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
@@ -7104,7 +7104,7 @@ _FAULTS = (
 
 
 def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
-    """Method, target, version, headers of a head, without its empty line (RFC 9112 3, 5).  Raises HttpError."""
+    """Method, target, version, headers of a head without its end (RFC 9112 3, 5).  Raises HttpError."""
     line = _REQUEST_LINE.match(text)
     if not line or not _FIELD_LINES.fullmatch(text, line.end()):
         raise next(HttpError(status, reason) for fault, status, reason in _FAULTS if fault.match(text))
@@ -7583,7 +7583,7 @@ def encode_string(text: str) -> bytes:
 # taken, so that it is above zero once all was: nghttp2 waits for that before an empty last frame, too.
 #
 # A connection ends by EOFError, Gone, or an error that is sent with GOAWAY; after stop() input ends with the
-# last stream.  Requests that are whole are then answered, unless there was an error; linger() and close() follow.
+# last stream.  Whole requests are then answered, unless there was an error; linger() and close() follow.
 
 STREAMS = 100                # at a time; RFC 9113 6.5.2 advises no fewer
 FRAME_BYTES = 1 << 20        # the longest payload of DATA
@@ -8369,8 +8369,8 @@ class Certificates(WatchedFiles):
 
 
 def listen(address: Address, shared: bool) -> socket.socket:
-    """A listening socket: without a host at every address of IPv6 and IPv4, for a name at that of IPv4 if it has
-    one; at a path for the user, and for the group if `shared` or by the umask.  Raises OSError."""
+    """A listening socket: without a host at every address of IPv6 and IPv4, for a name at that of IPv4 if it
+    has one; at a path for the user, and for the group if `shared` or by the umask.  Raises OSError."""
     family: int = socket.AF_INET
     where: Any = '0.0.0.0', address.port
     if address.path:
@@ -9325,8 +9325,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, str]:
-    """DIR among the positional arguments, perhaps after rclone's `serve restic`; and TIME of DIR/.at/TIME, with
-    which --stdio serves repositories as they were.  Refuses a DIR that is meant for other programs."""
+    """DIR among the positional arguments, perhaps after rclone's `serve restic`; and TIME of DIR/.at/TIME,
+    with which --stdio serves repositories as they were.  Refuses a DIR that is meant for other programs."""
     words = options.arguments[2 if options.arguments[:2] == ['serve', 'restic'] else 0:]
     if not words or not words[0]:
         parser.error('DIR is missing; use restic_serve.py /srv/backup')

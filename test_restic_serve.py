@@ -7283,7 +7283,6 @@ class Http1Test(WireTestCase):
             self.assertEqual(len(wire.answer()[2]), 64 << 20)
 
     def test_http_2_is_505_and_told_to_whom_it_concerns(self):
-        begin = time.monotonic()
         for _ in range(3):
             with Wire(self.port) as wire:
                 wire.send(restic_serve.PREFACE, settings(), headers(1))
@@ -8352,7 +8351,6 @@ class TlsTest(ListenerTestCase):
     def test_http_without_tls_is_told_what_is_spoken(self):
         port = self.start_tls()
         self.log.clear()
-        begin = time.monotonic()
         for _ in range(3):
             status, _, content = self.ask(get('/config'), port=port)
             self.assertEqual((status, content), (400, b'this port speaks HTTPS\n'))
