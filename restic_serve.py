@@ -5611,6 +5611,7 @@ class ReportedEvents:
 
 COUNT_PATIENCE = 2           # Seconds that a page waits for a census.
 SNAPSHOTS_SHOWN = 200
+UNFOLDED = 20                # Repositories that need neither be folded nor searched.
 NAMES_SHOWN = 20             # Users, locks and damaged objects that are named.
 SORTS: Dict[str, Callable[[Watched], float]] = {     # the same are sorted by name
     'name': lambda repository: 0,
@@ -5652,8 +5653,10 @@ dd{margin:0;min-width:0}figure{gap:0 .6rem;max-width:48rem}
 figure .plot{width:100%;height:9rem;border-left:1px solid var(--line)}
 .scale,.days{display:flex;justify-content:space-between}.days{grid-column:2}
 .scale{flex-direction:column;text-align:right;height:7.2rem}footer{margin-top:1.2rem}
-@media(max-width:62rem){body{padding:1rem}.more{display:none}td.age{white-space:normal}
-th,td{padding:.25rem .6rem .25rem 0}}
+form{margin:0 0 1.2rem}input,button{font:inherit;color:inherit;background:none;padding:.2rem .5rem;
+border:1px solid var(--line)}
+@media(min-width:62.01rem){.less{display:none}}
+@media(max-width:62rem){body{padding:1rem}.more{display:none}th,td{padding:.25rem .6rem .25rem 0}}
 @media(max-width:30rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
 """
 # The icon of a browser's tab.
@@ -5662,10 +5665,10 @@ ICON = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width
 
 
 class Visit(collections.namedtuple('Visit', [
-        'top', 'sort', 'user', 'right', 'places', 'users', 'sees_disk', 'url', 'base'])):
-    """A request for a page: the path and the order, the user and what the user may see.  `right` gives the
-    right in a repository, which is not NONE only at and below `places`; `users` gives the users of a
-    repository by right (None: the user may not know them), `sees_disk` whether the disk's size is shown.
+        'top', 'sort', 'search', 'user', 'right', 'places', 'users', 'sees_disk', 'url', 'base'])):
+    """A request for a page: the path, the order and a part of names, the user and what the user may see.
+    `right` gives the right in a repository, which is not NONE only at and below `places`; `users` gives the
+    users of a repository by right (None: the user may not know them), `sees_disk` whether the disk is shown.
     `url` is the server's address for restic, `base` the path in it."""
 
     __slots__ = ()
@@ -5708,7 +5711,7 @@ class Page:
         return [('Content-Type', 'text/html; charset=utf-8'), NO_STORE,
                 ('Refresh', '60' if self._watch.usage.census.age() < math.inf else '5'),      # seconds
                 ('Content-Security-Policy', f"default-src 'none'; style-src 'sha256-{style}'; "
-                 "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+                 "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"),
                 ('Referrer-Policy', 'no-referrer'), ('X-Content-Type-Options', 'nosniff'),
                 ('Vary', 'Accept')]
 
@@ -5764,7 +5767,13 @@ class Page:
             yield f'; {_bad(free) if disk.free < (1 - NEARLY_FULL) * disk.total else free}'
         yield '</p>' if fresh else f'; counted {format_age(age)} ago</p>'
         yield self._quotas([*(repository.name for repository in shown), *visit.places], visit)
-        if not shown:
+        if len(shown) > UNFOLDED or visit.search:
+            yield ('<form role="search"><input type="search" name="q" aria-label="Part of a name" '
+                   f'value="{_text(visit.search)}"> <button>Search</button></form>')
+            shown = [repository for repository in shown if visit.search in repository.title.lower()]
+        if not shown and visit.search:
+            yield f'<p>No repository has “{_text(visit.search)}” in its name.</p>'
+        elif not shown:
             places = [visit.top] if visit.top else ['/laptop', *(
                 [f'/{visit.user}', f'/{visit.user}/laptop'] if visit.user else [])]
             place = next((place for place in places if visit.right(place) in (APPEND, WRITE)), None)
@@ -5780,7 +5789,7 @@ class Page:
                 not repository.troubles, key(repository), natural_order(repository.name)))
         limited = any(visit.right(repository.name) != WRITE for repository in shown)    # else none is told
         table = functools.partial(_table, visit, visit.right if limited else lambda name: '')
-        if key or len(shown) < 25:      # fewer need not be folded
+        if key or len(shown) <= UNFOLDED or visit.search:
             yield table('Repositories', shown)
             return
         yield (f'<p>Show all by {visit.sorted_by("name")}, {visit.sorted_by("age", "last snapshot")} or '
@@ -5800,7 +5809,8 @@ class Page:
                             '<svg viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
                             '<rect class="room" width="100" height="1"/><rect class="'
                             f'{kind}" width="{100 * part:.1f}" height="1"/></svg><span>{text}</span></div>\n')
-        return f'<div class="quotas">{"".join(bars)}</div>' if bars else ''
+        why = _small('Quotas count each small object and folder as 4 KiB, and deleted objects if kept.')
+        return f'<div class="quotas">{"".join(bars)}{why}</div>' if bars else ''
 
     def _repository(self, repository: Watched, visit: Visit) -> Iterator[str]:
         """One repository: what is to be known of it, its quotas, plot and snapshots."""
@@ -5895,6 +5905,8 @@ def _table(visit: Visit, right: Callable[[str], str], caption: str, shown: List[
         name, late = visit.link(repository.name, _text(repository.title)), ''
         if repository.troubles:
             name, late = name + _small(f'⚠ {repository.text_of_troubles()}', 'bad'), ' class=late'
+        if repository.locks:    # which have a column where there is room
+            name += _small(format_count(len(repository.locks), 'lock'), 'less')
         cells = ''.join(f'<td class="{kind}">{text}</td>' for kind, _, _, text in _cells(repository, right))
         rows.append(f'<tr{late}><th scope="row" class="name">{name}</th>{cells}</tr>\n')
     return (f'<table><caption>{caption}</caption><thead><tr>'
@@ -5976,17 +5988,20 @@ def _quoted_path(path: str) -> str:
 
 
 def _plot(holdings: Holdings) -> str:
-    """A curve of the bytes stored over the days, with a tick below it for each day with a snapshot."""
+    """A curve of the bytes stored over the days, from the first day that shows on, with a tick below it for
+    each day with a snapshot."""
     begin = holdings.bytes - sum(holdings.days)
-    sizes = itertools.accumulate(holdings.days[1:], initial=begin + holdings.days[0])
-    curve = 'M' + 'L'.join(f'{day} {_PLOT_HEIGHT * (1 - size / max(holdings.bytes, 1)):.1f}'
-                           for day, size in enumerate(sizes))
+    sizes = list(itertools.accumulate(holdings.days[1:], initial=begin + holdings.days[0]))
+    first = next((day for day, size in enumerate(sizes) if size >= BLOCK_BYTES), 0)     # not a config alone
+    curve = f'M{first} {_PLOT_HEIGHT}' + ''.join(
+        f'L{day} {_PLOT_HEIGHT * (1 - size / max(holdings.bytes, 1)):.1f}'
+        for day, size in enumerate(sizes) if day >= first)
     days = [day for day, count in enumerate(holdings.snapshots) if count]
     ticks = ''.join(f'M{day} {_PLOT_HEIGHT + 2}v3' for day in days)
     return (f'<svg class="plot" viewBox="-1 -1 {DAYS + 1} {_PLOT_HEIGHT + 7}" preserveAspectRatio="none" '
             f'role="img"><title>{DAYS} days: from {format_size(begin)} to '
             f'{format_size(holdings.bytes)}, days with a snapshot: {len(days)}</title>'
-            f'<path class="area" d="{curve}V{_PLOT_HEIGHT}H0z"/><path class="curve" d="{curve}"/>'
+            f'<path class="area" d="{curve}V{_PLOT_HEIGHT}z"/><path class="curve" d="{curve}"/>'
             f'<path class="tick" d="{ticks}"/></svg>')
 
 
@@ -6505,13 +6520,14 @@ class Api:
         top = self._spell(location).repository
         # Others are named to who sees the whole server, and to all where nobody has a name.
         names = self.accounts.users() or ()
-        sort = next((part[5:] for part in request.query.split('&') if part.startswith('sort=')), '')
-        is_open = not self.accounts.demanded and policy.is_for_all
+        from urllib.parse import parse_qsl
+        query = dict(parse_qsl(request.query, errors='replace'))
+        is_open, sees_server = not self.accounts.demanded and policy.is_for_all, policy.sees_server(user)
         text = page.render(Visit(
-            top, sort, user, functools.partial(policy.right, user),
-            policy.places(user), functools.partial(policy.who_may, users=names)
-            if policy.sees_server(user) and not is_open else None, is_open or policy.sees_server(user),
-            request.url + self.baseurl, self.baseurl))
+            top, query.get('sort', ''), query.get('q', '')[:100].lower(), user,
+            functools.partial(policy.right, user), policy.places(user),
+            functools.partial(policy.who_may, users=names) if sees_server and not is_open else None,
+            is_open or sees_server, request.url + self.baseurl, self.baseurl))
         return Response(200, page.headers(), text.encode('utf-8', 'replace'))
 
     def _get_icon(self, request: Request) -> Response:

@@ -792,7 +792,7 @@ class ListenerTestCase(WireTestCase):
 def rendered(store, usage):
     """The page of all repositories, for an administrator."""
     return Page(restic_serve.Watch(store, usage, 3600)).render(restic_serve.Visit(
-        '', '', '', lambda repository: 'write', [''], None, True, 'http://x', ''))
+        '', '', '', '', lambda repository: 'write', [''], None, True, 'http://x', ''))
 
 
 class WatchedTestCase(Http2TestCase):
@@ -6164,7 +6164,8 @@ class PageTest(WatchedTestCase):
         self.assertNotIn('overdue', rows['fresh'])
         for said in ('10 minutes ago', '<td class="n more">2</td><td class="n">400 B</td>',
                      '<td class="locks more">1<small>oldest 10 minutes', '<td class="scrub more">sound<',
-                     'days with a snapshot: 1<'):
+                     'days with a snapshot: 1<', '<path class="area" d="M89 24L89 0.0V24z"/>',
+                     '<small class=less>1 lock<'):
             self.assertIn(said, rows['fresh'])
         self.assertRegex(rows['fresh'], r'<time datetime="\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d">')
         for said in ('3 repositories, 700 B, <span class="bad">⚠ 2 overdue<', '700 B of 1.0 KiB',
@@ -6253,6 +6254,10 @@ class PageTest(WatchedTestCase):
         self.assertEqual(self.names('/?sort=size')[:3], ['north/late', 'south/host-0', 'south/host-1'])
         self.assertNotIn('<details', self.look('/?sort=size')[1])
         self.assertNotIn('<details', self.look('/north/')[1])
+        self.assertEqual(self.names('/?q=LON'), ['alone', 'lonely'])
+        self.assertEqual([path for path in ('/', '/north/', '/?q=x%22') if '<form' in self.look(path)[1]],
+                         ['/', '/?q=x%22'])
+        self.assertIn('No repository has “x&quot;” in its name', self.look('/?q=x%22')[1])
 
     def test_a_directory_that_is_gone_is_the_headline(self):
         self.fill('/laptop', 'snapshots')
@@ -6311,7 +6316,7 @@ class PageTest(WatchedTestCase):
         style = re.search('<style>(.*)</style>', text, re.DOTALL)[1]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         self.assertEqual(head['content-security-policy'], f"default-src 'none'; style-src 'sha256-{digest}'; "
-                         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+                         "base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
         self.assertEqual((head['x-content-type-options'], head['referrer-policy'], head['cache-control']),
                          ('nosniff', 'no-referrer', 'no-store'))
         self.assertEqual(head['content-type'], 'text/html; charset=utf-8')
