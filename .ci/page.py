@@ -101,6 +101,8 @@ def jobs_of(count: int, url: str, pictures: str) -> Iterator[Dict[str, object]]:
     paths = [('', url)]
     if count == 13:
         paths += [('-nas', f'{url}nas/'), ('-sorted', f'{url}?sort=size'), ('-none', f'{url}nothing/')]
+    if count == 300:
+        paths += [('-search', f'{url}?q=host-1')]
     for kind, where in paths:
         for width, height in (WIDE, NARROW):
             for scheme in ('light', 'dark'):
