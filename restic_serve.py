@@ -5226,14 +5226,12 @@ WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone', 'certificate')
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
-_FORGOTTEN = 'forgotten'     # No event yet: a snapshot was deleted.
+FORGOTTEN = 'forgotten'     # No event yet: a snapshot was deleted.
 QUEUED_AT_MOST = 500         # Events of either queue.
 FRESH_SECONDS = 3600         # Age up to which a snapshot may be one that hides a mass delete.
 # `repository` is a path, None for what is about none.  What several servers find, and refused deletes, have a
 # `value`, by which ReportedEvents knows them; a deleted snapshot has what count_snapshots() said.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
-
-
 # Deleted snapshots of a repository in the minute since `begun`: how many there were, and are `deleted`, each
 # a list of all and of those that were not fresh; and by whom.
 Forgotten = collections.namedtuple('Forgotten', ['begun', 'there', 'deleted', 'by'])
@@ -5263,18 +5261,13 @@ class Events:
         for kind in EVENTS:     # so that the metrics show all
             counters.add(('event', kind), 0)
 
-    def open(self) -> None:
-        """Let other processes, which are forked later, send events."""
-        if hasattr(os, 'fork') and hasattr(socket, 'AF_UNIX'):
-            self.channel.open()
-
     # ---- in any process ----
 
     def emit(self, kind: str, repository: Optional[str], message: str, user: str = '', value: Any = None
              ) -> None:
         """Something has happened; waits no longer than the channel does."""
         event = Event(kind, repository, user, message, value)
-        if not self.channel.receiver or not (self.command or kind == _FORGOTTEN):
+        if not self.channel.receiver or not (self.command or kind == FORGOTTEN):
             self._take(event)
             return
         import json
@@ -5307,10 +5300,6 @@ class Events:
             is_old = os.fstat(content.fd).st_mtime < limit
             there = self._there.get(location.repository, count)
         return [*there, is_old]
-
-    def on_forgotten(self, request: Request, location: Location, snapshots: List[int]) -> None:
-        """A snapshot was deleted; count_snapshots() has said what was there."""
-        self.emit(_FORGOTTEN, location.repository, str(request.client), request.user, snapshots)
 
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
@@ -5356,7 +5345,7 @@ class Events:
 
     def _take(self, event: Event) -> None:
         """Let an event wait for the command: what clients cause as often as they like behind all others."""
-        if event.kind == _FORGOTTEN:
+        if event.kind == FORGOTTEN:
             self._note_forgotten(event)
         elif not self.command:
             self._counters.add(('event', event.kind), 1)
@@ -5622,27 +5611,23 @@ _PLOT_HEIGHT = 24            # Height of a plot that is DAYS wide, without the t
 _KINDS = {'data': 'pack', 'keys': 'key', 'locks': 'lock', 'snapshots': 'snapshot', 'index': 'index'}
 _NONE = '<span class="dim">none</span>'
 _STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#5a5f67;--line:#d9dce1;--fill:#cfe3f8;
---mark:#1a66b8;--bad:#a8221b;--bad-back:#fdeceb}
+:root{color-scheme:light dark;--back:#fff;--text:#1c2024;--dim:#5a5f67;--line:#d9dce1;
+--fill:#cfe3f8;--mark:#1a66b8;--bad:#a8221b;--bad-back:#fdeceb}
 @media(prefers-color-scheme:dark){:root{--back:#15181c;--text:#e8eaed;--dim:#a6acb4;--line:#33383f;
 --fill:#1e3a57;--mark:#7db8f0;--bad:#ff9d94;--bad-back:#3b1f1d}}
-*{box-sizing:border-box}
 body{margin:0 auto;padding:1.5rem;max-width:76rem;background:var(--back);color:var(--text);
 font:15px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
-a{color:inherit;text-decoration-color:var(--mark);text-underline-offset:.15em}
+*{box-sizing:border-box}a{color:inherit;text-decoration-color:var(--mark);text-underline-offset:.15em}
 h1{font-size:1.4rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}p{margin:.3rem 0 1.2rem}
 pre{margin:.4rem 0;white-space:pre-wrap}code{user-select:all}h1,code,dd,.name{overflow-wrap:anywhere}
-small,footer,thead th,.scale,.days{font-size:.8rem}
-small,footer,thead th,.scale,.days,.dim,dt{color:var(--dim)}
+small,footer,thead th,.scale,.days{font-size:.8rem;color:var(--dim)}.dim,dt{color:var(--dim)}
 small{display:block;font-weight:400}.bad{color:var(--bad);font-weight:600}
-table,dl,figure,.quotas{margin:0 0 1.2rem}
-table{border-collapse:collapse;width:100%}
+table,dl,figure,form,.quotas{margin:0 0 1.2rem}table{border-collapse:collapse;width:100%}
 caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);text-align:left}
 th{font-weight:600}td,thead th,.plain{white-space:nowrap}.plain{font-weight:400}.n{text-align:right}
-tr.late>*{background:var(--bad-back)}
 tr.late>th{box-shadow:-.6rem 0 var(--bad-back),inset .2rem 0 var(--bad);padding-left:.6rem}
-svg{display:block}.plot{width:9rem;height:2.2rem}.area{fill:var(--fill)}
+tr.late>*{background:var(--bad-back)}svg{display:block}.plot{width:9rem;height:2.2rem}.area{fill:var(--fill)}
 .curve,.tick{fill:none;stroke:var(--mark);stroke-width:1.5;vector-effect:non-scaling-stroke}
 .quota{display:grid;grid-template-columns:minmax(6rem,auto) 1fr auto;gap:.8rem;align-items:center;
 max-width:40rem;margin:.4rem 0}
@@ -5653,8 +5638,7 @@ dd{margin:0;min-width:0}figure{gap:0 .6rem;max-width:48rem}
 figure .plot{width:100%;height:9rem;border-left:1px solid var(--line)}
 .scale,.days{display:flex;justify-content:space-between}.days{grid-column:2}
 .scale{flex-direction:column;text-align:right;height:7.2rem}footer{margin-top:1.2rem}
-form{margin:0 0 1.2rem}input,button{font:inherit;color:inherit;background:none;padding:.2rem .5rem;
-border:1px solid var(--line)}
+input,button{font:inherit;color:inherit;background:none;padding:.2rem .5rem;border:1px solid var(--line)}
 @media(min-width:62.01rem){.less{display:none}}
 @media(max-width:62rem){body{padding:1rem}.more{display:none}th,td{padding:.25rem .6rem .25rem 0}}
 @media(max-width:30rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
@@ -6452,7 +6436,7 @@ class Api:
         if size is not None:
             self.metrics.count_blob(request, location, Metrics.DELETED, size)
             if snapshots:
-                self.events.on_forgotten(request, location, snapshots)
+                self.events.emit(FORGOTTEN, location.repository, request.client.name, request.user, snapshots)
         return Response(200, [])
 
     def _get_object(self, request: Request, location: Location, source: View | Store) -> Response:
@@ -8578,7 +8562,8 @@ class Server:
         if self.listeners:
             api.admission.fit_descriptors()
         api.usage.census.channel.open()
-        api.events.open()
+        if hasattr(os, 'fork') and hasattr(socket, 'AF_UNIX'):  # else one process does without
+            api.events.channel.open()
         if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()

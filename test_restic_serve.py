@@ -5850,11 +5850,10 @@ class EventsTest(WatchedTestCase):
 
     def test_deletes_of_snapshots_are_a_line_a_minute(self):
         events = self.events('')
-        request = restic_serve.Request('DELETE', '', '', {}, None, restic_serve.Peer('::1'))
         with mock.patch.object(time, 'monotonic', lambda: clock):
             clock = 1000.0
             for repository in ('/a', '/a', '/b'):
-                events.on_forgotten(request, Location(repository, 'snapshots', 'x'), [9, 9, False])
+                events.emit(restic_serve.FORGOTTEN, repository, '::1', '', [9, 9, False])
                 self.assertEqual(events.log_forgotten(), 60)
             clock += 60
             self.assertEqual(events.log_forgotten(), math.inf)
