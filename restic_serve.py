@@ -5051,9 +5051,34 @@ _VALIDITY = re.compile(
     rb'0[\x1e-\x22](?:\x17\r\d{12}|\x18\x0f\d{14})Z(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z')
 DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
     'damaged', 'unreadable', 'overdue', 'locked', 'nearly full')
+# What to do about a trouble, or an event, with the README's chapter.
+NEXT_STEPS = {
+    DAMAGED: 'copy the damaged files from a second copy; without one, run {restic} repair index, the first '
+             'of four steps (README, Scrub)',
+    UNREADABLE: "let the server's user read what its log names (README, Troubleshooting)",
+    OVERDUE: 'see on its client why the backup did not run or failed, and run it (README, Troubleshooting)',
+    LOCKED: 'if no restic is at work there, run {restic} unlock on its client (README, Troubleshooting)',
+    FULL: 'make room with restic forget and restic prune, or raise the quota (README, Quotas)',
+    'full': 'make room with restic forget and restic prune, or enlarge it (README, Quotas)',
+    'deleted': 'if it was an attack, change the password and roll back (README, When something was deleted)',
+    'gone': 'mount its disk; the server goes on by itself (README, Troubleshooting)',
+    'certificate': 'renew it and replace the files of --cert and --key, which are then read (README, TLS and '
+                   'proxies)'}
 # A snapshot of a repository: when it came, its name, and the bytes that came since the one before and are
 # still there, None where they are not known.
 Snapshot = collections.namedtuple('Snapshot', ['time', 'name', 'added'])
+
+
+def next_step(trouble: str, name: Optional[str] = '', address: str = '') -> str:
+    """What to do about a trouble, perhaps of a repository; empty if that is plain."""
+    address = address or f'rest:https://HOST{quoted_path(name or "")}/'
+    return NEXT_STEPS.get(trouble, '').format(restic=f'restic -r {address}')
+
+
+def quoted_path(path: str) -> str:
+    """A repository's path in a URL (RFC 3986 2.1)."""
+    from urllib.parse import quote
+    return quote(os.fsencode(path))
 
 
 class Watched(collections.namedtuple('Watched', [
@@ -5503,7 +5528,8 @@ def run_command(command: str, event: Event, root: str, cut: threading.Event,
     environment.update(
         RESTIC_SERVE_EVENT=event.kind, RESTIC_SERVE_USER=event.user,
         RESTIC_SERVE_REPOSITORY='' if event.repository is None else event.repository[1:] or '/',
-        RESTIC_SERVE_MESSAGE=one_line(event.message), RESTIC_SERVE_DIRECTORY=root,
+        RESTIC_SERVE_MESSAGE=one_line('; next: '.join(filter(None, (
+            event.message, next_step(event.kind, event.repository))))), RESTIC_SERVE_DIRECTORY=root,
         RESTIC_SERVE_TIME=format_time(time.time()))
     try:
         process: Any = subprocess.Popen(    # noqa: S602 - the administrator's own command
@@ -5663,7 +5689,7 @@ class Visit(collections.namedtuple('Visit', [
 
     def address(self, path: str) -> str:
         """A repository's address for restic."""
-        return _text(f'rest:{self.url}{_quoted_path(path)}/')
+        return _text(f'rest:{self.url}{quoted_path(path)}/')
 
     def link(self, path: str, text: str, query: str = '') -> str:
         """A link to the page at a path; the text alone where no request can have that path."""
@@ -5672,7 +5698,7 @@ class Visit(collections.namedtuple('Visit', [
             check_repository(path, False)
         except (UnicodeEncodeError, StorageError):
             return text
-        return f'<a href="{_text(f"{self.base}{_quoted_path(path)}/")}{query}">{text}</a>'
+        return f'<a href="{_text(f"{self.base}{quoted_path(path)}/")}{query}">{text}</a>'
 
     def sorted_by(self, sort: str, text: str = '') -> str:
         """A link to the same repositories in another order, if there is one."""
@@ -5724,7 +5750,9 @@ class Page:
         if top:
             yield f'<p>{visit.link("", "All repositories")}</p>'
         yield f'<h1>{_text(top[1:]) if top else f"Backups on {host}"}</h1>'
-        yield from (f'<p>{_bad(text)}</p>' for text in (fault, certificate) if text)
+        for text, trouble in ((fault, fault[-4:]), (certificate, 'certificate')):
+            if text:
+                yield f'<p>{_bad(text)}{_small(next_step(trouble))}</p>'
         if itself:
             yield from self._repository(itself, visit)
             if others:
@@ -5817,7 +5845,9 @@ class Page:
                 + (f' and {len(users) - NAMES_SHOWN} more' if len(users) > NAMES_SHOWN else '')
                 for may, users in visit.users(name).items()),
         }
-        yield f'<p>{_bad(repository.text_of_troubles()) or "All is well."}</p><dl>'
+        yield f'<p>{_bad(repository.text_of_troubles()) or "All is well."}'
+        yield from (_small(next_step(trouble, '', visit.address(name))) for trouble in repository.troubles)
+        yield '</p><dl>'
         yield from (f'<dt>{term}</dt><dd>{text}</dd>' for term, text in facts.items() if text)
         yield f'</dl>{self._quotas([name], visit)}<h2>Size, {DAYS} days</h2><figure><div class="scale">'
         yield from (f'<span>{format_size(holdings.bytes * part / 2)}</span>' for part in (2, 1, 0))
@@ -5963,12 +5993,6 @@ def _bad(text: str) -> str:
 def _text(text: str) -> str:
     import html
     return html.escape(text.encode('utf-8', 'backslashreplace').decode())
-
-
-def _quoted_path(path: str) -> str:
-    """A repository's path in a URL (RFC 3986 2.1)."""
-    from urllib.parse import quote
-    return quote(os.fsencode(path))
 
 
 def _plot(holdings: Holdings) -> str:
@@ -9597,7 +9621,7 @@ def report(options: argparse.Namespace, store: Store) -> int:
             watch.certificate_end = functools.partial(certificate_end, file.read())
     repositories, certificate = watch.look(usage.names(), time.time()), watch.certificate(time.time())
     if certificate:
-        complain(certificate)
+        complain(f'{certificate}; next: {next_step("certificate")}')
     for path in usage.census.unreadable:
         complain(f'cannot read {path[1:] or "/"}')
     troubled = [repository for repository in repositories if repository.troubles]
@@ -9617,8 +9641,8 @@ def _report_line(repository: Watched) -> str:
                   *([repository.text_of(LOCKED)] if repository.odd_lock else [])]
     parts.append(f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub
                  else 'never scrubbed')
-    return one_line(f'{", ".join(repository.troubles).upper() or "sound"}: {repository.title}: '
-                    + ', '.join(parts))
+    return one_line(f'{", ".join(repository.troubles).upper() or "sound"}: {repository.title}: ' + ', '.join(
+        parts) + ''.join(f'; next: {next_step(trouble, repository.name)}' for trouble in repository.troubles))
 
 
 def _report_as_json(repository: Watched) -> str:

@@ -5716,10 +5716,10 @@ class WatchTest(TestCase):
     def test_the_report_says_it_on_a_terminal(self):
         status, lines = self.report()
         self.assertEqual((status, len(lines)), (1, 8))
-        self.assertRegex(lines[0], r'^DAMAGED: damaged: last snapshot .+ ago, 1 snapshot, \d+ B, '
-                                   'scrubbed .*, 1 damaged$')
+        self.assertRegex(lines[0], r'^DAMAGED: damaged: last snapshot .+ ago, 1 snapshot, \d+ B, scrubbed '
+                                   '.*, 1 damaged; next: .*restic -r rest:https://HOST/damaged/ repair index')
         self.assertRegex(lines[1], '^OVERDUE: never: no snapshot yet, 0 snapshots, 100 B, scrubbed .* ago, '
-                                   '0 damaged$')
+                                   '0 damaged; next: see on its client ')
         self.assertIn('3 locks, the oldest 2 days, scrubbed', lines[4])
         lock = self.put('sound-2', 'locks', 7200, 12)
         self.assertIn(f"1 lock, the oldest 2 hours, lock {lock.name[:8]} is not restic's: run restic unlock "
@@ -5789,6 +5789,7 @@ class EventsTest(WatchedTestCase):
     def told(self):
         """What the command was told, but for the disk of the tests, which may be full."""
         lines = self.heard.read_text().splitlines() if self.heard.exists() else []
+        lines = [line.partition('; next: ')[0] for line in lines]
         return [line for line in lines if 'full|||disk' not in line or '100.0 GiB' in line]
 
     def look(self, events=None):
@@ -5910,6 +5911,7 @@ class EventsTest(WatchedTestCase):
         self.scrub()
         self.assertEqual(self.look(), [
             f'damaged|nas||nas: 1 object damaged: data/{paths[0].name[:2]}/{paths[0].name}'])
+        self.assertIn('; next: copy the damaged files ', self.heard.read_text())
         self.scrub()
         self.assertEqual(self.look(), [])
         paths[1].write_bytes(b'damaged')
@@ -6187,7 +6189,7 @@ class PageTest(WatchedTestCase):
         for said in ('<code>rest:http://x/laptop/</code>', '1 object damaged',
                      '<h1>laptop</h1>', '<dd>write</dd>', '<dt>Locks</dt><dd>1<small>since ', ' B of 1000 B',
                      '2 packs, 0 keys, 1 lock, 2 snapshots, 0 indexes', '<h2>Below laptop</h2>',
-                     '<h2>Snapshots</h2>'):
+                     '<h2>Snapshots</h2>', ', run restic -r rest:http://x/laptop/ repair index, '):
             self.assertIn(said, text.replace('1.0 KiB', '1000 B'))
         snapshots = re.findall(r'<td>([0-9a-f]{8})</td><td class="n">([^<]*)<', text)
         self.assertEqual(sorted(name for name, _ in snapshots), sorted(
@@ -9468,7 +9470,8 @@ class TlsOptionsTest(TestCase):
         (self.root / 'host' / 'config').write_bytes(b'config')
         words = self.authority.words('one')
         status, _, error = self.run_it('--report', *words, self.root)
-        self.assertEqual((status, error), (1, 'restic_serve: the TLS certificate ends in 47 hours\n'))
+        self.assertEqual((status, error.partition(';')[0]),
+                         (1, 'restic_serve: the TLS certificate ends in 47 hours'))
         options = restic_serve.Parser({}).parse([*map(str, words), '--addr', '127.0.0.1:0', 'dir'])
         server = restic_serve.make_server(options, self.make_store(), '')
         self.in_thread(server.serve)
@@ -12043,6 +12046,10 @@ tests:
         for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
             self.check_output(program('promtool'), *command)
         self.assertEqual(len(names), 11)
+
+    def test_what_to_do_next_is_in_a_chapter(self):
+        for step in restic_serve.NEXT_STEPS.values():
+            self.assertRegex(README.read_text(), rf'(?m)^##+ {re.search("README, (.*)[)]$", step)[1]}$')
 
     def test_the_commands_for_events_in_the_readme_tell_what_has_happened(self):
         block = next(block for block in self.blocks('sh') if '--on-event' in block)
