@@ -3028,6 +3028,7 @@ class RollBack:
         self._repository = repository
         self._moment = moment
         self._view = View(store, moment)
+        self.show: Callable[[], object] = lambda: None      # called often while it runs
         # By kind: the sizes of objects in bytes.
         self.back: Dict[str, List[int]] = collections.defaultdict(list)
         self.aside: Dict[str, List[int]] = collections.defaultdict(list)
@@ -3060,6 +3061,7 @@ class RollBack:
             if not dry:     # a server may have purged meanwhile
                 self._past.check_known(self._repository, self._moment)
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
+                self.show()
                 files: Dict[str, str] = {}      # of deleted objects, by what they were
                 for name, file, status in self._view.find(present, deleted, prefix):
                     if name in files and not dry:   # of two, the one that is sound
@@ -3072,6 +3074,7 @@ class RollBack:
                     self._bring_back(present, deleted, files)
         for kind in self.ASIDE:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
+                self.show()
                 if not (dry or force):
                     self.check_locks()  # a backup may have begun meanwhile
                 wanted = {name for name, _, _ in self._view.find(present, deleted, prefix)}
@@ -9625,24 +9628,39 @@ def report(options: argparse.Namespace, store: Store) -> int:
     for path in usage.census.unreadable:
         complain(f'cannot read {path[1:] or "/"}')
     troubled = [repository for repository in repositories if repository.troubles]
-    for repository in troubled if options.quiet else repositories:      # so that cron has nothing to mail
-        print((_report_as_json if options.log_format == 'json' else _report_line)(repository))
+    shown = troubled if options.quiet else repositories     # so that cron has nothing to mail
+    for line in map(_report_as_json, shown) if options.log_format == 'json' else _report_lines(shown):
+        print(line)
     if not repositories:
         complain(f'no repository in {store.root}')
     return int(not repositories or bool(troubled or usage.census.unreadable or certificate))
 
 
-def _report_line(repository: Watched) -> str:
+def _report_row(repository: Watched) -> List[str]:
+    """What the report says of a repository: its verdict, its name, and facts, which may be empty."""
     holdings, locks, scrub = repository.holdings, repository.locks, repository.scrub
-    parts = [repository.last_snapshot(), format_count(holdings.objects['snapshots'], 'snapshot'),
-             format_size(holdings.bytes)]
-    if locks:
-        parts += [format_count(len(locks), 'lock'), f'the oldest {format_age(repository.now - locks[0])}',
-                  *([repository.text_of(LOCKED)] if repository.odd_lock else [])]
-    parts.append(f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub
-                 else 'never scrubbed')
-    return one_line(f'{", ".join(repository.troubles).upper() or "sound"}: {repository.title}: ' + ', '.join(
-        parts) + ''.join(f'; next: {next_step(trouble, repository.name)}' for trouble in repository.troubles))
+    return list(map(one_line, [
+        ', '.join(repository.troubles).upper() or 'sound', repository.title, repository.last_snapshot(),
+        format_count(holdings.objects['snapshots'], 'snapshot'), format_size(holdings.bytes),
+        ', '.join([format_count(len(locks), 'lock'), f'the oldest {format_age(repository.now - locks[0])}',
+                   *([repository.text_of(LOCKED)] if repository.odd_lock else [])]) if locks else '',
+        f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub else 'never scrubbed']))
+
+
+def _report_lines(repositories: List[Watched]) -> Iterator[str]:
+    """A line for each repository; on a terminal columns, troubles in red (https://no-color.org), and what to
+    do on lines of their own."""
+    rows = list(map(_report_row, repositories))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for repository, (verdict, title, *facts) in zip(repositories, rows):
+        steps = [f'next: {next_step(trouble, repository.name)}' for trouble in repository.troubles]
+        if sys.stdout.isatty():
+            cells = list(map(str.ljust, (verdict, title, *facts), widths))
+            if steps and not os.environ.get('NO_COLOR'):
+                cells[0] = f'\033[1;31m{cells[0]}\033[0m'
+            yield '\n    '.join(['  '.join(cells).rstrip(), *steps])
+        else:
+            yield '; '.join([f'{verdict}: {title}: {", ".join(filter(None, facts))}', *steps])
 
 
 def _report_as_json(repository: Watched) -> str:
@@ -9688,9 +9706,18 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
         complain(f'no repository in {store.root}')
     if not jobs or (refused and not options.force):
         return 1
+
+    def show(end: str) -> None:
+        """Show how far a roll-back is, in a line of a terminal, or clear that."""
+        if sys.stderr.isatty():
+            line = one_line(f'{path[1:] or top}: {job}')[:os.get_terminal_size(2).columns - 1]
+            print(f'\r{line}\033[K{end}', end='', file=sys.stderr, flush=True)
+
     for path, job in jobs.items():
         try:
+            job.show = functools.partial(show, '')
             job.run(options.dry_run, options.force)
+            show('\r\033[K')
             print(one_line(f'{path[1:] or top}: {job}'), flush=True)
         except ValueError as error:
             refuse(path, f'{job}, then stopped: {error}')

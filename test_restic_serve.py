@@ -405,6 +405,15 @@ class TestCase(unittest.TestCase):
                               env={**clean_environment(), **environment})
         return done.returncode, done.stdout, done.stderr
 
+    def run_on_terminal(self, *words, **environment):
+        """What a run that ends by itself shows on a terminal, at most a few KiB."""
+        ours, theirs = self.open_terminal()
+        subprocess.run([sys.executable, compiled(), *map(str, words)], stdin=subprocess.DEVNULL,
+                       stdout=theirs, stderr=theirs, timeout=PATIENCE,
+                       env={**clean_environment(), **environment})
+        os.close(theirs)
+        return os.read(ours, 10000).decode().replace('\r\n', '\n')
+
     def children(self, server):
         """The processes of its workers."""
         found = subprocess.run([program('ps'), '-o', 'pid=', '--ppid', str(server.process.pid)],
@@ -3210,6 +3219,12 @@ class PastApiTest(PastTestCase):
         self.usage.census.count()
         self.assertEqual(self.usage.quota('')[0], 0)
 
+    def test_a_terminal_shows_how_far_a_roll_back_is(self):
+        self.upload(b'config', 'config')
+        restic_serve.Past(self.store, 86400).begin('/host')
+        self.assertRegex(self.run_on_terminal('--roll-back', '0s', self.root / 'host'),
+                         r'(?s)^\rhost: nothing to d.*\x1b\[K.*\r\x1b\[Khost: nothing to do\n$')
+
     def test_a_delete_of_most_snapshots_is_a_warning_once(self):
         locations = [self.upload(bytes([number]), 'snapshots') for number in range(9)]
         self.log.clear()
@@ -3782,11 +3797,7 @@ class ScrubTest(TestCase):
         self.assertFalse((self.folder / 'none').exists())
 
     def test_a_bar_on_a_terminal(self):
-        ours, theirs = self.open_terminal()
-        subprocess.run([sys.executable, compiled(), '--scrub', str(self.root)], stderr=theirs, check=True,
-                       stdin=subprocess.DEVNULL, env=clean_environment())
-        os.close(theirs)
-        text = os.read(ours, 10000).decode()
+        text = self.run_on_terminal('--scrub', self.root)
         self.assertIn(f'\r[{"#" * restic_serve.BAR_WIDTH}] 100% of ', text)
 
     def test_a_bar_fits_its_terminal_and_a_fault_takes_its_place(self):
@@ -5736,6 +5747,15 @@ class WatchTest(TestCase):
         self.assertEqual(self.report('--stale-after', '30d', '-q'), (0, []))
         status, lines = self.report('-q')
         self.assertEqual((status, [line.split()[1] for line in lines]), (1, ['later:', 'late:']))
+
+    def test_a_terminal_shows_columns_troubles_in_red_and_what_to_do(self):
+        words = '--report', '--stale-after', '30d', self.root
+        for text, red in ((self.run_on_terminal(*words, NO_COLOR='1'), 'DAMAGED'),
+                          (self.run_on_terminal(*words, NO_COLOR=''), '\x1b[1;31mDAMAGED\x1b[0m')):
+            self.assertTrue(text.startswith(f'{red}  damaged   last'), text)
+            self.assertIn('\n    next: if no restic is at work there, run restic -r ', text)
+            rows = re.findall(r'(?m)^\w.*', re.sub('\x1b.*?m', '', text))
+            self.assertEqual((len(rows), len({row.index('scrubbed') for row in rows})), (8, 1), text)
 
     def test_what_cannot_be_read_is_not_sound_and_is_named(self):
         (self.root / 'sound-2' / 'index').write_text('')
