@@ -1627,7 +1627,7 @@ def shared_memory(length: int) -> memoryview:
 
 class Counters:
     """Rows of integers by key, a tuple of strings, in memory that forked processes share; a reader may see
-    one half updated.  `rows` are this process's, to be changed with `lock`; join() replaces them after a fork."""
+    one half updated.  `rows` are this process's, changed with `lock`; join() replaces them after a fork."""
 
     def __init__(self, slots: int = 1) -> None:
         size, self.slots = SLOT_BYTES, slots
@@ -6719,7 +6719,7 @@ _ANSWER_TO_PLAIN_HTTP = (
 
 class TlsTransport:
     """The server's side of TLS, through memory BIOs: one system call moves many records, where OpenSSL takes
-    one or two for each.  `authority` is the content of the CA file that a client's certificate is checked by."""
+    one or two for each.  `authority` is the content of the CA file by which clients are checked."""
 
     def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
