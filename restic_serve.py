@@ -2287,7 +2287,7 @@ class Directory:
         """Raises DirectoryGone and, where it is read-only, ReadOnly."""
         self.check_present()
         if self.read_only:
-            raise ReadOnly(READ_ONLY)
+            raise ReadOnly(f'{READ_ONLY} (--read-only, or its file system); use restic --no-lock')
 
     def find_fault(self) -> str:
         """Why the directory cannot be served, empty if it can: it has gone or, unless it is read-only, no
@@ -6205,7 +6205,7 @@ _REASON_OF_STATUS = {400: 'the file system cannot store this name',
                      507: 'disk full'}
 _STATUS_OF_ERROR = {
     InvalidPath: 400, WrongContent: 400, OtherConfig: 403, ReservedName: 404, NotHere: 404,
-    NoHistory: 410, DirectoryGone: 500, Busy: 503, ReadOnly: 507, QuotaExceeded: 507,
+    NoHistory: 410, DirectoryGone: 500, Busy: 503, ReadOnly: 403, QuotaExceeded: 507,
 }
 _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
@@ -6267,6 +6267,8 @@ class Api:
                 self.metrics.count_limited(LOGINS, request.client.name)
             return self.refuse(error)
         except StorageError as error:
+            if isinstance(error, ReadOnly):     # restic shows the status alone
+                self._log(request, 'read-only', '%s %s: %s', request.method, request.path, error)
             return self.refuse(HttpError(
                 _STATUS_OF_ERROR[type(error)], str(error),
                 [('Retry-After', str(error.retry_seconds))] if isinstance(error, Busy) else ()))

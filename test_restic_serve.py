@@ -2569,9 +2569,10 @@ class MomentTest(unittest.TestCase):
                 ('2026-11-20T12:00:00Z', 1795176000), ('2026-11-20T12:00Z', 1795176000),
                 ('2026-11-20Z', 1795132800), ('2026-11-20T12:00:00.25Z', 1795176000.25),
                 ('2026-11-20T12:00:00', at), ('2026-11-20T12:00', at), ('2026-11-20', at - 12 * 3600),
-                ('2026-11-20 12:00:00', at), ('2026-11-20T13:30:00.123456789+01:30', 1795176000.123456),
-                ('2026-11-20T10:30:00-01:30', 1795176000), ('36h', self.NOW - 36 * 3600), ('2d', self.NOW - 2 * 86400),
-                ('1d12h', self.NOW - 1.5 * 86400)):
+                ('2026-11-20 12:00:00', at),
+                ('2026-11-20T13:30:00.123456789+01:30', 1795176000.123456),
+                ('2026-11-20T10:30:00-01:30', 1795176000), ('36h', self.NOW - 36 * 3600),
+                ('2d', self.NOW - 2 * 86400), ('1d12h', self.NOW - 1.5 * 86400)):
             self.assertEqual(restic_serve.parse_past(text, self.NOW), int(seconds * 1e6), text)
         for text in ('', 'x', '10', '2026', '2026-13-01', '2026-11-20_12:00', '2026-11-20T25:00', '-2d',
                      '2026-11-20T12:00:00+0100', '2026-11-20T12Z', '٣d', '2026-11-20T12:00:60.5.5Z'):
@@ -3314,7 +3315,8 @@ class DirectoryTest(TestCase):
     def check_read_only(self):
         before = self.files()
         self.api = Api(self.store, Policy())
-        self.assertEqual([self.status(*one) for one in self.paths], [507, 507, 507])
+        self.assertEqual([self.status(*one) for one in self.paths], [403, 403, 403])
+        self.assertRegex(self.log[-1], '^(POST|DELETE) /host/.*--read-only.*--no-lock$')
         self.assertEqual(self.status('GET', '/host/config'), 200)
         self.assertEqual(self.files(), before)
 
