@@ -3494,6 +3494,7 @@ class Scrub:
 # at the sum, so that two that take the last bytes at once both step back.
 
 DAYS = 90                    # Days of history: how much was stored on each.
+RESERVE_BYTES = 64 << 20     # above quotas, for indexes that a prune writes before it deletes
 ROOM_SECONDS = 3             # Longest wait of an upload for bytes that others have reserved.
 ROOM_RATE = 64 * 1024        # Bytes a second that an upload has to bring to keep what it has reserved,
 ROOM_GRACE = 1               # after so many seconds.
@@ -3792,9 +3793,10 @@ class Usage:
 
     # ---- what passes through ----
 
-    def save(self, location: Location, body: Body) -> Tuple[int, int]:
-        """Store an object as Store.save() does; the objects and bytes added.  Raises QuotaExceeded, before
-        the content is read if its length is known, and Busy."""
+    def save(self, location: Location, body: Body, may_delete: bool = False) -> Tuple[int, int]:
+        """Store an object as Store.save() does; the objects and bytes added.  An index of a user who
+        `may_delete` may use the reserve.  Raises QuotaExceeded, before the content is read if its length is
+        known, and Busy."""
         scopes = self.limited(location.repository) if self.limits.by_place else []
         if not scopes:
             return self._save(location, body)
@@ -3809,6 +3811,7 @@ class Usage:
         # What replaces a damaged object is charged the difference.
         fixed = folders * FOLDER_BYTES - (0 if present is None else charge_of(present))
         with Room(self, location.repository, fixed, body) as room:
+            room.may_reserve = may_delete and location.kind == 'index' and length is not None
             room.take(length or 0, 0 if length is None else ROOM_SECONDS)
             return self._save(location, room)
 
@@ -3915,6 +3918,16 @@ class Usage:
         for room in self.rooms.copy():
             room.yield_rest()
 
+    def take_reserve(self, repository: str, charge: int) -> bool:
+        """Whether there is room above the quotas for an index, without which a prune could free none: as many
+        bytes as the older indexes have, and RESERVE_BYTES."""
+        sizes = (sizes for _, sizes in self._store.objects(Location(repository, 'index'), True))
+        there = sum(itertools.chain.from_iterable(sizes))
+        row = 'reserve', repository
+        taken = self.counters.total(row, 1)[0]
+        now = min(taken, there) + charge
+        return now <= there - min(taken, there) + RESERVE_BYTES and self.counters.add(row, now - taken)
+
     def refuse(self, repository: str, charge: int, quotas: Dict[str, Quota]) -> NoReturn:
         """Raises QuotaExceeded for an upload that is charged so much; logged once in ten seconds."""
         if time.monotonic() >= self._next_warning:
@@ -3995,6 +4008,7 @@ class Room(Closing):
         self._usage = usage
         self._repository = repository
         self._fixed = fixed
+        self.may_reserve = False
         self._scopes, self._taken, self._received = usage.limited(repository), 0, 0
         if self._scopes:
             usage.census.request()
@@ -4029,6 +4043,8 @@ class Room(Closing):
                     return
                 self._set(before)
             if any(quota.held + charge > quota.limit for quota in quotas.values()):
+                if self.may_reserve and usage.take_reserve(self._repository, charge):
+                    return
                 usage.refuse(self._repository, charge, quotas)
             if time.monotonic() >= end:
                 raise Busy('other uploads have reserved the remaining quota', RETRY_SECONDS)
@@ -6417,8 +6433,9 @@ class Api:
         if location.kind == 'locks' and self.policy.right(request.user, location.repository) == READ:
             self._check_lock(request, location)
         check = self._find_check(request, location)
-        objects, size = self.usage.save(location, WatchedBody(request.body, lambda received: check())
-                                        if check else request.body)
+        body = WatchedBody(request.body, lambda received: check()) if check else request.body
+        objects, size = self.usage.save(
+            location, body, self.policy.right(request.user, location.repository) == WRITE)
         if objects:
             self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
             if location.kind == 'snapshots':

@@ -4485,6 +4485,27 @@ class QuotaTest(WatchedTestCase):
         self.ask(get(f'/data/{named(content)}', method='DELETE'))
         self.assertEqual(self.ask(post('/config', b'x'))[0], 200)
 
+    def test_who_may_delete_may_store_indexes_above_it_within_a_reserve(self):
+        patch_for(self, restic_serve, RESERVE_BYTES=1000)
+        self.make_repository()
+        self.store.save(Location('', 'index', named(bytes(500))), Bytes(bytes(500)))
+        self.watch(max_bytes=100)
+        self.usage.census.wait(PATIENCE)
+
+        def store(kind, size):
+            content = os.urandom(size)
+            return self.ask(post(f'/{kind}/{named(content)}', content))[0]
+
+        self.assertEqual(store('data', 10), 507)
+        self.assertEqual([store('index', 500) for _ in range(4)], [200, 200, 200, 507])
+        for path in (self.root / 'index').iterdir():
+            self.assertEqual(self.ask(get(f'/index/{path.name}', method='DELETE'))[0], 200)
+        self.assertEqual([store('index', 500) for _ in range(3)], [200, 200, 507])
+        self.policy.rights = short_rights(append_only=True)
+        for path in (self.root / 'index').iterdir():
+            path.unlink()
+        self.assertEqual(store('index', 500), 507)
+
     def test_what_is_announced_and_comes_slowly_is_not_held(self):
         patch_for(self, restic_serve, ROOM_GRACE=0.1)
         self.make_repository()
@@ -10649,6 +10670,26 @@ class RolesTest(ResticTestCase):
         self.assertEqual(run('prune', 'check', '--read-data'), 0)
 
 
+    @long
+    def test_a_quota_lowered_to_half_lets_forget_and_prune_free_room(self):
+        for keep in ('0', '1d'):
+            root = self.folder / keep
+            with self.serve(root=root) as server:
+                url = self.address(server, 'host/')
+                self.restic(url, 'init')
+                for number in range(3):
+                    (self.source / 'changing').write_bytes(os.urandom(3_000_000))
+                    self.restic(url, 'backup', self.source)
+            held = sum(path.stat().st_size for path in root.rglob('*') if path.is_file())
+            with self.serve('--max-size', f'{held // 2}B', '--keep-deleted', keep, root=root) as server:
+                url = self.address(server, 'host/')
+                self.restic(url, 'forget', '--keep-last', '1')
+                self.restic(url, 'prune', '--max-repack-size', '0')
+                self.restic(url, 'check', '--read-data')
+                now = sum(path.stat().st_size for path in root.rglob('*') if path.is_file())
+                self.assertEqual(now > held * 0.9, keep != '0')    # else it returns when that expires
+
+
 @long
 class OldResticTest(ResticScenarios, ResticTestCase):
     """The system's restic."""
@@ -11872,7 +11913,7 @@ class ReadmeTest(TestCase):
     # Options in examples that are of restic, curl, docker and others.
     OTHERS = frozenset((
         'cacert', 'copy-chunker-params', 'data-raw', 'failed', 'files-from', 'forget', 'from-repo',
-        'home-dir', 'ignore-existing', 'keep-daily', 'keep-last', 'keep-within', 'listen',
+        'home-dir', 'ignore-existing', 'keep-daily', 'keep-last', 'keep-within', 'listen', 'max-repack-size',
         'mutants', 'no-lock', 'now', 'path', 'proxy-auth-username', 'prune', 'python', 'read-data',
         'read-data-subset', 'remove-all', 'shell', 'strict', 'system', 'target', 'tls', 'tls-cert',
         'tls-client-cert', 'tls-key'))
