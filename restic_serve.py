@@ -2026,6 +2026,10 @@ class Folders:
             self._root_fd = descend_from_root(self.root)
         return self._root_fd
 
+    def forget_root(self) -> None:
+        """Another directory has come in place of this one.  The descriptor stays open for who uses it."""
+        self._root_fd = None
+
     def _descend(self, path: str) -> int:
         """A descriptor of a folder whose path is not trusted."""
         root_fd = self.hold_root()
@@ -2246,6 +2250,9 @@ class Directory:
         self._root = root
         self._probe = probe
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
+        self._is_mount = True
+        self._covering = threading.Lock()
+        self.on_cover: Callable[[], object] = lambda: None      # called when a disk is mounted over it
         import mmap
         self._was_gone = mmap.mmap(-1, 1)   # for all processes, so that one of them says so
         self.on_change: Callable[[bool], object] = lambda is_gone: None     # called in that one
@@ -2255,7 +2262,7 @@ class Directory:
     def identify(self) -> None:
         """Remember which directory it is.  Raises OSError."""
         status = os.stat(self._root or os.sep)
-        self._identity = status.st_dev, status.st_ino
+        self._identity, self._is_mount = (status.st_dev, status.st_ino), os.path.ismount(self._root or os.sep)
 
     def is_missing(self) -> bool:
         """Whether there is no directory yet: over --stdio only a new repository makes one."""
@@ -2269,6 +2276,12 @@ class Directory:
             gone = self._identity not in (None, (status.st_dev, status.st_ino))
         except OSError:
             gone = self._identity is not None
+        if gone and not self._is_mount and os.path.ismount(self._root):     # before, its disk was not mounted
+            with self._covering:
+                if not self._is_mount:
+                    reload_log.log(NOTICE, 'a disk was mounted at %s; it is served from now on', self._root)
+                    self.on_cover()
+            gone = False
         if gone != self._was_gone[0]:
             self._was_gone[0] = gone
             if gone:
@@ -2314,6 +2327,7 @@ class Store:
         self.root = os.path.abspath(root).rstrip(os.sep)
         self.verify = verify
         self.directory = Directory(self.root, read_only, self._probe)
+        self.directory.on_cover = self.prepare
         self.file_mode = 0o660 if shared else 0o600
         self.shared = shared
         self.folders = Folders(self.root, shared)
@@ -2332,6 +2346,7 @@ class Store:
                                         self.root)
             self.folders.make_root(self.root)
             log.log(NOTICE, 'created directory %s', self.root)
+        self.folders.forget_root()
         if not self.folders.find_trusted(''):
             self.folders.hold_root()
         self.directory.identify()

@@ -10677,7 +10677,7 @@ class RolesTest(ResticTestCase):
             with self.serve(root=root) as server:
                 url = self.address(server, 'host/')
                 self.restic(url, 'init')
-                for number in range(3):
+                for _ in range(3):
                     (self.source / 'changing').write_bytes(os.urandom(3_000_000))
                     self.restic(url, 'backup', self.source)
             held = sum(path.stat().st_size for path in root.rglob('*') if path.is_file())
@@ -11004,6 +11004,17 @@ class DiskFaultsTest(FaultsTestCase):
         self.assertEqual(self.exchange(wire, 'GET', path)[0], 404)
 
     @long
+    def test_a_disk_that_is_mounted_late_is_served(self):
+        with mock.patch.object(self.store, 'prepare'):
+            self.mount('size=1m')
+        path = self.put(b'content')
+        self.assertIn('a disk was mounted at', ' '.join(self.log))
+        subprocess.run(['umount', '-l', self.root], check=True)
+        self.assertFalse((self.root / path[1:]).exists())
+        self.assertEqual(self.ask(get(path))[0], 500)
+        subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', self.root], check=True)     # not the one that it was
+        self.assertEqual(self.ask(get(path))[0], 500)
+
     def test_a_disk_that_is_unmounted_during_a_backup(self):
         """Nothing is stored elsewhere; when the disk is back, the backup goes on and ends well."""
         restic, disk = peer('restic'), self.folder / 'disk'
