@@ -10990,12 +10990,13 @@ class DiskFaultsTest(FaultsTestCase):
     def test_a_disk_that_is_mounted_late_is_served(self):
         with mock.patch.object(self.store, 'prepare'):
             self.mount('size=1m')
-        path = self.put(b'content')
+        path = f'/data/{named(b"content")}'
+        self.assertEqual(self.ask(post(path, b'content'))[0], 200)
         self.assertIn('a disk was mounted at', ' '.join(self.log))
         subprocess.run(['umount', '-l', self.root], check=True)
         self.assertFalse((self.root / path[1:]).exists())
         self.assertEqual(self.ask(get(path))[0], 500)
-        subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', self.root], check=True)     # not the one that it was
+        subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', self.root], check=True)    # not the one that it was
         self.assertEqual(self.ask(get(path))[0], 500)
 
     def test_a_disk_that_is_unmounted_during_a_backup(self):
