@@ -135,6 +135,7 @@ reload_log = logging.getLogger('restic_serve.reload')  # enabled in one process 
 
 _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0,
             'd': 86400.0, 'w': 7 * 86400.0, 'M': 30 * 86400.0, 'y': 365 * 86400.0}
+_DURATION_LETTERS = 40          # in a duration: to find none in more takes the square of their number
 _DURATION_PART = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|[smhdwMy])')
 LATEST_TIME = 253402300799 - 86400     # The last day of the year 9999 but one, for any zone.
 
@@ -143,7 +144,7 @@ def parse_duration(text: str) -> float:
     """Seconds of a duration in rclone's syntax: `1h0m0s`, `300ms`, `2d`, or bare seconds."""
     if re.fullmatch(r'\d+(?:\.\d*)?', text):
         return float(text)
-    parts = _DURATION_PART.findall(text)
+    parts = _DURATION_PART.findall(text[:_DURATION_LETTERS])
     if not parts or ''.join(count + unit for count, unit in parts) != text:
         raise ValueError(f'invalid duration {text!r}; use 300ms, 10s, 1h0m0s or 2d')
     return sum(float(count) * _SECONDS[unit] for count, unit in parts)
@@ -3816,15 +3817,17 @@ class Usage:
         if not scopes:
             return self._save(location, body)
         self._store.require_repository(location)      # before the place takes a row of the counters
-        present = self._store.size(location)
-        if present is not None and self._store.confirm(location, body):
+        present, length = self._store.size(location), body.length
+        # The length is compared first: announcing another one must not cost the hash of all that is there.
+        is_same = length is not None and length == present
+        if is_same and self._store.confirm(location, body):
             return 0, 0     # a retried upload needs no room
-        folders, length = self._store.folders.missing(location.folder), body.length
+        folders = self._store.folders.missing(location.folder)
         if location.kind == 'locks' and not folders and length is not None and length <= LOCK_BYTES and all(
                 self.counters.total(('scope', scope), 2)[1] < LOCKS for scope in scopes):
             return self._save(location, body)   # restic needs a lock to read and to delete
-        # What replaces a damaged object is charged the difference.
-        fixed = folders * FOLDER_BYTES - (0 if present is None else charge_of(present))
+        # What replaces a damaged object of the same length is charged nothing.
+        fixed = folders * FOLDER_BYTES - (charge_of(length or 0) if is_same else 0)
         with Room(self, location.repository, fixed, body) as room:
             room.may_reserve = may_delete and location.kind == 'index' and length is not None
             room.take(length or 0, 0 if length is None else ROOM_SECONDS)
@@ -4433,7 +4436,7 @@ class Accounts:
         """The user of a request, empty if nothing names one.  Raises HttpError 401, 403 and 429."""
         peer = request.peer
         if self._user_header and (peer.unix or self.is_proxy(peer.name)):
-            user = request.headers.get(self._user_header, '')
+            user = request.headers.get(self._user_header, '')[:USER_BYTES + 1]     # one more is too long
             if not user.isascii():
                 user = normalize_user(user.encode('latin-1').decode('utf-8', 'replace'))
             if is_user(user):
@@ -6213,6 +6216,7 @@ class Admission:
 
 LIST_BYTES = 32 * 1024  # of a list that are sent at a time
 LIST_SECONDS = 2.5      # after which less is sent,
+LONGEST_URL_PATH = 4096     # of a request, percent-encoded
 FIRST_SECONDS = 0.01    # and for the first time: faults that are found before still have a status
 _VERSION_2 = 'application/vnd.x.restic.rest.v2'
 _VERSION_1 = 'application/vnd.x.restic.rest.v1'
@@ -6611,6 +6615,8 @@ def parse_path(path: str, ignore_case: bool = False) -> Location:
     segment of a repository's path is a kind or `config`, so that no repository lies among the objects of
     another.
     """
+    if len(path) > LONGEST_URL_PATH:
+        raise InvalidPath(f'path is longer than {LONGEST_URL_PATH} bytes')
     if '%' in path:
         path = _decode_path(path)
     at = ''
@@ -7171,9 +7177,13 @@ def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
         raise next(HttpError(status, reason) for fault, status, reason in _FAULTS if fault.match(text))
     method, target, minor = line.groups()
     headers: Dict[str, str] = {}
+    repeated: Dict[str, List[str]] = {}
     for name, value in _FIELD.findall(text, line.end()):
         name, value = name.lower(), value.rstrip(' \t')
-        headers[name] = f'{headers[name]}, {value}' if name in headers else value
+        if name in headers:
+            repeated.setdefault(name, [headers[name]]).append(value)
+        headers[name] = value
+    headers.update((name, ', '.join(values)) for name, values in repeated.items())
     # RFC 9112 3.2: 400 for a request of HTTP/1.1 without Host, with two, or with a bad one.
     host = headers.get('host')
     if (host is None and minor != '0') or not _HOST.fullmatch(host or ''):
