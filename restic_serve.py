@@ -5157,12 +5157,13 @@ class Watched(collections.namedtuple('Watched', [
                          if trouble in self.troubles)
 
 
-def certificate_end(pem: bytes) -> float:
+def certificate_end(path: str) -> float:
     """When the first certificate of a PEM file ends, infinite where that cannot be read.  Its two times stand
-    side by side in DER, with years of two digits before 2050 (RFC 5280 4.1.2.5)."""
+    side by side in DER, with years of two digits before 2050 (RFC 5280 4.1.2.5).  Raises OSError."""
     import base64
     import calendar
-    encoded = pem.partition(b'CERTIFICATE-----')[2].partition(b'-')[0]
+    with open(path, 'rb') as file:
+        encoded = file.read().partition(b'CERTIFICATE-----')[2].partition(b'-')[0]
     with contextlib.suppress(ValueError):
         validity = _VALIDITY.search(base64.b64decode(encoded))
         if validity:
@@ -5281,21 +5282,21 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 # repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
 # seen; `back` is reported for a newer one only.
 #
-# Deletes of snapshots are sent there, too, and counted for a minute.  The fresh ones are left out of a second
-# count, since who may delete may also add many to hide behind.
+# Deletes of snapshots are sent there, too, and counted for a minute.  Fresh ones do not count, since who may
+# delete may also add many to hide behind.
 
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
 EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone', 'certificate')
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
 FORGOTTEN = 'forgotten'     # No event yet: a snapshot was deleted.
-QUEUED_AT_MOST = 500         # Events of either queue.
+QUEUED_AT_MOST = 500         # Events that wait for the command.
 FRESH_SECONDS = 3600         # Age up to which a snapshot may be one that hides a mass delete.
 # `repository` is a path, None for what is about none.  What several servers find, and refused deletes, have a
 # `value`, by which ReportedEvents knows them; a deleted snapshot has what count_snapshots() said.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
-# Deleted snapshots of a repository in the minute since `begun`: how many there were, and are `deleted`, each
-# a list of all and of those that were not fresh; and by whom.
+# Deleted snapshots of a repository in the minute since `begun`: how many there were of those that count, how
+# many of these are deleted, and by whom any were.
 Forgotten = collections.namedtuple('Forgotten', ['begun', 'there', 'deleted', 'by'])
 
 
@@ -5314,7 +5315,7 @@ class Events:
         self._refused, self._there, self._warned = Remembered(60), Remembered(60), Remembered(3600)
         self._changed = threading.Condition()       # of the next four
         self._stopped = False               # nothing is begun any more
-        self._queues: Tuple[List[Event], List[Event]] = [], []
+        self._queue: List[Event] = []
         self._turns: Dict[str, float] = {}      # when each repository has had its last one
         self._forgotten: Dict[str, Forgotten] = {}      # by repository
         self._cut = threading.Event()       # what is running is killed
@@ -5347,21 +5348,19 @@ class Events:
                     'refused', repository, f'{repository[1:] or "/"}: {who} tried to delete, but may only '
                     f'{may}', user, time.time()))
 
-    def count_snapshots(self, location: Location) -> List[int]:
-        """The snapshots of a repository not more than a minute ago, those of them that were not fresh, and
-        whether the one that is about to be deleted is."""
-        limit = time.time() - FRESH_SECONDS
+    def count_snapshots(self, location: Location) -> Tuple[int, bool]:
+        """The snapshots of a repository, not more than a minute ago, that were not fresh or, where these are
+        fewer than two, all of them; and whether the one that is about to be deleted is among these."""
+        def count(repository: str) -> Tuple[int, float]:
+            limit, times = time.time() - FRESH_SECONDS, [status.st_mtime for _, status in (
+                self._store.object_entries(f'{repository}/snapshots'))]
+            old = sum(moment < limit for moment in times)
+            return (old, limit) if old > 1 else (len(times), math.inf)
 
-        def count(repository: str) -> List[int]:
-            are_old = [status.st_mtime < limit for _, status in self._store.object_entries(
-                f'{repository}/snapshots')]
-            return [len(are_old), sum(are_old)]
-
-        there, is_old = [0, 0], 1
         with contextlib.suppress(OSError), self._store.open(location) as content:
-            is_old = os.fstat(content.fd).st_mtime < limit
-            there = self._there.get(location.repository, count)
-        return [*there, is_old]
+            there, limit = self._there.get(location.repository, count)
+            return there, os.fstat(content.fd).st_mtime < limit
+        return 0, True
 
     def on_snapshot(self, request: Request, location: Location) -> None:
         """A snapshot has arrived."""
@@ -5397,60 +5396,58 @@ class Events:
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        lost = sum(map(len, self._queues))
-        if lost:
-            log.error('--on-event: %s lost, the server is stopping', format_count(lost, 'event'))
+        if self._queue:
+            log.error('--on-event: %s lost, the server is stopping', format_count(len(self._queue), 'event'))
         if self._thread:
             self._thread.join(seconds)
             self._cut.set()
             self._thread.join(1)
 
     def _take(self, event: Event) -> None:
-        """Let an event wait for the command: what clients cause as often as they like behind all others."""
+        """Let an event wait for the command; where too many do, the last of those that are most gives way."""
         if event.kind == FORGOTTEN:
             self._note_forgotten(event)
         elif not self.command:
             self._counters.add(('event', event.kind), 1)
         else:
             with self._changed:
-                queue = self._queues[event.kind in _BY_CLIENTS]
-                queue.append(event)
+                self._queue.append(event)
                 self._changed.notify()
-                if len(queue) > QUEUED_AT_MOST:     # the repository that has the most gives way
-                    most, = collections.Counter(waiting.repository for waiting in queue).most_common(1)
-                    lost = next(waiting for waiting in reversed(queue) if waiting.repository == most[0])
-                    queue.remove(lost)
+                if len(self._queue) > QUEUED_AT_MOST:
+                    groups = [(waiting.kind in _BY_CLIENTS, waiting.repository) for waiting in self._queue]
+                    most, = collections.Counter(groups).most_common(1)
+                    lost = self._queue.pop(max(at for at, group in enumerate(groups) if group == most[0]))
                     log.error('--on-event: command not run for "%s": too many events are queued',
                               lost.message)
 
     def _next(self) -> Event:
-        """The next event: repositories take turns."""
-        queue = next(filter(None, self._queues))
-        event = min(queue, key=lambda waiting: self._turns.get(waiting.repository, 0))
-        queue.remove(event)
+        """The next event: repositories take turns; what clients cause as often as they like comes last."""
+        event = min(self._queue, key=lambda waiting: (
+            waiting.kind in _BY_CLIENTS, self._turns.get(waiting.repository, 0)))
+        self._queue.remove(event)
         self._turns[event.repository] = time.monotonic()
         return event
 
     def _note_forgotten(self, event: Event) -> None:
-        """A snapshot was deleted: warn, once an hour, when more than half of a repository's snapshots, or of
-        those that are not fresh, were deleted within a minute."""
-        *there, is_old = event.value
+        """A snapshot was deleted: warn, once an hour, when more than half of a repository's were deleted
+        within a minute."""
+        there, counts = event.value
         with self._changed:
-            minute = self._forgotten.setdefault(event.repository, Forgotten(
-                time.monotonic(), there, [0, 0], collections.Counter()))
-            minute.deleted[:] = minute.deleted[0] + 1, minute.deleted[1] + is_old
+            minute = self._forgotten.get(event.repository) or Forgotten(
+                time.monotonic(), there, 0, collections.Counter())
+            minute = minute._replace(deleted=minute.deleted + counts)
+            self._forgotten[event.repository] = minute
             count_name(minute.by, f'{event.user} from {event.message}' if event.user else event.message)
-            most = [f'{deleted} of {max(deleted, number)} snapshots{which}' for deleted, number, which in zip(
-                minute.deleted, minute.there, ('', ' older than an hour')) if 1 < deleted > number / 2]
-            who = listed(minute.by)
+            number = max(minute.there, minute.deleted)
+            kept = '; they are kept (--keep-deleted)' if self._usage.past.keeps else ''
+            message = (f'{event.repository[1:] or "/"}: {minute.deleted} of {number} snapshots were deleted '
+                       f'within a minute, by {listed(minute.by)}{kept}')
 
         def warn(repository: str) -> None:
-            message = f'{repository[1:] or "/"}: {most[0]} were deleted within a minute, by {who}' + (
-                '; they are kept (--keep-deleted)' if self._usage.past.keeps else '')
             log.warning('%s', message)
             self._take(Event('deleted', repository, event.user, message, None))
 
-        if most:
+        if 1 < minute.deleted > minute.there / 2:
             self._warned.get(event.repository, warn)
 
     def log_forgotten(self, at_once: bool = False) -> float:
@@ -5462,7 +5459,7 @@ class Events:
                 if now >= minute.begun + 60 or at_once:
                     del self._forgotten[repository]
                     log.log(NOTICE, '%s: %s deleted, by %s', repository[1:] or '/', format_count(
-                        minute.deleted[0], 'snapshot'), listed(minute.by))
+                        sum(minute.by.values()), 'snapshot'), listed(minute.by))
             return min((minute.begun + 60 - now for minute in self._forgotten.values()), default=math.inf)
 
     def _work(self) -> None:
@@ -5470,7 +5467,7 @@ class Events:
         next_look = 0.0
         while True:
             with self._changed:
-                is_queued = self._changed.wait_for(lambda: self._stopped or any(self._queues),
+                is_queued = self._changed.wait_for(lambda: self._stopped or self._queue,
                                                    max(next_look - time.monotonic(), 0))
                 if self._stopped:
                     return
@@ -6496,7 +6493,7 @@ class Api:
 
     def _delete(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
-        snapshots = self.events.count_snapshots(location) if location.kind == 'snapshots' else []
+        snapshots = self.events.count_snapshots(location) if location.kind == 'snapshots' else ()
         size = self.usage.delete(location)
         if size is not None:
             self.metrics.count_blob(request, location, Metrics.DELETED, size)
@@ -8412,7 +8409,7 @@ class Certificates(WatchedFiles):
                 context.load_verify_locations(self._client_ca)
             except ssl.SSLError:
                 raise OSError(f'--client-ca: no PEM certificate in {self._client_ca}') from None
-        self.authority, self.end = authority, certificate_end(cert)
+        self.authority, self.end = authority, certificate_end(self._cert)
         self.wrap = functools.partial(TlsTransport, context=context, authority=authority)
         return f'loaded certificate {self._cert}'
 
@@ -9664,8 +9661,7 @@ def report(options: argparse.Namespace, store: Store) -> int:
     usage.census.count()
     watch = Watch(store, usage, options.stale_after)
     if options.cert:
-        with open(options.cert, 'rb') as file:
-            watch.certificate_end = functools.partial(certificate_end, file.read())
+        watch.certificate_end = functools.partial(certificate_end, options.cert)
     repositories, certificate = watch.look(usage.names(), time.time()), watch.certificate(time.time())
     if certificate:
         complain(f'{certificate}; next: {next_step("certificate")}')

@@ -3239,14 +3239,6 @@ class PastApiTest(PastTestCase):
         self.assertRegex(self.run_on_terminal('--roll-back', '0s', self.root / 'host'),
                          r'(?s)^\rhost: nothing to d.*\x1b\[K.*\r\x1b\[Khost: nothing to do\n$')
 
-    def test_a_delete_of_most_snapshots_is_a_warning_once(self):
-        locations = [self.upload(bytes([number]), 'snapshots') for number in range(9)]
-        self.log.clear()
-        for location in locations:
-            self.assertEqual(self.ask('DELETE', f'/host/snapshots/{location.name}')[0], 200)
-        self.assertEqual(self.log, ['host: 5 of 9 snapshots were deleted within a minute, by test (5); they '
-                                    'are kept (--keep-deleted)'])
-
     def test_a_scrub_reads_what_is_kept(self):
         locations = [self.upload(bytes([number])) for number in range(2)]
         for location in locations:
@@ -5892,14 +5884,15 @@ class EventsTest(WatchedTestCase):
     def test_a_mass_delete_is_told_once_and_forged_snapshots_hide_none(self):
         bob, within = 'bob from 127.0.0.1', 'were deleted within a minute, by bob from 127.0.0.1 (4)'
         for age, forged, deletes, said in (
-                (0, 0, 5, f'4 of 6 snapshots {within}'),
-                (7200, 20, 5, f'4 of 6 snapshots older than an hour {within}'), (7200, 0, 3, '')):
+                (0, 0, 5, f'4 of 6 snapshots {within}; they are kept (--keep-deleted)'),
+                (7200, 20, 5, f'4 of 6 snapshots {within}'), (7200, 0, 3, '')):
             with self.subTest(said), tempfile.TemporaryDirectory(dir=self.folder) as root:
                 self.root = Path(root)
                 self.store = self.make_store()
                 self.fill('/laptop', *['snapshots'] * 6, age=age)
                 paths = list((self.root / 'laptop' / 'snapshots').iterdir())
                 events = self.served(accounts=self.users('bob'))
+                self.usage.past.keeps = 'kept' in said
                 self.fill('/laptop', *['snapshots'] * forged)
                 for path in paths[:deletes]:
                     self.ask(get(f'/laptop/snapshots/{path.name}', basic('bob', 'bob'), method='DELETE'))
@@ -5915,7 +5908,7 @@ class EventsTest(WatchedTestCase):
         with mock.patch.object(time, 'monotonic', lambda: clock):
             clock = 1000.0
             for repository in ('/a', '/a', '/b'):
-                events.emit(restic_serve.FORGOTTEN, repository, '::1', '', [9, 9, False])
+                events.emit(restic_serve.FORGOTTEN, repository, '::1', '', [9, False])
                 self.assertEqual(events.log_forgotten(), 60)
             clock += 60
             self.assertEqual(events.log_forgotten(), math.inf)
@@ -9524,7 +9517,7 @@ class TlsOptionsTest(TestCase):
         self.assertTrue(self.log[1].startswith(f'--cert: {cert} expired on '))
 
     def test_the_end_of_a_certificate_is_known_to_report_and_metrics(self):
-        end = restic_serve.certificate_end(Path(self.folder / 'one.pem').read_bytes())
+        end = restic_serve.certificate_end(self.folder / 'one.pem')
         self.assertAlmostEqual(end, time.time() + 2 * 86400, delta=60)
         self.make_repository('host')
         (self.root / 'host' / 'config').write_bytes(b'config')
@@ -9540,9 +9533,10 @@ class TlsOptionsTest(TestCase):
         for days in (9000, 400):    # its year has four digits, or two
             self.authority.run('req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', days,
                                '-subj', '/CN=x', '-keyout', 'key', '-out', 'pem')
-            self.assertAlmostEqual(restic_serve.certificate_end((self.folder / 'pem').read_bytes()),
+            self.assertAlmostEqual(restic_serve.certificate_end(self.folder / 'pem'),
                                    time.time() + days * 86400, delta=60)
-        self.assertEqual(restic_serve.certificate_end(b'-----BEGIN CERTIFICATE-----\nrubbish\n'), math.inf)
+        (self.folder / 'pem').write_text('-----BEGIN CERTIFICATE-----\nrubbish\n')
+        self.assertEqual(restic_serve.certificate_end(self.folder / 'pem'), math.inf)
 
 
 class OtherServersTest(TestCase):
