@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     import ssl
     from typing import (
         Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, MutableMapping, NoReturn,
-        Optional, Protocol, Set, Tuple, TypeVar, Union)
+        Optional, Protocol, Set, Sized, Tuple, TypeVar, Union)
 
     S = TypeVar('S')
     T = TypeVar('T')
@@ -1833,9 +1833,14 @@ READ_ONLY = 'the server is read-only'
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL, errno.EXDEV)     # EACCES on Android
-# Folders in which file systems and NAS show their own snapshots and waste.
-_OF_FILE_SYSTEMS = ('.snapshots', '.snapshot', '.zfs', '#snapshot', '@eaDir', '@eadir', '#recycle',
-                    'lost+found')
+# Paths at or below folders in which file systems, NAS and desktops have their own snapshots and waste;
+# Timeshift's lies at the top.
+_OF_SYSTEMS = re.compile(
+    r'(?is)(?:.*/(?:\.snapshots?|\.zfs|[#@](?:snapshot|recycle|recently-snapshot|eadir|tmp|sharebin)|\.recycle|'
+    r'lost\+found|found\.[0-9]{3}|\$recycle\.bin|recycler|system volume information|\.trash(?:es|-[^/]*)?|'
+    r'\.(?:spotlight-v100|fseventsd|documentrevisions-v100|temporaryitems|@__thumb))|/timeshift(?:-btrfs)?)'
+    r'(?:/|\Z)')
+LOCK_SECONDS = 1800               # Age at which restic takes a lock for stale; its own it renews every 300.
 # Result of an upload: new objects (0 or 1), bytes of the object before and after, folders created.
 Saved = collections.namedtuple('Saved', ['objects', 'before', 'after', 'folders'])
 
@@ -1872,7 +1877,7 @@ RESERVED = ('reserved name: a repository path cannot contain data, index, keys, 
             ".at, .restic_serve or names of a file system's own folders")
 # No segment of a repository's path; the server's own names in no spelling that a file system may take for
 # them, either.
-_RESERVED = frozenset((*KINDS, 'config', *_OF_FILE_SYSTEMS))
+_RESERVED = frozenset((*KINDS, 'config'))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1892,7 +1897,8 @@ def check_repository(path: str, ignore_case: bool) -> str:
         raise InvalidPath(f'path has more than {DEEPEST} segments')
     if len(path.encode('utf-8', 'surrogateescape')) > LONGEST:
         raise InvalidPath(f'path is longer than {LONGEST} bytes')
-    if any((segment.casefold() if ignore_case else segment) in _RESERVED for segment in segments):
+    if _OF_SYSTEMS.match(path) or any((segment.casefold() if ignore_case else segment) in _RESERVED
+                                      for segment in segments):
         raise ReservedName('not found')
     if ignore_case and any(segment.casefold() != segment or segment.rstrip('. ') != segment
                            for segment in segments):    # which may be another's name here
@@ -2192,6 +2198,7 @@ class Scratch(ScratchFile):
 
 # The server's own files there: the results of --scrub, and the events that were told to --on-event.
 SCRUB_FILE, EVENTS_FILE = 'scrub.json', 'events.json'
+RECORD_BYTES = 8 << 20            # Largest of these files that is read: parsing takes many times the memory.
 
 
 class HiddenFolder:
@@ -2213,10 +2220,13 @@ class HiddenFolder:
             write_durably(folder, name, [text.encode()], self._mode, owner=owner)
 
     def read(self, name: str) -> str:
-        """The text of a file in the hidden folder.  Raises OSError."""
+        """The text of a file in the hidden folder.  Raises OSError, also if it has more than RECORD_BYTES."""
         with self._folders.hidden(make=False) as folder:
-            fd, _ = open_plain(folder, name)
+            fd, status = open_plain(folder, name)
             with open(fd, encoding='utf-8') as file:
+                if status.st_size > RECORD_BYTES:
+                    raise OSError(errno.EFBIG, f'larger than {format_size(RECORD_BYTES)}; remove it',
+                                  f'{folder.path}/{name}')
                 return file.read()
 
     @contextlib.contextmanager
@@ -2374,6 +2384,7 @@ class Store:
         if not os.path.isdir(self.root or os.sep):
             fault = 'not a directory' if os.path.lexists(self.root) else 'directory does not exist'
             raise FileNotFoundError(errno.ENOENT, fault, self.root)
+        self.directory.identify()
         self._detect_case()
 
     def _detect_case(self) -> None:
@@ -2475,7 +2486,8 @@ class Store:
                     entries = sorted(scanned, key=operator.attrgetter('name'))
                     yield WalkedFolder(path, folder, entries, any(map(_shows_repository, entries)))
                     below = [fold(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)
-                             and fold(entry.name) not in (*KINDS, HIDDEN, *_OF_FILE_SYSTEMS)]
+                             and fold(entry.name) not in (*_RESERVED, HIDDEN)
+                             and not _OF_SYSTEMS.match(f'{path}/{entry.name}')]
             except OSError as error:
                 on_error(path, error)
                 continue
@@ -3036,7 +3048,6 @@ class RollBack:
     # A snapshot refers to indexes, and these to packs: it comes back after them, and goes before them.
     BACK = ('data', 'index', 'keys', 'config', 'snapshots')
     ASIDE = ('snapshots', 'index', 'data', 'keys')
-    LOCKED_SECONDS = 1800       # Age at which restic takes a lock for stale.
 
     def __init__(self, store: Store, past: Past, repository: str, moment: int) -> None:
         self._store = store
@@ -3064,7 +3075,7 @@ class RollBack:
         """Raises ValueError where somebody holds a lock that restic would heed."""
         times = [status.st_mtime for _, status in self._store.object_entries(f'{self._repository}/locks')]
         now, youngest = self._store.now(self._repository), max(times, default=-math.inf)
-        if youngest > now - self.LOCKED_SECONDS:
+        if youngest > now - LOCK_SECONDS:
             since = time.strftime('%H:%M:%S', time.localtime(youngest))
             raise ValueError(f'the repository has been locked since {since} '
                              f'({format_duration(max(now - youngest, 0))}); wait for it, or use --force')
@@ -3141,7 +3152,8 @@ class RollBack:
 # ==== Scrub ======================================================================================
 # Reads every object of every repository and compares its SHA-256 with its name.  It may run beside a
 # server: what is written or deleted meanwhile is not reported.  SCRUB_FILE has the records of it: when each
-# folder was last found sound, and the last result of each repository.
+# folder, or all of a repository, was last found sound, and the last result of each repository.  What a pass
+# did not look at, since it cannot be read or the pass was ended before, keeps the record that it had.
 
 SAVE_SECONDS = 300           # Time between two writes of them.
 # Names of the temporary files of restic, of rest-server, and of this server.
@@ -3149,11 +3161,19 @@ _SCRATCH = re.compile(rf'[0-9a-f]{{64}}(-tmp-|\.rest-server-temp).*|.*({SCRATCH_
 PROGRESS_SECONDS = 60        # Time between two lines of progress without a terminal.
 BAR_SECONDS = 0.2            # Time between two updates of the bar on a terminal.
 BAR_WIDTH = 30               # Characters.
-DAMAGED_NAMES = 100          # Damaged objects of a repository whose names are remembered.
+DAMAGED_NAMES = 10_000       # Damaged objects in all repositories whose names are remembered.
+# Errors with which a disk says that what it had is lost.  After any other, nobody has looked.
+_DISK_FAILS = (errno.EIO, getattr(errno, 'EBADMSG', errno.EIO), getattr(errno, 'EUCLEAN', errno.EIO))
+# The verdicts on a repository.
+SOUND, DAMAGED, UNREADABLE, LOST, NOT_CHECKED = (
+    'sound', 'damaged', 'unreadable', 'not a repository any more', 'not checked')
 
-# Result for a repository: time of the check, objects read, objects damaged, and the paths of some of these
-# below the repository.
-ScrubResult = collections.namedtuple('ScrubResult', ['time', 'checked', 'damaged', 'names'])
+# Result for a repository: when all of it was last looked at (0: never) or damage was found, the objects read
+# then, objects damaged, the paths of some of these below the repository, how many paths could not be read,
+# and the names of damaged objects among those that were deleted and are kept.
+ScrubResult = collections.namedtuple('ScrubResult', [
+    'time', 'checked', 'damaged', 'names', 'unreadable', 'kept'])
+_NEVER = ScrubResult(0, 0, 0, [], 0, [])
 
 
 def _finite(value: Any) -> float:
@@ -3165,19 +3185,22 @@ def _finite(value: Any) -> float:
 
 
 def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]:
-    """When each folder was last found sound, and the last result of each repository.  Raises OSError, and
-    ValueError if the file is malformed."""
+    """When each folder and repository was last found sound, and the last result of each repository; nothing
+    if the file is malformed.  Raises OSError."""
     import json
     try:
         content = json.loads(store.hidden.read(SCRUB_FILE))
         return ({folder: _finite(checked_at) for folder, checked_at in content['folders'].items()},
                 {repository: ScrubResult(_finite(checked_at), int(checked), max(int(damaged), 0),
-                                         [str(name) for name in (*names, [])[0]])
-                 for repository, (checked_at, checked, damaged, *names) in content['repositories'].items()})
+                                         [*map(str, names)], int(unreadable), [*map(str, kept)])
+                 for repository, result in content['repositories'].items()      # 1.0.0 has four numbers
+                 for checked_at, checked, damaged, names, unreadable, kept in [
+                     [*result, *_NEVER[len(result):]]]})
     except FileNotFoundError:
-        return {}, {}
-    except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f'{SCRUB_FILE} is invalid: {error}') from None
+        pass
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        log.warning('%s is invalid, all is taken for not checked: %s', SCRUB_FILE, error)
+    return {}, {}
 
 
 @functools.lru_cache(maxsize=1)
@@ -3189,24 +3212,56 @@ def last_scrubs(store: Store) -> Dict[str, ScrubResult]:
     """The last result of each repository, as far as it is known."""
     try:
         return _results(store, stamp(f'{store.root}/{HIDDEN}/{SCRUB_FILE}'))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         log.debug('cannot read scrub results: %s', error)
         return {}
 
 
+def missing_repositories(store: Store, scrubbed: Iterable[str], names: Set[str]) -> Dict[str, str]:
+    """Verdicts on repositories that were `scrubbed` and are not among the `names` of those that there are:
+    LOST where the folder is there, with none below it, as when its disk is not mounted; UNREADABLE where
+    nobody can look; NOT_CHECKED where there is one.  What was deleted, folder and all, is left out."""
+    verdicts = {}
+    for path in set(scrubbed) - names:
+        try:
+            if store.has_repository(path):
+                verdicts[path] = NOT_CHECKED
+            elif store.folders.is_there(path) and not any(name.startswith(f'{path}/') for name in names):
+                verdicts[path] = LOST
+        except OSError:
+            verdicts[path] = UNREADABLE
+    return verdicts
+
+
 class ScrubTally:
-    """What a pass found in a repository: objects `checked`, and `damaged`, and the `names` of some of these,
-    as paths below it."""
+    """What a pass finds in a repository: objects `checked`, and `damaged`, and the `names` of some of these,
+    as paths below it; how many paths are `unreadable`, and the names of damaged objects that are `kept`.  Of
+    its `folders` of objects, `left` are not looked at yet, or cannot be; paths below it, all of it being ''.
+    What the result before says of these is still so."""
 
-    def __init__(self, repository: str) -> None:
+    def __init__(self, repository: str, before: ScrubResult) -> None:
         self.repository = repository
-        self.checked = self.damaged = 0
+        self.checked = self.damaged = self.unreadable = 0
         self.names: List[str] = []
+        self.kept: Set[str] = set()
+        self.folders: List[str] = []
+        self.left: Set[str] = set()
+        self.told = {*before.kept, *(name.rpartition('/')[2] for name in before.names)}
+        self._before = before
+
+    def result(self, now: float) -> ScrubResult:
+        """The result, should the pass end now."""
+        before, left, names = self._before, tuple(self.left), set(self.names)
+        still = [name for name in before.names if name.startswith(left) and name not in names]
+        damaged = self.damaged + (before.damaged if left and still == before.names else len(still))
+        checked_at, checked = (int(now), self.checked) if self.damaged or not left else before[:2]
+        unreadable = before.unreadable if left and not self.unreadable else self.unreadable
+        return ScrubResult(checked_at, checked, damaged, self.names + still, unreadable, sorted(self.kept))
 
 
-# A folder of objects: its path below DIR, without a slash before it, how the names of its objects begin, and
-# the tally of its repository; that of all the `deleted` objects of a repository has folders.
-ScrubFolder = collections.namedtuple('ScrubFolder', ['path', 'prefix', 'tally', 'deleted'])
+# A folder of objects: its path below DIR, by which the records know it, and below its repository, how the
+# names of its objects begin, and the tally of its repository; DELETED, for all deleted objects, has folders.
+ScrubFolder = collections.namedtuple('ScrubFolder', ['path', 'name', 'prefix', 'tally'])
 
 
 class Scrub:
@@ -3216,8 +3271,10 @@ class Scrub:
     def __init__(self, store: Store, age: float, bandwidth: Optional[Bandwidth],
                  report: Callable[[str, str], None], stream: Any) -> None:
         self.damaged = 0
+        self.unreadable = 0             # paths at which nobody could look
         self.checked = 0                # objects that were read
-        self.repositories: List[ScrubTally] = []    # that were found
+        self.results: Dict[str, ScrubResult] = {}   # of repositories, also where nobody can look
+        self._tallies: List[ScrubTally] = []        # of those that were found
         self._store = store
         self._after = time.time() - age if age else math.inf
         self._bandwidth = bandwidth
@@ -3226,10 +3283,9 @@ class Scrub:
         self._stopped = False
         self._lock = threading.Lock()
         self._sound: Dict[str, float] = {}
-        self._results: Dict[str, ScrubResult] = {}
         try:
-            self._sound, self._results = read_scrubs(store)
-        except (OSError, ValueError) as error:
+            self._sound, self.results = read_scrubs(store)
+        except OSError as error:
             log.warning('cannot read earlier scrub results: %s', error)
         self._bytes = self._total = 0
         self._begin = self._shown = self._saved = time.monotonic()
@@ -3238,22 +3294,28 @@ class Scrub:
 
     def run(self) -> int:
         """Check everything, on all cores; the number of damaged objects.  Raises OSError if the directory
-        cannot be read."""
+        cannot be read, DirectoryGone if it goes."""
         from concurrent.futures import ThreadPoolExecutor
         folders = list(self._find())
-        self._total = sum(read_ahead(map(self._bytes_of, folders)))
-        work = collections.deque([*folders, *[None] * len(CORES)])
+        self._sound = {folder.path: max(self._sound[key] for key in keys) for folder in folders for keys in [
+            self._sound.keys() & {folder.path, folder.tally.repository}] if keys}
+        missing = missing_repositories(self._store, self.results,
+                                       {tally.repository for tally in self._tallies})
+        for path, verdict in missing.items():
+            if verdict == LOST:     # others are behind what was reported already
+                self._fault(None, self._store.root + path, LOST)
+        self.results = {path: self.results[path] for path in missing}
+        work = iter(folders)
         try:
+            self._total = sum(read_ahead(map(self._bytes_of, folders)))
             with ThreadPoolExecutor(len(CORES)) as pool:
                 try:
                     list(pool.map(self._check_folders, [work] * len(CORES)))
                 finally:
                     self._stopped = True
-            self._results = {
-                tally.repository: ScrubResult(int(time.time()), tally.checked, tally.damaged, tally.names)
-                for tally in self.repositories}
         finally:
             self._save()
+        self._store.directory.check_present()
         self._show(last=True)
         return self.damaged
 
@@ -3263,58 +3325,64 @@ class Scrub:
         """The folders of objects.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot
         be read."""
         own_names = (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED))
-        for path, folder, entries, is_repository in self._store.walk(self._on_unreadable):
-            tally = ScrubTally(path)
-            damage = functools.partial(self._damage, tally)
+        for path, folder, entries, is_repository in self._store.walk(self._on_error):
+            tally = ScrubTally(path, self.results.get(path, _NEVER))
             for entry in entries:
-                below = f'{path}/{entry.name}'
-                if is_repository and entry.name == 'data' and entry.is_dir():    # or a link to one
-                    with self._reading(self._store.root + below, damage):
-                        for name in self._known(below, lambda part: (
-                                _SUBDIRECTORY.fullmatch(part.name) and part.is_dir())):
-                            yield ScrubFolder(f'{below}/{name}'[1:], name, tally, False)
-                elif is_repository and entry.name in KINDS and entry.is_dir():
-                    yield ScrubFolder(below[1:], '', tally, False)
+                if is_repository and entry.name == 'data':
+                    with self._reading(tally, 'data'):
+                        tally.folders += [f'data/{part.name}' for part in self._known(
+                            f'{path}/data', lambda part: _SUBDIRECTORY.fullmatch(part.name))]
+                elif is_repository and entry.name in KINDS:
+                    tally.folders.append(entry.name)
                 elif entry.is_dir(follow_symlinks=False):
                     if entry.name == HIDDEN and (is_repository or not path):
-                        with self._reading(self._store.root + below, self.report):
-                            self._known(below, lambda file: file.name in own_names)
-                elif entry.name == 'config':
-                    config = f'{folder.path}/config'
-                    with self._reading(config, damage), contextlib.suppress(FileNotFoundError), \
-                            open(folder.open('config', _READ_FLAGS), 'rb') as file:
-                        if not file.read():
-                            damage(config, 'empty')
-                elif is_repository or entry.name.startswith(HIDDEN):
+                        with self._reading(tally, HIDDEN):
+                            self._known(f'{path}/{HIDDEN}', lambda file: file.name in own_names)
+                elif (is_repository and entry.name != 'config') or entry.name.startswith(HIDDEN):
                     self._report_foreign(folder, entry)
             if is_repository:
-                self.repositories.append(tally)
-                yield ScrubFolder(f'{path}/{DELETED}'[1:], '', tally, True)
+                config = Location(path, 'config')
+                with self._reading(tally, 'config'):
+                    size = self._store.size(config)
+                    if size:
+                        with self._store.open(config) as content:
+                            _digest(content.fd)
+                    elif size == 0 or any(list(self._store.object_entries(f'{path}/{kind}'))
+                                          for kind in ('index', 'snapshots')):   # else it is still to come
+                        self._fault(tally, f'{folder.path}/config', DAMAGED,
+                                    'missing' if size is None else 'empty')
+                tally.folders.append(DELETED)
+                tally.left.update(tally.folders)
+                self._tallies.append(tally)
+                for name in tally.folders:
+                    prefix = name[5:] if name.startswith('data/') else ''
+                    yield ScrubFolder(f'{path}/{name}'[1:], name, prefix, tally)
 
-    def _on_unreadable(self, path: str, error: OSError) -> None:
+    def _on_error(self, path: str, error: OSError, tally: Optional[ScrubTally] = None) -> None:
+        """Report what cannot be read at a path below DIR; it is lost if the disk says so of an object."""
         if not path:
             raise error
-        self.report(self._store.root + path, f'unreadable: {error.strerror}')
+        verdict = DAMAGED if tally and error.errno in _DISK_FAILS else UNREADABLE
+        self._fault(tally, self._store.root + path, verdict, str(error.strerror))
 
-    @staticmethod
     @contextlib.contextmanager
-    def _reading(path: str, report: Callable[[str, str], None]) -> Iterator[None]:
-        """Report a path if it cannot be read meanwhile."""
+    def _reading(self, tally: ScrubTally, name: str) -> Iterator[None]:
+        """Report what cannot be read of a repository meanwhile."""
         try:
             yield
         except OSError as error:
-            report(path, f'unreadable: {error.strerror}')
+            self._on_error(f'{tally.repository}/{name}', error, tally)
 
-    def _known(self, path: str, is_known: Callable[[os.DirEntry[str]], object]) -> List[str]:
-        """The names in a folder that belong there; reports the others.  Raises OSError."""
-        names = []
+    def _known(self, path: str, is_known: Callable[[os.DirEntry[str]], object]) -> List[os.DirEntry[str]]:
+        """The entries of a folder that belong there; reports the others.  Raises OSError."""
+        known = []
         with self._store.scan(path) as (folder, entries):
             for entry in entries:
                 if is_known(entry):
-                    names.append(entry.name)
+                    known.append(entry)
                 else:
                     self._report_foreign(folder, entry)
-        return sorted(names)
+        return sorted(known, key=operator.attrgetter('name'))
 
     def _report_foreign(self, folder: Folder, entry: os.DirEntry[str]) -> None:
         """Report a file that is not an object, unless it may belong to an upload under way."""
@@ -3334,13 +3402,16 @@ class Scrub:
                 yield opened, name, digest, status.st_size
 
     def _objects(self, folder: ScrubFolder) -> Iterator[Tuple[Folder, str, str, os.stat_result]]:
-        if not folder.deleted:
-            with self._store.scan(f'/{folder.path}') as (opened, _):
-                for entry, status in self._store.object_entries(f'/{folder.path}', folder.prefix):
+        tally = folder.tally
+        if folder.name != DELETED:
+            with self._store.folders.open(f'/{folder.path}', by_descriptor=True) as opened:
+                for entry, status in entries_and_statuses(opened, folder.prefix):
                     yield opened, entry.name, entry.name, status
             return
-        for opened, entry, name in Past(self._store).kept(folder.tally.repository):
+        for opened, entry, name in Past(self._store).kept(tally.repository):
             if not name.returned and name.file != 'config':
+                if name.file in tally.told:
+                    tally.kept.add(name.file)
                 with contextlib.suppress(FileNotFoundError):    # it was purged meanwhile
                     yield opened, entry.name, name.file, entry.stat(follow_symlinks=False)
 
@@ -3350,12 +3421,10 @@ class Scrub:
 
     # ---- checking ----
 
-    def _check_folders(self, folders: Deque[Optional[ScrubFolder]]) -> None:
-        """Check folders up to a None; for a thread.  A job for each would take much memory."""
+    def _check_folders(self, folders: Iterator[ScrubFolder]) -> None:
+        """Check what other threads leave; for a thread.  A job for each folder would take much memory."""
         try:
-            for folder in iter(folders.popleft, None):
-                if self._stopped:
-                    return
+            for folder in itertools.takewhile(lambda folder: not self._stopped, folders):
                 self._check_folder(folder)
         except BaseException:
             self._stopped = True    # the other threads, too
@@ -3364,64 +3433,80 @@ class Scrub:
     def _check_folder(self, folder: ScrubFolder) -> None:
         """Check the objects of a folder, and report other files; without faults it was sound when this
         began."""
-        checked_at, faults = time.time() + self._ahead - COARSE_SECONDS, 1
-        damage = functools.partial(self._damage, folder.tally)
-        with self._reading(f'{self._store.root}/{folder.path}', damage):
-            if not folder.deleted:
-                self._known(f'/{folder.path}', lambda entry: (
-                    _NAME.fullmatch(entry.name) and entry.name.startswith(folder.prefix)
-                    and entry.is_file(follow_symlinks=False)))
-            faults = sum(self._check(opened, name, digest, folder.tally)
-                         for opened, name, digest, _ in self._changed(folder))
+        checked_at, tally, faults = time.time() + self._ahead - COARSE_SECONDS, folder.tally, None
+        is_object = re.compile(f'{folder.prefix}[0-9a-f]{{{64 - len(folder.prefix)}}}').fullmatch
+        with self._reading(tally, folder.name):
+            known = [] if folder.name == DELETED else self._known(
+                f'/{folder.path}', lambda entry: is_object(entry.name))
+            irregular = [entry.name for entry in known if not entry.is_file(follow_symlinks=False)]
+            for name in irregular:
+                self._fault(tally, f'{self._store.root}/{folder.path}/{name}', DAMAGED, 'not a regular file')
+            faults = len(irregular) + sum(self._check(opened, name, digest, folder)
+                                          for opened, name, digest, _ in self._changed(folder))
         with self._lock:
             if self._stopped:
                 return
-            if faults:
+            if faults is not None:      # it was read
+                tally.left.discard(folder.name)
+            if faults != 0:
                 self._sound.pop(folder.path, None)
             elif self._sound.get(folder.path, -math.inf) <= self._after:
                 self._sound[folder.path] = checked_at
 
-    def _check(self, folder: Folder, name: str, digest: str, tally: ScrubTally) -> bool:
-        """Whether an object is damaged: its SHA-256 is not this `digest`."""
-        path, buffer, size = f'{folder.path}/{name}', memoryview(bytearray(COPY_BYTES)), COPY_BYTES
-        actual, count = hashlib.sha256(), 1
+    def _check(self, folder: Folder, name: str, digest: str, source: ScrubFolder) -> bool:
+        """Whether an object of a folder is not sound: its SHA-256 is not this `digest`, or not known."""
+        path, tally, fault = f'{folder.path}/{name}', source.tally, ''
         try:
-            with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
-                while count and not self._stopped:
-                    if self._bandwidth:
-                        size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
-                    count = file.readinto(buffer[:size]) or 0    # None from an empty FIFO
-                    if self._bandwidth:
-                        self._bandwidth.wait(Bandwidth.SENT, count)
-                    actual.update(buffer[:count])
-                    self._advance(count)
+            actual = self._digest(folder, name)
+            fault = '' if actual == digest else f'its SHA-256 is {actual}'
         except FileNotFoundError:  # deleted meanwhile
             return False
         except OSError as error:
-            self._damage(tally, path, f'unreadable: {error.strerror}')
-            return True
+            fault = str(error.strerror)
+            if error.errno not in _DISK_FAILS:
+                self._fault(tally, path, UNREADABLE, fault)
+                return True
         with self._lock:
             if self._stopped:
                 return False
             self.checked += 1
             tally.checked += 1
-        if actual.hexdigest() == digest:
-            return False
-        if digest == name:
-            self._damage(tally, path, f'damaged: its SHA-256 is {actual.hexdigest()}')
-        else:   # it is no longer part of the repository, which may be sound
-            self._damage(None, path, f'damaged, deleted and kept: its SHA-256 is {actual.hexdigest()}')
-        return True
+        if fault and source.name != DELETED:
+            self._fault(tally, path, DAMAGED, fault)
+        elif fault and digest not in tally.told:    # the repository may be sound without it: told of once
+            tally.kept.add(digest)
+            self._fault(None, path, DAMAGED, f'it was deleted and is kept; {fault}')
+        return bool(fault) and source.name != DELETED
 
-    def _damage(self, tally: Optional[ScrubTally], path: str, reason: str) -> None:
+    def _digest(self, folder: Folder, name: str) -> str:
+        """SHA-256 of a file.  Raises OSError."""
+        digest, buffer, count, size = hashlib.sha256(), memoryview(bytearray(COPY_BYTES)), 1, COPY_BYTES
+        with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
+            while count and not self._stopped:
+                if self._bandwidth:
+                    size = self._bandwidth.step(Bandwidth.SENT, COPY_BYTES)
+                count = file.readinto(buffer[:size]) or 0    # None from an empty FIFO
+                if self._bandwidth:
+                    self._bandwidth.wait(Bandwidth.SENT, count)
+                digest.update(buffer[:count])
+                self._advance(count)
+        return digest.hexdigest()
+
+    def _fault(self, tally: Optional[ScrubTally], path: str, verdict: str, why: str = '') -> None:
+        """Count what is DAMAGED or what nobody could look at, and report it.  Raises DirectoryGone."""
+        self._store.directory.check_present()
         with self._lock:
-            self.damaged += 1
+            for counts in (self, tally) if tally else (self,):
+                counts.damaged += verdict == DAMAGED
+                counts.unreadable += verdict != DAMAGED
             if tally:
-                tally.damaged += 1
-                if len(tally.names) < DAMAGED_NAMES:
-                    name = path[len(self._store.root + tally.repository) + 1:]
-                    tally.names.append(one_line(name.encode('utf-8', 'backslashreplace').decode()))
-        self.report(path, reason)
+                name = path[len(self._store.root + tally.repository) + 1:]
+                name = one_line(name.encode('utf-8', 'backslashreplace').decode())
+                if verdict != DAMAGED:
+                    tally.left.add(name)
+                elif self.damaged <= DAMAGED_NAMES:
+                    tally.names.append(name)
+        self.report(path, f'{verdict}: {why}' if why else verdict)
 
     # ---- progress ----
 
@@ -3451,7 +3536,8 @@ class Scrub:
         left = seconds / part - seconds if part else 0.0
         text = (f'{part:4.0%} of {format_size(self._total)}, '
                 f'{format_size(self._bytes / seconds)}/s, {format_duration(left)} left, '
-                f'{self.checked} objects read, {self.damaged} damaged')
+                f'{self.checked} objects read, {self.damaged} damaged'
+                + (f', {self.unreadable} unreadable' if self.unreadable else ''))
         if self._stream.isatty():
             done = int(part * BAR_WIDTH)
             bar = f'[{"#" * done}{"." * (BAR_WIDTH - done)}] {text}'
@@ -3471,11 +3557,19 @@ class Scrub:
 
     def _save(self) -> None:
         import json
-        sound = {folder: round(checked_at, 3) for folder, checked_at in self._sound.items()
-                 if os.path.isdir(f'{self._store.root}/{folder}')}
+        sound: Dict[str, int] = {}      # seconds, rounded down; of what is sound as a whole the earliest
+        for tally in self._tallies:
+            self.results[tally.repository] = tally.result(time.time())
+            paths = [f'{tally.repository}/{name}'[1:] for name in tally.folders]
+            of_folders = {path: int(self._sound[path]) for path in paths if path in self._sound}
+            is_whole = len(of_folders) == len(paths) and not tally.left
+            sound.update({tally.repository: min(of_folders.values())} if is_whole else of_folders)
+        text = json.dumps({'folders': sound, 'repositories': self.results})
+        if len(text) > RECORD_BYTES:    # then all is read again
+            text = json.dumps({'folders': {}, 'repositories': self.results})
         try:
-            self._store.hidden.write(SCRUB_FILE, json.dumps(
-                {'folders': sound, 'repositories': self._results}))
+            if not self._store.directory.is_gone():
+                self._store.hidden.write(SCRUB_FILE, text)
         except OSError as error:
             log.error('cannot save scrub results: %s', error)
 
@@ -4897,6 +4991,7 @@ class Metrics:
 
     WRITTEN, READ, DELETED = 0, 2, 4   # positions in a row `blob`
     certificate_end: Callable[[], float] = staticmethod(lambda: math.inf)
+    look: Callable[..., Iterable[Any]]  # Watch.look()
 
     def __init__(self, counters: Counters, usage: Usage, store: Store) -> None:
         self.counters = counters
@@ -5013,10 +5108,14 @@ class Metrics:
                 ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[position])
                 for (_, user, repository, kind), row in blobs.items() if row[position - position % 2])
 
-        repositories = self._usage.holdings()
-        holdings = {name: held for name, held in repositories.items() if shows(name)}
+        watched = {repository.name: repository for repository in self.look(
+            time.time(), shows=shows, locks=False)}
+        yield 'restic_serve_repository_verdict', 'What is known of the objects.', (
+            ({'repo': repository_label(name), 'verdict': repository.verdict}, 1)
+            for name, repository in watched.items())
+        holdings = {name: repository.holdings for name, repository in watched.items()}
         with_snapshots = {name: held for name, held in holdings.items() if held.last_snapshot}
-        scrubs = {name: result for name, result in last_scrubs(self._store).items() if shows(name)}
+        scrubs = {name: repository.scrub for name, repository in watched.items() if repository.scrub.time}
         yield 'restic_serve_repository_objects', 'Objects of each type.', (
             ({'repo': repository_label(name), 'type': kind}, count)
             for name, held in holdings.items() for kind, count in held.objects.items())
@@ -5028,13 +5127,14 @@ class Metrics:
                 ('deleted_kept_objects', 'Deleted objects that are kept.', holdings, 'kept'),
                 ('deleted_last_day_objects', 'Objects deleted in the last day that are kept.', holdings,
                  'deleted'),
+                ('stale_locks', 'Locks that nobody has renewed for 30 minutes.', watched, 'stale'),
                 ('scrub_timestamp_seconds', 'Time of the last scrub.', scrubs, 'time'),
                 ('scrub_checked_objects', 'Objects that the last --scrub read.', scrubs, 'checked'),
                 ('scrub_damaged_objects', 'Objects that the last --scrub found damaged.', scrubs, 'damaged')):
             yield f'restic_serve_repository_{name}', text, (
                 ({'repo': repository_label(path)}, getattr(fact, field)) for path, fact in facts.items())
 
-        quotas = {scope: quota for scope, quota in self._usage.quotas(repositories).items()
+        quotas = {scope: quota for scope, quota in self._usage.quotas(watched).items()
                   if shows(f'/{scope}' if scope else '')}
         yield 'restic_serve_quota_used_bytes', 'Bytes stored under the quota.', (
             ({'folder': scope}, quota.held) for scope, quota in quotas.items())
@@ -5086,13 +5186,15 @@ OF_A_LOCK = range(100, 1025)  # Bytes of restic's locks: times, names of a user 
 CERTIFICATE_DAYS = 21, 7, 0  # before the end of a certificate: when it is told, and from when it is shown.
 _VALIDITY = re.compile(
     rb'0[\x1e-\x22](?:\x17\r\d{12}|\x18\x0f\d{14})Z(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z')
-DAMAGED, UNREADABLE, OVERDUE, LOCKED, FULL = TROUBLES = (   # the worst first
-    'damaged', 'unreadable', 'overdue', 'locked', 'nearly full')
+OVERDUE, LOCKED, FULL = 'overdue', 'locked', 'nearly full'
+TROUBLES = (DAMAGED, UNREADABLE, LOST, OVERDUE, LOCKED, FULL)    # the worst first
+_NO_HOLDINGS = Holdings(0, dict.fromkeys((*KINDS, 'config'), 0), 0, [0] * DAYS, [0] * DAYS, 0, 0, 0, 0)
 # What to do about a trouble, or an event, with the README's chapter.
 NEXT_STEPS = {
     DAMAGED: 'copy the damaged files from a second copy; without one, run {restic} repair index, the first '
              'of four steps (README, Scrub)',
     UNREADABLE: "let the server's user read what its log names (README, Troubleshooting)",
+    LOST: 'mount its disk, or remove the folder where it was (README, Troubleshooting)',
     OVERDUE: 'see on its client why the backup did not run or failed, and run it (README, Troubleshooting)',
     LOCKED: 'if no restic is at work there, run {restic} unlock on its client (README, Troubleshooting)',
     FULL: 'make room with restic forget and restic prune, or raise the quota (README, Quotas)',
@@ -5119,12 +5221,18 @@ def quoted_path(path: str) -> str:
 
 
 class Watched(collections.namedtuple('Watched', [
-        'name', 'holdings', 'scrub', 'locks', 'odd_lock', 'now', 'troubles'])):
-    """A repository as it is `now`: its path, what it holds, the result of its last scrub (None: never), the
-    times of its locks in order (None: they cannot be read), the name of one that cannot be restic's, which
-    it stops at, and its `troubles`, each since a time."""
+        'name', 'holdings', 'scrub', 'locks', 'odd_lock', 'stale', 'now', 'troubles'])):
+    """A repository as it is `now`: its path, what it holds, the result of its last scrub, the times of its
+    locks in order (None: they cannot be read), the name of one that cannot be restic's, which it stops at,
+    how many are `stale`, and its `troubles`, each since a time."""
 
     __slots__ = ()
+
+    @property
+    def verdict(self) -> str:
+        """One of the verdicts of the chapter Scrub."""
+        return next((verdict for verdict in (DAMAGED, UNREADABLE, LOST) if verdict in self.troubles),
+                    SOUND if self.scrub.time else NOT_CHECKED)
 
     @property
     def title(self) -> str:
@@ -5153,8 +5261,12 @@ class Watched(collections.namedtuple('Watched', [
 
     def text_of_troubles(self) -> str:
         """What is wrong with it."""
-        return ', '.join(self.text_of(trouble) for trouble in (DAMAGED, OVERDUE, LOCKED, UNREADABLE, FULL)
-                         if trouble in self.troubles)
+        return ', '.join(self.text_of(trouble) for trouble in TROUBLES if trouble in self.troubles)
+
+    def age_of_locks(self) -> str:
+        """How old the oldest of its locks is, and whether somebody holds one now."""
+        return f'oldest {format_age(self.now - self.locks[0])}' + (
+            '' if self.stale == len(self.locks) else ', locked now')
 
 
 def certificate_end(path: str) -> float:
@@ -5183,23 +5295,36 @@ class Watch:
         self.usage = usage
         self._stale_after = stale_after
 
-    def look(self, names: Iterable[str], now: float, locks: bool = True,
+    def look(self, now: float, places: Iterable[str] = ('',),
+             shows: Callable[[str], bool] = lambda name: True, locks: bool = True,
              sees: Callable[[str], bool] = lambda scope: True) -> List[Watched]:
-        """Repositories: those with the worst trouble first, of these the one that has it longest.  Without
-        `locks` the locks are not read.  Only quotas of scopes that somebody `sees` count."""
-        scrubs, is_full = last_scrubs(self.store), functools.lru_cache(maxsize=None)(self._is_full)
+        """The repositories at and below some places that it `shows`: those with the worst trouble first, of
+        these the one that has it longest.  Without `locks` they are read only where some were counted.  Only
+        quotas of scopes that somebody `sees` count."""
+        is_full = functools.lru_cache(maxsize=None)(self._is_full)
+        holdings = self.usage.holdings(
+            name for place in places for name in self.usage.names(place) if shows(name))
+        scrubs = last_scrubs(self.store) if self.usage.census.wait(0) else {}
+        missing = missing_repositories(self.store, (name for name in scrubs if shows(name) and any(
+            f'{name}/'.startswith(f'{place}/') for place in places)), set(holdings))
         repositories = []
-        for name, holdings in self.usage.holdings(names).items():
-            scrub, (times, odd_lock) = scrubs.get(name), self._locks(name) if locks else (None, '')
-            begin = holdings.last_snapshot or self._made_at(name)
+        for name, held in (*holdings.items(), *((name, _NO_HOLDINGS) for name, verdict in missing.items()
+                                                if verdict != NOT_CHECKED)):    # not counted yet
+            scrub, verdict = scrubs.get(name, _NEVER), missing.get(name)
+            times, odd_lock = self._locks(name) if locks or held.objects['locks'] else ([], '')
+            limit = self.store.now(name) - LOCK_SECONDS if times else 0.0
+            stale = sum(written <= limit for written in times or ())
+            begin = held.last_snapshot or self._made_at(name)
+            late = begin + self._stale_after < now and not verdict
             since = {
-                DAMAGED: scrub.time if scrub and scrub.damaged else None,
-                UNREADABLE: now if holdings.unreadable else None,
-                OVERDUE: begin and begin + self._stale_after if begin + self._stale_after < now else None,
-                LOCKED: times[0] if times and (odd_lock or times[0] < now - 86400) else None,  # a day: stale
+                DAMAGED: min(scrub.time, now) if scrub.damaged else None,
+                UNREADABLE: now if verdict == UNREADABLE or scrub.unreadable or held.unreadable else None,
+                LOST: now if verdict == LOST else None,
+                OVERDUE: begin and begin + self._stale_after if late else None,
+                LOCKED: times[0] if times and (odd_lock or stale) else None,
                 FULL: now if any(sees(scope) and is_full(scope) for scope in self.usage.limited(name))
                 else None}
-            repositories.append(Watched(name, holdings, scrub, times, odd_lock, now, {
+            repositories.append(Watched(name, held, scrub, times, odd_lock, stale, now, {
                 trouble: begun for trouble, begun in since.items() if begun is not None}))
         return sorted(repositories, key=lambda repository: (
             *min(((TROUBLES.index(trouble), begun) for trouble, begun in repository.troubles.items()),
@@ -5234,28 +5359,24 @@ class Watch:
                 next((lock for _, size, lock in locks if size not in OF_A_LOCK), ''))
 
     def snapshots(self, name: str) -> List[Snapshot]:
-        """The snapshots of a repository by time.  What came with each is not known where that takes longer
-        than LOOK_AT_MOST, or not all can be read."""
+        """The snapshots of a repository by time.  What came with each, since the one before, is not known
+        where that takes longer than LOOK_AT_MOST, or not all can be read."""
         snapshots: List[Tuple[float, str]] = []
         added: Iterable[Optional[int]] = itertools.repeat(None)
         with contextlib.suppress(OSError):
             snapshots = sorted((status.st_mtime, entry.name)
                                for entry, status in self.store.object_entries(f'{name}/snapshots'))
-            if snapshots:
-                added = self._bytes_between(name, [moment for moment, _ in snapshots]) or added
+            moments, end = [moment for moment, _ in snapshots], time.monotonic() + LOOK_AT_MOST
+            sizes = [0] * (len(moments) + 1)    # the last is of what came after all
+            with self.store.object_folders(name) as folders, contextlib.closing(
+                    read_ahead(map(self.store.read, folders if snapshots else ()))) as objects:
+                for _, status in objects:
+                    sizes[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
+                    if time.monotonic() >= end:
+                        break
+                else:
+                    added = sizes
         return [Snapshot(*snapshot, came) for snapshot, came in zip(snapshots, added)]
-
-    def _bytes_between(self, name: str, moments: List[float]) -> Optional[List[int]]:
-        """Bytes of the objects of a repository that came up to each of some moments, since the one before,
-        and after the last; None if there are too many to look at.  Raises OSError."""
-        added, end = [0] * (len(moments) + 1), time.monotonic() + LOOK_AT_MOST
-        with self.store.object_folders(name) as folders, contextlib.closing(
-                read_ahead(map(self.store.read, folders))) as objects:
-            for _, status in objects:
-                added[bisect.bisect_left(moments, status.st_mtime)] += status.st_size
-                if time.monotonic() >= end:
-                    return None
-        return added
 
 
 def natural_order(name: str) -> List[Tuple[int, str]]:
@@ -5287,7 +5408,8 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
-EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'full', 'deleted', 'refused', 'gone', 'certificate')
+EVENTS = ('snapshot', 'overdue', 'back', 'damaged', 'unreadable', 'full', 'deleted', 'refused', 'gone',
+          'certificate')
 _BY_CLIENTS = ('snapshot', 'refused')       # as often as they like
 FORGOTTEN = 'forgotten'     # No event yet: a snapshot was deleted.
 QUEUED_AT_MOST = 500         # Events that wait for the command.
@@ -5511,7 +5633,7 @@ class Events:
         self._reported.refresh()
         known = self._reported.known
         repositories = {repository.name: repository for repository in self._watch.look(
-            self._usage.names(), time.time(), locks=False)}
+            time.time(), locks=False)}
         for name, repository in repositories.items():
             title, last = repository.title, repository.holdings.last_snapshot
             if DAMAGED in repository.troubles:
@@ -5521,12 +5643,18 @@ class Events:
                                 + ', '.join(names[:3]), zlib.crc32(repr((damaged, sorted(names))).encode())))
             else:
                 self._reported.note('damaged', name, None)
+            unread = [repository.text_of(trouble) for trouble in repository.troubles
+                      if trouble in (UNREADABLE, LOST)]
+            if unread:
+                self._run(Event('unreadable', name, '', f'{title}: {unread[0]}', 1))
+            else:
+                self._reported.note('unreadable', name, None)
             if OVERDUE not in repository.troubles:
                 if last > known['overdue'].get(name, math.inf):
                     self._run(Event('back', name, '', f'{title}: no longer overdue', last))
             elif last >= known['back'].get(name, 0):
                 self._run(Event('overdue', name, '', f'{title}: overdue, {repository.last_snapshot()}', last))
-        for kind in ('damaged', 'overdue', 'back', 'refused'):
+        for kind in ('damaged', 'unreadable', 'overdue', 'back', 'refused'):
             for name in list(known[kind]):
                 with contextlib.suppress(OSError):
                     if name not in repositories and not self._store.has_repository(name):
@@ -5771,8 +5899,7 @@ class Page:
         now, top = time.time(), visit.top
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
-        shown = self._watch.look([name for place in below for name in self._watch.usage.names(place)
-                                  if visit.right(name) != NONE], now, sees=visit.sees)
+        shown = self._watch.look(now, below, lambda name: visit.right(name) != NONE, sees=visit.sees)
         itself = next((repository for repository in shown if top and repository.name == top), None)
         others = [repository for repository in shown if repository is not itself]
         host, fault = _text(socket.gethostname()), self._watch.store.directory.find_fault()
@@ -5866,13 +5993,12 @@ class Page:
         facts = {
             'Address': reads and f'<code>{visit.address(name)}</code>',
             'Last snapshot': _last_snapshot(repository),
-            'Size': f'{format_size(holdings.bytes)}: {kinds}' + (
-                f' {_bad("incomplete")}' if holdings.unreadable else ''),
+            'Size': f'{format_size(holdings.bytes)}: {kinds}',
             'Growth': f'{format_size(sum(holdings.days[-30:]))} in 30 days',
             'Kept deleted objects': self._kept(repository, visit),
             'Locks': _locks(repository, ', '.join(
                 f'since {_moment(moment)}' for moment in (repository.locks or [])[:NAMES_SHOWN])),
-            'Last scrub': _scrub(repository, scrub.names if scrub and reads else []),
+            'Last scrub': _scrub(repository, scrub.names if reads else []),
             'You may': right,
             'Rights': visit.users and '; '.join(
                 f'{may}: {_text(", ".join(users[:NAMES_SHOWN]))}'
@@ -5968,12 +6094,11 @@ def _cells(repository: Watched, right: Callable[[str], str]) -> List[Tuple[str, 
     holdings, may = repository.holdings, right(repository.name)
     size = format_size(holdings.bytes)
     kept = _small(f'and {format_size(holdings.kept_bytes)} deleted') if holdings.kept else ''
-    incomplete = _small('incomplete', 'bad') if holdings.unreadable else ''
     return [
         *([('right more', 'You may', '', may)] if may else []),
         ('age', 'Last snapshot', 'age', _last_snapshot(repository)),
         ('n more', 'Snapshots', '', f'{holdings.objects["snapshots"]:,}'),
-        ('n', 'Size', 'size', f'{size}{kept}{incomplete}'),
+        ('n', 'Size', 'size', f'{size}{kept}'),
         ('n more', 'Growth, 30 days', '', f'+{format_size(sum(holdings.days[-30:]))}'),
         ('graph more', f'Size, {DAYS} days', '', _plot(holdings) + _small(f'0 to {size}')),
         ('locks more', 'Locks', '', _locks(repository)),
@@ -5992,21 +6117,19 @@ def _last_snapshot(repository: Watched) -> str:
 
 def _locks(repository: Watched, ages: str = '') -> str:
     """How many locks a repository has, and since when: the oldest, or as `ages` has it."""
-    locks = repository.locks
-    if not locks:
-        return 'unknown' if locks is None else _NONE
-    ages = ages or f'oldest {format_age(repository.now - locks[0])}'
-    return f'{len(locks)}{_small(ages, "bad" if LOCKED in repository.troubles else "")}'
+    if not repository.locks:
+        return 'unknown' if repository.locks is None else _NONE
+    ages = ages or repository.age_of_locks()
+    return f'{len(repository.locks)}{_small(ages, "bad" if LOCKED in repository.troubles else "")}'
 
 
 def _scrub(repository: Watched, names: Iterable[str] = ()) -> str:
-    """The result of a repository's last scrub, with `names` of damaged objects."""
-    scrub = repository.scrub
-    if not scrub:
-        return '<span class="dim">never</span>'
-    result = _bad(f'{scrub.damaged} damaged') if scrub.damaged else 'sound'
+    """The verdict on a repository, with `names` of damaged objects."""
+    verdict, scrub = repository.verdict, repository.scrub
+    result = verdict if verdict in (SOUND, NOT_CHECKED) else _bad(repository.text_of(verdict))
+    checked = _small(repository.ago(scrub.time)) if scrub.time else ''
     listed = ''.join(_small(_text(name)) for name in itertools.islice(names, NAMES_SHOWN))
-    return f'{result}{_small(repository.ago(scrub.time))}{listed}'
+    return f'{result}{checked}{listed}'
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
@@ -9269,21 +9392,23 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--prometheus-no-auth', 'serve metrics without authentication', requires='--prometheus',
            stdio=False),
     Option('--on-event COMMAND', 'shell command to run when a snapshot arrives (snapshot); when a repository '
-           'is overdue, no longer overdue, or damaged (overdue, back, damaged); when a quota or the disk is '
-           '90%% full (full); when most snapshots are deleted (deleted) or a delete is refused (refused); '
-           'when DIR disappears (gone); when the certificate ends, and 21 and 7 days before (certificate). '
-           'RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, _DIRECTORY and _TIME describe the event',
-           stdio=False),
+           'is overdue, no longer overdue, damaged, or cannot be read (overdue, back, damaged, unreadable); '
+           'when a quota or the disk is 90%% full (full); when most snapshots are deleted (deleted) or a '
+           'delete is refused (refused); when DIR disappears (gone); when the certificate ends, and 21 and 7 '
+           'days before (certificate). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, _DIRECTORY and '
+           '_TIME describe the event', stdio=False),
     Option('--usage-interval DURATION', 'maximum age of the sizes used by the page, metrics and quotas; '
            'uploads and deletions update it immediately', parse_duration, default='1h'),
     Option('--stats DURATION', 'with -v, log a summary at this interval; SIGUSR1 logs one at once; 0 to '
            'disable', parse_duration, default='1m'),
     'jobs',
     Option('--report', 'print the state of each repository in DIR, problems first (with -q only problems; '
-           'with --log-format json as JSON); exit status 1 if there are any. Can run beside a server and '
-           'needs no password', environment=False, stdio=False),
+           'with --log-format json as JSON); exit status 1 if there are any, 3 if all of them are that '
+           'something cannot be read. Can run beside a server and needs no password', environment=False,
+           stdio=False),
     Option('--scrub', 'verify the SHA-256 of all objects in DIR and list damaged and foreign files; exit '
-           'status 1 if anything is damaged. Can run beside a server and needs no password',
+           'status 1 if anything is damaged, else 3 if something cannot be read. Can run beside a server and '
+           'needs no password',
            environment=False),
     Option('--scrub-age DURATION', 'skip objects verified within this time, such as 30d', parse_period,
            default='0', shown='0, skip nothing', requires='--scrub', environment=False),
@@ -9501,6 +9626,8 @@ def check_options(parser: Parser, options: argparse.Namespace) -> None:
 # ==== Main =======================================================================================
 # Serving, and the other jobs.
 
+JOB_UNREADABLE = 3           # Exit status of a job that could not look at everything, and found no fault.
+
 
 def announce(server: Server, root: str, options: argparse.Namespace) -> None:
     """Log the addresses of the server and what is in force, and warn of what may not be meant."""
@@ -9602,6 +9729,7 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
 
     policy.on_change = on_change
     metrics, watch = Metrics(counters, usage, store), Watch(store, usage, options.stale_after)
+    metrics.look = watch.look
     if certificates:
         metrics.certificate_end = watch.certificate_end = functools.partial(getattr, certificates, 'end')
     api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
@@ -9637,9 +9765,7 @@ def complain(text: object) -> None:
 
 
 def scrub(options: argparse.Namespace, store: Store) -> int:
-    """Do --scrub; the exit status.  Raises OSError."""
-    for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
-        signal.signal(stop, lambda signum, frame: sys.exit(1))
+    """Do --scrub; the exit status.  Raises OSError and DirectoryGone."""
     bandwidth = make_bandwidth(options, Counters())
     if _TOGGLE_SIGNAL != _NO_SIGNAL and bandwidth:
         signal.signal(_TOGGLE_SIGNAL, lambda signum, frame: bandwidth.toggle() and None)
@@ -9647,22 +9773,31 @@ def scrub(options: argparse.Namespace, store: Store) -> int:
         job = Scrub(store, options.scrub_age, bandwidth,
                     lambda path, reason: print(f'{one_line(path)}: {reason}', flush=True),
                     nothing if options.quiet else sys.stderr)
-        damaged = job.run()
-    if not job.repositories:
+        for stop in {*_STOP_SIGNALS, _RELOAD_SIGNAL}.intersection(_SIGNALS):
+            signal.signal(stop, lambda signum, frame: sys.exit(1 if job.damaged else JOB_UNREADABLE))
+        job.run()
+    damaged = job.damaged + sum(result.damaged for result in job.results.values())
+    return exit_status(store, job.results, damaged, job.unreadable)
+
+
+def exit_status(store: Store, repositories: Sized, faults: object, unreadable: object) -> int:
+    """The exit status of a job that has looked at some repositories."""
+    if not (repositories or unreadable):
         complain(f'no repository in {store.root}')
-    return int(damaged > 0 or not job.repositories)
+        return 1
+    return 1 if faults else JOB_UNREADABLE if unreadable else 0
 
 
 def report(options: argparse.Namespace, store: Store) -> int:
-    """Do --report: a line for each repository, those with troubles first; the exit status is 1 if there is
-    any, or no repository.  Raises OSError and RightsFault."""
+    """Do --report: a line for each repository, those with troubles first; the exit status.  Raises OSError,
+    DirectoryGone and RightsFault."""
     quotas = make_policy(options, store.ignores_case, login=False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted))
     usage.census.count()
     watch = Watch(store, usage, options.stale_after)
     if options.cert:
         watch.certificate_end = functools.partial(certificate_end, options.cert)
-    repositories, certificate = watch.look(usage.names(), time.time()), watch.certificate(time.time())
+    repositories, certificate = watch.look(time.time()), watch.certificate(time.time())
     if certificate:
         complain(f'{certificate}; next: {next_step("certificate")}')
     for path in usage.census.unreadable:
@@ -9671,20 +9806,22 @@ def report(options: argparse.Namespace, store: Store) -> int:
     shown = troubled if options.quiet else repositories     # so that cron has nothing to mail
     for line in map(_report_as_json, shown) if options.log_format == 'json' else _report_lines(shown):
         print(line)
-    if not repositories:
-        complain(f'no repository in {store.root}')
-    return int(not repositories or bool(troubled or usage.census.unreadable or certificate))
+    troubles = {trouble for repository in troubled for trouble in repository.troubles}
+    return exit_status(store, repositories, troubles - {UNREADABLE, LOST} or certificate,
+                       troubled or usage.census.unreadable)
 
 
 def _report_row(repository: Watched) -> List[str]:
     """What the report says of a repository: its verdict, its name, and facts, which may be empty."""
     holdings, locks, scrub = repository.holdings, repository.locks, repository.scrub
     return list(map(one_line, [
-        ', '.join(repository.troubles).upper() or 'sound', repository.title, repository.last_snapshot(),
+        ', '.join(repository.troubles).upper() or repository.verdict, repository.title,
+        repository.last_snapshot(),
         format_count(holdings.objects['snapshots'], 'snapshot'), format_size(holdings.bytes),
-        ', '.join([format_count(len(locks), 'lock'), f'the oldest {format_age(repository.now - locks[0])}',
+        ', '.join([format_count(len(locks), 'lock'), repository.age_of_locks(),
                    *([repository.text_of(LOCKED)] if repository.odd_lock else [])]) if locks else '',
-        f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub else 'never scrubbed']))
+        f'scrubbed {repository.ago(scrub.time)}, {scrub.damaged} damaged' if scrub.time
+        else 'never scrubbed']))
 
 
 def _report_lines(repositories: List[Watched]) -> Iterator[str]:
@@ -9707,12 +9844,12 @@ def _report_as_json(repository: Watched) -> str:
     import json
     holdings, locks, scrub = repository.holdings, repository.locks, repository.scrub
     return json.dumps({
-        'repository': repository.title, 'troubles': list(repository.troubles), 'bytes': holdings.bytes,
-        'objects': holdings.objects, 'last_snapshot': holdings.last_snapshot or None,
+        'repository': repository.title, 'verdict': repository.verdict, 'troubles': list(repository.troubles),
+        'bytes': holdings.bytes, 'objects': holdings.objects, 'last_snapshot': holdings.last_snapshot or None,
         'locks': len(locks or ()), 'oldest_lock': int(locks[0]) if locks else None,
         'odd_lock': repository.odd_lock or None,
         'scrub': {'time': int(scrub.time), 'damaged': scrub.damaged, 'names': scrub.names}
-                 if scrub else None})
+                 if scrub.time else None})
 
 
 def test_event(options: argparse.Namespace, store: Store) -> int:

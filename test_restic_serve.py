@@ -258,6 +258,31 @@ def counted_plainly(test):
     patch_for(test, restic_serve, BLOCK_BYTES=1, FOLDER_BYTES=0)
 
 
+def scrub(store, age=0, bandwidth=None, report=lambda *fault: None, stream=None):
+    """A scrub that was run."""
+    job = restic_serve.Scrub(store, age, bandwidth, report, stream or io.StringIO())
+    job.run()
+    return job
+
+
+def scrub_with_configs(store):
+    """A scrub while each repository has a config, which tests that count bytes have not."""
+    configs = [path.with_name('config') for path in Path(store.root).rglob('keys')]
+    made = [path for path in configs if not path.exists()]
+    for path in made:
+        path.write_bytes(b'config')
+    scrub(store)
+    for path in made:
+        path.unlink()
+
+
+def metrics_of(usage, store):
+    """The metrics of what a store holds."""
+    metrics = Metrics(usage.counters, usage, store)
+    metrics.look = restic_serve.Watch(store, usage, 3600).look
+    return metrics
+
+
 def at_once(function, jobs):
     """What a function returns of each job, done in threads at the same time; raises what one raises."""
     jobs = list(jobs)
@@ -273,7 +298,7 @@ class Api(Api):
         counters = metrics.counters if metrics else usage.counters if usage else Counters()
         accounts = accounts or Accounts()
         usage = usage or Usage(store, counters)
-        metrics = metrics or Metrics(counters, usage, store)
+        metrics = metrics or metrics_of(usage, store)
         events = events or restic_serve.Events(restic_serve.Watch(store, usage, 0), counters)
         super().__init__(store, policy, accounts, baseurl, headers, allow_origin, usage, metrics, prometheus,
                          page, at, events, restic_serve.Admission(metrics, accounts))
@@ -820,7 +845,7 @@ class WatchedTestCase(Http2TestCase):
         counters = Counters()
         self.usage = Usage(self.store, counters, past=past,
                            quotas=restic_serve.Quotas({'/': max_bytes, '/%u': per_user}))
-        self.metrics = Metrics(counters, self.usage, self.store)
+        self.metrics = metrics_of(self.usage, self.store)
         self.server = self.serve(Api(
             self.store, policy or self.policy, accounts, usage=self.usage, metrics=self.metrics,
             prometheus=prometheus, page=Page(restic_serve.Watch(self.store, self.usage, 3600)), **more))
@@ -836,7 +861,7 @@ class WatchedTestCase(Http2TestCase):
             os.utime(path, (time.time() - age, time.time() - age))
 
     def scrub(self):
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        scrub_with_configs(self.store)
 
     def users(self, *names):
         """Accounts of users, each with the name for a password."""
@@ -1626,12 +1651,17 @@ class StoreTest(TestCase):
             store.create_repository('/host')
             self.assertEqual(store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x')).objects, 1)
 
-    def test_snapshots_of_a_file_system_are_no_repositories(self):
-        for name in ('.snapshots', '.zfs', '#snapshot', '@eaDir', '#recycle', 'lost+found', 'host',
-                     'host/.snapshot'):
+    def test_folders_of_systems_are_no_repositories(self):
+        names = ('.snapshots', '.zfs', '#snapshot', '@eaDir', '#recycle', 'lost+found', 'host/.snapshot',
+                 'System Volume Information', '$RECYCLE.BIN', '@Recycle', '.Trash-1000', 'timeshift')
+        for name in (*names, 'host', 'host/timeshift'):
             (self.root / name / 'copy/data').mkdir(parents=True)
         found = [walked.path for walked in self.store.walk(self.fail) if walked.is_repository]
-        self.assertEqual(found, ['/host', '/host/copy'])
+        self.assertEqual(found, ['/host', '/host/copy', '/host/timeshift/copy'])
+        for name in names:
+            for path in (f'/{name}', f'/{name}/x'):
+                with self.assertRaises(restic_serve.ReservedName):
+                    restic_serve.check_repository(path, False)
 
     def test_a_bind_mount_that_no_link_crosses_is_crossed_by_a_copy(self):
         real = os.replace
@@ -3224,7 +3254,7 @@ class PastApiTest(PastTestCase):
             self.usage.census.count()
         with mock.patch.object(restic_serve, 'COUNT_PATIENCE', 0):
             self.assertIn('and 900 B deleted', rendered(self.store, self.usage))
-        exposed = Metrics(Counters(), self.usage, self.store).exposition()
+        exposed = metrics_of(self.usage, self.store).exposition()
         self.assertIn('restic_serve_repository_deleted_kept_bytes{repo="host"} 900\n', exposed)
         self.assertIn('restic_serve_repository_deleted_last_day_objects{repo="host"} 3\n', exposed)
         self.now += 2 * self.KEEP
@@ -3239,25 +3269,34 @@ class PastApiTest(PastTestCase):
         self.assertRegex(self.run_on_terminal('--roll-back', '0s', self.root / 'host'),
                          r'(?s)^\rhost: nothing to d.*\x1b\[K.*\r\x1b\[Khost: nothing to do\n$')
 
-    def test_a_scrub_reads_what_is_kept(self):
-        locations = [self.upload(bytes([number])) for number in range(2)]
-        for location in locations:
+    def test_a_scrub_reads_what_is_kept_and_tells_of_damage_once(self):
+        locations = [self.upload(bytes([number])) for number in range(3)]
+        for location in locations[:2]:
             self.delete(location)
+        (self.root / 'host/config').write_bytes(b'config')
         found = {}
 
-        def scrub(age=0):
+        def scrubbed(age=0):
             found.clear()
-            job = restic_serve.Scrub(self.store, age, None, found.__setitem__, io.StringIO())
-            return job.run(), job.checked
+            job = scrub(self.store, age, None, found.__setitem__)
+            return job.damaged, job.checked, restic_serve.last_scrubs(self.store)['/host'].damaged
+
+        def kept(location):
+            return next(path for path in self.root.rglob(f'{location.name}.*'))
 
         with mock.patch.object(Store, 'now', lambda store: time.time()):
-            self.assertEqual((*scrub(), found), (0, 2, {}))
-            kept = next(path for path in self.root.rglob(f'{locations[0].name}.*'))
-            kept.write_bytes(b'damaged')
-            self.assertEqual(scrub(), (1, 2))
-        self.assertEqual(list(found), [str(kept)])
-        # The repository itself is sound: what took the object's place may be there already.
-        self.assertEqual(restic_serve.last_scrubs(self.store)['/host'].damaged, 0)
+            self.assertEqual((*scrubbed(), found), (0, 3, 0, {}))
+            kept(locations[0]).write_bytes(b'damaged')
+            # The repository itself is sound: what took the object's place may be there already.
+            self.assertEqual((scrubbed(), list(found)), ((1, 3, 0), [str(kept(locations[0]))]))
+            self.assertEqual((*scrubbed(), found), (0, 3, 0, {}))
+            Path(path_of(self.store, locations[2])).write_bytes(b'damaged')
+            self.assertEqual(scrubbed(), (1, 3, 1))
+            self.delete(locations[2])       # as README's recipe does
+            for age in (0, 3600, 3600, 0):
+                self.assertEqual((scrubbed(age)[::2], found), ((0, 0), {}))
+            kept(locations[1]).write_bytes(b'damaged')
+            self.assertEqual([scrubbed()[0] for _ in range(2)], [1, 0])
 
 
 # ---- Counters --------------------------------------------------------------------------------------
@@ -3569,32 +3608,19 @@ class ScrubTest(TestCase):
                 self.paths[repository, kind] = Path(path_of(self.store, location))
             Path(f'{self.root}{repository}/config').write_bytes(b'x')
 
-    def scrub(self, age=0, bandwidth=None):
-        """What is reported, by path, and how many objects were read and are damaged."""
+    def scrub(self, age=0, bandwidth=None, store=None):
+        """What is reported, by path, how many objects were read, and how many are damaged."""
         found = {}
-        job = restic_serve.Scrub(self.store, age, bandwidth, found.__setitem__, io.StringIO())
-        damaged = job.run()
-        self.assertEqual(damaged, len([reason for reason in found.values()
-                                       if not reason.startswith(('foreign', 'stray'))]))
-        found = {os.path.relpath(path, self.root): reason for path, reason in found.items()}
-        return found, job.checked, damaged
+        job = scrub(store or self.store, age, bandwidth, found.__setitem__)
+        verdicts = [reason.partition(':')[0].partition(',')[0] for reason in found.values()]
+        self.assertEqual(job.damaged, verdicts.count('damaged'))
+        self.assertEqual(job.unreadable, len([verdict for verdict in verdicts
+                                              if verdict not in ('damaged', 'foreign', 'stray')]))
+        found = {os.path.relpath(path, job._store.root): reason for path, reason in found.items()}
+        return found, job.checked, job.damaged
 
     def relative(self, *key):
         return str(self.paths[key].relative_to(self.root))
-
-    def test_what_is_sound_is_read_and_silent(self):
-        self.assertEqual(self.scrub(), ({}, 9, 0))
-
-    def test_a_result_that_cannot_be_read_is_none_and_is_read_when_it_can(self):
-        self.scrub()
-        path = self.root / '.restic_serve/scrub.json'
-        good = path.read_text()
-        path.write_text('[' * 100000)
-        self.assertEqual(restic_serve.last_scrubs(self.store), {})
-        path.write_text(good)
-        with mock.patch('builtins.open', side_effect=PermissionError(errno.EACCES, 'x')):
-            self.assertEqual(restic_serve.last_scrubs(self.store), {})
-        self.assertEqual(len(restic_serve.last_scrubs(self.store)), 3)
 
     def test_root_follows_no_link_where_it_writes(self):
         target = self.folder / 'target'
@@ -3610,7 +3636,7 @@ class ScrubTest(TestCase):
         os.chown(self.root, 1234, 1235)
         shutil.rmtree(self.root / restic_serve.HIDDEN, ignore_errors=True)
         store = Store(str(self.root), shared=True)
-        restic_serve.Scrub(store, 0, None, lambda *fault: None, io.StringIO()).run()
+        scrub(store)
         for path, mode in (('.restic_serve', 0o770), ('.restic_serve/scrub.json', 0o660)):
             status = (self.root / path).stat()
             self.assertEqual((status.st_uid, status.st_gid), (1234, 1235))
@@ -3623,8 +3649,8 @@ class ScrubTest(TestCase):
             now = int(time.time())
             self.scrub()
         self.assertEqual(restic_serve.last_scrubs(self.store), {
-            '': (now, 3, 0, []), '/deep/below/x': (now, 3, 0, []),
-            '/host': (now, 3, 1, [f'keys/{self.paths["/host", "keys"].name}'])})
+            '': (now, 3, 0, [], 0, []), '/deep/below/x': (now, 3, 0, [], 0, []),
+            '/host': (now, 3, 1, [f'keys/{self.paths["/host", "keys"].name}'], 0, [])})
         shutil.rmtree(self.root / 'deep')
         with mock.patch.object(time, 'time', return_value=time.time() + 120):
             self.scrub(age=3600)  # what is sound is not read again, and stays so
@@ -3636,19 +3662,14 @@ class ScrubTest(TestCase):
         self.paths['', 'data'].write_bytes(b'other')
         os.truncate(self.paths['/host', 'keys'], 10)
         (self.root / 'deep/below/x/config').write_bytes(b'')
-        found, checked, damaged = self.scrub()
-        self.assertEqual((checked, damaged), (9, 3))
-        self.assertEqual(found.pop('deep/below/x/config'), 'empty')
-        self.assertEqual(found.pop(self.relative('', 'data')), f'damaged: its SHA-256 is {named(b"other")}')
-        self.assertTrue(found.pop(self.relative('/host', 'keys')).startswith('damaged: '))
-        self.assertEqual(found, {})
-
-    def test_an_object_that_cannot_be_read_is_damaged(self):
-        name = self.paths['/host', 'data'].name
-        with failing(lambda path, *flags: os.path.basename(path) == name, os, 'open'):
-            found, _, damaged = self.scrub()
-        reason = 'unreadable: made by a test'
-        self.assertEqual((found, damaged), ({self.relative('/host', 'data'): reason}, 1))
+        broken = self.relative('/host', 'data')
+        with failing(lambda path, *more: path == os.path.basename(broken), os, 'open'):
+            found, checked, damaged = self.scrub()
+        self.assertEqual((checked, damaged), (9, 4))
+        self.assertTrue(found.pop(self.relative('/host', 'keys')).startswith('damaged: its SHA-256 is '))
+        self.assertEqual(found, {
+            'deep/below/x/config': 'damaged: empty', broken: 'damaged: made by a test',
+            self.relative('', 'data'): f'damaged: its SHA-256 is {named(b"other")}'})
 
     def test_foreign_and_stray_files_are_no_damage(self):
         wrong = self.root / 'host/data/00' / ('ff' * 32)
@@ -3669,17 +3690,96 @@ class ScrubTest(TestCase):
             'host/data/00/.restic_serve-upload-old': 'stray'})
 
     def test_what_cannot_be_read_is_said_and_the_rest_is_read(self):
-        for name in ('lost+found', '.restic_serve'):
-            (self.root / name).mkdir(exist_ok=True)
-        ends = '/deep', '/lost+found', '/host/data', '/.restic_serve'
-        with failing(lambda folder, *fd: folder.endswith(ends), restic_serve, '_scan', errno.EACCES):
-            found = {}
-            job = restic_serve.Scrub(self.store, 0, None, found.__setitem__, io.StringIO())
-            self.assertEqual(job.run(), 1)
-        self.assertEqual(sorted(os.path.relpath(path, self.root) for path in found),
-                         ['.restic_serve', 'deep', 'host/data'])
-        self.assertEqual(job.checked, 5)
-        self.assertEqual(restic_serve.last_scrubs(self.store)['/host'].damaged, 1)
+        (self.root / 'lost+found').mkdir()
+        self.scrub()
+        hidden = ('/deep', '/lost+found', '/host/data', '/.restic_serve')
+        with failing(lambda folder, *fd: folder.endswith(hidden), restic_serve, '_scan', errno.EACCES):
+            found, checked, damaged = self.scrub()
+            self.assertEqual(set(self.verdicts(self.store).values()), {'unreadable'})
+        self.assertEqual((sorted(found), checked, damaged), (['.restic_serve', 'deep', 'host/data'], 5, 0))
+        self.assertEqual(self.verdicts(self.store), {'': 'unreadable', '/host': 'unreadable',
+                                                     '/deep/below/x': 'sound'})
+
+    def verdicts(self, store):
+        """The verdicts on its repositories."""
+        usage = Usage(store, Counters())
+        usage.census.count()
+        watched = restic_serve.Watch(store, usage, math.inf).look(time.time())
+        return {repository.name: repository.verdict for repository in watched}
+
+    def exit_status(self, job):
+        damaged = job.damaged + sum(result.damaged for result in job.results.values())
+        return restic_serve.exit_status(self.store, job.results, damaged, job.unreadable)
+
+    def test_what_nobody_could_look_at_is_not_sound_and_keeps_its_verdict(self):
+        data, link = self.relative('/host', 'data'), lambda path: path.symlink_to(self.folder / 'gone')
+        for number, (place, make, verdict, status) in enumerate((
+                ('host/config', lambda path: None, 'damaged', 1), ('host/config', Path.mkdir, 'damaged', 1),
+                (data, Path.mkdir, 'damaged', 1), (data, os.mkfifo, 'damaged', 1), (data, link, 'damaged', 1),
+                ('host/index', link, 'unreadable', 3), ('host/data', Path.touch, 'unreadable', 3),
+                (os.path.dirname(data), Path.touch, 'unreadable', 3), ('host/keys', Path.touch, 'damaged', 1),
+                ('host', lambda path: (path / 'new/keys').mkdir(parents=True), None, 0),
+                ('host', Path.mkdir, 'not a repository any more', 3))):
+            store = Store(str(self.folder / str(number)))
+            shutil.copytree(self.root, store.root)
+            if place == 'host/keys':    # it is damaged, and then nobody can look
+                os.truncate(next(Path(store.root, place).iterdir()), 10)
+            scrub(store)
+            path = Path(store.root, place)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            make(path)
+            self.scrub(store=store)
+            self.assertEqual(self.exit_status(scrub(store)), status, place)
+            verdicts = self.verdicts(store)
+            self.assertEqual((verdicts.get('/host'), verdicts['']), (verdict, 'sound'), place)
+            shutil.rmtree(Path(store.root, 'host'))
+            self.assertEqual(self.exit_status(scrub(store)), 0, place)      # it is forgotten
+
+    def test_a_scrub_that_is_ended_keeps_what_it_found_and_what_it_verified(self):
+        for key in (('', 'keys'), ('/host', 'keys'), ('/host', 'data')):
+            os.truncate(self.paths[key], 10)
+        patch_for(self, Store, now=lambda *store: time.time())
+        steps = iter('1234')    # all of the first repository, and one object of the next
+
+        def end(*check):
+            if not next(steps, ''):
+                raise SystemExit
+
+        with mock.patch.object(time, 'time', return_value=time.time() + 60), \
+                mock.patch.object(restic_serve, 'CORES', [0]), first(end, restic_serve.Scrub, '_check'):
+            self.assertRaises(SystemExit, scrub, self.store)
+        self.assertEqual(self.verdicts(self.store), {'': 'damaged', '/deep/below/x': 'not checked',
+                                                     '/host': 'not checked'})
+        with mock.patch.object(time, 'time', return_value=time.time() + 120):
+            self.assertEqual(self.scrub(age=3600)[1:], (6, 3))
+            with first(end, restic_serve.Scrub, '_check'):
+                self.assertRaises(SystemExit, scrub, self.store)
+        self.assertEqual({result.damaged for result in restic_serve.last_scrubs(self.store).values()},
+                         {0, 1, 2})
+
+    def test_a_directory_that_goes_is_not_sound(self):
+        self.store.find()
+
+        def vanish(*folder):
+            if not (self.folder / 'away').exists():
+                self.root.rename(self.folder / 'away')
+                self.root.mkdir()
+
+        with first(vanish, restic_serve.Scrub, '_bytes_of'):
+            self.assertRaises(restic_serve.DirectoryGone, scrub, self.store)
+        self.assertEqual(list(self.root.iterdir()), [])
+
+    def test_a_record_has_a_limit_of_size(self):
+        self.scrub()
+        self.assertEqual(*(part.keys() for part in restic_serve.read_scrubs(self.store)))
+        for name in (restic_serve.SCRUB_FILE, restic_serve.EVENTS_FILE):
+            (self.root / '.restic_serve' / name).touch()
+            with mock.patch.object(restic_serve, 'RECORD_BYTES', -1), \
+                    self.assertRaisesRegex(OSError, 'larger than '):
+                self.store.hidden.read(name)
+        with mock.patch.object(restic_serve, 'RECORD_BYTES', 100):
+            self.scrub()
+        self.assertEqual([len(part) for part in restic_serve.read_scrubs(self.store)], [0, 3])
 
     def test_a_folder_of_objects_may_be_a_link_as_it_may_for_the_server(self):
         (self.root / 'host/data').rename(self.folder / 'elsewhere')
@@ -3694,7 +3794,7 @@ class ScrubTest(TestCase):
         with mock.patch.object(restic_serve, 'PROGRESS_SECONDS', 0):
             self.assertEqual(restic_serve.Scrub(self.store, 0, None, self.fail, stream).run(), 0)
 
-    def test_a_million_folders_are_no_million_jobs(self):
+    def test_a_million_folders_are_no_million_jobs_and_a_bug_in_one_thread_ends_the_others(self):
         from concurrent.futures import ThreadPoolExecutor
         for number in range(256):
             (self.root / f'host/data/{number:02x}').mkdir(exist_ok=True)
@@ -3702,10 +3802,6 @@ class ScrubTest(TestCase):
                                side_effect=ThreadPoolExecutor.submit) as submit:
             self.assertEqual(self.scrub(), ({}, 9, 0))
         self.assertEqual(submit.call_count, len(restic_serve.CORES))
-
-    def test_a_bug_in_one_thread_ends_the_others(self):
-        for number in range(256):
-            (self.root / f'host/data/{number:02x}').mkdir(exist_ok=True)
         with mock.patch.object(restic_serve, 'CORES', [0, 1]), mock.patch.object(
                 restic_serve.Scrub, '_check_folder', side_effect=ZeroDivisionError) as check:
             self.assertRaises(ZeroDivisionError, self.scrub)
@@ -3742,40 +3838,32 @@ class ScrubTest(TestCase):
             self.scrub()
         self.assertGreater(len(saved), 2)
 
-    def test_what_changes_in_the_moment_of_the_check_is_read_again(self):
-        """Times of files are those of a coarse clock."""
-        for _ in range(2):
-            self.assertEqual(self.scrub(age=3600)[1], 9)
-
     def test_what_was_sound_lately_is_skipped_but_for_what_is_new_or_was_damaged(self):
-        self.paths['/host', 'data'].write_bytes(b'other')
-        self.assertEqual(self.scrub()[1:], (9, 1))
-        for path in self.paths.values():  # written before that
-            os.utime(path, (1, 1))
         patch_for(self, Store, now=lambda store: time.time())
-        with mock.patch.object(time, 'time', return_value=time.time() + 60):
-            found, checked, damaged = self.scrub(age=3600)
-        self.assertEqual((checked, damaged), (9, 1))  # their ctime is new
-        with mock.patch.object(time, 'time', return_value=time.time() + 120):
-            content = os.urandom(100)
-            self.assertEqual(self.scrub(age=30)[1:], (9, 1))
-        with mock.patch.object(time, 'time', return_value=time.time() + 180):
-            self.assertEqual(self.scrub(age=3600)[1:], (1, 1))  # the damaged one
-            self.store.save(Location('/host', 'index', named(content)), Bytes(content))
-            path = f'{self.root}/host/index/{named(content)}'
-            os.utime(path, (time.time() + 200, time.time() + 200))
-            self.assertEqual(self.scrub(age=3600)[1:], (2, 1))
-        with mock.patch.object(time, 'time', return_value=time.time() + 9000):
-            self.assertEqual(self.scrub(age=3600)[1:], (10, 1))
+        content, now = os.urandom(100), time.time()
+        for seconds, age, read, damaged in (
+                (0, 0, 9, 0), (60, 3600, 9, 0),     # they changed just then, by a coarse clock
+                (120, 30, 9, 0), (180, 3600, 0, 0), (240, 0, 9, 1), (300, 3600, 1, 1), (360, 3600, 2, 1),
+                (9000, 3600, 10, 1)):
+            if seconds == 240:
+                self.paths['/host', 'data'].write_bytes(b'bad')     # by the disk: no time says so
+            if seconds == 360:
+                self.store.save(Location('/host', 'index', named(content)), Bytes(content))
+                os.utime(f'{self.root}/host/index/{named(content)}', (now + 350,) * 2)
+            with mock.patch.object(time, 'time', return_value=now + seconds):
+                self.assertEqual(self.scrub(age)[1:], (read, damaged), seconds)
 
-    def test_a_memory_that_is_no_json_is_forgotten(self):
+    def test_a_memory_that_is_no_json_is_forgotten_and_one_that_cannot_be_read_is_read_again(self):
         (self.root / '.restic_serve').mkdir(exist_ok=True)
         for text in ('', '[]', '{"folders": {"data/00": "x"}, "repositories": {}}', '{"folders": {}}',
-                     '{"folders": {}, "repositories": {"/host": [1]}}', 'x', '\0',
+                     '{"folders": {}, "repositories": {"/host": ["x"]}}', 'x', '\0', '[' * 100000,
                      '{"folders": {}, "repositories": {"": [Infinity, 1, 1e999]}}'):
             (self.root / '.restic_serve/scrub.json').write_text(text)
             self.assertEqual(restic_serve.last_scrubs(self.store), {})
             self.assertEqual(self.scrub(age=3600)[1:], (9, 0))
+            with mock.patch('builtins.open', side_effect=PermissionError(errno.EACCES, 'x')):
+                self.assertEqual(restic_serve.last_scrubs(self.store), {})
+            self.assertEqual(len(restic_serve.last_scrubs(self.store)), 3)
             (self.root / '.restic_serve/scrub.json').unlink()
 
     def test_an_object_that_is_deleted_meanwhile_is_no_fault(self):
@@ -3795,12 +3883,18 @@ class ScrubTest(TestCase):
         self.assertRegex(error, r'^100% of 26\.4 KiB, [\d.]+ [KMG]?i?B/s, 0 s left, 9 objects read, '
                                 r'0 damaged\n$')
         (self.folder / 'empty').mkdir()
-        status, output, error = run('--quiet', self.folder / 'empty')
-        self.assertEqual((status, error), (1, f'restic_serve: no repository in {self.folder}/empty'
-                                              '\n'))
+        self.assertEqual(run('--quiet', self.folder / 'empty'), (
+            1, '', f'restic_serve: no repository in {self.folder}/empty\n'))
         self.paths['', 'data'].write_bytes(b'other')
         self.assertEqual(run('--quiet', self.root), (1, f'{self.paths["", "data"]}: damaged: its SHA-256 is '
                                                      f'{named(b"other")}\n', ''))
+        (self.root / 'host/keys').rename(self.folder / 'keys')
+        (self.root / 'host/keys').touch()
+        self.assertEqual(run('--quiet', self.root)[0], 1)
+        shutil.rmtree(self.root / 'data')
+        status, output, error = run(self.root)
+        self.assertEqual((status, output), (3, f'{self.root}/host/keys: unreadable: Not a directory\n'))
+        self.assertIn(', 0 damaged, 1 unreadable\n', error)
         status, output, error = run(self.folder / 'none')
         self.assertEqual((status, output, error.count('\n')), (1, '', 1), error)
         self.assertFalse((self.folder / 'none').exists())
@@ -3830,7 +3924,7 @@ class ScrubTest(TestCase):
             self.assertIn(b'damaged', job.stdout.readline())
             job.send_signal(signal.SIGHUP)
             self.assertEqual(job.wait(PATIENCE), 1)
-        self.assertTrue((self.root / '.restic_serve/scrub.json').exists())
+        self.assertEqual(restic_serve.last_scrubs(self.store)[''].damaged, 1)
 
     def test_a_name_that_is_no_text_is_said_all_the_same(self):
         with open(os.fsencode(self.root) + b'/host/index/caf\xe9', 'wb'):
@@ -3965,7 +4059,7 @@ class UsageTest(TestCase):
         self.usage.census.count()
         self.assertEqual(self.held(), (300, {'keys': 1}))
         self.assertEqual(list(self.usage.holdings()), ['/host'])
-        metrics = Metrics(self.usage.counters, self.usage, self.store)
+        metrics = metrics_of(self.usage, self.store)
         metrics.count_blob(Request('GET', '/', '', {}, None, Peer('x')), Location('/gone', 'data', 'x'),
                            Metrics.READ, 60)
         self.usage.census.count()
@@ -4451,7 +4545,7 @@ class UsageTest(TestCase):
             self.assertIn(stored, range(5, 95))
             self.assertLessEqual(self.usage.quota('')[0], 10 * stored)
             self.usage.census.count()
-            metrics = Metrics(self.usage.counters, self.usage, self.store)
+            metrics = metrics_of(self.usage, self.store)
             request = Request('GET', '/', '', {}, None, Peer('x'))
             metrics.count_blob(request, Location('/a', 'data', 'x'), Metrics.READ, 1)
             self.assertIn('0 requests', metrics.line())
@@ -5732,7 +5826,7 @@ class WatchTest(TestCase):
             self.put('locked', 'locks', age)
         path = self.put('damaged', 'data', 60)
         path.write_bytes(b'damaged')
-        restic_serve.Scrub(self.store, 0, None, lambda *fault: None, io.StringIO()).run()
+        scrub_with_configs(self.store)
         self.put('full', 'data', 60, 20_000)
 
     def put(self, repository, kind, age, size=100):
@@ -5743,14 +5837,31 @@ class WatchTest(TestCase):
     def test_what_is_wrong_comes_first_and_longest(self):
         usage = Usage(self.store, Counters(), quotas=restic_serve.Quotas({'/full': 40_000}))
         usage.census.count()
-        watched = restic_serve.Watch(self.store, usage, 48 * 3600).look(usage.names(), self.now)
+        watched = restic_serve.Watch(self.store, usage, 48 * 3600).look(self.now)
         self.assertEqual([(repository.name, list(repository.troubles)) for repository in watched], [
             ('/damaged', ['damaged']), ('/never', ['overdue']), ('/later', ['overdue']),
             ('/late', ['overdue']), ('/locked', ['locked']), ('/full', ['nearly full']),
             ('/sound-2', []), ('/sound-10', [])])
+        self.assertEqual(watched[4].text_of_troubles(), 'locked for 2 days')
         self.assertEqual(restic_serve.count_troubles(watched),
                          '1 damaged, 3 overdue, 1 locked, 1 nearly full')
         self.assertEqual(restic_serve.count_troubles([]), '')
+
+    def test_a_lock_is_stale_after_half_an_hour_by_the_clock_of_the_disk(self):
+        usage = Usage(self.store, Counters())
+        for age, ahead, stale, now in ((1700, 0, 0, True), (1900, 0, 1, False), (60, 1800, 1, False)):
+            shutil.rmtree(self.root / 'sound-2' / 'locks', ignore_errors=True)
+            self.put('sound-2', 'locks', age)
+            usage.census.count()
+            with mock.patch.object(Store, 'now', return_value=self.now + ahead):
+                watch = restic_serve.Watch(self.store, usage, math.inf)
+                repository, = watch.look(self.now, ['/sound-2'], locks=False)
+                exposed = metrics_of(usage, self.store).exposition()
+                with contextlib.nullcontext() if stale else self.assertRaisesRegex(ValueError, 'locked'):
+                    restic_serve.RollBack(self.store, usage.past, '/sound-2', 0).check_locks()
+            self.assertEqual((repository.stale, 'locked' in repository.troubles,
+                              'locked now' in repository.age_of_locks()), (stale, bool(stale), now))
+            self.assertIn(f'stale_locks{{repo="sound-2"}} {stale}\n', exposed)
 
     def report(self, *words, folder=None, said=''):
         status, output, error = self.run_it('--report', *words, folder or self.root)
@@ -5764,14 +5875,15 @@ class WatchTest(TestCase):
                                    '.*, 1 damaged; next: .*restic -r rest:https://HOST/damaged/ repair index')
         self.assertRegex(lines[1], '^OVERDUE: never: no snapshot yet, 0 snapshots, 100 B, scrubbed .* ago, '
                                    '0 damaged; next: see on its client ')
-        self.assertIn('3 locks, the oldest 2 days, scrubbed', lines[4])
+        self.assertIn('3 locks, oldest 2 days, locked now, scrubbed', lines[4])
         lock = self.put('sound-2', 'locks', 7200, 12)
-        self.assertIn(f"1 lock, the oldest 2 hours, lock {lock.name[:8]} is not restic's: run restic unlock "
+        self.assertIn(f"1 lock, oldest 2 hours, lock {lock.name[:8]} is not restic's: run restic unlock "
                       '--remove-all, ', [line for line in self.report('-q')[1] if 'sound-2' in line][0])
         lock.unlink()
         self.assertTrue(lines[-1].startswith('sound: sound-10: last snapshot '), lines[-1])
         status, lines = self.report('--log-format', 'json', '--stale-after', '30d', '--max-size', '1G')
         told = [json.loads(line) for line in lines]
+        self.assertEqual({line['verdict'] for line in told}, {'damaged', 'sound'})
         self.assertEqual([(line['repository'], line['troubles']) for line in told][:3], [
             ('damaged', ['damaged']), ('never', ['overdue']), ('locked', ['locked'])])
         for name in ('damaged', 'never', 'locked'):
@@ -5796,10 +5908,17 @@ class WatchTest(TestCase):
         self.assertEqual((status, [line[:19] for line in lines if 'sound' in line.split()[1]]),
                          (1, ['UNREADABLE: sound-2']))
         options = restic_serve.Parser({}).parse(['--report', '-q', str(self.root)])
-        with mock.patch.object(Store, 'walk', lambda store, fail: iter(fail('/secret', OSError()) or ())), \
-                mock.patch.object(sys, 'stderr', io.StringIO()) as errors:
-            self.assertEqual(restic_serve.report(options, Store(str(self.root))), 1)
-        self.assertIn('restic_serve: cannot read secret\n', errors.getvalue())
+        shutil.rmtree(self.root)
+        real = self.make_store().walk
+        for repository, status in ((None, 3), ('sound', 3), ('late', 1)):
+            if repository:
+                self.put(repository, 'snapshots', 60 if repository == 'sound' else 7200000)
+                (self.root / 'sound' / 'index').write_text('')
+            with mock.patch.object(Store, 'walk', lambda store, fail: [
+                    *real(fail), *(fail('/secret', OSError(13, 'denied')) or ())]), mock.patch.object(
+                        sys, 'stderr', io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+                self.assertEqual(restic_serve.report(options, Store(str(self.root))), status)
+            self.assertIn('restic_serve: cannot read secret\n', errors.getvalue())
 
     def test_of_nothing_there_is_no_report(self):
         for folder, said in ((self.folder / 'missing', f'{self.folder}/missing: directory does not exist'),
@@ -5982,6 +6101,20 @@ class EventsTest(WatchedTestCase):
         next((self.root / 'nas' / 'data').glob('*/*')).write_bytes(b'damaged')
         self.scrub()
         self.assertEqual(len(self.look()), 1)
+
+    def test_what_nobody_can_look_at_is_told_once_and_the_next_time(self):
+        self.fill('/nas', 'data', 'snapshots')
+        self.scrub()
+        (self.root / 'nas' / 'index').rmdir()
+        for _ in range(2):
+            (self.root / 'nas' / 'index').touch()
+            self.assertEqual(self.look(), ['unreadable|nas||nas: cannot be read completely'])
+            self.assertEqual(self.look(), [])
+            (self.root / 'nas' / 'index').unlink()
+            self.assertEqual(self.look(), [])
+        (self.root / 'nas').rename(self.folder / 'away')
+        (self.root / 'nas').mkdir()
+        self.assertEqual(self.look(), ['unreadable|nas||nas: not a repository any more'])
 
     def test_full_quotas_and_disks_are_told(self):
         self.fill('/alice', 'snapshots', *['data'] * 20)
@@ -12131,7 +12264,7 @@ tests:
         (self.folder / 'tests.yml').write_text(text)
         for command in (['check', 'rules', 'rules.yml'], ['test', 'rules', 'tests.yml']):
             self.check_output(program('promtool'), *command)
-        self.assertEqual(len(names), 11)
+        self.assertEqual(len(names), 13)
 
     def test_what_to_do_next_is_in_a_chapter(self):
         for step in restic_serve.NEXT_STEPS.values():
