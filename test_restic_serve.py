@@ -248,9 +248,7 @@ def raised(kind, function, *args):
 def with_distinct_shares(test):
     """Let no two addresses share a row of the counters by chance."""
     rows = collections.defaultdict(itertools.count().__next__)
-    patch = mock.patch.object(restic_serve, 'hash', rows.__getitem__, create=True)
-    patch.start()
-    test.addCleanup(patch.stop)
+    patch_for(test, restic_serve, create=True, hash=rows.__getitem__)
 
 
 def counted_plainly(test):
@@ -616,6 +614,14 @@ class WireTestCase(TestCase):
         """Until a connection has come, and all have ended."""
         self.wait_until(lambda: self.server.served, 'a connection')
         self.wait_until(lambda: not self.server.served, 'its end')
+
+    def begin_upload(self, content=b'0123456789', sent=b''):
+        """A connection of which the server awaits the rest of an upload."""
+        wire = self.connect()
+        head = post(f'/data/{named(content)}', b'', 'Expect: 100-continue', length=len(content))
+        self.assertEqual(wire.ask(head)[0], 100)
+        wire.send(sent)
+        return wire
 
     def ask_last(self, *parts):
         with Wire(self.port) as wire:
@@ -1293,9 +1299,7 @@ class RefusalsTest(TestCase):
     def setUp(self):
         super().setUp()
         self.now = 1000.0
-        self.patch = mock.patch.object(restic_serve, 'time', mock.Mock(monotonic=lambda: self.now))
-        self.patch.start()
-        self.addCleanup(self.patch.stop)
+        patch_for(self, restic_serve, time=mock.Mock(monotonic=lambda: self.now))
 
     def refuse(self, count, address='10.0.0.1', user='', kind='denied'):
         for _ in range(count):
@@ -2044,8 +2048,7 @@ class FileSystemsTest(TestCase):
     def test_there_users_and_paths_are_compared_without_it(self):
         store = self.make_store()
         store.ignores_case = True
-        accounts = Accounts(user='Alice', password='a')
-        api = Api(store, Policy(short_rights(private=True)), accounts)
+        api = Api(store, Policy(short_rights(private=True)), Accounts(user='Alice', password='a'))
 
         def ask(method, path):
             return answer_of(api, method, path, b'x', authorization=credentials('Alice', 'a'))[0]
@@ -2688,8 +2691,7 @@ class PastTestCase(TestCase):
 
     def view(self, moment, repository='/host'):
         """What a repository had: the names of each kind."""
-        at = restic_serve.moment_for_people(int(moment * 1e6))
-        view = self.past.view(repository, at)
+        view = self.past.view(repository, restic_serve.moment_for_people(int(moment * 1e6)))
         found = {}
         for kind in restic_serve.KINDS:
             names = []
@@ -2889,8 +2891,7 @@ class PastTest(PastTestCase):
         self.assertEqual(self.view(self.now), {'data': [other.name]})
 
     def test_it_is_purged_when_its_time_has_passed(self):
-        locations = [self.upload(bytes([number])) for number in range(3)]
-        for location in locations:
+        for location in [self.upload(bytes([number])) for number in range(3)]:
             self.delete(location)
             self.now += 100
         self.now += self.KEEP - 250
@@ -2930,8 +2931,7 @@ class PastTest(PastTestCase):
         moment = self.now
         self.now += 1
         self.delete(pack)
-        store = Store(str(self.root), verify=False)
-        store.save(pack, Bytes(b'garbage'))
+        Store(str(self.root), verify=False).save(pack, Bytes(b'garbage'))
         self.assertEqual(self.roll_back(moment), '1 pack (4 B) restored')
         self.assertEqual(Path(path_of(self.store, pack)).read_bytes(), b'pack')
 
@@ -3226,8 +3226,7 @@ class PastApiTest(PastTestCase):
             self.assertEqual(restic_serve.parse_path(f'/host/{name}/').repository, f'/host/{name}')
 
     def test_what_is_kept_cannot_be_named(self):
-        pack = self.upload(b'pack')
-        self.delete(pack)
+        self.delete(self.upload(b'pack'))
         for path in self.files():
             if 'deleted' in path:
                 self.assertEqual(self.ask('GET', f'/{path}')[0], 404, path)
@@ -3582,8 +3581,7 @@ class BandwidthTest(unittest.TestCase):
         self.assertAlmostEqual(clock.now, 1002)
 
     def test_a_limit_that_is_lifted_is_none(self):
-        clock = Clock()
-        bandwidth = clock.bandwidth('1k')
+        bandwidth = Clock().bandwidth('1k')
         self.assertTrue(bandwidth.toggle())
         self.assertEqual((bandwidth.step(self.SENT, 9999), bandwidth.rate(self.SENT)), (9999, 0))
         self.assertFalse(bandwidth.toggle())
@@ -3817,8 +3815,7 @@ class ScrubTest(TestCase):
 
     def test_uploads_of_other_programs_are_left_alone_for_an_hour(self):
         (self.root / 'host/data/00').mkdir(exist_ok=True)
-        names = [f'{"0" * 64}{suffix}' for suffix in ('-tmp-123', '.rest-server-temp456')]
-        for name in names:
+        for name in [f'{"0" * 64}{suffix}' for suffix in ('-tmp-123', '.rest-server-temp456')]:
             (self.root / 'host/data/00' / name).touch()
         self.assertEqual(self.scrub()[0], {})
         with mock.patch.object(Store, 'now', lambda store: time.time() + 3601):
@@ -4149,8 +4146,7 @@ class UsageTest(TestCase):
         self.assertEqual(list(self.usage.holdings()), ['/bob'])
 
     def test_when_the_last_snapshot_is_forgotten_the_one_before_is_the_last(self):
-        old = self.save(10, kind='snapshots')
-        os.utime(path_of(self.store, old), (1000, 1000))
+        os.utime(path_of(self.store, self.save(10, kind='snapshots')), (1000, 1000))
         new = self.save(10, kind='snapshots')
         self.usage.census.count()
         self.assertGreater(self.usage.holdings()['/host'].last_snapshot, 1000)
@@ -4177,8 +4173,7 @@ class UsageTest(TestCase):
         self.assertEqual((held.bytes, sum(held.days)), (3010, 3010))
 
     def test_deep_folders_and_the_root_of_the_file_system_are_no_fault(self):
-        path = self.root.joinpath(*'x' * 100)
-        path.mkdir(parents=True)
+        self.root.joinpath(*'x' * 100).mkdir(parents=True)
         self.usage.census.count()
         store = Store(os.sep)
         with mock.patch.object(restic_serve, '_scan', side_effect=lambda folder, fd: contextlib.
@@ -4373,8 +4368,7 @@ class UsageTest(TestCase):
                 self.usage.create(Location(f'/a/b{number}'))
                 made += 1
         self.assertEqual(made, (256 - 1) // 6)
-        folders = sum(path.is_dir() for path in self.root.rglob('*'))
-        self.assertLessEqual(folders, 256)
+        self.assertLessEqual(sum(path.is_dir() for path in self.root.rglob('*')), 256)
         before = self.usage.quota('')[0]
         self.usage.census.count()
         self.assertEqual(self.usage.quota('')[0], before)
@@ -4578,7 +4572,6 @@ class QuotaTest(WatchedTestCase):
     def test_an_upload_past_it_is_refused_before_its_content_is_sent(self):
         self.make_repository()
         self.watch(max_bytes=1000)
-        self.usage.census.wait(PATIENCE)
         self.assertEqual(self.ask_last(post('/config', b'', 'Expect: 100-continue', length=1001))[0], 507)
         second = self.http2()
         second.send(headers(1, fields('POST', '/config', ('content-length', '1001')), END_HEADERS))
@@ -4615,7 +4608,6 @@ class QuotaTest(WatchedTestCase):
         patch_for(self, restic_serve, ROOM_GRACE=0.1)
         self.make_repository()
         self.watch(max_bytes=1000)
-        self.usage.census.wait(PATIENCE)
         for size, status in ((500, 200), (501, 507)):
             content, other, slow = os.urandom(size), os.urandom(500), self.connect()
             slow.send(post(f'/keys/{named(content)}', content[:100], length=size))
@@ -4628,7 +4620,6 @@ class QuotaTest(WatchedTestCase):
 
     def test_what_is_announced_is_held_while_it_comes(self):
         self.watch(max_bytes=1 << 20)
-        self.usage.census.wait(PATIENCE)
         for received, seconds, held in ((0, 0.9, 1 << 20), (1 << 17, 2, 1 << 20), (1 << 17, 2.1, 1 << 17),
                                         (1 << 20, 99, 1 << 20)):
             body = Bytes(bytes(1 << 20))
@@ -5260,8 +5251,7 @@ class RightsTest(TestCase):
             self.put_object(repository, kind, content, store)
 
     def test_what_append_only_refuses_is_logged_with_who_and_what(self):
-        store = self.make_store()
-        api = Api(store, Policy(short_rights(True)), Accounts(user='alice', password='p'))
+        api = Api(self.make_store(), Policy(short_rights(True)), Accounts(user='alice', password='p'))
         answer_of(api, 'DELETE', '/h/config', b'', Peer('1.2.3.4'), authorization=credentials('alice', 'p'))
         self.assertEqual(self.log[-1],
                          "access denied: 'alice' from 1.2.3.4 may not delete /h/config; only append access "
@@ -5295,9 +5285,8 @@ class RightsTest(TestCase):
             rules = [*{(who, where if who == '*' else where.replace('%u', who)): (who, where, may)
                        for who, where, may in rules}.values()]
             text = '\n'.join(f'{who} "{where}" {may}' for who, where, may in rules)
-            usage = Usage(store, Counters(), past=restic_serve.Past(store, 86400))
             api = Api(store, Policy(restic_serve.parse_rights(text)), Accounts(certificates=True),
-                      usage=usage)
+                      usage=Usage(store, Counters(), past=restic_serve.Past(store, 86400)))
             for _ in range(40):
                 user, path = chance.choice(users), chance.choice(paths)
                 kind, name = chance.choice([('data', self.NAME), ('locks', self.NAME), ('config', ''),
@@ -5432,8 +5421,7 @@ class RightsTest(TestCase):
                          'in /bob/pc, 20.0 GiB in /bob, 100.0 GiB in /')
 
     def test_no_row_is_made_for_a_place_that_does_not_exist(self):
-        store = self.make_store()
-        usage = Usage(store, Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
+        usage = Usage(self.make_store(), Counters(), quotas=restic_serve.Quotas({'/%u': 1 << 20}))
         usage.census.count()
         for number in range(5):
             self.assertRaises(NotHere, usage.save, Location(f'/no{number}', 'data', self.NAME), Bytes(b'x'))
@@ -5459,8 +5447,8 @@ class RightsTest(TestCase):
         api = Api(self.make_store(), Policy(short_rights(append_only=True)))
         for content, status in ((b'key', 200), (b'', 200), (b'key', 200), (b'other', 403)):     # `` is config
             location = Location('/a', 'keys', named(content)) if content else Location('/a', 'config')
-            self.assertEqual(api.handle(Request('POST', str(location), 'HTTP/1.1', {}, Bytes(content or b'x'),
-                                                Peer('1.2.3.4'))).status, status)
+            got = answer_of(api, 'POST', str(location), content or b'x', Peer('1.2.3.4'))[0]
+            self.assertEqual(got, status)
         self.assertEqual(self.log[-1],
                          f'access denied: 1.2.3.4 may not add {location}; only append access to /')
 
@@ -5614,8 +5602,7 @@ class MetricsTest(WatchedTestCase):
         self.ask(get('/config'))
         self.ask(b'BREW / HTTP/1.1\r\nHost: x\r\n\r\n')
         self.ask(b'rubbish / HTTP/1.1\r\n\r\n')
-        wire = self.http2()
-        self.assertEqual(wire.ask(1, 'GET', '/config')[0], 404)
+        self.assertEqual(self.http2().ask(1, 'GET', '/config')[0], 404)
         samples = {}
 
         def is_counted():
@@ -5642,8 +5629,7 @@ class MetricsTest(WatchedTestCase):
         self.metrics.certificate_end = lambda: 7
         self.scrub()
         samples = self.scrape()
-        rules = (HIDDEN / 'prometheus-rules.yml').read_text()
-        for name in re.findall(r'restic_serve_\w+', rules):
+        for name in re.findall(r'restic_serve_\w+', (HIDDEN / 'prometheus-rules.yml').read_text()):
             self.assertIn(name, {sample.partition('{')[0] for sample in samples})
         begin = 'restic_serve_repository_'
         for name, value in (('bytes{repo="alice/x"}', '307'), ('objects{repo="alice/x",type="data"}', '3'),
@@ -5702,8 +5688,7 @@ class MetricsTest(WatchedTestCase):
             self.assertEqual(self.ask(get('/metrics', login))[0], 200)
             for request in (get('/config', login), get(path, login, method='DELETE'),
                             get(path, login, method='HEAD'), get('/', login)):
-                got = self.ask(request, head_only=True)[0]
-                self.assertEqual(got == 403, status == 403, request)
+                self.assertEqual(self.ask(request, head_only=True)[0] == 403, status == 403, request)
             self.assertEqual(self.ask(post(path, b'x', login))[0], 403 if status == 403 else 200)
             self.assertEqual(self.ask(get('/', login, 'Accept: text/html'))[0], 200)
 
@@ -5774,8 +5759,7 @@ class MetricsTest(WatchedTestCase):
             self.assertEqual(self.ask(part)[0], 200)
         self.scrub()
         self.wait_until(lambda: not firing() & expected, 'their end')
-        board = json.loads((README.parent / '.github' / 'grafana.json').read_text())
-        for panel in board['panels']:
+        for panel in json.loads((README.parent / '.github' / 'grafana.json').read_text())['panels']:
             for target in panel['targets']:
                 expression = target['expr'].replace('$job', 'restic_serve').replace('$__rate_interval', '30s')
                 if 'limited' not in expression:
@@ -5825,8 +5809,7 @@ class WatchTest(TestCase):
                 self.put(name, 'keys', age)
         for age in (60, 2 * 86400, 120):
             self.put('locked', 'locks', age)
-        path = self.put('damaged', 'data', 60)
-        path.write_bytes(b'damaged')
+        self.put('damaged', 'data', 60).write_bytes(b'damaged')
         scrub_with_configs(self.store)
         self.put('full', 'data', 60, 20_000)
 
@@ -5947,8 +5930,7 @@ class EventsTest(WatchedTestCase):
         self.counters = Counters()
         self.usage = Usage(self.store, self.counters, quotas=restic_serve.Quotas(self.quotas))
         self.usage.census.count()
-        watch = restic_serve.Watch(self.store, self.usage, 3600)
-        events = restic_serve.Events(watch, self.counters,
+        events = restic_serve.Events(restic_serve.Watch(self.store, self.usage, 3600), self.counters,
                                      f'{self.TELL}{self.heard}' if command is None else command)
         self.addCleanup(events.stop, PATIENCE)
         return events
@@ -6392,8 +6374,7 @@ class PageTest(WatchedTestCase):
         for kind, size, age in (('keys', 5, 9000), ('data', 100, 8000), ('snapshots', 10, 7000),
                                 ('data', 200, 6000), ('index', 20, 5500), ('snapshots', 11, 5000),
                                 ('data', 999, 100)):
-            path = path_of(self.store, self.put_object('/a', kind, os.urandom(size)))
-            os.utime(path, (now - age,) * 2)
+            os.utime(path_of(self.store, self.put_object('/a', kind, os.urandom(size))), (now - age,) * 2)
         watch = restic_serve.Watch(self.store, self.usage, 3600)
         self.assertEqual([(round(now - snapshot.time), snapshot.added) for snapshot in watch.snapshots('/a')],
                          [(7000, 115), (5000, 231)])
@@ -6514,9 +6495,8 @@ class PageTest(WatchedTestCase):
                                 r'\bon\w+=|(?<!rest:http)://|href="(?!/)|href="//')
         self.assertEqual(self.names(), ['<script>alert(1)</script>"\''])
         self.assertEqual(head['refresh'], '60')
-        size = len(self.ask(get('/', self.HTML))[2])
         self.assertEqual(self.ask(get('/', self.HTML, method='HEAD'), head_only=True)[1]['content-length'],
-                         str(size))
+                         str(len(self.ask(get('/', self.HTML))[2])))
 
     def test_it_is_for_browsers_alone(self):
         for fields in ((), ('Accept: */*',), (f'Accept: {V2}',)):
@@ -8070,13 +8050,11 @@ class Http2Test(Http2TestCase):
             raise ValueError('made by a test')
 
         with mock.patch.object(self.store, 'objects', faulty):
-            wire = self.http2(initial=1 << 20)
-            self.assertEqual(wire.ask(1, 'GET', '/data/'), 2)  # INTERNAL_ERROR
+            self.assertEqual(self.http2(initial=1 << 20).ask(1, 'GET', '/data/'), 2)  # INTERNAL_ERROR
         self.assertIn('made by a test', self.log[-1])
 
     def test_a_refusal_of_head_has_no_content(self):
-        wire = self.http2()
-        status, _, content = wire.ask(1, 'HEAD', '/', ('x', 'y' * 5000))
+        status, _, content = self.http2().ask(1, 'HEAD', '/', ('x', 'y' * 5000))
         self.assertEqual((status, content), (431, b''))
 
     def test_padding_opens_no_window_of_what_was_answered(self):
@@ -8093,8 +8071,7 @@ class Http2Test(Http2TestCase):
     def test_as_long_a_header_as_is_allowed_may_come_in_one_frame(self):
         self.server = self.serve(Api(self.store, self.policy), Limits(header_bytes=65536))
         self.port = self.server.listeners[0].server_address[1]
-        wire = self.http2()
-        self.assertEqual(wire.ask(1, 'GET', '/', ('x', 'y' * 60000))[0], 404)
+        self.assertEqual(self.http2().ask(1, 'GET', '/', ('x', 'y' * 60000))[0], 404)
 
 
 class Http2AbuseTest(Http2TestCase):
@@ -8116,28 +8093,24 @@ class Http2AbuseTest(Http2TestCase):
     def hold(self):
         """Have no request answered, and no content read, before the test's end."""
         held = threading.Event()
-        patch = mock.patch.object(Api, 'handle', side_effect=lambda request: held.wait() and
-                                  restic_serve.text_response(200, ''))
-        patch.start()
-        self.addCleanup(patch.stop)
+        patch_for(self, Api, handle=lambda api, request: held.wait() and restic_serve.text_response(200, ''))
         self.addCleanup(held.set)
-        return held
 
     def test_content_past_the_windows(self):
-        held, wire = self.hold(), self.http2()
+        wire = self.http2()
+        self.hold()
         last = 2 * (restic_serve.CONNECTION_WINDOW // restic_serve.READ_WINDOW) + 1
         wire.send(*[headers(number, fields('POST'), 4) + frame(DATA, 0, number, bytes(1 << 20)) * 4
                     for number in range(1, last, 2)],
                   headers(last, fields('POST'), 4), frame(DATA, 0, last, b'x'))
         self.assertEqual(wire.until(GOAWAY)[3][4:8], word(3))
-        held.set()
 
     def test_content_past_the_window_of_a_stream(self):
-        held, wire = self.hold(), self.http2()
+        wire = self.http2()
+        self.hold()
         wire.send(headers(3, fields('POST', '/'), 4), frame(DATA, 0, 3, bytes(1 << 20)) * 4,
                   frame(DATA, 0, 3, b'x'))
         self.assertEqual(wire.until(RST_STREAM)[2:], (3, word(3)))
-        held.set()
 
     def test_uploads_that_are_cancelled_take_nothing_with_them(self):
         wire = self.http2()
@@ -8405,8 +8378,7 @@ class StallTest(Http2TestCase):
         with mock.patch.object(restic_serve, 'time', mock.Mock(monotonic=lambda: time.monotonic() + 60)):
             restic_serve.refusals.tell()
         self.assertEqual(len([line for line in self.log if line.startswith('x: ')]), before + 1)
-        text = self.metrics.exposition()
-        self.assertIn('restic_serve_limited_total{limit="x"} 31\n', text)
+        self.assertIn('restic_serve_limited_total{limit="x"} 31\n', self.metrics.exposition())
 
 
 # ---- Loop ------------------------------------------------------------------------------------------
@@ -8683,8 +8655,7 @@ class TlsTest(ListenerTestCase):
         certificates = self.authority.certificates()
         old_key = (self.folder / 'server.key').read_bytes()
         self.authority.issue('server')
-        new_key = (self.folder / 'server.key').read_bytes()
-        for key in (old_key, new_key):
+        for key in (old_key, (self.folder / 'server.key').read_bytes()):
             (self.folder / 'server.key').write_bytes(key)
             certificates.look(force=True)
         self.assertEqual(self.log[1:], [f'loaded certificate {self.folder}/server.pem'])
@@ -8946,16 +8917,9 @@ class ConnectionLimitTest(ListenerTestCase):
         self.port = server.listeners[0].server_address[1]
         return server
 
-    def upload(self):
-        """A connection whose request is being answered."""
-        wire = self.connect()
-        wire.send(post(f'/keys/{named(b"x")}', b'', 'Expect: 100-continue', length=1))
-        self.assertEqual(wire.answer()[0], 100)
-        return wire
-
     def test_one_more_is_answered_503_and_closed(self):
         self.start(max_connections=3)
-        wires = [self.upload() for _ in range(3)]
+        wires = [self.begin_upload(b'x') for _ in range(3)]
         more = self.connect()
         status, headers, _ = more.ask(get('/config'))
         self.assertEqual((status, headers['connection']), (503, 'close'))
@@ -8967,9 +8931,7 @@ class ConnectionLimitTest(ListenerTestCase):
         self.assertTrue(wires[0].is_closed())
 
     def test_strangers_who_fill_the_house_keep_no_user_out(self):
-        Authority(self.folder, 'server')
-        certificates = restic_serve.Certificates(*(
-            str(self.folder / f'server.{what}') for what in ('pem', 'key')))
+        certificates = Authority(self.folder, 'server').certificates()
         for more, hello in (({}, b'G'), ({}, get('/health')), ({}, get('/config') * 3),
                             ({'certificates': certificates}, b'\x16\x03\x01')):
             self.server.api = Api(self.store, Policy(), Accounts(user='alice', password='secret'))
@@ -9001,7 +8963,7 @@ class ConnectionLimitTest(ListenerTestCase):
     def test_a_flood_is_dropped(self):
         patch_for(self, restic_serve, TURNED_AWAY=2)
         server = self.start(max_connections=1)
-        wires = [self.upload()]
+        wires = [self.begin_upload(b'x')]
         wires += [self.connect() for _ in range(30)]
         for wire in wires[1:]:
             wire.is_closed()
@@ -9060,14 +9022,6 @@ class ServerTest(WireTestCase):
         self.server.loop.close = lambda: (close(), done.set())
         self.server.stop()
         return done
-
-    def begin_upload(self, content=b'0123456789', sent=b''):
-        """A connection of which the server awaits the rest of an upload."""
-        wire = self.connect()
-        head = post(f'/data/{named(content)}', b'', 'Expect: 100-continue', length=len(content))
-        self.assertEqual(wire.ask(head)[0], 100)
-        wire.send(sent)
-        return wire
 
     def test_a_purge_that_a_disk_holds_up_is_the_only_one(self):
         held, begun = threading.Event(), []
@@ -9444,8 +9398,7 @@ class WorkersTest(TestCase):
     def test_a_second_signal_ends_the_wait(self):
         self.make_repository()
         server = self.serve()
-        wires = [self.connect(server) for _ in range(4)]
-        for wire in wires:
+        for wire in [self.connect(server) for _ in range(4)]:
             self.begin(wire, os.urandom(5000))
         idle = self.connect_all(server, 1)
         server.process.send_signal(signal.SIGINT)
@@ -10794,8 +10747,7 @@ class RolesTest(ResticTestCase):
                             user, 'pw'], check=True, capture_output=True)
         rights.write_text('alice /alice append 50G\nrestore /alice read\nprune / write\nmonitor / metrics\n'
                           'see /alice view\n')
-        server = self.serve('--htpasswd', users, '--rights', rights, '--prometheus')
-        url = self.address(server, 'alice/')
+        url = self.address(self.serve('--htpasswd', users, '--rights', rights, '--prometheus'), 'alice/')
 
         def run(user, *words):
             login = {'RESTIC_REST_USERNAME': user, 'RESTIC_REST_PASSWORD': 'pw'}
@@ -11751,8 +11703,7 @@ class AtOnceTest(TestCase):
                 together.wait(PATIENCE)
                 return wire.ask(post(path, content))[0]
 
-        statuses = at_once(upload, [servers[number % 2].port for number in range(100)])
-        self.assertEqual(statuses, [200] * 100)
+        self.assertEqual(at_once(upload, [servers[number % 2].port for number in range(100)]), [200] * 100)
         self.assertEqual(self.files(), [f'host/data/{named(content)[:2]}/{named(content)}'])
 
     def test_uploads_lists_and_deletes_of_the_same_names_agree_with_a_model(self):
@@ -12119,16 +12070,6 @@ class ReadmeTest(TestCase):
                     if anchor:
                         self.assertIn(anchor, anchors(target.read_text('utf-8')), f'{name}: {link}')
 
-    def test_the_fail2ban_filter_finds_failures_and_nothing_else(self):
-        text = ''.join(self.documents().values())
-        pattern = re.search(r'^failregex = (.*)$', text, re.MULTILINE)[1]
-        pattern = re.compile(pattern.replace('<HOST>', r'(?P<host>[0-9a-f.:]+)'))
-        line = "2026/11/22 18:45:12 NOTICE: authentication failed for 'alice' from 1.2.3.4"
-        self.assertEqual(pattern.search(line.partition(' NOTICE')[1] + line.partition(' NOTICE')[2])
-                         ['host'], '1.2.3.4')
-        forged = "x NOTICE: authentication failed for 'a' from 9.9.9.9' from 1.2.3.4"
-        self.assertIsNone(pattern.search(forged))
-
     def blocks(self, kind):
         return re.findall(rf'```{kind}\n(.*?)```', ''.join(self.documents().values()), re.DOTALL)
 
@@ -12141,10 +12082,11 @@ class ReadmeTest(TestCase):
         shutil.copytree('/etc/fail2ban', folder)
         failed = '2026/11/22 18:45:12 NOTICE: authentication failed for'
         log.write_text(f"{failed} 'alice' from 1.2.3.4\n{failed} 'm\u00fcller' from 2001:db8::1\n"
+                       f"{failed} 'a' from 9.9.9.9' from 1.2.3.4\n"    # whatever a name may hold
                        '2026/11/22 18:45:13 NOTICE: serving /srv/backup on http://127.0.0.1:8080/\n')
         for path, block in found.items():
             (folder / path).write_text(block.replace('/var/log/restic-serve/log', str(log)))
-        self.assertIn('3 lines, 0 ignored, 2 matched, 1 missed',
+        self.assertIn('4 lines, 0 ignored, 2 matched, 2 missed',
                       self.check_output(regex, log, folder / 'filter.d/restic-serve.conf'))
         self.assertIn('restic-serve', self.check_output(client, '-c', folder, '-d'))
 
@@ -12209,8 +12151,7 @@ class ReadmeTest(TestCase):
                 self.assertRegex(command, '--cert|--trust-proxy|-p 127.0.0.1:')
 
     def test_the_tables_of_rights_are_good(self):
-        text = README.read_text(encoding='utf-8')
-        part = text.partition('## Users and rights')[2].partition('\n## ')[0]
+        part = README.read_text(encoding='utf-8').partition('## Users and rights')[2].partition('\n## ')[0]
         first, family, fleet = (restic_serve.parse_rights(block) for kind, block in re.findall(
             r'^```(\w*)\n(.*?)^```$', part, re.DOTALL | re.MULTILINE) if not kind)
         self.assertEqual(len(first.rules), 6)
@@ -12310,8 +12251,7 @@ tests:
                     ('alice', 401, 'X-Forwarded-User: alice'),
                     # whoever is in cannot name another
                     ('bob', 403, basic('alice', 'right'), 'X-Forwarded-User: bob')):
-                answer = self.ask(get(f'/backup/{user}/config', *login), port=port)
-                self.assertEqual(answer[0], status, login)
+                self.assertEqual(self.ask(get(f'/backup/{user}/config', *login), port=port)[0], status, login)
 
     def test_a_release_runs_and_is_the_same_each_time(self):
         folder = self.folder / 'release'
