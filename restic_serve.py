@@ -7,7 +7,6 @@
 The chapters stand in the order in which each builds on those above it, on six floors:
 
   Ground, which knows nothing of restic:
-
     Units         text from the command line to a value
     Messages      Request, Response and what else passes between a wire and the Api
     Tuning        cores, scheduling, memory and open files of this process
@@ -17,26 +16,22 @@ The chapters stand in the order in which each builds on those above it, on six f
     Bandwidth     the limit on bytes a second
 
   Storage, which knows nothing of HTTP:
-
     Store         repositories and objects as files; an object is whole or absent
     Past          what was deleted, and repositories as they were
     Scrub         verifying every object against its name, without a password
     Usage         how much each repository holds, and quotas
 
   Rules:
-
     Accounts      authentication: passwords, certificates, proxies
     Policy        authorization: who may do what, where
 
   Watching:
-
     Metrics       statistics for Prometheus and for the log
     Watch         what is wrong with repositories
     Events        runs a command when something happens
     Page          the status page for browsers
 
   Wires, from a request to its answer:
-
     Admission     places for connections, and the share of each client
     Api           routes and answers
     Transport     bytes over a socket, TLS, or standard input and output
@@ -46,7 +41,6 @@ The chapters stand in the order in which each builds on those above it, on six f
     Http2         requests and answers over standard input and output
 
   Process:
-
     Loop          the event loop of each process: descriptors, signals, timers
     Listeners     TCP, unix sockets, inherited sockets, TLS certificates
     Server        connections, their threads and deadlines, start and stop
@@ -119,10 +113,8 @@ if TYPE_CHECKING:
             """Bytes announced, None if the request does not say."""
 
         def readinto(self, view: memoryview) -> int:
-            """Fill `view` from its start; return the bytes read, 0 at the end.
-
-            Raises HttpError if the content is cut short or malformed, Gone if the client is.
-            """
+            """Fill `view` from its start; return the bytes read, 0 at the end.  Raises HttpError if the
+            content is cut short or malformed, Gone if the client is."""
 
 NOTICE = 25  # rclone's level between INFO and WARNING: shown unless --quiet
 log = logging.getLogger('restic_serve')
@@ -650,12 +642,9 @@ _BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,99})-([0-9]{1,99})?|-([0-9]{1,99}))
 
 
 def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
-    """Offset and length in bytes of the part of `size` bytes that a Range header selects.
-
-    None where the header is to be ignored, as RFC 9110 14.2 allows: malformed, another unit,
-    several ranges, or no bytes at all.  Raises HttpError 416 for a range past the end (RFC 9110
-    14.1.2, 15.5.17).
-    """
+    """Offset and length in bytes of the part of `size` bytes that a Range header selects; None where it is to
+    be ignored, as RFC 9110 14.2 allows: malformed, another unit, several ranges, or no bytes at all.  Raises
+    HttpError 416 for a range past the end (14.1.2, 15.5.17)."""
     match = _BYTE_RANGE.fullmatch(value)
     if not match or not size:   # restic asks for all of an empty object so, and would fail on 416
         return None
@@ -686,11 +675,8 @@ VALUE_BYTES = 200            # Most bytes of a client's value in a line.
 
 
 def log_access(request: Request, status: int, sent: int) -> None:
-    """A line in the Combined Log Format, as Apache writes it, and the seconds that the request took; `sent`
-    counts the body's bytes.
-
-    https://httpd.apache.org/docs/2.4/logs.html#combined
-    """
+    """A line in Apache's Combined Log Format (https://httpd.apache.org/docs/2.4/logs.html#combined), and the
+    seconds that the request took; `sent` counts the body's bytes."""
     if not access_log.isEnabledFor(logging.DEBUG if request.is_probe else logging.INFO):
         return
     target = f'{request.path}?{request.query}' if request.query else request.path
@@ -985,8 +971,7 @@ class Folder(Closing):
 
 
 def is_trusted(path: str, links: int = LINKS_AT_MOST) -> bool:
-    """Whether only root and this process's user can change what an absolute path leads to: they own each
-    folder and link on the way, and others may not write there."""
+    """Whether only root and this process's user own, and may change, each step of an absolute path."""
     parent, name = os.path.split(path.rstrip(os.sep))
     return not name or bool(links) and is_trusted(parent, links) and is_trusted_entry(parent, name, links)[0]
 
@@ -1415,8 +1400,7 @@ class Pace:
             self.helpers = 0
 
     def measure(self, read: Callable[[], T]) -> T:
-        """Call read(), and find out how long it waits for the disk.  Time in which other programs have the
-        processor, or other threads the interpreter, does not count."""
+        """Call read(), and find out how long it waits for the disk, not for processor or interpreter."""
         if self.helpers or time.perf_counter() < self._due:
             return read()
         begin, cpu_begin, sleeps_begin = _used()
@@ -8015,8 +7999,7 @@ class Stream(Flow):
             self._queue(FrameType.HEADERS, _END_HEADERS, encode_headers(headers), last)
 
     def _send_content(self, content: bytes | memoryview, last: bool) -> int:
-        """Queue as much content as the client's windows allow, at least one byte; how much.  If all goes it
-        may be the `last` of its stream.  Raises Gone."""
+        """Queue what the windows allow, a byte or more; how much.  All may be the `last`.  Raises Gone."""
         http = self._http
 
         def is_open() -> bool:
@@ -9169,7 +9152,6 @@ class Workers:
 # ==== Logs =======================================================================================
 # Log formats and log files.
 
-
 class LogFormatter(logging.Formatter):
     """rclone's log lines; those of the access log have no prefix, for programs that read them.  A message is
     always one line.  For the `journal` a line begins with its priority (sd-daemon(3)), not a time."""
@@ -9247,17 +9229,14 @@ def start_log(level: str, path: str, as_json: bool = False) -> None:
 # ==== Options ====================================================================================
 # The command line and the environment.  Each option is described once, in HELP.
 
-
 class Option:
     """An option in the `words` of --help, `--name VALUE`; without VALUE it is a bool, whose name alone means
-    true.  Another one whose name stands alone is `const`, if that is given.
-
-    `parse` makes a value of text and raises ValueError.  `default` is text, too; where it is empty a
-    bool is false, and anything else empty or None.  `shown` is the default in --help, if the text is
-    not to stand there.  `requires` is an option without which it makes no sense.  Over `stdio` it may
-    be refused, from the `environment` not be read.  `repeated` makes a list of the values, and of the
-    words in the environment's variable, or of its lines where a value may have spaces.
-    """
+    true.  Another one whose name stands alone is `const`, if that is given.  `parse` makes a value of text
+    and raises ValueError.  `default` is text, too; where it is empty a bool is false, and anything else empty
+    or None.  `shown` is the default in --help, if the text is not to stand there.  `requires` is an option
+    without which it makes no sense.  Over `stdio` it may be refused, from the `environment` not be read.
+    `repeated` makes a list of the values, and of the words in the environment's variable, or of its lines
+    where a value may have spaces."""
 
     def __init__(self, words: str, text: str = argparse.SUPPRESS, parse: Callable[[str], Any] = str, *,
                  default: str = '', const: Optional[str] = None, shown: Optional[str] = None,
