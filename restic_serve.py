@@ -7525,12 +7525,20 @@ class Http1:
         return True
 
     def _send(self, request: Request, response: Response, keep: bool) -> bool:
-        """Send an answer; whether the connection persists."""
-        body = response.body
-        # RFC 9112 6.3: in HTTP/1.0 a body of unknown length ends with the connection.
-        keep = keep and (request.version != 'HTTP/1.0' or isinstance(body, (bytes, FileSlice)))
-        head = _response_head(response, body, request.version, keep)
-        connection, sent = self._connection, 0
+        """Send an answer (RFC 9112 4 and 6); whether the connection persists."""
+        body, connection, sent, chunked = response.body, self._connection, 0, False
+        fields = ''.join(map(_format_field, response.headers))
+        if isinstance(body, (bytes, FileSlice)):
+            fields += f'Content-Length: {len(body) if isinstance(body, bytes) else body.length}\r\n'
+        elif request.version == 'HTTP/1.0':
+            keep = False        # RFC 9112 6.3: the content ends with the connection
+        else:
+            fields, chunked = f'{fields}Transfer-Encoding: chunked\r\n', True
+        if not keep:
+            fields += 'Connection: close\r\n'
+        elif request.version == 'HTTP/1.0':
+            fields += 'Connection: keep-alive\r\n'
+        head = f'{_status_and_date(response.status, int(time.time()))}{fields}\r\n'.encode('latin-1')
         if connection.waits != connection.WRITING:
             connection.wait_for(connection.WRITING)
         try:
@@ -7547,7 +7555,6 @@ class Http1:
                 finally:
                     sent = length - body.length
             else:
-                chunked = request.version != 'HTTP/1.0'
                 for chunk in body:
                     framed = b'%x\r\n%b\r\n' % (len(chunk), chunk) if chunked else chunk
                     connection.transmit(head + framed)
@@ -7561,23 +7568,6 @@ class Http1:
 
 
 _format_field = '%s: %s\r\n'.__mod__     # of a name and a value
-
-
-def _response_head(response: Response, body: bytes | FileSlice | Iterator[bytes], version: str,
-                   keep: bool) -> bytes:
-    """Status line and header section of an answer (RFC 9112 4 and 6)."""
-    fields = ''.join(map(_format_field, response.headers))
-    if isinstance(body, bytes):
-        fields += f'Content-Length: {len(body)}\r\n'
-    elif isinstance(body, FileSlice):
-        fields += f'Content-Length: {body.length}\r\n'
-    elif version != 'HTTP/1.0':
-        fields += 'Transfer-Encoding: chunked\r\n'
-    if not keep:
-        fields += 'Connection: close\r\n'
-    elif version == 'HTTP/1.0':
-        fields += 'Connection: keep-alive\r\n'
-    return f'{_status_and_date(response.status, int(time.time()))}{fields}\r\n'.encode('latin-1')
 
 
 @functools.lru_cache(maxsize=16)
