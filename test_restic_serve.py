@@ -4396,7 +4396,7 @@ class UsageTest(TestCase):
         with mock.patch.object(restic_serve, 'Scratch', side_effect=AssertionError('a scratch file')):
             self.assertEqual(usage.save(location, Bytes(content)), (0, 0))
             self.assertRaises(WrongContent, usage.save, location, Bytes(bytes(1000)))
-            with mock.patch.object(restic_serve, '_digest') as digest:      # of another length: nothing is read
+            with mock.patch.object(restic_serve, '_digest') as digest:      # another length
                 self.assertRaises(QuotaExceeded, usage.save, location, Bytes(b'other'))
             digest.assert_not_called()
         usage.delete(location)
