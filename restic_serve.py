@@ -1821,7 +1821,7 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, er
 # Timeshift's lies at the top.
 _OF_SYSTEMS = re.compile(
     r'(?is)(?:.*/(?:\.snapshots?|\.zfs|[#@](?:snapshot|recycle|recently-snapshot|eadir|tmp|sharebin)|\.recycle|'
-    r'lost\+found|found\.[0-9]{3}|\$recycle\.bin|recycler|system volume information|\.trash(?:es|-[^/]*)?|'
+    r'lost\+found|found\.[0-9]{3}|\$recycle\.bin|system volume information|\.trash(?:es|-[^/]*)?|'
     r'\.(?:spotlight-v100|fseventsd|documentrevisions-v100|temporaryitems|@__thumb))|/timeshift(?:-btrfs)?)'
     r'(?:/|\Z)')
 LOCK_SECONDS = 1800               # Age at which restic takes a lock for stale; its own it renews every 300.
@@ -3228,7 +3228,7 @@ class ScrubTally:
         self.checked = self.damaged = self.unreadable = 0
         self.names: List[str] = []
         self.kept: Set[str] = set()
-        self.folders: List[str] = []
+        self.folders: List[ScrubFolder] = []
         self.left: Set[str] = set()
         self.told = {*before.kept, *(name.rpartition('/')[2] for name in before.names)}
         self._before = before
@@ -3310,14 +3310,14 @@ class Scrub:
         be read."""
         own_names = (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED))
         for path, folder, entries, is_repository in self._store.walk(self._on_error):
-            tally = ScrubTally(path, self.results.get(path, _NEVER))
+            tally, names = ScrubTally(path, self.results.get(path, _NEVER)), [DELETED]
             for entry in entries:
                 if is_repository and entry.name == 'data':
                     with self._reading(tally, 'data'):
-                        tally.folders += [f'data/{part.name}' for part in self._known(
+                        names += [f'data/{part.name}' for part in self._known(
                             f'{path}/data', lambda part: _SUBDIRECTORY.fullmatch(part.name))]
                 elif is_repository and entry.name in KINDS:
-                    tally.folders.append(entry.name)
+                    names.append(entry.name)
                 elif entry.is_dir(follow_symlinks=False):
                     if entry.name == HIDDEN and (is_repository or not path):
                         with self._reading(tally, HIDDEN):
@@ -3335,12 +3335,12 @@ class Scrub:
                                           for kind in ('index', 'snapshots')):   # else it is still to come
                         self._fault(tally, f'{folder.path}/config', DAMAGED,
                                     'missing' if size is None else 'empty')
-                tally.folders.append(DELETED)
-                tally.left.update(tally.folders)
+                tally.left.update(names)
+                tally.folders = [
+                    ScrubFolder(f'{path}/{name}'[1:], name, name[5:] if name[:5] == 'data/' else '', tally)
+                    for name in names]
                 self._tallies.append(tally)
-                for name in tally.folders:
-                    prefix = name[5:] if name.startswith('data/') else ''
-                    yield ScrubFolder(f'{path}/{name}'[1:], name, prefix, tally)
+                yield from tally.folders
 
     def _on_error(self, path: str, error: OSError, tally: Optional[ScrubTally] = None) -> None:
         """Report what cannot be read at a path below DIR; it is lost if the disk says so of an object."""
@@ -3544,9 +3544,9 @@ class Scrub:
         sound: Dict[str, int] = {}      # seconds, rounded down; of what is sound as a whole the earliest
         for tally in self._tallies:
             self.results[tally.repository] = tally.result(time.time())
-            paths = [f'{tally.repository}/{name}'[1:] for name in tally.folders]
-            of_folders = {path: int(self._sound[path]) for path in paths if path in self._sound}
-            is_whole = len(of_folders) == len(paths) and not tally.left
+            of_folders = {folder.path: int(self._sound[folder.path]) for folder in tally.folders
+                          if folder.path in self._sound}
+            is_whole = len(of_folders) == len(tally.folders) and not tally.left
             sound.update({tally.repository: min(of_folders.values())} if is_whole else of_folders)
         text = json.dumps({'folders': sound, 'repositories': self.results})
         if len(text) > RECORD_BYTES:    # then all is read again
@@ -5289,8 +5289,9 @@ class Watch:
         holdings = self.usage.holdings(
             name for place in places for name in self.usage.names(place) if shows(name))
         scrubs = last_scrubs(self.store) if self.usage.census.wait(0) else {}
-        missing = missing_repositories(self.store, (name for name in scrubs if shows(name) and any(
-            f'{name}/'.startswith(f'{place}/') for place in places)), set(holdings))
+        missing = {} if OTHER in holdings else missing_repositories(self.store, (
+            name for name in scrubs if shows(name) and any(
+                f'{name}/'.startswith(f'{place}/') for place in places)), set(holdings))
         repositories = []
         for name, held in (*holdings.items(), *((name, _NO_HOLDINGS) for name, verdict in missing.items()
                                                 if verdict != NOT_CHECKED)):    # not counted yet
