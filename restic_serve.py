@@ -513,21 +513,17 @@ class Closing:
         """Release what is open; a second time does nothing."""
 
 
-class WatchedBody:
-    """A request's content; `on_read` is called with the bytes that have arrived, after each piece and at the
-    end, and may raise HttpError."""
+class CheckedBody:
+    """A request's content; `check` is called after each piece and at the end, and may raise HttpError."""
 
-    def __init__(self, body: Body, on_read: Callable[[int], object]) -> None:
+    def __init__(self, body: Body, check: Callable[[], object]) -> None:
         self.piece, self.length = body.piece, body.length
         self.clock: Callable[[], float] = getattr(body, 'clock', time.monotonic)
-        self._body = body
-        self._on_read = on_read
-        self._received = 0
+        self._body, self._check = body, check
 
     def readinto(self, view: memoryview) -> int:
         count = self._body.readinto(view)
-        self._received += count
-        self._on_read(self._received)
+        self._check()
         return count
 
 
@@ -950,9 +946,10 @@ class Folder(Closing):
         """Move an entry to another folder, or to another name, replacing what has that."""
         os.replace(self.at(name), target.at(new_name), src_dir_fd=self.fd, dst_dir_fd=target.fd)
 
-    def device(self) -> int:
-        """The number of the file system."""
-        return os.stat(self.path if self.fd is None else self.fd).st_dev
+    def identity(self) -> Tuple[int, int]:
+        """The number of the file system, and that of the folder in it."""
+        status = os.stat(self.path if self.fd is None else self.fd)
+        return status.st_dev, status.st_ino
 
     def sync(self) -> None:
         """Flush the entries to the disk, where the system can."""
@@ -2040,23 +2037,14 @@ class Folders:
             os.close(fd)
 
     def is_there(self, path: str) -> bool:
-        return bool(self._identity(path))
-
-    def _identity(self, path: str) -> Tuple[int, ...]:
-        """Device and inode of a folder, empty if it is missing."""
         folder = self.find_trusted(path)
+        if folder:
+            return os.path.isdir(folder.path)
         try:
-            if folder:
-                status = os.stat(f'{folder.path}/.')
-            else:
-                fd = self._descend(path)
-                status = os.fstat(fd)
-                os.close(fd)
-        except OSError as error:
-            if folder or isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                return ()
-            raise
-        return status.st_dev, status.st_ino
+            os.close(self._descend(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def spell(self, path: str) -> str:
         """A path in the Unicode form in which it is on the disk, NFC where it is not, so that a place is one
@@ -2064,13 +2052,15 @@ class Folders:
         import unicodedata
         spelled = ''
         for name in path.split('/')[1:]:
-            names = [name] if name.isascii() else [
-                unicodedata.normalize('NFC', name), name, unicodedata.normalize('NFD', name)]
-            found = [] if len(names) == 1 else [self._identity(f'{spelled}/{form}') for form in names]
-            if found and found[0] and found[1] not in ((), found[0]):
+            nfc, there = unicodedata.normalize('NFC', name), {}     # type: str, Dict[str, Tuple[int, int]]
+            for form in () if name.isascii() else (nfc, name, unicodedata.normalize('NFD', name)):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
+                        self.open(f'{spelled}/{form}', by_descriptor=True) as folder:
+                    there[form] = folder.identity()
+            if name in there and there.get(nfc, there[name]) != there[name]:
                 raise PermissionError(errno.EACCES, 'another folder has this name in Unicode form NFC; move '
                                       'what is in this one', f'{self.root}{spelled}/{name}')
-            spelled += '/' + next((form for form, there in zip(names, found) if there), names[0])
+            spelled += f'/{next(iter(there), nfc)}'
         return spelled
 
     def make(self, path: str, certain: bool = False) -> int:
@@ -2132,7 +2122,7 @@ class Scratch(ScratchFile):
             if self.fd < 0:
                 hidden = store.folders.hidden()
                 self.opened += (hidden,)
-                if hidden.device() == self.target.device():
+                if hidden.identity()[0] == self.target.identity()[0]:
                     super().__init__(hidden, store.file_mode)
                 else:
                     super().__init__(self.target, store.file_mode, f'{HIDDEN}-')
@@ -4656,31 +4646,27 @@ def change_password_file(path: str, user: str, entry: str) -> bool:
     path, mode, owner = os.path.realpath(path), 0o600, None
     folder, name = Folder(os.path.dirname(path)), os.path.basename(path)
     lines: List[bytes] = []
-    kept: List[bytes] = []
-    new, known = [f'{user}:{entry}\n'.encode()] if entry else [], False
     with exclusive(folder, name):       # the file, too, since a container has another folder around it
         with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
             lines = file.read().splitlines(keepends=True)
             status = os.fstat(file.fileno())
             mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
-        for line in lines:
-            if normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip()) != user:
-                kept.append(line)
-            else:       # the first line of the user is replaced, others go
-                kept += [] if known else new
-                known = True
-        if new and not known:
-            if kept and not kept[-1].endswith(b'\n'):
-                kept[-1] += b'\n'
-            kept += new
-        if kept != lines:
+        users = [normalize_user(line.decode('utf-8-sig', 'replace').partition(':')[0].strip())
+                 for line in lines]
+        at = users.index(user) if user in users else len(lines)
+        new = [line for line, of in zip(lines, users) if of != user]
+        if entry:   # the first line of the user is replaced, others go
+            if at and not new[at - 1].endswith(b'\n'):
+                new[at - 1] += b'\n'
+            new.insert(at, f'{user}:{entry}\n'.encode())
+        if new != lines:
             try:
-                write_durably(folder, name, kept, mode, prefix='.htpasswd-', owner=owner)
+                write_durably(folder, name, new, mode, prefix='.htpasswd-', owner=owner)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise
-                _overwrite(folder, name, lines, kept)
-    return known
+                _overwrite(folder, name, lines, new)
+    return user in users
 
 
 def _overwrite(folder: Folder, name: str, lines: List[bytes], new: List[bytes]) -> None:
@@ -6557,7 +6543,7 @@ class Api:
         if location.kind == 'locks' and self.policy.right(request.user, location.repository) == READ:
             self._check_lock(request, location)
         check = self._find_check(request, location)
-        body = WatchedBody(request.body, lambda received: check()) if check else request.body
+        body = CheckedBody(request.body, check) if check else request.body
         objects, size = self.usage.save(
             location, body, self.policy.right(request.user, location.repository) == WRITE)
         if objects:
