@@ -399,9 +399,8 @@ class Peer:
     address in it (RFC 6177 2); `groups` are that and the /56 and /48 networks that one home or site may have.
     One whose connection is `secure` uses TLS, one that is `certified` has presented a certificate.
 
-    For Admission: it has logged in (`known`), its request is being answered (`busy`), it has asked for
-    /health and nothing else (`probes`, None at first), it keeps its place (`stays`); when it came (`begun`),
-    when its last answer ended (`since`), and how to end its connection."""
+    For Admission: it has logged in (`known`), its request is being answered (`busy`), it asks for /health
+    alone (`probes`, None at first), it keeps its place (`stays`); when it came, and its last answer ended."""
 
     __slots__ = ('name', 'user', 'unix', 'group', 'groups', 'certified', 'secure',
                  'known', 'busy', 'probes', 'stays', 'begun', 'since', 'abort')
@@ -422,7 +421,7 @@ class Peer:
         self.abort: Callable[[], object] = int      # does nothing
 
     def is_stranger(self) -> bool:
-        """Whether it has not logged in, and nobody is about to decide that."""
+        """Whether it has not logged in, and may have to go."""
         return not (self.known or self.busy or self.stays)
 
     def __str__(self) -> str:
@@ -666,7 +665,8 @@ def http_date(seconds: int) -> str:
 LIMITED_SECONDS = 60         # Time between two lines about the same limit or refusal.
 LISTED = 10                  # Clients in such a line.
 LIMITED_KEYS = 4096          # Kinds of refusal, users and addresses with lines of their own in a minute.
-FULL_LINES = 5               # Lines in full at first: as many as a program needs to ban an address.
+FULL_LINES = 5               # Lines in full at first: as many as a program needs to ban an address,
+FULL_CLIENTS = 16            # while few are refused.
 VALUE_BYTES = 200            # Most bytes of a client's value in a line.
 
 
@@ -686,17 +686,14 @@ def log_access(request: Request, status: int, sent: int) -> None:
 
 def _for_log(text: str) -> str:
     """What a client sent, escaped so that it ends neither its quotes nor its line, and cut."""
-    return cut(re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text[:VALUE_BYTES + 1]))
+    return cut(re.sub(r'[^ !#-\[\]-~]', lambda match: f'\\x{ord(match[0]):02x}', text))
 
 
 def cut(value: object) -> str:
     """A client's value for the log: VALUE_BYTES of it at the most."""
     text = str(value)
-    if 4 * len(text) > VALUE_BYTES:     # else it cannot have more bytes
-        data = text[:VALUE_BYTES + 1].encode('utf-8', 'backslashreplace')
-        if len(data) > VALUE_BYTES:
-            return data[:VALUE_BYTES - 3].decode('utf-8', 'ignore') + '...'
-    return text
+    data = text.encode('utf-8', 'backslashreplace')
+    return text if len(data) <= VALUE_BYTES else data[:VALUE_BYTES - 3].decode('utf-8', 'ignore') + '...'
 
 
 def one_line(text: object) -> str:
@@ -718,9 +715,8 @@ def listed(counter: collections.Counter[str]) -> str:
 
 
 class Refusals:
-    """What clients are refused, in the log.  Each kind of refusal of a user at an address is logged in full
-    at first, FULL_LINES times, and once a minute as long as it goes on, so that a program that bans addresses
-    sees all of them.  The rest is counted, and told of once a minute."""
+    """What clients are refused, in the log: each kind of a user at an address some times in full, then once a
+    minute, so that a program that bans addresses sees all of them; the others are counted."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()   # of what follows
@@ -734,7 +730,8 @@ class Refusals:
         with self._lock:
             end, left = self._lines.get(key, (-math.inf, FULL_LINES))
             if now >= end:
-                end, left = now + LIMITED_SECONDS, 1 if now < end + LIMITED_SECONDS else FULL_LINES
+                is_quiet = now >= end + LIMITED_SECONDS and len(self._lines) < FULL_CLIENTS
+                end, left = now + LIMITED_SECONDS, FULL_LINES if is_quiet else 1
             if left and (key in self._lines or len(self._lines) < LIMITED_KEYS):
                 self._lines[key] = [end, left - 1]
             else:
@@ -3999,11 +3996,6 @@ class Usage:
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
         return {scope: self.quota(scope) for scope in sorted(scopes)}
 
-    def yield_room(self) -> None:
-        """Have uploads that come too slowly keep no more room than they have used."""
-        for room in self.rooms.copy():
-            room.yield_rest()
-
     def take_reserve(self, repository: str, charge: int) -> bool:
         """Whether there is room above the quotas for an index, without which a prune could free none: as many
         bytes as the older indexes have, and RESERVE_BYTES."""
@@ -4091,9 +4083,7 @@ class Room(Closing):
     closed.  It is the Body of the upload.  Raises Busy before the first census."""
 
     def __init__(self, usage: Usage, repository: str, fixed: int, body: Optional[Body] = None) -> None:
-        self._usage = usage
-        self._repository = repository
-        self._fixed = fixed
+        self._usage, self._repository, self._fixed = usage, repository, fixed
         self.may_reserve = False
         self._scopes, self._taken, self._received = usage.limited(repository), 0, 0
         if self._scopes:
@@ -6156,12 +6146,12 @@ def _plot(holdings: Holdings) -> str:
 #     Listener    ──▶ admit(peer) ──▶ Ticket ──▶ the connection's thread ──▶ leave(ticket)
 #     Api.handle() ──▶ begin_request(client)      Api.finish() ──▶ end_request(client)
 #
-# Nobody waits for a place.  When all are taken, a connection of this process gives way to the newcomer; the
-# others have about as many, since Server._accept() sees to that.  First go strangers, who have not logged
-# in: of the share in which most of them are, the oldest.  Without any it is the share with most idle
-# connections, of which the one that has been idle longest goes, as on a server without users, where nobody
-# logs in.  A request that is being answered, which includes a password that is being verified, a client with
-# a certificate and a trusted proxy stay; so does a monitor, unless its share is the largest of all.
+# Nobody waits for a place.  When all are taken, a connection of this process gives way to the newcomer;
+# other processes have about as many, see Server._accept().  First go strangers, who have not logged in: of
+# the share with most of them the oldest.  Without any, and on a server without users, it is the connection
+# that has been idle longest of the share with most.  A request that is being answered, be it that its
+# password is verified, a client with a certificate and a trusted proxy stay; so does a monitor, unless its
+# share is the largest.
 
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503, or end, at a time.
 ORDER_SECONDS = 0.1         # How long the order in which connections give way is remembered.
@@ -6179,45 +6169,45 @@ class Admission:
 
     def __init__(self, metrics: Metrics, accounts: Accounts, limit: int = 1024,
                  limit_each: Optional[int] = None) -> None:
-        self._each = limit_each
-        self.set_limit(limit)
+        self.limit, self._each = limit, limit_each
         self.exempt = accounts.is_proxy
         self._accounts = accounts
         self._metrics = metrics
         self._counters = metrics.counters
         self._places: Set[Ticket] = set()       # of this process; copy() it before a walk
+        self._choosing = threading.Lock()       # of what follows
         self._order: List[Ticket] = []          # of those that give way, the next one last, for a moment
         self._order_until = 0.0
 
-    def set_limit(self, limit: int) -> None:
-        """Have so many places."""
-        self.limit, self.limit_each = limit, self._each or max(limit // 4, min(8, limit))
+    @property
+    def limit_each(self) -> int:
+        return self._each or max(self.limit // 4, min(8, self.limit))
 
     def fit_descriptors(self) -> None:
-        """Have no more places than open files allow, of which a list needs four: a connection and three
-        folders; and log that."""
+        """Have fewer places where the limit on open files is low, and log that.  A list needs four."""
         wanted = 4 * self.limit + 256
         allowed, processes = allow_descriptors(wanted), max(self._counters.slots - 1, 1)
         limit = max(processes * (allowed - min(256, allowed // 4)) // 4, 1)
         if limit < self.limit:
             log.warning('%d open files allow %d connections, not %d (--max-connections); raise their limit '
                         'to %d (LimitNOFILE= in a unit, ulimit -Hn)', allowed, limit, self.limit, wanted)
-            self.set_limit(limit)
+            self.limit = limit
 
     def admit(self, peer: Peer) -> Optional[Ticket]:
         """A place for a connection, if only to turn it away; None if there is none.  leave() follows."""
         peer.stays = peer.unix or self._accounts.is_trusted(peer.name)
-        is_bound = not (peer.unix or self.exempt(peer.name))
-        ticket = self._enter(Ticket(peer, self._shares(peer), ''))
-        # Entered first: of two processes that take the last place at once neither keeps it.
-        connected, served = self._counters.total(CONNECTIONS, 2)
-        if is_bound and self._taken(ticket.shares) > self.limit_each:
+        shares, is_bound = self._shares(peer), not (peer.unix or self.exempt(peer.name))
+        if is_bound and self._taken(shares) >= self.limit_each:
             refusal = CONNECTIONS_PER_ADDRESS
-        elif served > self.limit + TURNED_AWAY or (served > self.limit and not self.make_room(ticket)):
-            refusal = CONNECTIONS_IN_ALL
         else:
-            return ticket
-        self.leave(ticket)
+            ticket = self._enter(Ticket(peer, shares, ''))
+            # Of two processes that take the last place at once neither keeps it.
+            beyond = self._counters.total(CONNECTIONS, 2)[1] - self.limit
+            if beyond <= 0 or (beyond <= TURNED_AWAY and self.make_room(ticket)):
+                return ticket
+            self.leave(ticket)
+            refusal = CONNECTIONS_IN_ALL
+        connected, served = self._counters.total(CONNECTIONS, 2)
         has_room = connected - served < TURNED_AWAY
         self._metrics.count_limited(refusal if has_room else CONNECTIONS_IN_ALL, peer.name)
         return self._enter(Ticket(peer, (), refusal)) if has_room else None
@@ -6229,16 +6219,17 @@ class Admission:
     def make_room(self, newcomer: Optional[Ticket] = None) -> bool:
         """End a connection of this process so that another may come; whether there is one that may end."""
         for is_new in (time.monotonic() > self._order_until, True):
-            if is_new:
-                self._order, self._order_until = self._find_order(), time.monotonic() + ORDER_SECONDS
-            while self._order:
-                ticket = self._order.pop()
-                peer = ticket.peer
-                if ticket in self._places and ticket is not newcomer and not (peer.busy or peer.stays):
-                    peer.busy = True    # it goes once
-                    self._metrics.count_limited(CONNECTIONS_IN_ALL, peer.name)
-                    peer.abort()
-                    return True
+            with self._choosing:
+                if is_new:
+                    self._order, self._order_until = self._find_order(), time.monotonic() + ORDER_SECONDS
+                while self._order:
+                    ticket = self._order.pop()
+                    peer = ticket.peer
+                    if ticket in self._places and ticket is not newcomer and not (peer.busy or peer.stays):
+                        peer.busy = True    # it goes once
+                        self._metrics.count_limited(CONNECTIONS_IN_ALL, peer.name)
+                        peer.abort()
+                        return True
         return False
 
     def _find_order(self) -> List[Ticket]:
@@ -6262,9 +6253,11 @@ class Admission:
             ranks.append((counts[share], -age(place), place))
         return [place for _, _, place in sorted(ranks, key=operator.itemgetter(0, 1))]
 
-    def is_crowded(self) -> bool:
-        """Whether half of the places are taken, and strangers may be told from users."""
-        return self._accounts.demanded and 2 * self._counters.total(CONNECTIONS, 2)[1] >= self.limit
+    def longest_stay(self) -> float:
+        """How many seconds a stranger may stay: as long as it likes while half of the places are free, or
+        where users are strangers, too."""
+        is_crowded = 2 * self._counters.total(CONNECTIONS, 2)[1] >= self.limit
+        return STRANGER_SECONDS if is_crowded and self._accounts.demanded else math.inf
 
     def begin_request(self, client: Peer) -> None:
         """Count a request that a proxy forwards against the share of its client; end_request() follows in
@@ -6359,6 +6352,7 @@ class Api:
         policy.on_refused_delete = events.on_refused_delete
         policy.is_late_key = self._is_late_key
         self._page = page
+        self._turns = [threading.Lock() for _ in range(256)]
         self._at = at
         # They hide repositories of that name.
         self.is_open = not accounts.demanded
@@ -6626,13 +6620,18 @@ class Api:
         # Read before the status is sent, so that an error has its own.
         return Response(status, headers, content.read_all())
 
+    def turn(self, client: str) -> threading.Lock:
+        """What lists and pages of a client take one at a time: many would keep the interpreter."""
+        return self._turns[hash(client) % len(self._turns)]
+
     def _get_list(self, request: Request, location: Location, source: View | Store) -> Response:
         sizes = request.headers.get('accept') == _VERSION_2
         headers = [('Content-Type', _VERSION_2 if sizes else _VERSION_1), NO_STORE]
         if request.method == 'HEAD':
             return Response(200, headers, iter(()))
         self.store.directory.check_present()
-        chunks = json_list(source.objects(location, sizes), sizes)
+        turn = self.turn(request.user or request.client.group)
+        chunks = in_turn(json_list(source.objects(location, sizes), sizes), turn)
         first = next(chunks)
         return Response(200, headers, first if first.endswith(b']') else chunks)
 
@@ -6663,11 +6662,13 @@ class Api:
         from urllib.parse import parse_qsl
         query = dict(parse_qsl(request.query, errors='replace'))
         is_open, sees_server = not self.accounts.demanded and policy.is_for_all, policy.sees_server(user)
-        text = page.render(Visit(
+        visit = Visit(
             top, query.get('sort', ''), query.get('q', '')[:100].lower(), user,
             functools.partial(policy.right, user), policy.places(user),
             functools.partial(policy.who_may, users=names) if sees_server and not is_open else None,
-            is_open or sees_server, request.url + self.baseurl, self.baseurl))
+            is_open or sees_server, request.url + self.baseurl, self.baseurl)
+        with self.turn(user or request.client.group):
+            text = page.render(visit)
         return Response(200, page.headers(), text.encode('utf-8', 'replace'))
 
     def _get_icon(self, request: Request) -> Response:
@@ -6677,7 +6678,19 @@ class Api:
                         ICON.encode())
 
 
-def json_list(objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool) -> Iterator[bytes]:
+def in_turn(items: Generator[T, None, None], turn: threading.Lock) -> Generator[T, None, None]:
+    """Items, each of which is made while nobody else has the turn."""
+    with contextlib.closing(items):
+        while True:
+            with turn:
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+def json_list(objects: Generator[Tuple[List[str], List[int]], None, None], sizes: bool
+              ) -> Generator[bytes, None, None]:
     """The JSON array of a list, in chunks: `[{"name":…,"size":…}]` with `sizes`, else `["…"]`.  The first
     comes twice: before the status is sent, so that an error has its own, and then to be sent."""
     before, times = '[', 2      # what stands before the next names; how often the next chunk comes
@@ -7313,6 +7326,9 @@ def expects_continue(headers: Dict[str, str]) -> bool:
     return bool(expectation)
 
 
+_pipeliners = [threading.Lock() for _ in range(64)]     # a client's pipelined requests take turns
+
+
 class Http1:
     """One connection: reads requests, whose Body it is, has `api` answer them, and sends the responses."""
 
@@ -7339,6 +7355,7 @@ class Http1:
     def _exchange(self) -> bool:
         """Serve one request; whether another may follow."""
         request, connection, peer = None, self._connection, self._connection.peer
+        is_pipelined = len(self._buffer) > 0
         try:
             text = self._read_head()
             if not text:
@@ -7365,7 +7382,11 @@ class Http1:
             return False
         try:
             peer.busy = True
-            response = self._api.handle(request)
+            if is_pipelined and plain:    # restic does not; many would take the interpreter from others
+                with _pipeliners[hash(peer.group) % len(_pipeliners)]:
+                    response = self._api.handle(request)
+            else:
+                response = self._api.handle(request)
         except Gone:
             self._api.finish(request, CLIENT_GONE, 0)
             raise
@@ -8870,12 +8891,12 @@ class Server:
                 if not connection.stopping and connection.authority not in (None, authority):
                     log.log(NOTICE, 'closed the connection of %s: the client CA has changed', connection.peer)
                     connection.stop()
-            self.api.usage.yield_room()
-            is_crowded = self.api.admission.is_crowded()
+            for room in self.api.usage.rooms.copy():
+                room.yield_rest()
+            longest_stay = self.api.admission.longest_stay()
             overdue = [connection for connection in connections
                        if connection.deadline.time() < connection.clock()
-                       or (is_crowded and connection.peer.is_stranger() and
-                           now > connection.peer.begun + STRANGER_SECONDS)]
+                       or (now > connection.peer.begun + longest_stay and connection.peer.is_stranger())]
             for connection in overdue[:EXPIRED_AT_ONCE]:
                 connection.expire()
             self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
