@@ -1633,8 +1633,7 @@ class StoreTest(TestCase):
         self.assertEqual(found, ['/host', '/host/copy', '/host/timeshift/copy'])
         for name in names:
             for path in (f'/{name}', f'/{name}/x'):
-                with self.assertRaises(restic_serve.ReservedName):
-                    restic_serve.check_repository(path, False)
+                self.assertRaises(restic_serve.ReservedName, restic_serve.check_repository, path, False)
 
     def test_a_bind_mount_that_no_link_crosses_is_crossed_by_a_copy(self):
         real = os.replace
@@ -2694,17 +2693,10 @@ class PastTest(PastTestCase):
             self.delete(Location('/host', 'index', name))
         view = restic_serve.View(self.store, int(moment * 1e6))
         deleted = Location('/host', 'index', names[2])
-        real = restic_serve.Folders.open_to_scan
         for look in range(8):
             for change in (lambda: self.roll_back(moment), lambda: self.past.delete(deleted)):
-                looks = itertools.count()
-
-                def open_to_scan(folders, path, look=look, change=change, looks=looks):
-                    if next(looks) == look:
-                        change()
-                    return real(folders, path)
-
-                with mock.patch.object(restic_serve.Folders, 'open_to_scan', open_to_scan):
+                left = iter([*[int] * look, change])    # int() does nothing
+                with first(lambda *args, left=left: next(left, int)(), restic_serve.Folders, 'open_to_scan'):
                     listed = [name for some, _ in view.objects(Location('/host', 'index'), True)
                               for name in some]
                 self.assertEqual(sorted(listed), sorted(names), look)
@@ -3022,14 +3014,14 @@ class PastDeathTest(PastTestCase):
         self.fail('it never ended')
 
     def count_down(self, step):
-        left = [step]
+        left = iter(range(step))
+
+        def count(*args):
+            if next(left, None) is None:
+                os._exit(9)
+
         for name in self.CALLS:
-            def call(real, *args, **more):
-                left[0] -= 1
-                if left[0] < 0:
-                    os._exit(9)
-                return real(*args, **more)
-            setattr(os, name, functools.partial(call, getattr(os, name)))
+            first(count, os, name).start()
 
     def test_in_a_delete(self):
         def check(prepared, done=False):
@@ -3709,9 +3701,8 @@ class ScrubTest(TestCase):
         self.assertEqual(*(part.keys() for part in restic_serve.read_scrubs(self.store)))
         for name in (restic_serve.SCRUB_FILE, restic_serve.EVENTS_FILE):
             (self.root / '.restic_serve' / name).touch()
-            with mock.patch.object(restic_serve, 'RECORD_BYTES', -1), \
-                    self.assertRaisesRegex(OSError, 'larger than '):
-                self.store.hidden.read(name)
+            with mock.patch.object(restic_serve, 'RECORD_BYTES', -1):
+                self.assertRaisesRegex(OSError, 'larger than ', self.store.hidden.read, name)
         with mock.patch.object(restic_serve, 'RECORD_BYTES', 100):
             self.scrub()
         self.assertEqual([len(part) for part in restic_serve.read_scrubs(self.store)], [0, 3])
@@ -4947,9 +4938,8 @@ class PasswordFileTest(TestCase):
         self.assertTrue(restic_serve.change_password_file(path, 'alice', ''))
         self.assertEqual((self.path.read_text(), self.path.stat().st_ino), ('bob:old\n', inode))
         self.assertEqual(self.files(self.folder), ['htpasswd'])
-        with mock.patch.object(restic_serve, 'sync_file', side_effect=[1, 1, OSError]), \
-                self.assertRaises(OSError):
-            restic_serve.change_password_file(path, 'carol', 'new')
+        with mock.patch.object(restic_serve, 'sync_file', side_effect=[1, 1, OSError]):
+            self.assertRaises(OSError, restic_serve.change_password_file, path, 'carol', 'new')
         self.assertEqual((self.folder / 'htpasswd.copy').read_text(), 'bob:old\n')
         with self.assertRaisesRegex(OSError, 'htpasswd.copy: left by a change that was interrupted'):
             restic_serve.change_password_file(path, 'dora', 'new')
@@ -5717,8 +5707,7 @@ class WatchTest(TestCase):
         return path
 
     def test_what_is_wrong_comes_first_and_longest(self):
-        usage = self.counted({'/full': 40_000})
-        watched = restic_serve.Watch(self.store, usage, 48 * 3600).look(self.now)
+        watched = restic_serve.Watch(self.store, self.counted({'/full': 40_000}), 48 * 3600).look(self.now)
         self.assertEqual([(repository.name, list(repository.troubles)) for repository in watched], [
             ('/damaged', ['damaged']), ('/never', ['overdue']), ('/later', ['overdue']),
             ('/late', ['overdue']), ('/locked', ['locked']), ('/full', ['nearly full']),
