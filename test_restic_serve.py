@@ -1131,9 +1131,13 @@ class UnitsTest(unittest.TestCase):
                 (lambda text: restic_serve.HeaderDecoder().decode(text.encode('latin-1'), 1 << 30),
                  '\x82 @\1a\1b \x7f\xff \0\x81\xff')):
             for pattern, end in itertools.product(patterns.split(' '), ('', 'x')):
-                once, twice = (min(seconds(parse, pattern * count + end) for _ in range(3))
-                               for count in (10_000, 20_000))
-                self.assertLess(twice, max(2.5 * once, 0.01), (pattern, end))
+                for _ in range(9):      # a busy machine may need several
+                    once, twice = (min(seconds(parse, pattern * count + end) for _ in range(3))
+                                   for count in (10_000, 20_000))
+                    if twice < max(2.5 * once, 0.01):
+                        break
+                else:
+                    self.fail(f'{pattern}, {end}: {twice} after {once}')
 
     def test_an_error_names_the_value_and_what_would_be_right(self):
         for parse, text in ((restic_serve.parse_duration, '10x'), (restic_serve.parse_duration, ''),
