@@ -8954,6 +8954,7 @@ class ServerTest(WireTestCase):
     def test_where_descriptors_are_used_up_the_server_goes_on_later(self):
         idle = self.connect()
         self.assertEqual(idle.ask(get('/config'))[0], 404)
+        self.wait_until(lambda: not any(of.peer.busy for of in self.server.served.copy()), 'its rest')
         listener, answers = self.server.listeners[0], [OSError(errno.EMFILE, 'Too many open files')]
         full = mock.Mock(wraps=listener.socket, **{'accept.side_effect': answers + 2 * [mock.DEFAULT]})
         with mock.patch.object(listener, 'socket', full):
