@@ -11656,7 +11656,6 @@ class DeathTest(ResticTestCase):
             self.assertRegex(steps[1], rf'^linkat\(.*{named(content)}"')
             self.assertRegex(steps[2], rf'^fsync\(\d+<{re.escape(folder)}>\)')
 
-    @long
     def test_killed_at_any_moment_of_a_backup(self):
         def start(port=0):
             return self.run_server('--workers', '2', self.root, addr=f'127.0.0.1:{port}')
