@@ -52,6 +52,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+try:
+    import ssl
+except ImportError:     # this Python has none
+    ssl = None
+
 import restic_serve
 from restic_serve import (
     Accounts, Api, Busy, Counters, Entry, HttpError, Limits, Location, Metrics, NotHere, OtherConfig, Page,
@@ -488,6 +493,22 @@ class TestCase(unittest.TestCase):
             sock.connect(str(path))
             sock.sendall(request or get('/config'))
             return int(sock.recv(65536).split()[1])
+
+
+class ApiTestCase(TestCase):
+    """A test of an Api without a wire."""
+
+    def setUp(self):
+        super().setUp()
+        self.store = self.make_store()
+        self.make_repository('host')
+        self.api = Api(self.store, Policy())
+
+    def ask(self, *args, **more):
+        return answer_of(self.api, *args, **more)
+
+    def status(self, *args, **more):
+        return self.ask(*args, **more)[0]
 
 
 # ---- Wires: clients made of bytes ------------------------------------------------------------------
@@ -3236,19 +3257,13 @@ class PastApiTest(PastTestCase):
 
 # ---- Counters --------------------------------------------------------------------------------------
 
-class DirectoryTest(TestCase):
+class DirectoryTest(ApiTestCase):
     """A directory that goes away, and one that is read-only."""
 
     def setUp(self):
         super().setUp()
-        self.store = self.make_store()
-        self.make_repository('host')
-        self.api = Api(self.store, Policy())
         self.paths = [('POST', f'/host/data/{named(b"x")}', b'x'), ('POST', '/host/?create=true', b''),
                       ('DELETE', f'/host/locks/{named(b"x")}', b'')]
-
-    def status(self, *request):
-        return answer_of(self.api, *request)[0]
 
     def test_where_the_disk_was_unmounted_nothing_is_stored_and_nothing_is_missing(self):
         reads = [('GET', '/host/config'), ('GET', '/host/data/'), ('HEAD', f'/host/data/{named(b"x")}')]
@@ -6466,23 +6481,11 @@ class PageTest(WatchedTestCase):
 
 # ---- Api -------------------------------------------------------------------------------------------
 
-class ApiTest(TestCase):
+class ApiTest(ApiTestCase):
     """The table of routes and answers, without a wire."""
 
     CONTENT = b'0123456789'
     NAME = hashlib.sha256(CONTENT).hexdigest()
-
-    def setUp(self):
-        super().setUp()
-        self.store = self.make_store()
-        self.make_repository('host')
-        self.api = Api(self.store, Policy())
-
-    def ask(self, method, target, body=b'', **headers):
-        return answer_of(self.api, method, target, body, **headers)
-
-    def status(self, *args, **more):
-        return self.ask(*args, **more)[0]
 
     def test_a_repository_is_made_once_and_again(self):
         for path in ('/', '/host', '/host/', '/a/b/c/', '/with%20space/', '/%C3%BC/'):
@@ -6826,15 +6829,12 @@ class ApiTest(TestCase):
 
 # ---- Transport -------------------------------------------------------------------------------------
 
+@unittest.skipUnless(ssl, 'this Python has no ssl')
 class RecordsTest(TestCase):
     """TLS between a socket and a client that is not there: its records are made in memory."""
 
     def setUp(self):
         super().setUp()
-        try:
-            import ssl
-        except ImportError:
-            self.skipTest('this Python has no ssl')
         ours, self.theirs = socket.socketpair()
         ours.settimeout(PATIENCE)
         self.addCleanup(ours.close)
@@ -8158,7 +8158,6 @@ class StallTest(Http2TestCase):
 
     def test_a_download_over_tls(self):
         authority = Authority(self.folder, 'server')
-        import ssl
         server = self.serve(self.server.api, self.server.limits, certificates=authority.certificates())
         path = self.put(bytes(64 << 20))
         context = ssl.create_default_context(cafile=str(authority.path))
@@ -8373,13 +8372,9 @@ class UnixSocketTest(ListenerTestCase):
         self.wait_until(lambda: not self.path.exists(), 'the end of the socket')
 
 
+@unittest.skipUnless(ssl, 'this Python has no ssl')
 class TlsTest(ListenerTestCase):
     def setUp(self):
-        try:
-            import ssl
-        except ImportError:
-            self.skipTest('this Python has no ssl')
-        self.ssl = ssl
         super().setUp()
         self.authority = Authority(self.folder, 'server')
 
@@ -8405,7 +8400,7 @@ class TlsTest(ListenerTestCase):
         self.assertIn('127.0.0.1: TLS: peer did not return a certificate', self.log[0])
 
     def connect_tls(self, port, client=None):
-        context = self.ssl.create_default_context(cafile=str(self.authority.path))
+        context = ssl.create_default_context(cafile=str(self.authority.path))
         if client:
             context.load_cert_chain(str(self.folder / f'{client}.both'))
         wire = Wire(port)
@@ -8417,7 +8412,7 @@ class TlsTest(ListenerTestCase):
 
     def test_http_2_is_not_offered_and_is_505(self):
         port = self.start_tls()
-        context = self.ssl.create_default_context(cafile=str(self.authority.path))
+        context = ssl.create_default_context(cafile=str(self.authority.path))
         for offered, selected in ((['h2', 'http/1.1'], 'http/1.1'), (['h2'], None)):
             context.set_alpn_protocols(offered)
             with Wire(port) as wire, context.wrap_socket(wire.sock, server_hostname='localhost') as sock:
@@ -8472,7 +8467,7 @@ class TlsTest(ListenerTestCase):
         Authority(self.folder / 'other').issue('client', 'alice')
         (self.folder / 'other/client.both').rename(self.folder / 'bad.both')
         for client in (None, 'bad'):
-            with self.assertRaises((self.ssl.SSLError, ConnectionError, TypeError)):
+            with self.assertRaises((ssl.SSLError, ConnectionError, TypeError)):
                 self.connect_tls(port, client).ask(get('/config'))[0]
 
     def test_the_name_in_a_clients_certificate_is_its_user(self):
