@@ -609,7 +609,7 @@ class Channel:
 
 class Response:
     """An answer.  Its body is bytes, a FileSlice, or an iterator of chunks whose length is not known.  An
-    iterator may raise OSError; what has been sent by then must not look complete."""
+    iterator may raise OSError or StorageError; what has been sent by then must not look complete."""
 
     __slots__ = ('status', 'headers', 'body')
 
@@ -1272,6 +1272,21 @@ class ScratchFile(Closing):
             self.name = name
 
 
+def owner_of(folder: Folder) -> Optional[Tuple[int, int]]:
+    """User and group of a folder, to whom what root creates in it is to belong; None unless we are root."""
+    if not hasattr(os, 'geteuid') or os.geteuid():
+        return None
+    status = os.stat(folder.path if folder.fd is None else folder.fd)
+    return status.st_uid, status.st_gid
+
+
+def give_away(fd: int, owner: Optional[Tuple[int, int]]) -> None:
+    """Let a file or folder belong to a user and a group, if they are given, and the system can."""
+    if owner and hasattr(os, 'fchown'):
+        with contextlib.suppress(PermissionError):  # only root gives a file away
+            os.fchown(fd, *owner)
+
+
 def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, *, prefix: str = '',
                   owner: Optional[Tuple[int, int]] = None, times: Optional[Tuple[int, int]] = None) -> None:
     """Write a file of some `parts` in a folder, replacing what has its name.  It is whole or absent at every
@@ -1281,9 +1296,7 @@ def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, 
         for part in parts:
             while part:
                 part = part[os.write(scratch.fd, part):]
-        if owner and hasattr(os, 'fchown'):
-            with contextlib.suppress(PermissionError):  # only root gives a file away
-                os.fchown(scratch.fd, *owner)
+        give_away(scratch.fd, owner)
         set_mode(scratch.fd, mode)
         scratch.date(times)
         sync_file(scratch.fd)
@@ -1295,7 +1308,7 @@ def copy_durably(fd: int, status: os.stat_result, folder: Folder, name: str, mod
     """Copy a file that is open, with its times, as write_durably() writes it; closes it.  Raises OSError."""
     try:
         write_durably(folder, name, iter(functools.partial(os.read, fd, COPY_BYTES), b''), mode,
-                      times=(status.st_atime_ns, status.st_mtime_ns))
+                      owner=owner_of(folder), times=(status.st_atime_ns, status.st_mtime_ns))
     finally:
         os.close(fd)
 
@@ -1913,6 +1926,7 @@ class Folders:
         self.root = root
         self._shared = shared
         self._mode = 0o770 if shared else 0o700
+        self.for_owners = False     # new folders belong to the owner of the folder that they are in
         self._root_fd: Optional[int] = None
         self._ways = Remembered()
         self._has_proc = os.path.isdir('/proc/self/fd')     # shows the path of a descriptor
@@ -2088,9 +2102,10 @@ class Folders:
         with contextlib.suppress(FileExistsError):
             os.mkdir(parent.at(name), self._mode, dir_fd=parent.fd)
             made = True
-        if made and self._shared and _HAS_DIR_FD:
+        if made and (self._shared or self.for_owners) and _HAS_DIR_FD:
             fd = parent.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW)
             try:    # an inherited set-group-ID bit stays
+                give_away(fd, owner_of(parent) if self.for_owners else None)
                 set_mode(fd, stat.S_IMODE(os.fstat(fd).st_mode) | self._mode)
             finally:
                 os.close(fd)
@@ -2167,8 +2182,8 @@ class Scratch(ScratchFile):
         self.rename(self.target, name)
 
 
-# The server's own files there: the results of --scrub, and the events that were told to --on-event.
-SCRUB_FILE, EVENTS_FILE = 'scrub.json', 'events.json'
+# The server's own files there: the results of --scrub, the events that were told to --on-event, trusted time.
+SCRUB_FILE, EVENTS_FILE, TIME_FILE = 'scrub.json', 'events.json', 'time'
 RECORD_BYTES = 8 << 20            # Largest of these files that is read: parsing takes many times the memory.
 
 
@@ -2183,11 +2198,9 @@ class HiddenFolder:
         """Replace a file in the hidden folder; it is on the disk when this returns.  Where root runs the
         server, the file belongs to the owner of the directory.  Raises OSError."""
         with self._folders.hidden() as folder:
-            owner = None
-            if folder.fd is not None and os.geteuid() == 0:
-                status = os.stat(self._folders.root or os.sep)
-                owner = status.st_uid, status.st_gid
-                os.fchown(folder.fd, *owner)
+            owner = owner_of(Folder(self._folders.root or os.sep))
+            if folder.fd is not None:
+                give_away(folder.fd, owner)
             write_durably(folder, name, [text.encode()], self._mode, owner=owner)
 
     def read(self, name: str) -> str:
@@ -2351,7 +2364,9 @@ class Store:
         return is_new
 
     def find(self) -> None:
-        """Find the directory for a job, and whether its file system ignores case.  Raises OSError."""
+        """Find the directory for a job, and whether its file system ignores case.  What the job creates for
+        root belongs to the owner of the directory.  Raises OSError."""
+        self.folders.for_owners = True
         if not os.path.isdir(self.root or os.sep):
             fault = 'not a directory' if os.path.lexists(self.root) else 'directory does not exist'
             raise FileNotFoundError(errno.ENOENT, fault, self.root)
@@ -2666,12 +2681,18 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
 # server without --keep-deleted that deletes an object moves it on.
 #
 # Two servers may delete and purge in the same directory: every step is one rename(2) or unlink(2), and
-# the second to try has nothing to do.
+# the second to try has nothing to do.  A list reads the deleted objects before and after the present ones,
+# and again if a roll-back came between; what ends the past moves `since` on first, which a list reads last.
+# A clock may be wrong: a purge is by TrustedTime, and a time later than now counts as now.
 
 PURGE_SECONDS = 3600              # Time between two purges.
+CATCH_UP = 24                     # Seconds that trusted time catches up with the clock in each of service.
+AGREE_SECONDS = 60                # Largest difference of times that agree.
+CLOCK_BEGIN = 1_767_225_600       # 2026: a clock that is earlier has not been set.
 JUST_NOW_SECONDS = 60             # Time after which a mark that another request made is on the disk.
 STDIO_PURGE_SECONDS = 2           # Longest purge at the end of a session of --stdio.
 MOMENT_LETTERS = 40               # Longest text of a moment.
+LOOKS_AT_MOST = 100               # Attempts to read a folder of the past while it changes.
 _SINCE = 'since.'
 _MONTH_TO_SECOND = '(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]'
 _TIME_OF_NAME = rf'[0-9]{{4}}{_MONTH_TO_SECOND}\.[0-9]{{6}}Z'
@@ -2737,6 +2758,55 @@ def moment_for_people(moment: int) -> str:
     return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(-(-moment // 10 ** 6)))
 
 
+class TrustedTime:
+    """The time for what cannot be undone, such as a purge, which never follows from one reading of a clock.
+
+    It is kept in the hidden folder of DIR.  It goes on with the time that has passed since it was noted, as
+    the uptime of the system shows or, where that was started anew, the time that this process has run.  If
+    the clock is ahead, it catches up by a day for each hour that a process runs: a host that was off for six
+    weeks purges within two days, one whose clock is wrong for an hour a day too early.  If the clock is
+    behind, it is set back."""
+
+    def __init__(self, store: Store) -> None:
+        self.is_steady = False      # the clock has gone as time has passed, for a while
+        self._store = store
+        self._looked = _uptime()[2]
+
+    def look(self, now: float, first: Callable[[], float]) -> float:
+        """Seconds since the epoch: `now` by the clock, or less; `first` is asked where nothing was noted.
+        Raises OSError and StorageError."""
+        self._store.directory.check_writable()
+        looked, (boot, uptime, self._looked) = self._looked, _uptime()
+        served = self._looked - looked
+        try:
+            noted, uptime_then, boot_then = self._store.hidden.read(TIME_FILE).split()
+            passed = uptime - int(uptime_then) if boot == boot_then else served
+            expected = int(noted) + passed
+            ahead = now - expected
+            self.is_steady = abs(ahead) < AGREE_SECONDS and passed > PURGE_SECONDS / 2
+            if not -AGREE_SECONDS < ahead < CATCH_UP * 3600:
+                log.warning('the clock is %s %s the trusted time; purging by the earlier of the two',
+                            format_duration(abs(ahead)), 'ahead of' if ahead > 0 else 'behind')
+        except (OSError, ValueError):
+            expected, self.is_steady = first(), False
+        trusted = min(now, expected + CATCH_UP * served)
+        try:
+            if now >= CLOCK_BEGIN:
+                self._store.hidden.write(TIME_FILE, f'{int(trusted)} {int(uptime)} {boot}\n')
+        except OSError as error:    # a full disk needs a purge
+            log.error('cannot note the time: %s', error)
+        return trusted
+
+
+def _uptime() -> Tuple[str, float, float]:
+    """What names this run of the system, and the seconds since it began, asleep too, and of this process."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
+            return file.read().strip(), time.clock_gettime(time.CLOCK_BOOTTIME), time.monotonic()
+    except (OSError, AttributeError):
+        return f'unknown-{time.time_ns()}', 0, time.monotonic()
+
+
 class Past:
     """What was deleted from the repositories of a `store`; it is kept for `keep_seconds`, or nothing is if
     that is 0.  Moments are microseconds since the epoch by `clock`."""
@@ -2748,6 +2818,7 @@ class Past:
         self._begun = Remembered()
         self._clock = clock
         self._ahead = Remembered()
+        self._trusted = TrustedTime(store)
 
     def now(self, repository: str, after: bool = False) -> int:
         """The time by the clock of a repository's file system, which dates uploads; with `after` not before
@@ -2768,7 +2839,8 @@ class Past:
         if location.kind == 'locks':
             return self._store.delete(location)
         if not self.keeps:
-            self._set_since(location.repository, format_moment(self.now(location.repository)))
+            if self._store.size(location) is not None:
+                self._set_since(location.repository, format_moment(self.now(location.repository)))
             size = self._store.delete(location)
             if size is not None:
                 self._set_since(location.repository, format_moment(self.now(location.repository, True)))
@@ -2801,10 +2873,6 @@ class Past:
             source.sync()
         return size
 
-    def keeps_object(self, location: Location) -> bool:
-        """Whether an object is kept when it is deleted."""
-        return self.keeps and location.kind != 'locks'
-
     def begin(self, repository: str) -> None:
         """Note that all deletions of a repository are kept from now on, unless that is so already.  The
         note is on the disk when this returns, also where another request has made it just now."""
@@ -2814,10 +2882,21 @@ class Past:
         if since is None or since > now - JUST_NOW_SECONDS * 1e6:
             self._store.folders.make(path, certain=True)
             with self._store.folders.open(path, by_descriptor=True) as folder:
+                mark = f'{_SINCE}{format_moment(now)}'
                 if since is None:
-                    os.close(folder.open(f'{_SINCE}{format_moment(now)}',
-                                         os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode))
+                    self.mark(folder, mark)
+                elif since > now + AGREE_SECONDS * 1e6 and now > CLOCK_BEGIN * 1e6:
+                    log.warning('%s: its past was to begin later than now (%s), and begins now',
+                                repository[1:] or '/', moment_for_people(since))
+                    with contextlib.suppress(FileNotFoundError):    # another server does so, too
+                        folder.rename(f'{_SINCE}{format_moment(since)}', folder, mark)
                 folder.sync()
+
+    def mark(self, folder: Folder, name: str) -> None:
+        """Create an empty file, if it is missing."""
+        fd = folder.open(name, os.O_WRONLY | os.O_CREAT | _BINARY, self._store.file_mode)
+        give_away(fd, owner_of(folder))
+        os.close(fd)
 
     def _set_since(self, repository: str, moment: str) -> None:
         """Nothing before a moment is known any more."""
@@ -2840,14 +2919,17 @@ class Past:
         """When an object that was deleted at a time, as names have it, is purged."""
         return moment_for_people(int(read_moment(deleted) + self._keep))
 
-    def earliest(self, repository: str) -> int:
+    def earliest(self, repository: str, keep: Optional[float] = None) -> int:
         """The earliest moment at which a repository can be read: all that was deleted since is kept."""
         since, now = self._since(repository), self.now(repository)
-        return now if since is None else int(max(since, now - self._keep))
+        if since is None or since > now + AGREE_SECONDS * 1e6:      # a clock was wrong
+            return now
+        return int(max(since, now - (keep or self._keep)))
 
-    def check_known(self, repository: str, moment: int) -> None:
-        """Raises NoHistory where a repository cannot be read at a moment."""
-        earliest = self.earliest(repository)
+    def check_known(self, repository: str, moment: int, is_read: bool = False) -> None:
+        """Raises NoHistory where a repository cannot be read at a moment; where it `is_read` already, only if
+        something was purged since."""
+        earliest = self.earliest(repository, math.inf if is_read else None)
         if moment < earliest:
             raise NoHistory(f'no history before {moment_for_people(earliest)}')
 
@@ -2861,18 +2943,18 @@ class Past:
         except ValueError as error:
             raise InvalidPath(str(error)) from None
         self.check_known(repository, moment)
-        return View(self._store, moment)
+        return View(self._store, self, moment)
 
     # ---- purging ----
 
     def kept(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str], DeletedName]]:
         """The deleted objects of a repository, and the marks of those that came back.  Raises OSError."""
-        for folder, entry in self._entries(repository):
+        for folder, entry in self.entries(repository):
             name = parse_deleted_name(entry.name)
             if name:
                 yield folder, entry, name
 
-    def _entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
+    def entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
         """All that is in the folders of deleted objects.  Raises OSError."""
         with self._store.object_folders(f'{repository}/{DELETED}', *KINDS, 'config') as sources:
             for source in sources:
@@ -2880,21 +2962,49 @@ class Past:
                     for entry in entries:
                         yield folder, entry
 
-    def purge(self, repository: str) -> Iterator[int]:
-        """Remove what has been kept long enough, and what a crash has left half-written; yields the size of
-        each object.  Raises OSError."""
-        limit = format_moment(int(max(self.now(repository) - self._keep, 0)))
-        for folder, entry in self._entries(repository):
-            name = parse_deleted_name(entry.name)
-            if not name and entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX)):
-                remove_left_overs(folder, [entry.name], self._store.now)
-            elif name and (name.returned or name.deleted) < limit:
-                self._set_since(repository, limit)  # other servers may keep for another time
-                with contextlib.suppress(FileNotFoundError):  # another server is purging, too
-                    size = entry.stat(follow_symlinks=False).st_size
-                    folder.unlink(entry.name)
-                    if not name.returned:
-                        yield size
+    def trusted_now(self) -> int:
+        """The time by TrustedTime, which is noted.  Raises OSError and StorageError."""
+        now = self.now('')
+
+        def first() -> float:
+            """When an object was deleted last, or now: it is not later than that by much."""
+            names = (name.deleted for folder in self._store.walk(lambda path, error: None)
+                     if folder.is_repository for *_, name in self.kept(folder.path))
+            return read_moment(max(names, default=format_moment(now))) / 1e6
+
+        return int(self._trusted.look(now / 1e6, first) * 1e6)
+
+    def purge(self, repository: str, trusted: int) -> Iterator[int]:
+        """Remove what has been kept long enough, also by the `trusted` time, and what a crash has left
+        half-written; yields the size of each object.  What is later than now, since a clock was wrong, gets
+        the time of now.  Raises OSError."""
+        now, count, size, where = self.now(repository), 0, 0, repository[1:] or '/'
+        limit = int(max(min(now, trusted) - self._keep, 0))
+        end, late = format_moment(limit), format_moment(now + AGREE_SECONDS * 10 ** 6)
+        moments = map(format_moment, itertools.count(now))      # each once, for names that are not taken
+        try:
+            for folder, entry in self.entries(repository):
+                name = parse_deleted_name(entry.name)
+                if name and max(name.deleted, name.returned) > late:
+                    if self._trusted.is_steady:
+                        moment = next(moments)
+                        log.warning('%s: %s is later than now, and gets that time', where, entry.name)
+                        back = name.returned and f'-{min(name.returned, moment)}'
+                        folder.rename(entry.name, folder, f'{name.file}.{min(name.deleted, moment)}{back}')
+                elif not name and entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX)):
+                    remove_left_overs(folder, [entry.name], self._store.now)
+                elif name and (name.returned or name.deleted) < end:
+                    self._set_since(repository, end)    # other servers may keep for another time
+                    with contextlib.suppress(FileNotFoundError):  # another server is purging, too
+                        length = entry.stat(follow_symlinks=False).st_size
+                        folder.unlink(entry.name)
+                        if not name.returned:
+                            count, size = count + 1, size + length
+                            yield length
+        finally:
+            if count:
+                log.log(NOTICE, '%s: purged %s (%s), deleted before %s', where, format_count(count, 'object'),
+                        format_size(size), moment_for_people(limit))
 
 
 def deleted_folder(location: Location) -> str:
@@ -2904,17 +3014,20 @@ def deleted_folder(location: Location) -> str:
 
 
 class View:
-    """A store's repositories as they were at a `moment`, to read."""
+    """A store's repositories as they were at a `moment`, to read.  Raises NoHistory, also when something is
+    found missing that was purged meanwhile."""
 
-    def __init__(self, store: Store, moment: int) -> None:
+    def __init__(self, store: Store, past: Past, moment: int) -> None:
         self._store = store
+        self._past = past
+        self._moment = moment
         self._nanoseconds = moment * 1000
         self._text = format_moment(moment)
 
     def open(self, location: Location) -> FileSlice:
         """The whole content of an object, as Store.open() gives it."""
-        deleted = deleted_folder(location)
-        for _ in range(2):  # it may be deleted, or come back, between the two folders
+        deleted, before = deleted_folder(location), None
+        while True:
             names = self._history(deleted, location.file).get(location.file, set())
             for path, file in ((location.folder, location.file),
                                *((deleted, file) for file in self._files(names))):
@@ -2924,16 +3037,22 @@ class View:
                     if self._existed(status, names, file):
                         return FileSlice(fd, 0, status.st_size)
                     os.close(fd)
+            if names == before:     # else it was perhaps deleted, or came back, between two looks
+                break
+            before = names
+        self._past.check_known(location.repository, self._moment, is_read=True)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.file)
 
     def objects(self, location: Location, sizes: bool
                 ) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
         def read(folders: Tuple[str, str, str]) -> Iterator[Tuple[List[str], List[int]]]:
-            sizes = {name: status.st_size for name, _, status in self.find(*folders)}
+            sizes = {name: status.st_size for name, _, status in self.find(*folders)
+                     if stat.S_ISREG(status.st_mode)}
             yield list(sizes), list(sizes.values())
 
         yield from read_ahead(map(read, self.folders(location)))
+        self._past.check_known(location.repository, self._moment, is_read=True)
 
     def folders(self, location: Location) -> Iterator[Tuple[str, str, str]]:
         """The folders of a kind's objects, the folders for their deleted objects, and how names begin."""
@@ -2948,33 +3067,32 @@ class View:
         for part in sorted(parts):
             yield f'{present}/{part}', f'{deleted}/{part}', part
 
-    def find(self, present: str, deleted: str, prefix: str) -> Iterator[Tuple[str, str, os.stat_result]]:
+    def find(self, present: str, deleted: str, prefix: str) -> List[Tuple[str, str, os.stat_result]]:
         """The objects in a folder, and in the folder for what was deleted from it: name, name of the file
-        if it was deleted since, else empty, and status."""
-        # What is deleted while we look is among the deleted objects afterwards, and what a roll-back brings
-        # back was among them before.
-        history = self._history(deleted)
-        objects = list(self._store.object_entries(present, prefix))
-        for name, names in self._history(deleted).items():
-            history.setdefault(name, set()).update(names)
-        for entry, status in objects:
-            if self._existed(status, history.get(entry.name, ()), ''):
-                yield entry.name, '', status
-        if not history:
-            return
-        with self._store.scan(deleted) as (folder, _), self._store.scan(present) as (there, _):
-            for name, names in history.items():
-                for file in self._files(names):
+        if it was deleted since, else empty, and status.  What took the place of such a file is among them."""
+        for _ in range(LOOKS_AT_MOST):
+            # What is deleted while we look is among the deleted objects afterwards.
+            before = self._history(deleted)
+            there = {entry.name: status for entry, status in self._store.object_entries(present, prefix)}
+            history = {name: names.union(before.get(name, ())) for name, names in
+                       {**before, **self._history(deleted)}.items()}
+            found = [(name, '', status) for name, status in there.items()
+                     if self._existed(status, history.get(name, ()), '')]
+            # What may have come back after we looked for it there: it has a new mark, or its file has gone.
+            missed = {name for name, names in history.items()
+                      if any(new.returned for new in names.difference(before.get(name, ())))}
+            with self._store.scan(deleted) as (folder, _):
+                for file in (file for names in history.values() for file in self._files(names)):
+                    name = file.partition('.')[0]
                     try:
                         status = folder.stat(file)
-                    except FileNotFoundError:  # it has just come back, or was purged
-                        file = ''
-                        try:
-                            status = there.stat(name)
-                        except (FileNotFoundError, NotADirectoryError):
-                            continue
-                    if self._existed(status, names, file):
-                        yield name, file, status
+                        if not stat.S_ISREG(status.st_mode) or self._existed(status, history[name], file):
+                            found.append((name, file, status))
+                    except FileNotFoundError:
+                        missed.add(name)
+            if missed <= {name for name, *_ in found}:
+                return found
+        raise OSError(errno.EBUSY, 'the past changes while it is read', deleted)
 
     def _history(self, path: str, file: str = '') -> Dict[str, Set[DeletedName]]:
         """By object (only the object `file`, unless that is empty), the names in a folder of deleted objects
@@ -3011,10 +3129,10 @@ class View:
                 if not name.returned and name.deleted > self._text]
 
 
-class RollBack:
+class RollBack(Closing):
     """Sets a repository back to what it was at a `moment`: what was deleted since comes back, and what was
     uploaded since is deleted, and so kept.  Killed at any instant it leaves a sound repository, and can
-    be run again."""
+    be run again.  Until it is closed it excludes others of the repository."""
 
     # A snapshot refers to indexes, and these to packs: it comes back after them, and goes before them.
     BACK = ('data', 'index', 'keys', 'config', 'snapshots')
@@ -3025,7 +3143,9 @@ class RollBack:
         self._past = past
         self._repository = repository
         self._moment = moment
-        self._view = View(store, moment)
+        self._view = View(store, past, moment)
+        self._deleted: Optional[Folder] = None      # locked
+        self.lost: List[str] = []   # paths below the repository of what is not a file any more
         self.show: Callable[[], object] = lambda: None      # called often while it runs
         # By kind: the sizes of objects in bytes.
         self.back: Dict[str, List[int]] = collections.defaultdict(list)
@@ -3033,14 +3153,21 @@ class RollBack:
 
     def check(self, force: bool) -> None:
         """Raises NoHistory where what was deleted since is not all there, and ValueError where there was no
-        repository, or its files have lost their times, or as check_locks() does without `force`."""
+        repository, or its files have lost their times, or another roll-back runs, or, without `force`, as
+        check_locks() does."""
         self._past.check_known(self._repository, self._moment)
+        self._deleted = self._store.folders.open(f'{self._repository}/{DELETED}', by_descriptor=True)
+        if self._deleted.fd is not None and lock_file(self._deleted.fd) is False:
+            raise ValueError('another roll-back of it is running; wait for its end')
         try:
             self._view.open(Location(self._repository, 'config')).close()
         except FileNotFoundError:
             raise ValueError('the repository did not exist at that time') from None
         if not force:
             self.check_locks()
+
+    def close(self) -> None:
+        close_quietly(self._deleted)
 
     def check_locks(self) -> None:
         """Raises ValueError where somebody holds a lock that restic would heed."""
@@ -3056,12 +3183,13 @@ class RollBack:
         on the way: what is there then is sound, and with what was deleted."""
         begun = self._store.now(self._repository)
         for kind in self.BACK:
-            if not dry:     # a server may have purged meanwhile
-                self._past.check_known(self._repository, self._moment)
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
                 self.show()
                 files: Dict[str, str] = {}      # of deleted objects, by what they were
                 for name, file, status in self._view.find(present, deleted, prefix):
+                    if not stat.S_ISREG(status.st_mode):
+                        self.lost.append(f'{deleted[len(self._repository) + 1:]}/{file}')
+                        continue
                     if name in files and not dry:   # of two, the one that is sound
                         self._bring_back(present, deleted, files)
                         files = {}
@@ -3070,6 +3198,8 @@ class RollBack:
                         self.back[kind].append(status.st_size)
                 if files and not dry:
                     self._bring_back(present, deleted, files)
+            # Was something purged meanwhile?
+            self._past.check_known(self._repository, self._moment, is_read=True)
         for kind in self.ASIDE:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
                 self.show()
@@ -3097,13 +3227,17 @@ class RollBack:
                 self._store.folders.open(present, by_descriptor=True) as target:
             now, mode = format_moment(self._past.now(self._repository)), self._store.file_mode
             for name, file in files.items():
-                # What is replaced is copied: its name is there at every instant.
-                with contextlib.suppress(FileNotFoundError):
+                # An object that is replaced is copied: its name is there at every instant.
+                try:
                     copy_durably(*open_plain(target, name), source, f'{name}.{now}', mode)
-                os.close(source.open(f'{file}-{now}', os.O_WRONLY | os.O_CREAT | _BINARY, mode))
+                except OSError as error:    # there is none, or what has its name is a link
+                    if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
+                        raise
+                self._past.mark(source, f'{file}-{now}')
             source.sync()
             for name, file in files.items():
-                move(source, file, target, name, mode)
+                with contextlib.suppress(FileNotFoundError):    # a server has purged it
+                    move(source, file, target, name, mode)
             target.sync()
             source.sync()
 
@@ -3156,12 +3290,17 @@ def _finite(value: Any) -> float:
 
 
 def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]:
-    """When each folder and repository was last found sound, and the last result of each repository; nothing
-    if the file is malformed.  Raises OSError."""
+    """When each folder and repository was last found sound, unless that is later than now, and the last
+    result of each repository; nothing if the file is malformed.  Raises OSError."""
     import json
     try:
-        content = json.loads(store.hidden.read(SCRUB_FILE))
-        return ({folder: _finite(checked_at) for folder, checked_at in content['folders'].items()},
+        content, latest = json.loads(store.hidden.read(SCRUB_FILE)), time.time() + AGREE_SECONDS
+        folders = content['folders']
+        sound = {folder: at for folder, at in zip(folders, map(_finite, folders.values())) if at <= latest}
+        if len(sound) < len(folders):
+            log.warning('%s: %s checked later than now, and are not known to be sound', SCRUB_FILE,
+                        format_count(len(folders) - len(sound), 'folder'))
+        return (sound,
                 {repository: ScrubResult(_finite(checked_at), int(checked), max(int(damaged), 0),
                                          [*map(str, names)], int(unreadable), [*map(str, kept)])
                  for repository, result in content['repositories'].items()      # 1.0.0 has four numbers
@@ -3295,7 +3434,7 @@ class Scrub:
     def _find(self) -> Iterator[ScrubFolder]:
         """The folders of objects.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot
         be read."""
-        own_names = (SCRUB_FILE, EVENTS_FILE, os.path.basename(DELETED))
+        own_names = (SCRUB_FILE, EVENTS_FILE, TIME_FILE, os.path.basename(DELETED))
         for path, folder, entries, is_repository in self._store.walk(self._on_error):
             tally, names = ScrubTally(path, self.results.get(path, _NEVER)), [DELETED]
             for entry in entries:
@@ -3409,6 +3548,9 @@ class Scrub:
         with self._reading(tally, folder.name):
             known = [] if folder.name == DELETED else self._known(
                 f'/{folder.path}', lambda entry: is_object(entry.name))
+            for where, entry in Past(self._store).entries(tally.repository) if folder.name == DELETED else ():
+                if not parse_deleted_name(entry.name):
+                    self._report_foreign(where, entry)
             irregular = [entry.name for entry in known if not entry.is_file(follow_symlinks=False)]
             for name in irregular:
                 self._fault(tally, f'{self._store.root}/{folder.path}/{name}', DAMAGED, 'not a regular file')
@@ -3928,7 +4070,7 @@ class Usage:
         size = self.past.delete(location)
         if size is not None:
             charge, kept = charge_of(size), {'kept': 1, 'kept_bytes': size, 'deleted': 1}
-            if not self.past.keeps_object(location):
+            if not self.past.keeps or location.kind == 'locks':
                 kept = {'charged': -charge}
             self.change(location.repository, bytes=-size, freed=charge, **{location.kind: -1}, **kept)
         return size
@@ -3938,6 +4080,11 @@ class Usage:
         for `seconds` at the most, and gently.  For the one process that makes the censuses."""
         begun = time.monotonic()
         end = begun + seconds
+        try:
+            trusted = self.past.trusted_now()
+        except (OSError, StorageError) as error:
+            log.error('cannot purge deleted objects: %s', error)
+            return
         for folder in self._store.walk(lambda path, error: log.debug('cannot purge %s: %s', path, error)):
             if time.monotonic() >= end:
                 return
@@ -3945,7 +4092,7 @@ class Usage:
                 continue
             try:
                 self.past.begin(folder.path)
-                for size in self.past.purge(folder.path):
+                for size in self.past.purge(folder.path, trusted):
                     self.change(folder.path, charged=-charge_of(size), freed=charge_of(size), kept=-1,
                                 kept_bytes=-size)
                     if time.monotonic() >= end:
@@ -4065,7 +4212,7 @@ class Usage:
         if not any(objects.values()) and not base.unreadable and not held.kept:
             return None
         last = max((row[0] for row in self.counters.read(('snapshot', name))), default=0)
-        if last < base.time:
+        if not base.time <= last < time.time() + AGREE_SECONDS:     # perhaps the clock was wrong
             last = base.last_snapshot
         passed = min(max(int(time.time()) // _DAY_SECONDS - base.time // _DAY_SECONDS, 0), DAYS)
         days, snapshots = ([*part, *[0] * passed][-DAYS:] for part in (base.days, base.snapshots))
@@ -5699,7 +5846,10 @@ class ReportedEvents:
         self.known.clear()
         try:
             for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
-                self.known[kind] = {name: _finite(value) for name, value in names.items()}
+                # What was reported of snapshots later than now, since a clock was wrong, is reported again.
+                latest = time.time() + AGREE_SECONDS if kind in ('overdue', 'back') else math.inf
+                self.known[kind] = {name: value for name, value in zip(names, map(_finite, names.values()))
+                                    if value <= latest}
         except FileNotFoundError:
             pass
         except (OSError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -7568,7 +7718,7 @@ class Http1:
                     connection.transmit(head + framed)
                     head, sent = b'', sent + len(chunk)
                 connection.transmit(head + b'0\r\n\r\n' if chunked else head)
-        except (OSError, HttpError) as error:       # the content cannot be read, or no more by this user
+        except (OSError, StorageError, HttpError) as error:     # the content cannot be read, or no more
             connection.abort_answer(error)
         finally:
             self._api.finish(request, response.status, sent)
@@ -8810,6 +8960,8 @@ class Server:
             connection.abort()
         events.stop(max(end - time.monotonic(), 0))
         refusals.tell(at_once=True)
+        if self._is_first and self._next_purge < math.inf:
+            self.api.usage.purge(0 if self.listeners else STDIO_PURGE_SECONDS)      # notes the time
         census.channel.close()
         events.channel.close()
         loop.close()
@@ -9725,15 +9877,12 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
         options.stats if options.stats and log.isEnabledFor(logging.INFO) else math.inf)
 
 
-def serve_stdio(server: Server, at: str) -> None:
-    """Serve standard input and output until they end, and then purge what was kept long enough."""
+def serve_stdio(server: Server) -> None:
+    """Serve standard input and output until they end."""
     # sshd says where the client is (ssh(1), ENVIRONMENT).
     peer = Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio')
     server.begin(PipeTransport(), peer)
     server.run()
-    usage = server.api.usage
-    if usage.past.keeps and not (at or server.api.store.directory.read_only):
-        usage.purge(STDIO_PURGE_SECONDS)
 
 
 def complain(text: object) -> None:
@@ -9870,11 +10019,14 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
     for path, job in jobs.items():
         try:
             job.show = functools.partial(show, '')
-            job.run(options.dry_run, options.force)
+            with job:
+                job.run(options.dry_run, options.force)
             show('\r\033[K')
             print(one_line(f'{path[1:] or top}: {job}'), flush=True)
         except ValueError as error:
             refuse(path, f'{job}, then stopped: {error}')
+        for name in job.lost:
+            refuse(path, f'cannot be restored, not a regular file: {name}')
     return int(bool(refused))
 
 
@@ -9977,7 +10129,7 @@ def main() -> int:
         if at:
             server.api.usage.past.view('', at)
         if options.stdio:
-            serve_stdio(server, at)
+            serve_stdio(server)
             return 0
     except ImportError as error:
         complain(f'this Python lacks {error.name}; install python3')

@@ -1912,7 +1912,7 @@ class FileSystemsTest(TestCase):
                 past.delete(places[0])
             self.assertEqual(measured.call_count, 1)
             listed = [list(itertools.chain.from_iterable(
-                names for names, _ in restic_serve.View(store, moment).objects(places[0], False)))
+                names for names, _ in restic_serve.View(store, past, moment).objects(places[0], False)))
                 for moment in range(begin // 1000, (begin + 10 * tick) // 1000, tick // 10_000)]
             self.assertTrue(all(listed))
             self.assertEqual([listed[0], listed[-1]], [[place.name] for place in places])
@@ -2415,7 +2415,7 @@ class SlowDiskTest(StoreTest):
         (self.root / 'host/config').write_text('x')
         (self.root / 'host/snapshots').mkdir()
         (self.root / 'host/snapshots' / named(b'snapshot')).write_bytes(b'snapshot')
-        view = restic_serve.View(self.store, int((time.time() + 1) * 1e6))
+        view = restic_serve.View(self.store, restic_serve.Past(self.store), int((time.time() + 3600) * 1e6))
         submit, results = self.helpers.submit, []
         for self.slow in (False, True):
             with mock.patch.object(self.helpers, 'submit', side_effect=submit) as asked:
@@ -2668,6 +2668,10 @@ class PastTestCase(TestCase):
         self.now += 1
         return size
 
+    def purge(self, past=None):
+        """Sizes of what is purged by a right clock."""
+        return list((past or self.past).purge('/host', int(self.now * 1e6)))
+
     def view(self, moment, repository='/host'):
         """What a repository had: the names of each kind."""
         view = self.past.view(repository, restic_serve.moment_for_people(int(moment * 1e6)))
@@ -2693,6 +2697,85 @@ class PastTestCase(TestCase):
         return str(job)
 
 
+class TrustedTimeTest(PastTestCase):
+    """A wrong clock destroys nothing."""
+
+    DAY = 86400
+
+    def setUp(self):
+        super().setUp()
+        self.boot, self.up, self.ran = 'boot', 0, 0
+        patch_for(self, restic_serve, _uptime=lambda: (self.boot, self.up, self.ran))
+        self.go_on(0, 0, 'first')
+        self.look()
+
+    def go_on(self, seconds, clock=0, boot=''):
+        """Let time pass, after which the clock is set anew, perhaps in a new process after a `boot`."""
+        self.now, self.up, self.ran = self.now + seconds + clock, self.up + seconds, self.ran + seconds
+        if boot:
+            self.up, self.boot = self.up if boot == self.boot else 0, boot
+            self.past = self.make_past()
+            self.usage = Usage(self.store, Counters(), past=self.past)
+
+    def look(self):
+        """By how many days the trusted time is behind the clock."""
+        self.log.clear()
+        return (self.now - self.past.trusted_now() / 1e6) / self.DAY
+
+    def test_it_goes_on_with_the_time_that_has_passed(self):
+        self.go_on(30 * self.DAY, boot=self.boot)       # between two sessions of --stdio
+        self.assertLess(self.look(), 0.001)
+        self.go_on(0, 42 * self.DAY, 'off')
+        self.assertAlmostEqual(self.look(), 42, 2)
+        self.assertIn('the clock is 42 d ahead of the trusted time', self.log[0])
+        hours = 0
+        while self.look() > 0.001:
+            self.go_on(3600)
+            self.look()
+            self.go_on(0, 0, ('another', 'boot')[hours % 2])
+            hours += 1
+        self.assertIn(hours, range(40, 49))
+
+    def test_a_clock_that_is_wrong_for_some_seconds_destroys_nothing(self):
+        self.delete(self.upload(b'pack'))
+        for days, is_noted in itertools.product((77, 5110, -self.now / self.DAY, -30), (1, 0)):
+            if not is_noted:        # before there was a trusted time
+                (self.root / '.restic_serve/time').unlink()
+            for seconds, clock, boot in ((0, days, 'wrong'), (5, 0, ''), (5, -days, 'right'), (60, 0, '')):
+                self.go_on(seconds, clock * self.DAY, boot)
+                self.usage.purge(math.inf)
+            self.assertEqual(len(list(self.past.kept('/host'))), 1, days)
+            self.assertEqual(self.look() > 0.001, days == -30, days)
+        self.go_on(2 * self.DAY)
+        self.usage.purge(math.inf)
+        self.assertRegex(self.log[-1], r'^host: purged 1 object \(4 B\), deleted before 2026-11-\S+Z$')
+        self.assertEqual(list(self.past.kept('/host')), [])
+
+    def test_what_is_later_than_now_gets_the_time_of_now(self):
+        self.go_on(0, 14 * 365 * self.DAY, 'wrong')
+        self.store.create_repository('/new')
+        self.usage.purge(math.inf)
+        packs = [self.upload(b'%d' % number, repository='/new') for number in range(3)]
+        moment = self.now
+        for pack in packs:
+            self.delete(pack)
+        self.roll_back(moment, '/new')
+        self.delete(packs[0])
+        self.go_on(0, -14 * 365 * self.DAY, 'right')
+        for pack in packs[1:]:
+            os.utime(path_of(self.store, pack), (self.now - 100, self.now - 100))
+        self.usage.purge(math.inf)
+        self.assertIn('new: its past was to begin later than now (2040-', '\n'.join(self.log))
+        self.assertEqual(self.past.earliest('/new'), int(self.now * 1e6))
+        for is_corrected in (False, True):      # not by one reading of the clock
+            self.usage.purge(math.inf)
+            times = {max(name.deleted, name.returned)[:15] for *_, name in self.past.kept('/new')}
+            self.assertEqual(times == {restic_serve.format_moment(int(self.now * 1e6))[:15]}, is_corrected)
+            self.go_on(3600)
+        self.assertIn('is later than now, and gets that time', self.log[-1])
+        self.assertEqual(self.view(self.now - 5, '/new'), {'data': sorted(pack.name for pack in packs[1:])})
+
+
 class PastTest(PastTestCase):
     """What was deleted stays for a while."""
 
@@ -2711,26 +2794,53 @@ class PastTest(PastTestCase):
                     self.assertEqual(list(self.store.objects(Location(repository, kind), False)), [])
             self.assertEqual(list(self.store.walk(self.fail))[0].path, '')
 
-    def test_a_list_is_whole_whenever_a_roll_back_or_a_delete_comes_between_two_looks(self):
-        names = [self.upload(b'pack %d' % number, 'index').name for number in range(3)]
-        moment = self.now - 1
-        for name in names[:2]:
-            self.delete(Location('/host', 'index', name))
-        view = restic_serve.View(self.store, int(moment * 1e6))
-        deleted = Location('/host', 'index', names[2])
-        for look in range(8):
-            for change in (lambda: self.roll_back(moment), lambda: self.past.delete(deleted)):
-                left = iter([*[int] * look, change])    # int() does nothing
-                with first(lambda *args, left=left: next(left, int)(), restic_serve.Folders, 'open_to_scan'):
-                    listed = [name for some, _ in view.objects(Location('/host', 'index'), True)
-                              for name in some]
-                self.assertEqual(sorted(listed), sorted(names), look)
+    def test_a_past_is_whole_or_fails_whatever_comes_between_two_looks(self):
+        acts = {
+            'delete': lambda: self.past.delete(self.there[0]),
+            'roll-back': lambda: self.roll_back(self.moment, self.there[0].repository),
+            'purge': lambda: list(self.make_past(1e-9).purge(self.there[0].repository, int(self.now * 1e6))),
+            'delete for ever': lambda: self.make_past(0).delete(self.there[1])}
+        reads = {
+            'list': lambda view: [name for some, _ in view.objects(
+                Location(self.there[0].repository, 'index'), True) for name in some],
+            'open': lambda view: [named(view.open(location).read_all()) for location in self.there]}
+        number = itertools.count()
+        patch_for(self, os, fsync=lambda fd: None)
+        times = list(itertools.combinations(range(12 if LONG_TESTS else 7), 2))
+        for pair, looks, read in itertools.product(itertools.permutations(acts, 2), times, reads):
+            repository = f'/{next(number)}'
+            self.store.create_repository(repository)
+            self.past.begin(repository)
+            self.there = [self.upload(b'%d' % each, 'index', repository) for each in range(3)]
+            self.moment = self.now - 1
+            view = self.past.view(repository, restic_serve.moment_for_people(int(self.moment * 1e6)))
+            if pair[0] != 'delete':
+                self.delete(self.there[2])
+            with self.interrupted(dict(zip(looks, map(acts.get, pair)))):
+                try:
+                    names = reads[read](view)
+                except restic_serve.NoHistory:
+                    self.assertNotEqual(set(pair), {'delete', 'roll-back'})
+                else:
+                    self.assertEqual(sorted(names), sorted(each.name for each in self.there),
+                                     (pair, looks, read))
+
+    def interrupted(self, acts):
+        """Have something done before some of the looks into folders, by their number."""
+        looks, busy, patches = itertools.count(), [], contextlib.ExitStack()
+
+        def look(real, *args, **more):
+            if not busy:
+                busy.append(True)
+                acts.get(next(looks), lambda: None)()
                 self.now += 1
-            for name in names[:2]:
-                self.delete(Location('/host', 'index', name))
-            self.roll_back(moment)
-            for name in names[:2]:
-                self.delete(Location('/host', 'index', name))
+                busy.clear()
+            return real(*args, **more)
+
+        for kind, name in ((restic_serve.Folders, 'open'), (restic_serve.Folder, 'stat')):
+            patches.enter_context(mock.patch.object(kind, name, functools.partialmethod(
+                functools.partial(look, getattr(kind, name)))))
+        return patches
 
     def synced_by(self, call):
         """The folders below the root that a call has synced by its end."""
@@ -2743,6 +2853,35 @@ class PastTest(PastTestCase):
         with mock.patch.object(restic_serve.Folder, 'sync', sync):
             call()
         return synced
+
+    def test_a_roll_back_syncs_its_marks_first_and_each_kind_before_the_next(self):
+        for kind in ('index', 'snapshots'):
+            self.upload(kind.encode(), kind)
+        moment, steps = self.now, []
+        self.now += 1
+        for kind in ('snapshots', 'index'):
+            self.delete(Location('/host', kind, named(kind.encode())))
+
+        def note(owner, what, where):
+            real = getattr(owner, what)
+
+            def call(*args):
+                steps.append((what, os.path.relpath(args[where].path, self.root / 'host')))
+                return real(*args)
+            return mock.patch.object(owner, what, call)
+
+        with note(restic_serve.Past, 'mark', 1), note(restic_serve, 'move', 2), \
+                note(restic_serve.Folder, 'sync', 0):
+            self.roll_back(moment)
+        self.assertEqual(steps, [step for kind in ('index', 'snapshots')
+                                 for kept in (f'.restic_serve/deleted/{kind}',) for step in (
+            ('mark', kept), ('sync', kept), ('move', kind), ('sync', kind), ('sync', kept))])
+
+    def test_the_first_delete_begins_the_past(self):
+        self.store.create_repository('/copied')
+        pack, begun = self.upload(b'pack', repository='/copied'), self.now
+        self.delete(pack)
+        self.assertEqual(self.past.earliest('/copied'), int(begun * 1e6))
 
     def test_a_delete_that_another_has_just_done_is_on_the_disk_all_the_same(self):
         location = self.upload(b'pack')
@@ -2842,16 +2981,28 @@ class PastTest(PastTestCase):
     def test_a_server_without_the_option_ends_what_is_known(self):
         pack, other = self.upload(b'pack'), self.upload(b'other')
         self.now += 10
+        self.delete(Location('/host', 'data', 'a' * 64), self.make_past(0))
+        self.assertEqual(self.view(self.now - 5), {'data': sorted([pack.name, other.name])})
         self.delete(pack, self.make_past(0))
         self.assertEqual(self.past.earliest('/host'), int((self.now - 1) * 1e6))
         self.assertEqual(self.view(self.now), {'data': [other.name]})
+        shutil.rmtree(self.root / 'host/.restic_serve')
+
+        def delete(store, location, real=Store.delete):     # another server begins the past meanwhile
+            self.past.begin('/host')
+            self.now += 1
+            return real(store, location)
+
+        with mock.patch.object(Store, 'delete', delete):
+            self.make_past(0).delete(other)
+        self.assertEqual(self.past.earliest('/host'), int(self.now * 1e6))
 
     def test_it_is_purged_when_its_time_has_passed(self):
         for location in [self.upload(bytes([number])) for number in range(3)]:
             self.delete(location)
             self.now += 100
         self.now += self.KEEP - 250
-        self.assertEqual(list(self.past.purge('/host')), [1])
+        self.assertEqual(self.purge(), [1])
         self.assertEqual(len(list(self.past.kept('/host'))), 2)
         self.assertEqual(self.make_past(math.inf).earliest('/host'), self.past.earliest('/host'))
 
@@ -2880,6 +3031,45 @@ class PastTest(PastTestCase):
         self.roll_back(attacked)        # a roll-back can be rolled back
         self.assertEqual(self.view(self.now), after)
         self.assertEqual((self.root / 'host/config').read_bytes(), b'new config')
+
+    def test_a_roll_back_excludes_another_and_says_what_is_lost(self):
+        moment, packs = self.now + 2, [self.upload(b'%d' % number) for number in range(3)]
+        self.now += 1
+        for pack in packs[1:]:
+            self.delete(pack)
+        self.upload(b'config', 'config')
+        lost = next(self.root.rglob(f'{packs[1].name}.*'))
+        lost.unlink()
+        for path in (lost, Path(path_of(self.store, packs[2]))):
+            path.symlink_to('elsewhere')
+        job, other = (restic_serve.RollBack(self.store, self.past, '/host', int(moment * 1e6))
+                      for _ in range(2))
+        patch_for(self, restic_serve.View, open=lambda view, location: io.BytesIO())
+        with other, job:
+            job.check(force=False)
+            with self.assertRaisesRegex(ValueError, '^another roll-back of it is running; wait for its end$'):
+                other.check(force=False)
+            job.run()
+            self.assertEqual(job.lost, [str(lost.relative_to(self.root / 'host'))])
+        self.assertEqual(str(job), '1 pack (1 B) restored')
+        self.assertEqual(Path(path_of(self.store, packs[2])).read_bytes(), b'2')
+
+    @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'for root')
+    def test_what_a_roll_back_by_root_creates_belongs_to_the_owner(self):
+        pack, config = self.upload(b'pack'), self.upload(b'config', 'config')
+        moment, self.now = self.now, self.now + 1
+        self.delete(pack)
+        self.delete(config)
+        self.upload(b'new', 'index')
+        Path(path_of(self.store, pack)).parent.rmdir()
+        Path(path_of(self.store, config)).write_bytes(b'other')
+        for path in (self.root, *self.root.rglob('*')):
+            os.chown(path, 1234, 1235)
+        done = self.run_it('--roll-back', restic_serve.moment_for_people(int(moment * 1e6)),
+                           self.root / 'host')
+        self.assertEqual(done, (0, 'host: 1 config, 1 pack (4 B) restored, 1 index set aside\n', ''))
+        for path in self.root.rglob('*'):
+            self.assertEqual((path.stat().st_uid, path.stat().st_gid), (1234, 1235), path)
 
     def test_what_has_the_name_of_an_object_is_looked_at_before_it_is_left(self):
         """Where uploads are not verified an attacker may put anything under the name of a pack."""
@@ -2916,13 +3106,13 @@ class PastTest(PastTestCase):
         self.now += 1
         self.delete(pack)
         self.now += 2 * self.KEEP
-        list(self.past.purge('/host'))
+        self.purge()
         self.assertRaisesRegex(ValueError, 'no history before', self.roll_back, moment)
 
     def test_a_very_long_time_purges_nothing(self):
         self.delete(self.upload(b'pack'))
         for keep in (2000 * 365 * 86400, 1e12):
-            self.assertEqual(list(self.make_past(keep).purge('/host')), [])
+            self.assertEqual(self.purge(self.make_past(keep)), [])
 
     def test_a_name_of_others_is_no_mark(self):
         since = self.past.earliest('/host')
@@ -2964,7 +3154,7 @@ class PastTest(PastTestCase):
                                  3 if is_there else None)
             elif action == 8:
                 self.now += chance.choice((0, 0, 400))
-                list(self.past.purge('/host'))
+                self.purge()
             else:
                 moment = self.moment(chance, begin)
                 wanted, present = then(moment).get('data', []), then(self.now).get('data', [])
@@ -3002,7 +3192,7 @@ class PastTest(PastTestCase):
             (folder / name).touch()
         with open(folder / 'upload-alive', 'rb') as alive:
             restic_serve.lock_file(alive.fileno())
-            list(self.past.purge('/host'))
+            self.purge()
             self.assertEqual(sorted(name for name in self.files(folder) if '-' in name),
                              ['new-young', 'upload-alive'])
 
@@ -3081,7 +3271,7 @@ class PastDeathTest(PastTestCase):
             if done:
                 self.assertEqual(len(list(self.past.kept('/host'))), 1)
 
-        self.die_at_each_step(prepare, lambda prepared: list(self.past.purge('/host')), check)
+        self.die_at_each_step(prepare, lambda prepared: self.purge(), check)
 
     def test_in_a_roll_back(self):
         kinds = ('data', 'index', 'keys', 'snapshots', 'config')
@@ -3214,6 +3404,7 @@ class PastApiTest(PastTestCase):
         self.assertIn('restic_serve_repository_deleted_kept_bytes{repo="host"} 900\n', exposed)
         self.assertIn('restic_serve_repository_deleted_last_day_objects{repo="host"} 3\n', exposed)
         self.now += 2 * self.KEEP
+        patch_for(self, restic_serve.TrustedTime, look=lambda trusted, now, first: now)
         self.usage.purge(math.inf)
         self.assertEqual(self.usage.quota('')[0], 0)
         self.usage.census.count()
@@ -3253,6 +3444,9 @@ class PastApiTest(PastTestCase):
                 self.assertEqual((scrubbed(age)[::2], found), ((0, 0), {}))
             kept(locations[1]).write_bytes(b'damaged')
             self.assertEqual([scrubbed()[0] for _ in range(2)], [1, 0])
+            stray = kept(locations[0]).with_name('upload-dead')
+            stray.touch()
+            self.assertEqual((scrubbed()[0], list(found)), (0, [str(stray)]))
 
 
 # ---- Counters --------------------------------------------------------------------------------------
@@ -3788,6 +3982,8 @@ class ScrubTest(TestCase):
                 os.utime(f'{self.root}/host/index/{named(content)}', (now + 350,) * 2)
             with mock.patch.object(time, 'time', return_value=now + seconds):
                 self.assertEqual(self.scrub(age)[1:], (read, damaged), seconds)
+        self.assertEqual(self.scrub(age=3600)[1:], (10, 1))     # the last time was later than now
+        self.assertIn('checked later than now', ' '.join(self.log))
 
     def test_a_memory_that_is_no_json_is_forgotten_and_one_that_cannot_be_read_is_read_again(self):
         (self.root / '.restic_serve').mkdir(exist_ok=True)
@@ -5941,6 +6137,8 @@ class EventsTest(WatchedTestCase):
         self.assertEqual([self.look(old), self.look(), self.look(old)], [[], [], []])
         self.age('late', 1.5)
         self.assertEqual(self.look(), [])       # that snapshot is older than the one that was seen
+        (self.root / '.restic_serve/events.json').write_text('{"back": {"/late": 3e9}}')
+        self.assertEqual(len(self.look()), 2)   # at a time that is yet to come
         self.fill('/late', 'snapshots', age=-3600)
         with mock.patch.object(time, 'time', return_value=time.time() + 9000):
             self.assertEqual([line.partition('|')[0] for line in self.look()], ['overdue', 'overdue'])
