@@ -56,7 +56,7 @@ it at the same time.
 """
 from __future__ import annotations  # Python 3.8 or newer is required
 
-__version__: str = '1.0.0'          # Python 3.8 or newer is required: 2 and 3.6 stop at one of these lines
+__version__: str = '1.1.0'          # Python 3.8 or newer is required: 2 and 3.6 stop at one of these lines
 
 try:
     import argparse
