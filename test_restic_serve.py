@@ -1951,46 +1951,28 @@ class FileSystemsTest(TestCase):
         self.assertEqual(Path(path_of(store, location)).read_bytes(), b'x')
         self.assertEqual([name for name in self.files() if 'restic_serve' in name], [])
 
-    def test_what_is_about_to_replace_an_old_object_is_no_left_over(self):
+    def test_what_is_about_to_replace_an_old_object_is_not_open_and_no_left_over(self):
         store = self.make_store()
         store.create_repository('/host')
-        location = Location('/host', 'keys', named(b'x'))
-        target = Path(path_of(store, location))
+        location, renamed = Location('/host', 'keys', named(b'x')), []
+        target, real = Path(path_of(store, location)), os.replace
 
-        def start_another(source, target):
-            if target.endswith(location.file):
+        def rename(old, new, **more):
+            if os.path.basename(new) == location.file:
                 store.hidden.remove_left_overs(store.now)
+                inode = os.stat(old, dir_fd=more.get('src_dir_fd')).st_ino
+                for fd in os.listdir('/proc/self/fd'):
+                    with contextlib.suppress(OSError):
+                        self.assertNotEqual(os.fstat(int(fd)).st_ino, inode)
+                renamed.append(new)
+            return real(old, new, **more)
 
-        for store.nameless in NAMELESS:
-            target.write_bytes(b'damaged')
-            os.utime(target, (1e9, 1e9))
-            with first(start_another, os, 'replace'):
-                store.save(location, Bytes(b'x'))
-            self.assertEqual((target.read_bytes(), target.stat().st_mtime), (b'x', 1e9))
-
-    def test_no_file_is_open_when_it_is_renamed_to_its_name(self):
-        store = self.make_store()
-        store.create_repository('/host')
-        location = Location('/host', 'keys', named(b'x'))
-        target = Path(path_of(store, location))
-        renamed = []
-
-        def check(call):
-            def rename(old, new, **more):
-                if os.path.basename(new) == location.file:
-                    inode = os.stat(old, dir_fd=more.get('src_dir_fd')).st_ino
-                    for fd in os.listdir('/proc/self/fd'):
-                        with contextlib.suppress(OSError):
-                            self.assertNotEqual(os.fstat(int(fd)).st_ino, inode)
-                    renamed.append(new)
-                return call(old, new, **more)
-            return rename
-
-        with mock.patch.object(os, 'replace', check(os.replace)):
+        with mock.patch.object(os, 'replace', rename):
             for store.nameless in NAMELESS:
                 target.write_bytes(b'damaged')
+                os.utime(target, (1e9, 1e9))
                 store.save(location, Bytes(b'x'))
-                self.assertEqual(target.read_bytes(), b'x')
+                self.assertEqual((target.read_bytes(), target.stat().st_mtime), (b'x', 1e9))
             target.unlink()
             with mock.patch.object(os, 'link', side_effect=PermissionError(errno.EPERM, 'made by a test')):
                 store.save(location, Bytes(b'x'))
@@ -2621,6 +2603,11 @@ class PastTestCase(TestCase):
     def make_past(self, keep=KEEP):
         return restic_serve.Past(self.store, keep, lambda: self.now)
 
+    def tick(self):
+        """The time, which goes on."""
+        self.now += 1
+        return self.now - 1
+
     def upload(self, content, kind='data', repository='/host'):
         location = Location(repository, kind, '' if kind == 'config' else named(content))
         if self.store.save(location, Bytes(content)).objects:
@@ -2822,8 +2809,7 @@ class PastTest(PastTestCase):
     def test_a_roll_back_syncs_its_marks_first_and_each_kind_before_the_next(self):
         for kind in ('index', 'snapshots'):
             self.upload(kind.encode(), kind)
-        moment, steps = self.now, []
-        self.now += 1
+        moment, steps = self.tick(), []
         for kind in ('snapshots', 'index'):
             self.delete(Location('/host', kind, named(kind.encode())))
 
@@ -2849,24 +2835,23 @@ class PastTest(PastTestCase):
         self.assertEqual(self.past.earliest('/copied'), int(begun * 1e6))
 
     def test_a_delete_that_another_has_just_done_is_on_the_disk_all_the_same(self):
+        def folders(location):
+            return {f'host/{place}data/{location.name[:2]}' for place in ('', '.restic_serve/deleted/')}
+
         location = self.upload(b'pack')
-        prefix = location.name[:2]
-        folders = {f'host/data/{prefix}', f'host/.restic_serve/deleted/data/{prefix}'}
         for _ in range(2):
-            self.assertLessEqual(folders, self.synced_by(lambda: self.past.delete(location)))
+            self.assertLessEqual(folders(location), self.synced_by(lambda: self.past.delete(location)))
         # One that loses the race for the rename.
-        location = self.upload(b'other')
-        prefix = location.name[:2]
+        other, real = self.upload(b'other'), restic_serve.move
         self.past.delete(self.upload(b'make the folder'))
-        real = restic_serve.move
 
         def move(*args):
             real(*args)
             raise FileNotFoundError
 
         with mock.patch.object(restic_serve, 'move', move):
-            synced = self.synced_by(lambda: self.assertIsNone(self.past.delete(location)))
-        self.assertLessEqual({f'host/data/{prefix}', f'host/.restic_serve/deleted/data/{prefix}'}, synced)
+            synced = self.synced_by(lambda: self.assertIsNone(self.past.delete(other)))
+        self.assertLessEqual(folders(other), synced)
 
     def test_an_upload_that_another_has_just_stored_is_on_the_disk_all_the_same(self):
         location = self.upload(b'pack')
@@ -2963,26 +2948,28 @@ class PastTest(PastTestCase):
         self.assertEqual(self.past.earliest('/host'), int(self.now * 1e6))
 
     def test_it_is_purged_when_its_time_has_passed(self):
+        moment = self.now
         for location in [self.upload(bytes([number])) for number in range(3)]:
             self.delete(location)
             self.now += 100
         self.now += self.KEEP - 250
+        for keep in (2000 * 365 * 86400, 1e12):
+            self.assertEqual(self.purge(self.make_past(keep)), [])
         self.assertEqual(self.purge(), [1])
         self.assertEqual(len(list(self.past.kept('/host'))), 2)
         self.assertEqual(self.make_past(math.inf).earliest('/host'), self.past.earliest('/host'))
+        self.assertRaisesRegex(ValueError, 'no history before', self.roll_back, moment)
 
     def test_a_roll_back_brings_back_and_sets_aside(self):
         kept = {kind: self.upload(b'kept ' + kind.encode(), kind)
                 for kind in ('data', 'index', 'keys', 'snapshots', 'config')}
-        moment = self.now
-        self.now += 1
+        moment = self.tick()
         before = self.view(moment)
         for location in kept.values():
             self.delete(location)
         for kind in ('data', 'index', 'keys', 'snapshots', 'config'):
             self.upload(b'new ' + kind.encode(), kind)
-        attacked = self.now
-        self.now += 1
+        attacked = self.tick()
         after = self.view(attacked)
         text = ('1 snapshot, 1 index, 1 key, 1 config, 1 pack (9 B) restored, '
                 '1 snapshot, 1 index, 1 key, 1 pack (8 B) set aside')
@@ -3022,7 +3009,7 @@ class PastTest(PastTestCase):
     @unittest.skipUnless(hasattr(os, 'geteuid') and os.geteuid() == 0, 'for root')
     def test_what_a_roll_back_by_root_creates_belongs_to_the_owner(self):
         pack, config = self.upload(b'pack'), self.upload(b'config', 'config')
-        moment, self.now = self.now, self.now + 1
+        moment = self.tick()
         self.delete(pack)
         self.delete(config)
         self.upload(b'new', 'index')
@@ -3039,8 +3026,7 @@ class PastTest(PastTestCase):
     def test_what_has_the_name_of_an_object_is_looked_at_before_it_is_left(self):
         """Where uploads are not verified an attacker may put anything under the name of a pack."""
         pack = self.upload(b'pack')
-        moment = self.now
-        self.now += 1
+        moment = self.tick()
         self.delete(pack)
         Store(str(self.root), verify=False).save(pack, Bytes(b'garbage'))
         self.assertEqual(self.roll_back(moment), '1 pack (4 B) restored')
@@ -3048,8 +3034,7 @@ class PastTest(PastTestCase):
 
     def test_what_comes_while_a_roll_back_goes_on_stays(self):
         patch_for(self, Store, now=lambda store, path='': self.now if path else self.now + 9999)
-        moment = self.now
-        self.now += 1
+        moment = self.tick()
         self.upload(b'new')
         late = []
 
@@ -3064,20 +3049,6 @@ class PastTest(PastTestCase):
         self.upload(b'lock', 'locks')
         self.assertRaisesRegex(ValueError, 'the repository has been locked since', self.roll_back, moment)
         self.roll_back(moment, force=True)
-
-    def test_what_a_purge_has_taken_cannot_be_rolled_back_to(self):
-        pack = self.upload(b'pack')
-        moment = self.now
-        self.now += 1
-        self.delete(pack)
-        self.now += 2 * self.KEEP
-        self.purge()
-        self.assertRaisesRegex(ValueError, 'no history before', self.roll_back, moment)
-
-    def test_a_very_long_time_purges_nothing(self):
-        self.delete(self.upload(b'pack'))
-        for keep in (2000 * 365 * 86400, 1e12):
-            self.assertEqual(self.purge(self.make_past(keep)), [])
 
     def test_a_name_of_others_is_no_mark(self):
         since = self.past.earliest('/host')
@@ -3211,9 +3182,7 @@ class PastDeathTest(PastTestCase):
                 self.assertEqual(self.view(self.now), {})
 
         def prepare():
-            pack = self.upload(b'pack')
-            self.now += 1
-            return pack, self.now - 1
+            return self.upload(b'pack'), self.tick()
 
         self.die_at_each_step(prepare, lambda prepared: self.past.delete(prepared[0]), check)
 
@@ -3224,8 +3193,7 @@ class PastDeathTest(PastTestCase):
             kept = self.upload(b'kept')
             self.now += self.KEEP
             other = self.upload(b'other')
-            moment = self.now
-            self.now += 1
+            moment = self.tick()
             self.delete(other)
             return kept, other, moment
 
@@ -3243,14 +3211,12 @@ class PastDeathTest(PastTestCase):
 
         def prepare():
             old = [self.upload(b'old ' + kind.encode(), kind) for kind in kinds]
-            moment = self.now
-            self.now += 1
+            moment = self.tick()
             before = self.view(moment)
             for location in old:
                 self.delete(location)
             new = [self.upload(b'new ' + kind.encode(), kind) for kind in kinds]
-            attacked = self.now
-            self.now += 1
+            attacked = self.tick()
             return moment, before, attacked, self.view(attacked), old, new
 
         def check(prepared, done=False):
@@ -3285,10 +3251,9 @@ class PastApiTest(PastTestCase):
     def test_it_is_read_by_any_request_and_written_by_none(self):
         pack, lock = self.upload(b'0123456789'), self.upload(b'lock', 'locks')
         self.upload(b'config', 'config')
-        moment = restic_serve.moment_for_people(int(self.now * 1e6))
-        self.now += 1
+        moment = restic_serve.moment_for_people(int(self.tick() * 1e6))
         self.assertEqual(self.ask('DELETE', f'/host/data/{pack.name}')[0], 200)
-        self.now += 1
+        self.tick()
         at = f'/host/.at/{moment}'
         gone = f'/host/.at/{restic_serve.moment_for_people(int(self.now * 1e6))}'
         for path, expected in ((f'{at}/data/{pack.name}', (200, b'0123456789')),
@@ -3331,17 +3296,11 @@ class PastApiTest(PastTestCase):
 
     def test_encoded_and_reserved_names(self):
         self.assertEqual(restic_serve.parse_path('/x%2541/.at/2d/config').repository, '/x%41')
-        for name in ('.Restic_Serve', '.restic_serve.', '.AT', '.snapshots', '@eaDir', 'lost+found'):
+        for name in ('.Restic_Serve', '.restic_serve', '.restic_serve.', '.AT', '.snapshots', '@eaDir',
+                     'lost+found'):
             self.assertEqual(self.ask('POST', f'/host/{name}/?create=true')[0], 404, name)
         for name in ('DATA', 'Config', 'My Snapshots'):     # which are names like any other
             self.assertEqual(restic_serve.parse_path(f'/host/{name}/').repository, f'/host/{name}')
-
-    def test_what_is_kept_cannot_be_named(self):
-        self.delete(self.upload(b'pack'))
-        for path in self.files():
-            if 'deleted' in path:
-                self.assertEqual(self.ask('GET', f'/{path}')[0], 404, path)
-        self.assertEqual(self.ask('POST', '/host/.restic_serve/?create=true')[0], 404)
 
     def test_what_is_kept_counts_for_quotas_until_it_is_purged(self):
         counted_plainly(self)
@@ -3584,11 +3543,7 @@ class CountersTest(TestCase):
         counters.join(1)
         counters.add(('x',), 2)
         self.assertEqual(counters.total(('x',), 1), [3])
-        with failing(lambda length: True, restic_serve, 'shared_memory', errno.ENOMEM):
-            self.assertRaises(OSError, Counters)
-
-    def test_more_processes_than_memory_has_slots_for_are_a_system_error(self):
-        """What no address can name is not to be had either, which main() says in a line."""
+        # What no address can name is not to be had either, which main() says in a line.
         error = raised(OSError, Counters, 1 << 40)
         self.assertIn('for the counters of 1099511627776 processes', str(error))
         self.assertEqual(error.errno, errno.ENOMEM)
@@ -3653,8 +3608,6 @@ class BandwidthTest(unittest.TestCase):
         for text in ('', 'x', '10X', '10M:', '1:2:3', '24:00,1M', '10:60,1M', '10:20,', 'Foo-10:20,1M',
                      'M-10:20,1M', '10M 20M', '10M;10:20,1M', '-1', '10:20,1M,2M'):
             self.assertIn('10M:1M, off', str(raised(ValueError, restic_serve.parse_timetable, text)))
-
-    def test_a_number_that_no_disk_holds_is_one_line(self):
         for parse in (restic_serve.parse_size, restic_serve.parse_quota):
             self.assertIn('is too large', str(raised(ValueError, parse, '9' * 400 + 'M')))
 
@@ -6837,7 +6790,7 @@ class ApiTest(ApiTestCase):
                      f'/host/data/{self.NAME.upper()}', f'/host/data/{self.NAME}0', '/host/keys/x/',
                      f'/host/data/{self.NAME[:2]}/{self.NAME}', f'/host/other/{self.NAME}',
                      '/host/data/x/config', f'/{restic_serve.HIDDEN}/config', '/data/host/config',
-                     f'/{restic_serve.HIDDEN}/data/', '/config/config'):
+                     f'/{restic_serve.HIDDEN}/deleted/data/', '/config/config'):
             for method in ('GET', 'HEAD'):
                 self.assertEqual(self.status(method, path), 404, (method, path))
 
@@ -6950,8 +6903,9 @@ class ApiTest(ApiTestCase):
     def test_a_web_page_may_ask_nothing_unless_its_origin_is_allowed(self):
         self.make_repository()
         name = named(b'x')
-        for allowed, origins in (('', ('https://evil.example', 'null', 'http://localhost:8080', '')),
-                                 ('https://example.org', ('https://evil.example', 'null', 'http://example.org'))):
+        for allowed, origins in (
+                ('', ('https://evil.example', 'null', 'http://localhost:8080', '')),
+                ('https://example.org', ('https://evil.example', 'null', 'http://example.org'))):
             self.api = Api(self.store, Policy(), allow_origin=allowed)
             self.ask('POST', f'/locks/{name}', b'x')
             for origin in origins:
@@ -7253,27 +7207,20 @@ class HeadTest(unittest.TestCase):
             self.assertEqual(self.parse(f'GET {target} HTTP/1.1\r\nHost: x\r\n')[1], path)
 
     def test_what_is_refused_and_why(self):
-        for head, reason in (
-                ('GET /\r\n', 'request line'), ('GET  / HTTP/1.1\r\nHost: x\r\n', 'request line'),
-                ('GET / HTTP/1.1 \r\nHost: x\r\n', 'request line'), (' GET / HTTP/1.1\r\n', 'line'),
-                ('G\x00T / HTTP/1.1\r\nHost: x\r\n', 'request line'),
-                ('GET /\xe9 HTTP/1.1\r\nHost: x\r\n', 'request line'),
-                ('GET /#a HTTP/1.1\r\nHost: x\r\n', 'request line'),
-                ('GET / HTTP/1.1\r\nHost: x\r\n folded: 1\r\n', 'folded'),
-                ('GET / HTTP/1.1\r\n Host: x\r\n', 'folded'),
-                ('GET / HTTP/1.1\r\nHost : x\r\n', 'space before the colon'),
-                ('GET / HTTP/1.1\r\nHost: x\r\nA: \x01\r\n', 'control character'),
-                ('GET / HTTP/1.1\r\nHost: x\r\nA: b\rc\r\n', 'control character'),
-                ('GET / HTTP/1.1\r\nHost: x\r\nA: \x7f\r\n', 'control character'),
-                ('GET / HTTP/1.1\r\nHost: x\r\n: b\r\n', 'header line'),
-                ('GET / HTTP/1.1\r\nHost: x\r\nA b: c\r\n', 'header line'),
-                ('GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n', 'header line'),
-                ('GET / HTTP/1.1\r\n', 'Host'), ('GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n', 'Host'),
-                ('GET / HTTP/1.1\r\nHost: a b\r\n', 'Host'),
-                ('GET a HTTP/1.1\r\nHost: x\r\n', 'target'),
-                ('CONNECT x:80 HTTP/1.1\r\nHost: x\r\n', 'target')):
-            error = raised(HttpError, self.parse, head)
-            self.assertEqual((error.status, reason in str(error)), (400, True), (head, error))
+        line, host = 'GET / HTTP/1.1\r\n', 'GET / HTTP/1.1\r\nHost: x\r\n'
+        for reason, *heads in (
+                ('request line', 'GET /\r\n', 'GET  / HTTP/1.1\r\nHost: x\r\n', ' GET / HTTP/1.1\r\n',
+                 'GET / HTTP/1.1 \r\nHost: x\r\n', 'G\x00T / HTTP/1.1\r\nHost: x\r\n',
+                 'GET /\xe9 HTTP/1.1\r\nHost: x\r\n', 'GET /#a HTTP/1.1\r\nHost: x\r\n'),
+                ('folded', host + ' folded: 1\r\n', line + ' Host: x\r\n'),
+                ('space before the colon', line + 'Host : x\r\n'),
+                ('control character', host + 'A: \x01\r\n', host + 'A: b\rc\r\n', host + 'A: \x7f\r\n'),
+                ('header line', host + ': b\r\n', host + 'A b: c\r\n', host + 'no colon\r\n'),
+                ('Host', line, host + 'Host: x\r\n', line + 'Host: a b\r\n'),
+                ('target', 'GET a HTTP/1.1\r\nHost: x\r\n', 'CONNECT x:80 HTTP/1.1\r\nHost: x\r\n')):
+            for head in heads:
+                error = raised(HttpError, self.parse, head)
+                self.assertEqual((error.status, reason in str(error)), (400, True), (head, error))
 
     def test_the_length_of_a_body(self):
         length = restic_serve.body_length
@@ -7281,17 +7228,14 @@ class HeadTest(unittest.TestCase):
         self.assertEqual(length({'content-length': '5'}, 'HTTP/1.1'), 5)
         self.assertEqual(length({'content-length': '0'}, 'HTTP/1.0'), 0)
         self.assertIsNone(length({'transfer-encoding': 'Chunked'}, 'HTTP/1.1'))
-        for headers, version, status in (
-                ({'content-length': '5, 6'}, 'HTTP/1.1', 400), ({'content-length': '5, 5'}, 'HTTP/1.1', 400),
-                ({'content-length': '+5'}, 'HTTP/1.1', 400), ({'content-length': ''}, 'HTTP/1.1', 400),
-                ({'content-length': '-1'}, 'HTTP/1.1', 400), ({'content-length': '5_0'}, 'HTTP/1.1', 400),
-                ({'content-length': '9' * 30}, 'HTTP/1.1', 400), ({'content-length': '٣'}, 'HTTP/1.1', 400),
-                ({'content-length': '5', 'transfer-encoding': 'chunked'}, 'HTTP/1.1', 400),
-                ({'transfer-encoding': 'chunked'}, 'HTTP/1.0', 400),
-                ({'transfer-encoding': 'gzip'}, 'HTTP/1.1', 501),
-                ({'transfer-encoding': 'gzip, chunked'}, 'HTTP/1.1', 501),
-                ({'transfer-encoding': 'identity'}, 'HTTP/1.1', 501)):
-            self.assertEqual(raised(HttpError, length, headers, version).status, status, headers)
+        for bad in ('5, 6', '5, 5', '+5', '', '-1', '5_0', '9' * 30, '٣'):
+            self.assertEqual(raised(HttpError, length, {'content-length': bad}, 'HTTP/1.1').status, 400, bad)
+        for coding, version, status, more in (
+                ('chunked', 'HTTP/1.1', 400, {'content-length': '5'}), ('chunked', 'HTTP/1.0', 400, {}),
+                ('gzip', 'HTTP/1.1', 501, {}), ('gzip, chunked', 'HTTP/1.1', 501, {}),
+                ('identity', 'HTTP/1.1', 501, {})):
+            error = raised(HttpError, length, {'transfer-encoding': coding, **more}, version)
+            self.assertEqual(error.status, status, coding)
 
 
 class ContentTest(unittest.TestCase):
@@ -7597,18 +7541,10 @@ class HpackTest(unittest.TestCase):
                              (('password', 'secret'), '100870617373776f726406736563726574'),
                              ((':method', 'GET'), '82')):
             self.check([[field]], block)
-        self.check(self.REQUESTS, '828684410f7777772e6578616d706c652e636f6d', '828684be58086e6f2d6361636865',
-                   '828785bf400a637573746f6d2d6b65790c637573746f6d2d76616c7565')
-        self.check(self.REQUESTS,   # C.4, with Huffman coding
+        self.check(self.REQUESTS,   # C.4, as C.3, with Huffman coding
                    '828684418cf1e3c2e5f23a6ba0ab90f4ff', '828684be5886a8eb10649cbf',
                    '828785bf408825a849e95ba97d7f8925a849e95bb8e8b4bf')
-        self.check(self.RESPONSES,  # C.5: the table is made as small as it is there, 3fe101, and evicts
-                   '3fe101' '4803333032580770726976617465611d4d6f6e2c203231204f637420323031332032303a31333a32'
-                   '3120474d546e1768747470733a2f2f7777772e6578616d706c652e636f6d', '4803333037c1c0bf',
-                   '88c1611d4d6f6e2c203231204f637420323031332032303a31333a323220474d54c05a04677a69707738666f'
-                   '6f3d4153444a4b48514b425a584f5157454f50495541585157454f49553b206d61782d6167653d333630303b'
-                   '2076657273696f6e3d31')
-        self.check(self.RESPONSES,  # C.6, with both
+        self.check(self.RESPONSES,  # C.6: the table is made as small as it is there, 3fe101, and evicts
                    '3fe101' '488264025885aec3771a4b6196d07abe941054d444a8200595040b8166e082a62d1bff6e919d29ad'
                    '171863c78f0b97c8e9ae82ae43d3', '4883640effc1c0bf',
                    '88c16196d07abe941054d444a8200595040b8166e084a62d1bffc05a839bd9ab77ad94e7821dd7f2e6c7b335'
@@ -8308,18 +8244,14 @@ class StallTest(Http2TestCase):
             self.wait_for_end('stalled downloads')
 
     def test_an_upload_that_stops(self):
-        wire = self.connect()
-        self.assertEqual(wire.ask(post(f'/data/{"0" * 64}', b'x' * 100_000, length=1 << 20))[0], 408)
-        self.assertTrue(wire.is_closed())
-        self.wait_for_end('stalled uploads')
-        self.assertEqual(self.files(), [])
-
-    def test_an_upload_in_chunks_that_stops(self):
-        wire = self.connect()
-        wire.send(f'POST /data/{"0" * 64} HTTP/1.1\r\nHost: x\r\n'
-                  'Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n')
-        self.assertEqual(wire.answer()[0], 408)
-        self.wait_for_end('stalled uploads')
+        path = f'/data/{"0" * 64}'
+        for request in (post(path, b'x' * 100_000, length=1 << 20), f'POST {path} HTTP/1.1\r\nHost: x\r\n'
+                        'Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n'):
+            wire = self.connect()
+            self.assertEqual(wire.ask(request)[0], 408)
+            self.assertTrue(wire.is_closed())
+            self.assertEqual(self.files(), [])
+        self.wait_until(lambda: self.limited() == {'stalled uploads': 2}, 'both')
 
     def test_an_upload_over_http_2_that_stops(self):
         wire = self.http2()
@@ -8413,12 +8345,6 @@ class LoopTest(unittest.TestCase):
     def run_until(self, *expected):
         self.loop.run(lambda: self.heard[-len(expected):] == list(expected))
 
-    def test_signals_call_their_handlers_one_after_the_other(self):
-        self.loop.handlers = {number: functools.partial(self.heard.append, number) for number in (1, 2)}
-        for number in (1, 2, 3, 1):
-            self.loop.wake(number)
-        self.run_until(1, 2, 1)
-
     def test_a_real_signal_waits_until_it_is_caught(self):
         for signum in restic_serve._SIGNALS:
             self.addCleanup(signal.signal, signum, signal.getsignal(signum))
@@ -8427,11 +8353,6 @@ class LoopTest(unittest.TestCase):
         self.loop.handlers[signal.SIGUSR1] = lambda: self.heard.append('signal')
         self.loop.catch()
         self.run_until('signal')
-
-    def test_another_thread_ends_the_wait(self):
-        ended = threading.Event()
-        threading.Thread(target=lambda: (ended.set(), self.loop.wake())).start()
-        self.loop.run(ended.is_set)
 
     def test_what_can_be_read_is_told_of_until_it_is_watched_no_more(self):
         ours, theirs = socket.socketpair()
