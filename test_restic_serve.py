@@ -4550,13 +4550,6 @@ class UsageTest(TestCase):
             self.assertEqual(usage.quota('')[0], sum(
                 path.stat().st_size for path in (self.root / 'real').rglob('*') if path.is_file()))
 
-    def test_names_are_those_at_and_below_a_place(self):
-        for name in ('/alice/a', '/alice/b', '/alicex', '/bob'):
-            self.save(10, name)
-        self.usage.census.count()
-        self.assertEqual(self.usage.names('/alice'), ['/alice/a', '/alice/b'])
-        self.assertEqual(list(self.usage.holdings(['/bob'])), ['/bob'])
-
     def test_a_full_quota_lets_a_damaged_object_be_mended_and_what_replaces_it_is_counted(self):
         self.limit(700)
         location = self.save(700)
@@ -5177,14 +5170,13 @@ class SourcesTest(TestCase):
         self.assertEqual(self.client([], Peer('127.0.0.1'), x_forwarded_for='1.2.3.4'), '127.0.0.1')
 
     def test_combinations_that_make_no_sense_are_refused(self):
-        for words in (['--htpasswd', 'f', '--user', 'a', '--pass', 'p'], ['--user', 'a'], ['--pass', 'p'],
-                      ['--user', 'a', '--pass', 'p', '--user-from-header', 'X'], ['--private-repos'],
+        for words in (['--htpasswd', 'f', '--user', 'a', '--pass', 'p'], ['--private-repos'],
+                      ['--user', 'a', '--pass', 'p', '--user-from-header', 'X'],
                       ['--admin', 'a'], ['--admin', '../a'],
                       ['--trust-proxy', 'x', '--user-from-header', 'X'], ['--realm', 'a"b'],
                       ['--bcrypt-cost', '3'], ['--addr', '/s', '--addr', ':1', '--private-repos'],
                       ['--user-from-header', 'a b'], ['--add-user', 'a/b', '--htpasswd', 'f'],
-                      ['--max-size-per-user', '1G'], ['--max-size', 'x'], ['--max-size', '-1'],
-                      ['--prometheus-no-auth'], ['--stats', 'x'], ['--stale-after', '1x']):
+                      ['--max-size', 'x'], ['--max-size', '-1'], ['--stats', 'x']):
             self.assertNotEqual(refusal(*words, 'dir'), '', words)
         for words in (['--private-repos', '--addr', '/socket'], ['--private-repos', '--htpasswd', 'f'],
                       ['--private-repos', '--user-from-header', 'X'],
@@ -5256,7 +5248,8 @@ class RightsTest(TestCase):
                 ('POST', '?create=true', 'append', 200), ('POST', f'data/{NAME}', 'append', 200),
                 ('POST', 'config', 'append', 403), ('DELETE', f'locks/{NAME}', 'read', 200),
                 ('DELETE', '', 'read', 501), ('DELETE', f'data/{NAME}', 'write', 200),
-                ('DELETE', 'config', 'write', 200))
+                ('DELETE', f'index/{NAME}', 'write', 200), ('DELETE', f'keys/{NAME}', 'write', 200),
+                ('DELETE', f'snapshots/{NAME}', 'write', 200), ('DELETE', 'config', 'write', 200))
 
     def test_every_role_with_every_request_on_every_kind_of_path(self):
         store = self.make_store()
@@ -6697,22 +6690,6 @@ class ApiTest(ApiTestCase):
         self.assertEqual(self.status('POST', f'{"/a" * 65}/?create=true'), 400)
         self.assertEqual(self.status('GET', f'{"/a" * 2000}/config'), 400)
 
-    def test_append_only(self):
-        for kind in restic_serve.KINDS:
-            self.ask('POST', f'/host/{kind}/{self.NAME}', self.CONTENT)
-        self.ask('POST', '/host/config', b'one')
-        self.api.policy.rights = short_rights(append_only=True)
-        for kind in restic_serve.KINDS:
-            path = f'/host/{kind}/{self.NAME}'
-            self.assertEqual(self.status('DELETE', path), 200 if kind == 'locks' else 403, kind)
-            self.assertEqual(self.status('POST', path, self.CONTENT), 200, kind)
-            self.assertEqual(self.status('POST', path, b'other'), 400, kind)
-            self.assertEqual(self.ask('GET', path)[2], self.CONTENT)
-        self.assertEqual(self.status('DELETE', '/host/config'), 403)
-        self.assertEqual(self.status('POST', '/host/config', b'one'), 200)
-        self.assertEqual(self.status('POST', '/host/config', b'two'), 403)
-        self.assertEqual(self.status('DELETE', '/host/'), 501)
-
     def test_append_only_lets_a_damaged_object_be_mended(self):
         path = f'/host/data/{self.NAME}'
         self.ask('POST', path, self.CONTENT)
@@ -7264,10 +7241,8 @@ class ContentTest(unittest.TestCase):
         chunked = b'3\r\nabc\r\n0a;x=y\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n'
         self.assertEqual(read(chunked + b'GET /'), (b'abc0123456789', b'GET /'))
         self.assertEqual(read(*(chunked[at:at + 1] for at in range(len(chunked)))), (b'abc0123456789', b''))
-        for bad in (b'x\r\n', b'-1\r\n', b'+1\r\na\r\n', b'1 1\r\n', b'1 \r\na\r\n', b'1;\0\r\na\r\n',
-                    b'0x1\r\na\r\n', b'0\r\nA : b\r\n\r\n', b'1\na\r\n', b'1\r\nab\r\n', b'1\r\na', b'',
-                    b'\r\n', b'0\r\nbad trailer\r\n\r\n', b'1' * 16 + b'\r\n', b'1\r\na\n0\r\n\r\n',
-                    b'1;' + b'a' * 9999 + b'\r\na\r\n0\r\n\r\n'):
+        for bad in (b'x\r\n', b'-1\r\n', b'1 1\r\n', b'1 \r\na\r\n', b'1;\0\r\na\r\n', b'1\r\na', b'',
+                    b'0\r\nbad trailer\r\n\r\n', b'1;' + b'a' * 9999 + b'\r\na\r\n0\r\n\r\n'):
             self.assertEqual(read(bad), 400, bad)
         self.assertEqual(read(b'0\r\n' + b'X: y\r\n' * 50), 431)
 
@@ -7634,11 +7609,8 @@ class Http2FramesTest(Http2TestCase):
                 'te': [headers(1, fields('GET', '/', ('te', 'trailers')))],
                 'host': [headers(1, fields('GET', '/', ('host', 'x'), authority=None))],
                 **{f'a field as {literal}': [headers(1, block + bytes.fromhex(literal))] for literal in (
-                    'ba', '7a06683273706563', '7a849c48aca4', '4006782d7465737406683273706563',
-                    '4085f2b24a84ff849c48aca4', '0f2b06683273706563', '0f2b849c48aca4',
-                    '0006782d7465737406683273706563', '0085f2b24a84ff849c48aca4',
-                    '1f2b06683273706563', '1f2b849c48aca4', '1006782d7465737406683273706563',
-                    '1085f2b24a84ff849c48aca4')},
+                    'ba', '7a849c48aca4', '4085f2b24a84ff849c48aca4', '0f2b06683273706563',
+                    '0006782d7465737406683273706563', '1f2b849c48aca4', '1085f2b24a84ff849c48aca4')},
                 'a table of another size': [headers(1, b'\x3f\x61\x3f\xe1\x1f' + block)],
                 'a window for what is over': [headers(1), frame(WINDOW_UPDATE, 0, 1, word(1))]}.items():
             with self.subTest(what), self.http2() as wire:
@@ -7819,9 +7791,10 @@ class RequestOfTest(unittest.TestCase):
                           (('connection', 'close'),), (('transfer-encoding', 'chunked'),), (('te', 'gzip'),),
                           (('te', 'trailers, deflate'),), (('a b', 'c'),), (('a', 'b\r\n'),),
                           (('a', 'b\r\nc: d'),), (('a', ' b'),), (('content-length', 'x'),),
-                          (('content-length', '-1'),), (('host', 'other'),), ((':test', 'ok'),)):
+                          (('content-length', '-1'),), (('host', 'other'),), ((':test', 'ok'),),
+                          (('x: y\r\ntransfer-encoding', 'chunked'),), (('a: b\r\nx', 'y'),)):
             self.refuse(*self.GET, *fields_of)
-        for name, value in ((':path', ''), (':path', 'x'), (':path', '/a b'), (':path', '/#'),
+        for name, value in ((':path', ''), (':path', 'x'), (':path', '/a HTTP/1.1\r\nX: y'), (':path', '/#'),
                             (':method', 'G T'), (':scheme', ''), (':scheme', '1'), (':scheme', 'ht\ntp'),
                             (':authority', 'a b')):
             self.refuse(*((one, value if one == name else old) for one, old in self.GET))
@@ -9002,12 +8975,6 @@ class ServerTest(WireTestCase):
         self.assertTrue(self.finish().wait(PATIENCE))
         self.assertEqual(self.log, [f'created directory {self.root}'])
 
-    def test_a_second_stop_ends_the_wait(self):
-        self.begin_upload()
-        done = self.finish()
-        self.server.stop()
-        self.assertTrue(done.wait(PATIENCE))
-
     def test_where_descriptors_are_used_up_the_server_goes_on_later(self):
         idle = self.connect()
         self.assertEqual(idle.ask(get('/config'))[0], 404)
@@ -9630,15 +9597,12 @@ class CommandLineTest(TestCase):
     def test_a_bad_value_is_one_line_and_status_2(self):
         status, output, error = self.run_it('--addr', 'nonsense', 'x')
         self.assertEqual((status, output, error.count('\n')), (2, '', 1))
-        for words, environment in (([], {}), (['--unknown', 'x'], {}), (['a', 'b'], {}),
-                (['--append-only=maybe', 'x'], {}),
-                (['--bwlimit', '10X', 'x'], {}), (['--server-read-timeout', '10x', 'x'], {}),
-                (['--max-header-bytes', '0', 'x'], {}), (['serve', 'restic'], {}), (['--addr'], {}),
-                (['--append', 'x'], {}), (['x'], {'RESTIC_SERVE_ADDR': 'nonsense'}),
-                (['x'], {'RESTIC_SERVE_APPEND_ONLY': 'maybe'}), (['--bogus', 'a\nb'], {}),
-                (['--append-only', 'false', 'x'], {}), (['--', '-a', '-b'], {}),
-                (['x'], {'RESTIC_SERVE_VERBOSE': 'a'}), (['x'], {'RESTIC_SERVE_APPEND_ONLY': ''}),
-                (['--config', 'a', 'x'], {}), (['help'], {}), (['version'], {})):
+        for words, environment in (
+                ([], {}), (['a', 'b'], {}), (['--append-only=maybe', 'x'], {}), (['serve', 'restic'], {}),
+                (['--bwlimit', '10X', 'x'], {}), (['--addr'], {}), (['--append', 'x'], {}), (['help'], {}),
+                (['x'], {'RESTIC_SERVE_ADDR': 'nonsense'}), (['x'], {'RESTIC_SERVE_APPEND_ONLY': 'maybe'}),
+                (['--bogus', 'a\nb'], {}), (['--append-only', 'false', 'x'], {}), (['--', '-a', '-b'], {}),
+                (['x'], {'RESTIC_SERVE_VERBOSE': 'a'}), (['x'], {'RESTIC_SERVE_APPEND_ONLY': ''})):
             line = refusal(*words, **environment)
             self.assertTrue(line.startswith('restic_serve: '), (words, line))
             for name in environment:
@@ -11117,15 +11081,6 @@ class DiskFaultsTest(FaultsTestCase):
                     self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
                     self.assertEqual(self.exchange(wire, 'DELETE', path)[0], 200)
 
-    def test_a_folder_that_cannot_be_synced_is_no_success(self):
-        content = b'content'
-        path = f'/data/{named(content)}'
-        self.store.create_repository('')
-        for wire in self.WIRES:
-            with failing(is_folder, os, 'fsync'):
-                self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 500)
-            self.assertEqual(self.exchange(wire, 'POST', path, content)[0], 200)
-
     def test_what_cannot_be_read_is_never_taken_for_less(self):
         small, large = self.put(b'content'), self.put(bytes(1 << 20))
         real = os.scandir
@@ -11234,19 +11189,13 @@ class WireFaultsTest(FaultsTestCase):
                 self.assertEqual(self.exchange(wire, 'POST', path, bytes(damaged))[0], 400)
             self.assertEqual(self.files(), [])
 
-    def test_content_that_is_longer_or_shorter_than_announced(self):
+    def test_content_that_is_longer_than_announced(self):
         content = b'content'
         path = f'/data/{named(content)}'
         with Wire(self.port) as client:  # what is too much is a bad request of its own
             self.assertEqual(client.ask(post(path, content + b'\r\nx\r\n\r\n', length=len(content)))[0], 200)
             self.assertEqual(client.answer()[0], 400)
             self.assertTrue(client.is_closed())
-        self.assertEqual(self.exchange('HTTP/1.1', 'DELETE', path)[0], 200)
-        for announced in (len(content) - 1, len(content) + 1):
-            with self.http2() as client:
-                client.upload(1, path, content, ('content-length', str(announced)))
-                self.assertEqual(client.answer(), 1)  # PROTOCOL_ERROR
-        self.wait_until(lambda: self.files() == [], 'what was to be removed')
 
     @long
     def test_5000_connections_that_are_opened_and_dropped(self):
@@ -11274,23 +11223,18 @@ class MaliceTest(FaultsTestCase):
         'CL.TE': 'Content-Length: 6\r\nTransfer-Encoding: chunked',
         'TE.CL': 'Transfer-Encoding: chunked\r\nContent-Length: 4',
         'TE.TE, a second coding': 'Transfer-Encoding: chunked\r\nTransfer-Encoding: x',
-        'TE.TE, identity': 'Transfer-Encoding: chunked, identity',
-        'TE.TE, xchunked': 'Transfer-Encoding: xchunked',
-        'TE.TE, quoted': 'Transfer-Encoding: "chunked"',
-        'TE.TE, a vertical tab': 'Transfer-Encoding: \x0bchunked',
+        **{f'TE.TE, {coding!r}': f'Transfer-Encoding: {coding}' for coding in (
+            'chunked, identity', 'xchunked', '"chunked"', '\x0bchunked', 'chunked\0')},
         'TE.TE, a space before the colon': 'Transfer-Encoding : chunked',
         'TE.TE, folded': 'Transfer-Encoding:\r\n chunked',
         'TE.TE, folded in another field': 'X: y\r\n\tTransfer-Encoding: chunked',
         'TE.TE, a bare CR': 'X: y\rTransfer-Encoding: chunked',
         'TE.TE, a bare LF': 'X: y\nTransfer-Encoding: chunked',
-        'TE.TE, a NUL': 'Transfer-Encoding: chunked\0',
         'CL.CL': 'Content-Length: 5\r\nContent-Length: 6',
         **{f'CL {value}': f'Content-Length: {value}'
            for value in ('5, 6', '+5', '-5', '0x5', '1 5', '1_5', '9' * 30)},
-        'CL.0, a space before the colon': 'Content-Length : 5',
-        'a line without a colon': 'Content-Length 5',
-        'a name with a space': 'Content Length: 5',
-        'a second Host': 'Host: y',
+        'CL.0, a space before the colon': 'Content-Length : 5', 'a second Host': 'Host: y',
+        'a line without a colon': 'Content-Length 5', 'a name with a space': 'Content Length: 5',
     }
     # Chunks that some read otherwise; after them would come a second request.
     CHUNKED = {
@@ -11303,8 +11247,7 @@ class MaliceTest(FaultsTestCase):
         'TERM.SPILL, content that ends in LF': b'5\r\nhello\n0\r\n\r\n',
         'SPILL.TERM, content without its end': b'5\r\nhello0\r\n\r\n',
         'ONE.TWO, two characters in place of a line end': b'5\r\nhelloXX0\r\n\r\n',
-        'a bare LF after the size': b'5\nhello\r\n0\r\n\r\n',
-        'a bare LF at the end': b'5\r\nhello\r\n0\r\n\n',
+        'a bare LF after the size': b'5\nhello\r\n0\r\n\r\n', 'one at the end': b'5\r\nhello\r\n0\r\n\n',
         'a trailer with a space before the colon': b'5\r\nhello\r\n0\r\nX : y\r\n\r\n',
         'a folded trailer': b'5\r\nhello\r\n0\r\nX: y\r\n z\r\n\r\n',
     }
@@ -11433,23 +11376,6 @@ class MaliceTest(FaultsTestCase):
         """It is refused, and what follows is no request."""
         status, answer, _ = self.ask_last(data)
         self.assertIn((status, answer['connection']), [(status, 'close') for status in (400, 501, 505)])
-
-    def test_requests_cannot_be_smuggled_by_http_2(self):
-        second = b'0\r\n\r\nGET /host/keys/ HTTP/1.1\r\nHost: x\r\n\r\n'
-        for name, (path, *more) in {
-                'H2.CL': ('/host/config', ('content-length', '0')),
-                'H2.TE': ('/host/config', ('transfer-encoding', 'chunked')),
-                'a header by a line end in a value': (
-                    '/host/config', ('x', 'y\r\ntransfer-encoding: chunked')),
-                'a header by a line end in a name': (
-                    '/host/config', ('x: y\r\ntransfer-encoding', 'chunked')),
-                'a request line in the path': ('/host/config HTTP/1.1\r\nX: y',),
-                'a colon in a name': ('/host/config', ('transfer-encoding: chunked\r\nx', 'y'))}.items():
-            with self.subTest(name), self.http2() as wire:
-                wire.upload(1, path, second, *more)
-                self.assertEqual(wire.answer(), 1)  # PROTOCOL_ERROR
-                self.assertEqual(wire.ask(3)[0], 404)
-        self.assertFalse((self.root / 'host/config').exists())
 
     # ---- mutants ----
 
