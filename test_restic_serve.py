@@ -1817,30 +1817,6 @@ class StoreTest(TestCase):
             names.update(batch)
         self.assertEqual(names, wanted)
 
-    def test_an_object_deleted_during_a_list_is_no_error(self):
-        kept = self.save(b'x', 'keys')
-
-        class Deleted:
-            name = '0' * 64
-
-            def is_file(self, follow_symlinks):
-                return True
-
-            def stat(self, follow_symlinks):
-                raise FileNotFoundError
-
-        class Kept(Deleted):
-            name = kept.name
-
-            def stat(self, follow_symlinks):
-                return os.stat_result((0,) * 6 + (1,) + (0,) * 3)
-
-        entries = contextlib.nullcontext(iter([Deleted(), Kept()]))
-        with mock.patch.object(restic_serve, '_scan', lambda folder, relative: entries):
-            folder = restic_serve.ObjectFolder('keys', '', lambda: restic_serve.Folder('folder'))
-            self.assertEqual(list(restic_serve.names_and_sizes(folder, True, restic_serve.Pace())),
-                             [([kept.name], [1])])
-
     def test_a_link_or_fifo_is_no_object(self):
         self.store.create_repository('/host')
         keys = self.root / 'host' / 'keys'
@@ -2513,27 +2489,26 @@ class FoldersOfOthersTest(TestCase):
         self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
 
     def test_whose_a_path_is(self):
-        private = self.folder / 'private'
-        (private / 'a' / 'b').mkdir(parents=True)
-        is_trusted = restic_serve.is_trusted
-        self.assertTrue(is_trusted(str(private / 'a' / 'b')))
-        self.assertTrue(is_trusted(str(private / 'a' / 'missing' / 'c')))
+        base = self.folder / 'private'
+        (base / 'a/b').mkdir(parents=True)
+
+        def trusted(*names):
+            return [restic_serve.is_trusted(str(base / name)) for name in names]
+
+        self.assertEqual(trusted('a/b', 'a/missing/c'), [True, True])
         for mode in (0o770, 0o757):
-            (private / 'a').chmod(mode)
-            self.assertFalse(is_trusted(str(private / 'a' / 'b')))
-            self.assertTrue(is_trusted(str(private / 'a')))     # what is in it is theirs, not where it lies
-        (private / 'a').chmod(0o1777)
-        self.assertTrue(is_trusted(str(private / 'a' / 'b')))
-        os.chown(private / 'a' / 'b', self.OTHER, -1)
-        self.assertFalse(is_trusted(str(private / 'a' / 'b')))
-        (private / 'a').chmod(0o755)
-        os.chown(private / 'a' / 'b', 0, -1)
-        self.link(private / 'link', private / 'a' / 'b', 0)
-        self.assertTrue(is_trusted(str(private / 'link')))
-        self.link(private / 'link', private / 'a' / 'b')
-        self.assertFalse(is_trusted(str(private / 'link')))
-        self.link(private / 'loop', private / 'loop', 0)
-        self.assertFalse(is_trusted(str(private / 'loop' / 'x')))
+            (base / 'a').chmod(mode)
+            self.assertEqual(trusted('a/b', 'a'), [False, True])    # what is in it is theirs, not its place
+        (base / 'a').chmod(0o1777)
+        for owner in (0, self.OTHER, 0):
+            os.chown(base / 'a/b', owner, -1)
+            self.assertEqual(trusted('a/b'), [not owner])
+        (base / 'a').chmod(0o755)
+        for owner in (0, self.OTHER):
+            self.link(base / 'link', base / 'a/b', owner)
+            self.assertEqual(trusted('link'), [not owner])
+        self.link(base / 'loop', base / 'loop', 0)
+        self.assertEqual(trusted('loop/x'), [False])
 
 
 # ---- Past ------------------------------------------------------------------------------------------
@@ -4693,9 +4668,7 @@ class PasswordSchemeTest(unittest.TestCase):
 
     VECTORS = (
         (b'U*U', '$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW'),
-        (b'U*U*', '$2a$05$CCCCCCCCCCCCCCCCCCCCC.VGOzA784oUp/Z0DY336zx7pLYAy0lwK'),
         (b'U*U*U', '$2a$05$XXXXXXXXXXXXXXXXXXXXXOAcXxm9kjPGEMsLznoKqmqw7tc8WCx4a'),
-        (b'', '$2a$05$CCCCCCCCCCCCCCCCCCCCC.7uG0VCzI2bS7j6ymqJi9CdcdxiRTWNy'),
         (b'', '$2a$04$zVHmKQtGGQob.b/Nc7l9NO8UlrYcW05FiuCj/SxsFO/ZtiN9.mNzy'),
         (b'\xff\xff\xa3', '$2y$05$/OK.fbVrR/bpIqNJ5ianF.CE5elHaaO4EbggVDjb8P19RukzXSM3e'),
         (b'0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'
@@ -5693,19 +5666,6 @@ class MetricsTest(WatchedTestCase):
                             else 401 if user == 'wrong' else 403)
                 self.assertEqual(status, expected, (policy.__dict__, prometheus, user))
 
-    def test_their_user_may_see_nothing_else(self):
-        self.make_repository()
-        path, login = f'/data/{named(b"x")}', basic('metrics', 'm')
-        for administrators, status in (((), 403), (('metrics',), 404)):
-            policy = Policy(short_rights(administrators=administrators, metrics=True))
-            self.watch(policy, Accounts(user='metrics', password='m'))
-            self.assertEqual(self.ask(get('/metrics', login))[0], 200)
-            for request in (get('/config', login), get(path, login, method='DELETE'),
-                            get(path, login, method='HEAD'), get('/', login)):
-                self.assertEqual(self.ask(request, head_only=True)[0] == 403, status == 403, request)
-            self.assertEqual(self.ask(post(path, b'x', login))[0], 403 if status == 403 else 200)
-            self.assertEqual(self.ask(get('/', login, 'Accept: text/html'))[0], 200)
-
     def test_the_disk_and_refused_logins(self):
         accounts = Accounts(user='metrics', password='m')
         self.watch(Policy(short_rights(metrics=True)), accounts)
@@ -6298,7 +6258,6 @@ class EventsTest(WatchedTestCase):
             self.assertEqual(server.stop(), 0)
         self.assertEqual(len(self.told()), 14)
 
-
     def test_as_the_first_process_of_a_container_it_leaves_no_dead_ones(self):
         words = program('unshare'), '--user', '--map-root-user', '--pid', '--fork', '--kill-child'
         if subprocess.run([*words, 'true'], stderr=subprocess.DEVNULL).returncode:
@@ -6521,7 +6480,7 @@ class PageTest(WatchedTestCase):
         self.assertEqual(self.ask(get('/', self.HTML))[0], 404)
 
     def test_users_see_what_they_may_enter_with_their_quota_and_no_other_user(self):
-        for name in ('/alice/x', '/alice/y', '/alicia', '/bob', ''):
+        for name in ('/alice/x', '/alice/y', '/alices', '/bob', ''):
             self.fill(name, 'snapshots')
         self.watch(Policy(short_rights(private=True, administrators=['root'])),
                    self.users('root', 'alice', 'carol'), per_user=1000, max_bytes=5000)
@@ -6538,7 +6497,7 @@ class PageTest(WatchedTestCase):
         self.assertEqual(self.names('/alice/y', alice), [])
         self.assertIn('<h1>alice/y</h1>', self.look('/alice/y', alice)[1])
         self.assertEqual(self.ask(get('/bob/', self.HTML, alice))[0], 403)
-        self.assertEqual(self.names('/', root), ['/', 'alice/x', 'alice/y', 'alicia', 'bob'])
+        self.assertEqual(self.names('/', root), ['/', 'alice/x', 'alice/y', 'alices', 'bob'])
         self.assertEqual(self.names('/alice/', root), ['alice/x', 'alice/y'])
         self.assertEqual(self.names('/', carol), [])
 
@@ -6632,29 +6591,25 @@ class ApiTest(ApiTestCase):
     def test_objects_of_every_kind(self):
         for kind in restic_serve.KINDS:
             path = f'/host/{kind}/{self.NAME}'
-            self.assertEqual(self.status('GET', path), 404)
-            self.assertEqual(self.status('HEAD', path), 404)
-            self.assertEqual(self.status('POST', path, self.CONTENT), 200)
-            before = descriptors()
-            self.assertEqual(self.ask('GET', path)[2], self.CONTENT)
-            self.assertLessEqual(descriptors(), before)
-            self.assertEqual(self.status('HEAD', path), 200)
-            self.assertEqual(self.status('POST', path, self.CONTENT), 200)
-            self.assertEqual(self.status('POST', path, b'other'), 400)
-            self.assertEqual(self.status('DELETE', path), 200)
-            self.assertEqual(self.status('DELETE', path), 200)
-            self.assertEqual(self.status('GET', path), 404)
+            for method, body, status in (
+                    ('GET', b'', 404), ('HEAD', b'', 404), ('POST', self.CONTENT, 200), ('HEAD', b'', 200),
+                    ('POST', self.CONTENT, 200), ('POST', b'other', 400), ('GET', b'', 200),
+                    ('DELETE', b'', 200), ('DELETE', b'', 200), ('GET', b'', 404)):
+                before = descriptors()
+                got = self.ask(method, path, body)
+                self.assertEqual(got[0], status, (kind, method))
+                self.assertLessEqual(descriptors(), before)
+                if (method, status) == ('GET', 200):
+                    self.assertEqual(got[2], self.CONTENT)
 
     def test_config(self):
-        path = '/host/config'
-        self.assertEqual(self.status('GET', path), 404)
-        self.assertEqual(self.status('POST', path, b'one'), 200)
-        self.assertEqual(self.status('POST', path, b'one'), 200)
-        self.assertEqual(self.status('POST', path, b'two'), 403)
-        self.assertEqual(self.ask('GET', path)[2], b'one')
-        self.assertEqual(self.status('DELETE', path), 200)
-        self.assertEqual(self.status('DELETE', path), 200)
-        self.assertEqual(self.status('POST', path), 400)
+        for method, body, status in (
+                ('GET', b'', 404), ('POST', b'one', 200), ('POST', b'one', 200), ('POST', b'two', 403),
+                ('GET', b'one', 200), ('DELETE', b'', 200), ('DELETE', b'', 200), ('POST', b'', 400)):
+            got = self.ask(method, '/host/config', body)
+            self.assertEqual(got[0], status, (method, body))
+            if (method, status) == ('GET', 200):
+                self.assertEqual(got[2], body)
 
     def test_whatever_the_file_layer_refuses_has_a_status(self):
         self.assertEqual(set(restic_serve._STATUS_OF_ERROR), set(restic_serve.StorageError.__subclasses__()))
@@ -7578,8 +7533,7 @@ class Http2FramesTest(Http2TestCase):
     def test_what_is_well_formed_is_answered(self):
         block = fields()
         for what, parts in {
-                'HEADERS': [headers(1)],
-                'POST with DATA': [POST, TEST],
+                'HEADERS': [headers(1)], 'POST with DATA': [POST, TEST], 'HEAD': [headers(1, fields('HEAD'))],
                 'several DATA': [POST, frame(DATA, 0, 1, b'test'), TEST],
                 'padded DATA': [POST, frame(DATA, END_STREAM | PADDED, 1, b'\x05test' + bytes(5))],
                 'DATA of padding alone': [POST, frame(DATA, END_STREAM | PADDED, 1, b'\x05' + bytes(5))],
@@ -7598,7 +7552,6 @@ class Http2FramesTest(Http2TestCase):
                     None, None, LONG, scheme=None, authority=None)), frame(CONTINUATION, 4, 1, b'\0\1a\1b')],
                 'trailers': [POST, frame(DATA, 0, 1, b'test'), headers(1, restic_serve.encode_headers(
                     [('x-test', 'ok')]))],
-                'HEAD': [headers(1, fields('HEAD'))],
                 'an unknown setting': [settings((255, 1)), headers(1)],
                 'a setting': [settings((2, 1), (3, 100), (5, 16384), (6, 100)), headers(1)],
                 'an unknown type': [frame(0x16, 255, 0, bytes(8)), headers(1)],
@@ -7636,8 +7589,7 @@ class Http2FramesTest(Http2TestCase):
                 '4.3 PRIORITY within': (protocol, headers(1, block, 0), frame(PRIORITY, 0, 1, bytes(5))),
                 '4.3 HEADERS within': (protocol, headers(1, block, 0), headers(3)),
                 '4.3 a new type within': (protocol, headers(1, block, 1), frame(0x16, 0, 0, bytes(8))),
-                '5.1 DATA while idle': (protocol, TEST),
-                '5.1 RST_STREAM while idle': (protocol, CANCELLED),
+                '5.1 DATA while idle': (protocol, TEST), '5.1 RST_STREAM while idle': (protocol, CANCELLED),
                 '5.1 WINDOW_UPDATE while idle': (protocol, frame(WINDOW_UPDATE, 0, 1, word(100))),
                 '5.1 CONTINUATION while idle': (protocol, frame(CONTINUATION, 4, 1, block)),
                 '5.1 CONTINUATION after the end': (protocol, headers(1), frame(CONTINUATION, 4, 1, block)),
@@ -7645,35 +7597,27 @@ class Http2FramesTest(Http2TestCase):
                 '5.1 HEADERS after RST_STREAM': (protocol, OPEN, CANCELLED, headers(1)),
                 '5.1 CONTINUATION after RST_STREAM': (protocol, OPEN, CANCELLED,
                                                       frame(CONTINUATION, 4, 1, block)),
-                '5.1.1 an even number': (protocol, headers(2)),
+                '5.1.1 an even number': (protocol, headers(2)), '6.2 no stream': (protocol, headers(0)),
                 '5.1.1 a lower number': (protocol, headers(5), headers(3)),
                 '5.3.1 PRIORITY of itself': (protocol, frame(PRIORITY, 0, 1, word(1) + b'\0')),
                 '5.3.1 HEADERS that depend on themselves': (
                     protocol, headers(1, word(1) + b'\0' + fields(), 5 | PRIORITIZED)),
-                '6.1 DATA of no stream': (protocol, frame(DATA, 1, 0, b'test')),
+                **{f'6 {kind} of a wrong stream': (protocol, frame(kind, 0, number, bytes(length)))
+                   for kind, number, length in ((DATA, 0, 4), (PRIORITY, 0, 5), (RST_STREAM, 0, 4),
+                                                (SETTINGS, 1, 6), (PING, 1, 8), (GOAWAY, 1, 8))},
+                **{f'6 {kind} of {length} bytes': (size, frame(kind, 0, 0, bytes(length)))
+                   for kind, length in ((SETTINGS, 3), (PING, 6), (GOAWAY, 4), (WINDOW_UPDATE, 3))},
                 '6.1 padding too long': (protocol, POST, frame(DATA, 1 | PADDED, 1, b'\x06test')),
                 '6.1 no padding': (size, POST, frame(DATA, 1 | PADDED, 1)),
-                '6.2 HEADERS of no stream': (protocol, headers(0)),
                 '6.2 padding too long': (protocol, headers(1, bytes([len(block) + 2]) + block, 5 | PADDED)),
                 '6.2 no priority': (size, headers(1, b'1234', 5 | PRIORITIZED)),
-                '6.3 PRIORITY without a stream': (protocol, frame(PRIORITY, 0, 0, bytes(5))),
                 '6.3 PRIORITY of 4 bytes': (size, headers(1), frame(PRIORITY, 0, 1, bytes(4))),
-                '6.4 RST_STREAM of no stream': (protocol, frame(RST_STREAM, 0, 0, word(8))),
                 '6.4 RST_STREAM of 3 bytes': (size, headers(1), frame(RST_STREAM, 0, 1, bytes(3))),
                 '6.5 an answer with content': (size, frame(SETTINGS, ACK, 0, b'\0')),
-                '6.5 SETTINGS of a stream': (protocol, frame(SETTINGS, 0, 1, bytes(6))),
-                '6.5 SETTINGS of 3 bytes': (size, frame(SETTINGS, 0, 0, bytes(3))),
-                '6.5.2 ENABLE_PUSH 2': (protocol, settings((2, 2))),
-                '6.5.2 INITIAL_WINDOW_SIZE': (flow, settings((4, 1 << 31))),
-                '6.5.2 MAX_FRAME_SIZE too small': (protocol, settings((5, 16383))),
-                '6.5.2 MAX_FRAME_SIZE too large': (protocol, settings((5, 1 << 24))),
+                **{f'6.5.2 {number}: {value}': (code, settings((number, value))) for number, value, code in (
+                    (2, 2, protocol), (4, 1 << 31, flow), (5, 16383, protocol), (5, 1 << 24, protocol))},
                 '6.6 PUSH_PROMISE': (protocol, frame(PUSH_PROMISE, 4, 1, word(3) + block)),
-                '6.7 PING of a stream': (protocol, frame(PING, 0, 1, bytes(8))),
-                '6.7 PING of 6 bytes': (size, frame(PING, 0, 0, bytes(6))),
-                '6.8 GOAWAY of a stream': (protocol, frame(GOAWAY, 0, 1, bytes(8))),
-                '6.8 GOAWAY of 4 bytes': (size, frame(GOAWAY, 0, 0, bytes(4))),
                 '6.9 WINDOW_UPDATE of zero bytes': (protocol, frame(WINDOW_UPDATE, 0, 0, word(0))),
-                '6.9 WINDOW_UPDATE of 3 bytes': (size, frame(WINDOW_UPDATE, 0, 0, bytes(3))),
                 '6.9.1 the window too large': (flow, *[frame(WINDOW_UPDATE, 0, 0, word(TOP))] * 2),
                 '6.9.2 a window of a stream too large': (
                     flow, OPEN, frame(WINDOW_UPDATE, 0, 1, word(TOP - 65535)), settings((4, 65600))),
@@ -8241,33 +8185,22 @@ class StallTest(Http2TestCase):
         self.wait_for_end('stalled downloads')
 
     def test_who_goes_on_slowly_is_not_stalled(self):
-        content = os.urandom(100)
-        wire, other = self.connect(), self.http2(grants=False, initial=0)
+        content, long = os.urandom(100), os.urandom(50_000)
+        wire, other, third = self.connect(), self.http2(grants=False, initial=0), self.http2()
         self.server.limits.stall_seconds = 1
         download = self.put(os.urandom(20))
         wire.send(post(f'/data/{named(content)}', b'', length=len(content)))
         other.send(frame(WINDOW_UPDATE, 0, 0, word(TOP - 65535)), headers(1, fields('GET', download)))
+        third.send(headers(1, fields('POST', f'/data/{named(long)}'), 4))
+        data = frame(DATA, END_STREAM, 1, long)     # one long frame
         begin = time.monotonic()
-        for at in range(0, 100, 10):
-            wire.send(content[at:at + 10])
+        for at in range(10):
+            wire.send(content[10 * at:][:10])
             other.send(frame(WINDOW_UPDATE, 0, 1, word(2)))
+            third.send(data[5001 * at:][:5001])
             select_readable(wire.sock, 0.12)
-        self.assertEqual(wire.answer()[0], 200)
+        self.assertEqual((wire.answer()[0], third.answer()[0]), (200, 200))
         self.assertEqual(len(other.answer()[2]), 20)
-        self.assertGreater(time.monotonic() - begin, 1)
-        self.assertEqual(self.limited(), {})
-
-    def test_one_long_frame_that_comes_slowly_is_not_stalled(self):
-        content = os.urandom(60_000)
-        self.server.limits.stall_seconds = 1
-        wire = self.http2()
-        wire.send(headers(1, fields('POST', f'/data/{named(content)}', ('content-length', '60000')), 4))
-        data = frame(DATA, 1, 1, content)
-        begin = time.monotonic()
-        for at in range(0, len(data), 5000):
-            wire.send(data[at:at + 5000])
-            time.sleep(0.1)     # a slow client
-        self.assertEqual(wire.answer()[0], 200)
         self.assertGreater(time.monotonic() - begin, 1)
         self.assertEqual(self.limited(), {})
 
@@ -9971,18 +9904,6 @@ restic_serve.trim_memory = trim_and_forget
         for login, status in (((), 401), ([basic('alice', 'secret')], 404)):
             self.assertEqual(self.ask(get('/config', *login), port=server.port)[0], status)
 
-    def test_a_zipapp_serves(self):
-        import zipapp
-        package = self.folder / 'package'
-        package.mkdir()
-        shutil.copy(MODULE, package)
-        zipapp.create_archive(package, self.folder / 'app.pyz', main='restic_serve:run')
-        done = subprocess.run([sys.executable, self.folder / 'app.pyz', '--version'], check=True,
-                              capture_output=True, text=True)
-        self.assertIn(restic_serve.__version__, done.stdout)
-        done = subprocess.run([sys.executable, self.folder / 'app.pyz', MODULE], capture_output=True)
-        self.assertEqual(done.returncode, 1)
-
 
 class MinimalHostTest(TestCase):
     """What a minimal host may lack, each hidden in turn, and the ways to start a program."""
@@ -10622,7 +10543,6 @@ class RolesTest(ResticTestCase):
             self.assertNotEqual(run(user, *words), 0, (user, words))
         self.assertEqual(run('prune', *forget), 0)
         self.assertEqual(run('prune', 'check', '--read-data'), 0)
-
 
     @long
     def test_a_quota_lowered_to_half_lets_forget_and_prune_free_room(self):
