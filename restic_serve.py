@@ -8832,7 +8832,33 @@ def login_name(sock: socket.socket) -> str:
 
 EXPIRED_AT_ONCE = 32        # Connections that are woken at a time because their deadline has passed.
 STOP_SECONDS = 10           # Grace period for requests under way when the server stops.
-HANG_SECONDS = 0.1          # Time that the disk of watched files has to answer before it is left to itself.
+HANG_SECONDS = 0.1          # Time that a disk has to answer before it is left to itself.
+
+
+class Periodic:
+    """Calls a function every some `seconds` (infinite: never), in a thread, since its disk may hang."""
+
+    def __init__(self, act: Callable[..., object], seconds: float) -> None:
+        self._act, self._seconds, self._thread = act, seconds, threading.Thread()
+        self.due = 0 if seconds < math.inf else math.inf
+
+    def tick(self) -> float:
+        """Call the function if it is due; seconds until it will be."""
+        now = time.monotonic()
+        if now >= self.due:
+            self.due = now + self._seconds
+            self.start()
+        return self.due - now
+
+    def start(self, *args: Any) -> bool:
+        """Call the function now; False if the last call has not returned."""
+        if self._thread.is_alive():
+            return False
+        self._thread = threading.Thread(target=self._act, args=args, daemon=True)
+        with contextlib.suppress(RuntimeError):     # there are too many threads: the next time
+            self._thread.start()
+            self._thread.join(HANG_SECONDS)
+        return True
 
 
 class StatsLog:
@@ -8874,11 +8900,15 @@ class Server:
         self.certificates = certificates
         self.sweep_seconds = 0.5        # between two checks of the deadlines
         self._next_sweep = 0.0
-        self._files = [files for files in (certificates, api.accounts.file,
-                                           api.policy if api.policy.path else None) if files]
-        self._purging = self._looking = threading.Thread()
-        self._next_look = 0.0
-        self._next_purge = 0.0 if api.usage.past.keeps and not api.store.directory.read_only else math.inf
+        watched = [*filter(None, (certificates, api.accounts.file, api.policy if api.policy.path else None))]
+
+        def look(force: bool = False) -> None:
+            for files in watched:
+                files.look(force)
+
+        self.looking = Periodic(look, LOOK_SECONDS if watched else math.inf)
+        purges = api.usage.past.keeps and not api.store.directory.read_only
+        self.purging = Periodic(lambda: api.usage.purge(PURGE_SECONDS), PURGE_SECONDS if purges else math.inf)
         self._is_first = True           # of the processes: makes censuses, purges, runs events
         self._listen(addresses, inherited)
         if self.listeners:
@@ -8938,9 +8968,9 @@ class Server:
             for channel, take in ((census.channel, census.on_requested), (events.channel, events.on_sent)):
                 if channel.receiver:
                     loop.watch(channel.receiver, take)
-            loop.timers += [self._purge, events.log_forgotten]
+            loop.timers += [self.purging.tick, events.log_forgotten]
             events.start()
-        loop.timers += [self.look_at_files, self.sweep, self.notifier.ping, refusals.tell,
+        loop.timers += [self.looking.tick, self.sweep, self.notifier.ping, refusals.tell,
                         lambda: self.stats.tick(bool(self.served))]
         unpin(False)
         self.notifier.notify('READY=1')
@@ -8960,7 +8990,7 @@ class Server:
             connection.abort()
         events.stop(max(end - time.monotonic(), 0))
         refusals.tell(at_once=True)
-        if self._is_first and self._next_purge < math.inf:
+        if self._is_first and self.purging.due < math.inf:
             self.api.usage.purge(0 if self.listeners else STDIO_PURGE_SECONDS)      # notes the time
         census.channel.close()
         events.channel.close()
@@ -9054,41 +9084,6 @@ class Server:
             self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
         return self._next_sweep - now
 
-    def look_at_files(self, force: bool = False) -> float:
-        """A timer of each process: read certificates, passwords and rights that have changed, once a second,
-        or all of them with `force`; seconds until the next look.  In a thread, since their disk may hang."""
-        now = time.monotonic()
-        if not self._files:
-            return math.inf
-        if force or now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            if not self._looking.is_alive():
-                self._looking = threading.Thread(target=self._look, args=[force], daemon=True)
-                with contextlib.suppress(RuntimeError):     # there are too many threads: the next time
-                    self._looking.start()
-                    self._looking.join(HANG_SECONDS)
-            elif force:
-                log.error('cannot reload: the disk of the certificate, passwords or rights does not answer')
-        return self._next_look - now
-
-    def _look(self, force: bool) -> None:
-        for files in self._files:
-            files.look(force)
-
-    def _purge(self) -> float:
-        """Purge what was kept long enough if it is due, in a thread; seconds until it will be."""
-        now = time.monotonic()
-        if now >= self._next_purge:
-            self._next_purge = now + PURGE_SECONDS
-            if self._purging.is_alive():    # held up by a disk that hangs
-                return PURGE_SECONDS
-            self._purging = threading.Thread(target=self.api.usage.purge, args=[PURGE_SECONDS], daemon=True)
-            try:
-                self._purging.start()
-            except RuntimeError as error:
-                log.error('cannot purge deleted objects: %s', error)
-        return self._next_purge - now
-
     # ---- signals ----
 
     def stop(self) -> None:
@@ -9102,7 +9097,8 @@ class Server:
     def reload(self) -> None:
         """SIGHUP: read again what may have changed."""
         self.notifier.notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
-        self.look_at_files(force=True)
+        if not self.looking.start(True):
+            log.error('cannot reload: the disk of the certificate, passwords or rights does not answer')
         for handler in log.handlers:
             handler.close()  # LogFile's
         self.notifier.notify('READY=1')
@@ -9187,7 +9183,7 @@ class Workers:
         loop.catch()
         self._start_or_kill()
         server.notifier.notify('READY=1')
-        loop.timers = [server.look_at_files, server.notifier.ping, lambda: server.stats.tick(True),
+        loop.timers = [server.looking.tick, server.notifier.ping, lambda: server.stats.tick(True),
                        self._start_or_kill]
         loop.run(lambda: server.stops > 0 and not any(worker.pid for worker in self._workers))
 

@@ -8841,14 +8841,14 @@ class ServerTest(WireTestCase):
     def test_a_disk_that_hangs_with_the_passwords_holds_up_nobody(self):
         hung, asked = threading.Event(), threading.Event()
         self.addCleanup(hung.set)
-        self.server._files = [mock.Mock(look=lambda force: (asked.set(), hung.wait(PATIENCE)))]
+        self.server.looking.due, self.server.looking._act = 0, lambda: (asked.set(), hung.wait(PATIENCE))
         self.server.loop.wake()
         self.assertTrue(asked.wait(PATIENCE))
         self.assertEqual(self.ask(get('/config'))[0], 404)
-        self.server.look_at_files(force=True)
+        self.server.reload()
         self.assertIn('cannot reload: the disk of ', self.log[-1])
         hung.set()
-        self.server._looking.join(PATIENCE)
+        self.server.looking._thread.join(PATIENCE)
 
     def finish(self):
         """Tell the server to stop; an event that is set when it has."""
@@ -8868,8 +8868,8 @@ class ServerTest(WireTestCase):
 
         with mock.patch.object(self.server.api.usage, 'purge', purge):
             for _ in range(3):
-                self.server._next_purge = 0
-                self.assertGreater(self.server._purge(), 0)
+                self.server.purging.due = 0
+                self.assertGreater(self.server.purging.tick(), 0)
             self.assertEqual(len(begun), 1)
 
     def test_a_stop_drops_idle_connections(self):
