@@ -2683,7 +2683,12 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
 # Two servers may delete and purge in the same directory: every step is one rename(2) or unlink(2), and
 # the second to try has nothing to do.  A list reads the deleted objects before and after the present ones,
 # and again if a roll-back came between; what ends the past moves `since` on first, which a list reads last.
-# A clock may be wrong: a purge is by TrustedTime, and a time later than now counts as now.
+#
+# A clock may be wrong: a time later than now counts as now, and a purge, which cannot be undone, is by the
+# trusted time, which is kept in the hidden folder of DIR.  That goes on with the time that has passed since
+# it was noted, as the uptime of the system shows or, where that was started anew, the time that this process
+# has run.  If the clock is ahead, it catches up by a day for each hour that a process runs: a host that was
+# off for six weeks purges within two days, one whose clock is wrong for an hour a day too early.
 
 PURGE_SECONDS = 3600              # Time between two purges.
 CATCH_UP = 24                     # Seconds that trusted time catches up with the clock in each of service.
@@ -2758,46 +2763,6 @@ def moment_for_people(moment: int) -> str:
     return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(-(-moment // 10 ** 6)))
 
 
-class TrustedTime:
-    """The time for what cannot be undone, such as a purge, which never follows from one reading of a clock.
-
-    It is kept in the hidden folder of DIR.  It goes on with the time that has passed since it was noted, as
-    the uptime of the system shows or, where that was started anew, the time that this process has run.  If
-    the clock is ahead, it catches up by a day for each hour that a process runs: a host that was off for six
-    weeks purges within two days, one whose clock is wrong for an hour a day too early.  If the clock is
-    behind, it is set back."""
-
-    def __init__(self, store: Store) -> None:
-        self.is_steady = False      # the clock has gone as time has passed, for a while
-        self._store = store
-        self._looked = _uptime()[2]
-
-    def look(self, now: float, first: Callable[[], float]) -> float:
-        """Seconds since the epoch: `now` by the clock, or less; `first` is asked where nothing was noted.
-        Raises OSError and StorageError."""
-        self._store.directory.check_writable()
-        looked, (boot, uptime, self._looked) = self._looked, _uptime()
-        served = self._looked - looked
-        try:
-            noted, uptime_then, boot_then = self._store.hidden.read(TIME_FILE).split()
-            passed = uptime - int(uptime_then) if boot == boot_then else served
-            expected = int(noted) + passed
-            ahead = now - expected
-            self.is_steady = abs(ahead) < AGREE_SECONDS and passed > PURGE_SECONDS / 2
-            if not -AGREE_SECONDS < ahead < CATCH_UP * 3600:
-                log.warning('the clock is %s %s the trusted time; purging by the earlier of the two',
-                            format_duration(abs(ahead)), 'ahead of' if ahead > 0 else 'behind')
-        except (OSError, ValueError):
-            expected, self.is_steady = first(), False
-        trusted = min(now, expected + CATCH_UP * served)
-        try:
-            if now >= CLOCK_BEGIN:
-                self._store.hidden.write(TIME_FILE, f'{int(trusted)} {int(uptime)} {boot}\n')
-        except OSError as error:    # a full disk needs a purge
-            log.error('cannot note the time: %s', error)
-        return trusted
-
-
 def _uptime() -> Tuple[str, float, float]:
     """What names this run of the system, and the seconds since it began, asleep too, and of this process."""
     try:
@@ -2813,12 +2778,10 @@ class Past:
 
     def __init__(self, store: Store, keep_seconds: float = 0, clock: Callable[[], float] = time.time) -> None:
         self.keeps = keep_seconds > 0
-        self._store = store
-        self._keep = keep_seconds * 1e6
-        self._begun = Remembered()
-        self._clock = clock
-        self._ahead = Remembered()
-        self._trusted = TrustedTime(store)
+        self._store, self._keep, self._clock = store, keep_seconds * 1e6, clock
+        self._begun, self._ahead = Remembered(), Remembered()
+        self._looked = _uptime()[2]     # when trusted_now() was called last
+        self._is_steady = False         # the clock has gone as time has passed, for a while
 
     def now(self, repository: str, after: bool = False) -> int:
         """The time by the clock of a repository's file system, which dates uploads; with `after` not before
@@ -2840,10 +2803,10 @@ class Past:
             return self._store.delete(location)
         if not self.keeps:
             if self._store.size(location) is not None:
-                self._set_since(location.repository, format_moment(self.now(location.repository)))
+                self._set_since(location.repository, self.now(location.repository))
             size = self._store.delete(location)
             if size is not None:
-                self._set_since(location.repository, format_moment(self.now(location.repository, True)))
+                self._set_since(location.repository, self.now(location.repository, after=True))
             return size
         path = deleted_folder(location)
         try:
@@ -2882,15 +2845,13 @@ class Past:
         if since is None or since > now - JUST_NOW_SECONDS * 1e6:
             self._store.folders.make(path, certain=True)
             with self._store.folders.open(path, by_descriptor=True) as folder:
-                mark = f'{_SINCE}{format_moment(now)}'
                 if since is None:
-                    self.mark(folder, mark)
-                elif since > now + AGREE_SECONDS * 1e6 and now > CLOCK_BEGIN * 1e6:
-                    log.warning('%s: its past was to begin later than now (%s), and begins now',
-                                repository[1:] or '/', moment_for_people(since))
-                    with contextlib.suppress(FileNotFoundError):    # another server does so, too
-                        folder.rename(f'{_SINCE}{format_moment(since)}', folder, mark)
+                    self.mark(folder, _SINCE + format_moment(now))
                 folder.sync()
+            if since and since > now + AGREE_SECONDS * 1e6 and now > CLOCK_BEGIN * 1e6:
+                log.warning('%s: its past was to begin later than now (%s), and begins now',
+                            repository[1:] or '/', moment_for_people(since))
+                self._set_since(repository, now, later=False)
 
     def mark(self, folder: Folder, name: str) -> None:
         """Create an empty file, if it is missing."""
@@ -2898,13 +2859,13 @@ class Past:
         give_away(fd, owner_of(folder))
         os.close(fd)
 
-    def _set_since(self, repository: str, moment: str) -> None:
-        """Nothing before a moment is known any more."""
-        with self._store.scan(f'{repository}/{DELETED}') as (folder, entries):
-            mark = max((entry.name for entry in entries if _SINCE_NAME.fullmatch(entry.name)), default='')
-            if mark and mark < f'{_SINCE}{moment}':
+    def _set_since(self, repository: str, moment: int, later: bool = True) -> None:
+        """Nothing before a moment is known any more, if it is `later` than that from which all is."""
+        since = self._since(repository)
+        if since is not None and (since < moment) == later:
+            with self._store.folders.open(f'{repository}/{DELETED}', by_descriptor=True) as folder:
                 with contextlib.suppress(FileNotFoundError):    # another server moves it, too
-                    folder.rename(mark, folder, f'{_SINCE}{moment}')
+                    folder.rename(_SINCE + format_moment(since), folder, _SINCE + format_moment(moment))
                 folder.sync()
 
     def _since(self, repository: str) -> Optional[int]:
@@ -2927,15 +2888,13 @@ class Past:
         return int(max(since, now - (keep or self._keep)))
 
     def check_known(self, repository: str, moment: int, is_read: bool = False) -> None:
-        """Raises NoHistory where a repository cannot be read at a moment; where it `is_read` already, only if
-        something was purged since."""
+        """Raises NoHistory if a repository cannot be read at a moment or, once it `is_read`, was purged."""
         earliest = self.earliest(repository, math.inf if is_read else None)
         if moment < earliest:
             raise NoHistory(f'no history before {moment_for_people(earliest)}')
 
     def view(self, repository: str, at: str) -> View:
-        """A repository as it was at a moment, as parse_past() reads it.  Raises InvalidPath, NotHere and
-        NoHistory."""
+        """A repository as it was at a moment, in words.  Raises InvalidPath, NotHere and NoHistory."""
         if not self.keeps:
             raise NotHere('this server does not keep deleted objects (--keep-deleted)')
         try:
@@ -2950,8 +2909,7 @@ class Past:
     def kept(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str], DeletedName]]:
         """The deleted objects of a repository, and the marks of those that came back.  Raises OSError."""
         for folder, entry in self.entries(repository):
-            name = parse_deleted_name(entry.name)
-            if name:
+            if name := parse_deleted_name(entry.name):
                 yield folder, entry, name
 
     def entries(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str]]]:
@@ -2963,16 +2921,31 @@ class Past:
                         yield folder, entry
 
     def trusted_now(self) -> int:
-        """The time by TrustedTime, which is noted.  Raises OSError and StorageError."""
-        now = self.now('')
-
-        def first() -> float:
-            """When an object was deleted last, or now: it is not later than that by much."""
+        """The trusted time, which is noted.  Raises OSError and StorageError."""
+        self._store.directory.check_writable()
+        now, looked, (boot, uptime, self._looked) = self.now('') / 1e6, self._looked, _uptime()
+        served = self._looked - looked
+        try:
+            noted, uptime_then, boot_then = self._store.hidden.read(TIME_FILE).split()
+            passed = uptime - int(uptime_then) if boot == boot_then else served
+            expected = int(noted) + passed
+            ahead = now - expected
+            self._is_steady = abs(ahead) < AGREE_SECONDS and passed > PURGE_SECONDS / 2
+            if not -AGREE_SECONDS < ahead < CATCH_UP * 3600:
+                log.warning('the clock is %s %s the trusted time; purging by the earlier of the two',
+                            format_duration(abs(ahead)), 'ahead of' if ahead > 0 else 'behind')
+        except (OSError, ValueError):   # nothing was noted: it is not much later than the last deletion
             names = (name.deleted for folder in self._store.walk(lambda path, error: None)
                      if folder.is_repository for *_, name in self.kept(folder.path))
-            return read_moment(max(names, default=format_moment(now))) / 1e6
-
-        return int(self._trusted.look(now / 1e6, first) * 1e6)
+            last = max(names, default='')
+            expected, self._is_steady = read_moment(last) / 1e6 if last else now, False
+        trusted = min(now, expected + CATCH_UP * served)
+        try:
+            if now >= CLOCK_BEGIN:
+                self._store.hidden.write(TIME_FILE, f'{int(trusted)} {int(uptime)} {boot}\n')
+        except OSError as error:    # a full disk needs a purge
+            log.error('cannot note the time: %s', error)
+        return int(trusted * 1e6)
 
     def purge(self, repository: str, trusted: int) -> Iterator[int]:
         """Remove what has been kept long enough, also by the `trusted` time, and what a crash has left
@@ -2986,7 +2959,7 @@ class Past:
             for folder, entry in self.entries(repository):
                 name = parse_deleted_name(entry.name)
                 if name and max(name.deleted, name.returned) > late:
-                    if self._trusted.is_steady:
+                    if self._is_steady:
                         moment = next(moments)
                         log.warning('%s: %s is later than now, and gets that time', where, entry.name)
                         back = name.returned and f'-{min(name.returned, moment)}'
@@ -2994,7 +2967,7 @@ class Past:
                 elif not name and entry.name.startswith((SCRATCH_PREFIX, FRESH_PREFIX)):
                     remove_left_overs(folder, [entry.name], self._store.now)
                 elif name and (name.returned or name.deleted) < end:
-                    self._set_since(repository, end)    # other servers may keep for another time
+                    self._set_since(repository, limit)  # other servers may keep for another time
                     with contextlib.suppress(FileNotFoundError):  # another server is purging, too
                         length = entry.stat(follow_symlinks=False).st_size
                         folder.unlink(entry.name)
@@ -3018,11 +2991,7 @@ class View:
     found missing that was purged meanwhile."""
 
     def __init__(self, store: Store, past: Past, moment: int) -> None:
-        self._store = store
-        self._past = past
-        self._moment = moment
-        self._nanoseconds = moment * 1000
-        self._text = format_moment(moment)
+        self._store, self._past, self._moment, self._text = store, past, moment, format_moment(moment)
 
     def open(self, location: Location) -> FileSlice:
         """The whole content of an object, as Store.open() gives it."""
@@ -3043,8 +3012,7 @@ class View:
         self._past.check_known(location.repository, self._moment, is_read=True)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location.file)
 
-    def objects(self, location: Location, sizes: bool
-                ) -> Generator[Tuple[List[str], List[int]], None, None]:
+    def objects(self, location: Location, sizes: bool) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and sizes of the objects of one kind, as Store.objects() gives them."""
         def read(folders: Tuple[str, str, str]) -> Iterator[Tuple[List[str], List[int]]]:
             sizes = {name: status.st_size for name, _, status in self.find(*folders)
@@ -3095,8 +3063,7 @@ class View:
         raise OSError(errno.EBUSY, 'the past changes while it is read', deleted)
 
     def _history(self, path: str, file: str = '') -> Dict[str, Set[DeletedName]]:
-        """By object (only the object `file`, unless that is empty), the names in a folder of deleted objects
-        that matter at this moment."""
+        """By object, perhaps of `file` alone, the names of deleted objects that matter at this moment."""
         history: Dict[str, Set[DeletedName]] = {}
         with self._store.scan(path) as (_, entries):
             for entry in entries:
@@ -3108,9 +3075,8 @@ class View:
         return history
 
     def _existed(self, status: os.stat_result, names: Iterable[DeletedName], file: str) -> bool:
-        """Whether a `file` that has not been deleted before this moment had been uploaded by then, and was
-        not away at that time."""
-        if status.st_mtime_ns > self._nanoseconds:
+        """Whether a `file` that was not deleted before this moment was there: uploaded, and not away."""
+        if status.st_mtime_ns > self._moment * 1000:
             return False
         # An object may have several files.  This one came back at the last return before its end, having been
         # deleted before that, and so on; the files' own times are too coarse to tell.
@@ -3139,10 +3105,7 @@ class RollBack(Closing):
     ASIDE = ('snapshots', 'index', 'data', 'keys')
 
     def __init__(self, store: Store, past: Past, repository: str, moment: int) -> None:
-        self._store = store
-        self._past = past
-        self._repository = repository
-        self._moment = moment
+        self._store, self._past, self._repository, self._moment = store, past, repository, moment
         self._view = View(store, past, moment)
         self._deleted: Optional[Folder] = None      # locked
         self.lost: List[str] = []   # paths below the repository of what is not a file any more

@@ -3303,7 +3303,7 @@ class PastApiTest(PastTestCase):
         self.assertIn('restic_serve_repository_deleted_kept_bytes{repo="host"} 900\n', exposed)
         self.assertIn('restic_serve_repository_deleted_last_day_objects{repo="host"} 3\n', exposed)
         self.now += 2 * self.KEEP
-        patch_for(self, restic_serve.TrustedTime, look=lambda trusted, now, first: now)
+        patch_for(self, restic_serve.Past, trusted_now=lambda past: past.now(''))
         self.usage.purge(math.inf)
         self.assertEqual(self.usage.quota('')[0], 0)
         self.usage.census.count()
