@@ -9374,6 +9374,8 @@ class Option:
         return values if self.repeated else values[-1]
 
 
+Job = functools.partial(Option, environment=False)
+Net = functools.partial(Option, stdio=False)
 # Default of --workers: more than four gain little, and each takes memory.
 _WORKERS = min(len(CORES), 4) if hasattr(os, 'fork') else 1
 # Options in scripts for rclone that mean nothing to a local directory; they are ignored and logged.
@@ -9394,44 +9396,41 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--baseurl PATH', 'prefix for all URLs, for use behind a proxy', parse_baseurl, default='/',
            shown=''),
     Option('--cache-objects', 'ignored; accepted for compatibility with rclone'),
-    Option('--allow-origin ORIGIN', 'web origin whose scripts may use the server (CORS), or * for any',
-           parse_origin, stdio=False),
+    Net('--allow-origin ORIGIN', 'web origin whose scripts may use the server (CORS), or * for any',
+        parse_origin),
     Option("--response-header 'NAME: VALUE'", 'header to add to all responses; repeatable', parse_header,
            repeated=True),
     Option('--workers NUMBER', 'number of worker processes', parse_count, default=str(_WORKERS),
            shown='one per available core, at most 4; 1 on systems without fork'),
     'TLS',
-    Option('--cert FILE', 'TLS certificate with its chain (PEM); all TCP addresses then use TLS, except '
-           'those written with http://', requires='--key', stdio=False),
-    Option('--key FILE', 'private key of the certificate (PEM)', requires='--cert', stdio=False),
-    Option('--client-ca FILE', 'require client certificates signed by this CA (PEM)', requires='--cert',
-           stdio=False),
-    Option('--min-tls-version VERSION', 'minimum version: tls1.0, tls1.1, tls1.2 or tls1.3',
-           parse_tls_version, shown='minimum of the TLS library', requires='--cert', stdio=False),
+    Net('--cert FILE', 'TLS certificate with its chain (PEM); all TCP addresses then use TLS, except those '
+        'written with http://', requires='--key'),
+    Net('--key FILE', 'private key of the certificate (PEM)', requires='--cert'),
+    Net('--client-ca FILE', 'require client certificates signed by this CA (PEM)', requires='--cert'),
+    Net('--min-tls-version VERSION', 'minimum version: tls1.0, tls1.1, tls1.2 or tls1.3', parse_tls_version,
+        shown='minimum of the TLS library', requires='--cert'),
     'authentication',
-    Option('--no-auth', 'allow access without authentication and do not warn about it', stdio=False),
-    Option('--htpasswd FILE', 'file of users and passwords, as written by htpasswd; reloaded when it changes',
-           stdio=False),
-    Option('--user NAME', 'a single user, instead of a file', parse_user, requires='--pass', stdio=False),
-    Option('--pass PASSWORD', 'password of that user; set RESTIC_SERVE_PASS instead to keep it out of the '
-           'process list', requires='--user', stdio=False),
+    Net('--no-auth', 'allow access without authentication and do not warn about it'),
+    Net('--htpasswd FILE', 'file of users and passwords, as written by htpasswd; reloaded when it changes'),
+    Net('--user NAME', 'a single user, instead of a file', parse_user, requires='--pass'),
+    Net('--pass PASSWORD', 'password of that user; set RESTIC_SERVE_PASS instead to keep it out of the '
+        'process list', requires='--user'),
     Option('--salt TEXT', 'salt of the hash kept in memory for that password', default='dlPL2MqE'),
     Option('--realm TEXT', 'realm that clients show when asking for a password', parse_realm,
            default='restic_serve'),
-    Option('--user-from-header NAME', 'header in which a proxy (on this host, or listed in --trust-proxy) '
-           'passes the user name', parse_header_name, stdio=False),
-    Option('--trust-proxy ADDRESS[/BITS]', 'address or network of a proxy whose user name '
-           '(--user-from-header) and client address (X-Forwarded-For, Forwarded) are believed, also over '
-           'unix sockets; limits per address do not apply to it; repeatable', parse_network, repeated=True,
-           stdio=False),
-    Option('--socket-auth', 'require a password on unix sockets too', stdio=False),
+    Net('--user-from-header NAME', 'header in which a proxy (on this host, or listed in --trust-proxy) '
+        'passes the user name', parse_header_name),
+    Net('--trust-proxy ADDRESS[/BITS]', 'address or network of a proxy whose user name (--user-from-header) '
+        'and client address (X-Forwarded-For, Forwarded) are believed, also over unix sockets; limits per '
+        'address do not apply to it; repeatable', parse_network, repeated=True),
+    Net('--socket-auth', 'require a password on unix sockets too'),
     'access control',
     Option('--append-only', 'disallow deleting or changing anything except locks'),
-    Option('--private-repos', 'restrict users to repositories below /<user>/', stdio=False),
-    Option('--admin NAME', 'user exempt from --append-only and --private-repos; repeatable', parse_user,
-           repeated=True, stdio=False),
-    Option('--rights FILE', 'file of access rules, one per line, such as "alice /alice append 50G"; replaces '
-           'the three options above and --max-size-per-user', stdio=False),
+    Net('--private-repos', 'restrict users to repositories below /<user>/'),
+    Net('--admin NAME', 'user exempt from --append-only and --private-repos; repeatable', parse_user,
+        repeated=True),
+    Net('--rights FILE', 'file of access rules, one per line, such as "alice /alice append 50G"; replaces '
+        'the three options above and --max-size-per-user'),
     'storage',
     Option('--group-accessible', 'give the group access to new directories and files (0770 and 0660 instead '
            'of 0700 and 0600)'),
@@ -9448,9 +9447,8 @@ HELP: Tuple[Union[str, Option], ...] = (
            default='off'),
     Option('--max-size SIZE', 'quota for all repositories together, such as 500G; uploads beyond it fail '
            'with 507', parse_quota, default='0', shown='0, no limit'),
-    Option('--max-size-per-user SIZE', 'quota for all repositories below each /<user>/; requires '
-           '--private-repos', parse_quota, default='0', shown='0, no limit', requires='--private-repos',
-           stdio=False),
+    Net('--max-size-per-user SIZE', 'quota for all repositories below each /<user>/; requires '
+        '--private-repos', parse_quota, default='0', shown='0, no limit', requires='--private-repos'),
     Option('--max-connections NUMBER', 'maximum number of simultaneous connections; beyond it those without '
            'login give way, then idle ones; without any 503 is answered', parse_count, default='1024'),
     Option('--max-connections-per-address NUMBER', 'maximum per IPv4 address or IPv6 network (/64, /56, '
@@ -9475,47 +9473,41 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option('--status', 'serve a status page to browsers; --status=false disables it', default='true'),
     Option('--stale-after DURATION', 'age of the last snapshot after which a repository is overdue',
            parse_period, default='48h'),
-    Option('--prometheus', 'serve metrics at /metrics; if there are users, only to administrators and the '
-           'user "metrics"', stdio=False),
-    Option('--prometheus-no-auth', 'serve metrics without authentication', requires='--prometheus',
-           stdio=False),
-    Option('--on-event COMMAND', 'shell command to run when a snapshot arrives (snapshot); when a repository '
-           'is overdue, no longer overdue, damaged, or cannot be read (overdue, back, damaged, unreadable); '
-           'when a quota or the disk is 90%% full (full); when most snapshots are deleted (deleted) or a '
-           'delete is refused (refused); when DIR disappears (gone); when the certificate ends, and 21 and 7 '
-           'days before (certificate). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, _DIRECTORY and '
-           '_TIME describe the event', stdio=False),
+    Net('--prometheus', 'serve metrics at /metrics; if there are users, only to administrators and the user '
+        '"metrics"'),
+    Net('--prometheus-no-auth', 'serve metrics without authentication', requires='--prometheus'),
+    Net('--on-event COMMAND', 'shell command to run when a snapshot arrives (snapshot); when a repository is '
+        'overdue, no longer overdue, damaged, or cannot be read (overdue, back, damaged, unreadable); when a '
+        'quota or the disk is 90%% full (full); when most snapshots are deleted (deleted) or a delete is '
+        'refused (refused); when DIR disappears (gone); when the certificate ends, and 21 and 7 days before '
+        '(certificate). RESTIC_SERVE_EVENT, _REPOSITORY, _USER, _MESSAGE, _DIRECTORY and _TIME describe the '
+        'event'),
     Option('--usage-interval DURATION', 'maximum age of the sizes used by the page, metrics and quotas; '
            'uploads and deletions update it immediately', parse_duration, default='1h'),
     Option('--stats DURATION', 'with -v, log a summary at this interval; SIGUSR1 logs one at once; 0 to '
            'disable', parse_duration, default='1m'),
     'jobs',
-    Option('--report', 'print the state of each repository in DIR, problems first (with -q only problems; '
-           'with --log-format json as JSON); exit status 1 if there are any, 3 if all of them are that '
-           'something cannot be read. Can run beside a server and needs no password', environment=False,
-           stdio=False),
-    Option('--scrub', 'verify the SHA-256 of all objects in DIR and list damaged and foreign files; exit '
-           'status 1 if anything is damaged, else 3 if something cannot be read. Can run beside a server and '
-           'needs no password',
-           environment=False),
-    Option('--scrub-age DURATION', 'skip objects verified within this time, such as 30d', parse_period,
-           default='0', shown='0, skip nothing', requires='--scrub', environment=False),
-    Option('--roll-back TIME', 'reset the repository at DIR, or all repositories below it, to TIME: restore '
-           'what was deleted since and set aside what was added (see --keep-deleted for TIME). Can run '
-           'beside a server and needs no password', parse_past, environment=False, stdio=False),
-    Option('--dry-run', 'with --roll-back, only print what would be done', requires='--roll-back',
-           environment=False),
-    Option('--force', 'with --roll-back, ignore locks younger than 30 minutes, and skip repositories that '
-           'cannot be rolled back', requires='--roll-back', environment=False),
-    Option('--test-event', 'run the command of --on-event once, with the event "test"; show its output and '
-           'exit with its status', requires='--on-event', environment=False, stdio=False),
-    Option('--add-user NAME', 'add a user to the --htpasswd file or change the password, which is prompted '
-           'for or read from standard input', parse_user, requires='--htpasswd', environment=False),
-    Option('--remove-user NAME', 'remove a user from the --htpasswd file', parse_user, requires='--htpasswd',
-           environment=False),
-    Option('--show-rights USER', 'print the access rules in effect, or describe the rights of USER',
-           lambda text: parse_who('*' if '/' in text else text), const='*',      # before DIR
-           environment=False, stdio=False),
+    Job('--report', 'print the state of each repository in DIR, problems first (with -q only problems; with '
+        '--log-format json as JSON); exit status 1 if there are any, 3 if all of them are that something '
+        'cannot be read. Can run beside a server and needs no password', stdio=False),
+    Job('--scrub', 'verify the SHA-256 of all objects in DIR and list damaged and foreign files; exit status '
+        '1 if anything is damaged, else 3 if something cannot be read. Can run beside a server and needs no '
+        'password'),
+    Job('--scrub-age DURATION', 'skip objects verified within this time, such as 30d', parse_period,
+        default='0', shown='0, skip nothing', requires='--scrub'),
+    Job('--roll-back TIME', 'reset the repository at DIR, or all repositories below it, to TIME: restore '
+        'what was deleted since and set aside what was added (see --keep-deleted for TIME). Can run beside a '
+        'server and needs no password', parse_past, stdio=False),
+    Job('--dry-run', 'with --roll-back, only print what would be done', requires='--roll-back'),
+    Job('--force', 'with --roll-back, ignore locks younger than 30 minutes, and skip repositories that '
+        'cannot be rolled back', requires='--roll-back'),
+    Job('--test-event', 'run the command of --on-event once, with the event "test"; show its output and exit '
+        'with its status', requires='--on-event', stdio=False),
+    Job('--add-user NAME', 'add a user to the --htpasswd file or change the password, which is prompted for '
+        'or read from standard input', parse_user, requires='--htpasswd'),
+    Job('--remove-user NAME', 'remove a user from the --htpasswd file', parse_user, requires='--htpasswd'),
+    Job('--show-rights USER', 'print the access rules in effect, or describe the rights of USER',
+        lambda text: parse_who('*' if '/' in text else text), const='*', stdio=False),     # before DIR
     Option('--bcrypt-cost NUMBER', 'cost of new bcrypt passwords, 4 to 31', parse_cost,
            shown='10, or 5 where bcrypt runs in Python'),
     *_IGNORED,
