@@ -143,8 +143,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_period(text: str) -> float:
-    """Seconds of a duration that protects or destroys, as parse_duration() has it, but with a unit: 30 would
-    be seconds where days were meant."""
+    """Seconds of a duration that protects or destroys, with a unit: 30 could be seconds, or meant as days."""
     seconds = parse_duration(text)
     if seconds and text[-1].isdecimal():
         raise ValueError(f'{text!r} has no unit; use {text}d for days, {text}s for seconds')
@@ -893,8 +892,6 @@ class Busy(StorageError):
 class Remembered:
     """Answers to a question about paths, each of which holds for some seconds."""
 
-    __slots__ = ('_answers', '_seconds')
-
     def __init__(self, seconds: float = LOOK_SECONDS) -> None:
         self._seconds = seconds
         self._answers: Dict[str, Tuple[float, Any]] = {}    # until when an answer holds, and the answer
@@ -1050,8 +1047,7 @@ def open_plain(folder: Folder, name: str) -> Tuple[int, os.stat_result]:
 
 
 def explain_denial(root: str, path: str, writes: bool) -> str:
-    """Whose file or folder on the way from `root` to a `path` below it cannot be read or, with `writes`,
-    changed, and what helps; empty if none is found."""
+    """Whose file or folder between `root` and a `path` below it denies access, and what helps, if any."""
     if os.name != 'posix':
         return ''
     steps = [*itertools.accumulate(path.split('/')[1:], os.path.join, initial=root or os.sep)]
@@ -1086,8 +1082,7 @@ def stamp(path: str) -> Tuple[int, ...]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-class BeingWritten(Exception):
-    """A file may not be complete yet."""
+class BeingWritten(Exception): ...      # a file may not be complete yet
 
 
 class WatchedFiles:
@@ -1107,8 +1102,7 @@ class WatchedFiles:
         self.load()
 
     def load(self) -> str:
-        """Read the files and put them in force; what was read, for the log.  Raises BeingWritten, OSError, or
-        ValueError with a line for each fault."""
+        """Put the files in force; what was read, for the log.  Raises BeingWritten, OSError, ValueError."""
         raise NotImplementedError
 
     def read(self, path: str) -> bytes:
@@ -1199,11 +1193,11 @@ def set_mode(fd: int, mode: int) -> None:
             os.fchmod(fd, mode)
 
 
-def lock_file(fd: int) -> Optional[bool]:
+def lock_file(fd: int, wait: bool = False) -> Optional[bool]:
     """Lock a file while it is open: False if another process has locked it, None if there are no locks."""
     try:
         import fcntl
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except (ImportError, OSError):
@@ -1252,8 +1246,8 @@ class ScratchFile(Closing):
         self.name = ''
 
     def date(self, times: Optional[Tuple[int, int]] = None) -> None:
-        """Set the times of access and modification, in nanoseconds, or by default to the present by the clock
-        of the file system.  Raises OSError, also where they do not stay."""
+        """Set the times of access and modification, in nanoseconds, or to now.  Raises OSError, also where
+        they do not stay."""
         file = self.folder.at(self.name) if self.name and self.folder.fd is None else self.fd
         if times:
             os.utime(file, ns=times)
@@ -1304,13 +1298,12 @@ def write_durably(folder: Folder, name: str, parts: Iterable[bytes], mode: int, 
     folder.sync()
 
 
-def copy_durably(fd: int, status: os.stat_result, folder: Folder, name: str, mode: int) -> None:
-    """Copy a file that is open, with its times, as write_durably() writes it; closes it.  Raises OSError."""
-    try:
-        write_durably(folder, name, iter(functools.partial(os.read, fd, COPY_BYTES), b''), mode,
-                      owner=owner_of(folder), times=(status.st_atime_ns, status.st_mtime_ns))
-    finally:
-        os.close(fd)
+def copy_durably(source: Folder, name: str, target: Folder, new_name: str, mode: int) -> None:
+    """Copy a file, with its times, as write_durably() writes it.  Raises OSError."""
+    fd, status = open_plain(source, name)
+    with open(fd, 'rb', buffering=0) as file:
+        write_durably(target, new_name, iter(functools.partial(file.read, COPY_BYTES), b''), mode,
+                      owner=owner_of(target), times=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) -> None:
@@ -1320,7 +1313,7 @@ def move(source: Folder, name: str, target: Folder, new_name: str, mode: int) ->
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        copy_durably(*open_plain(source, name), target, new_name, mode)
+        copy_durably(source, name, target, new_name, mode)
         source.unlink(name)
 
 
@@ -1356,13 +1349,10 @@ def exclusive(folder: Folder, *files: str) -> Iterator[None]:
     """Excludes other threads, and other processes where a folder and files in it can be locked."""
     with _renaming, contextlib.ExitStack() as stack:
         for name in ('.', *files):
-            try:
-                import fcntl
+            with contextlib.suppress(OSError):
                 fd = folder.open(name, os.O_RDONLY)
                 stack.callback(os.close, fd)
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            except (ImportError, OSError) as error:
-                log.debug('cannot lock %s: %s', folder.at(name), error)
+                lock_file(fd, wait=True)
         yield
 
 
@@ -1394,8 +1384,6 @@ HELPED_READS = 512                # Reads by helpers after which the pace is mea
 class Pace:
     """Decides how many `helpers` reading is worth, 0 if it does not wait for the disk.  Since they also wait
     for each other, they are granted for HELPED_READS, and then the pace is measured again without them."""
-
-    __slots__ = ('helpers', '_due', '_left')
 
     def __init__(self) -> None:
         self.helpers, self._left, self._due = 0, 0, 0.0
@@ -3192,7 +3180,7 @@ class RollBack(Closing):
             for name, file in files.items():
                 # An object that is replaced is copied: its name is there at every instant.
                 try:
-                    copy_durably(*open_plain(target, name), source, f'{name}.{now}', mode)
+                    copy_durably(target, name, source, f'{name}.{now}', mode)
                 except OSError as error:    # there is none, or what has its name is a link
                     if error.errno not in (errno.ENOENT, *_LINK_ERRORS):
                         raise
