@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     Sample = Tuple[Any, ...]                # of a metric: perhaps a suffix of its name, labels, value
     Family = Tuple[str, str, Iterable[Sample]]      # a metric's name, help text and samples
     Key = Tuple[str, ...]                   # of a row of Counters
+    Transport = Union['SocketTransport', 'TlsTransport', 'PipeTransport']
 
     class Body(Protocol):
         """The content of a request, read as it arrives; a buffer of `piece` bytes suits it."""
@@ -2782,8 +2783,6 @@ class Past:
         ours, there = self._clock(), self._store.now(repository)
         return there - ours, TICK_SECONDS if there % 1 else COARSE_SECONDS
 
-    # ---- deleting ----
-
     def delete(self, location: Location) -> Optional[int]:
         """Delete an object, which is kept unless it is a lock; its size in bytes, None if there was none.
         The folders are on the disk when this returns.  Raises OSError."""
@@ -2862,8 +2861,6 @@ class Past:
             marks = [entry.name[len(_SINCE):] for entry in entries if _SINCE_NAME.fullmatch(entry.name)]
         return read_moment(max(marks)) if marks else None
 
-    # ---- reading ----
-
     def until(self, deleted: str) -> str:
         """When an object that was deleted at a time, as names have it, is purged."""
         return moment_for_people(int(read_moment(deleted) + self._keep))
@@ -2891,8 +2888,6 @@ class Past:
             raise InvalidPath(str(error)) from None
         self.check_known(repository, moment)
         return View(self._store, self, moment)
-
-    # ---- purging ----
 
     def kept(self, repository: str) -> Iterator[Tuple[Folder, os.DirEntry[str], DeletedName]]:
         """The deleted objects of a repository, and the marks of those that came back.  Raises OSError."""
@@ -2975,8 +2970,7 @@ def deleted_folder(location: Location) -> str:
 
 
 class View:
-    """A store's repositories as they were at a `moment`, to read.  Raises NoHistory, also when something is
-    found missing that was purged meanwhile."""
+    """A store's repositories as they were at a `moment`, to read.  Raises NoHistory after a purge, too."""
 
     def __init__(self, store: Store, past: Past, moment: int) -> None:
         self._store, self._past, self._moment, self._text = store, past, moment, format_moment(moment)
@@ -4304,16 +4298,14 @@ def _seconds_of_round() -> float:
 
 
 def verify(password: bytes, entry: Entry) -> bool:
-    """Whether a password matches an entry.  One with a NUL never does, nor one longer than PASSWORD_BYTES,
-    except for bcrypt."""
+    """Whether a password matches an entry.  One with a NUL, or too long except for bcrypt, never does."""
     import hmac
     return (b'\0' not in password and hmac.compare_digest(compute(password, entry).encode(), entry.encode())
             and (entry.is_bcrypt or len(password) <= PASSWORD_BYTES))
 
 
 def compute(password: bytes, entry: Entry) -> str:
-    """An entry for a password with the scheme, cost and salt of another, by the C library where it supports
-    the scheme; not thread-safe."""
+    """An entry for a password with the scheme, cost and salt of another, in C if it can; not thread-safe."""
     used = password[:BCRYPT_BYTES if entry.is_bcrypt else PASSWORD_BYTES]
     return crypt_in_c(used, entry) if is_in_c(entry.scheme) else crypt(used, entry)
 
@@ -4556,22 +4548,18 @@ class FairQueue:
 
 class Accounts:
     """Authenticates requests.  Users come from one of: an htpasswd file; a single `user` with `password`
-    (kept as a hash with `salt`); the header `user_header` of a proxy that is in `proxies` or on this
-    host.  Without these, `certificates` may name them.  Over a unix socket the user is the login name of
-    the client's process, unless `socket_auth` requires a password there, too.  `realm` is shown by
-    clients when they ask for a password.  `demanded` says whether clients have to log in (but perhaps not
-    over a unix socket).
+    (kept as a hash with `salt`); the header `user_header` of a proxy that is in `proxies` or on this host.
+    Without these, `certificates` may name them.  Over a unix socket the user is the login name of the
+    client's process, unless `socket_auth` requires a password.  `demanded` is whether TCP requires a login.
 
     A verified password is remembered as a keyed digest of the user, the password and the entry that it
-    matched.  It holds as long as the file has that entry, so nothing has to be invalidated, and a
-    remembered login never waits for one that is being verified.  Processes share the digests through
-    `counters`.  The single user's is remembered from the start.
-    """
+    matched.  It holds as long as the file has that entry, so nothing has to be invalidated, and a remembered
+    login never waits for one that is being verified.  Processes share the digests through `counters`."""
 
     def __init__(self, file: Optional[PasswordFile] = None, user: str = '', password: str = '',
-                 salt: str = '', realm: str = '', user_header: str = '',
-                 proxies: Iterable[Any] = (), certificates: bool = False, socket_auth: bool = False,
-                 counters: Optional[Counters] = None) -> None:
+                 salt: str = '', realm: str = '', user_header: str = '', proxies: Iterable[Any] = (),
+                 certificates: bool = False, socket_auth: bool = False, counters: Optional[Counters] = None
+                 ) -> None:
         self.file = file
         self._user = user
         self._salt = f'salt {salt}'     # in the place of the single user's entry
@@ -4583,7 +4571,7 @@ class Accounts:
         self.demanded = bool(file or user or user_header or certificates)
         self._secret = os.urandom(32)
         self._verified: Dict[str, bytes] = {}   # the last digest of each user
-        if user:
+        if user:    # whose password is remembered from the start
             self._verified[user] = self._digest(user, password.encode(), self._salt)
         self._counters = counters or Counters()
         self._queue, self._slow_queue = FairQueue(), FairQueue()
@@ -4626,10 +4614,10 @@ class Accounts:
         user, password = self._parse_basic(header)
         if not (self._is_remembered(user, password) or self._verify(user, password, request.client.group)):
             self._counters.add(REFUSED_LOGINS, 1)
+            shown = user if is_user(user) else re.sub(
+                r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:32])
             refusals.log(NOTICE, 'authentication failed', request.client, '',
-                         "authentication failed for '%s' from %s", user if is_user(user) else re.sub(
-                             r'[^A-Za-z0-9@._-]', lambda match: f'\\u{ord(match[0]):04x}', user[:32]),
-                         request.client)
+                         "authentication failed for '%s' from %s", shown, request.client)
             raise self._unauthorized('wrong user or password')
         if not (request.peer.known and request.peer is request.client):
             self._know_address(user, request.client.group)
@@ -4715,8 +4703,7 @@ class Accounts:
         return any(address in network for network in self.proxies)
 
     def find_client(self, request: Request) -> None:
-        """Set a request's client: where one of the trusted `proxies` or a unix socket sends it, the last
-        address it is forwarded for that is no proxy's."""
+        """Set a request's client: the last address it is forwarded for that is no trusted proxy's."""
         if request.peer.unix or self.is_trusted(request.peer.name):
             for address in forwarded_addresses(request.headers):
                 request.client = Peer(address)
@@ -6917,8 +6904,8 @@ class SocketTransport:
             data, waits = memoryview(data)[count:], STALL_PARTS
 
     def send_file(self, content: FileSlice, limit: int) -> bool:
-        """Send some of a slice, `limit` bytes at the most; False if sendfile(2) does not work here.  An
-        OSError that is not in _CONNECTION_ERRORS is one of the file."""
+        """Send at most `limit` bytes of a slice; False without sendfile(2).  Raises OSError, which is one of
+        the file unless it is in _CONNECTION_ERRORS."""
         if not hasattr(os, 'sendfile'):
             return False
         for left in reversed(range(STALL_PARTS)):
@@ -7099,10 +7086,6 @@ class PipeTransport:
         self._bell.close()
 
 
-if TYPE_CHECKING:
-    Transport = Union[SocketTransport, TlsTransport, PipeTransport]
-
-
 # ==== Connection =================================================================================
 # One client: its bytes, its deadline, its share of the bandwidth.
 #
@@ -7193,8 +7176,6 @@ class Connection:
         self._throttled_since = 0.0         # start of the wait that is going on, or 0
         self.deadline = Deadline(self.clock() + limits.header_seconds)  # when to expire(), by clock()
 
-    # ---- time ----
-
     def clock(self) -> float:
         """A monotonic clock in seconds that stands still while the connection waits for the bandwidth.  Where
         two threads wait at once, over pipes, it goes slow, which only delays deadlines."""
@@ -7227,8 +7208,6 @@ class Connection:
             self.on_limit(STALLED_UPLOAD, self.peer)
         self.deadline.begin(self.clock() + 1)   # for the thread to wake, on a busy machine, too
         self.end_input()
-
-    # ---- bytes ----
 
     def shake_hands(self) -> None:
         """Do the handshake of TLS, if it is spoken.  Raises Gone."""
@@ -7310,8 +7289,6 @@ class Connection:
         bandwidth.wait(direction, count)
         self._throttled_seconds += time.monotonic() - begin
         self._throttled_since = 0.0
-
-    # ---- the end ----
 
     def linger(self) -> None:
         """End the output and discard input until the client ends it (RFC 9112 9.6)."""
@@ -7509,8 +7486,6 @@ class Http1:
         self._send(request, self._api.refuse(error), keep=False)
         self._connection.linger()
 
-    # ---- receiving ----
-
     def _read_head(self) -> str:
         """The next head up to its empty line; empty if the client has disconnected between two requests.
         Empty lines before it are skipped (RFC 9112 2.2).  Raises HttpError 400, 408 and 431."""
@@ -7608,8 +7583,6 @@ class Http1:
         if self._connection.expired:
             raise HttpError(408, f'the {what} took too long')
         raise HttpError(400, f'the {what} was cut short')
-
-    # ---- sending ----
 
     def _may_keep(self, request: Request) -> bool:
         """Whether the connection persists after a request that is not plain (RFC 9112 9.3)."""
@@ -7751,8 +7724,7 @@ class HeaderDecoder:
         self._at = 0                    # position in the block
 
     def decode(self, block: bytes, limit: int) -> Tuple[List[Tuple[str, str]], bool]:
-        """The fields of a header block, and whether these are all: fields beyond `limit` bytes (counted as
-        in RFC 9113 10.5.1) are left out.  Raises HpackError."""
+        """The fields of a header block up to `limit` bytes (RFC 9113 10.5.1), and whether these are all."""
         self._block, self._at = block, 0
         fields: List[Tuple[str, str]] = []
         begun = False
@@ -8226,10 +8198,9 @@ class Http2:
         self.connection.linger()
 
     def _go_away(self, code: ErrorCode = ErrorCode.NO_ERROR, reason: str = '') -> None:
-        """Send GOAWAY (RFC 9113 6.8), and take no more requests; without any, end the input.  Streams above
-        the last are not served, and the last never rises."""
+        """Send GOAWAY (RFC 9113 6.8), and take no more requests; without any, end the input."""
         with self.changed:
-            if self.last_served is None:
+            if self.last_served is None:    # which never rises
                 self.last_served = self._last
             last = struct.pack('>II', self.last_served, code)
             self.queue(frame(FrameType.GOAWAY, 0, 0, last + reason.encode()))
@@ -8257,8 +8228,6 @@ class Http2:
                         stream.abort(str(gone))
                 connection.end_input()
             connection.wait_for(Connection.IDLE, math.inf)
-
-    # ---- frames as they arrive ----
 
     def _read(self, count: int, deadline: Optional[Deadline] = None) -> bytes:
         """The next bytes; each piece of them puts off a deadline.  Raises EOFError, Gone."""
@@ -8318,8 +8287,6 @@ class Http2:
             self.changed.notify_all()
             require(len(self.unsent) <= UNREAD_BYTES, 'too many unread responses',
                     ErrorCode.ENHANCE_YOUR_CALM)
-
-    # ---- with the lock ----
 
     def queue(self, frames: bytes) -> None:
         """Have frames written."""
@@ -8409,8 +8376,7 @@ class Http2:
             require(stream_id in self.resets, 'HEADERS on a closed stream')
 
     def _open(self, stream_id: int, fields: List[Tuple[str, str]], complete: bool, whole: bool) -> None:
-        """Have a thread answer a request whose header is `complete`, or was too long; without content it is
-        `whole`.  Raises StreamError."""
+        """Have a thread answer a request whose header is `complete`; without content it is `whole`."""
         method, target, headers = (request_of(fields) if complete else
                                    (dict(fields).get(':method', '-'), '', {}))
         length = int(headers['content-length']) if 'content-length' in headers else None
@@ -8820,8 +8786,7 @@ class StatsLog:
         self._next = math.inf       # time of the next line, infinite while idle
 
     def tick(self, active: bool) -> float:
-        """Log a line if it is due; seconds until the next one.  Infinite where nothing has happened and no
-        connection is `active`, so that an idle server sleeps."""
+        """Log a line if it is due; seconds until the next one, infinite if nothing happens or is `active`."""
         if self._seconds == math.inf or not (active or self._metrics.has_news()):
             self._next = math.inf
             return math.inf
@@ -8954,8 +8919,6 @@ class Server:
             time.sleep(0.001)
         listener.handle_request()
 
-    # ---- connections ----
-
     def begin(self, source: socket.socket | PipeTransport, peer: Peer, tls: bool = False) -> bool:
         """Serve a connection, or standard input and output, in a thread; False if there is no place."""
         ticket = self.api.admission.admit(peer)
@@ -9009,11 +8972,9 @@ class Server:
             if not self.served:     # for which the loop may be waiting
                 self.loop.wake()
 
-    # ---- timers ----
-
     def sweep(self) -> float:
-        """A timer: expire connections whose deadline has passed; seconds until the next check, infinite
-        without connections.  A thousand threads that wake at once would block all others."""
+        """A timer: expire connections whose deadline has passed, but few at a time, since a thousand threads
+        that wake at once would block all others; seconds until the next check."""
         if not self.served:
             return math.inf
         now = time.monotonic()
@@ -9034,8 +8995,6 @@ class Server:
                 connection.expire()
             self._next_sweep = now + (0.05 if len(overdue) > EXPIRED_AT_ONCE else self.sweep_seconds)
         return self._next_sweep - now
-
-    # ---- signals ----
 
     def stop(self) -> None:
         """Do what SIGTERM does; any thread may."""
@@ -9065,8 +9024,7 @@ class Server:
 
 
 def import_modules() -> None:
-    """Import what requests may need, so that what this Python lacks is said at the start, and an upgrade of
-    Python takes nothing from a running server.  Raises ImportError."""
+    """Import what requests may need, before an upgrade of Python takes it away.  Raises ImportError."""
     from importlib import import_module
     for name in ('base64', 'calendar', 'hmac', 'html', 'http.server', 'ipaddress', 'json', 'mmap', 'queue',
                  'shutil', 'unicodedata', 'urllib.parse'):
@@ -9150,8 +9108,6 @@ class Workers:
                 self._start(worker)
         return min(worker.due for worker in self._workers) - now
 
-    # ---- signals ----
-
     def _signal_all(self, signum: int) -> None:
         for worker in self._workers:
             if worker.pid:
@@ -9199,8 +9155,6 @@ class Workers:
                       f' in {delay:.0f} s' if delay else '')
         else:  # somebody has stopped it, and may be about to stop us
             worker.due += ORDERLY_SECONDS
-
-    # ---- processes ----
 
     def _start(self, worker: Worker) -> None:
         """Fork a worker."""
