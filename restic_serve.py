@@ -512,17 +512,19 @@ class Closing:
         """Release what is open; a second time does nothing."""
 
 
-class CheckedBody:
-    """A request's content; `check` is called after each piece and at the end, and may raise HttpError."""
+class WatchedBody:
+    """A request's content, of which some bytes have been `received`; `on_read` is called after each piece and
+    at the end, and may raise HttpError."""
 
-    def __init__(self, body: Body, check: Callable[[], object]) -> None:
-        self.piece, self.length = body.piece, body.length
+    def __init__(self, body: Body, on_read: Callable[[], object]) -> None:
+        self.piece, self.length, self._body, self._after_read = body.piece, body.length, body, on_read
         self.clock: Callable[[], float] = getattr(body, 'clock', time.monotonic)
-        self._body, self._check = body, check
+        self.received = 0
 
     def readinto(self, view: memoryview) -> int:
         count = self._body.readinto(view)
-        self._check()
+        self.received += count      # first: Room.yield_rest() may run at any moment
+        self._after_read()
         return count
 
 
@@ -3961,9 +3963,9 @@ class Usage:
 
     # ---- what passes through ----
 
-    def save(self, location: Location, body: Body, may_delete: bool = False) -> Tuple[int, int]:
-        """Store an object as Store.save() does; the objects and bytes added.  An index of a user who
-        `may_delete` may use the reserve.  Raises QuotaExceeded, before the content is read if its length is
+    def save(self, location: Location, body: Body, may_reserve: bool = False) -> Tuple[int, int]:
+        """Store an object as Store.save() does; the objects and bytes added.  One that `may_reserve` may use
+        what take_reserve() gives.  Raises QuotaExceeded, before the content is read if its length is
         known, and Busy."""
         scopes = self.limited(location.repository) if self.limits.by_place else []
         if not scopes:
@@ -3980,8 +3982,7 @@ class Usage:
             return self._save(location, body)   # restic needs a lock to read and to delete
         # What replaces a damaged object of the same length is charged nothing.
         fixed = folders * FOLDER_BYTES - (charge_of(length or 0) if is_same else 0)
-        with Room(self, location.repository, fixed, body) as room:
-            room.may_reserve = may_delete and location.kind == 'index' and length is not None
+        with Room(self, location.repository, fixed, body, may_reserve and length is not None) as room:
             room.take(length or 0, 0 if length is None else ROOM_SECONDS)
             return self._save(location, room)
 
@@ -4170,31 +4171,27 @@ class Usage:
                         held.kept, held.kept_bytes, held.deleted)
 
 
-class Room(Closing):
+class Room(WatchedBody, Closing):
     """Room in the quotas of a repository for an upload of `body` and `fixed` bytes besides, until it is
     closed.  It is the Body of the upload.  Raises Busy before the first census."""
 
-    def __init__(self, usage: Usage, repository: str, fixed: int, body: Optional[Body] = None) -> None:
-        self._usage, self._repository, self._fixed = usage, repository, fixed
-        self.may_reserve = False
-        self._scopes, self._taken, self._received = usage.limited(repository), 0, 0
+    def __init__(self, usage: Usage, repository: str, fixed: int, body: Optional[Body] = None,
+                 may_reserve: bool = False) -> None:
+        self._usage, self._repository, self._fixed, self._may_reserve = usage, repository, fixed, may_reserve
+        self._scopes, self._taken = usage.limited(repository), 0
         if self._scopes:
             usage.census.request()
             if not usage.census.wait(READY_SECONDS):
                 raise Busy('still calculating sizes', RETRY_SECONDS)
         if body:
-            self._body, self.piece, self.length = body, body.piece, body.length
-            self._clock: Callable[[], float] = getattr(body, 'clock', time.monotonic)
-            self._begun = self._clock()
+            super().__init__(body, self._on_read)
+            self._begun = self.clock()
             self._in_steps = body.length is None
             usage.rooms.add(self)
 
-    def readinto(self, view: memoryview) -> int:
-        count = self._body.readinto(view)
-        self._received += count     # first: yield_rest() may run at any moment
+    def _on_read(self) -> None:
         if self._in_steps:
-            self.take(self._received, 0)
-        return count
+            self.take(self.received, 0)
 
     def take(self, size: Optional[int], seconds: float) -> None:
         """Raise the room to that for an object.  That waits for some seconds while other uploads have
@@ -4211,7 +4208,7 @@ class Room(Closing):
                     return
                 self._set(before)
             if any(quota.held + charge > quota.limit for quota in quotas.values()):
-                if self.may_reserve and usage.take_reserve(self._repository, charge):
+                if self._may_reserve and usage.take_reserve(self._repository, charge):
                     return
                 usage.refuse(self._repository, charge, quotas)
             if time.monotonic() >= end:
@@ -4220,11 +4217,11 @@ class Room(Closing):
 
     def yield_rest(self) -> None:
         """Go on in steps if the upload comes too slowly."""
-        seconds = self._clock() - self._begun
-        if not self._in_steps and seconds > ROOM_GRACE and self._received < ROOM_RATE * seconds:
+        seconds = self.clock() - self._begun
+        if not self._in_steps and seconds > ROOM_GRACE and self.received < ROOM_RATE * seconds:
             with self._usage.reserving:
                 self._in_steps = True
-                self._set(min(self._taken, self._fixed + charge_of(self._received)))
+                self._set(min(self._taken, self._fixed + charge_of(self.received)))
 
     def close(self) -> None:
         with self._usage.reserving:
@@ -5008,6 +5005,26 @@ class Policy(WatchedFiles):
         if verb == 'delete in':
             self.on_refused_delete(location, request.user, who, may)
         raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}; only {may} access')
+
+
+def access_check(policy: Policy, file: Optional[PasswordFile], fold: Callable[[str], str], request: Request,
+                 location: Location) -> Callable[[], None]:
+    """What raises HttpError 403 once the user of a request that is under way, or his right, is gone.  A
+    changed password ends nothing."""
+    rights = policy.rights
+    entries = file.entries if file else {}
+
+    def check() -> None:
+        nonlocal rights, entries
+        if file and file.entries is not entries:
+            before, entries = set(map(fold, entries)), file.entries
+            if request.user in before.difference(map(fold, entries)):
+                raise HttpError(403, f'{request.user} has been removed')
+        if policy.rights is not rights:
+            rights = policy.rights
+            policy.check(request, location)
+
+    return check
 
 
 # ==== Metrics ====================================================================================
@@ -5916,6 +5933,20 @@ class Visit(collections.namedtuple('Visit', [
         return self.link(self.top, text or sort, f'?sort={sort}') if sort else text
 
 
+def visit_of(request: Request, top: str, policy: Policy, accounts: Accounts, base: str) -> Visit:
+    """The visit of a request for the page at a path."""
+    from urllib.parse import parse_qsl
+    user, query = request.user, dict(parse_qsl(request.query, errors='replace'))
+    # Others are named to who sees the whole server, and to all where nobody has a name.
+    names, is_open = accounts.users() or (), not accounts.demanded and policy.is_for_all
+    sees_server = policy.sees_server(user)
+    return Visit(
+        top, query.get('sort', ''), query.get('q', '')[:100].lower(), user,
+        functools.partial(policy.right, user), policy.places(user),
+        functools.partial(policy.who_may, users=names) if sees_server and not is_open else None,
+        is_open or sees_server, request.url + base, base)
+
+
 class Page:
     """Renders the pages of the repositories that `watch` looks at."""
 
@@ -6437,13 +6468,15 @@ class Api:
         self.events = events
         self.has_metrics = bool(prometheus)
         self._prometheus = prometheus
+        self._may_end = bool(policy.path or accounts.file)      # the right to what is under way
+        self._fold: Callable[[str], str] = str.lower if store.ignores_case else str
         policy.on_refused_delete = events.on_refused_delete
         policy.is_late_key = self._is_late_key
         self._page = page
         self._turns = [threading.Lock() for _ in range(256)]
         self._at = at
-        # They hide repositories of that name.
         self.is_open = not accounts.demanded
+        # They hide repositories of that name.
         self._own_paths = {f'{baseurl}/health': self._get_health, '/favicon.ico': self._get_icon}
         if prometheus:
             self._own_paths[f'{baseurl}/metrics'] = self._get_metrics
@@ -6473,13 +6506,12 @@ class Api:
         except HttpError as error:
             if error.status == 429:
                 self.metrics.count_limited(LOGINS, request.client.name)
-            return self.refuse(error)
+            response = text_response(error.status, str(error), error.headers)
         except StorageError as error:
             if isinstance(error, ReadOnly):     # restic shows the status alone
                 self._log(request, 'read-only', '%s %s: %s', request.method, request.path, error)
-            return self.refuse(HttpError(
-                _STATUS_OF_ERROR[type(error)], str(error),
-                [('Retry-After', str(error.retry_seconds))] if isinstance(error, Busy) else ()))
+            wait = [('Retry-After', str(error.retry_seconds))] if isinstance(error, Busy) else ()
+            response = text_response(_STATUS_OF_ERROR[type(error)], str(error), wait)
         except OSError as error:
             response = self._fail(request, error)
         except Exception as error:  # a bug must not end the connection
@@ -6498,7 +6530,7 @@ class Api:
         log_access(request, status, sent)
 
     def refuse(self, error: HttpError) -> Response:
-        """The answer for an error."""
+        """The answer to what a wire refuses."""
         return text_response(error.status, str(error), [*error.headers, *self._headers])
 
     @staticmethod
@@ -6555,7 +6587,8 @@ class Api:
                 and 'text/html' in request.headers.get('accept', '')):
             return self._get_page(self._page, request, location)
         self.policy.check(request, location)
-        location = self._spell(location)
+        if not location.repository.isascii():
+            location = self._spell(location)
         source = self._find_view(request, location, at) if at else self.store
         if location.is_object:
             allowed = 'GET, HEAD, POST, DELETE'
@@ -6588,8 +6621,6 @@ class Api:
 
     def _spell(self, location: Location) -> Location:
         """A location with its repository as Folders.spell() has it."""
-        if location.repository.isascii():
-            return location
         repository = self.store.folders.spell(location.repository)
         return Location(repository, location.kind, location.name, location.at)
 
@@ -6622,12 +6653,14 @@ class Api:
 
     def _save(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
-        if location.kind == 'locks' and self.policy.right(request.user, location.repository) == READ:
+        right, body = self.policy.right, request.body
+        if location.kind == 'locks' and right(request.user, location.repository) == READ:
             self._check_lock(request, location)
-        check = self._find_check(request, location)
-        body = CheckedBody(request.body, check) if check else request.body
+        if self._may_end:
+            body = WatchedBody(body, access_check(
+                self.policy, self.accounts.file, self._fold, request, location))
         objects, size = self.usage.save(
-            location, body, self.policy.right(request.user, location.repository) == WRITE)
+            location, body, location.kind == 'index' and right(request.user, location.repository) == WRITE)
         if objects:
             self.metrics.count_blob(request, location, Metrics.WRITTEN, size)
             if location.kind == 'snapshots':
@@ -6645,27 +6678,6 @@ class Api:
                       'access denied: %s from %s may not add %s: too large for a lock, or too many locks',
                       request.user or 'a client', request.client, location)
             raise HttpError(403, 'read access only: too large for a lock, or too many locks')
-
-    def _find_check(self, request: Request, location: Location) -> Optional[Callable[[], None]]:
-        """What raises HttpError 403 once the user of a request that is under way, or his right, is gone;
-        None where neither can be.  A changed password ends nothing."""
-        policy, file = self.policy, self.accounts.file
-        if not (policy.path or file):
-            return None
-        fold: Callable[[str], str] = str.lower if self.store.ignores_case else str
-        rights, entries = policy.rights, file.entries if file else {}
-
-        def check() -> None:
-            nonlocal rights, entries
-            if file and file.entries is not entries:
-                before, entries = set(map(fold, entries)), file.entries
-                if request.user in before.difference(map(fold, entries)):
-                    raise HttpError(403, f'{request.user} has been removed')
-            if policy.rights is not rights:
-                rights = policy.rights
-                policy.check(request, location)
-
-        return check
 
     def _delete(self, request: Request, location: Location) -> Response:
         self.store.directory.check_writable()
@@ -6686,27 +6698,12 @@ class Api:
                 raise HttpError(404, 'not found') from None
             raise
         request.location = location     # it is counted as read when it was sent
-        headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
+        response = object_response(request, content)
         if source is not self.store or location.kind in ('config', 'locks'):
-            headers.append(NO_STORE)    # all else is what its name says
-        # RFC 9110 14.2: only GET has ranges.  13.1.5: answers have no validator here, so If-Range
-        # cannot match, and the range is ignored.
-        status, size, part = 200, content.length, None
-        if request.method == 'GET' and 'if-range' not in request.headers:
-            try:
-                part = parse_range(request.headers.get('range', ''), size)
-            except HttpError:
-                content.close()
-                raise
-        if part:
-            content.offset, content.length = offset, length = part
-            headers.append(('Content-Range', f'bytes {offset}-{offset + length - 1}/{size}'))
-            status = 206
-        if content.length > SMALL_BYTES or request.method == 'HEAD':
-            content.check = self._find_check(request, location)
-            return Response(status, headers, content)
-        # Read before the status is sent, so that an error has its own.
-        return Response(status, headers, content.read_all())
+            response.headers.append(NO_STORE)   # all else is what its name says
+        if self._may_end and response.body is content:
+            content.check = access_check(self.policy, self.accounts.file, self._fold, request, location)
+        return response
 
     def turn(self, client: str) -> threading.Lock:
         """What lists and pages of a client take one at a time: many would keep the interpreter."""
@@ -6741,21 +6738,11 @@ class Api:
         return text_response(503 if fault else 200, fault or 'ok')
 
     def _get_page(self, page: Page, request: Request, location: Location) -> Response:
-        policy, user, top = self.policy, request.user, location.repository
-        if top and policy.right(user, top) == NONE:
+        policy, top = self.policy, location.repository
+        if top and policy.right(request.user, top) == NONE:
             policy.check(request, location)
-        top = self._spell(location).repository
-        # Others are named to who sees the whole server, and to all where nobody has a name.
-        names = self.accounts.users() or ()
-        from urllib.parse import parse_qsl
-        query = dict(parse_qsl(request.query, errors='replace'))
-        is_open, sees_server = not self.accounts.demanded and policy.is_for_all, policy.sees_server(user)
-        visit = Visit(
-            top, query.get('sort', ''), query.get('q', '')[:100].lower(), user,
-            functools.partial(policy.right, user), policy.places(user),
-            functools.partial(policy.who_may, users=names) if sees_server and not is_open else None,
-            is_open or sees_server, request.url + self.baseurl, self.baseurl)
-        with self.turn(user or request.client.group):
+        visit = visit_of(request, self._spell(location).repository, policy, self.accounts, self.baseurl)
+        with self.turn(request.user or request.client.group):
             text = page.render(visit)
         return Response(200, page.headers(), text.encode('utf-8', 'replace'))
 
@@ -6764,6 +6751,28 @@ class Api:
         request.is_probe = True
         return Response(200, [('Content-Type', 'image/svg+xml'), ('Cache-Control', 'max-age=604800')],
                         ICON.encode())
+
+
+def object_response(request: Request, content: FileSlice) -> Response:
+    """The answer with the part of an object that a request selects; it closes small ones.  Raises HttpError
+    and OSError."""
+    headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
+    # RFC 9110 14.2: only GET has ranges.  13.1.5: answers have no validator here, so If-Range cannot match,
+    # and the range is ignored.
+    status, size, part = 200, content.length, None
+    if request.method == 'GET' and 'if-range' not in request.headers:
+        try:
+            part = parse_range(request.headers.get('range', ''), size)
+        except HttpError:
+            content.close()
+            raise
+    if part:
+        content.offset, content.length = offset, length = part
+        headers.append(('Content-Range', f'bytes {offset}-{offset + length - 1}/{size}'))
+        status = 206
+    is_small = content.length <= SMALL_BYTES and request.method == 'GET'
+    # Those are read before the status is sent, so that an error has its own.
+    return Response(status, headers, content.read_all() if is_small else content)
 
 
 def in_turn(items: Generator[T, None, None], turn: threading.Lock) -> Generator[T, None, None]:
