@@ -704,6 +704,16 @@ def one_line(text: object) -> str:
                    for letter in str(text))
 
 
+def show_line(stream: Any, text: str, end: str = '') -> None:
+    """Replace the line of a terminal, if the stream is one whose reader is there; the text is cut to fit."""
+    if not stream.isatty():
+        return
+    with contextlib.suppress(OSError):
+        text = text[:os.get_terminal_size(stream.fileno()).columns - 1]
+    with contextlib.suppress(OSError):
+        print(f'\r{text}\033[K', end=end, file=stream, flush=True)
+
+
 def count_name(counter: collections.Counter[str], name: str) -> None:
     """Count a client, unless it is one of too many to name."""
     counter[name if len(counter) < 1024 or name in counter else 'others'] += 1
@@ -3327,19 +3337,15 @@ class Scrub:
 
     def __init__(self, store: Store, age: float, bandwidth: Optional[Bandwidth],
                  report: Callable[[str, str], None], stream: Any) -> None:
-        self.damaged = 0
-        self.unreadable = 0             # paths at which nobody could look
-        self.checked = 0                # objects that were read
-        self.results: Dict[str, ScrubResult] = {}   # of repositories, also where nobody can look
-        self._tallies: List[ScrubTally] = []        # of those that were found
-        self._store = store
+        self.damaged = self.checked = 0     # objects; those that were read
+        self.unreadable = 0                 # paths at which nobody could look
+        self._tallies: List[ScrubTally] = []
+        self._store, self._bandwidth, self._report, self._stream = store, bandwidth, report, stream
         self._after = time.time() - age if age else math.inf
-        self._bandwidth = bandwidth
-        self._report = report
-        self._stream = stream
         self._stopped = False
         self._lock = threading.Lock()
         self._sound: Dict[str, float] = {}
+        self.results: Dict[str, ScrubResult] = {}   # of repositories, also where nobody can look
         try:
             self._sound, self.results = read_scrubs(store)
         except OSError as error:
@@ -3347,7 +3353,6 @@ class Scrub:
         self._bytes = self._total = 0
         self._begin = self._shown = self._saved = time.monotonic()
         self._ahead = store.now() - time.time()     # of the file system's clock
-        self._bar = False               # the last line of the stream is a bar
 
     def run(self) -> int:
         """Check everything, on all cores; the number of damaged objects.  Raises OSError if the directory
@@ -3356,8 +3361,8 @@ class Scrub:
         folders = list(self._find())
         self._sound = {folder.path: max(self._sound[key] for key in keys) for folder in folders for keys in [
             self._sound.keys() & {folder.path, folder.tally.repository}] if keys}
-        missing = missing_repositories(self._store, self.results,
-                                       {tally.repository for tally in self._tallies})
+        there = {tally.repository for tally in self._tallies}
+        missing = missing_repositories(self._store, self.results, there)
         for path, verdict in missing.items():
             if verdict == LOST:     # others are behind what was reported already
                 self._fault(None, self._store.root + path, LOST)
@@ -3573,9 +3578,7 @@ class Scrub:
     def report(self, path: str, reason: str) -> None:
         """Report a fault, on the line of the bar."""
         with self._lock:
-            if self._bar:
-                self._write('\r\033[K')
-            self._bar = False
+            show_line(self._stream, '')
             self._report(path, reason)
 
     def _advance(self, count: int) -> None:
@@ -3598,20 +3601,11 @@ class Scrub:
                 f'{format_size(self._bytes / seconds)}/s, {format_duration(left)} left, '
                 f'{self.checked} objects read, {self.damaged} damaged'
                 + (f', {self.unreadable} unreadable' if self.unreadable else ''))
-        if self._stream.isatty():
-            done = int(part * BAR_WIDTH)
-            bar = f'[{"#" * done}{"." * (BAR_WIDTH - done)}] {text}'
+        bar = '#' * int(part * BAR_WIDTH)
+        show_line(self._stream, f'[{bar:.<{BAR_WIDTH}}] {text}', '\n' if last else '')
+        if not self._stream.isatty():
             with contextlib.suppress(OSError):
-                bar = bar[:os.get_terminal_size(self._stream.fileno()).columns - 1]
-            self._bar = not last
-            self._write(f'\r{bar}\033[K' + ('\n' if last else ''))
-        else:
-            self._write(f'{text}\n')
-
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the reader has disconnected
-            self._stream.write(text)
-            self._stream.flush()
+                print(text, file=self._stream, flush=True)
 
     # ---- what was checked when ----
 
@@ -3625,8 +3619,8 @@ class Scrub:
             is_whole = len(of_folders) == len(tally.folders) and not tally.left
             sound.update({tally.repository: min(of_folders.values())} if is_whole else of_folders)
         text = json.dumps({'folders': sound, 'repositories': self.results})
-        if len(text) > RECORD_BYTES:    # then all is read again
-            text = json.dumps({'folders': {}, 'repositories': self.results})
+        if len(text) > RECORD_BYTES:
+            text = json.dumps({'folders': {}, 'repositories': self.results})    # then all is read again
         try:
             if not self._store.directory.is_gone():
                 self._store.hidden.write(SCRUB_FILE, text)
@@ -9722,9 +9716,8 @@ def in_force(api: Api, options: argparse.Namespace) -> str:
 def make_policy(options: argparse.Namespace, ignore_case: bool = False, login: bool = True) -> Policy:
     """The policy that the options describe; with a `login` clients without a name have no rights by a file.
     Raises OSError and RightsFault with a message for the user."""
-    if options.rights:
-        return Policy(None, options.rights, not login, ignore_case)
-    return Policy(rights_of(options, ignore_case))
+    rights = None if options.rights else rights_of(options, ignore_case)
+    return Policy(rights, options.rights or '', not login, ignore_case)
 
 
 def make_bandwidth(options: argparse.Namespace, counters: Counters) -> Optional[Bandwidth]:
@@ -9912,19 +9905,16 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
     if not jobs or (refused and not options.force):
         return 1
 
-    def show(end: str) -> None:
-        """Show how far a roll-back is, in a line of a terminal, or clear that."""
-        if sys.stderr.isatty():
-            line = one_line(f'{path[1:] or top}: {job}')[:os.get_terminal_size(2).columns - 1]
-            print(f'\r{line}\033[K{end}', end='', file=sys.stderr, flush=True)
+    def state() -> str:
+        return one_line(f'{path[1:] or top}: {job}')
 
     for path, job in jobs.items():
         try:
-            job.show = functools.partial(show, '')
+            job.show = lambda: show_line(sys.stderr, state())
             with job:
                 job.run(options.dry_run, options.force)
-            show('\r\033[K')
-            print(one_line(f'{path[1:] or top}: {job}'), flush=True)
+            show_line(sys.stderr, '')
+            print(state(), flush=True)
         except ValueError as error:
             refuse(path, f'{job}, then stopped: {error}')
         for name in job.lost:
@@ -10019,9 +10009,9 @@ def main() -> int:
             import_modules()
         with contextlib.suppress(ValueError, RuntimeError):     # where stacks have a size of their own
             threading.stack_size(STACK_BYTES)
-        is_new = False
-        if not (options.stdio and store.directory.is_missing()) or options.must_exist or at:
-            is_new = store.prepare(options.must_exist or bool(at))
+        must_exist = options.must_exist or bool(at)
+        is_late = options.stdio and not must_exist and store.directory.is_missing()     # init makes it
+        is_new = not is_late and store.prepare(must_exist)
         try:
             server = make_server(options, store, at)
         except (OSError, RightsFault):
@@ -10033,13 +10023,10 @@ def main() -> int:
         if options.stdio:
             serve_stdio(server)
             return 0
-    except ImportError as error:
-        complain(f'this Python lacks {error.name}; install python3')
-        return 1
-    except (OSError, RightsFault, StorageError) as error:
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename:
-            reason = f'{error.filename}: {error.strerror}'
+    except (ImportError, OSError, RightsFault, StorageError) as error:
+        reason = (f'this Python lacks {error.name}; install python3' if isinstance(error, ImportError)
+                  else f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename
+                  else str(error))
         for line in reason.split('\n'):
             complain(line)
         return 1
