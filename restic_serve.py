@@ -406,9 +406,7 @@ class Peer:
                  'known', 'busy', 'probes', 'stays', 'begun', 'since', 'abort')
 
     def __init__(self, name: str, user: str = '', unix: bool = False) -> None:
-        self.name = name
-        self.user = user
-        self.unix = unix
+        self.name, self.user, self.unix = name, user, unix
         self.groups: Tuple[str, ...] = (name,)
         if ':' in name:
             with contextlib.suppress(OSError):
@@ -529,8 +527,7 @@ class WatchedBody:
 
 
 class FileSlice(Closing):
-    """`length` bytes of the file `fd` from `offset` on.  It owns the descriptor.  `check` is called before
-    each further piece, and may raise HttpError."""
+    """`length` bytes from `offset` on of the file `fd`, which it owns; `check` may raise HttpError."""
 
     __slots__ = ('fd', 'offset', 'length', 'check')
 
@@ -581,8 +578,7 @@ class Channel:
     sender: Optional[socket.socket] = None
 
     def __init__(self, kind: int, seconds: float = 0) -> None:
-        self._kind = kind
-        self._seconds = seconds
+        self._kind, self._seconds = kind, seconds
 
     def open(self) -> None:
         """Make the pair of sockets.  Raises OSError."""
@@ -1822,6 +1818,7 @@ AT = '.at'                        # Segment of a path before the moment at which
 PROBE_PREFIX = '.restic_serve-probe-'   # File in DIR with which the file system is tried.
 SMALL_BYTES = 64 * 1024           # Largest content that is read and sent in one go.
 READ_ONLY = 'the server is read-only'
+_NOT_ITS_NAME = 'SHA-256 of the content is {}, not the name'
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL, errno.EXDEV)     # EACCES on Android
@@ -1846,10 +1843,7 @@ class Location:
     __slots__ = ('repository', 'kind', 'name', 'at', 'is_object', 'folder', 'file')
 
     def __init__(self, repository: str, kind: str = '', name: str = '', at: str = '') -> None:
-        self.repository = repository
-        self.kind = kind
-        self.name = name
-        self.at = at
+        self.repository, self.kind, self.name, self.at = repository, kind, name, at
         self.is_object = bool(name) or kind == 'config'
         self.file = name
         self.folder = f'{repository}/{kind}/{name[:2]}' if name and kind == 'data' else f'{repository}/{kind}'
@@ -1867,8 +1861,7 @@ class Location:
 _NO_FILE_NAME = re.compile(r'[\x00-\x1f\x7f\\:]' if os.name == 'nt' else r'[\x00-\x1f\x7f]')
 RESERVED = ('reserved name: a repository path cannot contain data, index, keys, locks, snapshots, config, '
             ".at, .restic_serve or names of a file system's own folders")
-# No segment of a repository's path; the server's own names in no spelling that a file system may take for
-# them, either.
+# No segment of a repository's path; nor are the server's own names, in any spelling.
 _RESERVED = frozenset((*KINDS, 'config'))
 
 
@@ -1924,8 +1917,7 @@ class Folders:
     the chapter's opening.  With `shared` new ones are accessible to the group: 0770 instead of 0700."""
 
     def __init__(self, root: str, shared: bool) -> None:
-        self.root = root
-        self._shared = shared
+        self.root, self._shared = root, shared
         self._mode = 0o770 if shared else 0o700
         self.for_owners = False     # new folders belong to the owner of the folder that they are in
         self._root_fd: Optional[int] = None
@@ -2010,8 +2002,7 @@ class Folders:
         return folder, has_link
 
     def _check_inside(self, top: str, folder: str, repository: str) -> None:
-        """Raises PermissionError where a repository's real path is not in that of the directory; the folders
-        in a repository may be links to anywhere."""
+        """Raises PermissionError for a repository that is really elsewhere; folders in it may be."""
         if not os.path.join(folder, '').startswith(os.path.join(top, '')):
             raise PermissionError(errno.EACCES, 'symbolic link leads out of the served directory',
                                   self.root + repository)
@@ -2192,8 +2183,7 @@ class HiddenFolder:
     """The server's own files in HIDDEN; new ones have the permissions `mode`."""
 
     def __init__(self, folders: Folders, mode: int) -> None:
-        self._folders = folders
-        self._mode = mode
+        self._folders, self._mode = folders, mode
 
     def write(self, name: str, text: str) -> None:
         """Replace a file in the hidden folder; it is on the disk when this returns.  Where root runs the
@@ -2214,15 +2204,8 @@ class HiddenFolder:
                                   f'{folder.path}/{name}')
                 return file.read()
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Excludes other threads and processes that want to change the same files.  Raises OSError."""
-        with self._folders.hidden() as folder, exclusive(folder):
-            yield
-
     def remove_left_overs(self, now: Callable[[], float]) -> None:
-        """Remove the scratch files of servers that have died: those that no process has locked; `now` is the
-        file system's clock."""
+        """Remove scratch files that no process has locked; `now` is the file system's clock."""
         try:
             with self._folders.open('', by_descriptor=True) as top:
                 remove_left_overs(top, _names(top, PROBE_PREFIX), now)
@@ -2242,9 +2225,7 @@ class Directory:
     """The directory of a store, which may go away while the server runs; `probe` tries to write in it."""
 
     def __init__(self, root: str, read_only: bool, probe: Callable[[], None]) -> None:
-        self.read_only = read_only
-        self._root = root
-        self._probe = probe
+        self.read_only, self._root, self._probe = read_only, root, probe
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
         self._is_mount = True
         self._covering = threading.Lock()
@@ -2324,8 +2305,7 @@ class Store:
         self.verify = verify
         self.directory = Directory(self.root, read_only, self._probe)
         self.directory.on_cover = self.prepare
-        self.file_mode = 0o660 if shared else 0o600
-        self.shared = shared
+        self.shared, self.file_mode = shared, 0o660 if shared else 0o600
         self.folders = Folders(self.root, shared)
         self.hidden = HiddenFolder(self.folders, self.file_mode)
         self.ignores_case = False   # whether the file system does
@@ -2442,8 +2422,7 @@ class Store:
 
     def object_entries(self, path: str, prefix: str = ''
                        ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
-        """The objects in a folder below the root, their names beginning with `prefix`, and what stat(2)
-        says of them.  Raises OSError."""
+        """The objects in a folder below the root whose names begin with `prefix`, as read() gives them."""
         return self.read(ObjectFolder('', prefix, functools.partial(self.folders.open_to_scan, path)))
 
     @staticmethod
@@ -2528,7 +2507,7 @@ class Store:
                 except FileExistsError:
                     digest = digest or _digest(scratch.fd)
                     if location.name and digest != location.name:
-                        raise _wrong_content(digest) from None
+                        raise WrongContent(_NOT_ITS_NAME.format(digest)) from None
                     before = self.size(location) or 0
                     if self._accept_existing(location, digest, scratch):
                         saved = Saved(0, before, self.size(location) or 0, made)
@@ -2602,10 +2581,7 @@ def receive(body: Body, name: str, fd: int = -1, verify: bool = True) -> str:
     digest = hashlib.sha256()
     length = body.piece if body.length is None else min(body.length, body.piece)
     buffer = memoryview(bytearray(max(length, 1)))
-    while True:
-        count = body.readinto(buffer)
-        if not count:
-            break
+    for count in iter(functools.partial(body.readinto, buffer), 0):
         part = buffer[:count]
         if verify:
             digest.update(part)
@@ -2613,12 +2589,8 @@ def receive(body: Body, name: str, fd: int = -1, verify: bool = True) -> str:
             part = part[os.write(fd, part):]
     result = digest.hexdigest() if verify else ''
     if name and result not in ('', name):
-        raise _wrong_content(result)
+        raise WrongContent(_NOT_ITS_NAME.format(result))
     return result
-
-
-def _wrong_content(digest: str) -> WrongContent:
-    return WrongContent(f'SHA-256 of the content is {digest}, not the name')
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -5812,7 +5784,7 @@ class ReportedEvents:
         if self._store.directory.read_only:
             return True
         try:
-            with self._store.hidden.exclusive():
+            with self._store.folders.hidden() as folder, exclusive(folder):
                 self.refresh()
                 if not (self._is_unsaved or self._update(kind, name, value)):
                     return False
