@@ -1851,10 +1851,7 @@ class Location:
             self.folder, self.file = repository, kind
 
     def __str__(self) -> str:
-        if not self.kind:
-            return self.repository or '/'
-        name = '' if self.kind == 'config' else f'/{self.name}'
-        return f'{self.repository}/{self.kind}{name}'
+        return '/'.join([self.repository, *filter(None, (self.kind, self.name))]) or '/'
 
 
 # Characters that no segment may contain: control characters, and what is special on Windows.
@@ -1918,7 +1915,7 @@ class Folders:
 
     def __init__(self, root: str, shared: bool) -> None:
         self.root, self._shared = root, shared
-        self._mode = 0o770 if shared else 0o700
+        self._mode, self.file_mode = (0o770, 0o660) if shared else (0o700, 0o600)
         self.for_owners = False     # new folders belong to the owner of the folder that they are in
         self._root_fd: Optional[int] = None
         self._ways = Remembered()
@@ -2104,6 +2101,35 @@ class Folders:
         parent.sync()
         return made
 
+    def write_hidden(self, name: str, text: str) -> None:
+        """Replace a file in the hidden folder; it is on the disk when this returns.  Where root runs the
+        server, the file belongs to the owner of the directory.  Raises OSError."""
+        with self.hidden() as folder:
+            owner = owner_of(Folder(self.root or os.sep))
+            if folder.fd is not None:
+                give_away(folder.fd, owner)
+            write_durably(folder, name, [text.encode()], self.file_mode, owner=owner)
+
+    def read_hidden(self, name: str) -> str:
+        """The text of a file in the hidden folder.  Raises OSError, also if it has more than RECORD_BYTES."""
+        with self.hidden(make=False) as folder:
+            fd, status = open_plain(folder, name)
+            with open(fd, encoding='utf-8') as file:
+                if status.st_size > RECORD_BYTES:
+                    raise OSError(errno.EFBIG, f'larger than {format_size(RECORD_BYTES)}; remove it',
+                                  f'{folder.path}/{name}')
+                return file.read()
+
+    def remove_left_overs(self, now: Callable[[], float]) -> None:
+        """Remove scratch files that no process has locked; `now` is the file system's clock."""
+        try:
+            with self.open('', by_descriptor=True) as top:
+                remove_left_overs(top, _names(top, PROBE_PREFIX), now)
+            with contextlib.suppress(FileNotFoundError), self.hidden(make=False) as folder:
+                remove_left_overs(folder, _names(folder, SCRATCH_PREFIX, FRESH_PREFIX), now)
+        except OSError as error:
+            log.error('cannot remove temporary files of interrupted uploads: %s', error)
+
 
 class Scratch(ScratchFile):
     """The content of an upload before it is published under its name in the folder `target`, which has this
@@ -2177,42 +2203,6 @@ class Scratch(ScratchFile):
 # The server's own files there: the results of --scrub, the events that were told to --on-event, trusted time.
 SCRUB_FILE, EVENTS_FILE, TIME_FILE = 'scrub.json', 'events.json', 'time'
 RECORD_BYTES = 8 << 20            # Largest of these files that is read: parsing takes many times the memory.
-
-
-class HiddenFolder:
-    """The server's own files in HIDDEN; new ones have the permissions `mode`."""
-
-    def __init__(self, folders: Folders, mode: int) -> None:
-        self._folders, self._mode = folders, mode
-
-    def write(self, name: str, text: str) -> None:
-        """Replace a file in the hidden folder; it is on the disk when this returns.  Where root runs the
-        server, the file belongs to the owner of the directory.  Raises OSError."""
-        with self._folders.hidden() as folder:
-            owner = owner_of(Folder(self._folders.root or os.sep))
-            if folder.fd is not None:
-                give_away(folder.fd, owner)
-            write_durably(folder, name, [text.encode()], self._mode, owner=owner)
-
-    def read(self, name: str) -> str:
-        """The text of a file in the hidden folder.  Raises OSError, also if it has more than RECORD_BYTES."""
-        with self._folders.hidden(make=False) as folder:
-            fd, status = open_plain(folder, name)
-            with open(fd, encoding='utf-8') as file:
-                if status.st_size > RECORD_BYTES:
-                    raise OSError(errno.EFBIG, f'larger than {format_size(RECORD_BYTES)}; remove it',
-                                  f'{folder.path}/{name}')
-                return file.read()
-
-    def remove_left_overs(self, now: Callable[[], float]) -> None:
-        """Remove scratch files that no process has locked; `now` is the file system's clock."""
-        try:
-            with self._folders.open('', by_descriptor=True) as top:
-                remove_left_overs(top, _names(top, PROBE_PREFIX), now)
-            with contextlib.suppress(FileNotFoundError), self._folders.hidden(make=False) as folder:
-                remove_left_overs(folder, _names(folder, SCRATCH_PREFIX, FRESH_PREFIX), now)
-        except OSError as error:
-            log.error('cannot remove temporary files of interrupted uploads: %s', error)
 
 
 def _names(folder: Folder, *prefixes: str) -> List[str]:
@@ -2305,9 +2295,8 @@ class Store:
         self.verify = verify
         self.directory = Directory(self.root, read_only, self._probe)
         self.directory.on_cover = self.prepare
-        self.shared, self.file_mode = shared, 0o660 if shared else 0o600
-        self.folders = Folders(self.root, shared)
-        self.hidden = HiddenFolder(self.folders, self.file_mode)
+        self.shared, self.folders = shared, Folders(self.root, shared)
+        self.file_mode = self.folders.file_mode
         self.ignores_case = False   # whether the file system does
         # A nameless file gets its name through /proc; open(2) shows how under O_TMPFILE.
         self.nameless = hasattr(os, 'O_TMPFILE') and os.path.isdir('/proc/self/fd')
@@ -2338,7 +2327,7 @@ class Store:
         if self.directory.read_only:
             self._detect_case()
         else:
-            self.hidden.remove_left_overs(self.now)
+            self.folders.remove_left_overs(self.now)
         if self.ignores_case:
             log.log(NOTICE, 'the file system of %s ignores case, so user names and paths are '
                     'case-insensitive', where)
@@ -2385,8 +2374,7 @@ class Store:
         with self.scan(repository) as (_, entries):
             return any(map(_shows_repository, entries))
 
-    def objects(self, location: Location, sizes: bool
-                ) -> Generator[Tuple[List[str], List[int]], None, None]:
+    def objects(self, location: Location, sizes: bool) -> Generator[Tuple[List[str], List[int]], None, None]:
         """Names and, with `sizes`, sizes in bytes of the objects of one kind, in batches and in the order
         of the directory, which is read on the way: OSError may be raised at any time."""
         pace = Pace()
@@ -2893,7 +2881,7 @@ class Past:
         now, looked, (boot, uptime, self._looked) = self.now('') / 1e6, self._looked, _uptime()
         served = self._looked - looked
         try:
-            noted, uptime_then, boot_then = self._store.hidden.read(TIME_FILE).split()
+            noted, uptime_then, boot_then = self._store.folders.read_hidden(TIME_FILE).split()
             passed = uptime - int(uptime_then) if boot == boot_then else served
             expected = int(noted) + passed
             ahead = now - expected
@@ -2909,7 +2897,7 @@ class Past:
         trusted = min(now, expected + CATCH_UP * served)
         try:
             if now >= CLOCK_BEGIN:
-                self._store.hidden.write(TIME_FILE, f'{int(trusted)} {int(uptime)} {boot}\n')
+                self._store.folders.write_hidden(TIME_FILE, f'{int(trusted)} {int(uptime)} {boot}\n')
         except OSError as error:    # a full disk needs a purge
             log.error('cannot note the time: %s', error)
         return int(trusted * 1e6)
@@ -3223,7 +3211,7 @@ def read_scrubs(store: Store) -> Tuple[Dict[str, float], Dict[str, ScrubResult]]
     result of each repository; nothing if the file is malformed.  Raises OSError."""
     import json
     try:
-        content, latest = json.loads(store.hidden.read(SCRUB_FILE)), time.time() + AGREE_SECONDS
+        content, latest = json.loads(store.folders.read_hidden(SCRUB_FILE)), time.time() + AGREE_SECONDS
         folders = content['folders']
         sound = {folder: at for folder, at in zip(folders, map(_finite, folders.values())) if at <= latest}
         if len(sound) < len(folders):
@@ -3279,14 +3267,13 @@ class ScrubTally:
     What the result before says of these is still so."""
 
     def __init__(self, repository: str, before: ScrubResult) -> None:
-        self.repository = repository
+        self.repository, self._before = repository, before
         self.checked = self.damaged = self.unreadable = 0
         self.names: List[str] = []
         self.kept: Set[str] = set()
         self.folders: List[ScrubFolder] = []
         self.left: Set[str] = set()
         self.told = {*before.kept, *(name.rpartition('/')[2] for name in before.names)}
-        self._before = before
 
     def result(self, now: float) -> ScrubResult:
         """The result, should the pass end now."""
@@ -3352,8 +3339,6 @@ class Scrub:
         self._store.directory.check_present()
         self._show(last=True)
         return self.damaged
-
-    # ---- finding ----
 
     def _find(self) -> Iterator[ScrubFolder]:
         """The folders of objects.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot
@@ -3453,8 +3438,6 @@ class Scrub:
         with contextlib.suppress(OSError):  # it will be reported when it is read
             yield sum(size for *_, size in self._changed(folder))
 
-    # ---- checking ----
-
     def _check_folders(self, folders: Iterator[ScrubFolder]) -> None:
         """Check what other threads leave; for a thread.  A job for each folder would take much memory."""
         try:
@@ -3545,8 +3528,6 @@ class Scrub:
                     tally.names.append(name)
         self.report(path, f'{verdict}: {why}' if why else verdict)
 
-    # ---- progress ----
-
     def report(self, path: str, reason: str) -> None:
         """Report a fault, on the line of the bar."""
         with self._lock:
@@ -3579,8 +3560,6 @@ class Scrub:
             with contextlib.suppress(OSError):
                 print(text, file=self._stream, flush=True)
 
-    # ---- what was checked when ----
-
     def _save(self) -> None:
         import json
         sound: Dict[str, int] = {}      # seconds, rounded down; of what is sound as a whole the earliest
@@ -3595,7 +3574,7 @@ class Scrub:
             text = json.dumps({'folders': {}, 'repositories': self.results})    # then all is read again
         try:
             if not self._store.directory.is_gone():
-                self._store.hidden.write(SCRUB_FILE, text)
+                self._store.folders.write_hidden(SCRUB_FILE, text)
         except OSError as error:
             log.error('cannot save scrub results: %s', error)
 
@@ -3706,10 +3685,7 @@ class Census:
     census, one of them makes it."""
 
     def __init__(self, store: Store, usage: Usage, interval: float) -> None:
-        self._store = store
-        self._usage = usage
-        self._counters = usage.counters
-        self._interval = interval
+        self._store, self._usage, self._counters, self._interval = store, usage, usage.counters, interval
         self.channel = Channel(socket.SOCK_STREAM)      # to the process that makes it
         self._counting = threading.Lock()
         self.unreadable: List[str] = []     # folders that the last census could not read
@@ -3917,17 +3893,12 @@ class Usage:
     def __init__(self, store: Store, counters: Counters, interval: float = 3600,
                  quotas: Optional[Quotas] = None, past: Optional[Past] = None, may_change: bool = False
                  ) -> None:
-        self.limits = quotas or Quotas({})
-        self._may_change = may_change
-        self.past = past or Past(store)
-        self.counters = counters
+        self._store, self.counters, self._may_change = store, counters, may_change
+        self.limits, self.past = quotas or Quotas({}), past or Past(store)
         self.census = Census(store, self, interval)
-        self._store = store
         self._next_warning = 0.0
         self.reserving = threading.Lock()   # one upload at a time
         self.rooms: Set[Room] = set()       # of uploads under way
-
-    # ---- what passes through ----
 
     def save(self, location: Location, body: Body, may_reserve: bool = False) -> Tuple[int, int]:
         """Store an object as Store.save() does; the objects and bytes added.  One that `may_reserve` may use
@@ -4031,8 +4002,6 @@ class Usage:
         for kind, scope in itertools.product(kinds, self.scopes(path)):
             self.counters.add((kind, scope), charged, locks)
 
-    # ---- quotas ----
-
     def scopes(self, repository: str) -> List[str]:
         """The quota scopes of a repository that are counted: its path and those above it, as far as they
         have a limit or may be given one; `` is all that is stored."""
@@ -4088,8 +4057,6 @@ class Usage:
                 return (f'; {format_size(sum(kept.values()))} of that are deleted objects, the first of '
                         f'which expire on {self.past.until(oldest)}')
         return ''
-
-    # ---- what is there ----
 
     def names(self, below: str = '') -> List[str]:
         """The repositories at and below a path, in order; OTHER stands for those without rows of their
@@ -5022,9 +4989,7 @@ class Metrics:
     look: Callable[..., Iterable[Any]]  # Watch.look()
 
     def __init__(self, counters: Counters, usage: Usage, store: Store) -> None:
-        self.counters = counters
-        self._usage = usage
-        self._store = store
+        self.counters, self._usage, self._store = counters, usage, store
         self._begin = time.time()
         self._reported = self._activity()   # as of the last line
         self._reported_at = time.monotonic()
@@ -5055,8 +5020,6 @@ class Metrics:
         """Count that a limit has ended or refused something."""
         self.counters.add(('limited', limit), 1)
         refusals.count(f'{limit}: closed or rejected', address)
-
-    # ---- for the log ----
 
     def has_news(self) -> bool:
         """Whether anything happened since the last line."""
@@ -5090,8 +5053,6 @@ class Metrics:
             errors += sum(histogram) if int(status) >= 400 and status != '404' else 0
         blobs = [sum(numbers) for numbers in zip(*self.counters.find('blob').values())] or [0] * 6
         return (requests, errors, *blobs[self.WRITTEN:self.DELETED])
-
-    # ---- for Prometheus ----
 
     def exposition(self, shows: Optional[Callable[[str], bool]] = None, of_server: bool = True) -> str:
         """The metrics in the text format: of the repositories and quotas that it `shows` (default: all), and
@@ -5212,8 +5173,7 @@ LOOK_AT_MOST = 3             # Seconds to look at the objects of a repository.
 NEARLY_FULL = 0.9            # Part of a quota from which it is nearly full.
 OF_A_LOCK = range(100, 1025)  # Bytes of restic's locks: times, names of a user and a host, 32 of encryption.
 CERTIFICATE_DAYS = 21, 7, 0  # before the end of a certificate: when it is told, and from when it is shown.
-_VALIDITY = re.compile(
-    rb'0[\x1e-\x22](?:\x17\r\d{12}|\x18\x0f\d{14})Z(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z')
+_VALIDITY = re.compile(rb'0[\x1e-\x22](?:\x17\r\d{12}|\x18\x0f\d{14})Z(?:\x17\r(\d{12})|\x18\x0f(\d{14}))Z')
 OVERDUE, LOCKED, FULL = 'overdue', 'locked', 'nearly full'
 TROUBLES = (DAMAGED, UNREADABLE, LOST, OVERDUE, LOCKED, FULL)    # the worst first
 _NO_HOLDINGS = Holdings(0, dict.fromkeys((*KINDS, 'config'), 0), 0, [0] * DAYS, [0] * DAYS, 0, 0, 0, 0)
@@ -5319,9 +5279,7 @@ class Watch:
     certificate_end: Callable[[], float] = staticmethod(lambda: math.inf)
 
     def __init__(self, store: Store, usage: Usage, stale_after: float) -> None:
-        self.store = store
-        self.usage = usage
-        self._stale_after = stale_after
+        self.store, self.usage, self._stale_after = store, usage, stale_after
 
     def look(self, now: float, places: Iterable[str] = ('',),
              shows: Callable[[str], bool] = lambda name: True, locks: bool = True,
@@ -5329,13 +5287,14 @@ class Watch:
         """The repositories at and below some places that it `shows`: those with the worst trouble first, of
         these the one that has it longest.  Without `locks` they are read only where some were counted.  Only
         quotas of scopes that somebody `sees` count."""
-        is_full = functools.lru_cache(maxsize=None)(self._is_full)
         holdings = self.usage.holdings(
             name for place in places for name in self.usage.names(place) if shows(name))
         scrubs = last_scrubs(self.store) if self.usage.census.wait(0) else {}
         missing = {} if OTHER in holdings else missing_repositories(self.store, (
             name for name in scrubs if shows(name) and any(
                 f'{name}/'.startswith(f'{place}/') for place in places)), set(holdings))
+        full = {scope for scope, quota in self.usage.quotas((*holdings, *missing)).items()
+                if quota.held >= NEARLY_FULL * quota.limit and sees(scope)}
         repositories = []
         for name, held in (*holdings.items(), *((name, _NO_HOLDINGS) for name, verdict in missing.items()
                                                 if verdict != NOT_CHECKED)):    # not counted yet
@@ -5343,7 +5302,7 @@ class Watch:
             times, odd_lock = self._locks(name) if locks or held.objects['locks'] else ([], '')
             limit = self.store.now(name) - LOCK_SECONDS if times else 0.0
             stale = sum(written <= limit for written in times or ())
-            begin = held.last_snapshot or self._made_at(name)
+            begin = held.last_snapshot or next(iter(stamp(f'{self.store.root}{name}/config')), 0) / 1e9
             late = begin + self._stale_after < now and not verdict
             since = {
                 DAMAGED: min(scrub.time, now) if scrub.damaged else None,
@@ -5351,8 +5310,7 @@ class Watch:
                 LOST: now if verdict == LOST else None,
                 OVERDUE: begin and begin + self._stale_after if late else None,
                 LOCKED: times[0] if times and (odd_lock or stale) else None,
-                FULL: now if any(sees(scope) and is_full(scope) for scope in self.usage.limited(name))
-                else None}
+                FULL: now if full.intersection(self.usage.limited(name)) else None}
             repositories.append(Watched(name, held, scrub, times, odd_lock, stale, now, {
                 trouble: begun for trouble, begun in since.items() if begun is not None}))
         return sorted(repositories, key=lambda repository: (
@@ -5365,18 +5323,6 @@ class Watch:
         if left >= CERTIFICATE_DAYS[0] * 86400:
             return ''
         return f'the TLS certificate {f"ends in {format_age(left)}" if left > 0 else "has expired"}'
-
-    def _made_at(self, name: str) -> float:
-        """When a repository was created, by its config; 0 where that is not known."""
-        try:
-            return os.stat(f'{self.store.root}{name}/config').st_mtime
-        except OSError:
-            return 0.0
-
-    def _is_full(self, scope: str) -> bool:
-        """Whether a quota's scope is nearly full.  Many repositories share one."""
-        quota = self.usage.quota(scope)
-        return bool(quota.held >= NEARLY_FULL * quota.limit)
 
     def _locks(self, name: str) -> Tuple[Optional[List[float]], str]:
         try:
@@ -5456,12 +5402,9 @@ class Events:
     none if it is empty."""
 
     def __init__(self, watch: Watch, counters: Counters, command: str = '') -> None:
-        self.command = command
+        self.command, self._counters = command, counters
+        self._watch, self._store, self._usage = watch, watch.store, watch.usage
         self.channel = Channel(socket.SOCK_DGRAM, 1)    # to the process that runs the command
-        self._watch = watch
-        self._store = watch.store
-        self._usage = watch.usage
-        self._counters = counters
         self._reported = ReportedEvents(watch.store)
         self._refused, self._there, self._warned = Remembered(60), Remembered(60), Remembered(3600)
         self._changed = threading.Condition()       # of the next four
@@ -5652,8 +5595,6 @@ class Events:
         if is_shared and self._cut.is_set():
             self._reported.note(event.kind, name, None)
 
-    # ---- problems ----
-
     def _look(self) -> None:
         """Report new problems, and what is right again."""
         if self._store.directory.is_gone():
@@ -5766,7 +5707,7 @@ class ReportedEvents:
         import json
         self.known.clear()
         try:
-            for kind, names in json.loads(self._store.hidden.read(EVENTS_FILE)).items():
+            for kind, names in json.loads(self._store.folders.read_hidden(EVENTS_FILE)).items():
                 # What was reported of snapshots later than now, since a clock was wrong, is reported again.
                 latest = time.time() + AGREE_SECONDS if kind in ('overdue', 'back') else math.inf
                 self.known[kind] = {name: value for name, value in zip(names, map(_finite, names.values()))
@@ -5789,7 +5730,7 @@ class ReportedEvents:
                 if not (self._is_unsaved or self._update(kind, name, value)):
                     return False
                 import json
-                self._store.hidden.write(EVENTS_FILE, json.dumps(self.known))
+                self._store.folders.write_hidden(EVENTS_FILE, json.dumps(self.known))
             self._is_unsaved = False
         except OSError as error:
             if not self._is_unsaved:
@@ -6254,11 +6195,8 @@ class Admission:
 
     def __init__(self, metrics: Metrics, accounts: Accounts, limit: int = 1024,
                  limit_each: Optional[int] = None) -> None:
-        self.limit, self._each = limit, limit_each
-        self.exempt = accounts.is_proxy
-        self._accounts = accounts
-        self._metrics = metrics
-        self._counters = metrics.counters
+        self._accounts, self._metrics, self._counters = accounts, metrics, metrics.counters
+        self.limit, self._each, self.exempt = limit, limit_each, accounts.is_proxy
         self._places: Set[Ticket] = set()       # of this process; copy() it before a walk
         self._choosing = threading.Lock()       # of what follows
         self._order: List[Ticket] = []          # of those that give way, the next one last, for a moment
@@ -6424,23 +6362,14 @@ class Api:
                  headers: Iterable[Tuple[str, str]], allow_origin: str, usage: Usage, metrics: Metrics,
                  prometheus: str, page: Optional[Page], at: str, events: Events, admission: Admission
                  ) -> None:
-        self.store = store
-        self.policy = policy
-        self.accounts = accounts
-        self.baseurl = baseurl
-        self.usage = usage
-        self.metrics = metrics
-        self.admission = admission
-        self.events = events
-        self.has_metrics = bool(prometheus)
-        self._prometheus = prometheus
+        self.store, self.policy, self.accounts, self.usage = store, policy, accounts, usage
+        self.metrics, self.events, self.admission, self._page = metrics, events, admission, page
+        self.baseurl, self._at, self.prometheus = baseurl, at, prometheus
         self._may_end = bool(policy.path or accounts.file)      # the right to what is under way
         self._fold: Callable[[str], str] = str.lower if store.ignores_case else str
         policy.on_refused_delete = events.on_refused_delete
         policy.is_late_key = self._is_late_key
-        self._page = page
         self._turns = [threading.Lock() for _ in range(256)]
-        self._at = at
         self.is_open = not accounts.demanded
         # They hide repositories of that name.
         self._own_paths = {f'{baseurl}/health': self._get_health, '/favicon.ico': self._get_icon}
@@ -6638,8 +6567,7 @@ class Api:
         length, locks = request.body.length, Location(location.repository, 'locks')
         if length is None:
             raise HttpError(411, 'Content-Length is required for locks')
-        if length > LOCK_BYTES or sum(
-                len(names) for names, _ in self.store.objects(locks, False)) >= LOCKS:
+        if length > LOCK_BYTES or sum(len(names) for names, _ in self.store.objects(locks, False)) >= LOCKS:
             self._log(request, 'access denied',
                       'access denied: %s from %s may not add %s: too large for a lock, or too many locks',
                       request.user or 'a client', request.client, location)
@@ -6688,7 +6616,7 @@ class Api:
 
     def _get_metrics(self, request: Request) -> Response:
         shows, of_server = None, True   # type: Optional[Callable[[str], bool]], bool
-        if self._prometheus != 'open':
+        if self.prometheus != 'open':
             request.user = user = self._identify(request)
             if self.accounts.demanded or not self.policy.is_for_all or (user and not request.peer.unix):
                 shows, of_server = self.policy.metrics_of(user), self.policy.sees_server(user)
@@ -8807,7 +8735,7 @@ class Server:
         api.usage.census.channel.open()
         if hasattr(os, 'fork') and hasattr(socket, 'AF_UNIX'):  # else one process does without
             api.events.channel.open()
-        if api.usage.limits.by_place or api.has_metrics or api.events.command:   # which no scrape is to miss
+        if api.usage.limits.by_place or api.prometheus or api.events.command:   # which no scrape is to miss
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers = {**dict.fromkeys(_STOP_SIGNALS, self.on_stop), _RELOAD_SIGNAL: self.reload,

@@ -1700,10 +1700,10 @@ class StoreTest(TestCase):
 
     def test_a_file_of_the_servers_own_is_on_the_disk_or_as_it_was_and_nothing_is_left(self):
         hidden = self.root / restic_serve.HIDDEN
-        self.store.hidden.write('state', 'old')
+        self.store.folders.write_hidden('state', 'old')
         for fails, content in ((lambda fd: not is_folder(fd), 'old'), (is_folder, 'new')):
             with failing(fails, os, 'fsync'):
-                self.assertRaises(OSError, self.store.hidden.write, 'state', 'new')
+                self.assertRaises(OSError, self.store.folders.write_hidden, 'state', 'new')
             self.assertEqual((self.files(hidden), (hidden / 'state').read_text()), (['state'], content))
 
     def test_a_scratch_file_that_cannot_be_made_is_not_missed(self):
@@ -1762,7 +1762,7 @@ class StoreTest(TestCase):
             self.store.prepare()
         self.assertIn('cannot remove temporary files', self.log[-1])
         with mock.patch.object(os, 'unlink', side_effect=FileNotFoundError):  # another server was first
-            self.store.hidden.remove_left_overs(self.store.now)
+            self.store.folders.remove_left_overs(self.store.now)
 
     def test_a_directory_that_cannot_be_written_is_refused(self):
         for self.store.nameless in NAMELESS:
@@ -1789,7 +1789,7 @@ class StoreTest(TestCase):
                 for self.store.nameless in NAMELESS:
                     self.store.create_repository('/host/%o' % mask)
                     self.save(b'%d' % self.store.nameless, repository='/host/%o' % mask)
-                self.store.hidden.write('state%o' % mask, '')
+                self.store.folders.write_hidden('state%o' % mask, '')
             for path in self.root.rglob('*'):
                 mode = of_folder if path.is_dir() else of_file
                 self.assertEqual(stat.S_IMODE(path.stat().st_mode), mode, path)
@@ -1935,7 +1935,7 @@ class FileSystemsTest(TestCase):
 
         def rename(old, new, **more):
             if os.path.basename(new) == location.file:
-                store.hidden.remove_left_overs(store.now)
+                store.folders.remove_left_overs(store.now)
                 inode = os.stat(old, dir_fd=more.get('src_dir_fd')).st_ino
                 for fd in os.listdir('/proc/self/fd'):
                     with contextlib.suppress(OSError):
@@ -2484,7 +2484,7 @@ class FoldersOfOthersTest(TestCase):
             self.store.nameless = False
             with self.assertRaises(PermissionError):
                 self.store.save(Location('/host', 'keys', named(b'x')), Bytes(b'x'))
-            self.assertRaises(PermissionError, self.store.hidden.write, 'scrub.json', 'x')
+            self.assertRaises(PermissionError, self.store.folders.write_hidden, 'scrub.json', 'x')
             self.store.nameless = True
         self.assertEqual(self.files(self.secret), [f'keys/{self.location.name}', 'upload-x'])
 
@@ -3808,7 +3808,7 @@ class ScrubTest(TestCase):
         for name in (restic_serve.SCRUB_FILE, restic_serve.EVENTS_FILE):
             (self.root / '.restic_serve' / name).touch()
             with mock.patch.object(restic_serve, 'RECORD_BYTES', -1):
-                self.assertRaisesRegex(OSError, 'larger than ', self.store.hidden.read, name)
+                self.assertRaisesRegex(OSError, 'larger than ', self.store.folders.read_hidden, name)
         with mock.patch.object(restic_serve, 'RECORD_BYTES', 100):
             self.scrub()
         self.assertEqual([len(part) for part in restic_serve.read_scrubs(self.store)], [0, 3])
@@ -6224,7 +6224,7 @@ class EventsTest(WatchedTestCase):
             self.log.clear()
         path.unlink()
         events = self.events()
-        with mock.patch.object(restic_serve.HiddenFolder, 'write', side_effect=OSError(30, 'read-only')):
+        with mock.patch.object(restic_serve.Folders, 'write_hidden', side_effect=OSError(30, 'read-only')):
             self.assertEqual([len(self.look(events)), self.look(events)], [1, []])
         self.assertFalse(path.exists())
         self.fill('/other', 'keys')     # the disk has room again: what was told meanwhile is saved, too
