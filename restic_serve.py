@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     Family = Tuple[str, str, Iterable[Sample]]      # a metric's name, help text and samples
     Key = Tuple[str, ...]                   # of a row of Counters
     Transport = Union['SocketTransport', 'TlsTransport', 'PipeTransport']
+    EntryStatus = Tuple[os.DirEntry[str], os.stat_result]     # of a folder, and what stat(2) says of it
 
     class Body(Protocol):
         """The content of a request, read as it arrives; a buffer of `piece` bytes suits it."""
@@ -496,8 +497,6 @@ _read_at = getattr(os, 'pread', _seek_and_read)
 
 
 class Closing:
-    """A context manager that closes itself."""
-
     __slots__ = ()
 
     def __enter__(self: T) -> T:
@@ -593,7 +592,6 @@ class Channel:
             self.sender.send(message)
 
     def receive(self) -> Iterator[bytes]:
-        """The messages that have come."""
         with contextlib.suppress(OSError):      # there are no more
             while self.receiver:
                 yield self.receiver.recv(65536)
@@ -626,7 +624,6 @@ NO_STORE = 'Cache-Control', 'no-store'  # RFC 9111 5.2.2.5: a cache between may 
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
-    """An answer of one line of text."""
     return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8'), NO_STORE],
                     f'{line}\n'.encode())
 
@@ -733,7 +730,6 @@ class Refusals:
         self._due: Dict[str, float] = {}    # when a text may be logged again
 
     def log(self, level: int, kind: str, client: Peer, user: str, text: str, *values: object) -> None:
-        """Log a refusal, or count it."""
         key, now = (kind, client.group, user), time.monotonic()
         with self._lock:
             end, left = self._lines.get(key, (-math.inf, FULL_LINES))
@@ -1541,8 +1537,7 @@ def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[T
                 yield [entry.name for entry in entries], []
 
 
-def entries_and_statuses(folder: Folder, prefix: str = ''
-                         ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+def entries_and_statuses(folder: Folder, prefix: str = '') -> Iterator[EntryStatus]:
     """The objects in a folder and what stat(2) says of them."""
     pace = Pace()
     with _scan(folder.path, folder.fd) as scanned:
@@ -1554,13 +1549,12 @@ def entries_and_statuses(folder: Folder, prefix: str = ''
                     yield from _statuses(folder, [entry], prefix, pace)
 
 
-def _statuses(folder: Folder, entries: List[os.DirEntry[str]], prefix: str, pace: Pace
-              ) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
+def _statuses(folder: Folder, entries: List[os.DirEntry[str]], prefix: str, pace: Pace) -> List[EntryStatus]:
     """The entries that have not been deleted since the directory was read, and what stat(2) says of them.
     DirEntry.stat() would hold the interpreter's lock, and with it all requests, while the disk seeks."""
     fd = folder.fd
 
-    def read(entries: List[os.DirEntry[str]]) -> List[Tuple[os.DirEntry[str], os.stat_result]]:
+    def read(entries: List[os.DirEntry[str]]) -> List[EntryStatus]:
         statuses = []
         for entry in entries:
             try:
@@ -1822,8 +1816,7 @@ _NOT_ITS_NAME = 'SHA-256 of the content is {}, not the name'
 _SUBDIRECTORY = re.compile('[0-9a-f]{2}')
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
                   errno.EINVAL, errno.EXDEV)     # EACCES on Android
-# Paths at or below folders in which file systems, NAS and desktops have their own snapshots and waste;
-# Timeshift's lies at the top.
+# Paths at or below folders of file systems, NAS and desktops for snapshots and waste; Timeshift's is on top.
 _OF_SYSTEMS = re.compile(
     r'(?is)(?:.*/(?:\.snapshots?|\.zfs|[#@](?:snapshot|recycle|recently-snapshot|eadir|tmp|sharebin)|\.recycle|'
     r'lost\+found|found\.[0-9]{3}|\$recycle\.bin|system volume information|\.trash(?:es|-[^/]*)?|'
@@ -2078,7 +2071,6 @@ class Folders:
         return made
 
     def make_root(self, path: str) -> None:
-        """Create the directory itself, and its parents."""
         parent, name = os.path.split(path)
         if not os.path.isdir(parent):
             self.make_root(parent)
@@ -2206,7 +2198,6 @@ RECORD_BYTES = 8 << 20            # Largest of these files that is read: parsing
 
 
 def _names(folder: Folder, *prefixes: str) -> List[str]:
-    """The names in a folder that begin so."""
     with _scan(folder.path, folder.fd) as entries:
         return [entry.name for entry in entries if entry.name.startswith(prefixes)]
 
@@ -2259,7 +2250,6 @@ class Directory:
         return gone
 
     def check_present(self) -> None:
-        """Raises DirectoryGone."""
         if self.is_gone():
             raise DirectoryGone("the server's directory is gone")
 
@@ -2350,7 +2340,6 @@ class Store:
                                     if entry.name != entry.name.swapcase())
 
     def _probe(self) -> None:
-        """Write a file.  Raises OSError."""
         with Scratch(self, '') as scratch:
             os.write(scratch.fd, b'ok')
 
@@ -2408,13 +2397,12 @@ class Store:
         with self.folders.open_to_scan(path) as folder, _scan(folder.path or os.sep, folder.fd) as entries:
             yield folder, entries
 
-    def object_entries(self, path: str, prefix: str = ''
-                       ) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+    def object_entries(self, path: str, prefix: str = '') -> Iterator[EntryStatus]:
         """The objects in a folder below the root whose names begin with `prefix`, as read() gives them."""
         return self.read(ObjectFolder('', prefix, functools.partial(self.folders.open_to_scan, path)))
 
     @staticmethod
-    def read(source: ObjectFolder) -> Iterator[Tuple[os.DirEntry[str], os.stat_result]]:
+    def read(source: ObjectFolder) -> Iterator[EntryStatus]:
         """The objects in a folder, and what stat(2) says of them.  Raises OSError."""
         with source.open() as folder:
             yield from entries_and_statuses(folder, source.prefix)
@@ -3341,8 +3329,7 @@ class Scrub:
         return self.damaged
 
     def _find(self) -> Iterator[ScrubFolder]:
-        """The folders of objects.  Reports foreign and stray files on the way.  Raises OSError if DIR cannot
-        be read."""
+        """The folders of objects; reports foreign and stray files.  Raises OSError if DIR cannot be read."""
         own_names = (SCRUB_FILE, EVENTS_FILE, TIME_FILE, os.path.basename(DELETED))
         for path, folder, entries, is_repository in self._store.walk(self._on_error):
             tally, names = ScrubTally(path, self.results.get(path, _NEVER)), [DELETED]
@@ -3448,8 +3435,7 @@ class Scrub:
             raise
 
     def _check_folder(self, folder: ScrubFolder) -> None:
-        """Check the objects of a folder, and report other files; without faults it was sound when this
-        began."""
+        """Check the objects of a folder, and report other files; without faults it was sound at first."""
         checked_at, tally, faults = time.time() + self._ahead - COARSE_SECONDS, folder.tally, None
         is_object = re.compile(f'{folder.prefix}[0-9a-f]{{{64 - len(folder.prefix)}}}').fullmatch
         with self._reading(tally, folder.name):
@@ -3499,7 +3485,6 @@ class Scrub:
         return bool(fault) and source.name != DELETED
 
     def _digest(self, folder: Folder, name: str) -> str:
-        """SHA-256 of a file.  Raises OSError."""
         digest, buffer, count, size = hashlib.sha256(), memoryview(bytearray(COPY_BYTES)), 1, COPY_BYTES
         with open(folder.open(name, _READ_FLAGS), 'rb', buffering=0) as file:
             while count and not self._stopped:
@@ -3546,7 +3531,6 @@ class Scrub:
                 self._save()
 
     def _show(self, last: bool = False) -> None:
-        """Show the progress, the rate and the time left."""
         seconds = max(time.monotonic() - self._begin, 0.001)
         part = min(self._bytes / self._total, 1.0) if self._total and not last else 1.0
         left = seconds / part - seconds if part else 0.0
@@ -3661,8 +3645,7 @@ class Quotas:
 
     def __init__(self, limits: Mapping[str, int], written: Iterable[str] = ()) -> None:
         self.by_place = {place.strip('/'): limit for place, limit in limits.items() if limit}
-        self._patterns = [(place.split('/'), limit) for place, limit in self.by_place.items()
-                          if '%u' in place]
+        self._patterns = [(place.split('/'), size) for place, size in self.by_place.items() if '%u' in place]
         self._written: Set[str] = set()     # the scopes of these places and those above them
         for place in written:
             self._written.update(itertools.accumulate(place.strip('/').split('/'), '{}/{}'.format))
@@ -3680,9 +3663,8 @@ class Quotas:
 
 
 class Census:
-    """Counts what the repositories of a store hold, in the background, when somebody requests it and the
-    last census is `interval` seconds old, and corrects what is known by `usage`.  Any process may request a
-    census, one of them makes it."""
+    """Counts what the repositories of a store hold, in the background, when somebody requests it and the last
+    census is `interval` seconds old, and corrects `usage`.  Any process requests one, one makes it."""
 
     def __init__(self, store: Store, usage: Usage, interval: float) -> None:
         self._store, self._usage, self._counters, self._interval = store, usage, usage.counters, interval
@@ -3773,8 +3755,7 @@ class Census:
         log.debug('counted all repositories in %.1f s', time.monotonic() - begin)
 
     def _drift(self) -> Dict[str, Tuple[int, int]]:
-        """What scopes lack of what they hold, where a process was killed between counting the one and the
-        other: charged bytes and locks."""
+        """What scopes lack, charged bytes and locks, where a process was killed between counting both."""
         sums = {scope: self._counters.total(('rowless', scope), 2) for scope in self._counters.names('scope')}
         for repository in self._counters.names('held') - {OTHER}:
             held = self._usage.held(repository)
@@ -3815,8 +3796,7 @@ class Census:
 
     def _measure(self, repository: str) -> Tuple[Dict[str, int], History]:
         """What a repository holds that was stored before now by the file system's clock.  Objects of a time
-        to come are older: the clock has been set back, or is not right yet, as on a host without a battery
-        for it."""
+        to come are older: the clock was set back, or is not right yet, as on a host without a battery."""
         now, begin, before = int(time.time()), time.monotonic(), self._store.now(repository)
         held, faults = dict.fromkeys(_COLUMNS, 0), []   # type: Dict[str, int], List[OSError]
         try:
@@ -3865,8 +3845,7 @@ class Census:
             yield objects.kind, error
 
     def _measure_rest(self, repository: str, before: float, held: Dict[str, int]) -> None:
-        """Add the objects that were deleted and are kept, the config, and the folders but those of objects.
-        Raises OSError."""
+        """Add kept deleted objects, the config, and the folders but those of objects.  Raises OSError."""
         yesterday, limit = (format_moment(int(when * 1e6)) for when in (before - _DAY_SECONDS, before))
         for _, entry, name in self._usage.past.kept(repository):
             if not name.returned and name.deleted <= limit:
@@ -3902,8 +3881,7 @@ class Usage:
 
     def save(self, location: Location, body: Body, may_reserve: bool = False) -> Tuple[int, int]:
         """Store an object as Store.save() does; the objects and bytes added.  One that `may_reserve` may use
-        what take_reserve() gives.  Raises QuotaExceeded, before the content is read if its length is
-        known, and Busy."""
+        what take_reserve() gives.  Raises Busy, and QuotaExceeded: unread if its length is known."""
         scopes = self.limited(location.repository) if self.limits.by_place else []
         if not scopes:
             return self._save(location, body)
@@ -3924,7 +3902,6 @@ class Usage:
             return self._save(location, room)
 
     def _save(self, location: Location, body: Body) -> Tuple[int, int]:
-        """Store an object, and count it."""
         saved = self._store.save(location, body)
         size = saved.after - saved.before
         charged = charge_of(saved.after) + saved.folders * FOLDER_BYTES
@@ -3949,7 +3926,6 @@ class Usage:
             self.change(repository, charged=made * FOLDER_BYTES)
 
     def delete(self, location: Location) -> Optional[int]:
-        """Delete an object as Past.delete() does."""
         size = self.past.delete(location)
         if size is not None:
             charge, kept = charge_of(size), {'kept': 1, 'kept_bytes': size, 'deleted': 1}
@@ -4014,13 +3990,11 @@ class Usage:
         return list(filter(self.limits.limit, self.scopes(repository)))
 
     def quota(self, scope: str) -> Quota:
-        """What is known of a scope."""
         # An upload that ends moves from reserved to scope; reading in this order never misses it.
         reserved, held = (self.counters.total((kind, scope), 1)[0] for kind in ('reserved', 'scope'))
         return Quota(held, reserved, self.limits.limit(scope))
 
     def quotas(self, repositories: Iterable[str]) -> Dict[str, Quota]:
-        """The quotas of some repositories, by their scopes."""
         scopes = {scope for repository in ('', *repositories) for scope in self.limited(repository)}
         return {scope: self.quota(scope) for scope in sorted(scopes)}
 
@@ -4070,11 +4044,10 @@ class Usage:
 
     def holdings(self, names: Optional[Iterable[str]] = None) -> Dict[str, Holdings]:
         """What repositories, by default all, hold now; empty ones are left out."""
-        found = {name: self._holdings(name) for name in (self.names() if names is None else names)}
-        return {name: holdings for name, holdings in found.items() if holdings}
+        return {name: holdings for name in (self.names() if names is None else names)
+                for holdings in [self._holdings(name)] if holdings}
 
     def held(self, repository: str) -> Held:
-        """The numbers of a repository."""
         return Held(*self.counters.total(('held', repository), len(_COLUMNS)))
 
     def history(self, repository: str) -> History:
@@ -4696,12 +4669,10 @@ def new_entry(password: bytes, cost: Optional[int] = None) -> str:
 
 # ==== Policy =====================================================================================
 # Authorization: who may do what, where, and how much.  One table of rules answers that for every route and
-# both wires.  --rights reads it from a file; --append-only and the like are short forms of such a table
-# (short_rights()).
+# both wires: that of --rights, or one for which --append-only and the like stand (short_rights()).
 #
-# Of the rules for a user, or for `*`, the one with the longest place at or above the repository decides;
-# of rules for one place a user's own goes before `*`, and a written name before %u.  What no rule fits is
-# refused.
+# Of the rules for a user, or for `*`, the one with the longest place at or above the repository decides; of
+# rules for one place a user's own goes before `*`, and a written name before %u.  Without one: refused.
 
 METRICS_USER = 'metrics'     # May see the metrics with --prometheus, besides administrators.
 NONE, METRICS, VIEW, READ, APPEND, WRITE = RIGHTS = (       # each has more
@@ -4769,8 +4740,7 @@ class Rights:
 
 def short_rights(append_only: bool = False, private: bool = False, administrators: Iterable[str] = (),
                  metrics: bool = False, quota: int = 0) -> Rights:
-    """The table for which --append-only, --private-repos, --admin, the user of --prometheus and
-    --max-size-per-user stand."""
+    """The table of --append-only, --private-repos, --admin, --prometheus' user and --max-size-per-user."""
     rules = [Rule('*', '/%u' if private else '', APPEND if append_only else WRITE, quota, 0)]
     for name in sorted({*administrators, *([METRICS_USER] if metrics else ())}):
         may = WRITE if name in administrators else METRICS
@@ -4879,8 +4849,7 @@ class Policy(WatchedFiles):
         return [''] if '' in places else places
 
     def who_may(self, repository: str, users: Iterable[str]) -> Dict[str, List[str]]:
-        """Who of `users` and of the names in the rules has which right in a repository, the highest right
-        first."""
+        """Who of `users` and of the names in the rules has which right in a repository, the highest first."""
         names = {*users, *(rule.who for rule in self.rights.rules if rule.who != '*')}
         owner = repository.split('/', 2)[1] if repository else ''
         if is_user(owner) and any('%u' in rule.where for rule in self.rights.rules):
@@ -4928,22 +4897,20 @@ class Policy(WatchedFiles):
         if RIGHTS.index(may) >= RIGHTS.index(needed):
             return
         who = f"'{request.user}' from {request.client}" if request.user else request.client
+        where, only = place or '/', f'; only {may} access'
         if may in (NONE, METRICS):  # the same whether or not there is such a repository
-            refusals.log(NOTICE, 'access denied', request.client, request.user,
-                         'access denied: %s may not access %s', who, location)
-            raise HttpError(403, f'{request.user or "you"} may not access {location.repository or "/"}')
+            verb, where, only = 'access', location.repository or '/', ''
         refusals.log(NOTICE, 'access denied', request.client, request.user,
-                     'access denied: %s may not %s %s; only %s access to %s', who, verb.partition(' ')[0],
-                     location, may, place or '/')
+                     'access denied: %s may not %s %s%s', who, verb.partition(' ')[0], location,
+                     only and f'{only} to {where}')
         if verb == 'delete in':
             self.on_refused_delete(location, request.user, who, may)
-        raise HttpError(403, f'{request.user or "you"} may not {verb} {place or "/"}; only {may} access')
+        raise HttpError(403, f'{request.user or "you"} may not {verb} {where}{only}')
 
 
 def access_check(policy: Policy, file: Optional[PasswordFile], fold: Callable[[str], str], request: Request,
                  location: Location) -> Callable[[], None]:
-    """What raises HttpError 403 once the user of a request that is under way, or his right, is gone.  A
-    changed password ends nothing."""
+    """What raises HttpError 403 once the user of a request under way, or his right, is gone."""
     rights = policy.rights
     entries = file.entries if file else {}
 
@@ -4979,17 +4946,14 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 class Metrics:
     """Counts requests, and reports what was counted.
 
-    Rows of Counters: `request`, by method and status: microseconds in all, and a histogram with the
-    bounds SECONDS; `blob`, by user, repository and type: blobs and bytes written, read and deleted,
-    as rest-server counts them.
-    """
+    Rows of Counters: `request`, by method and status: microseconds in all, and a histogram with the bounds
+    SECONDS; `blob`, by user, repository and type: blobs and bytes written, read and deleted, as rest-server
+    has it."""
 
     WRITTEN, READ, DELETED = 0, 2, 4   # positions in a row `blob`
-    certificate_end: Callable[[], float] = staticmethod(lambda: math.inf)
-    look: Callable[..., Iterable[Any]]  # Watch.look()
 
-    def __init__(self, counters: Counters, usage: Usage, store: Store) -> None:
-        self.counters, self._usage, self._store = counters, usage, store
+    def __init__(self, counters: Counters, watch: Watch) -> None:
+        self.counters, self._watch, self._usage = counters, watch, watch.usage
         self._begin = time.time()
         self._reported = self._activity()   # as of the last line
         self._reported_at = time.monotonic()
@@ -5022,11 +4986,9 @@ class Metrics:
         refusals.count(f'{limit}: closed or rejected', address)
 
     def has_news(self) -> bool:
-        """Whether anything happened since the last line."""
         return self._activity() != self._reported
 
     def begin_period(self) -> None:
-        """Begin the period of the next line now."""
         self._reported_at = time.monotonic()
 
     def line(self, final: bool = True) -> str:
@@ -5064,7 +5026,7 @@ class Metrics:
             return ''.join(line for family in families for line in _lines(*family))
 
     def _of_server(self) -> Iterator[Family]:
-        requests, disk = self.counters.find('request'), disk_space(self._store.root)
+        requests, disk = self.counters.find('request'), disk_space(self._watch.store.root)
         yield 'restic_serve_requests_total', 'Requests answered.', (
             ({'method': method, 'status': status}, sum(row[1:]))
             for (_, method, status), row in requests.items())
@@ -5083,7 +5045,7 @@ class Metrics:
                 ('disk_bytes', 'Size of the file system that holds DIR.', disk and disk.total),
                 ('disk_free_bytes', 'Free space on the file system that holds DIR.', disk and disk.free),
                 ('certificate_end_timestamp_seconds', "End of the server's certificate.",
-                 self.certificate_end()),
+                 self._watch.certificate_end()),
                 ('start_time_seconds', 'Start time of the server.', int(self._begin))):
             yield f'restic_serve_{name}', text, [] if value in (None, math.inf) else [({}, value)]
 
@@ -5097,8 +5059,8 @@ class Metrics:
                 ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[position])
                 for (_, user, repository, kind), row in blobs.items() if row[position - position % 2])
 
-        watched = {repository.name: repository for repository in self.look(
-            time.time(), shows=shows, locks=False)}
+        watched = {repository.name: repository
+                   for repository in self._watch.look(time.time(), shows=shows, locks=False)}
         yield 'restic_serve_repository_verdict', 'What is known of the objects.', (
             ({'repo': repository_label(name), 'verdict': repository.verdict}, 1)
             for name, repository in watched.items())
@@ -5155,8 +5117,7 @@ def _durations(requests: Dict[Key, List[int]]) -> Iterator[Sample]:
 
 
 def repository_label(name: str) -> str:
-    """A repository's path without its first slash, as in rest-server's labels; OTHER has a slash, so that
-    no repository has its label."""
+    """A repository's path as in rest-server's labels, without its first slash; OTHER has one."""
     return f'/{name}' if name == OTHER else name[1:]
 
 
@@ -5224,20 +5185,16 @@ class Watched(collections.namedtuple('Watched', [
 
     @property
     def title(self) -> str:
-        """Its path for people."""
         return str(self.name[1:] or '/')
 
     def ago(self, moment: float) -> str:
-        """How long ago a time was."""
         return f'{format_age(self.now - moment)} ago'
 
     def last_snapshot(self) -> str:
-        """When its last snapshot has come."""
         last = self.holdings.last_snapshot
         return f'last snapshot {self.ago(last)}' if last else 'no snapshot yet'
 
     def text_of(self, trouble: str) -> str:
-        """A trouble in words."""
         age = format_age(self.now - self.troubles[trouble])
         if trouble == DAMAGED:
             return f'{format_count(self.scrub.damaged, "object")} damaged'
@@ -5248,7 +5205,6 @@ class Watched(collections.namedtuple('Watched', [
         return {LOCKED: f'locked for {age}', UNREADABLE: 'cannot be read completely'}.get(trouble, trouble)
 
     def text_of_troubles(self) -> str:
-        """What is wrong with it."""
         return ', '.join(self.text_of(trouble) for trouble in TROUBLES if trouble in self.troubles)
 
     def age_of_locks(self) -> str:
@@ -5398,8 +5354,7 @@ Forgotten = collections.namedtuple('Forgotten', ['begun', 'there', 'deleted', 'b
 
 
 class Events:
-    """What happens to repositories, whose problems `watch` finds, and a shell `command` that is run then;
-    none if it is empty."""
+    """What happens to repositories, whose problems `watch` finds; a shell `command`, if any, is run then."""
 
     def __init__(self, watch: Watch, counters: Counters, command: str = '') -> None:
         self.command, self._counters = command, counters
@@ -5457,12 +5412,10 @@ class Events:
         return 0, True
 
     def on_snapshot(self, request: Request, location: Location) -> None:
-        """A snapshot has arrived."""
         self.emit('snapshot', location.repository, f'{location.repository[1:] or "/"}: snapshot '
                   f'{location.name[:8]} received from {request.user or request.client}', request.user)
 
     def on_directory_change(self, is_gone: bool) -> None:
-        """The directory of all repositories has gone, or is back."""
         kind, what = ('gone', 'gone (disk unmounted?)') if is_gone else ('back', 'back')
         self.emit(kind, None, f'{self._store.root} is {what}')
 
@@ -5475,7 +5428,6 @@ class Events:
             self._thread.start()
 
     def on_sent(self) -> None:
-        """Take the events that were sent."""
         for message in self.channel.receive():
             import json
             try:
@@ -5523,8 +5475,7 @@ class Events:
         return event
 
     def _note_forgotten(self, event: Event) -> None:
-        """A snapshot was deleted: warn, once an hour, when more than half of a repository's were deleted
-        within a minute."""
+        """A snapshot was deleted: warn once an hour when more than half of them were, within a minute."""
         there, counts = event.value
         with self._changed:
             minute = self._forgotten.get(event.repository) or Forgotten(
@@ -5545,8 +5496,7 @@ class Events:
             self._warned.get(event.repository, warn)
 
     def log_forgotten(self, at_once: bool = False) -> float:
-        """A timer: log the snapshots that were deleted, a line a minute and repository; seconds until the
-        next one."""
+        """A timer: log deleted snapshots, a line a minute and repository; seconds until the next one."""
         now = time.monotonic()
         with self._changed:
             for repository, minute in list(self._forgotten.items()):
@@ -5596,7 +5546,6 @@ class Events:
             self._reported.note(event.kind, name, None)
 
     def _look(self) -> None:
-        """Report new problems, and what is right again."""
         if self._store.directory.is_gone():
             return
         self._usage.census.request()
@@ -5636,7 +5585,6 @@ class Events:
             self._run(Event('certificate', None, '', self._watch.certificate(now), due[-1]))
 
     def _look_at_room(self, repositories: Iterable[str]) -> None:
-        """Report quotas, and the disk, that are nearly full."""
         rooms = {f'/{scope}': (quota.held, quota.limit)
                  for scope, quota in self._usage.quotas(repositories).items()}
         disk = disk_space(self._store.root)
@@ -5718,8 +5666,7 @@ class ReportedEvents:
             log.error('cannot read %s, some events may be reported again: %s', EVENTS_FILE, error)
 
     def note(self, kind: str, name: str, value: Optional[float]) -> bool:
-        """Note an event as reported or, without a value, as not reported; False if it was so, perhaps by
-        another server."""
+        """Note an event as reported, or not, without a value; False if it was so, perhaps by another."""
         if not self._update(kind, name, value):
             return False
         if self._store.directory.read_only:
@@ -5823,7 +5770,6 @@ class Visit(collections.namedtuple('Visit', [
         return bool(self.right(f'/{scope}' if scope else '') != NONE)
 
     def address(self, path: str) -> str:
-        """A repository's address for restic."""
         return _text(f'rest:{self.url}{quoted_path(path)}/')
 
     def link(self, path: str, text: str, query: str = '') -> str:
@@ -5841,7 +5787,6 @@ class Visit(collections.namedtuple('Visit', [
 
 
 def visit_of(request: Request, top: str, policy: Policy, accounts: Accounts, base: str) -> Visit:
-    """The visit of a request for the page at a path."""
     from urllib.parse import parse_qsl
     user, query = request.user, dict(parse_qsl(request.query, errors='replace'))
     # Others are named to who sees the whole server, and to all where nobody has a name.
@@ -6076,8 +6021,7 @@ def _table(visit: Visit, right: Callable[[str], str], caption: str, shown: List[
 
 
 def _cells(repository: Watched, right: Callable[[str], str]) -> List[Tuple[str, str, str, str]]:
-    """A repository's row: the class and the heading of each column, the order to which that leads, and what
-    is in the cell."""
+    """A repository's row: class and heading of each column, the order to which that leads, and content."""
     holdings, may = repository.holdings, right(repository.name)
     size = format_size(holdings.bytes)
     kept = _small(f'and {format_size(holdings.kept_bytes)} deleted') if holdings.kept else ''
@@ -6140,8 +6084,7 @@ def _text(text: str) -> str:
 
 
 def _plot(holdings: Holdings) -> str:
-    """A curve of the bytes stored over the days, from the first day that shows on, with a tick below it for
-    each day with a snapshot."""
+    """A curve of the bytes stored, from the first day that shows on, with ticks for days with a snapshot."""
     begin = holdings.bytes - sum(holdings.days)
     sizes = list(itertools.accumulate(holdings.days[1:], initial=begin + holdings.days[0]))
     first = next((day for day, size in enumerate(sizes) if size >= BLOCK_BYTES), 0)     # not a config alone
@@ -6190,8 +6133,7 @@ Ticket = collections.namedtuple('Ticket', ['peer', 'shares', 'refusal'])
 
 class Admission:
     """Places for `limit` connections at a time, and `limit_each` connections or forwarded requests for each
-    client: without a number a quarter, but at least 8, since restic uses five.  `accounts` know who has to
-    log in and who is a proxy."""
+    client, by default a quarter, but 8 at least, as restic uses 5.  `accounts` know logins and proxies."""
 
     def __init__(self, metrics: Metrics, accounts: Accounts, limit: int = 1024,
                  limit_each: Optional[int] = None) -> None:
@@ -6236,7 +6178,6 @@ class Admission:
         return self._enter(Ticket(peer, (), refusal)) if has_room else None
 
     def leave(self, ticket: Ticket) -> None:
-        """A connection has ended."""
         self._enter(ticket, -1)
 
     def make_room(self, newcomer: Optional[Ticket] = None) -> bool:
@@ -6292,7 +6233,6 @@ class Admission:
             raise HttpError(503, REQUESTS_PER_ADDRESS, [('Retry-After', '10')])
 
     def end_request(self, client: Peer) -> None:
-        """A request has been answered that a proxy has forwarded."""
         self._take(self._shares(client), -1)
 
     def _enter(self, ticket: Ticket, change: int = 1) -> Ticket:
@@ -6304,8 +6244,7 @@ class Admission:
 
     @staticmethod
     def _shares(peer: Peer) -> Tuple[Key, ...]:
-        """The rows that count a client.  Forked processes hash alike, with a seed that strangers do not know;
-        groups that collide share their limit."""
+        """The rows that count a client: by hashes, alike in all processes, that strangers do not know."""
         return tuple(('addresses', str(hash(group) % 4096)) for group in peer.groups)
 
     def _take(self, shares: Tuple[Key, ...], change: int) -> None:
@@ -6331,9 +6270,8 @@ _VERSION_1 = 'application/vnd.x.restic.rest.v1'
 _PREFLIGHT = (('Access-Control-Allow-Methods', 'GET, HEAD, POST, DELETE'),
               ('Access-Control-Allow-Headers', 'Authorization, Content-Type, Range'),
               ('Access-Control-Max-Age', '86400'))
-# restic does not retry 401, 403, 404, 416 and 507, takes a list's 404 for an empty list, and retries 500
-# for a quarter of an hour.  So: final statuses where waiting does not help, and 404 only for a missing
-# object.
+# restic does not retry 401, 403, 404, 416 and 507, takes a list's 404 for an empty list, and retries 500 for
+# 15 minutes.  So: final statuses where waiting does not help, and 404 only for a missing object.
 _STATUS_OF_ERRNO = {
     errno.ENAMETOOLONG: 400, errno.EINVAL: 400,     # such as a colon on exFAT
     errno.EACCES: 403, errno.EPERM: 403, errno.ENOTDIR: 403,
@@ -6354,9 +6292,8 @@ _NO_OBJECT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXI
 
 class Api:
     """restic's REST protocol over a store.  `baseurl` is the prefix of every path, `headers` are added to
-    every answer; scripts of the web origin `allow_origin` may use the server.  `prometheus` is empty
-    (no metrics), `login` or `open`; `page` is shown to browsers.  With `at` all repositories are those
-    of that moment."""
+    every answer; scripts of the web origin `allow_origin` may use the server.  `prometheus` is empty, `login`
+    or `open`; browsers see the `page`.  With `at` all repositories are those of that moment."""
 
     def __init__(self, store: Store, policy: Policy, accounts: Accounts, baseurl: str,
                  headers: Iterable[Tuple[str, str]], allow_origin: str, usage: Usage, metrics: Metrics,
@@ -6433,7 +6370,6 @@ class Api:
         refusals.log(level, kind, request.client, request.user, text, *values)
 
     def _fail(self, request: Request, error: OSError) -> Response:
-        """The answer for an error of the file system."""
         status, denial = _STATUS_OF_ERRNO.get(error.errno or 0, 500), ''
         if error.errno == errno.EMFILE:
             self.admission.make_room()
@@ -6520,13 +6456,11 @@ class Api:
         return Location(repository, location.kind, location.name, location.at)
 
     def _is_late_key(self, key: Location) -> bool:
-        """Whether a key is new where there is a config."""
         key, size = self._spell(key), self.store.size
         return size(key) is None and size(Location(key.repository, 'config')) is not None
 
     def _identify(self, request: Request) -> str:
-        """The user, as a path names him: in lower case where the file system ignores case.  Raises
-        HttpError as Accounts.identify() does."""
+        """The user, in lower case where the file system ignores case.  Raises as Accounts.identify() does."""
         user = self.accounts.identify(request)
         request.peer.known |= bool(user)
         return user.lower() if self.store.ignores_case else user
@@ -6648,11 +6582,9 @@ class Api:
 
 
 def object_response(request: Request, content: FileSlice) -> Response:
-    """The answer with the part of an object that a request selects; it closes small ones.  Raises HttpError
-    and OSError."""
+    """The answer with the part of an object that a request selects.  Raises HttpError and OSError."""
     headers = [('Content-Type', 'application/octet-stream'), ('Accept-Ranges', 'bytes')]
-    # RFC 9110 14.2: only GET has ranges.  13.1.5: answers have no validator here, so If-Range cannot match,
-    # and the range is ignored.
+    # RFC 9110 14.2: only GET has ranges.  13.1.5: without validators If-Range cannot match: no range.
     status, size, part = 200, content.length, None
     if request.method == 'GET' and 'if-range' not in request.headers:
         try:
@@ -6703,13 +6635,9 @@ def json_list(objects: Generator[Tuple[List[str], List[int]], None, None], sizes
 
 @functools.lru_cache(maxsize=256)
 def parse_path(path: str, ignore_case: bool = False) -> Location:
-    """The Location of a request's path, without the base URL; with `ignore_case` the repository's path is
-    in lower case.
-
-    Raises InvalidPath, and ReservedName for a path that cannot name a repository, a list or an object.  No
-    segment of a repository's path is a kind or `config`, so that no repository lies among the objects of
-    another.
-    """
+    """The Location of a request's path, without the base URL; with `ignore_case` the repository's path is in
+    lower case.  Raises InvalidPath, and ReservedName for a path that cannot name a repository, a list or an
+    object.  No segment of a repository's path is a kind or `config`: none lies in another's objects."""
     if len(path) > LONGEST_URL_PATH:
         raise InvalidPath(f'path is longer than {LONGEST_URL_PATH} bytes')
     if '%' in path:
@@ -6732,8 +6660,7 @@ def parse_path(path: str, ignore_case: bool = False) -> Location:
 
 
 def _decode_path(path: str) -> str:
-    """Decode percent-encoding (RFC 3986 2.1).  An encoded slash would be part of a segment, which no file
-    name can contain.  Raises InvalidPath."""
+    """Decode percent-encoding (RFC 3986 2.1), but no slash, which no name may have.  Raises InvalidPath."""
     from urllib.parse import unquote_to_bytes
     if re.search(r'%(?![0-9A-Fa-f]{2})|%2[fF]', path):
         raise InvalidPath('invalid percent-encoding in the path')
@@ -9652,10 +9579,10 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
         usage.limits = rights.quotas(options.max_size)
 
     policy.on_change = on_change
-    metrics, watch = Metrics(counters, usage, store), Watch(store, usage, options.stale_after)
-    metrics.look = watch.look
+    watch = Watch(store, usage, options.stale_after)
+    metrics = Metrics(counters, watch)
     if certificates:
-        metrics.certificate_end = watch.certificate_end = functools.partial(getattr, certificates, 'end')
+        watch.certificate_end = functools.partial(getattr, certificates, 'end')
     api = Api(store, policy, accounts, options.baseurl, options.response_header, options.allow_origin or '',
               usage, metrics,
               'open' if options.prometheus_no_auth else 'login' if options.prometheus else '',
@@ -9710,8 +9637,7 @@ def exit_status(store: Store, repositories: Sized, faults: object, unreadable: o
 
 
 def report(options: argparse.Namespace, store: Store) -> int:
-    """Do --report: a line for each repository, those with troubles first; the exit status.  Raises OSError,
-    DirectoryGone and RightsFault."""
+    """Do --report, troubles first; the exit status.  Raises OSError, DirectoryGone and RightsFault."""
     quotas = make_policy(options, store.ignores_case, login=False).rights.quotas(options.max_size)
     usage = Usage(store, Counters(), quotas=quotas, past=Past(store, options.keep_deleted))
     usage.census.count()
@@ -9746,8 +9672,7 @@ def _report_row(repository: Watched) -> List[str]:
 
 
 def _report_lines(repositories: List[Watched]) -> Iterator[str]:
-    """A line for each repository; on a terminal columns, troubles in red (https://no-color.org), and what to
-    do on lines of their own."""
+    """A line for each repository; on a terminal columns, red troubles (https://no-color.org), and steps."""
     rows = list(map(_report_row, repositories))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for repository, (verdict, title, *facts) in zip(repositories, rows):
@@ -9785,7 +9710,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
     """Do --roll-back, of all or, where one cannot be, of none; the exit status.  Raises OSError."""
     past = Past(store, math.inf)
     jobs: Dict[str, RollBack] = {}      # by path
-    refused = []                        # paths
+    refused: List[str] = []             # paths
     top = os.path.basename(store.root)
 
     def refuse(path: str, reason: object) -> None:
@@ -9800,15 +9725,11 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
                 jobs[folder.path] = job
             except ValueError as error:
                 refuse(folder.path, error)
-    if not jobs and not refused:
-        complain(f'no repository in {store.root}')
-    if not jobs or (refused and not options.force):
-        return 1
 
     def state() -> str:
         return one_line(f'{path[1:] or top}: {job}')
 
-    for path, job in jobs.items():
+    for path, job in jobs.items() if options.force or not refused else ():
         try:
             job.show = lambda: show_line(sys.stderr, state())
             with job:
@@ -9819,7 +9740,7 @@ def roll_back(options: argparse.Namespace, store: Store) -> int:
             refuse(path, f'{job}, then stopped: {error}')
         for name in job.lost:
             refuse(path, f'cannot be restored, not a regular file: {name}')
-    return int(bool(refused))
+    return exit_status(store, jobs or refused, refused, 0)
 
 
 def change_users(parser: Parser, options: argparse.Namespace) -> int:

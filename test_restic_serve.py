@@ -280,9 +280,7 @@ def scrub_with_configs(store):
 
 def metrics_of(usage, store):
     """The metrics of what a store holds."""
-    metrics = Metrics(usage.counters, usage, store)
-    metrics.look = restic_serve.Watch(store, usage, 3600).look
-    return metrics
+    return Metrics(usage.counters, restic_serve.Watch(store, usage, 3600))
 
 
 def at_once(function, jobs):
@@ -5614,7 +5612,7 @@ class MetricsTest(WatchedTestCase):
         (self.root / 'alice/x/data/00' / ('0' * 64)).write_bytes(b'damaged')
         self.fill('', 'keys')
         self.watch(max_bytes=10000, per_user=2000)
-        self.metrics.certificate_end = lambda: 7
+        self.metrics._watch.certificate_end = lambda: 7
         self.scrub()
         samples = self.scrape()
         for name in re.findall(r'restic_serve_\w+', (HIDDEN / 'prometheus-rules.yml').read_text()):
@@ -8619,7 +8617,7 @@ class SharesTest(WireTestCase):
         self.wait_for_room(self.port)
 
     def admission(self, limit_each, counters=None, accounts=None, limit=100):
-        metrics = Metrics(counters or Counters(), self.server.api.usage, self.store)
+        metrics = Metrics(counters or Counters(), restic_serve.Watch(self.store, self.server.api.usage, 0))
         return restic_serve.Admission(metrics, accounts or Accounts(), limit, limit_each)
 
     def test_shares_hold_over_all_processes(self):
