@@ -145,7 +145,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_period(text: str) -> float:
-    """Seconds of a duration that protects or destroys, with a unit: 30 could be seconds, or meant as days."""
+    """Seconds of a duration that has a unit, since it protects or destroys: 30 may be meant in days."""
     seconds = parse_duration(text)
     if seconds and text[-1].isdecimal():
         raise ValueError(f'{text!r} has no unit; use {text}d for days, {text}s for seconds')
@@ -510,8 +510,7 @@ class Closing:
 
 
 class WatchedBody:
-    """A request's content, of which some bytes have been `received`; `on_read` is called after each piece and
-    at the end, and may raise HttpError."""
+    """A request's content, of which some bytes are `received`; each piece, and the end, call `on_read`."""
 
     def __init__(self, body: Body, on_read: Callable[[], object]) -> None:
         self.piece, self.length, self._body, self._after_read = body.piece, body.length, body, on_read
@@ -569,9 +568,8 @@ class FileSlice(Closing):
 
 
 class Channel:
-    """Messages from threads, and from processes that are forked once it is open, to the process that watches
-    `receiver`.  A `kind` of SOCK_STREAM joins messages, SOCK_DGRAM holds few of them: who sends waits for
-    `seconds` at the most."""
+    """Messages from threads, and processes forked once it is open, to the process that watches `receiver`. A
+    `kind` of SOCK_STREAM joins them, SOCK_DGRAM holds few: who sends waits for `seconds` at the most."""
 
     receiver: Optional[socket.socket] = None    # can be read when a message has come
     sender: Optional[socket.socket] = None
@@ -827,8 +825,7 @@ def run_in_batches() -> None:
 
 
 def allow_descriptors(count: int) -> int:
-    """Raise the process's limit on open files to `count`, as far as the system lets it; the `count` of them
-    that it may have."""
+    """Raise the process's limit on open files to `count`, if the system lets it; as many as it may have."""
     try:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2260,8 +2257,7 @@ class Directory:
             raise ReadOnly(f'{READ_ONLY} (--read-only, or its file system); use restic --no-lock')
 
     def find_fault(self) -> str:
-        """Why the directory cannot be served, empty if it can: it has gone or, unless it is read-only, no
-        file can be written.  That is tried once in LOOK_SECONDS."""
+        """Why the directory cannot be served, if so: gone or, unless read-only, not writable by now."""
         now = time.monotonic()
         if now >= self._next_probe:
             self._next_probe = now + LOOK_SECONDS
@@ -2372,8 +2368,7 @@ class Store:
 
     @contextlib.contextmanager
     def object_folders(self, repository: str, *kinds: str) -> Iterator[Iterator[ObjectFolder]]:
-        """The folders of objects in a repository, of some kinds or all, in the order of the directories.
-        They may be opened only within this context."""
+        """The folders of a repository's objects of some kinds or all, to be opened within this context."""
         with contextlib.ExitStack() as stack:
             yield itertools.chain.from_iterable(self._folders_of(f'{repository}/{kind}', kind, stack)
                                                 for kind in kinds or KINDS)
@@ -2437,8 +2432,7 @@ class Store:
                 paths += [f'{path}/{name}' for name in reversed(below)]
 
     def now(self, path: str = '') -> float:
-        """Seconds since the epoch by the clock of a folder's file system, which dates uploads, rounded down
-        to its tick; by our own if no file can be created."""
+        """Seconds since the epoch by the clock of a folder's file system; ours if no file can be created."""
         with contextlib.suppress(OSError):
             if not self.directory.read_only:
                 with Scratch(self, path) as scratch:
@@ -3302,8 +3296,7 @@ class Scrub:
         self._ahead = store.now() - time.time()     # of the file system's clock
 
     def run(self) -> int:
-        """Check everything, on all cores; the number of damaged objects.  Raises OSError if the directory
-        cannot be read, DirectoryGone if it goes."""
+        """Check all, on all cores; the number of damaged objects.  Raises OSError, and DirectoryGone."""
         from concurrent.futures import ThreadPoolExecutor
         folders = list(self._find())
         self._sound = {folder.path: max(self._sound[key] for key in keys) for folder in folders for keys in [
@@ -3400,8 +3393,7 @@ class Scrub:
                 self.report(path, 'stray: left by an interrupted upload')
 
     def _changed(self, folder: ScrubFolder) -> Iterator[Tuple[Folder, str, str, int]]:
-        """The objects of a folder that have changed since it was found sound lately: where they are, names of
-        their files, SHA-256, and bytes.  Raises OSError."""
+        """A folder's objects changed since it was sound: folder, file, SHA-256, bytes.  Raises OSError."""
         since = self._sound.get(folder.path, -math.inf)
         for opened, name, digest, status in self._objects(folder):
             if since <= self._after or max(status.st_mtime, status.st_ctime) >= since:
@@ -3514,7 +3506,6 @@ class Scrub:
         self.report(path, f'{verdict}: {why}' if why else verdict)
 
     def report(self, path: str, reason: str) -> None:
-        """Report a fault, on the line of the bar."""
         with self._lock:
             show_line(self._stream, '')
             self._report(path, reason)
@@ -3567,8 +3558,7 @@ class Scrub:
 # How much each repository holds, and quotas.
 #
 # Theory of operation.  A census counts what is on the disk, in the background, when the last one is old
-# and somebody wants to know; between two of them the sums are kept current by what passes through this
-# server.  All are rows of Counters, in these kinds:
+# and somebody wants to know; what passes through this server keeps the sums current.  Rows of Counters:
 #
 #     held       what a repository holds
 #     history    what only a census knows of a repository
@@ -3577,20 +3567,16 @@ class Scrub:
 #                counted as OTHER, since there was no room for a history
 #     reserved   what uploads under way will add to a scope
 #
-# Each process adds what it does, and a census adds by how much that differs from what it finds.  It looks at
+# Each process adds what it does, and a census by how much that differs from what it finds.  It looks at
 # objects that were stored before it began to count their repository; what stores later ones adds them.
-# The rows of a repository that was deleted remain, and add up to 0.  What is rowless is found anew each time.
-#
-# Where limits may change (--rights), all places of up to QUOTA_DEPTH names have rows, so that a new limit is
-# in force at once.
+# The rows of a deleted repository add up to 0.  What is rowless is found anew each time.  Where limits may
+# change (--rights), all places of up to QUOTA_DEPTH names have rows: a new limit is in force at once.
 #
 # A quota charges what the disk has to give: objects rounded up to whole blocks, and a block for each
-# folder.  The page and the metrics show the objects' own bytes.
-#
-# An upload reserves its charge before it is read (Room); when it is stored, the charge moves to `scope`.
-# One that then comes slowly keeps what has arrived, and reserves the rest in steps, as one does whose length
-# is not known.  Processes check quotas without a common lock: each adds its reservation first and then looks
-# at the sum, so that two that take the last bytes at once both step back.
+# folder.  An upload reserves its charge before it is read (Room), which then moves to `scope`.  One that
+# comes slowly keeps what has arrived, and reserves the rest in steps, as one of unknown length does.
+# Processes check quotas without a common lock: each adds its reservation first and then looks at the sum,
+# so that two that take the last bytes at once both step back.
 
 DAYS = 90                    # Days of history: how much was stored on each.
 RESERVE_BYTES = 64 << 20     # above quotas, for indexes that a prune writes before it deletes
@@ -3646,9 +3632,8 @@ class Quotas:
     def __init__(self, limits: Mapping[str, int], written: Iterable[str] = ()) -> None:
         self.by_place = {place.strip('/'): limit for place, limit in limits.items() if limit}
         self._patterns = [(place.split('/'), size) for place, size in self.by_place.items() if '%u' in place]
-        self._written: Set[str] = set()     # the scopes of these places and those above them
-        for place in written:
-            self._written.update(itertools.accumulate(place.strip('/').split('/'), '{}/{}'.format))
+        self._written = {scope for place in written     # the scopes of these places and those above them
+                         for scope in itertools.accumulate(place.strip('/').split('/'), '{}/{}'.format)}
         self.limit = functools.lru_cache(maxsize=4096)(self._limit)
 
     def _limit(self, scope: str) -> int:
@@ -3673,8 +3658,7 @@ class Census:
         self.unreadable: List[str] = []     # folders that the last census could not read
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
-        """Wait for the first census or, with `fresh`, one that is not older than this call by more than the
-        interval; whether it was in time."""
+        """Wait for the first census, or one not older than the interval by now (`fresh`); whether it came."""
         begin = time.monotonic()
         oldest = begin - self._interval if fresh else -math.inf
         while time.monotonic() - self.age() <= oldest:
@@ -4033,8 +4017,7 @@ class Usage:
         return ''
 
     def names(self, below: str = '') -> List[str]:
-        """The repositories at and below a path, in order; OTHER stands for those without rows of their
-        own.  None before the first census."""
+        """The repositories at and below a path, in order, and OTHER; none before the first census."""
         if not self.census.wait(0):
             return []
         names = self.counters.names('history')
@@ -4127,7 +4110,7 @@ class Room(WatchedBody, Closing):
         if not self._in_steps and seconds > ROOM_GRACE and self.received < ROOM_RATE * seconds:
             with self._usage.reserving:
                 self._in_steps = True
-                self._set(min(self._taken, self._fixed + charge_of(self.received)))
+                self._set(min(self._taken, max(self._fixed + charge_of(self.received), 0)))
 
     def close(self) -> None:
         with self._usage.reserving:
@@ -4833,7 +4816,6 @@ class Policy(WatchedFiles):
         return f'read {format_count(len(self.rights.rules), "rule")} from {self.path}'
 
     def right(self, user: str, repository: str) -> str:
-        """What a user may do in a repository: one of RIGHTS."""
         return self.rights.find(user, repository)[0]
 
     @property
@@ -4947,8 +4929,7 @@ class Metrics:
     """Counts requests, and reports what was counted.
 
     Rows of Counters: `request`, by method and status: microseconds in all, and a histogram with the bounds
-    SECONDS; `blob`, by user, repository and type: blobs and bytes written, read and deleted, as rest-server
-    has it."""
+    SECONDS; `blob`, by user, repository and type: blobs and bytes written, read and deleted."""
 
     WRITTEN, READ, DELETED = 0, 2, 4   # positions in a row `blob`
 
@@ -4981,7 +4962,6 @@ class Metrics:
                 row[what + 1] += size
 
     def count_limited(self, limit: str, address: str) -> None:
-        """Count that a limit has ended or refused something."""
         self.counters.add(('limited', limit), 1)
         refusals.count(f'{limit}: closed or rejected', address)
 
@@ -5058,7 +5038,6 @@ class Metrics:
             yield f'rest_server_blob_{name}', f'Total number of {text}', (
                 ({'user': user, 'repo': repository_label(repository), 'type': kind}, row[position])
                 for (_, user, repository, kind), row in blobs.items() if row[position - position % 2])
-
         watched = {repository.name: repository
                    for repository in self._watch.look(time.time(), shows=shows, locks=False)}
         yield 'restic_serve_repository_verdict', 'What is known of the objects.', (
@@ -5084,7 +5063,6 @@ class Metrics:
                 ('scrub_damaged_objects', 'Objects that the last --scrub found damaged.', scrubs, 'damaged')):
             yield f'restic_serve_repository_{name}', text, (
                 ({'repo': repository_label(path)}, getattr(fact, field)) for path, fact in facts.items())
-
         quotas = {scope: quota for scope, quota in self._usage.quotas(watched).items()
                   if shows(f'/{scope}' if scope else '')}
         yield 'restic_serve_quota_used_bytes', 'Bytes stored under the quota.', (
@@ -5179,7 +5157,6 @@ class Watched(collections.namedtuple('Watched', [
 
     @property
     def verdict(self) -> str:
-        """One of the verdicts of the chapter Scrub."""
         return next((verdict for verdict in (DAMAGED, UNREADABLE, LOST) if verdict in self.troubles),
                     SOUND if self.scrub.time else NOT_CHECKED)
 
@@ -5238,11 +5215,9 @@ class Watch:
         self.store, self.usage, self._stale_after = store, usage, stale_after
 
     def look(self, now: float, places: Iterable[str] = ('',),
-             shows: Callable[[str], bool] = lambda name: True, locks: bool = True,
-             sees: Callable[[str], bool] = lambda scope: True) -> List[Watched]:
-        """The repositories at and below some places that it `shows`: those with the worst trouble first, of
-        these the one that has it longest.  Without `locks` they are read only where some were counted.  Only
-        quotas of scopes that somebody `sees` count."""
+             shows: Callable[[str], bool] = lambda name: True, locks: bool = True) -> List[Watched]:
+        """The repositories at and below some places that it `shows`, as quotas: those with the worst trouble
+        first, of these the longest.  Without `locks` they are read only where some were counted."""
         holdings = self.usage.holdings(
             name for place in places for name in self.usage.names(place) if shows(name))
         scrubs = last_scrubs(self.store) if self.usage.census.wait(0) else {}
@@ -5250,7 +5225,7 @@ class Watch:
             name for name in scrubs if shows(name) and any(
                 f'{name}/'.startswith(f'{place}/') for place in places)), set(holdings))
         full = {scope for scope, quota in self.usage.quotas((*holdings, *missing)).items()
-                if quota.held >= NEARLY_FULL * quota.limit and sees(scope)}
+                if quota.held >= NEARLY_FULL * quota.limit and shows(f'/{scope}' if scope else '')}
         repositories = []
         for name, held in (*holdings.items(), *((name, _NO_HOLDINGS) for name, verdict in missing.items()
                                                 if verdict != NOT_CHECKED)):    # not counted yet
@@ -5326,16 +5301,14 @@ def count_troubles(repositories: Iterable[Watched]) -> str:
 #
 # Theory of operation.  Any process may find that something has happened; it sends that over a channel to the
 # process that makes the censuses.  There a thread runs the command, for one event at a time, and looks for
-# problems every WATCH_SECONDS.  Which of them were reported is kept in EVENTS_FILE, which is changed under a
-# lock, so that other servers of the directory, and the next start, do not report them again: an event is
-# noted there first, and taken out if the server stops before its command has run.
+# problems every WATCH_SECONDS.  Which were reported is kept in EVENTS_FILE, which is changed under a lock:
+# other servers of the directory, and the next start, do not report them again.  An event is noted there
+# first, and taken out if the server stops before its command has run.
 #
 # Servers may count at different times, so one may see an older last snapshot than another.  That a
 # repository is overdue is reported once for each last snapshot, and never for an older one than anybody has
-# seen; `back` is reported for a newer one only.
-#
-# Deletes of snapshots are sent there, too, and counted for a minute.  Fresh ones do not count, since who may
-# delete may also add many to hide behind.
+# seen; `back` is reported for a newer one only.  Deletes of snapshots are sent there, too, and counted for a
+# minute; not of fresh ones, since who may delete may also add many to hide behind.
 
 WATCH_SECONDS = 60           # Time between two looks for problems.
 COMMAND_SECONDS = 60         # Longest run of the command.
@@ -5348,8 +5321,7 @@ FRESH_SECONDS = 3600         # Age up to which a snapshot may be one that hides 
 # `repository` is a path, None for what is about none.  What several servers find, and refused deletes, have a
 # `value`, by which ReportedEvents knows them; a deleted snapshot has what count_snapshots() said.
 Event = collections.namedtuple('Event', ['kind', 'repository', 'user', 'message', 'value'])
-# Deleted snapshots of a repository in the minute since `begun`: how many there were of those that count, how
-# many of these are deleted, and by whom any were.
+# Deleted snapshots in the minute since `begun`: those there that count, those deleted, and by whom any were.
 Forgotten = collections.namedtuple('Forgotten', ['begun', 'there', 'deleted', 'by'])
 
 
@@ -5422,7 +5394,6 @@ class Events:
     # ---- in the process that runs the command ----
 
     def start(self) -> None:
-        """Begin to look for problems and to run the command, in a thread."""
         if self.command:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
@@ -5831,7 +5802,7 @@ class Page:
         now, top = time.time(), visit.top
         below = {place if f'{place}/'.startswith(f'{top}/') else top for place in visit.places
                  if f'{place}/'.startswith(f'{top}/') or f'{top}/'.startswith(f'{place}/')}
-        shown = self._watch.look(now, below, lambda name: visit.right(name) != NONE, sees=visit.sees)
+        shown = self._watch.look(now, below, lambda name: visit.right(name) != NONE)
         itself = next((repository for repository in shown if top and repository.name == top), None)
         others = [repository for repository in shown if repository is not itself]
         host, fault = _text(socket.gethostname()), self._watch.store.directory.find_fault()
@@ -9608,7 +9579,6 @@ def serve_stdio(server: Server) -> None:
 
 
 def complain(text: object) -> None:
-    """Say what is wrong on standard error, in a line."""
     print(f'restic_serve: {one_line(text)}', file=sys.stderr)
 
 
