@@ -3654,7 +3654,7 @@ class Census:
     def __init__(self, store: Store, usage: Usage, interval: float) -> None:
         self._store, self._usage, self._counters, self._interval = store, usage, usage.counters, interval
         self.channel = Channel(socket.SOCK_STREAM)      # to the process that makes it
-        self._counting = threading.Lock()
+        self.counting = threading.Lock()
         self.unreadable: List[str] = []     # folders that the last census could not read
 
     def wait(self, seconds: float, fresh: bool = False) -> bool:
@@ -3680,11 +3680,11 @@ class Census:
 
     def on_requested(self) -> None:
         """Make a census in a thread of its own if the last one is old.  For one process only."""
-        if any(self.channel.receive()) and self.age() >= self._interval and self._counting.acquire(False):
+        if any(self.channel.receive()) and self.age() >= self._interval and self.counting.acquire(False):
             try:
                 threading.Thread(target=self._count_all, daemon=True).start()
             except RuntimeError as error:
-                self._counting.release()
+                self.counting.release()
                 log.error('cannot calculate sizes: %s', error)
 
     def _count_all(self) -> None:
@@ -3696,7 +3696,7 @@ class Census:
             log.error('cannot calculate sizes: %s: %s', type(error).__name__, error)
             log.debug('traceback:', exc_info=True)
         finally:
-            self._counting.release()
+            self.counting.release()
 
     def count(self) -> None:
         """Make a census.  What cannot be read is logged and keeps what was known of it.  Raises DirectoryGone
@@ -5340,6 +5340,7 @@ class Events:
         self._turns: Dict[str, float] = {}      # when each repository has had its last one
         self._forgotten: Dict[str, Forgotten] = {}      # by repository
         self._cut = threading.Event()       # what is running is killed
+        self._running: Optional[Event] = None
         self._thread: Optional[threading.Thread] = None
         self._store.directory.on_change = self.on_directory_change
         for kind in EVENTS:     # so that the metrics show all
@@ -5397,6 +5398,10 @@ class Events:
         if self.command:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
+
+    def is_at_work(self) -> bool:
+        """Whether the command runs, or is to run, for an event."""
+        return bool(self._queue or self._running)
 
     def on_sent(self) -> None:
         for message in self.channel.receive():
@@ -5487,7 +5492,7 @@ class Events:
                 if self._stopped:
                     return
                 now = time.monotonic()
-                event = self._next() if is_queued and now < next_look else None
+                event = self._running = self._next() if is_queued and now < next_look else None
             try:
                 if event:
                     self._run(event)
@@ -8568,15 +8573,43 @@ class Periodic:
             self.start()
         return self.due - now
 
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
     def start(self, *args: Any) -> bool:
         """Call the function now; False if the last call has not returned."""
-        if self._thread.is_alive():
+        if self.is_running():
             return False
         self._thread = threading.Thread(target=self._act, args=args, daemon=True)
         with contextlib.suppress(RuntimeError):     # there are too many threads: the next time
             self._thread.start()
             self._thread.join(HANG_SECONDS)
         return True
+
+
+class IdleExit:
+    """Ends the server, by on_idle(), when no process of it has been at work for some `seconds`."""
+
+    def __init__(self, counters: Counters, seconds: float) -> None:
+        self._counters, self._seconds, self._begun = counters, seconds, 0.0
+
+    def note(self, at_work: bool) -> float:
+        """A timer of each process that serves: note that it is at work; seconds until the next time."""
+        if at_work and self._seconds < math.inf:
+            self._counters.put(('at work',), int(time.monotonic() * 1000))
+            return 0.5
+        return math.inf
+
+    def tick(self, on_idle: Callable[[], None]) -> float:
+        """A timer of the first process."""
+        self._begun = self._begun or time.monotonic()
+        last = max([self._begun, *(moment / 1000 for moment in self._counters.read_word(('at work',), 0))])
+        left = last + self._seconds - time.monotonic()
+        if left <= 0:
+            log.log(NOTICE, 'no connection for %s: ending (--exit-idle)', format_duration(self._seconds))
+            self._seconds = math.inf
+            on_idle()
+        return left
 
 
 class StatsLog:
@@ -8611,6 +8644,7 @@ class Server:
         self.api, self.limits, self.bandwidth = api, limits, bandwidth
         self.notifier = notifier or SystemdNotifier({})
         self.stats = StatsLog(api.metrics, stats_seconds)
+        self.idle_exit = IdleExit(api.metrics.counters, math.inf)
         self.listeners: List[Any] = []
         self.served: Set[Connection] = set()    # those that have begun; copy() it before a walk
         self.stops = 0                  # stop signals seen; the second skips the grace period
@@ -8627,6 +8661,7 @@ class Server:
         purges = api.usage.past.keeps and not api.store.directory.read_only
         self.purging = Periodic(lambda: api.usage.purge(PURGE_SECONDS), PURGE_SECONDS if purges else math.inf)
         self._is_first = True           # of the processes: makes censuses, purges, runs events
+        self._is_parent = True          # serving or not
         self._listen(addresses, inherited)
         if self.listeners:
             api.admission.fit_descriptors()
@@ -8668,6 +8703,7 @@ class Server:
         pin_process(slot)
         self.notifier = SystemdNotifier({})
         self.stats = StatsLog(self.api.metrics, math.inf)
+        self._is_parent = False
         for listener in self.listeners:
             listener.path = ''  # the parent removes it
 
@@ -8688,7 +8724,10 @@ class Server:
             loop.timers += [self.purging.tick, events.log_forgotten]
             events.start()
         loop.timers += [self.looking.tick, self.sweep, self.notifier.ping, refusals.tell,
-                        lambda: self.stats.tick(bool(self.served))]
+                        lambda: self.stats.tick(bool(self.served)),
+                        lambda: self.idle_exit.note(self._is_at_work())]
+        if self._is_parent:
+            loop.timers.append(lambda: self.idle_exit.tick(self.on_stop))
         unpin(False)
         self.notifier.notify('READY=1')
         loop.run(lambda: self.stops > 0 or not (self.listeners or self.served))
@@ -8712,6 +8751,11 @@ class Server:
         census.channel.close()
         events.channel.close()
         loop.close()
+
+    def _is_at_work(self) -> bool:
+        """Whether a connection, a purge, a census or an event goes on in this process."""
+        return bool(self.served or self.purging.is_running() or self.api.usage.census.counting.locked()
+                    or self.api.events.is_at_work())
 
     def _accept(self, listener: Any) -> None:
         """Accept a connection, unless another process that has fewer is about to."""
@@ -8894,7 +8938,7 @@ class Workers:
         self._start_or_kill()
         server.notifier.notify('READY=1')
         loop.timers = [server.looking.tick, server.notifier.ping, lambda: server.stats.tick(True),
-                       self._start_or_kill]
+                       self._start_or_kill, lambda: server.idle_exit.tick(self._stop)]
         loop.run(lambda: server.stops > 0 and not any(worker.pid for worker in self._workers))
 
     def _start_or_kill(self) -> float:
@@ -9143,6 +9187,9 @@ HELP: Tuple[Union[str, Option], ...] = (
         parse_origin),
     Option("--response-header 'NAME: VALUE'", 'header to add to all responses; repeatable', parse_header,
            repeated=True),
+    Net('--exit-idle DURATION', 'with socket activation, end after this time without a connection and '
+        'without work of its own; the next connection starts the server again', parse_duration, default='0',
+        shown='0, never'),
     Option('--workers NUMBER', 'number of worker processes', parse_count, default=str(_WORKERS),
            shown='one per available core, at most 4; 1 on systems without fork'),
     'TLS',
@@ -9564,10 +9611,16 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
                     write_seconds=options.server_write_timeout, stall_seconds=options.stall_timeout)
     if options.stdio:   # restic ends the connection when it wants
         limits.header_seconds = limits.idle_seconds = math.inf
-    return Server(
-        api, limits, [] if options.stdio else options.addr, certificates, inherited_sockets(environment),
+    inherited = inherited_sockets(environment)
+    if options.exit_idle and not inherited:
+        raise OSError('--exit-idle: no socket came from the service manager, which would start it again; use '
+                      'a socket unit')
+    server = Server(
+        api, limits, [] if options.stdio else options.addr, certificates, inherited,
         make_bandwidth(options, counters), SystemdNotifier(environment),
         options.stats if options.stats and log.isEnabledFor(logging.INFO) else math.inf)
+    server.idle_exit = IdleExit(counters, options.exit_idle or math.inf)
+    return server
 
 
 def serve_stdio(server: Server) -> None:

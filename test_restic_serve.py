@@ -9024,6 +9024,24 @@ class ServiceManagerTest(TestCase):
         self.assertIn('(socket web)', text)
         self.assertIn(f'http+unix://{unix}:/ (socket local)', text)
 
+    def test_it_ends_when_it_has_been_idle_for_long_enough(self):
+        activate = program('systemd-socket-activate')
+        for workers in ('1', '2'):
+            port = free_port()
+            process = self.launch(
+                activate, '-l', f'127.0.0.1:{port}', sys.executable, compiled(), '--workers', workers,
+                '--exit-idle', '1s', '--keep-deleted', '1d', self.root, stderr=subprocess.PIPE, text=True,
+                env=clean_environment())
+            self.wait_until(lambda port=port: listens(('127.0.0.1', port)), 'the socket')
+            with Wire(port) as wire:
+                for _ in range(3):      # a connection that goes on is not idle
+                    self.assertEqual(wire.ask(get('/config'))[0], 404)
+                    time.sleep(0.5)
+            with process:
+                self.assertEqual(process.wait(PATIENCE), 0)
+                self.assertIn('no connection for 1 s: ending (--exit-idle)', process.stderr.read())
+        self.assertIn('--exit-idle: no socket', self.run_it('--exit-idle', '1s', self.root)[2])
+
     def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
         for count, source, fault in ((1, 'socket.socket()', 'descriptor 3 is a socket that does not listen'),
                                      (1, 'open("/dev/null")', 'descriptor 3: Socket operation on non-socket'),
