@@ -2528,18 +2528,10 @@ class MomentTest(unittest.TestCase):
                 ('2d', self.NOW - 2 * 86400), ('1d12h', self.NOW - 1.5 * 86400)):
             self.assertEqual(restic_serve.parse_past(text, self.NOW), int(seconds * 1e6), text)
         for text in ('', 'x', '10', '2026', '2026-13-01', '2026-11-20_12:00', '2026-11-20T25:00', '-2d',
-                     '2026-11-20T12:00:00+0100', '2026-11-20T12Z', '٣d', '2026-11-20T12:00:60.5.5Z'):
-            with self.assertRaisesRegex(ValueError, 'invalid time', msg=text):
+                     '2026-11-20T12:00:00+0100', '2026-11-20T12Z', '٣d', '2026-11-20T12:00:60.5.5Z',
+                     '9' * 7000, '1d' * 21, '2026-11-20T12:00:00.' + '9' * 40, 'ä' * 21):
+            with self.assertRaisesRegex(ValueError, 'invalid time .{,60};', msg=text[:60]):
                 restic_serve.parse_past(text, self.NOW)
-
-    def test_a_time_of_more_than_40_bytes_is_refused_before_it_is_parsed(self):
-        digits = '9' * 7000
-        begin = time.thread_time()
-        for text in (digits, f'{digits}x', f'{digits}.{digits}', '1d' * 3500, '2026-11-20T12:00:00.' + digits,
-                     'ä' * 21):
-            with self.assertRaisesRegex(ValueError, 'invalid time .{,60};', msg=text[:9]):
-                restic_serve.parse_past(text, self.NOW)
-        self.assertLess(time.thread_time() - begin, 0.1)
 
     def test_names_sort_by_time_and_are_read_back(self):
         moments = [0, 1, 999_999, 10 ** 6, 1_795_176_000_123_456, 2_000_000_000_000_000]
@@ -8249,15 +8241,6 @@ class LoopTest(unittest.TestCase):
     def run_until(self, *expected):
         self.loop.run(lambda: self.heard[-len(expected):] == list(expected))
 
-    def test_a_real_signal_waits_until_it_is_caught(self):
-        for signum in restic_serve._SIGNALS:
-            self.addCleanup(signal.signal, signum, signal.getsignal(signum))
-        restic_serve.block_signals([signal.SIGUSR1])
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # other tests may have left threads
-        self.loop.handlers[signal.SIGUSR1] = lambda: self.heard.append('signal')
-        self.loop.catch()
-        self.run_until('signal')
-
     def test_what_can_be_read_is_told_of_until_it_is_watched_no_more(self):
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -8494,30 +8477,28 @@ class TlsTest(ListenerTestCase):
             certificates.look(force=True)
         self.assertEqual(self.log[1:], [f'loaded certificate {self.folder}/server.pem'])
 
+    def s_client(self, port, *words):
+        """What openssl says of a connection that it has made."""
+        return subprocess.run(
+            [self.authority.openssl, 's_client', '-connect', f'127.0.0.1:{port}', *words,
+             '-CAfile', str(self.authority.path)], input='', capture_output=True, text=True)
+
     def test_versions(self):
         """The default is the library's policy; a version that is given is made to work."""
         versions = {'tls1.0': '-tls1', 'tls1.1': '-tls1_1', 'tls1.2': '-tls1_2', 'tls1.3': '-tls1_3'}
         for minimum in ('', *versions):
             port = self.start_tls(minimum=minimum)
             for version, word in versions.items():
-                done = subprocess.run(
-                    [self.authority.openssl, 's_client', '-connect', f'127.0.0.1:{port}', word,
-                     '-cipher', 'DEFAULT:@SECLEVEL=0', '-CAfile', str(self.authority.path)],
-                    input='', capture_output=True, text=True)
+                done = self.s_client(port, word, '-cipher', 'DEFAULT:@SECLEVEL=0')
                 spoken = done.returncode == 0 and 'Cipher is (NONE)' not in done.stdout
                 self.assertEqual(spoken, version >= (minimum or 'tls1.2'), (minimum, version, done.stdout))
 
     def test_the_client_chooses_among_the_ciphers(self):
-        suites = ['TLS_AES_128_GCM_SHA256', 'TLS_CHACHA20_POLY1305_SHA256', 'TLS_AES_256_GCM_SHA384']
         port = self.start_tls()
-        for first in suites:
-            order = ':'.join([first, *(suite for suite in suites if suite != first)])
-            done = subprocess.run(
-                [self.authority.openssl, 's_client', '-connect', f'127.0.0.1:{port}', '-ciphersuites', order,
-                 '-CAfile', str(self.authority.path)], input='', capture_output=True, text=True)
+        for first, then in itertools.permutations(('TLS_AES_128_GCM_SHA256', 'TLS_AES_256_GCM_SHA384')):
+            done = self.s_client(port, '-ciphersuites', f'{first}:{then}')
             # Before 3.10 there are weaker ones on the list, and the server chooses.
-            chosen = first if sys.version_info >= (3, 10) else 'TLS_'
-            self.assertIn(f'Cipher is {chosen}', done.stdout)
+            self.assertIn(f'Cipher is {first if sys.version_info >= (3, 10) else "TLS_"}', done.stdout)
 
     def test_keys_change_while_requests_go_on(self):
         content = os.urandom(100_000)
