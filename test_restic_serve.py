@@ -2518,7 +2518,7 @@ class MomentTest(unittest.TestCase):
             self.assertEqual(restic_serve.parse_past(text, self.NOW), int(seconds * 1e6), text)
         for text in ('', 'x', '10', '2026', '2026-13-01', '2026-11-20_12:00', '2026-11-20T25:00', '-2d',
                      '2026-11-20T12:00:00+0100', '2026-11-20T12Z', '٣d', '2026-11-20T12:00:60.5.5Z',
-                     '9' * 7000, '1d' * 21, '2026-11-20T12:00:00.' + '9' * 40, 'ä' * 21):
+                     '9' * 7000, '9' * 40 + '.5', '2026-11-20T12:00:00.' + '9' * 40, 'ä' * 21):
             with self.assertRaisesRegex(ValueError, 'invalid time .{,60};', msg=text[:60]):
                 restic_serve.parse_past(text, self.NOW)
 
@@ -4264,25 +4264,21 @@ class UsageTest(TestCase):
                     self.save(1000, '/other')
                     self.save(1000, '')
 
-    def upload_at_once(self, number, **more):
-        """The answers to so many uploads of 1000 bytes at the same time."""
-        barrier = threading.Barrier(number)
-
-        def upload(size):
-            barrier.wait(PATIENCE)
-            try:
-                self.save(size, **more)
-            except (QuotaExceeded, Busy) as error:
-                return type(error)
-            return 200
-
-        return at_once(upload, [1000] * number)
-
     def test_uploads_at_once_do_not_slip_past_a_quota_together(self):
+        barrier = threading.Barrier(16)
         for least, more in ((4, {}), (0, {'length': None, 'step': 100})):
             shutil.rmtree(self.root / 'host', ignore_errors=True)
             self.limit(4300)
-            answers = self.upload_at_once(16, **more)
+
+            def upload(size, more=more):
+                barrier.wait(PATIENCE)
+                try:
+                    self.save(size, **more)
+                except (QuotaExceeded, Busy) as error:
+                    return type(error)
+                return 200
+
+            answers = at_once(upload, [1000] * 16)
             stored = answers.count(200)
             self.assertEqual(answers.count(QuotaExceeded) + (answers.count(Busy) if more else 0), 16 - stored)
             self.assertIn(stored, range(least, 5))
@@ -8253,17 +8249,6 @@ class UnixSocketTest(ListenerTestCase):
         super().setUp()
         self.path = self.folder / 'socket'
 
-    def test_large_transfers(self):
-        content = os.urandom(3 << 20)
-        self.start(str(self.path))
-        path = f'/data/{named(content)}'
-        self.assertEqual(self.ask_unix(self.path, post(path, content)), 200)
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
-            sock.connect(str(self.path))
-            sock.sendall(get(path, 'Connection: close'))
-            data = b''.join(iter(lambda: sock.recv(1 << 20), b''))
-        self.assertEqual(data.partition(b'\r\n\r\n')[2], content)
-
     def test_only_the_user_may_connect_and_the_group_if_the_umask_lets_it(self):
         self.addCleanup(os.umask, os.umask(0))
         for umask, shared, mode in ((0o022, False, 0o600), (0o077, False, 0o600), (0o007, False, 0o660),
@@ -11090,7 +11075,7 @@ class MaliceTest(FaultsTestCase):
     # content that would be a second one.
     SMUGGLED = {
         'CL.TE': 'Content-Length: 6\r\nTransfer-Encoding: chunked',
-        'TE.CL': 'Transfer-Encoding: chunked\r\nContent-Length: 4',
+        'TE.CL': 'Transfer-Encoding: chunked\r\nContent-Length: 4', 'a second Host': 'Host: y',
         'TE.TE, a second coding': 'Transfer-Encoding: chunked\r\nTransfer-Encoding: x',
         **{f'TE.TE, {coding!r}': f'Transfer-Encoding: {coding}' for coding in (
             'chunked, identity', 'xchunked', '"chunked"', '\x0bchunked', 'chunked\0')},
@@ -11102,7 +11087,7 @@ class MaliceTest(FaultsTestCase):
         'CL.CL': 'Content-Length: 5\r\nContent-Length: 6',
         **{f'CL {value}': f'Content-Length: {value}'
            for value in ('5, 6', '+5', '-5', '0x5', '1 5', '1_5', '9' * 30)},
-        'CL.0, a space before the colon': 'Content-Length : 5', 'a second Host': 'Host: y',
+        'CL.0, a space before the colon': 'Content-Length : 5',
         'a line without a colon': 'Content-Length 5', 'a name with a space': 'Content Length: 5',
     }
     # Chunks that some read otherwise; after them would come a second request.
@@ -11142,22 +11127,20 @@ class MaliceTest(FaultsTestCase):
                     yield f'/host/data/{f"{step}/" * depth}{tail}'
         yield from (
             '/etc/passwd', '//etc/passwd', '/%2fetc%2fpasswd', '/host//config', '/host/config/',
-            '/host/%00config',
-            '/host/config%00', '/host/config%00.txt', '/host/data/%00', f'/host/data/{name}%00', '/%', '/%zz',
-            f'/host/data/{name[:2]}/{name}', f'/host/data/{name.upper()}', f'/host/data/{name}/..',
-            f'/host/data/{name}.', f'/host/data/{name} ', f'/host/data/{name}%20', '/host\\config',
-            '/host%5cconfig', '/C:/config', '/host/config:stream', '/host/config::$DATA', '/CON/config',
-            '/NUL', '/dev/null', '/proc/self/environ', '/proc/self/fd/0', '/host/.restic_serve/config',
-            '/.restic_serve/config', '/.restic_serve/scrub.json', '/%2erestic_serve/keys/',
-            f'/{"a" * 5000}/config', f'/{"a/" * 2000}config', f'/{"%61" * 300}/config', f'/{"a/" * 70}config',
-            '/\u202e/config', '/\ufeff/config', '/%ed%a0%80/config', '/%f4%90%80%80/config', '/%ff%fe/config',
-            '/host/data', '/host/data/..%c0%af',
-            '/*', '*', 'config', '?', '/?../config', '/host/config?x=/../y',
+            '/host/%00config', '/host/config%00', '/host/config%00.txt', '/host/data/%00',
+            f'/host/data/{name}%00', '/%', '/%zz', f'/host/data/{name[:2]}/{name}',
+            f'/host/data/{name.upper()}', f'/host/data/{name}/..', f'/host/data/{name}.',
+            f'/host/data/{name} ', f'/host/data/{name}%20', '/host\\config', '/host%5cconfig', '/C:/config',
+            '/host/config:stream', '/host/config::$DATA', '/CON/config', '/NUL', '/dev/null',
+            '/proc/self/environ', '/proc/self/fd/0', '/host/.restic_serve/config', '/.restic_serve/config',
+            '/.restic_serve/scrub.json', '/%2erestic_serve/keys/', f'/{"a" * 5000}/config',
+            f'/{"a/" * 2000}config', f'/{"%61" * 300}/config', f'/{"a/" * 70}config', '/\u202e/config',
+            '/\ufeff/config', '/%ed%a0%80/config', '/%f4%90%80%80/config', '/%ff%fe/config', '/host/data',
+            '/host/data/..%c0%af', '/*', '*', 'config', '?', '/?../config', '/host/config?x=/../y',
             '/host/config#x', '/host/;/config', '/host/config;x', '/~root/config', '/$HOME/config',
             '/`id`/config', '/host/data/*', '/host/data/[0-9]', 'http://x/../config', 'http://x//config',
             'file:///etc/passwd', '/http://x/config', '/out/config', '/out/', f'/out/data/{name}',
-            '/out/data/',
-            '/out/keys/', '/deep/out/config', '/deep/out/new/config', '/out/new/?create=true',
+            '/out/data/', '/out/keys/', '/deep/out/config', '/deep/out/new/config', '/out/new/?create=true',
             '/out?create=true', '/deep/out/x/y/z/?create=true', '/host/config', f'/host/keys/{name}',
             f'/host/data/{named(b"link")}')
 
