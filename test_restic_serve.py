@@ -3244,10 +3244,6 @@ class PastApiTest(PastTestCase):
         status, content = self.ask('GET', '/host/.at/1h/config')
         self.assertEqual((status, b'--keep-deleted' in content), (404, True))
 
-    def test_rights_are_those_of_the_repository(self):
-        self.api = Api(self.store, Policy(short_rights(private=True)), usage=self.usage)
-        self.assertEqual(self.ask('GET', '/host/.at/1s/config')[1], b'you may not access /host\n')
-
     def test_encoded_and_reserved_names(self):
         self.assertEqual(restic_serve.parse_path('/x%2541/.at/2d/config').repository, '/x%41')
         for name in ('.Restic_Serve', '.restic_serve', '.restic_serve.', '.AT', '.snapshots', '@eaDir',
@@ -6994,9 +6990,6 @@ class TimeLimitTest(WireTestCase):
                 self.assertIsNone(wire.answer())
             self.assertFalse(ended.is_set())
             ended.set()
-
-    def test_a_silent_client_is_dropped(self):
-        self.assertTrue(self.connect().is_closed())
 
     def test_a_slow_header_or_upload_is_408_and_leaves_nothing(self):
         for request in ('GET /config HTTP/1.1\r\nHost', post('/config', b'1', length=10)):
