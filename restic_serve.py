@@ -4446,8 +4446,7 @@ class Accounts:
                  salt: str = '', realm: str = '', user_header: str = '', proxies: Iterable[Any] = (),
                  certificates: bool = False, socket_auth: bool = False, counters: Optional[Counters] = None
                  ) -> None:
-        self.file = file
-        self._user = user
+        self.file, self._user = file, user
         self._salt = f'salt {salt}'     # in the place of the single user's entry
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
         self._user_header = user_header.lower()
@@ -6647,17 +6646,11 @@ def _decode_path(path: str) -> str:
 
 
 # ==== Transport ==================================================================================
-# Bytes over a socket, over TLS on a socket, and over pipes, with the same methods:
-#
-#     recv_into         receive some bytes, none at the end of input
-#     send              send all of the bytes; with `more` they may wait for the next call
-#     send_file         send some of a file by sendfile(2), where the transport can
-#     end_input         make the receiving thread see the end of input
-#     end_output        tell the client that no more will be sent
-#     skip_input        receive and discard, below TLS
-#     reset_at_close    make close() reset the connection, so that an answer does not look complete
-#     abort             end input and output; the client sees a reset
-#     close             close the descriptors
+# Bytes over a socket, over TLS on a socket, and over pipes, with the same methods.  recv_into() receives
+# none at the end of input, which end_input() makes the receiving thread see; skip_input() receives below TLS.
+# send() sends all, perhaps with the next call if there is `more`; end_output() tells the client that this was
+# all.  reset_at_close() makes close() reset the connection, so that an answer does not look complete, and
+# abort() does so at once.
 #
 # Theory of operation.  Sockets block, and one thread receives and sends; over pipes each has a thread.
 # end_input() and abort() are called by other threads, and never wait.  A transport raises OSError for what
@@ -7526,8 +7519,7 @@ class HeaderDecoder:
         self._entries: collections.deque[Tuple[str, str]] = collections.deque()
         self._bytes = 0                 # size of the entries (RFC 7541 4.1)
         self._limit = TABLE_BYTES       # chosen by the encoder
-        self._block = b''
-        self._at = 0                    # position in the block
+        self._block, self._at = b'', 0  # a block, and the position in it
 
     def decode(self, block: bytes, limit: int) -> Tuple[List[Tuple[str, str]], bool]:
         """The fields of a header block up to `limit` bytes (RFC 9113 10.5.1), and whether these are all."""
@@ -8310,8 +8302,8 @@ class SystemdNotifier:
         microseconds = environment.pop('WATCHDOG_USEC', '')
         pid = environment.pop('WATCHDOG_PID', '') or str(os.getpid())
         is_watched = self._path and microseconds.isdecimal() and pid == str(os.getpid())
-        self._ping_seconds = int(microseconds) / 2e6 if is_watched else math.inf
-        self._next_ping = 0.0 if is_watched else math.inf
+        self._ping_seconds, self._next_ping = ((int(microseconds) / 2e6, 0.0) if is_watched else
+                                               (math.inf, math.inf))
 
     def notify(self, *lines: str) -> None:
         """Send `VARIABLE=value` lines."""
