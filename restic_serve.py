@@ -132,6 +132,20 @@ _SECONDS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0
 _DURATION_LETTERS = 40          # in a duration: to find none in more takes the square of their number
 _DURATION_PART = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|[smhdwMy])')
 LATEST_TIME = 253402300799 - 86400     # The last day of the year 9999 but one, for any zone.
+_UNITS = {'days': 86400, 'hours': 3600, 'minutes': 60, 'seconds': 1}
+_SIZE = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(?:(B?)|([KMGTPE])i?B?)', re.IGNORECASE)
+_DAYS = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
+_ENTRY = re.compile(r'(?:([A-Za-z]+)-)?([01]?[0-9]|2[0-3]):([0-5][0-9]),(.+)')
+_WEEK = 7 * 24 * 60  # minutes
+# Limits from `minute` of the week on, in bytes a second sent and received; 0 is no limit.
+TimetableEntry = collections.namedtuple('TimetableEntry', ['minute', 'sent', 'received'])
+# Where to listen: TCP `port` of `host` (empty: every address), or a unix socket at `path`.  `scheme` is
+# `http`, `tls` or empty, which means TLS if there is a certificate.
+Address = collections.namedtuple('Address', ['scheme', 'host', 'port', 'path'])
+USER_BYTES = 255             # Longest user name.
+_USER = re.compile(rf'(?!\.+$)[A-Za-z0-9@._-]{{1,{USER_BYTES}}}')
+# Letters and marks that nobody sees: fillers, joiners, and variation selectors.
+_INVISIBLE = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0]')
 
 
 def parse_duration(text: str) -> float:
@@ -152,9 +166,6 @@ def parse_period(text: str) -> float:
     return seconds
 
 
-_SIZE = re.compile(r'(\d+(?:\.\d*)?|\.\d+)(?:(B?)|([KMGTPE])i?B?)', re.IGNORECASE)
-
-
 def parse_size(text: str) -> int:
     """Bytes of a size in rclone's syntax: `512k`, `10M`, `1.5G`, `100B`; without a suffix KiB."""
     match = _SIZE.fullmatch(text)
@@ -169,13 +180,6 @@ def parse_size(text: str) -> int:
 def parse_quota(text: str) -> int:
     """Bytes of a size as parse_size() has it, except that a bare number means bytes, as in rest-server."""
     return int(text) if re.fullmatch('[0-9]{1,18}', text) else parse_size(text)
-
-
-_DAYS = ('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday')
-_ENTRY = re.compile(r'(?:([A-Za-z]+)-)?([01]?[0-9]|2[0-3]):([0-5][0-9]),(.+)')
-_WEEK = 7 * 24 * 60  # minutes
-# Limits from `minute` of the week on, in bytes a second sent and received; 0 is no limit.
-TimetableEntry = collections.namedtuple('TimetableEntry', ['minute', 'sent', 'received'])
 
 
 def parse_timetable(text: str) -> List[TimetableEntry]:
@@ -218,9 +222,6 @@ def format_exact(count: int) -> str:
     return str(count)
 
 
-_UNITS = {'days': 86400, 'hours': 3600, 'minutes': 60, 'seconds': 1}
-
-
 def format_duration(seconds: float) -> str:
     """A time for people, in its two largest units: `9 s`, `3 m 20 s`, `2 d 5 h`."""
     parts, left = [], int(seconds)
@@ -257,11 +258,6 @@ def format_time(seconds: float, digits: int = 0) -> str:
     zone = time.strftime('%z', local)
     fraction = f'{seconds % 1:.9f}'[1:2 + digits] if digits else ''
     return f'{time.strftime("%Y-%m-%dT%H:%M:%S", local)}{fraction}{zone[:3]}:{zone[3:]}'
-
-
-# Where to listen: TCP `port` of `host` (empty: every address), or a unix socket at `path`.  `scheme` is
-# `http`, `tls` or empty, which means TLS if there is a certificate.
-Address = collections.namedtuple('Address', ['scheme', 'host', 'port', 'path'])
 
 
 def parse_address(text: str) -> Address:
@@ -325,12 +321,6 @@ def parse_header(text: str) -> Tuple[str, str]:
     if match[1].lower() in ('connection', 'content-length', 'date', 'transfer-encoding'):
         raise ValueError(f'header {match[1]!r} is set by the server and cannot be added')
     return match[1], match[2]
-
-
-USER_BYTES = 255             # Longest user name.
-_USER = re.compile(rf'(?!\.+$)[A-Za-z0-9@._-]{{1,{USER_BYTES}}}')
-# Letters and marks that nobody sees: fillers, joiners, and variation selectors.
-_INVISIBLE = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0]')
 
 
 def parse_user(text: str) -> str:
@@ -854,6 +844,7 @@ TICK_SECONDS = 0.01               # in which the kernel's clock for them goes on
 SCRATCH_PREFIX = 'upload-'        # Name of a scratch file that its writer has locked,
 FRESH_PREFIX = 'new-'             # and of one that nobody has locked.
 SCRATCH_SECONDS = 3600            # Age at which a scratch file without a lock is abandoned.
+_renaming = threading.Lock()      # excludes other threads of this process
 _NAME = re.compile('[0-9a-f]{64}')
 _BINARY = getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0)
 # An object is a plain file: what a link leads to is none, and no FIFO may hold up its reader.
@@ -1343,9 +1334,6 @@ def remove_left_overs(folder: Folder, names: List[str], now: Callable[[], float]
                 log.info('removed %s/%s, left by an interrupted upload', folder.path, name)
 
 
-_renaming = threading.Lock()
-
-
 @contextlib.contextmanager
 def exclusive(folder: Folder, *files: str) -> Iterator[None]:
     """Excludes other threads, and other processes where a folder and files in it can be locked."""
@@ -1381,6 +1369,8 @@ FAST_PIECE = 256                  # The same without helpers; and the least for 
 WAIT_SECONDS = 0.0003             # Shorter waits are not worth a thread.
 PACE_SECONDS = 0.005              # Time between two measurements of the pace.
 HELPED_READS = 512                # Reads by helpers after which the pace is measured again.
+# A folder of objects: its kind, how their names begin, and open(): the Folder (empty if missing), or OSError.
+ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'prefix', 'open'])
 
 
 class Pace:
@@ -1517,10 +1507,6 @@ def read_in_pieces(read: Callable[[List[S]], List[T]], entries: List[S], pace: P
             begin = end
 
     return list(itertools.chain.from_iterable(read_ahead(pieces(), pace)))
-
-
-# A folder of objects: its kind, how their names begin, and open(): the Folder (empty if missing), or OSError.
-ObjectFolder = collections.namedtuple('ObjectFolder', ['kind', 'prefix', 'open'])
 
 
 def names_and_sizes(source: ObjectFolder, sizes: bool, pace: Pace) -> Iterator[Tuple[List[str], List[int]]]:
@@ -6668,6 +6654,9 @@ _MORE = getattr(socket, 'MSG_MORE', 0)
 _CONNECTION_ERRORS = (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED,
                       errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)    # not with this file system or socket
+_ANSWER_TO_PLAIN_HTTP = (
+    b'HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 23\r\nConnection: close\r\n\r\n'
+    b'this port speaks HTTPS\n')
 
 
 class SocketTransport:
@@ -6741,11 +6730,6 @@ class SocketTransport:
         # With the lock: after close() the descriptor may belong to another connection.
         with self._closing, contextlib.suppress(OSError):
             self._sock.shutdown(how)
-
-
-_ANSWER_TO_PLAIN_HTTP = (
-    b'HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 23\r\nConnection: close\r\n\r\n'
-    b'this port speaks HTTPS\n')
 
 
 class TlsTransport:
@@ -7124,6 +7108,7 @@ class Connection:
 RECEIVE_BYTES = 992          # Bytes received at a time for a header section; malloc() has such blocks ready.
 CLIENT_GONE = 499            # Status in the access log for a client that is gone, as in nginx.
 SKIP_BYTES = 64 * 1024       # Longest unwanted body that is read so that the connection can be kept.
+_pipeliners = [threading.Lock() for _ in range(64)]     # a client's pipelined requests take turns
 
 _FIELD_LINES = re.compile(rf'(?:{_TOKEN}:[\t -~\x80-\xff]*\r\n)*')
 _REQUEST_LINE = re.compile(rf'({_TOKEN}) ([!-"$-~]+) HTTP/1\.([0-9])\r\n')
@@ -7201,9 +7186,6 @@ def expects_continue(headers: Dict[str, str]) -> bool:
     if expectation and expectation.lower() != '100-continue':
         raise HttpError(417, 'only the expectation 100-continue is supported')
     return bool(expectation)
-
-
-_pipeliners = [threading.Lock() for _ in range(64)]     # a client's pipelined requests take turns
 
 
 class Http1:
@@ -7408,7 +7390,7 @@ class Http1:
     def _send(self, request: Request, response: Response, keep: bool) -> bool:
         """Send an answer (RFC 9112 4 and 6); whether the connection persists."""
         body, connection, sent, chunked = response.body, self._connection, 0, False
-        fields = ''.join(map(_format_field, response.headers))
+        fields = ''.join(map('%s: %s\r\n'.__mod__, response.headers))
         if isinstance(body, (bytes, FileSlice)):
             fields += f'Content-Length: {len(body) if isinstance(body, bytes) else body.length}\r\n'
         elif request.version == 'HTTP/1.0':
@@ -7446,9 +7428,6 @@ class Http1:
         finally:
             self._api.finish(request, response.status, sent)
         return keep
-
-
-_format_field = '%s: %s\r\n'.__mod__     # of a name and a value
 
 
 @functools.lru_cache(maxsize=16)
@@ -9304,6 +9283,13 @@ _HINTS = {
     '--log': 'use --log-file and -v', '--debug': 'use -vv', '--proxy-auth-username': 'use --user-from-header',
     'DISABLE_AUTHENTICATION': 'use RESTIC_SERVE_NO_AUTH=true', 'PASSWORD_FILE': 'use RESTIC_SERVE_HTPASSWD',
     'OPTIONS': 'use RESTIC_SERVE_… for each'}
+# Pairs that cannot be combined, and why if that is not plain.
+_CONFLICTS = (
+    ('--report', '--scrub', ''), ('--report', '--roll-back', ''), ('--scrub', '--roll-back', ''),
+    *((job, '--test-event', '') for job in ('--report', '--scrub', '--roll-back')),
+    ('--roll-back', '--read-only', ''), ('--stdio', '--scrub', ''),
+    ('--socket-auth', '--user-from-header', ': over a unix socket, the proxy names the user'))
+_SOURCES = ('--htpasswd', '--user', '--user-from-header')       # of users
 
 
 class Parser(argparse.ArgumentParser):
@@ -9417,15 +9403,6 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
         parser.error(f'{passwords} exists (used by rest-server); add --htpasswd {passwords}, or '
                      '--no-auth to allow access without a password')
     return directory, at
-
-
-# Pairs that cannot be combined, and why if that is not plain.
-_CONFLICTS = (
-    ('--report', '--scrub', ''), ('--report', '--roll-back', ''), ('--scrub', '--roll-back', ''),
-    *((job, '--test-event', '') for job in ('--report', '--scrub', '--roll-back')),
-    ('--roll-back', '--read-only', ''), ('--stdio', '--scrub', ''),
-    ('--socket-auth', '--user-from-header', ': over a unix socket, the proxy names the user'))
-_SOURCES = ('--htpasswd', '--user', '--user-from-header')       # of users
 
 
 def rights_of(options: argparse.Namespace, ignore_case: bool = False) -> Rights:
