@@ -290,7 +290,6 @@ def parser_of(pattern: str, fault: str, right: str, value: Callable[[str], T]) -
 
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"     # RFC 9110 5.6.2
-
 parse_bool = parser_of('(?ai)(true|1|yes|on|t|y|false|0|no|off|f|n)?', 'invalid value', 'true or false',
                        lambda text: text.lower() in ('true', '1', 'yes', 'on', 't', 'y'))
 parse_count = parser_of('0*[1-9][0-9]{0,17}', 'invalid number', 'a whole number of at least 1', int)
@@ -1230,8 +1229,7 @@ class ScratchFile(Closing):
             folder.close()
 
     def rename(self, folder: Folder, name: str) -> None:
-        """Give the file its name, replacing what has it.  It is closed before, since some file systems do not
-        rename a file that is open (FAT, SMB), and so loses its lock."""
+        """Give the file its name, replacing what has it.  It is closed for FAT and SMB, and so not locked."""
         self._change_prefix(SCRATCH_PREFIX, FRESH_PREFIX)
         fd, self.fd = self.fd, -1
         os.close(fd)
@@ -3064,8 +3062,7 @@ class RollBack(Closing):
                              f'({format_duration(max(now - youngest, 0))}); wait for it, or use --force')
 
     def run(self, dry: bool = False, force: bool = False) -> None:
-        """Do it, or with `dry` count only.  Raises OSError, and ValueError where that has become impossible
-        on the way: what is there then is sound, and with what was deleted."""
+        """Do it, or with `dry` count only.  Raises OSError, and ValueError if it has become impossible."""
         begun = self._store.now(self._repository)
         for kind in self.BACK:
             for present, deleted, prefix in self._view.folders(Location(self._repository, kind)):
@@ -4430,8 +4427,8 @@ class Accounts:
 
     def __init__(self, file: Optional[PasswordFile] = None, user: str = '', password: str = '',
                  salt: str = '', realm: str = '', user_header: str = '', proxies: Iterable[Any] = (),
-                 certificates: bool = False, socket_auth: bool = False, counters: Optional[Counters] = None
-                 ) -> None:
+                 certificates: bool = False, socket_auth: bool = False,
+                 counters: Optional[Counters] = None) -> None:
         self.file, self._user = file, user
         self._salt = f'salt {salt}'     # in the place of the single user's entry
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
@@ -6751,8 +6748,7 @@ class TlsTransport:
         self.close = below.close
 
     def shake_hands(self) -> Tuple[bool, str]:
-        """Do the handshake; whether the client has presented a certificate, and its common name, empty
-        where it has none or several.  Raises OSError, and HandshakeFailed."""
+        """Do the handshake; whether there is a certificate, and its only name.  Raises HandshakeFailed."""
         import ssl
         try:
             done = self._call(SMALL_BYTES, self._tls.do_handshake)
@@ -6981,8 +6977,7 @@ class Connection:
         self.deadline.end = min(self.deadline.end, self.clock() + seconds)
 
     def expire(self) -> None:
-        """The deadline has passed: wake the thread.  One that receives sees the end of input and can
-        still answer; one that sends, or was woken before, is aborted."""
+        """The deadline has passed: end the input of a thread that receives and can still answer; or abort."""
         if self.expired or self.waits == self.WRITING:
             self.abort()
             return
@@ -7445,11 +7440,11 @@ _STATIC_NAMES = (
     ':authority|:method GET|:method POST|:path /|:path /index.html|:scheme http|:scheme https|:status 200|'
     ':status 204|:status 206|:status 304|:status 400|:status 404|:status 500|accept-charset|'
     'accept-encoding gzip, deflate|accept-language|accept-ranges|accept|access-control-allow-origin|age|'
-    'allow|authorization|cache-control|content-disposition|content-encoding|content-language|'
-    'content-length|content-location|content-range|content-type|cookie|date|etag|expect|expires|from|host|'
-    'if-match|if-modified-since|if-none-match|if-range|if-unmodified-since|last-modified|link|location|'
-    'max-forwards|proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|server|'
-    'set-cookie|strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate')
+    'allow|authorization|cache-control|content-disposition|content-encoding|content-language|content-length|'
+    'content-location|content-range|content-type|cookie|date|etag|expect|expires|from|host|if-match|'
+    'if-modified-since|if-none-match|if-range|if-unmodified-since|last-modified|link|location|max-forwards|'
+    'proxy-authenticate|proxy-authorization|range|referer|refresh|retry-after|server|set-cookie|'
+    'strict-transport-security|transfer-encoding|user-agent|vary|via|www-authenticate')
 _STATIC_TABLE = [(name, value) for name, _, value in (
     field.partition(' ') for field in _STATIC_NAMES.split('|'))]
 # Appendix B: the lengths of the codes of 256 octets, a letter each, A for 5 bits.  The code is canonical:
@@ -7574,8 +7569,7 @@ def _field_bytes(field: Tuple[str, str]) -> int:
 
 
 def encode_headers(fields: Iterable[Tuple[str, str]]) -> bytes:
-    """A header block that uses no table, so that threads share no state (RFC 7541 6.2.2).  It begins with a
-    table size of 0 (6.3), as 4.2 requires after a client has lowered the size."""
+    """A header block without a table, which threads would share (RFC 7541 6.2.2); 4.2 asks for its size 0."""
     return b'\x20' + b''.join([b'\0' + encode_string(name) + encode_string(value) for name, value in fields])
 
 
@@ -7739,14 +7733,9 @@ class Flow:
 
 class Stream(Flow):
     """One request, which has a thread, and its content as a Body; `length` is what is announced, None if it
-    is not.  Its state (RFC 9113 5.1; the lock of `http` guards all of it):
-
-        OPEN                receiving, sending
-        HALF_CLOSED_REMOTE  sending: END_STREAM has arrived
-        HALF_CLOSED_LOCAL   receiving: END_STREAM was sent
-        CLOSED              neither; `aborted` says why, if it was reset or has ended with the connection
-
-    Methods up to _send_content() are called without the lock, the others with it."""
+    is not.  It is `receiving` until END_STREAM has arrived, and `sending` until that was sent; then it is
+    closed (RFC 9113 5.1), and `aborted` says why, if it was reset or has ended with the connection.  The lock
+    of `http` guards all of it: methods up to _send_content() are called without that, the others with it."""
 
     piece = 256 * 1024              # COPY_BYTES for each of many would be too much memory
 
@@ -7943,9 +7932,9 @@ class Http2:
         """Serve the connection to its end; requests that are whole by then are answered.  Raises Gone."""
         settings = ((Setting.MAX_CONCURRENT_STREAMS, STREAMS), (Setting.INITIAL_WINDOW_SIZE, READ_WINDOW),
                     (Setting.MAX_FRAME_SIZE, FRAME_BYTES), (Setting.MAX_HEADER_LIST_SIZE, self.header_bytes))
-        self.unsent = (
-            frame(FrameType.SETTINGS, 0, 0, b''.join(itertools.starmap(_SETTING.pack, settings)))
-            + frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)))
+        more = struct.pack('>I', CONNECTION_WINDOW - _DEFAULT_WINDOW)
+        self.unsent = (frame(FrameType.SETTINGS, 0, 0, b''.join(itertools.starmap(_SETTING.pack, settings)))
+                       + frame(FrameType.WINDOW_UPDATE, 0, 0, more))
         self.connection.wait_for(Connection.IDLE, math.inf)
         self.connection.on_stop = self._go_away
         writer = threading.Thread(target=self._write, daemon=True)
@@ -8431,8 +8420,7 @@ def _bind_unix(sock: socket.socket, path: str, shared: bool) -> None:
 
 
 def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socket.socket, str]]:
-    """The listening sockets that the service manager has opened, and their names (sd_listen_fds(3)).  Removes
-    the variables, which are not for child processes.  Raises OSError."""
+    """Sockets of the service manager, and their names (sd_listen_fds(3)), whose variables are removed."""
     pid, count, names = (environment.pop(name, '') for name in ('LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES'))
     if pid != str(os.getpid()) or not count.isdecimal():
         if pid:
@@ -8631,8 +8619,8 @@ class Server:
         self.looking = Periodic(look, LOOK_SECONDS if watched else math.inf)
         purges = api.usage.past.keeps and not api.store.directory.read_only
         self.purging = Periodic(lambda: api.usage.purge(PURGE_SECONDS), PURGE_SECONDS if purges else math.inf)
-        self._is_first = True           # of the processes: makes censuses, purges, runs events
-        self._is_parent = True          # serving or not
+        self.is_first = True            # of the processes: makes censuses, purges, runs events
+        self.is_parent = True           # of workers, or alone
         self._listen(addresses, inherited)
         if self.listeners:
             api.admission.fit_descriptors()
@@ -8643,7 +8631,8 @@ class Server:
             api.usage.census.request()
         self.loop = Loop()
         self.loop.handlers = {**dict.fromkeys(_STOP_SIGNALS, self.on_stop), _RELOAD_SIGNAL: self.reload,
-                              _STATS_SIGNAL: self.log_stats, _TOGGLE_SIGNAL: self.toggle_bandwidth}
+                              _STATS_SIGNAL: lambda: log.log(NOTICE, '%s', api.metrics.line(final=False)),
+                              _TOGGLE_SIGNAL: self.toggle_bandwidth}
 
     def _listen(self, addresses: List[Address], inherited: Iterable[Tuple[socket.socket, str]]) -> None:
         """Open the listeners.  Raises OSError, which says which of them failed."""
@@ -8664,20 +8653,6 @@ class Server:
         for listener in self.listeners:
             listener.server_close()
 
-    def become_worker(self, slot: int) -> None:
-        """Serve as one of several processes, with `slot` of the Counters."""
-        counters = self.api.metrics.counters
-        counters.join(slot)
-        counters.add(CONNECTIONS, 0, 0)     # for the others, who look for the process with the fewest
-        self._is_first = slot == 1
-        reload_log.disabled = not self._is_first
-        pin_process(slot)
-        self.notifier = SystemdNotifier({})
-        self.stats = StatsLog(self.api.metrics, math.inf)
-        self._is_parent = False
-        for listener in self.listeners:
-            listener.path = ''  # the parent removes it
-
     def run(self) -> None:
         """serve(), with signals.  For the main thread only."""
         self.loop.catch()
@@ -8688,7 +8663,7 @@ class Server:
         loop, census, events = self.loop, self.api.usage.census, self.api.events
         for listener in self.listeners:
             loop.watch(listener, functools.partial(self._accept, listener))
-        if self._is_first:
+        if self.is_first:
             for channel, take in ((census.channel, census.on_requested), (events.channel, events.on_sent)):
                 if channel.receiver:
                     loop.watch(channel.receiver, take)
@@ -8697,7 +8672,7 @@ class Server:
         loop.timers += [self.looking.tick, self.sweep, self.notifier.ping, refusals.tell,
                         lambda: self.stats.tick(bool(self.served)),
                         lambda: self.idle_exit.note(self._is_at_work())]
-        if self._is_parent:
+        if self.is_parent:
             loop.timers.append(lambda: self.idle_exit.tick(self.on_stop))
         unpin(False)
         self.notifier.notify('READY=1')
@@ -8717,7 +8692,7 @@ class Server:
             connection.abort()
         events.stop(max(end - time.monotonic(), 0))
         refusals.tell(at_once=True)
-        if self._is_first and self.purging.due < math.inf:
+        if self.is_first and self.purging.due < math.inf:
             self.api.usage.purge(0 if self.listeners else STDIO_PURGE_SECONDS)      # notes the time
         census.channel.close()
         events.channel.close()
@@ -8828,10 +8803,6 @@ class Server:
         for handler in log.handlers:
             handler.close()  # LogFile's
         self.notifier.notify('READY=1')
-
-    def log_stats(self) -> None:
-        """SIGUSR1: log what was done since the last line."""
-        log.log(NOTICE, '%s', self.api.metrics.line(final=False))
 
     def toggle_bandwidth(self) -> None:
         """SIGUSR2: lift the limit of --bwlimit, or put it in force again."""
@@ -9005,7 +8976,15 @@ class Workers:
             server.loop = Loop()
             server.loop.handlers = {signal.SIGTERM: on_stop, _RELOAD_SIGNAL: server.reload}
             server.loop.watch(self._workers_end, on_lifeline)
-            server.become_worker(slot)
+            server.notifier, server.stats = SystemdNotifier({}), StatsLog(server.api.metrics, math.inf)
+            for listener in server.listeners:
+                listener.path = ''  # the parent removes it
+            counters = server.api.metrics.counters
+            counters.join(slot)
+            counters.add(CONNECTIONS, 0, 0)     # for the others, who look for the process with the fewest
+            server.is_first, server.is_parent = slot == 1, False
+            reload_log.disabled = not server.is_first
+            pin_process(slot)
             server.run()
             status = 0
         except BaseException as error:
