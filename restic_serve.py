@@ -2610,7 +2610,6 @@ def is_there_in_other_case(folder: Folder, name: str) -> bool:
 # Two servers may delete and purge in the same directory: every step is one rename(2) or unlink(2), and
 # the second to try has nothing to do.  A list reads the deleted objects before and after the present ones,
 # and again if a roll-back came between; what ends the past moves `since` on first, which a list reads last.
-#
 # A clock may be wrong: a time later than now counts as now, and a purge, which cannot be undone, is by the
 # trusted time, which is kept in the hidden folder of DIR.  That goes on with the time that has passed since
 # it was noted, as the uptime of the system shows or, where that was started anew, the time that this process
@@ -2733,12 +2732,11 @@ class Past:
             if size is not None:
                 self._set_since(location.repository, self.now(location.repository, after=True))
             return size
-        path = deleted_folder(location)
+        path, size = deleted_folder(location), None
         try:
             source = self._store.folders.open(location.folder)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        size = None
         status: Optional[os.stat_result] = None
         with source:
             with contextlib.suppress(FileNotFoundError):    # another request was faster
@@ -6661,10 +6659,8 @@ class SocketTransport:
     `stall_seconds`, or up to a quarter longer: the kernel's timer also ends a call that has sent some."""
 
     def __init__(self, sock: socket.socket, stall_seconds: float = math.inf) -> None:
-        self._sock = sock
-        self.recv = sock.recv
-        self.recv_into = self.skip_input = sock.recv_into
-        self._closing = threading.Lock()
+        self._sock, self._closing = sock, threading.Lock()
+        self.recv, self.recv_into, self.skip_input = sock.recv, sock.recv_into, sock.recv_into
         stall_seconds /= STALL_PARTS
         if stall_seconds < math.inf and os.name == 'posix':
             for form in ('@ll', '@qq'):  # the second for 32-bit systems with 64-bit times
@@ -6741,11 +6737,8 @@ class TlsTransport:
         self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
         self._wants_input = ssl.SSLWantReadError
         self._ended = False                 # close_notify was received
-        self.end_input = below.end_input
-        self.skip_input = below.recv_into
-        self.reset_at_close = below.reset_at_close
-        self.abort = below.abort
-        self.close = below.close
+        self.end_input, self.skip_input, self.abort = below.end_input, below.recv_into, below.abort
+        self.reset_at_close, self.close = below.reset_at_close, below.close
 
     def shake_hands(self) -> Tuple[bool, str]:
         """Do the handshake; whether there is a certificate, and its only name.  Raises HandshakeFailed."""
@@ -6878,10 +6871,8 @@ class PipeTransport:
 # client's end of input, by a request or an answer that says close, or by expire() or stop(), which end the
 # input.  It answers what it can: 408 if time was over while it received.  linger() ends the output, then
 # discards input until the client ends it, too; else the kernel would send a reset, which destroys the answer
-# on its way.  close() follows.
-#
-# abort() skips all of that: for a thread that is stuck in sending, and when the grace period of the
-# server's stop is over.  abort_answer() resets the connection after an answer that cannot be completed.
+# on its way.  close() follows.  abort() skips all of that: for a thread stuck in sending, and when the grace
+# period of the server's stop is over.  abort_answer() resets after an answer that cannot be completed.
 
 LINGER_BYTES = 64 << 20      # Most unwanted input that is discarded.
 LINGER_SECONDS = 5           # Longest time for that.
@@ -7127,8 +7118,7 @@ _FAULTS = (
     (re.compile(r'.*\n[ \t]', re.DOTALL), 400, 'folded header line'),
     (re.compile(rf'.*\n{_TOKEN}[ \t]+:', re.DOTALL), 400, 'space before the colon'),
     (re.compile(r'.*([^\t\r\n -~\x80-\xff]|\r(?!\n))', re.DOTALL), 400, 'control character'),
-    (re.compile(''), 400, 'malformed header line'),
-)
+    (re.compile(''), 400, 'malformed header line'))
 
 
 def parse_head(text: str) -> Tuple[str, str, str, Dict[str, str]]:
@@ -7594,10 +7584,9 @@ def encode_string(text: str) -> bytes:
 #
 # Pipes can be full in both directions, so the reading thread never waits for the client to read.  If the
 # writing thread is stuck in write(2), which cannot be woken, the connection's deadline ends the process.  A
-# request's thread waits for content and for the client's windows until its stream's deadline.
-#
-# Content is kept in memory until its request's thread takes it.  A window opens again when half of it was
-# taken, so that it is above zero once all was: nghttp2 waits for that before an empty last frame, too.
+# request's thread waits for content and for the client's windows until its stream's deadline.  Content is
+# kept in memory until it takes it.  A window opens again when half of it was taken, so that it is above zero
+# once all was: nghttp2 waits for that before an empty last frame, too.
 #
 # A connection ends by EOFError, Gone, or an error that is sent with GOAWAY; after stop() input ends with the
 # last stream.  Whole requests are then answered, unless there was an error; linger() and close() follow.
@@ -9250,8 +9239,7 @@ HELP: Tuple[Union[str, Option], ...] = (
         lambda text: parse_who('*' if '/' in text else text), const='*', stdio=False),     # before DIR
     Option('--bcrypt-cost NUMBER', 'cost of new bcrypt passwords, 4 to 31', parse_cost,
            shown='10, or 5 where bcrypt runs in Python'),
-    *_IGNORED,
-)
+    *_IGNORED)
 OPTIONS = [entry for entry in HELP if isinstance(entry, Option)]
 # What to use instead of options of rest-server and rclone, and of variables of rest-server's container.
 _HINTS = {
