@@ -1732,11 +1732,9 @@ class Bandwidth:
     def __init__(self, timetable: List[TimetableEntry], counters: Counters,
                  clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
                  today: Callable[[], time.struct_time] = time.localtime) -> None:
-        self._timetable = timetable
+        self._timetable, self._counters = timetable, counters
         self._clock, self._today, self._sleep = clock, today, sleep
-        self._entry = timetable[0]
-        self._next_look = -math.inf
-        self._counters = counters
+        self._entry, self._next_look = timetable[0], -math.inf
         self._lock = threading.Lock()
 
     def toggle(self) -> bool:
@@ -3641,8 +3639,7 @@ class Census:
     def wait(self, seconds: float, fresh: bool = False) -> bool:
         """Wait for the first census, or one not older than the interval by now (`fresh`); whether it came."""
         begin = time.monotonic()
-        oldest = begin - self._interval if fresh else -math.inf
-        while time.monotonic() - self.age() <= oldest:
+        while time.monotonic() - self.age() <= (begin - self._interval if fresh else -math.inf):
             if time.monotonic() >= begin + seconds:
                 return False
             time.sleep(0.02)
@@ -5643,8 +5640,7 @@ class ReportedEvents:
 
     def _update(self, kind: str, name: str, value: Optional[float]) -> bool:
         """Change what is known; whether that is new."""
-        values = self.known[kind]
-        known = values.get(name)
+        values, known = self.known[kind], self.known[kind].get(name)
         if known is None or value is None:
             is_new = known is not value
         elif kind == 'refused':     # a time: once an hour
@@ -6015,8 +6011,7 @@ def _scrub(repository: Watched, names: Iterable[str] = ()) -> str:
     verdict, scrub = repository.verdict, repository.scrub
     result = verdict if verdict in (SOUND, NOT_CHECKED) else _bad(repository.text_of(verdict))
     checked = _small(repository.ago(scrub.time)) if scrub.time else ''
-    listed = ''.join(_small(_text(name)) for name in itertools.islice(names, NAMES_SHOWN))
-    return f'{result}{checked}{listed}'
+    return result + checked + ''.join(_small(_text(name)) for name in itertools.islice(names, NAMES_SHOWN))
 
 
 def _moment(seconds: float, pattern: str = '%Y-%m-%d %H:%M %Z') -> str:
@@ -6269,11 +6264,8 @@ class Api:
         if prometheus:
             self._own_paths[f'{baseurl}/metrics'] = self._get_metrics
         self._allow_origin = allow_origin
-        self._headers = list(headers)
-        if allow_origin:
-            self._headers.append(('Access-Control-Allow-Origin', allow_origin))
-            if allow_origin != '*':
-                self._headers.append(('Vary', 'Origin'))
+        self._headers = [*headers, *([('Access-Control-Allow-Origin', allow_origin)] if allow_origin else ()),
+                         *([('Vary', 'Origin')] if allow_origin not in ('', '*') else ())]
 
     def handle(self, request: Request) -> Response:
         """The answer to a request, also where it fails.  Raises only Gone."""
@@ -6731,8 +6723,7 @@ class TlsTransport:
 
     def __init__(self, below: SocketTransport, context: ssl.SSLContext, authority: bytes = b'') -> None:
         import ssl
-        self.below = below
-        self.authority = authority
+        self.below, self.authority = below, authority
         self._received, self._unsent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._unsent, server_side=True)
         self._wants_input = ssl.SSLWantReadError
@@ -9562,8 +9553,7 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
 def serve_stdio(server: Server) -> None:
     """Serve standard input and output until they end."""
     # sshd says where the client is (ssh(1), ENVIRONMENT).
-    peer = Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio')
-    server.begin(PipeTransport(), peer)
+    server.begin(PipeTransport(), Peer(os.environ.get('SSH_CONNECTION', '').partition(' ')[0] or 'stdio'))
     server.run()
 
 
