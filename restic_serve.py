@@ -922,7 +922,6 @@ class Folder(Closing):
         return os.open(f'{self.path}/{name}' if self.fd is None else name, flags, mode, dir_fd=self.fd)
 
     def stat(self, name: str) -> os.stat_result:
-        """What lstat(2) says of an entry."""
         return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
 
     def unlink(self, name: str) -> None:
@@ -1379,7 +1378,6 @@ class Pace:
         self.helpers, self._left, self._due = 0, 0, 0.0
 
     def spend(self) -> None:
-        """Count a read by a helper."""
         self._left -= 1
         if self._left <= 0:
             self.helpers = 0
@@ -1441,7 +1439,6 @@ class Helpers:
         self._unused.append(0)
 
     def are_calling(self) -> bool:
-        """Whether the calling thread is a helper."""
         return threading.get_ident() in self._idents
 
     def _do(self, future: Future[Any], job: Callable[[], Any]) -> None:
@@ -3222,10 +3219,9 @@ def missing_repositories(store: Store, scrubbed: Iterable[str], names: Set[str])
 
 
 class ScrubTally:
-    """What a pass finds in a repository: objects `checked`, and `damaged`, and the `names` of some of these,
-    as paths below it; how many paths are `unreadable`, and the names of damaged objects that are `kept`.  Of
-    its `folders` of objects, `left` are not looked at yet, or cannot be; paths below it, all of it being ''.
-    What the result before says of these is still so."""
+    """What a pass finds in a repository: objects `checked` and `damaged`, `names` of some of these, as paths
+    below it; how many paths are `unreadable`, and the names of damaged objects that are `kept`.  Of its
+    `folders` of objects, `left` are not looked at: paths below it ('' is all); the result before holds."""
 
     def __init__(self, repository: str, before: ScrubResult) -> None:
         self.repository, self._before = repository, before
@@ -4925,13 +4921,11 @@ class Metrics:
             row = self.counters.row(('request', method, str(status)), 2 + len(SECONDS))
             row[0] += int(seconds * 1e6)
             row[1 + bisect.bisect_left(SECONDS, seconds)] += 1
-            if location and location.name and method == 'GET' and status in (200, 206):
-                row = self.counters.row(('blob', request.user, location.repository, location.kind), 6)
-                row[self.READ] += 1
-                row[self.READ + 1] += sent
+        if location and method == 'GET' and status in (200, 206):
+            self.count_blob(request, location, self.READ, sent)
 
     def count_blob(self, request: Request, location: Location, what: int, size: int) -> None:
-        """Count a blob that was WRITTEN or DELETED; count() does what was READ."""
+        """Count a blob that was WRITTEN, READ or DELETED; a config is none."""
         if location.name:
             with self.counters.lock:
                 row = self.counters.row(('blob', request.user, location.repository, location.kind), 6)
@@ -8204,7 +8198,6 @@ class Loop:
         self._selector.register(source, selectors.EVENT_READ, on_readable)
 
     def unwatch(self, source: Any) -> None:
-        """Stop watching a descriptor, if it is watched."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(source)
 
@@ -8924,7 +8917,6 @@ class Workers:
             worker.due += ORDERLY_SECONDS
 
     def _start(self, worker: Worker) -> None:
-        """Fork a worker."""
         # Until the new process has its own handlers, signals would be written to our wake-up pair.
         block_signals(_SIGNALS)
         try:
@@ -9080,7 +9072,6 @@ class Option:
                              False if not self.metavar else '' if parse is str else None)
 
     def split(self, text: str) -> List[str]:
-        """The words in the environment's variable."""
         if not self.repeated:
             return [text]
         return text.splitlines() if self._parse is parse_header else text.split()
