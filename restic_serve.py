@@ -2236,7 +2236,7 @@ class Directory:
             raise ReadOnly(f'{READ_ONLY} (--read-only, or its file system); use restic --no-lock')
 
     def find_fault(self) -> str:
-        """Why the directory cannot be served, if so: gone or, unless read-only, not writable by now."""
+        """Why the directory cannot be served, empty if it can; looked at once in LOOK_SECONDS."""
         now = time.monotonic()
         if now >= self._next_probe:
             self._next_probe = now + LOOK_SECONDS
@@ -3402,7 +3402,7 @@ class Scrub:
             raise
 
     def _check_folder(self, folder: ScrubFolder) -> None:
-        """Check the objects of a folder, and report other files; without faults it was sound at first."""
+        """Check the objects of a folder, and report other files; if sound, it was so when this began."""
         checked_at, tally, faults = time.time() + self._ahead - COARSE_SECONDS, folder.tally, None
         is_object = re.compile(f'{folder.prefix}[0-9a-f]{{{64 - len(folder.prefix)}}}').fullmatch
         with self._reading(tally, folder.name):
