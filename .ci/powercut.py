@@ -7,8 +7,9 @@
 
 How it works.  The server works on a file system on a loop device, and a FUSE program (mfusepy from PyPI)
 serves the file behind that device: it keeps every write and every flush in order.  Clients on five
-connections upload, some objects twice at once; restic_serve also deletes with --keep-deleted, makes
-repositories, mends objects that were damaged on the disk, and is rolled back.  Each client notes, when it
+connections upload, some objects twice at once.  Of restic_serve there are two servers, one without
+O_TMPFILE; they also delete with --keep-deleted, make repositories, and mend objects that were damaged on the
+disk; users are added, what they have is rolled back, and what is kept is purged.  Each client notes, when it
 has its answer, how far the record has come.
 
 How it judges.  For each answer the disk is rebuilt as a cut at that instant may leave it: all that was
@@ -17,11 +18,13 @@ That disk is mounted, its file system recovers, and every object is read.  Until
 about the same object is sent,
   - an upload, be it a mending one, is there with its SHA-256 and, if it mended, with the old one's time,
   - a deleted object lies among the deleted ones and nowhere else,
-  - a new repository has its folders, and the mark from when on its past is known.
+  - a new repository has its folders, and the mark from when on its past is known,
+  - a user who was added is in the password file.
 While a request is unanswered, its object is as before it, as after it or, when it is deleted, in both
 places.  Never is a file that has an object's name anything but that object; that is "wrong".  A roll-back
 is cut at many instants between its first and its last write: no object may have gone both from its place
-and from the deleted ones, and the same roll-back, run again, brings about what it was to.
+and from the deleted ones, and the same roll-back, run again, brings about what it was to.  A purge is cut
+likewise: what it has removed is not promised any more.
 A cut disk that cannot be mounted has lost everything.  Counted are objects and repositories, each once
 for what was asked about it, however many cuts show it.  The exit status is 1 if restic_serve loses anything
 or has anything wrong, or if a mutant is not noticed.
@@ -66,13 +69,14 @@ PEERS = ('rest-server', 'rclone')
 CONNECTIONS = 5
 SECONDS = 60                    # in which a program has to end, and a request to be answered
 FLUSH_SECONDS = 0.005           # that a flush takes, as on a disk: what races with it has time to
+KEEP_SECONDS = 1                # of a purge
 TICK_SECONDS = 0.05             # longer than the steps in which the kernel's time of files goes on
 SIZES = 600, 4096, 20_000, 70_000, 300_000      # bytes of objects
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 HEADER = struct.Struct('<qq')   # of a record: offset and length of what was written; its data follows
 FLUSH = -1                      # as length: no data, all before it is on the disk
 SERVE_DISK, SERVE_MUTANT = '--serve-disk', '--serve-mutant'    # what this program runs of itself
-NAMESPACE = 'POWERCUT_NAMESPACE'
+NAMESPACE, USERS = 'POWERCUT_NAMESPACE', 'users'
 CLONE_NEWNS = 0x20000           # <sched.h>
 
 # What is left out, and where restic_serve does it: the method that calls Folder.sync().
@@ -80,9 +84,10 @@ MUTANTS = {'file': 'an upload, before it has its name',
            'folder': 'its folder, when it has its name',
            'parent': 'the folder in which a folder was made',
            'deleted': 'both folders, when an object was deleted and is kept',
-           'mark': 'the folder with the mark from when on deletes are kept'}
+           'mark': 'the folder with the mark from when on deletes are kept',
+           'users': 'the folder of the password file'}
 CALLERS = {'folder': rs.Store.save, 'parent': rs.Folders._make_in, 'deleted': rs.Past.delete,
-           'mark': rs.Past.begin}
+           'mark': rs.Past.begin, 'users': rs.write_durably}
 WITHOUT_PAST = 'parent'         # tried without --keep-deleted: the mark of a new repository syncs for it
 
 
@@ -183,6 +188,9 @@ class Record:
         """The instants between two at which a write or a flush had just been done."""
         return [place for place in self._ends if begin < place <= end]
 
+    def end(self) -> int:
+        return len(self.data)
+
     def at(self, instant: int) -> Tuple[int, List[int]]:
         """How many records a cut at an instant certainly leaves, and which it may leave."""
         count = bisect.bisect_right(self._ends, instant)
@@ -200,10 +208,10 @@ class Record:
 
 # ---- devices and mounts ----
 
-def run(*words: object) -> str:
-    """Run a program; what it prints.  Raises CalledProcessError."""
+def run(*words: object, text: str = '') -> str:
+    """Run a program, which reads a text; what it prints.  Raises CalledProcessError."""
     return subprocess.run([*map(str, words)], check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=SECONDS, universal_newlines=True).stdout.strip()
+                          timeout=SECONDS, input=text, encoding='utf-8', errors='replace').stdout.strip()
 
 
 @contextlib.contextmanager
@@ -305,7 +313,9 @@ class Event:
 
 
 UPLOAD, MEND, DELETE, MAKE, DAMAGE, ROLL_BACK = 'upload', 'mend', 'delete', 'make', 'damage', 'roll-back'
-REQUESTS = UPLOAD, MEND, DELETE, MAKE
+ADD = 'add-user'    # whose path begins with `@`
+REQUESTS = UPLOAD, MEND, DELETE, MAKE, ADD
+PURGE = 'purge'
 MARK = 'mark'       # in a new repository's folder of deleted objects: since when its past is known
 # Of an object: whether it is '', 'good' or 'bad' in its place, and how often among the deleted ones.
 State = Tuple[str, int]
@@ -359,9 +369,11 @@ class History:
 
 # ---- servers, and what they are asked ----
 
-def serve_mutant(name: str, words: List[str]) -> int:
-    """Be restic_serve, but for one sync."""
+def serve_mutant(name: str, has_nameless: str, words: List[str]) -> int:
+    """Be restic_serve, but for one sync, and perhaps without O_TMPFILE."""
     sync, caller = rs.Folder.sync, CALLERS.get(name)
+    if not has_nameless and hasattr(os, 'O_TMPFILE'):
+        del os.O_TMPFILE
 
     def sync_unless_called_there(folder: rs.Folder) -> None:
         if caller is None or sys._getframe(1).f_code is not caller.__code__:
@@ -373,11 +385,11 @@ def serve_mutant(name: str, words: List[str]) -> int:
         return rs.main()
 
 
-def serve(name: str, root: Path, python: str, mutant: str, log: Path) -> Served:
+def serve(name: str, root: Path, python: str, mutant: str, has_nameless: str, log: Path) -> Served:
     port, keep = free_port(), [] if mutant == WITHOUT_PAST else ['--keep-deleted', '1d']
     # With a quota an object that is there is compared and not stored, which is another way to its answer.
-    words = server_words(name, f'127.0.0.1:{port}', root, python, program=__file__ if mutant else MODULE,
-                         options=[*([SERVE_MUTANT, mutant] if mutant else []), *keep, '--max-size', '100G'])
+    words = server_words(name, f'127.0.0.1:{port}', root, python, program=__file__,
+                         options=[SERVE_MUTANT, mutant, has_nameless, *keep, '--max-size', '100G'])
     return Served(words, port, log=log)
 
 
@@ -391,10 +403,11 @@ class Task(NamedTuple):
 class Work:
     """What clients ask of a server in `root`.  The first `count` uploads are the same for each server."""
 
-    def __init__(self, history: History, root: Path, port: int, seed: int, count: int, ours: bool) -> None:
+    def __init__(self, history: History, root: Path, ports: List[int], seed: int, count: int, ours: bool
+                 ) -> None:
         self.history = history
         self._root = root
-        self._port = port
+        self._ports = ports
         self._random = random.Random(seed)
         self._count = count
         self._ours = ours
@@ -408,7 +421,8 @@ class Work:
     def together(self, tasks: Iterable[Task], connections: int = CONNECTIONS) -> None:
         """Ask over some connections at once, in this order."""
         queue = collections.deque(tasks)
-        threads = [threading.Thread(target=self._work, args=(queue,)) for _ in range(connections)]
+        threads = [threading.Thread(target=self._work, args=(queue, self._ports[number % len(self._ports)]))
+                   for number in range(connections)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -416,8 +430,8 @@ class Work:
         if self._failures:
             raise Failed(self._failures[0])
 
-    def _work(self, queue: Deque[Task]) -> None:
-        connection = http.client.HTTPConnection('127.0.0.1', self._port, timeout=SECONDS)
+    def _work(self, queue: Deque[Task], port: int) -> None:
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=SECONDS)
         try:
             while True:
                 try:
@@ -497,6 +511,13 @@ class Work:
                            Task(DELETE, damaged[number % len(damaged)])], 1)
         self.damage(deleted[1])
 
+    def add_users(self, python: str, mutant: str) -> None:
+        for name in ('anna', 'bert'):
+            event = self.history.begin(ADD, f'@{name}')
+            run(python, __file__, SERVE_MUTANT, mutant, '1', '--add-user', name, '--bcrypt-cost', 4,
+                '--htpasswd', self._root.parent / USERS, text='secret\n')
+            event.end = self.history.instant()
+
     def damage(self, path: str) -> int:
         """Damage an object, or put garbage where it was; the time that its file keeps."""
         repository, _, rest = path.partition('/')
@@ -529,6 +550,12 @@ class Found:
         self.present: Dict[str, Tuple[str, int]] = {}
         self.kept: Dict[str, List[str]] = {}    # digests of those that are among the deleted ones
         self.missing: Dict[str, Set[str]] = {}  # by repository, of what a new one has
+        self.deleted: Dict[str, List[str]] = {}     # when those that are kept were
+        self.since: Dict[str, str] = {}         # by repository, when its past begins
+        for file in files(root.parent / USERS):
+            for line in file.read_text().splitlines():
+                match = re.fullmatch(r'(\w+):\$2[aby]\$04\$.{53}', line)
+                self.present[f'@{match[1]}' if match else f'@{line}'] = '', 0
         for repository in root.iterdir():
             if repository.name not in (rs.HIDDEN, 'lost+found') and repository.is_dir():
                 self._read(repository, f'{repository.name}/')
@@ -546,7 +573,10 @@ class Found:
                 if deleted and not deleted.returned:
                     path = f'{name}{kind}' + (f'/{deleted.file}' if kind != 'config' else '')
                     self.kept.setdefault(path, []).append(read(file)[0])
-        if not any(file.name.startswith('since.') for file in files(repository / rs.DELETED)):
+                    self.deleted.setdefault(path, []).append(deleted.deleted)
+        self.since[name] = max((file.name[6:] for file in files(repository / rs.DELETED)
+                                if file.name.startswith('since.')), default='')
+        if not self.since[name]:
             self.missing[name].add(MARK)
 
 
@@ -595,7 +625,7 @@ class Judge:
         kept = len(found.kept.get(path, ()))
         if path not in found.present:
             return '', kept
-        return 'good' if found.present[path][0] == self._digests.get(path) else 'bad', kept
+        return 'good' if found.present[path][0] == self._digests.get(path, '') else 'bad', kept
 
     def check(self, found: Found, instant: int, cut: str) -> None:
         """After a cut at an instant."""
@@ -627,7 +657,7 @@ class Judge:
     def check_rolled_back(self, found: Found, job: RollBack, cut: str, ended: bool) -> None:
         """After a cut in a roll-back or, if it has `ended`, after it."""
         for path, events in self._by_path.items():
-            if path.endswith('/'):
+            if path.endswith('/') or path[0] == '@':
                 continue
             (was,) = allowed(events, job.begin)
             state, digest = self.state(found, path), self._digests[path]
@@ -638,6 +668,17 @@ class Judge:
             elif ended and '/locks/' not in path and (state[0] == 'good') != (path in job.wanted):
                 self.lost.setdefault((path, ROLL_BACK), f'roll-back: {path} is {state[0] or "missing"} {cut}')
         self._check_others(found, cut)
+
+    def check_purged(self, found: Found, before: Found, cut: str) -> None:
+        """After a cut in a purge, `before` which there was something else."""
+        self.cuts += 1
+        for path, times in before.deleted.items():
+            for deleted in {*times}.difference(found.deleted.get(path, ())):
+                if deleted >= found.since.get(f'{path.partition("/")[0]}/', ''):
+                    self.lost.setdefault((path, PURGE), f'purge: {path} is not kept, but promised {cut}')
+        for path in before.present:
+            if path not in found.present:
+                self.lost.setdefault((path, PURGE), f'purge: {path} is missing {cut}')
 
     def lose_all(self, instant: int, why: str) -> None:
         self.cuts += 1
@@ -694,6 +735,7 @@ class Trial:
         self._folder = Path()
         self.history = History(Path())
         self.judge = Judge(self.history, False)
+        self.purge = 0, Found(Path())       # before it: the instant, and what was there
 
     def run(self) -> None:
         """Raises Failed and OSError."""
@@ -722,21 +764,33 @@ class Trial:
             root.mkdir()
             rs.Folder(str(root)).sync()
             rs.Folder(str(where)).sync()
-            with serve(self._name, root, options.python, self._mutant, self._folder / 'log') as server:
-                work = Work(self.history, root, server.port, options.seed, options.uploads,
-                            self._name == OURS)
+            with contextlib.ExitStack() as stack:
+                servers = [stack.enter_context(serve(self._name, root, options.python, self._mutant, nameless,
+                                                     self._folder / f'log{nameless}'))
+                           for nameless in ('1', '') if nameless or self._name == OURS]
+                work = Work(self.history, root, [server.port for server in servers], options.seed,
+                            options.uploads, self._name == OURS)
                 try:
                     work.begin()
                     if not self._has_past:
                         return None
                     work.go_on()
+                    work.add_users(options.python, self._mutant)
                 except Failed as fault:
-                    raise Failed(f'{fault}; its log: {(self._folder / "log").read_text()[-2000:]}') from None
+                    logs = ''.join(log.read_text()[-2000:] for log in self._folder.glob('log*'))
+                    raise Failed(f'{fault}; the logs: {logs}') from None
                 begin = self.history.instant()
                 roll_back(options.python, work.moment, root)
                 wanted = {path for path, events in self.history.by_path().items()
                           if allowed(events, work.moment_instant) == {('good', 0)}}
-                return RollBack(work.moment, begin, self.history.instant(), wanted)
+                job = RollBack(work.moment, begin, self.history.instant(), wanted)
+            if not self._mutant:
+                time.sleep(KEEP_SECONDS + 1)
+                self.purge = self.history.instant(), Found(root)
+                run(options.python, MODULE, '--stdio', '--keep-deleted', f'{KEEP_SECONDS}s', root)
+                if len(Found(root).kept) == len(self.purge[1].kept):
+                    raise Failed('nothing was purged')
+            return job
 
     def _cut(self) -> None:
         record = Record(self._folder / 'record')
@@ -756,6 +810,11 @@ class Trial:
             for instant in [*instants[:-1:step], job.end]:
                 for how in disk.leave(instant):
                     self._look_in_roll_back(job, instant, how)
+            instants = record.ends(self.purge[0], record.end())
+            for instant in instants[::max(len(instants) // self._options.roll_back_cuts, 1)]:
+                for how in disk.leave(instant):
+                    with self._mounted():
+                        self.judge.check_purged(Found(self._folder / 'cut' / 'srv'), self.purge[1], how)
 
     def _mounted(self) -> ContextManager[None]:
         return mounted(self._folder / 'image', self._kind, FILE_SYSTEMS[self._kind].cut, self._folder / 'cut')
@@ -792,7 +851,7 @@ def roll_back(python: str, moment: str, root: Path) -> None:
 
 # ---- the whole ----
 
-COLUMNS = ('uploads', 'mends', 'deletes', 'made', 'cuts', 'lost', 'wrong')
+COLUMNS = ('uploads', 'mends', 'deletes', 'made', 'users', 'cuts', 'lost', 'wrong')
 
 
 def show(kind: str, name: str, trial: Trial) -> None:
@@ -900,7 +959,7 @@ def main() -> int:
     if sys.argv[1:2] == [SERVE_DISK]:
         return serve_disk(*sys.argv[2:])
     if sys.argv[1:2] == [SERVE_MUTANT]:
-        return serve_mutant(sys.argv[2], sys.argv[3:])
+        return serve_mutant(sys.argv[2], sys.argv[3], sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0] if __doc__ else '')
     parser.add_argument('--quick', action='store_true', help='ext4 alone, fewer uploads, and the mutants')
     parser.add_argument('--mutants', action='store_true', help='restic_serve without one of its syncs, alone')
