@@ -12,24 +12,24 @@ Says what it skips where it cannot be done: without root, FUSE, or rest-server.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
-import ctypes
+import errno
 import hashlib
+import importlib
 import os
-import select
 import shutil
 import signal
 import stat
 import statistics
-import struct
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Deque, Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
-from common import KINDS, MODULE, OURS, AnyPath, Served, free_port, make_repository, server_words, store
+from common import (
+    KINDS, MODULE, OURS, START_SECONDS, AnyPath, Served, free_port, make_repository, server_words, store)
 
 PEER = 'rest-server'
 DROP_CACHES = '/proc/sys/vm/drop_caches'
@@ -51,117 +51,61 @@ def fill(root: str, count: int) -> None:
     os.sync()
 
 
-# ---- a slow file system: a tree in memory, served through /dev/fuse (see linux/fuse.h) ----
+# ---- a slow file system ----
 
 class SlowFiles:
-    """A repository named `r` in memory, each of whose answers comes `delay` seconds after the question."""
+    """A file system for FUSE with a repository named `r`, each of whose answers takes `delay` seconds."""
 
-    LOOKUP, FORGET, GETATTR, STATFS, INIT, OPENDIR, READDIR, RELEASEDIR = 1, 2, 3, 17, 26, 27, 28, 29
-    INTERRUPT, BATCH_FORGET = 36, 42
-    PARALLEL_LOOKUPS = 1 << 18              # FUSE_PARALLEL_DIROPS: several at once in one folder
-    HEADER = struct.Struct('<IIQQIIII')     # length, kind, number, inode, and others
+    use_ns = True
 
     def __init__(self, count: int, delay: float) -> None:
         self._delay = delay
-        self._below: Dict[int, Dict[bytes, int]] = {1: {}}  # by inode of a folder: inodes by name
-        self._sizes: Dict[int, int] = {}
-        repository = self._add(1, 'r', {})
-        folders = {kind: self._add(repository, kind, {}) for kind in KINDS}
-        data = {f'{number:02x}': self._add(folders['data'], f'{number:02x}', {}) for number in range(256)}
+        self._below: Dict[str, List[str]] = {f'/r/{kind}': [] for kind in KINDS}
+        self._below.update({'/': ['r'], '/r': [*KINDS]})
+        self._sizes: Dict[str, int] = {}
+        for number in range(256):
+            self._below['/r/data'].append(f'{number:02x}')
+            self._below[f'/r/data/{number:02x}'] = []
         for size, name in enumerate(object_names(count)):
-            self._sizes[self._add(data[name[:2]], name)] = size
-        self._listed = {inode: self._entries(inode) for inode in self._below}
+            self._below[f'/r/data/{name[:2]}'].append(name)
+            self._sizes[f'/r/data/{name[:2]}/{name}'] = size
 
-    def _add(self, folder: int, name: str, below: Optional[Dict[bytes, int]] = None) -> int:
-        inode = len(self._below) + len(self._sizes) + 1
-        self._below[folder][name.encode()] = inode
-        if below is not None:
-            self._below[inode] = below
-        return inode
+    def getattr(self, path: str, handle: Optional[int] = None) -> Dict[str, int]:
+        time.sleep(self._delay)
+        if path in self._below:
+            return {'st_mode': stat.S_IFDIR | 0o755, 'st_nlink': 2}
+        if path in self._sizes:
+            return {'st_mode': stat.S_IFREG | 0o644, 'st_nlink': 1, 'st_size': self._sizes[path]}
+        raise FileNotFoundError(errno.ENOENT, 'no such file')
 
-    def _entries(self, folder: int) -> List[bytes]:
-        """The directory entries of a folder, each with the offset of the next."""
-        return [struct.pack('<QQII', inode, offset, len(name), 4 if inode in self._below else 8)
-                + name + bytes(-len(name) % 8)
-                for offset, (name, inode) in enumerate(self._below[folder].items(), 1)]
-
-    def _attributes(self, inode: int) -> bytes:
-        mode = stat.S_IFDIR | 0o755 if inode in self._below else stat.S_IFREG | 0o644
-        return struct.pack('<QQQQQQIIIIIIIIII', inode, self._sizes.get(inode, 0), 0, 1, 1, 1, 0, 0, 0,
-                           mode, 1, 0, 0, 0, 4096, 0)
-
-    def _answer(self, kind: int, inode: int, content: bytes) -> Tuple[int, bytes]:
-        """An error number, negative, or 0 and what is answered."""
-        if kind == self.INIT:
-            return 0, struct.pack('<IIIIHHIIHHI28x', 7, 31, 65536, self.PARALLEL_LOOKUPS, 64, 64, 65536, 1,
-                                  0, 0, 0)
-        if kind == self.LOOKUP:
-            found = self._below[inode].get(content.rstrip(b'\0'))
-            if found is None:
-                return -2, b''
-            return 0, struct.pack('<QQQQII', found, 0, 0, 0, 0, 0) + self._attributes(found)
-        if kind == self.GETATTR:
-            return 0, struct.pack('<QII', 0, 0, 0) + self._attributes(inode)
-        if kind == self.STATFS:
-            return 0, struct.pack('<QQQQQIIII24x', 1 << 30, 1 << 29, 1 << 29, 1 << 20, 1 << 19, 4096, 255,
-                                  4096, 0)
-        if kind == self.OPENDIR:
-            return 0, struct.pack('<QII', 0, 0, 0)
-        if kind == self.READDIR:
-            offset, length = struct.unpack_from('<8xQI', content)
-            found_entries = b''
-            for entry in self._listed[inode][offset:]:
-                if len(found_entries) + len(entry) > length:
-                    break
-                found_entries += entry
-            return 0, found_entries
-        return (0, b'') if kind == self.RELEASEDIR else (-38, b'')
-
-    def serve(self, fd: int) -> None:
-        """Answer until the file system is unmounted."""
-        due: Deque[Tuple[float, bytes]] = collections.deque()
-        while True:
-            now = time.perf_counter()
-            while due and due[0][0] <= now:
-                with contextlib.suppress(FileNotFoundError):    # who asked has gone
-                    os.write(fd, due[0][1])
-                due.popleft()
-            wait = max(due[0][0] - time.perf_counter(), 0) if due else None
-            if not select.select([fd], [], [], wait)[0]:
-                continue
-            try:
-                request = os.read(fd, 1 << 17)
-            except OSError:     # ENODEV: unmounted
-                return
-            _, kind, number, inode, *_ = self.HEADER.unpack_from(request)
-            if kind in (self.FORGET, self.BATCH_FORGET, self.INTERRUPT):
-                continue
-            error, content = self._answer(kind, inode, request[self.HEADER.size:])
-            due.append((time.perf_counter() + self._delay * (kind != self.INIT),
-                        struct.pack('<IiQ', 16 + len(content), error, number) + content))
+    def readdir(self, path: str, handle: int) -> List[str]:
+        time.sleep(self._delay)
+        return ['.', '..', *self._below[path]]
 
 
 @contextlib.contextmanager
 def mounted(count: int, delay: float) -> Iterator[str]:
-    """The path where such a file system is mounted.  Raises OSError where it cannot be."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = os.open('/dev/fuse', os.O_RDWR)
+    """The path where such a file system is mounted.  Raises OSError and ImportError where it cannot be."""
+    fuse = importlib.import_module('mfusepy')
+    os.close(os.open('/dev/fuse', os.O_RDWR))
     with tempfile.TemporaryDirectory(prefix='colddisk-') as path:
-        options = f'fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other'
-        if libc.mount(b'colddisk', path.encode(), b'fuse.colddisk', 0, options.encode()):
-            os.close(fd)
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
         server = os.fork()
         if not server:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             with contextlib.suppress(BaseException):
-                SlowFiles(count, delay).serve(fd)
+                fuse.FUSE(SlowFiles(count, delay), path, foreground=True, allow_other=True, attr_timeout=0,
+                          entry_timeout=0, negative_timeout=0, max_threads=100)
             os._exit(0)
-        os.close(fd)
         try:
+            until = time.monotonic() + START_SECONDS
+            while not os.path.ismount(path):
+                if time.monotonic() > until:
+                    raise OSError(errno.EIO, 'the FUSE program does not start')
+                time.sleep(0.01)
             yield path
         finally:
-            libc.umount2(path.encode(), 2)      # MNT_DETACH
+            subprocess.run(['umount', '--lazy', path])
+            os.kill(server, signal.SIGTERM)
             os.waitpid(server, 0)
 
 
@@ -239,8 +183,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         try:
             root = stack.enter_context(mounted(count, options.delay))
-        except OSError as error:
-            print(f'skipped: FUSE cannot be mounted: {error.strerror}')
+        except (ImportError, OSError) as error:
+            print(f'skipped: FUSE cannot be mounted (pip install mfusepy, and libfuse): {error}')
             return 0
         print_table(measure(servers, options.python, root, count, rounds, 'FUSE', False))
     return 0

@@ -107,40 +107,6 @@ class Authority:
         return ssl.create_default_context(cafile=str(self.certificate))
 
 
-class Gate:
-    """Lets several threads work, and holds them between two pieces of work."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._open, self._over, self._working = False, False, 0
-
-    def enter(self) -> bool:
-        """Wait until there is work; False if there is no more."""
-        with self._changed:
-            while not self._open and not self._over:
-                self._changed.wait()
-            self._working += not self._over
-            return not self._over
-
-    def leave(self) -> None:
-        with self._changed:
-            self._working -= 1
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        with self._changed:
-            self._open = True
-            self._changed.notify_all()
-
-    def close(self, over: bool = False) -> None:
-        """Let nobody begin, and wait until all have finished."""
-        with self._changed:
-            self._open, self._over = False, self._over or over
-            self._changed.notify_all()
-            while self._working:
-                self._changed.wait()
-
-
 class Busy(Served):
     """The server, with workers."""
 
@@ -207,7 +173,7 @@ class Day:
     def __init__(self, served: Busy, folder: Path, least_age: float) -> None:
         self.served, self.folder = served, folder
         self.least_age = least_age          # of a worker that is killed
-        self.gate = Gate()
+        self.resting = threading.Event()
         self.done: Counter[str] = collections.Counter()
         self.faults: List[str] = []
         self.kills: List[float] = []        # when
@@ -230,14 +196,12 @@ class Day:
 
     def work(self, task: Callable[[], None]) -> None:
         """Do something again and again; for a thread."""
-        while self.gate.enter():
+        while not self.resting.is_set():
             try:
                 task()
             except Exception as error:      # the others go on, and it is told at the end
                 self.fault(f'{type(error).__name__}: {error}')
                 time.sleep(1)
-            finally:
-                self.gate.leave()
 
     def in_time(self, what: str, test: Callable[[], bool]) -> None:
         """Wait until something is in force."""
@@ -267,7 +231,7 @@ class Day:
             self._over = True
             for client in self._running:
                 client.kill()
-        self.gate.close(over=True)
+        self.resting.set()
 
     # ---- restic ----
 
@@ -517,12 +481,12 @@ def load(day: Day, first: float, rest: float, pause: float) -> List[Dict[str, fl
     """Work for so many seconds before the first measurement, and after it; both measurements."""
     tasks = [*(day.restic_user(*client) for client in CLIENTS), day.administrator,
              *(day.curl_user(wire) for wire in WIRES), day.stranger, day.visitor, day.host(pause)]
-    threads = [threading.Thread(target=day.work, args=(task,), daemon=True) for task in tasks]
     found: List[Dict[str, float]] = []
-    for thread in threads:
-        thread.start()
     for seconds in (first, rest):
-        day.gate.open()
+        day.resting.clear()
+        threads = [threading.Thread(target=day.work, args=(task,), daemon=True) for task in tasks]
+        for thread in threads:
+            thread.start()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             # A worker that has just begun has less than others: none is killed before it is measured.
@@ -530,10 +494,10 @@ def load(day: Day, first: float, rest: float, pause: float) -> List[Dict[str, fl
             time.sleep(min(60, max(end - time.monotonic(), 0), max(seconds / 4, 1)))
             print(f'{time.strftime("%H:%M:%S")} at work: ' + ', '.join(
                 f'{name} {value:.0f}' for name, value in day.served.figures().items()), flush=True)
-        day.gate.close(over=len(found) == 1)
+        day.resting.set()
+        for thread in threads:
+            thread.join()
         found.append(day.served.idle_figures())
-    for thread in threads:
-        thread.join()
     return found
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """restic over a long line: restic_serve beside rest-server and rclone, over HTTP, TLS and --stdio.
 
-    .ci/lines.py [--rounds 3] [--wire tls] [--peers DIR]
+    .ci/lines.py [--rounds 3] [--wire tls]  # with the restic and the other servers of the PATH
     .ci/lines.py --quick            # one round with little data, to see that it runs
 
 The line is a relay, a process of its own between restic and the server: 50 ms of round trip, and 400
@@ -250,86 +250,52 @@ def line_to(port: int) -> Iterator[int]:
         yield int(cast(IO[bytes], relay.stdout).readline())
 
 
-def answer_tests(listener: socket.socket, count: int) -> None:
-    """Echo what comes over the first connection, take what comes over the second, and send over the
-    third."""
+def echo(listener: socket.socket) -> None:
+    """Send back what comes over one connection."""
     with listener.accept()[0] as sock:
-        while sock.send(sock.recv(1)):
-            pass
-    with listener.accept()[0] as sock:
-        while sock.recv(MIB):
-            pass
-        sock.send(b'.')
-    with listener.accept()[0] as sock:
-        sock.sendall(bytes(count))
+        for data in iter(lambda: sock.recv(PIECE_BYTES), b''):
+            sock.sendall(data)
 
 
-def receive_all(read: Callable[[int], bytes]) -> Tuple[int, float]:
-    """Bytes after the first piece, and their seconds."""
-    read(PIECE_BYTES)
-    begin, count = time.perf_counter(), 0
-    while True:
-        data = read(PIECE_BYTES)
-        if not data:
-            return count, time.perf_counter() - begin
-        count += len(data)
-
-
-def test_tcp(count: int) -> Tuple[float, float, float]:
-    """Seconds of a round trip, and bytes a second there and back."""
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        listener.listen()
-        thread = threading.Thread(target=answer_tests, args=(listener, count), daemon=True)
-        thread.start()
-        with line_to(listener.getsockname()[1]) as near:
-            address = '127.0.0.1', near
-            trips = []
-            with socket.create_connection(address) as sock:
-                for _ in range(6):
-                    begin = time.perf_counter()
-                    sock.sendall(b'.')
-                    sock.recv(1)
-                    trips.append(time.perf_counter() - begin)
-            with socket.create_connection(address) as sock:
-                begin = time.perf_counter()
-                sock.sendall(bytes(count))
-                sock.shutdown(socket.SHUT_WR)
-                sock.recv(1)
-                there = time.perf_counter() - begin - 4 * DELAY     # to open it, and the round trip
-            with socket.create_connection(address) as sock:
-                received, back = receive_all(sock.recv)
-        thread.join(10)
-    return statistics.median(trips[1:]), count / there, received / back
-
-
-def test_pipes(count: int) -> Tuple[float, float, float]:
-    """The same of pipes, with an echo at the far end: there and back at once."""
-    (far_input, to), (back, far_output) = os.pipe(), os.pipe()
-    process = subprocess.Popen([sys.executable, __file__, '--pipes', 'cat'], stdin=far_input,
-                               stdout=far_output)
-    os.close(far_input)
-    os.close(far_output)
+def measure_line(read: Callable[[int], bytes], write: Callable[[memoryview], int], end: Callable[[], None],
+                 count: int) -> Tuple[float, float]:
+    """Seconds of a round trip, and bytes a second there and back at once, to an echo at the far end."""
     trips = []
     for _ in range(6):
         begin = time.perf_counter()
-        os.write(to, b'.')
-        os.read(back, 1)
+        write(memoryview(b'.'))
+        read(1)
         trips.append(time.perf_counter() - begin)
 
     def send() -> None:
         view = memoryview(bytes(count))
         while view:
-            view = view[os.write(to, view):]
-        os.close(to)
+            view = view[write(view):]
+        end()
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
-    received, seconds = receive_all(functools.partial(os.read, back))
+    read(PIECE_BYTES)
+    begin = time.perf_counter()
+    received = sum(map(len, iter(lambda: read(PIECE_BYTES), b'')))
+    rate = received / (time.perf_counter() - begin)
     thread.join()
-    os.close(back)
-    process.wait()
-    return statistics.median(trips[1:]), received / seconds, received / seconds
+    return statistics.median(trips[1:]), rate
+
+
+def test_tcp(count: int) -> Tuple[float, float]:
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        threading.Thread(target=echo, args=(listener,), daemon=True).start()
+        with line_to(listener.getsockname()[1]) as near, \
+                socket.create_connection(('127.0.0.1', near)) as sock:
+            return measure_line(sock.recv, sock.send, lambda: sock.shutdown(socket.SHUT_WR), count)
+
+
+def test_pipes(count: int) -> Tuple[float, float]:
+    with subprocess.Popen([sys.executable, __file__, '--pipes', 'cat'], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, bufsize=0) as process:
+        to, back = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+        return measure_line(back.read, to.write, to.close, count)
 
 
 def test_line(count: int) -> bool:
@@ -338,13 +304,12 @@ def test_line(count: int) -> bool:
     good = True
     for name, test in (('TCP', test_tcp), ('pipes', test_pipes)):
         for _ in range(3):
-            trip, there, back = test(count)
-            fits = 2 * DELAY <= trip <= 2.4 * DELAY
-            fits &= all(0.9 < rate / RATE < 1.05 for rate in (there, back))
+            trip, rate = test(count)
+            fits = 2 * DELAY <= trip <= 2.4 * DELAY and 0.9 < rate / RATE < 1.05
             if fits:
                 break
         print(f'the line over {name}: {trip * 1000:.1f} ms of round trip, '
-              f'{there * 8 / 1e6:.0f} Mbit/s there, {back * 8 / 1e6:.0f} Mbit/s back', flush=True)
+              f'{rate * 8 / 1e6:.0f} Mbit/s each way', flush=True)
         good &= fits
     return good
 
@@ -447,8 +412,6 @@ def measure_wire(parent: Path, wire: str, options: argparse.Namespace) -> Times:
             for steps in zip(*runs):
                 for server, (command, seconds) in zip(order, steps):
                     times.setdefault((wire, command, server), []).append(seconds)
-                    if options.verbose:
-                        print(f'{wire}: {command}: {server}: {seconds:.2f} s', flush=True)
     shutil.rmtree(folder)
     return times
 
@@ -510,18 +473,13 @@ def main() -> int:
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--quick', action='store_true', help='one round with little data')
     parser.add_argument('--wire', action='append', choices=list(WIRES), help='(all)')
-    parser.add_argument('--peers', metavar='DIR', help='where restic, rclone and rest-server are')
-    parser.add_argument('--dir', help='where to work (/dev/shm if there is one)')
     parser.add_argument('--python', default=sys.executable, help='the Python that serves')
-    parser.add_argument('-v', '--verbose', action='store_true', help='print each time')
     options = parser.parse_args()
-    if options.peers:
-        os.environ['PATH'] = f'{options.peers}:{os.environ["PATH"]}'
     if not shutil.which('restic'):
         print('skipped: long lines need restic')
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # so that all that was started ends
-    parent = options.dir or ('/dev/shm' if os.access('/dev/shm', os.W_OK) else None)
+    parent = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix='lines-', dir=parent) as name:
         try:
             return work_in(Path(name), options)
