@@ -273,22 +273,6 @@ def recorded_disk(folder: Path) -> Iterator[Path]:
             end(process)
 
 
-def copy_sparse(source: int, target: int, size: int) -> None:
-    """Make one file like another, holes included."""
-    os.ftruncate(target, 0)
-    os.ftruncate(target, size)
-    begin = 0
-    while True:
-        try:
-            begin = os.lseek(source, begin, os.SEEK_DATA)
-        except OSError:     # ENXIO: none is left
-            return
-        stop = os.lseek(source, begin, os.SEEK_HOLE)
-        while begin < stop:
-            data = os.pread(source, min(stop - begin, MIB), begin)
-            begin += os.pwrite(target, data, begin)
-
-
 class Unmountable(Failed):
     """What mount(8) says."""
 
@@ -693,14 +677,13 @@ class Judge:
 class CutDisk:
     """The disk as cuts leave it, in the file `image`.  Instants are asked for in their order."""
 
-    def __init__(self, folder: Path, kind: str, record: Record, seed: int) -> None:
-        self._size = FILE_SYSTEMS[kind].size
+    def __init__(self, folder: Path, record: Record, seed: int) -> None:
+        self._copy = 'cp', '--sparse=always', folder / 'base', folder / 'image'
         self._record = record
         self._random = random.Random(seed)
         self._replayed = 0
         self._sure = os.open(folder / 'base', os.O_RDWR)    # all until the last flush
         self._image = os.open(folder / 'image', os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(self._image, self._size)
 
     def close(self) -> None:
         os.close(self._sure)
@@ -717,7 +700,7 @@ class CutDisk:
         if len(unsure) > 1:
             left.append(('half', sorted(self._random.sample(unsure, len(unsure) // 2))))
         for name, numbers in left:
-            copy_sparse(self._sure, self._image, self._size)
+            run(*self._copy)
             self._record.replay(self._image, numbers)
             yield f'(cut at {instant}, {name} of {len(unsure)} unflushed writes done)'
 
@@ -794,7 +777,7 @@ class Trial:
 
     def _cut(self) -> None:
         record = Record(self._folder / 'record')
-        disk = CutDisk(self._folder, self._kind, record, self._options.seed)
+        disk = CutDisk(self._folder, record, self._options.seed)
         with contextlib.closing(record), contextlib.closing(disk):
             for instant in sorted({event.end for event in self.history.events if event.end >= 0
                                    and event.kind in REQUESTS}):

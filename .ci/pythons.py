@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, Iterator, List
 
-from common import MODULE, Failed, Served, end, free_port
+from common import MODULE, Failed, Served, end, free_port, restic
 
 SOURCE = MODULE.parent
 BACKUP_BYTES = 40 << 20
@@ -145,23 +145,17 @@ def serving(python: Python, log: Path) -> Iterator[str]:
 
 def back_up(python: Python, folder: Path) -> str:
     """Back up, check, forget and restore with restic; RuntimeError if anything fails."""
-    peers = os.environ.get('RESTIC_SERVE_TEST_PEERS', '')
-    restic = shutil.which('restic', path=peers or None) or shutil.which('restic')
-    if not restic:
+    if not shutil.which('restic'):
         return 'no restic'
     source, target = folder / 'source', folder / 'target'
     source.mkdir()
     for number in range(4):
         (source / f'file {number}').write_bytes(os.urandom(BACKUP_BYTES // 4))
-    environment = {**os.environ, 'RESTIC_PASSWORD': 'secret', 'HOME': str(folder)}
     with serving(python, folder / 'log') as url:
         for words in (['init'], ['backup', str(source)], ['backup', '--force', str(source)],
                       ['forget', '--keep-last', '1', '--prune'], ['check', '--read-data'],
                       ['restore', 'latest', '--target', str(target)]):
-            done = subprocess.run([restic, '--no-cache', '-r', f'{url}host', *words], text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-            if done.returncode:
-                raise RuntimeError(f'restic {words}: {done.stdout}')
+            restic(f'{url}host', words, folder / 'cache')
     for path in source.iterdir():
         if (target / path.relative_to('/')).read_bytes() != path.read_bytes():
             raise RuntimeError(f'{path.name} was not restored')
