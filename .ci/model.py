@@ -66,7 +66,7 @@ MUTANTS = {     # what goes, and what stands there instead
     '6, scratch files': ('elif not name and entry.name.startswith((', 'elif False and (('),
     '7, deletes of nothing': ('if self._store.size(location) is not None:\n                self._set',
                               'if True:\n                self._set'),
-    '7, deletes that are not kept': ('if mark and mark < f', 'if False and mark < f'),
+    '7, deletes that are not kept': ('(since < moment) == later', 'not later'),
     '9, two roll-backs': ('lock_file(self._deleted.fd) is False', 'False'),
     '9, owners of marks': ('        give_away(fd, owner_of(folder))\n', ''),
 }
@@ -480,6 +480,7 @@ def main() -> int:
     parser.add_argument('--seconds', type=float, default=120)
     parser.add_argument('--mutants', action='store_true', help='each for --seconds at most')
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # and clean up
     is_kept, source = True, MODULE.read_text()
     for what, (old, new) in MUTANTS.items() if options.mutants else [('', ('', ''))]:
         counts: Counter[str] = collections.Counter()
