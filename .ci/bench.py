@@ -7,8 +7,8 @@
 Figures are medians over the rounds; in each round every server does the same work, one after the
 other.  What counts is the ratio of two figures of one run; at the end stands which of the goals
 they meet.  Needs wrk and h2load (nghttp2-client) for GETs, openssl and htpasswd for TLS and passwords,
-and restic.  The rows about pieces and restic's own commands are what users feel; those that read one
-piece of eight packs stay for comparison.
+and restic in the PATH.  The rows about pieces and restic's own commands are what users feel; those that
+read one piece of eight packs stay for comparison.
 """
 from __future__ import annotations
 
@@ -547,15 +547,12 @@ def main() -> None:
     parser.add_argument('--quick', action='store_true', help='less work, one round')
     parser.add_argument('--only', action='append', choices=[*WORKS, 'stdio'])
     parser.add_argument('--dir', action='append', help='where to work (/dev/shm and /var/tmp)')
-    parser.add_argument('--peers', metavar='DIR', help='where restic, rclone and rest-server are')
     parser.add_argument('--listed', type=int, default=1_000_000, help='names in the list')
     parser.add_argument('--python', default=sys.executable, help='the Python that serves')
     parser.add_argument('--before', metavar='FILE', help='another restic_serve.py, to measure beside this')
     options = parser.parse_args()
     if options.before:
         os.environ['BENCH_BEFORE'] = options.before
-    if options.peers:
-        os.environ['PATH'] = f'{options.peers}:{os.environ["PATH"]}'
     for words in (['rest-server', '--version'], ['rclone', 'version'], [options.python, '-V']):
         if shutil.which(words[0]):
             print(subprocess.run(words, capture_output=True, text=True).stdout.splitlines()[0])
