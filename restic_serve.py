@@ -1977,15 +1977,12 @@ class Folders:
         if self._root_fd is not None:
             close(self._root_fd)
 
-    def hold_root(self) -> int:
+    def hold_root(self, anew: bool = False) -> int:
         """A descriptor of the directory itself.  Raises OSError, also for a link of another user's."""
-        if self._root_fd is None:
+        if anew or self._root_fd is None:
             self._root_fd = descend_from_root(self.root)
         return self._root_fd
 
-    def forget_root(self) -> None:
-        """Another directory has come in place of this one.  The descriptor stays open for who uses it."""
-        self._root_fd = None
 
     def _descend(self, path: str) -> int:
         """A descriptor of a folder whose path is not trusted."""
@@ -2184,8 +2181,7 @@ class Directory:
     def __init__(self, root: str, read_only: bool, probe: Callable[[], None]) -> None:
         self.read_only, self._root, self._probe = read_only, root, probe
         self._identity: Optional[Tuple[int, int]] = None    # device and inode
-        self._is_mount = True
-        self._covering = threading.Lock()
+        self._is_mount, self._covering = True, threading.Lock()
         self.on_cover: Callable[[], object] = lambda: None      # called when a disk is mounted over it
         import mmap
         self._was_gone = mmap.mmap(-1, 1)   # for all processes, so that one of them says so
@@ -2276,9 +2272,8 @@ class Store:
                                         self.root)
             self.folders.make_root(self.root)
             log.log(NOTICE, 'created directory %s', self.root)
-        self.folders.forget_root()
         if not self.folders.find_trusted(''):
-            self.folders.hold_root()
+            self.folders.hold_root(anew=True)
         self.directory.identify()
         where = self.root or os.sep
         if not self.directory.read_only:
@@ -8520,7 +8515,7 @@ class Periodic:
 
 
 class IdleExit:
-    """Ends the server, by on_idle(), when no process of it has been at work for some `seconds`."""
+    """Ends the server when none of its processes has been at work for some `seconds`."""
 
     def __init__(self, counters: Counters, seconds: float) -> None:
         self._counters, self._seconds, self._begun = counters, seconds, 0.0
@@ -9109,8 +9104,7 @@ HELP: Tuple[Union[str, Option], ...] = (
     Option("--response-header 'NAME: VALUE'", 'header to add to all responses; repeatable', parse_header,
            repeated=True),
     Net('--exit-idle DURATION', 'with socket activation, end after this time without a connection and '
-        'without work of its own; the next connection starts the server again', parse_duration, default='0',
-        shown='0, never'),
+        'without own work; the next one starts it again', parse_duration, default='0', shown='0, never'),
     Option('--workers NUMBER', 'number of worker processes', parse_count, default=str(_WORKERS),
            shown='one per available core, at most 4; 1 on systems without fork'),
     'TLS',
@@ -9322,12 +9316,9 @@ def find_directory(parser: Parser, options: argparse.Namespace) -> Tuple[str, st
     if not words or not words[0]:
         parser.error('DIR is missing; use restic_serve.py /srv/backup')
     if len(words) > 1:
-        try:
-            parse_bool(words[0])
-            hint = 'boolean options are written --append-only or --append-only=false'
-        except ValueError:
-            hint = 'one DIR is served; quote a name with spaces'
-        parser.error(f'unexpected argument {words[1]!r}; {hint}')
+        parser.error(f'unexpected argument {words[1]!r}; ' + (
+            'boolean options are written --append-only=false' if words[0].lower() in ('true', 'false') else
+            'one DIR is served; quote a name with spaces'))
     directory, at = re.sub('^:local:(?=.)', '', words[0]), ''   # as rclone has it
     past = re.fullmatch(rf'(?s)(?:(.*)/)?{re.escape(AT)}/(.+?)/*', directory)
     if past:
@@ -9531,8 +9522,7 @@ def make_server(options: argparse.Namespace, store: Store, at: str) -> Server:
         limits.header_seconds = limits.idle_seconds = math.inf
     inherited = inherited_sockets(environment)
     if options.exit_idle and not inherited:
-        raise OSError('--exit-idle: no socket came from the service manager, which would start it again; use '
-                      'a socket unit')
+        raise OSError('--exit-idle: no socket came from the service manager; use a socket unit')
     server = Server(
         api, limits, [] if options.stdio else options.addr, certificates, inherited,
         make_bandwidth(options, counters), SystemdNotifier(environment),
@@ -9703,11 +9693,10 @@ def read_password(user: str) -> bytes:
         import getpass
         try:
             text = getpass.getpass(f'New password for {user}: ')
-            again = getpass.getpass('Repeat password: ')
+            if text != getpass.getpass('Repeat password: '):
+                raise OSError('the passwords do not match')
         except EOFError:
             raise OSError('no password was typed; nothing is changed') from None
-        if text != again:
-            raise OSError('the passwords do not match')
     else:
         text = sys.stdin.readline().rstrip('\r\n')
     password = text.encode('utf-8', 'surrogateescape')

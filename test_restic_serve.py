@@ -8979,7 +8979,7 @@ class ServiceManagerTest(TestCase):
                     time.sleep(0.5)
             with process:
                 self.assertEqual(process.wait(PATIENCE), 0)
-                self.assertIn('no connection for 1 s: ending (--exit-idle)', process.stderr.read())
+                self.assertIn('no connection for 1 s: ending', process.stderr.read())
         self.assertIn('--exit-idle: no socket', self.run_it('--exit-idle', '1s', self.root)[2])
 
     def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
@@ -8992,10 +8992,8 @@ class ServiceManagerTest(TestCase):
                     'os.execv(sys.executable, [sys.executable] + sys.argv[1:])\n')
             done = subprocess.run([sys.executable, '-c', code, MODULE, str(self.root)], text=True,
                                   capture_output=True, env=clean_environment(), timeout=PATIENCE)
-            self.assertEqual(done.returncode, 1, done.stderr)
-            self.assertIn(f'LISTEN_FDS={count}: {fault}', done.stderr.splitlines()[-1])
-        environment = {'LISTEN_PID': '1', 'LISTEN_FDS': '3'}
-        self.assertEqual(restic_serve.inherited_sockets(environment), [])
+            self.assertRegex(done.stderr, rf'LISTEN_FDS={count}: {fault}.*\n$')
+        self.assertEqual(restic_serve.inherited_sockets({'LISTEN_PID': '1', 'LISTEN_FDS': '3'}), [])
         self.assertIn('LISTEN_FDS=3 is for process 1', self.log[-1])
 
 
@@ -9518,8 +9516,7 @@ class CommandLineTest(TestCase):
                 (['--baseurl', 'a/./b'], 'use /backup'), (['--append-only', 'true'], '--append-only=false'),
                 (['a dir'], 'one DIR')):
             self.assertIn(right, refusal(*words, 'dir'), words)
-        for words in (['--keep-deleted', '0'], ['--baseurl', 'a..b/.c']):
-            self.parse(*words, 'dir')
+        self.parse('--keep-deleted', '0', '--baseurl', 'a..b/.c', 'dir')
         self.assertIn('name a file', refusal('--stdio', '--log-file', '-', 'dir'))
         users = self.folder / 'users'
         self.root.mkdir()
@@ -9527,11 +9524,9 @@ class CommandLineTest(TestCase):
             1, f'restic_serve: --htpasswd: {users} does not exist; --add-user NAME creates it\n'))
         users.write_text('alice\nbob:$2y$05$abc\n')
         restic_serve.PasswordFile(str(users))
-        self.assertEqual([line.partition(': ')[2].partition(';')[0] for line in self.log],
-                         ['no colon and password after the name',
-                          'cut off, or an unknown or unsafe password scheme'])
-        status, _, error = self.run_it('--scrub', users)
-        self.assertEqual((status, error), (1, f'restic_serve: {users}: not a directory\n'))
+        self.assertEqual([re.search(': (no colon|cut off)', line)[1] for line in self.log],
+                         ['no colon', 'cut off'])
+        self.assertEqual(self.run_it('--scrub', users)[::2], (1, f'restic_serve: {users}: not a directory\n'))
 
     def test_a_log_is_written_where_it_is_read(self):
         with self.launch(sys.executable, compiled(), '--addr', '127.0.0.1:0', '--log-file', '-', self.root,
@@ -11683,10 +11678,10 @@ class ReadmeTest(TestCase):
     # Options in examples that are of restic, curl, docker and others.
     OTHERS = frozenset((
         'cacert', 'copy-chunker-params', 'data-raw', 'failed', 'files-from', 'forget', 'from-repo',
-        'home-dir', 'ignore-existing', 'keep-daily', 'keep-last', 'keep-within', 'listen', 'max-repack-size',
-        'mutants', 'no-lock', 'now', 'path', 'proxy-auth-username', 'prune', 'python', 'read-data',
-        'read-data-subset', 'remove-all', 'shell', 'strict', 'system', 'target', 'tls', 'tls-cert',
-        'tls-client-cert', 'tls-key'))
+        'home-dir', 'ignore-existing', 'keep-daily', 'keep-last', 'keep-within', 'listen',
+        'max-repack-size', 'mutants', 'no-lock', 'now', 'path', 'proxy-auth-username', 'prune', 'python',
+        'read-data', 'read-data-subset', 'remove-all', 'shell', 'strict', 'system', 'target', 'tls',
+        'tls-cert', 'tls-client-cert', 'tls-key'))
 
     def documents(self):
         """README and what it links to, by name."""
@@ -11918,17 +11913,17 @@ tests:
                          f'restic_serve {restic_serve.__version__}\n')
 
     def test_the_environment_file_has_every_option(self):
-        lines, title = (HIDDEN / 'restic-serve.env').read_text().splitlines()[:2], ''
+        text = (HIDDEN / 'restic-serve.env').read_text().splitlines()
+        lines, title = text[:2], ''
         for entry in restic_serve.HELP:
             if isinstance(entry, str):
                 title = entry
             elif entry.variable and entry.help != argparse.SUPPRESS:
-                lines += [f'# ==== {title} ====', ''] if title else []
-                lines += textwrap.wrap(entry.help.replace('%%', '%'), 108, initial_indent='# ',
-                                       subsequent_indent='# ', break_on_hyphens=False)
+                words = textwrap.wrap(entry.help.replace('%%', '%'), 106, break_on_hyphens=False)
+                lines += [f'# ==== {title} ====', ''] * bool(title) + [f'# {line}' for line in words]
                 lines += [f'#{entry.variable}={entry.metavar or "true"}', '']
                 title = ''
-        self.assertEqual((HIDDEN / 'restic-serve.env').read_text().splitlines(), lines[:-1])
+        self.assertEqual(text, lines[:-1])
 
     def run_steps(self, steps, restic, changes):
         """What a script of the README says in the test's folder, with some words changed."""
@@ -11957,8 +11952,7 @@ tests:
                                  '--htpasswd', self.folder / 'users', '--private-repos', self.root)
         address = {'backup.example.org:8443': f'127.0.0.1:{server.port}'}
         self.run_steps(self.block('restic restore'), peer('restic'), address)
-        self.assertEqual([path.read_text() for path in self.folder.glob('restored/**/letter')],
-                         ['Dear reader'])
+        self.assertEqual(next(self.folder.glob('restored/**/letter')).read_text(), 'Dear reader')
         steps = self.block('@backup.example.org').replace('laptop/ ', 'laptop/old/ ')
         backup = steps.splitlines()[-1]
         steps = steps.replace(backup, '\n'.join(backup.replace('backup ~/documents', verb) for verb in (
