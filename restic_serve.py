@@ -9726,10 +9726,23 @@ def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
         log.warning('--allow-origin: * lets scripts of any web site use the server')
 
 
+def exit_at_signals() -> List[int]:
+    """Exit at a signal to stop, until the server runs and has something to finish.  The statuses, since
+    SystemExit is lost where Python ignores exceptions, as in the weakref callbacks of imports."""
+    statuses: List[int] = []
+
+    def stop(signum: int, frame: object) -> None:
+        statuses.append(130 if signum == signal.SIGINT else 0)
+        sys.exit(statuses[0])
+
+    for signum in _STOP_SIGNALS:
+        signal.signal(signum, stop)
+    return statuses
+
+
 def main() -> int:
     """Run the program's command line; the exit status."""
-    for signum in _STOP_SIGNALS:  # until the server runs there is nothing to finish
-        signal.signal(signum, lambda signum, frame: sys.exit(130 if signum == signal.SIGINT else 0))
+    stopped = exit_at_signals()
     args = sys.argv[1:]
     if sys.implementation.name == 'pypy':   # takes them for UTF-8, even where it takes file names for ASCII
         args = [os.fsdecode(word.encode('utf-8', 'surrogateescape')) for word in args]
@@ -9754,6 +9767,8 @@ def main() -> int:
             store.find()
             return job(options, store)
         block_signals(_SIGNALS)  # until the loop catches them
+        if stopped:
+            return stopped[0]
         run_in_batches()
         if not options.stdio:
             import_modules()

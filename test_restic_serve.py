@@ -2642,6 +2642,7 @@ class TrustedTimeTest(PastTestCase):
             hours += 1
         self.assertIn(hours, range(40, 49))
 
+    @unittest.skipUnless(HAS_64_BIT_TIMES, 'this system has no times after 2038')
     def test_a_clock_that_is_wrong_for_some_seconds_destroys_nothing(self):
         self.delete(self.upload(b'pack'))
         for days, is_noted in itertools.product((77, 5110, -self.now / self.DAY, -30), (1, 0)):
@@ -2657,6 +2658,7 @@ class TrustedTimeTest(PastTestCase):
         self.assertRegex(self.log[-1], r'^host: purged 1 object \(4 B\), deleted before 2026-11-\S+Z$')
         self.assertEqual(list(self.past.kept('/host')), [])
 
+    @unittest.skipUnless(HAS_64_BIT_TIMES, 'this system has no times after 2038')
     def test_what_is_later_than_now_gets_the_time_of_now(self):
         self.go_on(0, 14 * 365 * self.DAY, 'wrong')
         self.store.create_repository('/new')
@@ -8985,7 +8987,7 @@ class ServiceManagerTest(TestCase):
     def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
         for count, source, fault in ((1, 'socket.socket()', 'descriptor 3 is a socket that does not listen'),
                                      (1, 'open("/dev/null")', 'descriptor 3: Socket operation on non-socket'),
-                                     (99999999, '', 'descriptor 3: Bad file descriptor')):
+                                     (99999999, '', 'descriptor 3: (Bad file|Socket operation)')):
             opened = f'kept = {source}; os.dup2(kept.fileno(), 3); os.set_inheritable(3, True)\n'
             code = ('import os, socket, sys\n' + opened * bool(source) +
                     f'os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="{count}")\n'
@@ -9681,6 +9683,18 @@ class CommandLineTest(TestCase):
             cwd=Path(MODULE).parent, capture_output=True, text=True, timeout=PATIENCE, input='',
             env=clean_environment())
         return done.returncode, done.stderr.splitlines()
+
+    def test_a_signal_at_the_start_ends_it_even_where_exceptions_are_lost(self):
+        code = """
+import os, restic_serve, signal
+def lose(*more):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        pass
+restic_serve.start_log = lose
+"""
+        self.assertEqual(self.run_code(code, '--addr', '127.0.0.1:0', self.root), (0, []))
 
     def test_what_this_python_lacks_is_said_in_a_line(self):
         self.make_repository()
@@ -11943,6 +11957,7 @@ tests:
         return next(block for block in self.blocks('sh') if word in block)
 
     def test_a_first_backup_goes_as_the_readme_says_with_old_and_new_restic(self):
+        old, new, _ = program('restic'), peer('restic'), program('openssl')
         (self.folder / 'documents').mkdir()
         (self.folder / 'documents' / 'letter').write_text('Dear reader')
         (self.folder / 'users').write_text(f'laptop:{sha("login-password")}\n')
@@ -11951,13 +11966,14 @@ tests:
         server = self.run_server('--cert', self.folder / 'server.pem', '--key', self.folder / 'server.key',
                                  '--htpasswd', self.folder / 'users', '--private-repos', self.root)
         address = {'backup.example.org:8443': f'127.0.0.1:{server.port}'}
-        self.run_steps(self.block('restic restore'), peer('restic'), address)
-        self.assertEqual(next(self.folder.glob('restored/**/letter')).read_text(), 'Dear reader')
+        if not re.match(r'restic 0\.1[0-5]\.', self.check_output(new, 'version')):
+            self.run_steps(self.block('restic restore'), new, address)
+            self.assertEqual(next(self.folder.glob('restored/**/letter')).read_text(), 'Dear reader')
         steps = self.block('@backup.example.org').replace('laptop/ ', 'laptop/old/ ')
         backup = steps.splitlines()[-1]
         steps = steps.replace(backup, '\n'.join(backup.replace('backup ~/documents', verb) for verb in (
             'init', 'backup ~/documents', 'snapshots')))
-        self.assertIn('1 snapshots', self.run_steps(steps, program('restic'), address))
+        self.assertIn('1 snapshots', self.run_steps(steps, old, address))
 
     def test_the_units_in_the_readme_are_good(self):
         analyze = program('systemd-analyze')
