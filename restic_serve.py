@@ -2293,6 +2293,12 @@ class Store:
                     'case-insensitive', where)
         return is_new
 
+    def remove_empty(self) -> None:
+        """Remove the directory that prepare() has made, unless something is in it."""
+        for path in (f'{self.root}/{HIDDEN}', self.root):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
     def find(self) -> None:
         """Find the directory for a job, and whether its file system ignores case.  What the job creates for
         root belongs to the owner of the directory.  Raises OSError."""
@@ -9781,7 +9787,7 @@ def main() -> int:
             server = make_server(options, store, at)
         except (OSError, RightsFault):
             if is_new:
-                os.rmdir(store.root)
+                store.remove_empty()
             raise
         if at:
             server.api.usage.past.view('', at)
