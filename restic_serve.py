@@ -607,15 +607,13 @@ def close_quietly(source: object) -> None:
         close()
 
 
+_BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,99})-([0-9]{1,99})?|-([0-9]{1,99}))', re.IGNORECASE)
 NO_STORE = 'Cache-Control', 'no-store'  # RFC 9111 5.2.2.5: a cache between may not answer for the server
 
 
 def text_response(status: int, line: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
     return Response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8'), NO_STORE],
                     f'{line}\n'.encode())
-
-
-_BYTE_RANGE = re.compile(r'bytes=(?:([0-9]{1,99})-([0-9]{1,99})?|-([0-9]{1,99}))', re.IGNORECASE)
 
 
 def parse_range(value: str, size: int) -> Optional[Tuple[int, int]]:
@@ -1236,8 +1234,7 @@ class ScratchFile(Closing):
         self.name = ''
 
     def date(self, times: Optional[Tuple[int, int]] = None) -> None:
-        """Set the times of access and modification, in nanoseconds, or to now.  Raises OSError, also where
-        they do not stay."""
+        """Set the times, in nanoseconds, or to now.  Raises OSError, also where they do not stay."""
         file = self.folder.at(self.name) if self.name and self.folder.fd is None else self.fd
         if times:
             os.utime(file, ns=times)
@@ -3029,9 +3026,8 @@ class RollBack(Closing):
         self.aside: Dict[str, List[int]] = collections.defaultdict(list)
 
     def check(self, force: bool) -> None:
-        """Raises NoHistory where what was deleted since is not all there, and ValueError where there was no
-        repository, or its files have lost their times, or another roll-back runs, or, without `force`, as
-        check_locks() does."""
+        """Raises NoHistory where not all that was deleted since is there; ValueError where there was none,
+        its files have lost their times, another roll-back runs or, without `force`, it is locked."""
         self._past.check_known(self._repository, self._moment)
         self._deleted = self._store.folders.open(f'{self._repository}/{DELETED}', by_descriptor=True)
         if self._deleted.fd is not None and lock_file(self._deleted.fd) is False:
@@ -6065,8 +6061,7 @@ def _plot(holdings: Holdings) -> str:
 # other processes have about as many, see Server._accept().  First go strangers, who have not logged in: of
 # the share with most of them the oldest.  Without any, and on a server without users, it is the connection
 # that has been idle longest of the share with most.  A request that is being answered, be it that its
-# password is verified, a client with a certificate and a trusted proxy stay; so does a monitor, unless its
-# share is the largest.
+# password is verified, a client with a certificate and a trusted proxy stay; a monitor in a small share, too.
 
 TURNED_AWAY = 64            # Connections beyond the limit that may be answered 503, or end, at a time.
 ORDER_SECONDS = 0.1         # How long the order in which connections give way is remembered.
@@ -6164,8 +6159,7 @@ class Admission:
         return [place for _, _, place in sorted(ranks, key=operator.itemgetter(0, 1))]
 
     def longest_stay(self) -> float:
-        """How many seconds a stranger may stay: as long as it likes while half of the places are free, or
-        where users are strangers, too."""
+        """Seconds that a stranger may stay; any, while half of the places are free or nobody logs in."""
         is_crowded = 2 * self._counters.total(CONNECTIONS, 2)[1] >= self.limit
         return STRANGER_SECONDS if is_crowded and self._accounts.demanded else math.inf
 
@@ -8405,13 +8399,11 @@ def inherited_sockets(environment: MutableMapping[str, str]) -> List[Tuple[socke
         try:
             sock = socket.socket(fileno=fd)
             sock.set_inheritable(False)
-            listens = (sock.type == socket.SOCK_STREAM
-                       and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            if sock.type != socket.SOCK_STREAM or not sock.getsockopt(
+                    socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise OSError(errno.EINVAL, 'does not listen; use Accept=no and ListenStream= in the unit')
         except OSError as error:
             raise OSError(f'LISTEN_FDS={count}: descriptor {fd}: {error.strerror}') from None
-        if not listens:
-            raise OSError(f'LISTEN_FDS={count}: descriptor {fd} is a socket that does not listen; use '
-                          'Accept=no and ListenStream= in the unit')
         inherited.append((sock, name))
     return inherited
 
@@ -8673,7 +8665,6 @@ class Server:
         loop.close()
 
     def _is_at_work(self) -> bool:
-        """Whether a connection, a purge, a census or an event goes on in this process."""
         return bool(self.served or self.purging.is_running() or self.api.usage.census.counting.locked()
                     or self.api.events.is_at_work())
 
@@ -9733,8 +9724,7 @@ def warn_of_options(parser: Parser, options: argparse.Namespace) -> None:
 
 
 def exit_at_signals() -> List[int]:
-    """Exit at a signal to stop, until the server runs and has something to finish.  The statuses, since
-    SystemExit is lost where Python ignores exceptions, as in the weakref callbacks of imports."""
+    """Exit at a signal to stop; the statuses, since SystemExit is lost in weakref callbacks (imports)."""
     statuses: List[int] = []
 
     def stop(signum: int, frame: object) -> None:

@@ -8985,7 +8985,7 @@ class ServiceManagerTest(TestCase):
         self.assertIn('--exit-idle: no socket', self.run_it('--exit-idle', '1s', self.root)[2])
 
     def test_a_socket_that_does_not_listen_is_refused_in_one_line(self):
-        for count, source, fault in ((1, 'socket.socket()', 'descriptor 3 is a socket that does not listen'),
+        for count, source, fault in ((1, 'socket.socket()', 'descriptor 3: does not listen; use Accept=no'),
                                      (1, 'open("/dev/null")', 'descriptor 3: Socket operation on non-socket'),
                                      (99999999, '', 'descriptor 3: (Bad file|Socket operation)')):
             opened = f'kept = {source}; os.dup2(kept.fileno(), 3); os.set_inheritable(3, True)\n'
